@@ -1,0 +1,5 @@
+"""Runs the command line as `python -m lora_gpt2`."""
+
+from lora_gpt2.cli import main
+
+main()

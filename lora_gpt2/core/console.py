@@ -1,0 +1,133 @@
+"""Progress and messages on stderr; stdout belongs to results.
+
+The domain reports through the `Reporter` protocol and never prints. `RichReporter` draws a live line on a terminal and
+plain lines elsewhere; `SilentReporter` is for tests and libraries. `rich` is imported only when something is drawn.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One piece of long work with a known amount."""
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Says that `amount` more units are done; `note` is shown beside the bar."""
+
+
+class Reporter(Protocol):
+    """Where long work says how far it is."""
+
+    def message(self, text: str) -> None:
+        """Says one line that a user should read."""
+
+    def detail(self, text: str) -> None:
+        """Says one line that only a curious user wants (`-v`)."""
+
+    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Task]:
+        """Opens a piece of work of `total` units."""
+
+
+class SilentTask:
+    """Counts and says nothing."""
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Does nothing."""
+
+
+class SilentReporter:
+    """Says nothing."""
+
+    def message(self, text: str) -> None:
+        """Does nothing."""
+
+    def detail(self, text: str) -> None:
+        """Does nothing."""
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        """Yields a task that says nothing."""
+        yield SilentTask()
+
+
+class LineTask:
+    """Progress as plain lines, at most one every five seconds, for logs and pipes."""
+
+    def __init__(self, title: str, total: int, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self.started = self.last = time.monotonic()
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """Adds `amount`; writes a line when five seconds have passed or the work is complete."""
+        self.done += amount
+        now = time.monotonic()
+        if now - self.last < 5 and self.done < self.total:
+            return
+        self.last = now
+        rate = self.done / max(now - self.started, 1e-9)
+        left = (self.total - self.done) / max(rate, 1e-9)
+        line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.0f} {self.unit}/s, {left:.0f} s left"
+        sys.stderr.write(f"{line}  {note}".rstrip() + "\n")
+        sys.stderr.flush()
+
+
+class RichReporter:
+    """Draws on stderr: a live bar with rate and time left on a terminal, plain lines elsewhere."""
+
+    def __init__(self, verbosity: int = 0) -> None:
+        self.verbosity = verbosity
+
+    def message(self, text: str) -> None:
+        """Writes one line unless `-q` was given."""
+        if self.verbosity >= 0:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def detail(self, text: str) -> None:
+        """Writes one line if `-v` was given."""
+        if self.verbosity > 0:
+            self.message(text)
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        """Yields a task that draws itself."""
+        if self.verbosity < 0:
+            yield SilentTask()
+        elif not sys.stderr.isatty():
+            yield LineTask(title, total, unit)
+        else:
+            with _live_bar(title, total, unit) as task:
+                yield task
+
+
+@contextmanager
+def _live_bar(title: str, total: int, unit: str) -> Iterator[Task]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(unit),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"),
+    ]  # fmt: skip
+    started = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        identifier = progress.add_task(title, total=total, rate="", note="")
+
+        class BarTask:
+            """One line of the live display."""
+
+            done = 0
+
+            def advance(self, amount: int, note: str = "") -> None:
+                """Adds `amount` and redraws."""
+                self.done += amount
+                rate = self.done / max(time.monotonic() - started, 1e-9)
+                progress.update(identifier, advance=amount, rate=f"{rate:,.0f} {unit}/s", note=note)
+
+        yield BarTask()

@@ -1,0 +1,104 @@
+"""Every error a user can meet, and the exit code each one has.
+
+    LoraGpt2Error
+    ├── UsageError            2   an option, a parameter or a combination of them
+    │   └── RecipeError       2   a setting in a recipe file or in --set
+    ├── DataError             3   input text that cannot be read or is not enough
+    ├── NotFoundError         4   no such adapter, base, version, recipe or file
+    ├── IntegrityError        5   an artefact that must not be used
+    │   ├── CorruptError      5   damaged: bytes, shapes or values are not what they should be
+    │   └── MismatchError     5   sound, but made for another base, tokenizer, data or settings
+    ├── ConflictError         6   busy, or it exists already
+    ├── ResourceError         7   memory, disk, device, permission, network
+    ├── TrainingDiverged      8   the loss or a gradient is not finite
+    ├── CheckFailed           9   a limit set by the user, or a verification
+    └── Interrupted         130   Ctrl-C (143 for SIGTERM); what was finished is kept
+
+The message says what was found, what was expected and where; the hint says what to type next. The domain raises, never
+prints and never exits; `cli.py` alone turns errors into text and exit codes. 1 is left for bugs.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LoraGpt2Error(Exception):
+    """Base of the tree. `message` says what is wrong, `hint` what to do next, `exit_code` how the command ends."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(LoraGpt2Error):
+    """An option, parameter or combination that cannot be carried out."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A setting that does not exist or has a value outside its bounds."""
+
+
+class DataError(LoraGpt2Error):
+    """Input text that cannot be read, or too little of it."""
+
+    exit_code = 3
+
+
+class NotFoundError(LoraGpt2Error):
+    """A named adapter, base, version, recipe or file that is not there."""
+
+    exit_code = 4
+
+
+class IntegrityError(LoraGpt2Error):
+    """An artefact that must not be used."""
+
+    exit_code = 5
+
+
+class CorruptError(IntegrityError):
+    """An artefact whose bytes, shapes or values are not what they should be."""
+
+
+class MismatchError(IntegrityError):
+    """A sound artefact made for another base, tokenizer, data or settings."""
+
+
+class ConflictError(LoraGpt2Error):
+    """The target is in use by another process, or exists already."""
+
+    exit_code = 6
+
+
+class ResourceError(LoraGpt2Error):
+    """Not enough memory or disk, no such device, no permission, or no network."""
+
+    exit_code = 7
+
+
+class TrainingDiverged(LoraGpt2Error):
+    """The loss or a gradient stopped being finite; nothing was published."""
+
+    exit_code = 8
+
+
+class CheckFailed(LoraGpt2Error):
+    """A limit that the user set, or a verification, was not met."""
+
+    exit_code = 9
+
+
+class Interrupted(LoraGpt2Error):
+    """The user or the system asked the work to stop; `signal_number` decides the exit code."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, hint: str, signal_number: int = 2) -> None:
+        super().__init__(message, hint)
+        self.signal_number = signal_number

@@ -1,0 +1,143 @@
+"""Files and folders that are either whole or absent.
+
+Writers go to a temporary name beside the target, sync, and rename: a crash leaves the old state or the new one.
+Costs one fsync per file and folder. Also: where caches live, which names are safe, locks that die with their process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_gpt2.core.errors import ConflictError, LoraGpt2Error, ResourceError, UsageError
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+RESERVED_NAMES = frozenset({"base", "all", "auto"})
+
+
+def check_name(name: str) -> str:
+    """Returns `name` if it can name an adapter; raises `UsageError` otherwise."""
+    if not NAME_PATTERN.fullmatch(name) or name in RESERVED_NAMES:
+        raise UsageError(
+            f"'{name[:80]}' is not a name for an adapter",
+            "use 1 to 64 of a-z 0-9 . _ - beginning with a letter or digit, and not 'base', 'all' or 'auto'",
+        )
+    return name
+
+
+def find_cache_dir() -> Path:
+    """Returns the folder for things that can be made again: `$LORA_GPT2_CACHE`, else the user's cache folder."""
+    configured = os.environ.get("LORA_GPT2_CACHE")
+    if configured:
+        return Path(configured)
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "lora-gpt2"
+    except RuntimeError:  # no home directory
+        return Path(tempfile.gettempdir()) / "lora-gpt2"
+
+
+def translate_os_error(error: OSError, action: str) -> LoraGpt2Error:
+    """Returns our error for a failed file operation; `action` is what was tried, such as "write x.json"."""
+    where = f" ({error.filename})" if error.filename else ""
+    reasons = {
+        errno.ENOSPC: ("no space is left on the disk", "free some space, or choose another disk"),
+        errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another disk"),
+        errno.EFBIG: ("the file would be larger than the limit for this process", "raise it with 'ulimit -f'"),
+        errno.EROFS: ("the file system is read-only", "choose a folder that can be written, for example with --store"),
+        errno.EACCES: ("permission is denied", "check the owner and the mode with 'ls -l'"),
+        errno.EPERM: ("permission is denied", "check the owner and the mode with 'ls -l'"),
+    }
+    reason, hint = reasons.get(error.errno or 0, (error.strerror or str(error), "check the path and the disk"))
+    return ResourceError(f"cannot {action}: {reason}{where}", hint)
+
+
+@contextlib.contextmanager
+def os_errors_as_ours(action: str) -> Iterator[None]:
+    """Turns `OSError` inside the block into our `ResourceError`."""
+    try:
+        yield
+    except OSError as error:
+        raise translate_os_error(error, action) from error
+
+
+def fsync_dir(path: Path) -> None:
+    """Makes the names inside a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_file(path: Path) -> None:
+    """Makes a file's bytes durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replaces a file as a whole and makes it durable, with the mode that the umask allows."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_dir(parent: Path, stem: str) -> Iterator[Path]:
+    """Yields a new folder beside the target, to be renamed by the block; what remains of it is removed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix=f".{stem}.", suffix=".partial", dir=parent))
+    path.chmod(0o777 & ~current_umask())
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_tree(path: Path) -> None:
+    """Makes every file of a flat folder durable and gives it the mode that the umask allows."""
+    for file in path.iterdir():
+        file.chmod(0o666 & ~current_umask())
+        fsync_file(file)
+    fsync_dir(path)
+
+
+def current_umask() -> int:
+    """Returns the process's umask (which can only be read by setting it)."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, what: str) -> Iterator[None]:
+    """Holds an exclusive lock that the kernel releases when the process dies; raises `ConflictError` if it is taken."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise ConflictError(
+                f"{what} is in use by process {owner}", "wait until it ends, or choose another name with --name"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

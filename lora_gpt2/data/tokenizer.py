@@ -1,0 +1,122 @@
+"""Byte-level BPE as GPT-2 has it, through the `tokenizers` library alone: no torch, no templates, ready in 50 ms.
+
+Special tokens inside text are ordinary characters; EOS is added only by us, as a number.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError
+from lora_gpt2.core.fingerprint import fingerprint_json
+
+EOS = "<|endoftext|>"
+
+
+class Tokenizer:
+    """Text to token ids and back, for one base."""
+
+    def __init__(self, backend: BackendTokenizer, eos_id: int) -> None:
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.eos_id = eos_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, EOS included."""
+        return max(self._backend.get_vocab_size(with_added_tokens=True), self.eos_id + 1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the vocabulary, the merges and EOS; adapters are bound to it."""
+        model = json.loads(self._backend.to_str())["model"]
+        return fingerprint_json({"vocab": model["vocab"], "merges": model["merges"], "eos": self.eos_id})
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without EOS."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of each text; raises `DataError` for lone surrogates, which no UTF-8 text has."""
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise DataError("the text holds a lone surrogate, which is not Unicode text", "remove it") from error
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        stream = TextStream(self)
+        return "".join(stream.push(token) for token in ids) + stream.finish()
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token id; EOS and unknown ids have none."""
+        alphabet = _byte_alphabet()
+        table = [b""] * self.vocab_size
+        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+            if index != self.eos_id:
+                table[index] = bytes(alphabet[c] for c in token if c in alphabet)
+        return table
+
+
+class TextStream:
+    """Turns tokens into text as they come, and never shows half a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._table = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Returns the text that this token completes; it may be empty."""
+        return self._decoder.decode(self._table[token])
+
+    def finish(self) -> str:
+        """Returns what is left: U+FFFD for a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
+    """Loads `tokenizer.json`, or `vocab.json` and `merges.txt`, from a base's folder.
+
+    Raises:
+        NotFoundError: the folder holds neither.
+        CorruptError: the files are not a byte-level BPE.
+    """
+    whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    hint = "a GPT-2 folder has tokenizer.json, or vocab.json and merges.txt"
+    try:
+        if whole.exists():
+            backend = BackendTokenizer.from_file(str(whole))
+        elif vocab.exists() and merges.exists():
+            backend = BackendTokenizer(models.BPE.from_file(str(vocab), str(merges)))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.decoder = decoders.ByteLevel()
+        else:
+            raise NotFoundError(f"{folder} has no tokenizer", hint)
+    except NotFoundError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exception for everything
+        raise CorruptError(f"the tokenizer in {folder} cannot be read: {error}", hint) from error
+    if not isinstance(backend.model, models.BPE) or backend.get_vocab_size(with_added_tokens=False) < 256:
+        raise CorruptError(f"the tokenizer in {folder} is not GPT-2's byte-level BPE", hint)
+    backend.post_processor = None
+    eos = backend.token_to_id(EOS)
+    return Tokenizer(backend, eos_id if eos is None else eos)

@@ -1,0 +1,202 @@
+"""Many adapters over one base, in one buffer.
+
+For each site the bank stacks A `[slots, rank, in]` and B transposed `[slots, rank, out]`; lower ranks are padded with
+zeros, which stay zero: their gradients vanish. One buffer holds it all, so an optimizer step is one kernel per
+operation and loading an adapter is a copy. Two layouts of the same views:
+
+- training, slot-major: `flat` is `[slots, parameters]`, one row per adapter (own norm, own learning rate);
+- inference, site-major: A of a site is one `[slots * rank, in]` matrix, so K adapters cost two dense products
+  whatever K is, and a row's weights may mix adapters freely ("masked-dense").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_gpt2.core.errors import MismatchError
+from lora_gpt2.model.gpt2 import GPT2Config
+from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
+
+Layout = Literal["training", "inference"]
+
+
+@dataclass
+class BankSite:
+    """Views of one projection: `a` `[slots, rank, in]`, `bt` `[slots, rank, out]`, `scale` `[slots]`."""
+
+    a: Tensor
+    bt: Tensor
+    scale: Tensor
+
+
+class AdapterBank:
+    """K slots of adapters for one base.
+
+    Args:
+        config: the base's shape.
+        ranks: largest rank at each site that any adapter will have.
+        num_slots: K.
+        layout: see the module's docstring.
+        like: a weight of the base; its device is used, and its dtype for inference (training is float32).
+    """
+
+    def __init__(
+        self, config: GPT2Config, ranks: Mapping[str, int], num_slots: int, layout: Layout, like: Tensor
+    ) -> None:
+        self.config, self.ranks, self.num_slots, self.layout = config, dict(ranks), num_slots, layout
+        shapes = {site: config.shape_of(target_of(site)) for site in ranks}
+        self.num_parameters = sum(ranks[site] * sum(shapes[site]) for site in ranks)
+        dtype = torch.float32 if layout == "training" else like.dtype
+        self.flat = torch.zeros(num_slots, self.num_parameters, dtype=dtype, device=like.device)
+        self.sites: dict[str, BankSite] = {}
+        self.updates: list[dict[str, tuple[int, float, bool]]] = [{} for _ in range(num_slots)]
+        self._spans: list[tuple[str, int, int]] = []
+        offset = 0
+        for site, rank in ranks.items():
+            views = []
+            for width in shapes[site]:
+                views.append(self._view(self.flat, offset, rank, width))
+                self._spans.append((site, offset, width))
+                offset += rank * width
+            scale = torch.zeros(num_slots, dtype=dtype, device=like.device)
+            self.sites[site] = BankSite(views[0], views[1], scale)
+
+    def _view(self, flat: Tensor, offset: int, rank: int, width: int) -> Tensor:
+        shape = (self.num_slots, rank, width)
+        if self.layout == "training":
+            return flat.as_strided(shape, (self.num_parameters, width, 1), offset)
+        return flat.as_strided(shape, (rank * width, width, 1), offset * self.num_slots)
+
+    def load(self, slot: int, adapter: Adapter) -> None:
+        """Copies an adapter into a slot; raises `MismatchError` if its sites, shapes or ranks do not fit."""
+        for site, update in adapter.updates.items():
+            place = self.sites.get(site)
+            shapes = (tuple(update.a.shape), tuple(update.b.shape))
+            if place is None or update.rank > self.ranks[site]:
+                raise MismatchError(
+                    f"the bank has no room for {site} at rank {update.rank}", "open the bank with all its adapters"
+                )
+            if shapes != ((update.rank, place.a.shape[2]), (place.bt.shape[2], update.rank)):
+                raise MismatchError(f"{site}: {shapes} does not fit this base", "use the base it was trained on")
+        self.clear(slot)
+        with torch.no_grad():
+            for site, update in adapter.updates.items():
+                place = self.sites[site]
+                place.a[slot, : update.rank] = update.a.to(place.a)
+                place.bt[slot, : update.rank] = update.b.mT.to(place.bt)
+                place.scale[slot] = update.scale
+                self.updates[slot][site] = (update.rank, update.alpha, update.rslora)
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot: it then changes nothing."""
+        with torch.no_grad():
+            for place in self.sites.values():
+                place.a[slot] = 0
+                place.bt[slot] = 0
+                place.scale[slot] = 0
+        self.updates[slot] = {}
+
+    def read(self, slot: int, flat: Tensor | None = None) -> Adapter:
+        """Returns a slot's adapter as float32 copies on the CPU, from `flat` (a buffer of this layout) if given."""
+        updates = {}
+        views = {}
+        for site, offset, width in self._spans:
+            view = self._view(self.flat if flat is None else flat, offset, self.ranks[site], width)[slot]
+            views.setdefault(site, []).append(view.detach().to("cpu", torch.float32))
+        for site, (rank, alpha, rslora) in self.updates[slot].items():
+            a, bt = views[site]
+            updates[site] = LoraUpdate(a[:rank].clone(), bt[:rank].mT.contiguous(), alpha, rslora)
+        return Adapter(updates)
+
+    def enable_gradients(self) -> Tensor:
+        """Makes every view a leaf whose gradient is a view of one buffer like `flat`; returns that buffer."""
+        gradient = torch.zeros_like(self.flat)
+        for site, offset, width in self._spans:
+            place = self.sites[site]
+            view = place.a if offset == self._offset_of(site) else place.bt
+            view.requires_grad_()
+            view.grad = self._view(gradient, offset, self.ranks[site], width)
+        return gradient
+
+    def _offset_of(self, site: str) -> int:
+        return next(offset for name, offset, _ in self._spans if name == site)
+
+    def build_mask(self, plans: Sequence[Sequence[TargetPlan]]) -> Tensor | None:
+        """Returns a 0/1 buffer like `flat` that keeps the structural zeros of sliced targets, or None if there are none.
+
+        `plans` gives the target plans of each slot.
+        """
+        if all(plan.blocks is None for slot in plans for plan in slot):
+            return None
+        mask = torch.ones_like(self.flat)
+        for site, offset, width in self._spans:
+            if offset == self._offset_of(site):
+                continue
+            view = self._view(mask, offset, self.ranks[site], width)
+            for slot, plan in ((s, p) for s, slot_plans in enumerate(plans) for p in slot_plans):
+                if plan.target == target_of(site) and plan.blocks is not None:
+                    view[slot] = 0
+                    for rows, columns in plan.blocks:
+                        view[slot, columns, rows] = 1
+        return mask
+
+
+class TrainingRows:
+    """Adapters for training: the batch holds the same number of rows for each of `slots`, in order.
+
+    Autograd reaches the bank's views; the base's weights are constants. `dropout` drops the adapter's input, with a
+    mask drawn from `generator`.
+    """
+
+    def __init__(
+        self, bank: AdapterBank, slots: Sequence[int], dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
+        self.bank, self.slots, self.dropout, self.generator = bank, list(slots), dropout, generator
+        self.all = self.slots == list(range(bank.num_slots))
+
+    def add(
+        self, site: str, x: Float[Tensor, "rows time inputs"], y: Float[Tensor, "rows time outputs"]
+    ) -> Float[Tensor, "rows time outputs"]:
+        """Returns `y` with each slot's update added to its own rows."""
+        place = self.bank.sites.get(site)
+        if place is None:
+            return y
+        a, bt, scale = place.a, place.bt, place.scale
+        if not self.all:
+            a, bt, scale = a[self.slots], bt[self.slots], scale[self.slots]
+        count = len(self.slots)
+        if self.dropout:
+            keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.dropout
+            x = x * keep / (1 - self.dropout)
+        z = torch.bmm(x.reshape(count, -1, x.shape[2]), a.mT.to(x.dtype)) * scale[:, None, None].to(x.dtype)
+        return torch.baddbmm(y.view(count, -1, y.shape[2]), z, bt.to(x.dtype)).view(y.shape)
+
+
+class InferenceRows:
+    """Adapters for inference: `weights` `[rows, slots]` says how much of each adapter a row gets.
+
+    One-hot picks an adapter, zero is the plain base, anything else mixes.
+    """
+
+    def __init__(self, bank: AdapterBank, weights: Float[Tensor, "rows slots"]) -> None:
+        self.bank, self.weights = bank, weights.to(bank.flat)
+
+    def add(
+        self, site: str, x: Float[Tensor, "rows time inputs"], y: Float[Tensor, "rows time outputs"]
+    ) -> Float[Tensor, "rows time outputs"]:
+        """Returns `y` with the weighted updates of each row added."""
+        place = self.bank.sites.get(site)
+        if place is None:
+            return y
+        slots, rank, _ = place.a.shape
+        z = F.linear(x, place.a.view(slots * rank, -1))
+        z = z.view(*x.shape[:2], slots, rank) * (self.weights * place.scale)[:, None, :, None]
+        update = torch.addmm(y.flatten(0, 1), z.view(-1, slots * rank), place.bt.view(slots * rank, -1))
+        return update.view(y.shape)

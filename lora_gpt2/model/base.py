@@ -1,0 +1,209 @@
+"""Finding, loading and naming a base: the bundle, a folder, or the hub when its name is given.
+
+Only safetensors are read, never pickles, and no code from a checkpoint runs. The fingerprint covers the shape and
+every stored tensor's bytes, so an adapter is never applied to another base of the same shape; it is computed once per
+file (kept beside size, time and inode) at about 1 GB/s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError
+from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
+from lora_gpt2.core.paths import find_cache_dir, write_atomic
+from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
+from lora_gpt2.model.gpt2 import GPT2, GPT2Config, parse_config
+from lora_gpt2.model.runtime import Runtime
+
+BUNDLED = Path(__file__).parent.parent / "bases"
+HUB_NAMES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base; its weights are never written."""
+
+    name: str
+    folder: Path
+    config: GPT2Config
+    model: GPT2
+    tokenizer: Tokenizer
+    fingerprint: str
+    runtime: Runtime
+
+
+def list_bundled() -> list[str]:
+    """Returns the names of the bases in the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+
+
+def find_base(name: str) -> Path:
+    """Returns the folder of a base; asks the hub only for the known names and `owner/name`.
+
+    Raises:
+        NotFoundError: nothing has that name.
+        ResourceError: it would have to come from the hub, and the hub cannot be reached.
+    """
+    if name in list_bundled():
+        return BUNDLED / name
+    if (Path(name) / "config.json").is_file() and name not in HUB_NAMES:
+        return Path(name)
+    if name in HUB_NAMES or (HUB_ID.fullmatch(name) and not Path(name).exists()):
+        return _find_on_hub(HUB_NAMES.get(name, name))
+    known = ", ".join([*list_bundled(), *HUB_NAMES])
+    raise NotFoundError(f"there is no base '{name}'", f"known are {known}; or give a hub id or a folder")
+
+
+def _find_on_hub(identifier: str) -> Path:
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(identifier, allow_patterns=HUB_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        pass
+    try:
+        return Path(snapshot_download(identifier, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError as error:
+        raise NotFoundError(f"the hub has no '{identifier}'", "check the spelling, or give a folder") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ResourceError(
+            f"the hub cannot be reached to fetch '{identifier}'",
+            "use --base nano (bundled), or a folder with config.json and model.safetensors copied from another machine",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the parsed `config.json` of a base's folder."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{folder} has no config.json", "give a Hugging Face GPT-2 folder") from error
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{folder / 'config.json'} is not JSON", "copy the checkpoint again") from error
+    if not isinstance(values, dict):
+        raise CorruptError(f"{folder / 'config.json'} is not a JSON object", "copy the checkpoint again")
+    return values
+
+
+def list_weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a checkpoint: one, or the shards of its index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickled = " (pytorch_model.bin is a pickle, which may run code)" if (folder / "pytorch_model.bin").exists() else ""
+        raise NotFoundError(
+            f"{folder} has no model.safetensors{pickled}",
+            "save it again with transformers: model.save_pretrained(folder, safe_serialization=True)",
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CorruptError(f"{index} is not a list of shards", "copy the checkpoint again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise CorruptError(f"{index} names the shard {name!r}, which is not in the folder", "copy it again")
+    return [folder / name for name in names]
+
+
+def load_base(name: str, runtime: Runtime) -> Base:
+    """Loads a base onto a device, frozen, in evaluation mode.
+
+    Raises:
+        NotFoundError, ResourceError: see `find_base`.
+        CorruptError: a tensor is missing, has the wrong shape or cannot be read.
+        MismatchError: the configuration is not a GPT-2 that we run, or the tokenizer does not fit it.
+    """
+    folder = find_base(name)
+    config = parse_config(read_config(folder), str(folder / "config.json"))
+    tokenizer = load_tokenizer(folder, config.eos_id)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise MismatchError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}",
+            "copy tokenizer and weights from the same checkpoint",
+        )
+    with torch.device("meta"):
+        model = GPT2(config)
+    files = list_weight_files(folder)
+    state = {key: tensor.to(runtime.device, runtime.dtype).contiguous() for key, tensor in _read_state(files, config)}
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    for key, shape in expected.items():
+        if key not in state:
+            raise CorruptError(f"{folder}: the tensor {key} is missing", "copy the checkpoint again")
+        if state[key].shape != shape:
+            found = tuple(state[key].shape)
+            raise CorruptError(f"{folder}: {key} has shape {found}, expected {tuple(shape)}", "check config.json")
+    if extra := sorted(set(state) - set(expected)):
+        raise MismatchError(f"{folder}: {extra[0]} is not part of a GPT-2", "use a GPT-2 checkpoint")
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False).eval()
+    return Base(name, folder, config, model, tokenizer, fingerprint_base(folder), runtime)
+
+
+def _read_state(files: list[Path], config: GPT2Config) -> list[tuple[str, Tensor]]:
+    state = []
+    for key, tensor in _iter_tensors(files):
+        if BUFFERS.fullmatch(key) or (key == "lm_head.weight" and config.tied):
+            continue
+        state.append((key, tensor.t() if key.endswith(TRANSPOSED) else tensor))
+    return state
+
+
+def _iter_tensors(files: list[Path]) -> list[tuple[str, Tensor]]:
+    found = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found += [(key.removeprefix("transformer."), file.get_tensor(key)) for key in file.keys()]  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CorruptError(f"{path} cannot be read: {error}", "copy the checkpoint again") from error
+    return found
+
+
+def fingerprint_base(folder: Path) -> str:
+    """Returns the fingerprint of a base: its shape and its tensors' names, dtypes and bytes."""
+    files = list_weight_files(folder)
+    config = parse_config(read_config(folder), str(folder))
+    stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for f in files for s in [f.stat()]]
+    key = fingerprint_json([vars(config), stats])
+    cached = find_cache_dir() / "fingerprints" / key
+    try:
+        return cached.read_text(encoding="ascii")
+    except OSError:
+        pass
+    digest = hashlib.sha256(canonical_json(vars(config)))
+    for name, tensor in sorted(_iter_tensors(files), key=lambda pair: pair[0]):
+        if BUFFERS.fullmatch(name) or (name == "lm_head.weight" and config.tied):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    value = digest.hexdigest()[:FINGERPRINT_DIGITS]
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cached, value.encode())
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+    return value

@@ -1,0 +1,249 @@
+"""A plain GPT-2 (Radford et al. 2019), equal to transformers' to rounding.
+
+It gives up everything an inference over one frozen base does not need (cross-attention, head pruning, attention
+outputs, training of its own weights) for a place in every projection where adapters add their update, a static KV
+cache with a length per row, and a hidden state that leaves before the head, so that a loss can be chunked.
+Weights are stored `[out, in]`, transposed against the `Conv1D` of Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lora_gpt2.core.errors import MismatchError
+
+ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
+TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2; `context` is the largest number of positions."""
+
+    vocab_size: int
+    context: int
+    width: int
+    layers: int
+    heads: int
+    inner: int
+    epsilon: float
+    gelu: str
+    tied: bool
+    scale_by_layer: bool
+    eos_id: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    def shape_of(self, target: str) -> tuple[int, int]:
+        """Returns (inputs, outputs) of one of `TARGETS`."""
+        d, i = self.width, self.inner
+        return {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, i), "mlp.c_proj": (i, d)}[target]
+
+
+def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
+    """Returns the shape described by a Hugging Face `config.json`; raises `MismatchError` for what we cannot run."""
+    hint = "use a GPT-2 checkpoint: 'lora-gpt2 bases list'"
+    if values.get("model_type") != "gpt2":
+        raise MismatchError(f"{where}: model_type is {values.get('model_type')!r}, expected 'gpt2'", hint)
+    if values.get("add_cross_attention") or values.get("scale_attn_weights") is False:
+        raise MismatchError(f"{where}: cross-attention and unscaled attention are not supported", hint)
+    activation = values.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise MismatchError(f"{where}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}", hint)
+    try:
+        width = int(values.get("n_embd", 768))
+        vocab_size = int(values.get("vocab_size", 50257))
+        eos = values.get("eos_token_id", vocab_size - 1)
+        config = GPT2Config(
+            vocab_size=vocab_size, context=int(values.get("n_positions", 1024)), width=width,
+            layers=int(values.get("n_layer", 12)), heads=int(values.get("n_head", 12)),
+            inner=int(values.get("n_inner") or 4 * width), epsilon=float(values.get("layer_norm_epsilon", 1e-5)),
+            gelu=ACTIVATIONS[activation], tied=bool(values.get("tie_word_embeddings", True)),
+            scale_by_layer=bool(values.get("scale_attn_by_inverse_layer_idx", False)),
+            eos_id=int(eos[0] if isinstance(eos, list) else eos),
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise MismatchError(f"{where}: a size in it is not a number", hint) from error
+    if min(vocab_size, config.context, width, config.layers, config.heads) < 1 or width % config.heads:
+        raise MismatchError(f"{where}: {width} wide, {config.heads} heads is not a GPT-2", hint)
+    if not 0 <= config.eos_id < vocab_size:
+        raise MismatchError(f"{where}: eos_token_id {config.eos_id} is outside the vocabulary of {vocab_size}", hint)
+    return config
+
+
+class ActiveAdapters(Protocol):
+    """What the network asks at each adapted projection."""
+
+    def add(
+        self, site: str, x: Float[Tensor, "rows time inputs"], y: Float[Tensor, "rows time outputs"]
+    ) -> Float[Tensor, "rows time outputs"]:
+        """Returns `y` plus the update of the adapters at `site` for the input `x`."""
+
+
+class KVCache:
+    """Keys and values of a batch, allocated once, with a length per row.
+
+    Rows may have different lengths: prompts are padded on the right, and what a row wrote beyond its length is
+    masked until its own later tokens overwrite it.
+    """
+
+    def __init__(self, config: GPT2Config, rows: int, max_tokens: int, like: Tensor) -> None:
+        shape = (config.layers, 2, rows, config.heads, max_tokens, config.head_dim)
+        self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.used = 0
+
+    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores `[rows, heads, time, head_dim]` at `positions` `[rows, time]`; returns all keys and values so far."""
+        store, rows = self.buffer[layer], torch.arange(positions.shape[0], device=positions.device)[:, None]
+        store[0][rows, :, positions] = keys.transpose(1, 2)
+        store[1][rows, :, positions] = values.transpose(1, 2)
+        return store[0][:, :, : self.used], store[1][:, :, : self.used]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drops all rows but these."""
+        self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
+
+
+@dataclass
+class Context:
+    """What one forward pass carries from block to block."""
+
+    adapters: ActiveAdapters | None
+    cache: KVCache | None
+    positions: Tensor
+    mask: Tensor | None
+
+
+class Attention(nn.Module):
+    """Causal self-attention (Vaswani et al. 2017, section 3.2) with fused q, k and v."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.width, 3 * config.width)
+        self.c_proj = nn.Linear(config.width, config.width)
+        self.layer, self.heads = layer, config.heads
+        self.scale = 1 / math.sqrt(config.head_dim) / (layer + 1 if config.scale_by_layer else 1)
+
+    def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
+        """Returns the attention's contribution to the residual stream."""
+        rows, time, width = x.shape
+        fused = project(self.c_attn, f"h.{self.layer}.attn.c_attn", x, context.adapters)
+        q, k, v = fused.view(rows, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if context.cache is not None:
+            cached_k, cached_v = context.cache.write(self.layer, context.positions, k, v)
+            if context.mask is not None:
+                k, v = cached_k, cached_v
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
+        )
+        mixed = mixed.transpose(1, 2).reshape(rows, time, width)
+        return project(self.c_proj, f"h.{self.layer}.attn.c_proj", mixed, context.adapters)
+
+
+class MLP(nn.Module):
+    """Two projections with GELU between them; the tanh form is GPT-2's own (Hendrycks and Gimpel 2016)."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, config.inner)
+        self.c_proj = nn.Linear(config.inner, config.width)
+        self.layer, self.gelu = layer, config.gelu
+
+    def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
+        """Returns the MLP's contribution to the residual stream."""
+        inner = project(self.c_fc, f"h.{self.layer}.mlp.c_fc", x, context.adapters)
+        inner = F.gelu(inner, approximate=self.gelu)
+        return project(self.c_proj, f"h.{self.layer}.mlp.c_proj", inner, context.adapters)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, eps=config.epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.width, eps=config.epsilon)
+        self.mlp = MLP(config, layer)
+
+    def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
+        """Returns the residual stream after the block."""
+        x = x + self.attn(self.ln_1(x), context)
+        result: Tensor = x + self.mlp(self.ln_2(x), context)
+        return result
+
+
+class GPT2(nn.Module):
+    """The frozen base. `forward` gives hidden states; `logits` applies the head to those that need it."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.width)
+        self.wpe = nn.Embedding(config.context, config.width)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width, eps=config.epsilon)
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Float[Tensor, "vocab width"]:
+        """The weight of the output projection: the token embeddings, unless the checkpoint unties them."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self, tokens: Int[Tensor, "rows time"], adapters: ActiveAdapters | None = None, cache: KVCache | None = None
+    ) -> Float[Tensor, "rows time width"]:
+        """Returns the hidden states after the last norm.
+
+        With a cache the tokens continue each row at its own length; the caller sets the lengths afterwards
+        (`generate` does), because rows padded on the right grow by less than `time`. Positions beyond the
+        context are the caller's error and raise `IndexError`.
+        """
+        time = tokens.shape[1]
+        steps = torch.arange(time, device=tokens.device)
+        if cache is None:
+            if time > self.config.context:
+                raise IndexError(f"{time} tokens exceed the context of {self.config.context}")
+            context = Context(adapters, None, steps[None].expand(tokens.shape[0], -1), None)
+        else:
+            context = self._continue(steps, adapters, cache)
+        x = self.wte(tokens) + self.wpe(context.positions)
+        for block in self.h:
+            x = block(x, context)
+        result: Tensor = self.ln_f(x)
+        return result
+
+    def _continue(self, steps: Tensor, adapters: ActiveAdapters | None, cache: KVCache) -> Context:
+        positions = cache.lengths[:, None] + steps[None]
+        fresh = cache.used == 0
+        cache.used += steps.shape[0]
+        if cache.used > cache.buffer.shape[4]:
+            raise IndexError(f"{cache.used} tokens exceed the cache of {cache.buffer.shape[4]}")
+        if fresh:
+            return Context(adapters, cache, positions, None)
+        keys = torch.arange(cache.used, device=steps.device)
+        return Context(adapters, cache, positions, (keys[None, None] <= positions[:, :, None])[:, None])
+
+    def logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape vocab"]:
+        """Returns the scores of the next token for each hidden state."""
+        return F.linear(hidden, self.head)
+
+
+def project(
+    linear: nn.Linear, site: str, x: Float[Tensor, "rows time inputs"], adapters: ActiveAdapters | None
+) -> Float[Tensor, "rows time outputs"]:
+    """Returns the frozen projection of `x`, plus the adapters' update where there is one."""
+    y: Tensor = linear(x)
+    return y if adapters is None else adapters.add(site, x, y)

@@ -1,0 +1,119 @@
+"""The maths of one adapter: which projections it changes, how it starts, how it is scaled.
+
+An update of a projection with weight W `[out, in]` is `scale * B @ A` with A `[rank, in]`, B `[out, rank]` and
+scale = alpha / rank (Hu et al. 2021, section 4.1) or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
+Adapting only some of q, k and v of rank r is exactly a c_attn update of rank n·r whose B is zero outside n blocks
+(slice rows × the slice's own columns), with alpha raised so that the scale stays: any PEFT loader can run it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_gpt2.model.gpt2 import TARGETS, GPT2Config
+from lora_gpt2.recipe import LoraSettings
+
+SLICES = ("c_attn.q", "c_attn.k", "c_attn.v")
+
+
+@dataclass(frozen=True)
+class LoraUpdate:
+    """The update of one projection: `a` `[rank, in]`, `b` `[out, rank]`, both float32."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Rows of `a`."""
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """The factor of `b @ a`."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The updates of one adapter by site, such as `h.0.attn.c_attn`."""
+
+    updates: Mapping[str, LoraUpdate]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank at each site."""
+        return {site: update.rank for site, update in self.updates.items()}
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """How one of `TARGETS` is adapted: PEFT's rank and alpha, and the non-zero blocks of B (None: all of it)."""
+
+    target: str
+    rank: int
+    alpha: float
+    blocks: tuple[tuple[slice, slice], ...] | None
+
+
+def list_sites(config: GPT2Config, targets: tuple[str, ...] = TARGETS) -> list[str]:
+    """Returns the site names of the targets, layer by layer."""
+    return [f"h.{layer}.{target}" for layer in range(config.layers) for target in targets]
+
+
+def target_of(site: str) -> str:
+    """Returns the target of a site: `h.3.mlp.c_fc` → `mlp.c_fc`."""
+    return site.split(".", 2)[2]
+
+
+def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]:
+    """Returns how each adapted projection is built, in the order of `TARGETS`."""
+    plans = []
+    slices = [s for s in SLICES if s in settings.targets]
+    for target in TARGETS:
+        name = "c_attn" if target == "attn.c_attn" else target
+        if name in settings.targets:
+            rank = settings.rank_of(name)  # type: ignore[arg-type]
+            plans.append(TargetPlan(target, rank, settings.alpha, None))
+        elif name == "c_attn" and slices:
+            rank, count, d = settings.rank_of(slices[0]), len(slices), config.width  # type: ignore[arg-type]
+            alpha = settings.alpha * (math.sqrt(count) if settings.rslora else count)
+            blocks = tuple(
+                (slice(SLICES.index(s) * d, (SLICES.index(s) + 1) * d), slice(i * rank, (i + 1) * rank))
+                for i, s in enumerate(slices)
+            )
+            plans.append(TargetPlan(target, rank * count, alpha, blocks))
+    return plans
+
+
+def build_adapter(config: GPT2Config, settings: LoraSettings, seed: int) -> Adapter:
+    """Returns a fresh adapter, which changes nothing: A uniform in ±1/sqrt(in) as in PEFT (Kaiming, a = sqrt 5), B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    plans = {plan.target: plan for plan in plan_targets(config, settings)}
+    updates = {}
+    for site in list_sites(config):
+        if plan := plans.get(target_of(site)):
+            inputs, outputs = config.shape_of(plan.target)
+            a = torch.empty(plan.rank, inputs).uniform_(-1, 1, generator=generator) / math.sqrt(inputs)
+            updates[site] = LoraUpdate(a, torch.zeros(outputs, plan.rank), plan.alpha, settings.rslora)
+    return Adapter(updates)
+
+
+def count_parameters(config: GPT2Config, settings: LoraSettings) -> int:
+    """Returns the number of trainable parameters, without the structural zeros of sliced targets."""
+    total = 0
+    for plan in plan_targets(config, settings):
+        inputs, outputs = config.shape_of(plan.target)
+        if plan.blocks is None:
+            trained = outputs * plan.rank
+        else:
+            trained = sum((r.stop - r.start) * (c.stop - c.start) for r, c in plan.blocks)
+        total += inputs * plan.rank + trained
+    return total * config.layers

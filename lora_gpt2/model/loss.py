@@ -1,0 +1,78 @@
+"""Cross-entropy over a frozen head, a chunk of rows at a time.
+
+The logits of a whole batch never exist: each chunk's are computed, scored in float32, overwritten by their gradient
+and folded into the gradient of the hidden states. The head gets no gradient, so nothing is computed twice and the
+extra memory is one chunk, `rows * vocabulary` numbers, whatever the batch is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+IGNORE = -100
+CPU_ROWS, DEVICE_ROWS = 256, 1024
+
+
+def rows_per_chunk(hidden: Tensor) -> int:
+    """Rows whose logits fit a CPU's cache, or fill a GPU."""
+    return CPU_ROWS if hidden.device.type == "cpu" else DEVICE_ROWS
+
+
+def measure_nll(
+    hidden: Float[Tensor, "tokens width"], head: Float[Tensor, "vocab width"], targets: Int[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
+    """Returns the negative log-likelihood of each target in nats, float32; 0 where the target is `IGNORE`."""
+    result = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    with torch.no_grad():
+        step = rows_per_chunk(hidden)
+        for start in range(0, len(targets), step):
+            logits = F.linear(hidden[start : start + step], head).float()
+            wanted = targets[start : start + step]
+            result[start : start + step] = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
+    return result
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        step = rows_per_chunk(hidden)
+        for start in range(0, len(targets), step):
+            rows = slice(start, start + step)
+            kept = targets[rows] != IGNORE
+            wanted = targets[rows].clamp_min(0)[:, None]
+            logits = F.linear(hidden[rows], head).float()
+            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+            nll[rows] = ((normaliser - logits.gather(1, wanted))[:, 0]) * kept
+            factor = (weights[rows] * kept)[:, None]
+            softmax = logits.sub_(normaliser).exp_()
+            softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype))
+            torch.mm(softmax.mul_(factor).to(head.dtype), head, out=gradient[rows])
+        ctx.save_for_backward(gradient)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "tokens width"],
+    head: Float[Tensor, "vocab width"],
+    targets: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
+    """Returns (sum of weight × NLL, NLL per token), in nats; differentiable in `hidden` through the first.
+
+    Targets equal to `IGNORE` count nothing. With weights 1/n_k on the tokens of domain k, the sum is the sum over the
+    domains of their mean NLL, so each domain's gradient is what it would be alone.
+    """
+    loss, nll = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)
+    return loss, nll.detach()

@@ -1,0 +1,298 @@
+"""Every setting, once: its name, default, bounds and help (the docstring under it).
+
+A recipe is a YAML file with the sections below; `--set section.key=value` goes through the same models. Unknown keys
+are refused with the nearest valid one. Precedence: command line, recipe file, default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_gpt2.core.errors import NotFoundError, RecipeError
+
+Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+Share = Annotated[float, Field(ge=0.0, le=0.5)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Shared behaviour of all sections: closed, immutable, finite, documented by attribute docstrings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DataSettings(Section):
+    """Where the text is and how it becomes blocks of tokens."""
+
+    sources: tuple[str, ...] = ()
+    """Files, folders or globs (.txt, .md, .json, .jsonl) of the domain's text."""
+    validation: tuple[str, ...] = ()
+    """Files to validate on; without them a share of the sources is held out."""
+    test: tuple[str, ...] = ()
+    """Files kept for the final measurement; without them a share of the sources is held out."""
+    profile: Literal["prose", "code", "raw"] = "prose"
+    """Cleaning: prose (line ends, control characters, spaces), code (line ends, NUL), raw (nothing)."""
+    text_field: str = "text"
+    """Field of a JSON object that holds the document."""
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not valid text: stop with file:offset, or replace and count."""
+    block_size: Annotated[int, Field(ge=16, le=1024)] = 512
+    """Tokens per block; at most the base's context."""
+    validation_share: Share = 0.05
+    """Share of documents held out for validation, by hash of their content."""
+    test_share: Share = 0.05
+    """Share of documents held out for testing, by hash of their content."""
+
+
+class LoraSettings(Section):
+    """Shape and scale of the adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    """Rank of each update."""
+    alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
+    """Updates are scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    """Projections to adapt; c_attn.q, c_attn.k and c_attn.v adapt slices of c_attn."""
+    ranks: dict[Target, Annotated[int, Field(ge=1, le=512)]] = {}
+    """Ranks of single targets where they differ from `rank`."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input while training."""
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> LoraSettings:
+        slices = [t for t in self.targets if t.startswith("c_attn.")]
+        if slices and "c_attn" in self.targets:
+            raise ValueError(f"targets name c_attn and its slice {slices[0]}; name one or the other")
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("targets name the same projection twice")
+        if missing := sorted(set(self.ranks) - set(self.targets)):
+            raise ValueError(f"ranks name {missing[0]}, which is not among the targets")
+        if len({self.rank_of(t) for t in slices}) > 1:
+            raise ValueError("the slices of c_attn share one rank; give them the same in ranks")
+        return self
+
+    def rank_of(self, target: Target) -> int:
+        """Returns the rank of one target."""
+        return self.ranks.get(target, self.rank)
+
+
+class TrainSettings(Section):
+    """The training loop."""
+
+    steps: Positive | None = None
+    """Optimizer steps; overrides epochs."""
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 3.0
+    """Passes over the training blocks, when steps is not given."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after warm-up: falls to a tenth (cosine), to zero (linear), or stays."""
+    warmup_share: Share = 0.05
+    """Share of the steps over which the learning rate rises from zero."""
+    batch_tokens: Positive = 4096
+    """Tokens per optimizer step and adapter, rounded down to whole blocks."""
+    micro_batch_tokens: Positive = 4096
+    """Tokens per forward pass over all adapters; the batch is accumulated from passes of this size."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decoupled weight decay of AdamW."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of an adapter's gradient; 0 switches clipping off."""
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between validations; 0 chooses a tenth of the run."""
+    validation_tokens: Positive = 16384
+    """Most tokens of a validation during the run; the one at the end uses all of them."""
+    keep_best: bool = True
+    """Publish the weights with the best validation instead of the last ones."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 200
+    """Steps between checkpoints; 0 keeps one only when the run is interrupted."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initialisation, data order and dropout."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Numbers of the frozen base; auto takes the fastest that the device computes natively."""
+
+
+class EvaluateSettings(Section):
+    """How perplexity is measured."""
+
+    window: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Tokens a prediction may see; 0 takes the base's context."""
+    stride: Annotated[int, Field(ge=0, le=1024)] = 0
+    """New tokens scored per window; 0 takes half the window."""
+    protocol: Literal["document", "stream"] = "document"
+    """document: each on its own, after EOS; stream: one sequence, as in Hugging Face's documentation."""
+    batch_tokens: Positive = 8192
+    """Tokens per forward pass."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Numbers of the base while measuring."""
+
+
+class GenerateSettings(Section):
+    """How text is continued."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=1024)] = 150
+    """Most tokens to add."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.7
+    """Divides the logits; 0 always takes the likeliest token (greedy)."""
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = 50
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Keep the smallest set of tokens with this probability; 1 keeps all."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Divides positive logits of tokens already seen, multiplies negative ones; 1 is off."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Numbers of the base while generating."""
+
+    @model_validator(mode="after")
+    def _check_temperature(self) -> GenerateSettings:
+        if 0 < self.temperature < 1e-3:
+            raise ValueError("temperature is 0 (greedy) or at least 0.001")
+        return self
+
+
+class Recipe(Section):
+    """One adapter: its base, its text, and every setting."""
+
+    name: str = ""
+    """Name of the adapter in the store."""
+    description: str = ""
+    """A line for people: what the adapter is for."""
+    base: str = "nano"
+    """The frozen model: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a hub id or a folder."""
+    data: DataSettings = DataSettings()
+    """Where the text is and how it becomes blocks."""
+    lora: LoraSettings = LoraSettings()
+    """Shape and scale of the adapter."""
+    train: TrainSettings = TrainSettings()
+    """The training loop."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """How perplexity is measured."""
+    generate: GenerateSettings = GenerateSettings()
+    """How text is continued."""
+
+
+SECTIONS = ("data", "lora", "train", "evaluate", "generate")
+
+
+def list_keys() -> list[str]:
+    """Returns every key that a recipe file or `--set` may name, dotted."""
+    keys = [name for name in Recipe.model_fields if name not in SECTIONS]
+    for section in SECTIONS:
+        model = Recipe.model_fields[section].annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        keys += [f"{section}.{name}" for name in model.model_fields]
+    return keys
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns a hint that names the nearest of the known words, or lists them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    last = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
+    if choice := last[:1] or near:
+        return f"did you mean '{choice[0]}'?"
+    return f"known are: {', '.join(known)}" if known else "there are none yet"
+
+
+def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Returns the validated recipe; raises `RecipeError` that names `where`, the key, and the nearest valid key."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(f"{where}: there is no setting '{key}'", suggest(key, list_keys())) from error
+        reason = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], Section | Mapping) else f", found {first['input']!r}"
+        raise RecipeError(f"{where}: {key or 'recipe'}: {reason}{given}", describe_key(key)) from error
+
+
+def describe_key(key: str) -> str:
+    """Returns the help text of a dotted key as a hint."""
+    model: type[BaseModel] = Recipe
+    text = "see 'lora-gpt2 recipes show'"
+    for part in key.split("."):
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        text = f"{key}: {field.description}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    return text
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Splits `section.key=value` into path and value; the value is read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set {text}: expected section.key=value", "for example --set train.steps=300")
+    try:
+        return key.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}: the value is not valid YAML", "quote it, for example 'a.b=\"x: y\"'") from error
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Returns a copy of the nested mapping with each `section.key=value` set."""
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for text in overrides:
+        path, value = parse_override(text)
+        place = result
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise RecipeError(f"--set {text}: '{part}' is not a section", suggest(".".join(path), list_keys()))
+        place[path[-1]] = value
+    return result
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file; sources in it are relative to the file's folder."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise NotFoundError(f"there is no recipe {path}", "see 'lora-gpt2 recipes list'") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}", "a recipe is a YAML file in UTF-8") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f":{place.line + 1}" if place else ""
+        raise RecipeError(f"{path}{line}: not valid YAML", "see 'lora-gpt2 recipes list' for examples") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected settings, found {type(values).__name__}", "see 'lora-gpt2 recipes list'")
+    data = values.get("data")
+    if isinstance(data, dict):
+        for key in ("sources", "validation", "test"):
+            if isinstance(data.get(key), list):
+                data[key] = [_relative_to(path.parent, str(source)) for source in data[key]]
+    return values
+
+
+def _relative_to(folder: Path, source: str) -> str:
+    return source if Path(source).is_absolute() else str(folder / source)
+
+
+def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) -> Recipe:
+    """Returns the recipe of a file (or the defaults), with `--set` overrides and then named flags on top.
+
+    `flags` are dotted keys with `.` written as `__`; None and empty tuples are left out.
+    """
+    values = read_recipe(path) if path else {}
+    values = apply_overrides(values, overrides)
+    for key, value in flags.items():
+        if value is None or value == ():
+            continue
+        section, _, name = key.rpartition("__")
+        place = values.setdefault(section, {}) if section else values
+        place[name] = value
+    return build_recipe(values, str(path) if path else "settings")
