@@ -186,7 +186,8 @@ def list_keys() -> list[str]:
     keys = [name for name in Recipe.model_fields if name not in SECTIONS]
     for section in SECTIONS:
         model = Recipe.model_fields[section].annotation
-        assert isinstance(model, type) and issubclass(model, Section)
+        assert isinstance(model, type)
+        assert issubclass(model, Section)
         keys += [f"{section}.{name}" for name in model.model_fields]
     return keys
 
@@ -237,7 +238,9 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     try:
         return key.strip().split("."), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: the value is not valid YAML", "quote it, for example 'a.b=\"x: y\"'") from error
+        raise RecipeError(
+            f"--set {text}: the value is not valid YAML", "quote it, for example 'a.b=\"x: y\"'"
+        ) from error
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -296,3 +299,21 @@ def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) 
         place = values.setdefault(section, {}) if section else values
         place[name] = value
     return build_recipe(values, str(path) if path else "settings")
+
+
+def _recipe_dirs() -> list[Path]:
+    package = Path(__file__).parent
+    return [folder for folder in (package / "_recipes", package.parent / "recipes") if folder.is_dir()]
+
+
+def list_recipes() -> list[Path]:
+    """Returns the recipes that come with the package."""
+    return sorted(path for folder in _recipe_dirs()[:1] for path in folder.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Returns the bundled recipe of that name; raises `NotFoundError` with the nearest."""
+    known = {path.stem: path for path in list_recipes()}
+    if name not in known:
+        raise NotFoundError(f"there is no recipe '{name}'", suggest(name, known))
+    return known[name]

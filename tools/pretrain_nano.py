@@ -2,8 +2,9 @@
 
 What it does: trains a byte-level BPE, tokenises the corpus once into a memory map, trains a GPT-2 with Muon (hidden
 matrices) and AdamW (embeddings, norms, biases) on a constant rate that falls linearly to zero over the last quarter,
-and exports a Hugging Face folder in float16. Until the decay, sequences are half as long: attention costs less, and the
-last quarter is enough to learn the far positions (sequence-length warm-up, Li et al. 2022, arXiv:2108.06084). It gives up nothing but generality: one model, one corpus, one process.
+and exports a Hugging Face folder in float16. Until the decay, sequences are half as long: attention costs less, and
+the last quarter is enough to learn the far positions (sequence-length warm-up, Li et al. 2022, arXiv:2108.06084).
+It gives up nothing but generality: one model, one corpus, one process.
 
     python tools/pretrain_nano.py --corpus ../shared/data/corpus --work build/nano --out lora_gpt2/bases/nano
 
@@ -240,7 +241,10 @@ def train(args: argparse.Namespace) -> None:
             log.write(json.dumps(record) + "\n")
         if now - last_log > 20:
             left = (num_steps - step) * seconds / step / 60
-            print(f"step {step}/{num_steps} loss {loss:.3f} {seen / seconds:,.0f} tokens/s {left:.0f} min left", flush=True)
+            print(
+                f"step {step}/{num_steps} loss {loss:.3f} {seen / seconds:,.0f} tokens/s {left:.0f} min left",
+                flush=True,
+            )
             last_log = now
         if now - last_save > args.save_minutes * 60 or step == num_steps:
             save_checkpoint(checkpoint, {
@@ -261,6 +265,7 @@ def export(model: GPT2LMHeadModel, args: argparse.Namespace, figures: dict[str, 
     model.config.use_cache = True
     model.half().save_pretrained(args.out)
     (args.out / "generation_config.json").unlink(missing_ok=True)
+    (args.out / "model.safetensors").chmod(0o644)  # safetensors writes 0600
     tokenizer = GPT2TokenizerFast(
         vocab=str(args.work / "vocab.json"), merges=str(args.work / "merges.txt"), unk_token=EOS, bos_token=EOS,
         eos_token=EOS, model_max_length=SETTINGS["context"], add_prefix_space=False,

@@ -102,17 +102,15 @@ def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
     """
     whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     hint = "a GPT-2 folder has tokenizer.json, or vocab.json and merges.txt"
+    if not whole.exists() and not (vocab.exists() and merges.exists()):
+        raise NotFoundError(f"{folder} has no tokenizer", hint)
     try:
         if whole.exists():
             backend = BackendTokenizer.from_file(str(whole))
-        elif vocab.exists() and merges.exists():
+        else:
             backend = BackendTokenizer(models.BPE.from_file(str(vocab), str(merges)))
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = decoders.ByteLevel()
-        else:
-            raise NotFoundError(f"{folder} has no tokenizer", hint)
-    except NotFoundError:
-        raise
     except Exception as error:  # `tokenizers` raises bare Exception for everything
         raise CorruptError(f"the tokenizer in {folder} cannot be read: {error}", hint) from error
     if not isinstance(backend.model, models.BPE) or backend.get_vocab_size(with_added_tokens=False) < 256:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,13 @@ Layout = Literal["training", "inference"]
 
 @dataclass
 class BankSite:
-    """Views of one projection: `a` `[slots, rank, in]`, `bt` `[slots, rank, out]`, `scale` `[slots]`."""
+    """Views of one projection: `a` `[slots, rank, in]`, `bt` `[slots, rank, out]`, gradients, `scale` `[slots]`."""
 
     a: Tensor
     bt: Tensor
     scale: Tensor
+    a_gradient: Tensor | None = None
+    bt_gradient: Tensor | None = None
 
 
 class AdapterBank:
@@ -106,7 +108,7 @@ class AdapterBank:
     def read(self, slot: int, flat: Tensor | None = None) -> Adapter:
         """Returns a slot's adapter as float32 copies on the CPU, from `flat` (a buffer of this layout) if given."""
         updates = {}
-        views = {}
+        views: dict[str, list[Tensor]] = {}
         for site, offset, width in self._spans:
             view = self._view(self.flat if flat is None else flat, offset, self.ranks[site], width)[slot]
             views.setdefault(site, []).append(view.detach().to("cpu", torch.float32))
@@ -116,20 +118,23 @@ class AdapterBank:
         return Adapter(updates)
 
     def enable_gradients(self) -> Tensor:
-        """Makes every view a leaf whose gradient is a view of one buffer like `flat`; returns that buffer."""
+        """Lets `TrainingRows` add gradients into a buffer like `flat`, whose views each site gets; returns it."""
         gradient = torch.zeros_like(self.flat)
         for site, offset, width in self._spans:
             place = self.sites[site]
-            view = place.a if offset == self._offset_of(site) else place.bt
-            view.requires_grad_()
-            view.grad = self._view(gradient, offset, self.ranks[site], width)
+            view = self._view(gradient, offset, self.ranks[site], width)
+            if offset == self._offset_of(site):
+                place.a_gradient = view
+                place.a.requires_grad_()  # the anchor by which autograd finds the way back to `SlotUpdate`
+            else:
+                place.bt_gradient = view
         return gradient
 
     def _offset_of(self, site: str) -> int:
         return next(offset for name, offset, _ in self._spans if name == site)
 
     def build_mask(self, plans: Sequence[Sequence[TargetPlan]]) -> Tensor | None:
-        """Returns a 0/1 buffer like `flat` that keeps the structural zeros of sliced targets, or None if there are none.
+        """Returns a 0/1 buffer like `flat` that keeps the structural zeros of sliced targets, or None without any.
 
         `plans` gives the target plans of each slot.
         """
@@ -148,18 +153,48 @@ class AdapterBank:
         return mask
 
 
+class SlotUpdate(torch.autograd.Function):
+    """`y + scale * (x Aᵀ) B` for each slot; its backward adds the gradients of A and B into the bank's buffer.
+
+    Saves x `[slots, tokens, in]` and z = scale * x Aᵀ `[slots, tokens, rank]`; the gradients of the frozen projection
+    flow on through y.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, place: BankSite, slots: list[int] | slice) -> Tensor:
+        """Returns `[slots, tokens, out]`."""
+        ctx.place, ctx.slots = place, slots
+        scale = place.scale[slots, None, None].to(x.dtype)
+        z = torch.bmm(x, a[slots].mT.to(x.dtype)).mul_(scale)
+        ctx.save_for_backward(x, z)
+        return torch.baddbmm(y, z, place.bt[slots].to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        """Adds to the gradients of A and B; returns those of x and y."""
+        (dy,), (x, z), place, slots = upstream, ctx.saved_tensors, ctx.place, ctx.slots
+        scale = place.scale[slots, None, None].to(x.dtype)
+        dz = torch.bmm(dy, place.bt[slots].mT.to(dy.dtype)).mul_(scale)
+        place.bt_gradient[slots] += torch.bmm(z.mT, dy)
+        place.a_gradient[slots] += torch.bmm(dz.mT, x)
+        dx = torch.bmm(dz, place.a[slots].to(dz.dtype)) if ctx.needs_input_grad[0] else None
+        return dx, dy, None, None, None
+
+
 class TrainingRows:
     """Adapters for training: the batch holds the same number of rows for each of `slots`, in order.
 
-    Autograd reaches the bank's views; the base's weights are constants. `dropout` drops the adapter's input, with a
+    The base's weights are constants; gradients go to the bank's buffer. `dropout` drops the adapter's input, with a
     mask drawn from `generator`.
     """
 
     def __init__(
         self, bank: AdapterBank, slots: Sequence[int], dropout: float = 0.0, generator: torch.Generator | None = None
     ) -> None:
-        self.bank, self.slots, self.dropout, self.generator = bank, list(slots), dropout, generator
-        self.all = self.slots == list(range(bank.num_slots))
+        self.bank, self.dropout, self.generator = bank, dropout, generator
+        self.num_slots = len(slots)
+        whole = list(slots) == list(range(bank.num_slots))
+        self.slots: list[int] | slice = slice(None) if whole else list(slots)
 
     def add(
         self, site: str, x: Float[Tensor, "rows time inputs"], y: Float[Tensor, "rows time outputs"]
@@ -168,15 +203,14 @@ class TrainingRows:
         place = self.bank.sites.get(site)
         if place is None:
             return y
-        a, bt, scale = place.a, place.bt, place.scale
-        if not self.all:
-            a, bt, scale = a[self.slots], bt[self.slots], scale[self.slots]
-        count = len(self.slots)
         if self.dropout:
             keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.dropout
             x = x * keep / (1 - self.dropout)
-        z = torch.bmm(x.reshape(count, -1, x.shape[2]), a.mT.to(x.dtype)) * scale[:, None, None].to(x.dtype)
-        return torch.baddbmm(y.view(count, -1, y.shape[2]), z, bt.to(x.dtype)).view(y.shape)
+        rows = (self.num_slots, x.shape[0] // self.num_slots * x.shape[1])
+        result: Tensor = SlotUpdate.apply(  # type: ignore[no-untyped-call]
+            x.reshape(*rows, x.shape[2]), y.view(*rows, y.shape[2]), place.a, place, self.slots
+        )
+        return result.view(y.shape)
 
 
 class InferenceRows:

@@ -35,7 +35,14 @@ HUB_NAMES = {
     "distilgpt2": "distilbert/distilgpt2",
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json", "merges.txt"]
+HUB_FILES = [
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+]
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
@@ -114,7 +121,9 @@ def list_weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        pickled = " (pytorch_model.bin is a pickle, which may run code)" if (folder / "pytorch_model.bin").exists() else ""
+        pickled = (
+            " (pytorch_model.bin is a pickle, which may run code)" if (folder / "pytorch_model.bin").exists() else ""
+        )
         raise NotFoundError(
             f"{folder} has no model.safetensors{pickled}",
             "save it again with transformers: model.save_pretrained(folder, safe_serialization=True)",
@@ -161,6 +170,12 @@ def load_base(name: str, runtime: Runtime) -> Base:
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False).eval()
     return Base(name, folder, config, model, tokenizer, fingerprint_base(folder), runtime)
+
+
+def load_base_tokenizer(name: str) -> Tokenizer:
+    """Returns a base's tokenizer alone, without reading its weights; raises as `load_base`."""
+    folder = find_base(name)
+    return load_tokenizer(folder, parse_config(read_config(folder), str(folder / "config.json")).eos_id)
 
 
 def _read_state(files: list[Path], config: GPT2Config) -> list[tuple[str, Tensor]]:

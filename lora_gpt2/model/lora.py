@@ -80,10 +80,10 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
     for target in TARGETS:
         name = "c_attn" if target == "attn.c_attn" else target
         if name in settings.targets:
-            rank = settings.rank_of(name)  # type: ignore[arg-type]
+            rank = settings.rank_of(name)
             plans.append(TargetPlan(target, rank, settings.alpha, None))
         elif name == "c_attn" and slices:
-            rank, count, d = settings.rank_of(slices[0]), len(slices), config.width  # type: ignore[arg-type]
+            rank, count, d = settings.rank_of(slices[0]), len(slices), config.width
             alpha = settings.alpha * (math.sqrt(count) if settings.rslora else count)
             blocks = tuple(
                 (slice(SLICES.index(s) * d, (SLICES.index(s) + 1) * d), slice(i * rank, (i + 1) * rank))
@@ -94,7 +94,7 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
 
 
 def build_adapter(config: GPT2Config, settings: LoraSettings, seed: int) -> Adapter:
-    """Returns a fresh adapter, which changes nothing: A uniform in ±1/sqrt(in) as in PEFT (Kaiming, a = sqrt 5), B zero."""
+    """Returns a fresh adapter, which changes nothing: B is zero, A uniform in ±1/sqrt(in) as PEFT draws it."""
     generator = torch.Generator().manual_seed(seed)
     plans = {plan.target: plan for plan in plan_targets(config, settings)}
     updates = {}

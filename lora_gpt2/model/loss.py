@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-IGNORE = -100
+from lora_gpt2.data.blocks import IGNORE
+
 CPU_ROWS, DEVICE_ROWS = 256, 1024
 
 
@@ -74,5 +75,5 @@ def chunked_cross_entropy(
     Targets equal to `IGNORE` count nothing. With weights 1/n_k on the tokens of domain k, the sum is the sum over the
     domains of their mean NLL, so each domain's gradient is what it would be alone.
     """
-    loss, nll = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)
+    loss, nll = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
     return loss, nll.detach()

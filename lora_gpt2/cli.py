@@ -1,0 +1,141 @@
+"""The command line: finds commands, and turns errors into one line, a hint and an exit code. Nothing else.
+
+A command's module is imported only when it runs, so `--help` needs neither torch nor any command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Sequence
+
+import click
+
+from lora_gpt2 import __version__
+from lora_gpt2.core.console import RichReporter
+from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, ResourceError, UsageError
+from lora_gpt2.core.paths import translate_os_error
+
+COMMANDS = {
+    "demo": "Train adapters from text on this machine, swap them, print the matrix.",
+    "prepare": "Read, clean, split and tokenise text; train does it on demand.",
+    "train": "Train one adapter, or several together over one base.",
+    "generate": "Continue a prompt with an adapter, a mix, or several side by side.",
+    "evaluate": "Measure the perplexity of adapters and the base on text.",
+    "adapters": "List, show and import adapters of the store.",
+    "recipes": "List, show, copy and check recipes.",
+    "bases": "List and show bases.",
+    "bench": "Measure this machine: quality over domains, start-up times.",
+}
+
+
+class LazyGroup(click.Group):
+    """Lists commands from a table and imports one when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns the names in the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports `commands/<name>.py` and returns its `command`."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"lora_gpt2.commands.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the command; an unknown one is answered with the nearest."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from lora_gpt2.recipe import suggest
+
+            raise UsageError(f"there is no command '{args[0]}'", suggest(args[0], COMMANDS))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lora-gpt2")
+@click.option("-v", "--verbose", count=True, help="Say more on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, verbose: int, quiet: bool, debug: bool) -> None:
+    """One frozen GPT-2, many small adapters: train, keep, swap, mix and measure them.
+
+    \b
+    Examples:
+      lora-gpt2 demo
+      lora-gpt2 train --data my_text.txt --name mine
+      lora-gpt2 generate "Once upon a time" --adapter mine
+    """
+    ctx.obj = RichReporter(-1 if quiet else verbose)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit code of DESIGN's table."""
+    try:
+        result = cli.main(arguments, prog_name="lora-gpt2", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; leave quietly
+        return 0
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        if "--debug" in arguments:
+            traceback.print_exc()
+        ours = translate(error)
+        report(ours, as_json="--json" in arguments)
+        if isinstance(ours, Interrupted):
+            return 128 + ours.signal_number
+        return ours.exit_code
+
+
+def translate(error: BaseException) -> LoraGpt2Error:
+    """Returns our error for any that reached the top; what we do not know is a bug."""
+    if isinstance(error, LoraGpt2Error):
+        return error
+    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+        return Interrupted("stopped", "what was finished is kept")
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        hint = f"see '{context.command_path} --help'" if context else "see 'lora-gpt2 --help'"
+        return UsageError(error.format_message(), hint)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return ResourceError(
+            "there is not enough memory", "use smaller --set train.micro_batch_tokens or evaluate.batch_tokens"
+        )
+    if isinstance(error, OSError):
+        return translate_os_error(error, "use a file")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    identifier = f"{zlib.crc32(f'{place.name}:{type(error).__name__}'.encode()):08x}"
+    return LoraGpt2Error(
+        f"a bug ({identifier}): {type(error).__name__}: {error}", "please report it with the output of --debug"
+    )
+
+
+def report(error: LoraGpt2Error, as_json: bool) -> None:
+    """Writes an error: one line and a hint on stderr, or one JSON document on stdout."""
+    if as_json:
+        content = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+        sys.stdout.write(json.dumps({"error": content}) + "\n")
+        return
+    sys.stderr.write(f"error: {error.message}\n  {error.hint}\n")

@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM as a question that long work asks between two steps.
+
+The first signal is noted, so that the step in progress ends and is kept; the second ends the process at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lora_gpt2.core.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopRequest:
+    """`signal_number` is 0 until somebody asks the work to stop."""
+
+    signal_number = 0
+
+    def raise_if_asked(self, kept: str) -> None:
+        """Raises `Interrupted` if a signal came; `kept` says what the user has now."""
+        if self.signal_number:
+            raise Interrupted(f"stopped by {signal.Signals(self.signal_number).name}", kept, self.signal_number)
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Yields a request that a first signal fills in; outside the main thread it stays empty."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal_number = number
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Numbers to trust: perplexity, and the matrix of adapters and domains."""

@@ -1,0 +1,29 @@
+"""Opens a session for adapters named by a user: finds their base, and what 'all' means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_gpt2.inference.session import BASE, Session
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.manifest import Manifest
+
+
+def open_session(
+    store: Store, references: Sequence[str], base_name: str | None, precision: str
+) -> tuple[Session, list[str]]:
+    """Returns a session and the adapters meant; `all` is every adapter of this base, then the base.
+
+    Without a base's name it is that of the first adapter's manifest, else the default.
+    """
+    named = [reference for reference in references if reference not in (BASE, "all")]
+    if base_name is None:
+        base_name = store.read_manifest(named[0]).base.name if named else Recipe().base
+    base = load_base(base_name, choose_runtime(precision))
+    if "all" in references:
+        found = [m for m in store.iter_current() if isinstance(m, Manifest) and m.base.fingerprint == base.fingerprint]
+        references = [*(m.name for m in found), *(r for r in references if r not in ("all", BASE)), BASE]
+    return Session(base, store), list(dict.fromkeys(references))

@@ -1,0 +1,1 @@
+"""Training K >= 1 adapters together over one frozen base."""

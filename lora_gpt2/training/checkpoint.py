@@ -1,0 +1,126 @@
+"""Checkpoints of a run: whole, self-verifying, and tied to what the run was made of.
+
+A checkpoint is one file: the sha256 of the rest, then a safetensors blob with the tensors and, in its header, the
+JSON state. It is replaced by rename, the two newest are kept, and reading takes the newest that verifies.
+`identity.json` beside them says which recipes, data and base they belong to; resuming with others is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import CorruptError, MismatchError
+from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, write_atomic
+
+KEPT = 2
+DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run: of these adapter names into this store."""
+
+    path: Path
+
+    @property
+    def lock(self) -> Path:
+        """The file whose lock says that the run is in progress."""
+        return self.path / "lock"
+
+    def list_checkpoints(self) -> list[Path]:
+        """Returns the checkpoints, newest first."""
+        return sorted(self.path.glob("step-*.checkpoint"), reverse=True)
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Starts a run anew; checkpoints of an unfinished one are set aside in `previous/`."""
+        with os_errors_as_ours(f"write to {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            previous = self.path / "previous"
+            old = [*self.list_checkpoints(), *self.path.glob("*.json")]
+            if old:
+                shutil.rmtree(previous, ignore_errors=True)
+                previous.mkdir()
+                for file in old:
+                    os.replace(file, previous / file.name)
+            write_atomic(self.path / "identity.json", json.dumps(identity).encode())
+
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
+        """Raises `MismatchError` that lists what differs from the run on disk."""
+        try:
+            found = json.loads((self.path / "identity.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise CorruptError(f"{self.path} holds no run to resume", "start it without --resume") from error
+        flat_found, flat_wanted = _flatten(found), _flatten(json.loads(json.dumps(identity)))
+        different = sorted(k for k in flat_found | flat_wanted if flat_found.get(k) != flat_wanted.get(k))
+        if different:
+            changes = "; ".join(f"{k}: {flat_found.get(k)} then, {flat_wanted.get(k)} now" for k in different[:8])
+            raise MismatchError(f"the run to resume differs: {changes}", "restore these, or start without --resume")
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and drops all but the newest two."""
+        blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"state": json.dumps(state)})
+        with os_errors_as_ours(f"write a checkpoint to {self.path}"):
+            target = self.path / f"step-{step:09d}.checkpoint"
+            write_atomic(target, hashlib.sha256(blob).digest() + blob)
+            for old in self.list_checkpoints()[KEPT:]:
+                old.unlink()
+
+    def load(self, reporter: Reporter) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Returns the newest checkpoint that verifies, or None; says which ones were skipped."""
+        for path in self.list_checkpoints():
+            content = path.read_bytes()
+            digest, blob = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+            if hashlib.sha256(blob).digest() == digest:
+                try:
+                    return load(blob), _read_state(blob)
+                except (SafetensorError, ValueError, KeyError) as error:
+                    reporter.detail(f"{path.name}: {error}")
+            reporter.message(f"skipped {path.name}: it is damaged")
+        return None
+
+    def finish(self, published: list[str]) -> None:
+        """Notes what the run published and drops its checkpoints."""
+        write_atomic(self.path / "done.json", json.dumps(published).encode())
+        for path in self.list_checkpoints():
+            path.unlink()
+
+    def read_published(self) -> list[str]:
+        """Returns what a finished run published, or nothing if it is unfinished."""
+        try:
+            return [str(name) for name in json.loads((self.path / "done.json").read_bytes())]
+        except (OSError, ValueError):
+            return []
+
+
+def open_run_folder(store_root: Path, names: list[str]) -> RunFolder:
+    """Returns the folder for training these adapters into this store."""
+    key = fingerprint_json([str(store_root.resolve()), names])
+    return RunFolder(find_cache_dir() / "runs" / key)
+
+
+def _read_state(blob: bytes) -> dict[str, Any]:
+    length = int.from_bytes(blob[:8], "little")
+    state = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["state"])
+    assert isinstance(state, dict)
+    return state
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
+    if isinstance(value, list):
+        return {k: v for i, item in enumerate(value) for k, v in _flatten(item, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): value}
