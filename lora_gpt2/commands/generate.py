@@ -62,14 +62,12 @@ def command(
         click.echo(piece, nl=False)
         sys.stdout.flush()
 
-    if streams:
-        click.echo(prompt, nl=False)
     with catch_signals() as stop:
         outputs = generate(session, requests, recipe.generate, show if streams else None, stop, truncate == "left")
     stop_hint = "the text so far is above"
     results = [asdict(output) for output in outputs]
     if streams:
-        click.echo()
+        click.echo()  # the text is out already
     else:
         emit({"outputs": results}, as_json, lambda: _render(results))
     if seed is None:

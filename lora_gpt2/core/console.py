@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Task(Protocol):
     """One piece of long work with a known amount."""
 
@@ -20,6 +21,7 @@ class Task(Protocol):
         """Says that `amount` more units are done; `note` is shown beside the bar."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Where long work says how far it is."""
 

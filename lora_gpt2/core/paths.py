@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,18 +126,27 @@ def current_umask() -> int:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, what: str) -> Iterator[None]:
-    """Holds an exclusive lock that the kernel releases when the process dies; raises `ConflictError` if it is taken."""
+def hold_lock(path: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Holds an exclusive lock that the kernel releases when the process dies.
+
+    Raises `ConflictError`, which names the owner, if it is still taken after `wait_seconds`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_seconds
     with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise ConflictError(
-                f"{what} is in use by process {owner}", "wait until it ends, or choose another name with --name"
-            ) from error
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                raise ConflictError(
+                    f"{what} is in use by process {owner}", "wait until it ends, or choose another name with --name"
+                ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

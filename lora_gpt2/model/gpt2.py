@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
     return config
 
 
+@runtime_checkable
 class ActiveAdapters(Protocol):
     """What the network asks at each adapted projection."""
 

@@ -19,6 +19,8 @@ from lora_gpt2.core.paths import check_name, fsync_dir, hold_lock, os_errors_as_
 from lora_gpt2.recipe import suggest
 from lora_gpt2.store.manifest import MANIFEST, Manifest
 
+PUBLISH_WAIT_SECONDS = 30.0  # a publication takes milliseconds; another one may be in front
+
 
 @dataclass(frozen=True)
 class Store:
@@ -88,7 +90,7 @@ class Store:
         folder = self._adapter_dir(check_name(name))
         with os_errors_as_ours(f"publish '{name}' in {self.root}"):
             folder.mkdir(parents=True, exist_ok=True)
-            with hold_lock(folder / ".lock", f"the adapter '{name}'"):
+            with hold_lock(folder / ".lock", f"the adapter '{name}'", PUBLISH_WAIT_SECONDS):
                 version = max(self.list_versions(name), default=0) + 1
                 work = folder / f".{version}.{os.getpid()}.partial"
                 try:

@@ -1,0 +1,69 @@
+"""Tiny stand-ins for everything large: a base of two layers, a store, text. Shapes are checked while tests run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+from jaxtyping import install_import_hook
+
+SHAPED = ["lora_gpt2.model", "lora_gpt2.inference", "lora_gpt2.evaluation", "lora_gpt2.training.optimizer"]
+install_import_hook(SHAPED, "beartype.beartype")
+
+import pytest
+import torch
+
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.model.base import Base, load_base
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.store.catalog import Store
+from tests.builders import make_base_folder, make_text
+
+SHARED = Path(os.environ.get("LORA_GPT2_SHARED", "../shared"))
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches and stores of a test are its own."""
+    monkeypatch.setenv("LORA_GPT2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORA_GPT2_STORE", str(tmp_path / "store"))
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base_folder(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture
+def base(base_folder: Path) -> Base:
+    return load_base(str(base_folder), choose_runtime("float32", torch.device("cpu")))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def reporter() -> SilentReporter:
+    return SilentReporter()
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text(make_text(80), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"no shared data at {SHARED}: set LORA_GPT2_SHARED")
+    return SHARED / "data"

@@ -1,0 +1,31 @@
+from lora_gpt2.data.split import SECTION_CHARACTERS, iter_sections, split_documents
+
+TEXTS = [f"document {i}" for i in range(2000)]
+
+
+def test_parts_have_about_their_share_and_do_not_depend_on_order_or_additions():
+    parts = dict(zip(TEXTS, split_documents(TEXTS, 0.05, 0.1), strict=True))
+    counts = {part: list(parts.values()).count(part) for part in ("train", "validation", "test")}
+    assert 60 <= counts["validation"] <= 140
+    assert 150 <= counts["test"] <= 250
+    more = [*reversed(TEXTS), *(f"new {i}" for i in range(500))]
+    again = dict(zip(more, split_documents(more, 0.05, 0.1), strict=True))
+    assert all(again[text] == part for text, part in parts.items())
+
+
+def test_a_part_that_would_be_empty_gets_a_document():
+    assert sorted(split_documents(["a", "b", "c"], 0.01, 0.01)) == ["test", "train", "validation"]
+    assert split_documents(["a", "b"], 0.01, 0.0) == ["train", "train"]
+    assert split_documents(["a", "b", "c"], 0.0, 0.0) == ["train"] * 3
+
+
+def test_long_documents_are_cut_at_blank_lines_and_lose_nothing():
+    paragraphs = [f"paragraph {i} " + "x" * 500 for i in range(200)]
+    text = "\n\n".join(paragraphs)
+    sections = list(iter_sections(text))
+    assert "\n\n".join(sections) == text
+    assert all(len(section) >= SECTION_CHARACTERS for section in sections[:-1])
+    assert len(sections) > 5
+    longer = list(iter_sections(text + "\n\nmore"))
+    assert longer[: len(sections) - 1] == sections[:-1]
+    assert list(iter_sections("short")) == ["short"]

@@ -1,0 +1,133 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.errors import DataError, UsageError
+from lora_gpt2.evaluation.matrix import Source, measure_matrix, read_sources
+from lora_gpt2.evaluation.perplexity import Score, iter_document_windows, iter_stream_windows, measure_perplexity
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import DataSettings, EvaluateSettings
+from tests.builders import make_adapter
+
+TEXTS = ["the cat and the dog", "rain", "under another sun the dog ran in the rain " * 6, ""]
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 40, 41])
+@pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 3), (8, 1), (40, 20)])
+def test_document_windows_score_every_token_once_with_all_the_context_there_is(length, window, stride):
+    scored = []
+    for span in iter_document_windows(length, window, stride):
+        assert span.end - span.begin <= window
+        for target in range(span.first, span.end + 1):
+            scored.append(target)
+            assert target - span.begin >= min(target, window - stride + 1)
+    assert scored == list(range(1, length + 1))
+
+
+def huggingface_windows(length, max_length, stride):
+    """The loop of transformers' documentation ("Perplexity of fixed-length models"): scored target positions."""
+    previous, result = 0, []
+    for begin in range(0, length, stride):
+        end = min(begin + max_length, length)
+        target_length = end - previous
+        labels = list(range(begin, end))[-target_length:]
+        result.append((begin, end, [position for position in labels if position > begin]))
+        previous = end
+        if end == length:
+            break
+    return result
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 30, 33])
+@pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 4), (8, 1)])
+def test_stream_windows_are_those_of_the_documentation(length, window, stride):
+    wanted = [w for w in huggingface_windows(length, window, stride) if w[2]]
+    found = [(s.begin, s.end + 1, list(range(s.first, s.end + 1))) for s in iter_stream_windows(length, window, stride)]
+    assert [f for f in found if f[2]] == wanted
+
+
+def by_hand(base, ids, spans):
+    """NLL of the scored positions, one window at a time."""
+    total = 0.0
+    for begin, end, positions in spans:
+        logits = base.model.logits(base.model(torch.tensor([ids[begin : end - 1]])))[0]
+        for position in positions:
+            total += F.cross_entropy(logits[position - begin - 1], torch.tensor(ids[position])).item()
+    return total
+
+
+def test_documents_by_hand(base):
+    settings = EvaluateSettings(window=16, stride=8, batch_tokens=64)
+    score = measure_perplexity(base, TEXTS, settings)
+    total, tokens = 0.0, 0
+    for text in TEXTS:
+        ids = [base.tokenizer.eos_id, *base.tokenizer.encode(text)]
+        spans = [(w.begin, w.end + 1, range(w.first, w.end + 1)) for w in iter_document_windows(len(ids) - 1, 16, 8)]
+        total += by_hand(base, ids, spans)
+        tokens += len(ids) - 1
+    assert score.tokens == tokens
+    assert score.nll_nats == pytest.approx(total, rel=1e-5)
+    assert (score.words, score.bytes) == (sum(len(t.split()) for t in TEXTS), sum(map(len, TEXTS)))
+    assert score.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    assert score.word_perplexity == pytest.approx(math.exp(total / score.words), rel=1e-4)
+    assert score.bits_per_byte == pytest.approx(total / math.log(2) / score.bytes, rel=1e-5)
+
+
+def test_a_stream_by_hand(base):
+    settings = EvaluateSettings(window=16, stride=8, protocol="stream", batch_tokens=16)
+    ids = base.tokenizer.encode("\n\n".join(TEXTS))
+    score = measure_perplexity(base, TEXTS, settings)
+    assert score.tokens == len(ids) - 1
+    assert score.nll_nats == pytest.approx(by_hand(base, ids, huggingface_windows(len(ids), 16, 8)), rel=1e-5)
+
+
+def test_the_batch_does_not_change_the_score(base):
+    scores = [measure_perplexity(base, TEXTS, EvaluateSettings(batch_tokens=n)).nll_nats for n in (1, 100, 10_000)]
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
+
+
+def test_uniform_logits_give_the_vocabulary_size(base):
+    base.model.ln_f.weight.data.zero_()
+    base.model.ln_f.bias.data.zero_()
+    for protocol in ("document", "stream"):
+        score = measure_perplexity(base, TEXTS, EvaluateSettings(protocol=protocol))
+        assert score.perplexity == pytest.approx(base.config.vocab_size, rel=1e-5)
+
+
+def test_figures_that_overflow_are_infinite():
+    score = Score(nll_nats=1e6, tokens=10, words=0, bytes=10)
+    assert (score.perplexity, score.word_perplexity) == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(49, 0), (8, 9), (1, 1)])
+def test_windows_that_do_not_fit_are_refused(base, window, stride):
+    with pytest.raises(UsageError) as caught:
+        measure_perplexity(base, TEXTS, EvaluateSettings(window=window, stride=stride))
+    assert "<= 48" in caught.value.message
+    assert "evaluate.window" in caught.value.hint
+
+
+def test_nothing_to_score_is_a_data_error(base):
+    for texts in ([], ["", ""]):
+        with pytest.raises(DataError):
+            measure_perplexity(base, texts, EvaluateSettings())
+
+
+def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat \r\n and the dog")
+    sources = [*read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings()), Source("b", TEXTS)]
+    assert sources[0].documents == ["the cat \r\n and the dog"], "evaluation text is not cleaned"
+    session = Session(base)
+    session.add({"law": make_adapter(base.config)})
+    rows = {"base": session.for_rows(()), "law": session.for_rows((("law", 1.0),))}
+    cells = measure_matrix(base, rows, sources, EvaluateSettings(), SilentReporter())
+    assert [(c.adapter, c.source) for c in cells] == [("base", "a"), ("law", "a"), ("base", "b"), ("law", "b")]
+    alone = measure_perplexity(base, TEXTS, EvaluateSettings(), session.for_rows((("law", 1.0),)))
+    assert cells[3].score == alone
+    assert cells[2].score != alone
+    assert set(cells[0].to_json()) == {
+        "adapter", "source", "tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte",
+    }  # fmt: skip

@@ -1,0 +1,155 @@
+import pytest
+import torch
+
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.interrupt import StopRequest
+from lora_gpt2.inference.generate import Request, encode_prompt, generate
+from lora_gpt2.inference.session import Session, describe_mix, parse_mix
+from lora_gpt2.recipe import GenerateSettings, LoraSettings
+from lora_gpt2.store.files import Origin, publish_adapter
+from tests.builders import make_adapter
+
+SETTINGS = GenerateSettings(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0)
+GREEDY = GenerateSettings(max_new_tokens=12, temperature=0)
+
+
+@pytest.fixture
+def session(base, store):
+    for seed, name in enumerate(("law", "code"), start=1):
+        settings = LoraSettings(rank=3 + seed, alpha=8)
+        publish_adapter(store, name, make_adapter(base.config, seed, settings), base, Origin())
+    return Session(base, store)
+
+
+def law(weight=1.0):
+    return (("law", weight),)
+
+
+def test_greedy_decoding_with_the_cache_equals_running_the_whole_text_each_time(session):
+    (output,) = generate(session, [Request("the cat", law())], GREEDY)
+    ids = session.base.tokenizer.encode("the cat")
+    expected = []
+    for _ in range(12):
+        hidden = session.base.model(torch.tensor([ids]), session.rows([law()]))
+        token = int(session.base.model.logits(hidden[0, -1]).argmax())
+        if token == session.base.tokenizer.eos_id:
+            break
+        expected.append(token)
+        ids.append(token)
+    assert output.text == session.base.tokenizer.decode(expected)
+    assert output.tokens == len(expected)
+
+
+def test_a_request_gives_the_same_alone_and_in_any_batch(session):
+    requests = [
+        Request("the cat", law(), 1), Request("a", (("code", 1.0),), 2), Request("the dog and the rain under it", (), 3),
+        Request("", (("law", 0.6), ("code", 0.4)), 4), Request("the cat", law(), 5),
+    ]  # fmt: skip
+    together = generate(session, requests, SETTINGS)
+    alone = [generate(session, [request], SETTINGS)[0] for request in requests]
+    assert together == alone
+    assert len({output.text for output in together}) > 1
+
+
+def test_seeds_repeat_and_differ(session):
+    texts = [generate(session, [Request("the", law(), seed)], SETTINGS)[0].text for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+
+
+def test_swapping_changes_the_text_and_coming_back_restores_it(session):
+    mixes = [(), law(), (("code", 1.0),), law(), ()]
+    texts = [generate(session, [Request("the cat and", mix, 1)], SETTINGS)[0].text for mix in mixes]
+    assert texts[0] == texts[4]
+    assert texts[1] == texts[3]
+    assert len({texts[0], texts[1], texts[2]}) == 3
+
+
+def test_the_stream_is_the_text(session):
+    pieces = {0: "", 1: ""}
+
+    def take(index, piece):
+        assert piece
+        pieces[index] += piece
+
+    outputs = generate(session, [Request("the", law(), 1), Request("a", (), 2)], SETTINGS, take)
+    assert [output.text for output in outputs] == [pieces[0], pieces[1]]
+
+
+def test_eos_ends_a_row_and_the_others_go_on(session, monkeypatch):
+    from lora_gpt2.inference import generate as module
+
+    plans = {"the": [5, 6, session.base.tokenizer.eos_id], "a": [7] * 12}
+
+    def choose(logits, seen, settings, generator):
+        prompt = "the" if seen[: len(the)].tolist() == the else "a"
+        return plans[prompt].pop(0)
+
+    the = session.base.tokenizer.encode("the")
+    monkeypatch.setattr(module, "choose_token", choose)
+    first, second = generate(session, [Request("the"), Request("a")], SETTINGS)
+    assert (first.tokens, first.finish_reason) == (2, "stop")
+    assert (second.tokens, second.finish_reason) == (12, "length")
+
+
+def test_stopping_keeps_the_text_so_far(session):
+    stop = StopRequest()
+    pieces = []
+
+    def interrupt(index, piece):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            stop.signal_number = 2
+
+    (output,) = generate(session, [Request("the cat", law(), 1)], SETTINGS, interrupt, stop)
+    assert output.finish_reason == "interrupted"
+    assert output.text == "".join(pieces)
+
+
+@pytest.mark.parametrize(("length", "budget"), [(1, 12), (36, 12), (40, 8), (47, 1)])
+def test_what_fits_the_context_of_48_is_continued_to_its_end(session, length, budget):
+    ids, found = encode_prompt(session.base.tokenizer, "x" * length, 48, SETTINGS, False)
+    assert (len(ids), found) == (length, budget)
+    (output,) = generate(session, [Request("x" * length)], SETTINGS)
+    assert output.tokens == budget or output.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("length", [48, 49, 1000])
+def test_a_prompt_without_room_is_refused_or_truncated(session, length):
+    with pytest.raises(UsageError) as caught:
+        generate(session, [Request("x" * length)], SETTINGS)
+    assert f"{length} tokens" in caught.value.message
+    assert "--truncate left" in caught.value.hint
+    ids, budget = encode_prompt(session.base.tokenizer, "y" + "x" * length, 48, SETTINGS, True)
+    assert (len(ids), budget) == (36, 12)
+    assert generate(session, [Request("x" * length)], SETTINGS, truncate_left=True)[0].prompt == "x" * length
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\n", "😀", "مرحبا", "a\u200d", "\0", "<|endoftext|>"])
+def test_odd_prompts_are_continued(session, prompt):
+    (output,) = generate(session, [Request(prompt, law(), 1)], SETTINGS)
+    assert output.prompt == prompt
+    output.text.encode()
+
+
+def test_mixes_are_parsed_and_described():
+    assert parse_mix(["law:0.6", "code:0.4"]) == (("law", 0.6), ("code", 0.4))
+    assert parse_mix(["law@2"]) == (("law@2", 1.0),)
+    assert parse_mix(["base"]) == parse_mix([]) == ()
+    assert [describe_mix(m) for m in ((), law(), law(0.5))] == ["base", "law", "law:0.5"]
+    for bad in (["law:x"], ["law:nan"], ["law:inf"], ["law:99"], ["law", "law"], ["base", "law"], ["base:1"]):
+        with pytest.raises(UsageError):
+            parse_mix(bad)
+
+
+def test_adapters_of_growing_rank_join_a_session(base, store):
+    session = Session(base, store)
+    for rank in (2, 6, 4):
+        publish_adapter(store, f"r{rank}", make_adapter(base.config, rank, LoraSettings(rank=rank)), base, Origin())
+    outputs = {}
+    for rank in (2, 6, 4, 2, 6):
+        (output,) = generate(session, [Request("the cat", ((f"r{rank}", 1.0),), 1)], SETTINGS)
+        assert outputs.setdefault(rank, output.text) == output.text
+    assert len(set(outputs.values())) == 3
+    with pytest.raises(UsageError, match="no store"):
+        Session(base).open(["law"])

@@ -1,0 +1,201 @@
+"""The laws of the bank; each 'nothing happened' has a control in which something does."""
+
+import pytest
+import torch
+
+from lora_gpt2.core.errors import MismatchError
+from lora_gpt2.model.bank import AdapterBank, InferenceRows, TrainingRows
+from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter, plan_targets
+from lora_gpt2.model.loss import chunked_cross_entropy
+from lora_gpt2.recipe import LoraSettings
+from tests.builders import make_adapter
+
+
+def open_bank(base, adapters, layout="inference", num_slots=None):
+    ranks = {}
+    for adapter in adapters:
+        for site, rank in adapter.ranks.items():
+            ranks[site] = max(rank, ranks.get(site, 0))
+    bank = AdapterBank(base.config, ranks, num_slots or len(adapters), layout, base.model.wte.weight)
+    for slot, adapter in enumerate(adapters):
+        bank.load(slot, adapter)
+    return bank
+
+
+def run(base, tokens, bank, rows):
+    return base.model.logits(base.model(tokens, InferenceRows(bank, torch.tensor(rows))))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tokens(base):
+    return torch.randint(0, base.config.vocab_size, (3, 11), generator=torch.Generator().manual_seed(5))
+
+
+def test_a_fresh_adapter_changes_nothing_bitwise(base, tokens):
+    plain = base.model.logits(base.model(tokens))
+    fresh = build_adapter(base.config, LoraSettings(), 0)
+    assert torch.equal(run(base, tokens, open_bank(base, [fresh]), [[1.0]] * 3), plain)
+    trained = make_adapter(base.config)
+    assert (run(base, tokens, open_bank(base, [trained]), [[1.0]] * 3) - plain).abs().max() > 0.1
+
+
+def test_swapping_away_and_back_restores_the_logits_bitwise(base, tokens):
+    first, second = make_adapter(base.config, 1), make_adapter(base.config, 2)
+    bank = open_bank(base, [first])
+    before = run(base, tokens, bank, [[1.0]] * 3)
+    bank.load(0, second)
+    assert not torch.allclose(run(base, tokens, bank, [[1.0]] * 3), before, atol=0.05)
+    bank.load(0, first)
+    assert torch.equal(run(base, tokens, bank, [[1.0]] * 3), before)
+
+
+def test_a_smaller_adapter_leaves_nothing_of_a_larger_one_in_its_slot(base, tokens):
+    large = make_adapter(base.config, 1, LoraSettings(rank=8))
+    small = make_adapter(base.config, 2, LoraSettings(rank=2, targets=("c_attn",)))
+    reused, clean = open_bank(base, [large, small]), open_bank(base, [large, small])
+    reused.load(0, small)
+    clean.load(0, small)
+    assert torch.equal(run(base, tokens, reused, [[1.0, 0]] * 3), run(base, tokens, clean, [[0, 1.0]] * 3))
+
+
+def test_a_mixed_batch_equals_one_by_one(base, tokens):
+    adapters = [
+        make_adapter(base.config, 1),
+        make_adapter(base.config, 2, LoraSettings(rank=7, alpha=3, targets=("mlp.c_fc", "attn.c_proj"))),
+    ]
+    bank = open_bank(base, adapters)
+    mixed = run(base, tokens, bank, [[1.0, 0], [0, 1.0], [0, 0]])
+    alone = [
+        run(base, tokens[:1], open_bank(base, [adapters[0]]), [[1.0]]),
+        run(base, tokens[1:2], open_bank(base, [adapters[1]]), [[1.0]]),
+        base.model.logits(base.model(tokens[2:])),
+    ]
+    assert torch.allclose(mixed, torch.cat(alone), atol=1e-5)
+    assert not torch.allclose(mixed, run(base, tokens, bank, [[0, 1.0], [1.0, 0], [0, 0]]), atol=0.05)
+
+
+def test_a_mix_is_the_weighted_sum_of_the_updates(base, tokens):
+    one, two = make_adapter(base.config, 1), make_adapter(base.config, 2)
+    mixed = run(base, tokens, open_bank(base, [one, two]), [[0.7, -0.3]] * 3)
+    updates = {}
+    for site, u in one.updates.items():
+        v = two.updates[site]
+        updates[site] = LoraUpdate(
+            torch.cat([u.a, v.a]), torch.cat([0.7 * u.scale * u.b, -0.3 * v.scale * v.b], 1), 8.0
+        )
+    assert torch.allclose(mixed, run(base, tokens, open_bank(base, [Adapter(updates)]), [[1.0]] * 3), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["training", "inference"])
+def test_reading_a_slot_gives_back_what_was_loaded(base, layout):
+    adapters = [make_adapter(base.config, 1), make_adapter(base.config, 2, LoraSettings(rank=2, rslora=True))]
+    bank = open_bank(base, adapters, layout)
+    for slot, adapter in enumerate(adapters):
+        read = bank.read(slot)
+        assert read.ranks == adapter.ranks
+        for site, update in adapter.updates.items():
+            assert torch.equal(read.updates[site].a, update.a)
+            assert torch.equal(read.updates[site].b, update.b)
+            assert read.updates[site].scale == update.scale
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(base):
+    bank = open_bank(base, [make_adapter(base.config)])
+    before = bank.flat.clone()
+    with pytest.raises(MismatchError, match="no room"):
+        bank.load(0, make_adapter(base.config, 2, LoraSettings(rank=9)))
+    site = "h.0.attn.c_attn"
+    with pytest.raises(MismatchError, match="does not fit"):
+        bank.load(0, Adapter({site: LoraUpdate(torch.zeros(4, 99), torch.zeros(48, 4), 8.0)}))
+    assert torch.equal(bank.flat, before)
+
+
+def gradients(base, adapters, slots, tokens_by_slot):
+    """Returns the gradient rows of `slots` when they train together on their tokens `[rows, time]`."""
+    bank = open_bank(base, adapters, "training")
+    buffer = bank.enable_gradients()
+    tokens = torch.cat([tokens_by_slot[slot] for slot in slots])
+    hidden = base.model(tokens[:, :-1], TrainingRows(bank, slots)).flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
+    weights = torch.full(targets.shape, len(slots) / len(targets))
+    chunked_cross_entropy(hidden, base.model.head, targets, weights)[0].backward()
+    return bank, buffer
+
+
+def test_joint_gradients_equal_those_alone(base):
+    adapters = [
+        make_adapter(base.config, 1),
+        make_adapter(base.config, 2, LoraSettings(rank=6, alpha=3, targets=("mlp.c_fc", "c_attn"))),
+        make_adapter(base.config, 3, LoraSettings(rank=1, targets=("mlp.c_proj",))),
+    ]
+    data = [torch.randint(0, base.config.vocab_size, (2, 9)) for _ in adapters]
+    together, buffer = gradients(base, adapters, [0, 1, 2], data)
+    for slot, adapter in enumerate(adapters):
+        alone, alone_buffer = gradients(base, [adapter], [0], [data[slot]])
+        joint, single = together.read(slot, buffer), alone.read(0, alone_buffer)
+        for site in adapter.updates:
+            for half in ("a", "b"):
+                ours, theirs = getattr(joint.updates[site], half), getattr(single.updates[site], half)
+                assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    _, other = gradients(base, adapters[:1], [0], [data[1]])
+    assert (other[0].norm() / buffer[0].norm() - 1).abs() > 1e-3, "other data gives another gradient"
+
+
+def test_padding_gets_no_gradient_and_absent_slots_none(base):
+    adapters = [make_adapter(base.config, 1, LoraSettings(rank=2)), make_adapter(base.config, 2, LoraSettings(rank=6))]
+    data = [torch.randint(0, base.config.vocab_size, (2, 9)) for _ in adapters]
+    bank, buffer = gradients(base, adapters, [0], data)
+    assert not buffer[1].any()
+    assert buffer[0].any()
+    padded = bank.sites["h.0.mlp.c_fc"]
+    assert not padded.a_gradient[0, 2:].any()
+    assert not padded.bt_gradient[0, 2:].any()
+    assert padded.bt_gradient[0, :2].any()
+
+
+def test_the_mask_keeps_the_blocks_of_sliced_targets(base):
+    settings = LoraSettings(rank=3, targets=("c_attn.q", "c_attn.v", "mlp.c_fc"))
+    adapter = build_adapter(base.config, settings, 0)
+    bank = open_bank(base, [adapter], "training")
+    mask = bank.build_mask([plan_targets(base.config, settings)])
+    ones = bank.read(0, mask).updates["h.1.attn.c_attn"].b
+    d = base.config.width
+    expected = torch.zeros(3 * d, 6)
+    expected[:d, :3] = 1
+    expected[2 * d :, 3:] = 1
+    assert torch.equal(ones, expected)
+    assert bank.read(0, mask).updates["h.1.mlp.c_fc"].b.all()
+    assert bank.build_mask([plan_targets(base.config, LoraSettings())]) is None
+
+
+def test_dropout_is_repeatable_and_averages_out(base, tokens):
+    adapter = make_adapter(base.config)
+    bank = open_bank(base, [adapter], "training")
+
+    def forward(seed, dropout=0.5):
+        generator = torch.Generator().manual_seed(seed)
+        return base.model(tokens, TrainingRows(bank, [0], dropout, generator))
+
+    assert torch.equal(forward(1), forward(1))
+    assert not torch.equal(forward(1), forward(2))
+    assert torch.equal(forward(1, 0.0), forward(2, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_in_16_bits_gives_float32_gradients_close_to_float32s(base_folder, dtype):
+    from lora_gpt2.model.base import load_base
+    from lora_gpt2.model.runtime import Runtime
+
+    exact = load_base(str(base_folder), Runtime(torch.device("cpu"), torch.float32))
+    rounded = load_base(str(base_folder), Runtime(torch.device("cpu"), dtype))
+    adapters, data = [make_adapter(exact.config)], [torch.randint(0, exact.config.vocab_size, (2, 9))]
+    _, wanted = gradients(exact, adapters, [0], data)
+    _, found = gradients(rounded, adapters, [0], data)
+    assert found.dtype == torch.float32
+    cosine = torch.nn.functional.cosine_similarity(found, wanted)
+    assert cosine > 0.99

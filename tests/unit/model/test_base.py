@@ -1,0 +1,143 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
+from lora_gpt2.model import runtime
+from lora_gpt2.model.base import find_base, fingerprint_base, list_bundled, load_base
+from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
+from tests.builders import make_base_folder
+
+FLOAT32 = choose_runtime("float32", torch.device("cpu"))
+
+
+def logits(folder):
+    base = load_base(str(folder), FLOAT32)
+    return base.model.logits(base.model(torch.arange(10)[None]))
+
+
+def test_shards_prefixes_and_buffers_load_the_same(tmp_path, base_folder):
+    for name, options in {"sharded": {"shards": 3}, "bare": {"prefix": ""}}.items():
+        assert torch.equal(logits(make_base_folder(tmp_path / name, **options)), logits(base_folder))
+    assert not torch.equal(logits(make_base_folder(tmp_path / "other", seed=1)), logits(base_folder))
+
+
+def test_an_untied_head_is_used(tmp_path, base_folder):
+    untied = make_base_folder(tmp_path / "untied", tied=False)
+    head = load_file(untied / "model.safetensors")["lm_head.weight"]
+    base = load_base(str(untied), FLOAT32)
+    assert torch.equal(base.model.head, head)
+    assert not torch.equal(logits(untied), logits(base_folder))
+
+
+def test_six_layers_load(tmp_path):
+    assert load_base(str(make_base_folder(tmp_path / "d", layers=6)), FLOAT32).config.layers == 6
+
+
+def test_the_base_is_frozen(base):
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_nano_is_bundled_and_small():
+    assert list_bundled() == ["nano"]
+    folder = find_base("nano")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16e6
+    base = load_base("nano", FLOAT32)
+    assert 4e6 <= sum(p.numel() for p in base.model.parameters()) <= 8e6
+    assert (base.config.context, base.config.vocab_size, base.tokenizer.eos_id) == (512, 8192, 8191)
+
+
+def test_the_fingerprint_covers_every_tensor_and_the_shape(tmp_path, base_folder):
+    original = fingerprint_base(base_folder)
+    copied = shutil.copytree(base_folder, tmp_path / "copy")
+    assert fingerprint_base(copied) == original
+    assert fingerprint_base(make_base_folder(tmp_path / "shards", shards=2)) == original
+    tensors = load_file(copied / "model.safetensors")
+    for name in [n for n in tensors if not n.endswith("attn.bias")]:
+        changed = {**tensors, name: tensors[name].clone()}
+        changed[name].view(-1)[0] += 1e-3
+        save_file(changed, copied / "model.safetensors", metadata={"format": "pt"})
+        assert fingerprint_base(copied) != original, name
+    shutil.copy(base_folder / "model.safetensors", copied)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-6}))
+    assert fingerprint_base(copied) != original
+
+
+def damage_missing_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def damage_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.wpe.weight"] = torch.zeros(5, 16)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def damage_extra(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "transformer.h.0.crossattention.w": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def damage_shard_name(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+
+
+def damage_vocabulary(folder):
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    (folder / "vocab.json").write_text(json.dumps({**vocab, "zz": len(vocab)}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (damage_missing_tensor, CorruptError, "h.1.mlp.c_fc.weight is missing"),
+        (damage_shape, CorruptError, "wpe.weight has shape (5, 16), expected (48, 16)"),
+        (damage_extra, MismatchError, "crossattention"),
+        (damage_shard_name, CorruptError, "not in the folder"),
+        (damage_vocabulary, MismatchError, "tokens, the model"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), CorruptError, "cannot be read"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), CorruptError, "cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), CorruptError, "not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), CorruptError, "not a JSON object"),
+        (lambda f: (f / "vocab.json").unlink(), NotFoundError, "no tokenizer"),
+        (lambda f: (f / "vocab.json").write_text("{"), CorruptError, "tokenizer"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), NotFoundError, "pickle"),
+    ],
+)
+def test_a_damaged_base_is_refused(tmp_path, base_folder, damage, error, message):
+    folder = shutil.copytree(base_folder, tmp_path / "damaged")
+    load_base(str(folder), FLOAT32)
+    damage(folder)
+    with pytest.raises(error) as caught:
+        load_base(str(folder), FLOAT32)
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_unknown_names_and_an_unreachable_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(NotFoundError) as unknown:
+        find_base("gpt-2")
+    assert "nano, gpt2" in unknown.value.hint
+    for name in ("gpt2", "someone/some-gpt2"):
+        with pytest.raises(ResourceError) as offline:
+            find_base(name)
+        assert offline.value.exit_code == 7
+        assert "--base nano" in offline.value.hint
+
+
+def test_precision_follows_what_the_cpu_really_has(monkeypatch):
+    cpu = torch.device("cpu")
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(runtime, "has_native_bfloat16", lambda native=native: native)
+        assert choose_runtime("auto", cpu).dtype == dtype
+    with pytest.raises(UsageError, match="float16"):
+        choose_runtime("float16", cpu)
+    assert measure_peak_memory(cpu) > 50e6

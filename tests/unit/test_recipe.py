@@ -1,0 +1,93 @@
+import pytest
+
+from lora_gpt2.core.errors import NotFoundError, RecipeError
+from lora_gpt2.recipe import LoraSettings, describe_key, list_keys, load_recipe
+
+CONTRACT = [
+    "train.steps", "train.epochs", "train.learning_rate", "train.batch_tokens", "train.checkpoint_every", "train.seed",
+    "lora.rank", "lora.alpha", "lora.targets", "lora.dropout", "data.profile", "data.block_size", "evaluate.window",
+    "evaluate.stride", "evaluate.protocol", "generate.max_new_tokens", "generate.temperature", "generate.top_k",
+    "generate.top_p",
+]  # fmt: skip
+
+
+def test_the_contracts_keys_exist_and_every_key_has_help():
+    assert set(CONTRACT) <= set(list_keys())
+    for key in list_keys():
+        assert describe_key(key).startswith(f"{key}: "), key
+
+
+def test_sampling_defaults_are_the_contracts():
+    settings = load_recipe(None).generate
+    assert (settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens) == (0.7, 50, 0.95, 150)
+
+
+def test_precedence_is_flag_then_set_then_file_then_default(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: file\nbase: nano\ntrain: {steps: 5, seed: 1}\n")
+    recipe = load_recipe(path, ["train.steps=7"], name="flag")
+    assert (recipe.name, recipe.train.steps, recipe.train.seed, recipe.train.epochs) == ("flag", 7, 1, 3.0)
+
+
+def test_sources_in_a_file_are_relative_to_it(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("data: {sources: [a.txt, /b.txt]}\n")
+    assert load_recipe(path).data.sources == (str(tmp_path / "a.txt"), "/b.txt")
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("train.learnin_rate=1", "no setting 'train.learnin_rate'", "train.learning_rate"),
+        ("rank=4", "no setting 'rank'", "lora.rank"),
+        ("lora.rank=0", "lora.rank", "Rank of each update"),
+        ("lora.rank=yes please", "lora.rank", "Rank"),
+        ("train.steps", "expected section.key=value", "train.steps=300"),
+        ("generate.temperature=.nan", "generate.temperature", "greedy"),
+        ("generate.temperature=1e-40", "temperature is 0 (greedy) or at least", "continued"),
+        ("generate.top_p=.nan", "generate.top_p", "probability"),
+        ("generate.top_p=1.5", "generate.top_p", "probability"),
+        ("generate.top_k=-1", "generate.top_k", "likeliest"),
+        ("generate.max_new_tokens=0", "generate.max_new_tokens", "Most tokens"),
+        ("train.seed=18446744073709551616", "train.seed", "Seed"),
+        ("lora.targets=[c_attn,c_attn.q]", "c_attn and its slice", ""),
+        ("lora.targets=[wte]", "lora.targets", "Projections"),
+        ("lora.targets=[]", "lora.targets", "Projections"),
+        ("train=[1", "not valid YAML", "quote"),
+        ("train=3", "train", "training loop"),
+        ("name.x=3", "'name'", ""),
+    ],
+)
+def test_bad_settings_name_the_key_and_the_next_step(override, message, hint):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, [override] if "name" not in override else ["name=a", override])
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+def test_a_target_may_have_its_own_rank():
+    settings = load_recipe(None, ["lora.ranks={mlp.c_fc: 2}"]).lora
+    assert (settings.rank_of("mlp.c_fc"), settings.rank_of("c_attn")) == (2, 8)
+
+
+def test_ranks_must_belong_to_targets_and_slices_share_theirs():
+    with pytest.raises(ValueError, match="not among the targets"):
+        LoraSettings(targets=("c_attn",), ranks={"mlp.c_fc": 2})
+    with pytest.raises(ValueError, match="share one rank"):
+        LoraSettings(targets=("c_attn.q", "c_attn.v"), ranks={"c_attn.q": 2})
+
+
+def test_missing_and_broken_recipe_files(tmp_path):
+    with pytest.raises(NotFoundError):
+        load_recipe(tmp_path / "none.yaml")
+    for name, content in {"a": "a: [", "b": "- 1", "c": "!!python/object:os.system {}"}.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(content)
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        assert str(path) in caught.value.message
+    binary = tmp_path / "d.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError):
+        load_recipe(binary)

@@ -1,0 +1,307 @@
+"""Laws of training, on a tiny base."""
+
+import errno
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from lora_gpt2.core.errors import (
+    ConflictError,
+    Interrupted,
+    MismatchError,
+    ResourceError,
+    TrainingDiverged,
+    UsageError,
+)
+from lora_gpt2.core.interrupt import StopRequest
+from lora_gpt2.core.paths import hold_lock
+from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.recipe import build_recipe
+from lora_gpt2.store.files import load_adapter
+from lora_gpt2.store.manifest import WEIGHTS
+from lora_gpt2.training import run as run_module
+from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
+from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.trainer import Domain, Trainer
+from tests.builders import make_text
+
+CPU = torch.device("cpu")
+
+
+def make_recipe(base_folder, source, name="one", **train):
+    train = {"steps": 6, "batch_tokens": 64, "micro_batch_tokens": 64, "learning_rate": 1e-2, **train}
+    lora = train.pop("lora", {})
+    return build_recipe(
+        {"name": name, "base": str(base_folder), "data": {"sources": [str(source)], "block_size": 16},
+         "lora": {"rank": 2, **lora}, "train": {"precision": "float32", **train}}, "test",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def other_text(tmp_path):
+    path = tmp_path / "other.jsonl"
+    path.write_text(make_text(60, seed=7, words="le chat et le chien dans la pluie sous un soleil"))
+    return path
+
+
+def weights_of(store, name):
+    return (store.resolve(name) / WEIGHTS).read_bytes()
+
+
+def make_trainer(recipes, reporter, run=None):
+    base = load_base(recipes[0].base, choose_runtime("float32", CPU))
+    domains = [Domain(r.name, r, prepare_data(r.data, base.tokenizer, reporter)) for r in recipes]
+    return Trainer(base, domains, reporter, run)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_untouched(base_folder, text_file, reporter):
+    trainer = make_trainer([make_recipe(base_folder, text_file, steps=60)], reporter)
+    before = {name: tensor.clone() for name, tensor in trainer.base.model.state_dict().items()}
+    (trained,) = trainer.train(StopRequest())
+    assert trained.validation_nll < trained.base_nll - 0.5
+    after = trainer.base.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert any(update.b.any() for update in trained.adapter.updates.values())
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(base_folder, text_file, store, reporter):
+    for seed in (0, 0, 1):
+        train_recipes([make_recipe(base_folder, text_file, seed=seed, lora={"dropout": 0.2})], store, reporter)
+    first, second, third = (weights_of(store, f"one@{version}") for version in (1, 2, 3))
+    assert first == second
+    assert first != third
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_trained_together_equals_trained_alone(base_folder, text_file, other_text, store, reporter, clip):
+    recipes = [
+        make_recipe(base_folder, text_file, "one", clip=clip),
+        make_recipe(base_folder, other_text, "two", steps=4, learning_rate=3e-3, batch_tokens=48, seed=5, clip=clip,
+                    lora={"rank": 3, "targets": ["c_attn.q", "c_attn.v", "mlp.c_proj"]}),
+    ]  # fmt: skip
+    together = make_trainer(recipes, reporter).train(StopRequest())
+    for recipe, joint in zip(recipes, together, strict=True):
+        (alone,) = make_trainer([recipe], reporter).train(StopRequest())
+        assert joint.domain.train_tokens == alone.domain.train_tokens
+        assert joint.adapter.ranks == alone.adapter.ranks
+        for site, update in alone.adapter.updates.items():
+            for half in ("a", "b"):
+                ours, theirs = getattr(joint.adapter.updates[site], half), getattr(update, half)
+                assert torch.allclose(ours, theirs, atol=2e-5), site
+    one, two = together
+    assert one.adapter.ranks != two.adapter.ranks
+
+
+def test_accumulated_batches_equal_whole_ones(base_folder, text_file, reporter):
+    gradients = []
+    for micro in (16, 32, 1000):
+        trainer = make_trainer([make_recipe(base_folder, text_file, micro_batch_tokens=micro)], reporter)
+        trainer.compute_gradients([0])
+        gradients.append(trainer.gradient.clone())
+    assert gradients[0].abs().max() > 0
+    for other in gradients[1:]:
+        assert torch.allclose(gradients[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_sliced_targets_train_only_their_blocks(base_folder, text_file, reporter):
+    recipe = make_recipe(base_folder, text_file, weight_decay=0.1, lora={"targets": ["c_attn.q", "c_attn.v"]})
+    (trained,) = make_trainer([recipe], reporter).train(StopRequest())
+    b = trained.adapter.updates["h.0.attn.c_attn"].b
+    assert b[:16, :2].any()
+    assert b[32:, 2:].any()
+    assert not b[16:32].any()
+    assert not b[:16, 2:].any()
+    assert not b[32:, :2].any()
+
+
+class StopAt(StopRequest):
+    """A Ctrl-C that arrives during the n-th step."""
+
+    def __init__(self, trainer, step):
+        self.trainer, self.step = trainer, step
+
+    @property
+    def signal_number(self):
+        return 2 if self.trainer.step >= self.step else 0
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_resumed_equals_uninterrupted_bitwise(base_folder, text_file, other_text, reporter, tmp_path, stop_at):
+    recipes = [
+        make_recipe(base_folder, text_file, validate_every=2, lora={"dropout": 0.1}),
+        make_recipe(base_folder, other_text, "two", steps=4),
+    ]
+    unbroken = make_trainer(recipes, reporter).train(StopRequest())
+    run = RunFolder(tmp_path / "run")
+    run.begin({})
+    broken = make_trainer(recipes, reporter, run)
+    with pytest.raises(Interrupted, match="SIGINT"):
+        broken.train(StopAt(broken, stop_at))
+    resumed = make_trainer(recipes, reporter, run)
+    resumed.restore(*run.load(reporter))
+    assert resumed.step == stop_at
+    for one, other in zip(resumed.train(StopRequest()), unbroken, strict=True):
+        assert one.validation_nll == other.validation_nll
+        for site, update in other.adapter.updates.items():
+            assert torch.equal(one.adapter.updates[site].a, update.a)
+            assert torch.equal(one.adapter.updates[site].b, update.b)
+        strip = [{k: v for k, v in r.items() if k != "seconds"} for r in one.domain.records]
+        assert strip == [{k: v for k, v in r.items() if k != "seconds"} for r in other.domain.records]
+
+
+def test_the_best_weights_are_published_unless_told_otherwise(base_folder, text_file, reporter):
+    overdone = {"steps": 40, "learning_rate": 3.0, "validate_every": 1, "schedule": "constant", "warmup_share": 0.0}
+    (best,) = make_trainer([make_recipe(base_folder, text_file, **overdone)], reporter).train(StopRequest())
+    (last,) = make_trainer([make_recipe(base_folder, text_file, keep_best=False, **overdone)], reporter).train(
+        StopRequest()
+    )
+    measured = [record["validation_loss"] for record in best.domain.records]
+    assert best.domain.best_step == 1 + measured.index(min(measured)) < 40
+    assert best.validation_nll == pytest.approx(min(measured), abs=1e-5)
+    assert last.validation_nll == pytest.approx(measured[-1], abs=1e-5)
+    assert last.validation_nll > best.validation_nll
+
+
+def test_a_diverging_run_stops_within_a_step_and_publishes_nothing(base_folder, text_file, store, reporter):
+    with pytest.raises(TrainingDiverged) as caught:
+        train_recipes([make_recipe(base_folder, text_file, learning_rate=1e38, clip=0.0)], store, reporter)
+    assert caught.value.exit_code == 8
+    assert "diverged at step 2" in caught.value.message
+    assert "learning rate" in caught.value.message
+    assert not store.list_names()
+
+
+def test_what_is_published_says_where_it_comes_from(base_folder, text_file, store, reporter):
+    report = train_recipes([make_recipe(base_folder, text_file)], store, reporter)
+    (item,) = report.adapters
+    manifest, adapter = load_adapter(store, "one", load_base(str(base_folder), choose_runtime("float32", CPU)))
+    assert manifest.data["sources"] == ["text.jsonl"]
+    assert manifest.recipe["train"]["steps"] == 6
+    assert manifest.figures["validation_perplexity"] == item.validation_perplexity > 1
+    assert adapter.ranks["h.0.attn.c_attn"] == 2
+    lines = (store.resolve("one") / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert json.loads(lines[-1])["tokens"] == item.train_tokens == 6 * 64
+    card = (store.resolve("one") / "README.md").read_text()
+    assert "base_model:" in card
+    assert "text.jsonl" in card
+
+
+def test_interrupting_and_resuming_through_the_run(base_folder, text_file, store, reporter, monkeypatch):
+    recipe = make_recipe(base_folder, text_file)
+    original = Trainer._train_step
+
+    def interrupt(self, started):
+        original(self, started)
+        if self.step == 3:
+            os.kill(os.getpid(), 2)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(Trainer, "_train_step", interrupt)
+        train_recipes([recipe], store, reporter)
+    assert not store.list_names()
+    resumed = train_recipes([recipe], store, reporter, resume=True)
+    train_recipes([make_recipe(base_folder, text_file, "whole")], store, reporter)
+    assert weights_of(store, "one") == weights_of(store, "whole")
+    again = train_recipes([recipe], store, reporter, resume=True)
+    assert again.already_complete
+    assert again.adapters == resumed.adapters
+    assert store.list_versions("one") == [1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": 1e-3}, {"seed": 3}, {"steps": 7}, {"lora": {"rank": 3}}, {"data": True}]
+)
+def test_resuming_with_other_settings_is_refused_by_name(
+    base_folder, text_file, other_text, store, reporter, monkeypatch, change
+):
+    recipe = make_recipe(base_folder, text_file)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(run_module, "catch_signals", lambda: _stopped())
+        train_recipes([recipe], store, reporter)
+    source = other_text if change.pop("data", False) else text_file
+    with pytest.raises(MismatchError) as caught:
+        train_recipes([make_recipe(base_folder, source, **change)], store, reporter, resume=True)
+    key = next(iter(change), "data")
+    assert (next(iter(change["lora"])) if key == "lora" else key) in caught.value.message
+    assert "then" in caught.value.message
+
+
+class _stopped:
+    def __enter__(self):
+        request = StopRequest()
+        request.signal_number = 15
+        return request
+
+    def __exit__(self, *error):
+        return None
+
+
+def test_a_damaged_checkpoint_is_skipped_aloud(tmp_path):
+    run, said = RunFolder(tmp_path), []
+    reporter = type("R", (), {"message": lambda s, t: said.append(t), "detail": lambda s, t: None})()
+    for step in (1, 2, 3):
+        run.save(step, {"x": torch.full((3,), float(step))}, {"step": step})
+    assert [path.name for path in run.list_checkpoints()] == ["step-000000003.checkpoint", "step-000000002.checkpoint"]
+    newest = run.list_checkpoints()[0]
+    content = bytearray(newest.read_bytes())
+    for position in (0, 40, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        newest.write_bytes(damaged)
+        tensors, state = run.load(reporter)
+        assert (state["step"], tensors["x"][0].item()) == (2, 2)
+        assert said.pop() == "skipped step-000000003.checkpoint: it is damaged"
+    newest.write_bytes(content)
+    assert run.load(reporter)[1] == {"step": 3}
+
+
+def test_a_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch, reporter):
+    run = RunFolder(tmp_path)
+    run.save(1, {"x": torch.zeros(1)}, {"step": 1})
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched, pytest.raises(ResourceError, match="no space"):
+        patched.setattr(os, "fsync", full)
+        run.save(2, {"x": torch.zeros(1)}, {"step": 2})
+    assert run.load(reporter)[1] == {"step": 1}
+
+
+def test_two_runs_of_one_adapter_do_not_meet(base_folder, text_file, store, reporter):
+    run = open_run_folder(store.root, ["one"])
+    with hold_lock(run.lock, "it"), pytest.raises(ConflictError, match=str(os.getpid())):
+        train_recipes([make_recipe(base_folder, text_file)], store, reporter)
+
+
+def test_recipes_that_cannot_train_together_are_refused(base_folder, text_file, store, reporter):
+    one = make_recipe(base_folder, text_file)
+    with pytest.raises(UsageError, match="same name"):
+        train_recipes([one, one], store, reporter)
+    two = make_recipe(base_folder, text_file, "two")
+    with pytest.raises(UsageError, match="one base"):
+        train_recipes([one, two.model_copy(update={"base": "nano"})], store, reporter)
+    wide = two.model_copy(update={"data": two.data.model_copy(update={"block_size": 32})})
+    with pytest.raises(UsageError, match=r"one data\.block_size"):
+        train_recipes([one, wide], store, reporter)
+    long = two.model_copy(update={"data": two.data.model_copy(update={"block_size": 512})})
+    with pytest.raises(UsageError, match=r"context of .* 48") as caught:
+        train_recipes([long], store, reporter)
+    assert "data.block_size=48" in caught.value.hint
+
+
+def test_measured_blocks_are_weighted_by_tokens(base_folder, text_file, reporter):
+    trainer = make_trainer([make_recipe(base_folder, text_file)], reporter)
+    blocks = trainer.domains[0].data.validation
+    assert blocks.num_tokens % 16, "the last block is partial, or this shows nothing"
+    hidden = trainer.base.model(torch.from_numpy(blocks.read(range(blocks.num_blocks))[0])).flatten(0, 1)
+    targets = torch.from_numpy(blocks.read(range(blocks.num_blocks))[1]).flatten()
+    wanted = torch.nn.functional.cross_entropy(trainer.base.model.logits(hidden), targets).item()
+    assert trainer.measure_blocks(blocks, None) == pytest.approx(wanted, abs=1e-5)
+    assert math.isfinite(wanted)
