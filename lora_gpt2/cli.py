@@ -94,12 +94,10 @@ def run(arguments: list[str]) -> int:
         result = cli.main(arguments, prog_name="lora-gpt2", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; leave quietly
+    except (BrokenPipeError, SystemExit):  # click answers a closed pipe with SystemExit; the reader has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
+    except BaseException as error:  # noqa: BLE001 - everything becomes a line and an exit code, and only here
         if "--debug" in arguments:
             traceback.print_exc()
         ours = translate(error)

@@ -58,21 +58,22 @@ def command(
     requests = [Request(prompt, mix, first_seed + i) for mix in mixes for i in range(num)]
     streams = len(requests) == 1 and not as_json
 
+    shown: list[str] = []
+
     def show(index: int, piece: str) -> None:
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
+        click.echo(piece if shown else prompt + piece, nl=False)
+        shown.append(piece)
 
     with catch_signals() as stop:
         outputs = generate(session, requests, recipe.generate, show if streams else None, stop, truncate == "left")
-    stop_hint = "the text so far is above"
     results = [asdict(output) for output in outputs]
     if streams:
-        click.echo()  # the text is out already
+        click.echo("" if shown else prompt)
     else:
         emit({"outputs": results}, as_json, lambda: _render(results))
     if seed is None:
         reporter.message(f"seed {first_seed}")
-    stop.raise_if_asked(stop_hint)
+    stop.raise_if_asked("the text so far is above")
 
 
 def _render(outputs: list[dict[str, Any]]) -> str:

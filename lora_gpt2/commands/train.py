@@ -19,6 +19,7 @@ from lora_gpt2.commands.shared import (
     store_option,
 )
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.recipe import Recipe, load_recipe
 from lora_gpt2.store.catalog import Store
 
@@ -60,8 +61,10 @@ def command(
 
 def name_recipe(recipe: Recipe) -> Recipe:
     """Returns the recipe with a name: its own, or one made of its first source's."""
-    if recipe.name or not recipe.data.sources:
+    if recipe.name:
         return recipe
+    if not recipe.data.sources:
+        raise UsageError("there is nothing to train on", "give a recipe, or text with --data FILE")
     stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
     return recipe.model_copy(update={"name": stem[:64]})
 

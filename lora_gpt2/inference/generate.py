@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
@@ -41,6 +42,7 @@ class Output:
 
 @dataclass
 class _Row:
+    index: int
     request: Request
     prompt_ids: list[int]
     budget: int
@@ -68,6 +70,11 @@ class _Row:
         self.text += rest
         return rest
 
+    def to_output(self) -> Output:
+        """Returns the finished row."""
+        mix = describe_mix(self.request.mix)
+        return Output(self.request.prompt, self.text, mix, len(self.new_ids), self.finish_reason, self.request.seed)
+
 
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, context: int, settings: GenerateSettings, truncate_left: bool
@@ -87,6 +94,40 @@ def encode_prompt(
     return ids, min(settings.max_new_tokens, context - len(ids))
 
 
+class _Batch:
+    """The rows that are still growing, with their shared cache."""
+
+    def __init__(self, session: Session, rows: Sequence[_Row]) -> None:
+        self.session, self.active = session, list(rows)
+        base = session.base
+        self.device = base.runtime.device
+        lengths = [len(row.prompt_ids) for row in rows]
+        size = min(max(lengths) + max(row.budget for row in rows), base.config.context)
+        self.cache = KVCache(base.config, len(rows), size, base.model.wte.weight)
+        padded = [row.prompt_ids + [base.tokenizer.eos_id] * (max(lengths) - len(row.prompt_ids)) for row in rows]
+        self.tokens = torch.tensor(padded, device=self.device)
+        self.grown = torch.tensor(lengths, device=self.device)
+
+    def step(self) -> Tensor:
+        """Runs the network on the newest tokens; returns the logits `[rows, vocab]` of the next ones, on the CPU."""
+        model = self.session.base.model
+        hidden = model(self.tokens, self.session.rows([row.request.mix for row in self.active]), self.cache)
+        self.cache.lengths += self.grown
+        self.cache.used = int(self.cache.lengths.max())
+        places = torch.arange(len(self.active), device=self.device)
+        return model.logits(hidden[places, self.grown - 1]).float().cpu()
+
+    def advance(self) -> None:
+        """Drops the rows that are finished and puts the others' last tokens in front of the network."""
+        kept = [place for place, row in enumerate(self.active) if not row.finish_reason]
+        if len(kept) < len(self.active):
+            self.cache.keep_rows(torch.tensor(kept, dtype=torch.long, device=self.device))
+            self.active = [self.active[place] for place in kept]
+        if self.active:
+            self.tokens = torch.tensor([[row.new_ids[-1]] for row in self.active], device=self.device)
+            self.grown = torch.ones(len(self.active), dtype=torch.long, device=self.device)
+
+
 @torch.inference_mode()
 def generate(
     session: Session,
@@ -102,52 +143,21 @@ def generate(
         UsageError: a prompt does not fit.
         NotFoundError, IntegrityError: an adapter cannot be used.
     """
-    base = session.base
-    context = base.config.context
+    tokenizer = session.base.tokenizer
     rows = []
-    for request in requests:
-        ids, budget = encode_prompt(base.tokenizer, request.prompt, context, settings, truncate_left)
-        generator = torch.Generator().manual_seed(request.seed)
-        rows.append(_Row(request, ids, budget, TextStream(base.tokenizer), generator))
-    active = list(range(len(rows)))
-    longest = max(len(row.prompt_ids) for row in rows)
-    tokens = torch.full((len(rows), longest), base.tokenizer.eos_id)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row.prompt_ids)] = torch.tensor(row.prompt_ids)
-    size = min(longest + max(row.budget for row in rows), context)
-    cache = KVCache(base.config, len(rows), size, base.model.wte.weight)
-    grown = torch.tensor([len(row.prompt_ids) for row in rows], device=base.runtime.device)
-    last = grown - 1
-    while active:
-        adapters = session.rows([rows[index].request.mix for index in active])
-        hidden = base.model(tokens.to(base.runtime.device), adapters, cache)
-        cache.lengths += grown
-        cache.used = int(cache.lengths.max())
-        logits = base.model.logits(hidden[torch.arange(len(active)), last]).float().cpu()
-        for index, scores in zip(active, logits, strict=True):
-            row = rows[index]
+    for index, request in enumerate(requests):
+        ids, budget = encode_prompt(tokenizer, request.prompt, session.base.config.context, settings, truncate_left)
+        rows.append(
+            _Row(index, request, ids, budget, TextStream(tokenizer), torch.Generator().manual_seed(request.seed))
+        )
+    batch = _Batch(session, rows)
+    while batch.active:
+        for row, logits in zip(batch.active, batch.step(), strict=True):
             seen = torch.tensor(row.prompt_ids + row.new_ids)
-            shown = row.accept(choose_token(scores, seen, settings, row.generator), base.tokenizer.eos_id)
+            shown = row.accept(choose_token(logits, seen, settings, row.generator), tokenizer.eos_id)
             if shown and on_text is not None:
-                on_text(index, shown)
+                on_text(row.index, shown)
             if stop is not None and stop.signal_number and not row.finish_reason:
                 row.finish_reason = "interrupted"
-        kept = [place for place, index in enumerate(active) if not rows[index].finish_reason]
-        if len(kept) < len(active):
-            cache.keep_rows(torch.tensor(kept, dtype=torch.long, device=base.runtime.device))
-            active = [active[place] for place in kept]
-        if active:
-            tokens = torch.tensor([[rows[index].new_ids[-1]] for index in active])
-            grown = torch.ones(len(active), dtype=torch.long, device=base.runtime.device)
-            last = torch.zeros(len(active), dtype=torch.long)
-    return [
-        Output(
-            row.request.prompt,
-            row.text,
-            describe_mix(row.request.mix),
-            len(row.new_ids),
-            row.finish_reason,
-            row.request.seed,
-        )
-        for row in rows
-    ]
+        batch.advance()
+    return [row.to_output() for row in rows]

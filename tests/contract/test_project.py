@@ -1,0 +1,95 @@
+"""The project's own promises: import directions, documents that do not rot, recipes that are valid."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+from lora_gpt2.cli import COMMANDS, cli
+from lora_gpt2.recipe import list_recipes, load_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+TREE = list((ROOT / "lora_gpt2").rglob("*.py"))
+
+
+def test_imports_go_down_only():
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_readmes_generated_parts_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, "tools/write_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", list_recipes(), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_what_it_is_for(path):
+    recipe = load_recipe(path)
+    assert recipe.description
+    assert f"{path.name} --data" in path.read_text(encoding="utf-8"), "the comment shows how to run it"
+
+
+def iter_commands(command, path):
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from iter_commands(command.get_command(context, name), [*path, name])
+    else:
+        yield path, command
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), list(iter_commands(cli, [])), ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_every_command_shows_an_example_of_itself(path, command):
+    assert "Example" in command.help
+    assert f"lora-gpt2 {' '.join(path)}" in command.help
+    assert path[0] in COMMANDS
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name != "runs":
+            assert parameter.help, f"{path}: {parameter.name}"
+
+
+def test_modules_and_functions_stay_readable():
+    import ast
+
+    for path in TREE:
+        source = path.read_text(encoding="utf-8")
+        assert source.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_nothing_unpickles_or_runs_foreign_code():
+    forbidden = re.compile(
+        r"torch\.load\(|import pickle|trust_remote_code|(?<!\.)\beval\(|\bexec\(|extractall|os\.system|shell=True"
+    )
+    for path in TREE:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if forbidden.search(line):
+                pytest.fail(f"{path}:{number}: {line.strip()}")
+
+
+def test_every_dependency_is_pinned_for_the_makefile():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    for requirement in wanted:
+        name = re.split(r"[><=\[]", requirement)[0].lower().replace("_", "-")
+        assert name in pinned, name
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()

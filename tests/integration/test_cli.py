@@ -1,0 +1,323 @@
+"""The program as users and scripts meet it: results, errors with their exit codes, JSON, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lora_gpt2 import cli
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.files import Origin, publish_adapter
+from tests.builders import make_adapter, make_text
+
+TINY = [
+    "--set",
+    "data.block_size=16",
+    "--set",
+    "train.batch_tokens=64",
+    "--set",
+    "train.steps=8",
+    "--set",
+    "lora.rank=2",
+]
+HOT = ["--set", "train.learning_rate=1e38", "--set", "train.clip=0"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line; returns exit code, stdout, stderr."""
+
+    def call(*arguments):
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def trained(base, tmp_path):
+    store = Store(tmp_path / "store")
+    for seed, name in enumerate(("law", "code"), start=1):
+        publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(figures={"train_tokens": 1000}))
+    return store
+
+
+def test_from_text_to_adapter_to_text_to_figures(run, base_folder, text_file):
+    code, out, err = run("train", "--data", text_file, "--name", "mine", "--base", base_folder, *TINY, "--json")
+    assert code == 0
+    (item,) = json.loads(out)["adapters"]
+    assert set(item) >= {
+        "name", "version", "steps", "train_tokens", "base_perplexity", "validation_perplexity", "tokens_per_second",
+        "peak_memory_bytes", "seconds",
+    }  # fmt: skip
+    assert (item["name"], item["version"], item["steps"], item["train_tokens"]) == ("mine", 1, 8, 512)
+    assert "tokens/s" in err
+    assert "next: lora-gpt2 generate" in err
+    code, out, err = run(
+        "generate", "the cat", "--adapter", "mine", "--seed", 1, "--json", "--set", "generate.max_new_tokens=5"
+    )
+    assert code == 0
+    (output,) = json.loads(out)["outputs"]
+    assert set(output) == {"prompt", "text", "adapter", "tokens", "finish_reason", "seed"}
+    assert (output["prompt"], output["adapter"], output["seed"]) == ("the cat", "mine", 1)
+    code, out, _ = run("evaluate", f"mine={text_file}", "--adapter", "mine", "--base", base_folder, "--json")
+    assert code == 0
+    cells = json.loads(out)["cells"]
+    assert [(c["adapter"], c["source"]) for c in cells] == [("base", "mine"), ("mine", "mine")]
+    assert cells[1]["perplexity"] < cells[0]["perplexity"]
+    assert cells[0]["tokens"] == cells[1]["tokens"] > 0
+
+
+def test_bench_domains_trains_one_adapter_per_folder_and_names_the_winners(run, base_folder, tmp_path):
+    words = {"cat": "the cat and the dog run", "chat": "le chat et le chien sous"}
+    for name, vocabulary in words.items():
+        (tmp_path / name).mkdir()
+        for seed, part in enumerate(("train", "valid", "test")):
+            (tmp_path / name / f"{part}.jsonl").write_text(make_text(40, seed, vocabulary))
+    settings = [*TINY, "--set", f"base={base_folder}", "--set", "train.steps=60", "--set", "train.learning_rate=0.01"]
+    code, out, _ = run("bench", "domains", tmp_path / "cat", tmp_path / "chat", *settings, "--json")
+    assert code == 0
+    assert json.loads(out)["winners"] == {"cat": "cat", "chat": "chat"}
+    assert run("bench", "domains", tmp_path, "--set", f"base={base_folder}")[0] == 4
+
+
+def test_the_demo_trains_swaps_and_measures(run, monkeypatch):
+    from lora_gpt2.training import demo
+
+    monkeypatch.setattr(demo, "STEPS", 3)
+    monkeypatch.setattr(demo, "BATCH_TOKENS", 256)
+    monkeypatch.setattr(demo, "TEST_DOCUMENTS", 3)
+    code, out, err = run("demo", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert set(result) == {"adapters", "matrix", "samples", "seconds"}
+    assert [sample["adapter"] for sample in result["samples"]] == ["base", *demo.DOMAINS]
+    assert len({sample["prompt"] for sample in result["samples"]}) == 1
+    assert len(result["matrix"]) == 4 * 3
+    assert "s left" in err
+
+
+def test_several_recipes_train_together(run, base_folder, tmp_path):
+    for name, words in (("one", "the cat"), ("two", "le chat")):
+        (tmp_path / f"{name}.jsonl").write_text(make_text(40, words=f"{words} and dog rain sun under"))
+        (tmp_path / f"{name}.yaml").write_text(
+            f"name: {name}\nbase: {base_folder}\ndata: {{sources: [{name}.jsonl]}}\n"
+        )
+    code, out, _ = run("train", tmp_path / "one.yaml", tmp_path / "two.yaml", *TINY)
+    assert code == 0
+    assert "one@1" in out
+    assert "two@1" in out
+    code, out, _ = run("adapters", "list", "--json")
+    assert [row["name"] for row in json.loads(out)["adapters"]] == ["one", "two"]
+
+
+def test_prepare_says_what_it_did(run, base_folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text(make_text(40) + '{"text": "x\\u0000y  "}\n{"text": ""}\n')
+    code, out, _ = run("prepare", tmp_path / "a.jsonl", "--base", base_folder, "--json", "--out", tmp_path / "out")
+    assert code == 0
+    result = json.loads(out)
+    assert (result["documents_read"], result["documents_kept"], result["rejected"]) == (42, 41, {"empty": 1})
+    assert set(result["tokens"]) == {"train", "validation", "test"}
+    assert result["rules"]["control"]["documents"] == 1
+    assert result["path"] == str(tmp_path / "out" / result["fingerprint"])
+    code, out, _ = run("prepare", tmp_path / "a.jsonl", "--base", base_folder)
+    assert "rule control: 1 documents, 1 characters removed" in out
+
+
+def test_comparing_shows_every_adapter_and_the_base(run, trained, base_folder):
+    shared = ["--set", "generate.max_new_tokens=4", "--seed", "1"]
+    code, out, _ = run("generate", "the", "--compare", "all", "--base", base_folder, *shared)
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith("===")] == [
+        "=== code (seed 1)", "=== law (seed 1)", "=== base (seed 1)",
+    ]  # fmt: skip
+    code, out, _ = run("generate", "the", "--compare", "law,base", "--json", *shared)
+    assert [o["adapter"] for o in json.loads(out)["outputs"]] == ["law", "base"]
+    code, out, _ = run("generate", "the", "--adapter", "law:0.6", "--adapter", "code:0.4", "--json", "-n", "2", *shared)
+    assert [(o["adapter"], o["seed"]) for o in json.loads(out)["outputs"]] == [
+        ("law:0.6+code:0.4", 1),
+        ("law:0.6+code:0.4", 2),
+    ]
+
+
+def test_streamed_text_is_the_prompt_and_its_continuation(run, trained):
+    arguments = ["generate", "the cat", "--adapter", "law", "--seed", "3", "--set", "generate.max_new_tokens=6"]
+    _, streamed, _ = run(*arguments)
+    _, whole, _ = run(*arguments, "--json")
+    (output,) = json.loads(whole)["outputs"]
+    assert streamed == f"the cat{output['text']}\n"
+    _, _, err = run("generate", "x", "--adapter", "law", "--set", "generate.max_new_tokens=1")
+    assert "seed " in err
+
+
+def test_show_and_import(run, trained, base, base_folder):
+    code, out, _ = run("adapters", "show", "law@1", "--json")
+    assert code == 0
+    shown = json.loads(out)["adapter"]
+    assert shown["base"]["fingerprint"] == base.fingerprint
+    assert shown["versions"] == [1]
+    code, out, _ = run("adapters", "show", "law")
+    assert "fingerprint" in out
+    code, out, _ = run("adapters", "import", trained.resolve("law"), "--name", "copy", "--base", base_folder)
+    assert (code, out) == (0, "imported copy@1\n")
+    copied, original = (trained.resolve(n) / "adapter_model.safetensors" for n in ("copy", "law"))
+    assert copied.read_bytes() == original.read_bytes()
+
+
+def test_recipes_and_bases(run, tmp_path):
+    _, out, _ = run("recipes", "list", "--json")
+    names = [row["name"] for row in json.loads(out)["recipes"]]
+    assert {"smoke", "prose", "code", "lora-paper", "notebook"} <= set(names)
+    assert run("recipes", "copy", "smoke", tmp_path / "s.yaml")[0] == 0
+    assert run("recipes", "copy", "smoke", tmp_path / "s.yaml")[0] == 6
+    assert run("recipes", "check", tmp_path / "s.yaml")[1] == f"{tmp_path / 's.yaml'}: valid\n"
+    assert "steps: 20" in run("recipes", "show", "smoke")[1]
+    assert "train.learning_rate" in run("recipes", "show")[1]
+    assert run("recipes", "show", "smok")[2].endswith("did you mean 'smoke'?\n")
+    assert "bundled" in run("bases", "list")[1]
+    shown = json.loads(run("bases", "show", "nano", "--json")[1])["base"]
+    assert shown["vocab_size"] == 8192
+
+
+ERRORS = [
+    (["trian"], 2, "UsageError", "no command 'trian'", "train"),
+    (["train", "--nonsense"], 2, "UsageError", "No such option", "--help"),
+    (["train"], 2, "UsageError", "nothing to train on", "--data FILE"),
+    (["train", "--data", "{text}", "--name", "A/B"], 2, "UsageError", "'A/B' is not a name", "1 to 64"),
+    (["train", "--data", "{text}", "--set", "train.stps=1"], 2, "RecipeError", "train.stps", "train.steps"),
+    (["train", "--name", "a", "--base", "{base}"], 3, "DataError", "no text to train on", "--data"),
+    (["train", "--data", "none.txt", "--base", "{base}"], 4, "NotFoundError", "none.txt", "check the path"),
+    (["train", "--data", "{text}", "--base", "nothing"], 4, "NotFoundError", "no base 'nothing'", "nano"),
+    (["train", "--data", "{text}", "--base", "gpt2-xl"], 7, "ResourceError", "hub cannot be reached", "nano"),
+    (["train", "missing.yaml"], 4, "NotFoundError", "missing.yaml", "recipes list"),
+    (["train", "--data", "{text}", "--base", "{base}", "--resume"], 5, "CorruptError", "no run to resume", "without"),
+    (["train", "--data", "{text}", "--base", "{base}", *TINY, *HOT], 8, "TrainingDiverged", "step 2", "learning_rate"),
+    (["generate", "x", "--adapter", "lew"], 4, "NotFoundError", "no adapter 'lew'", "'law'"),
+    (["generate", "x", "--adapter", "law@9"], 4, "NotFoundError", "no version 9", "[1]"),
+    (["generate", "x", "--adapter", "law:much"], 2, "UsageError", "expected name:weight", "law:0.6"),
+    (["generate", "x", "--adapter", "law", "--compare", "all"], 2, "UsageError", "exclude", "--compare"),
+    (["generate", "x", "--adapter", "law", "--base", "nano"], 5, "MismatchError", "made for another base", "--base"),
+    (["generate", "x" * 60, "--adapter", "law"], 2, "UsageError", "60 tokens", "--truncate left"),
+    (["generate", "x", "--adapter", "law", "--seed", "-1"], 2, "UsageError", "-1", "--help"),
+    (["generate", "x", "--adapter", "../law"], 2, "UsageError", "not a name", "1 to 64"),
+    (["generate", "\ud800", "--adapter", "law"], 3, "DataError", "surrogate", "remove"),
+    (["evaluate"], 2, "UsageError", "Missing argument", "evaluate --help"),
+    (["evaluate", "{text}", "--adapter", "zzz", "--base", "{base}"], 4, "NotFoundError", "zzz", "known are"),
+    (["evaluate", "{text}", "--base", "{base}", "--set", "evaluate.window=99"], 2, "UsageError", "<= 48", "window=N"),
+    (["evaluate", "{empty}", "--base", "{base}"], 3, "DataError", "no text to score", "at least one token"),
+    (["evaluate", "{png}", "--base", "{base}"], 3, "DataError", "binary", "text first"),
+    (["adapters", "show", "nothing"], 4, "NotFoundError", "nothing", "known are"),
+    (["adapters", "import", "nowhere", "--name", "a"], 4, "NotFoundError", "no adapter_model", "save_pretrained"),
+    (["recipes", "check", "{broken}"], 2, "RecipeError", "colour", "did you mean"),
+    (["bases", "show", "{empty}"], 4, "NotFoundError", "no base", "nano"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind", "message", "hint"), ERRORS, ids=lambda v: v if isinstance(v, str) else None
+)
+def test_every_error_has_its_code_message_and_hint_in_text_and_json(
+    run, trained, tmp_path, base_folder, text_file, arguments, code, kind, message, hint
+):
+    files = {"empty": tmp_path / "e.txt", "png": tmp_path / "p.txt", "broken": tmp_path / "b.yaml"}
+    files["empty"].write_text("")
+    files["png"].write_bytes(b"\x89PNG....")
+    files["broken"].write_text("train: {colour: 1, step: 2}")
+    places = {**files, "text": text_file, "base": base_folder}
+    arguments = [a.format(**places) if a.startswith("{") else a for a in arguments]
+    listed = trained.list_names()
+    found, out, err = run(*arguments)
+    assert found == code
+    assert out == ""
+    assert message in err
+    assert hint in err
+    assert "Traceback" not in err
+    found, out, err = run(*arguments, "--json")
+    if arguments[0] != "trian":
+        assert found == code
+        error = json.loads(out)["error"]
+        assert error["type"] == kind
+        assert message in error["message"]
+        assert hint in error["hint"]
+    assert trained.list_names() == listed, "an error publishes nothing"
+
+
+def test_a_bug_has_an_identifier_and_no_traceback_without_debug(run, monkeypatch):
+    monkeypatch.setattr("lora_gpt2.model.base.list_bundled", lambda: 1 / 0)
+    code, _, err = run("bases", "list")
+    assert code == 1
+    assert "a bug (" in err
+    assert "please report" in err
+    assert "Traceback" not in err
+    assert "Traceback" in run("--debug", "bases", "list")[2]
+
+
+def test_running_out_of_memory_or_disk_is_a_resource_error(run, monkeypatch):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(28, "No space")):
+
+        def fail(error=error):
+            raise error
+
+        monkeypatch.setattr("lora_gpt2.model.base.list_bundled", fail)
+        assert run("bases", "list")[0] == 7
+
+
+def test_damaged_adapters_are_listed_as_such(run, trained):
+    (trained.resolve("law") / "manifest.json").write_text("{")
+    code, out, err = run("adapters", "list")
+    assert code == 0
+    assert "code" in out
+    assert "damaged" in err
+
+
+def spawn(*arguments, **options):
+    command = [sys.executable, "-m", "lora_gpt2", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_after_the_step_and_keeps_a_checkpoint(base_folder, text_file, number, tmp_path):
+    arguments = ["train", "--data", text_file, "--name", "long", "--base", base_folder, *TINY]
+    process = spawn(*arguments, "--set", "train.steps=3000")
+    time.sleep(1)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cache/runs/*/identity.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert out == ""
+    assert "is kept" in err
+    assert not (tmp_path / "store" / "long").exists()
+    assert list(tmp_path.glob("cache/runs/*/step-*.checkpoint"))
+
+
+def test_a_closed_pipe_ends_quietly(trained):
+    process = spawn("recipes", "show")
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["adapters", "list"], ["recipes", "list"], ["train", "--help"]])
+def test_what_must_be_instant_imports_neither_torch_nor_transformers(arguments):
+    probe = (
+        "import sys\nfrom lora_gpt2 import cli\ncode = cli.run(sys.argv[1:])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)\n"
+        "print(sorted(heavy), file=sys.stderr)\nsys.exit(code or len(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "[]")
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-m", "lora_gpt2", *arguments], capture_output=True, check=True)
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < (2.0 if os.environ.get("CI") else 1.0), "generous: other tests run beside this one"

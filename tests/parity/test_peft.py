@@ -1,0 +1,114 @@
+"""Ours against transformers + PEFT: logits, gradients, and adapters going both ways."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from lora_gpt2.inference.session import Session
+from lora_gpt2.model.bank import AdapterBank, TrainingRows
+from lora_gpt2.model.loss import chunked_cross_entropy
+from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
+from lora_gpt2.store.interop import read_peft_folder
+from tests.builders import make_adapter
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+SETTINGS = {
+    "all": LoraSettings(rank=4, alpha=10),
+    "rslora": LoraSettings(rank=3, alpha=6, rslora=True),
+    "qv": LoraSettings(rank=4, alpha=32, targets=("c_attn.q", "c_attn.v")),
+    "per-target": LoraSettings(rank=2, ranks={"mlp.c_fc": 5}, targets=("mlp.c_fc", "mlp.c_proj", "attn.c_proj")),
+    "k-and-mlp": LoraSettings(rank=2, targets=("c_attn.k", "mlp.c_fc")),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def stored(request, base, store):
+    publish_adapter(store, "law", make_adapter(base.config, 1, SETTINGS[request.param]), base, Origin())
+    return load_adapter(store, "law", base)[1]
+
+
+@pytest.fixture
+def theirs(base_folder):
+    return GPT2LMHeadModel.from_pretrained(base_folder).eval()
+
+
+@pytest.fixture
+def tokens(base):
+    return torch.randint(0, base.config.vocab_size, (3, 25), generator=torch.Generator().manual_seed(2))
+
+
+def our_logits(base, adapter, tokens):
+    session = Session(base)
+    session.add({"a": adapter})
+    return base.model.logits(base.model(tokens, session.rows([(("a", 1.0),)] * len(tokens))))
+
+
+def test_a_stored_adapter_runs_in_peft_unchanged(base, store, stored, theirs, tokens):
+    with torch.no_grad():
+        plain = theirs(tokens).logits
+        wrapped = PeftModel.from_pretrained(theirs, store.resolve("law")).eval()
+        wanted = wrapped(tokens).logits
+    assert (our_logits(base, stored, tokens) - wanted).abs().max() <= 2e-5
+    assert (wanted - plain).abs().max() > 0.1
+
+
+def test_adapter_gradients_equal_autograds_through_peft(base, store, stored, theirs, tokens):
+    wrapped = PeftModel.from_pretrained(theirs, store.resolve("law"), is_trainable=True).eval()
+    wrapped(input_ids=tokens, labels=tokens).loss.backward()
+    bank = AdapterBank(base.config, stored.ranks, 1, "training", base.model.wte.weight)
+    bank.load(0, stored)
+    buffer = bank.enable_gradients()
+    hidden = base.model(tokens, TrainingRows(bank, [0]))[:, :-1].flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
+    weights = torch.full(targets.shape, 1 / len(targets))
+    chunked_cross_entropy(hidden, base.model.head, targets, weights)[0].backward()
+    gradients = bank.read(0, buffer)
+    found = dict(wrapped.named_parameters())
+    for site, update in gradients.updates.items():
+        for half, ours in (("A", update.a), ("B", update.b)):
+            wanted = found[f"base_model.model.transformer.{site}.lora_{half}.default.weight"].grad
+            assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-8, (site, half)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["c_attn"]},
+        {"target_modules": "all-linear", "lora_alpha": 5},
+        {"target_modules": r".*\.(c_attn|c_fc)", "use_rslora": True},
+        {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"mlp.c_proj": 2}, "alpha_pattern": {"c_attn": 3}},
+        {"target_modules": ["c_fc"], "layers_to_transform": [1]},
+    ],
+)
+def test_an_adapter_trained_in_peft_imports_with_equal_logits(base, theirs, tokens, tmp_path, options):
+    wrapped = get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", r=4, fan_in_fan_out=True, **options))
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        wrapped(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wrapped.eval().save_pretrained(tmp_path)
+    adapter = read_peft_folder(tmp_path, base.config)
+    with torch.no_grad():
+        wanted = wrapped(tokens).logits
+    assert (our_logits(base, adapter, tokens) - wanted).abs().max() <= 2e-5
+    assert (wanted - base.model.logits(base.model(tokens))).abs().max() > 0.1
+
+
+def test_a_mixed_batch_equals_pefts(base, store, theirs, tokens):
+    session = Session(base, store)
+    for seed, name in enumerate(("law", "code"), start=1):
+        publish_adapter(store, name, make_adapter(base.config, seed), base, Origin())
+    wrapped = PeftModel.from_pretrained(theirs, store.resolve("law"), adapter_name="law")
+    wrapped.load_adapter(store.resolve("code"), "code")
+    wrapped.eval()
+    with torch.no_grad():
+        wanted = wrapped(tokens, adapter_names=["law", "__base__", "code"]).logits
+    rows = session.rows([(("law", 1.0),), (), (("code", 1.0),)])
+    assert (base.model.logits(base.model(tokens, rows)) - wanted).abs().max() <= 2e-5

@@ -1,0 +1,74 @@
+"""Writes the generated parts of README.md, the commands and the settings, from the code; `--check` only compares."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from lora_gpt2.cli import COMMANDS, cli
+from lora_gpt2.recipe import describe_key, list_keys, load_recipe
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def write_commands() -> str:
+    """Returns one section per command: what it does, its usage, options and examples."""
+    context = click.Context(cli, info_name="lora-gpt2")
+    parts = []
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            group = click.Context(command, parent=context, info_name=name)
+            for child in command.list_commands(group):
+                parts.append(show(command.get_command(group, child), f"{name} {child}", group, child))
+        else:
+            parts.append(show(command, name, context, name))
+    return "\n".join(parts)
+
+
+def show(command: click.Command | None, title: str, parent: click.Context, name: str) -> str:
+    """Returns a command's help as a Markdown section."""
+    assert command is not None
+    context = click.Context(command, parent=parent, info_name=name, max_content_width=96, terminal_width=96)
+    return f"#### `{title}`\n\n```text\n{command.get_help(context)}\n```\n"
+
+
+def write_settings() -> str:
+    """Returns a table of every setting with its default and meaning."""
+    recipe = load_recipe(None).model_dump(mode="json")
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for key in list_keys():
+        section, _, name = key.rpartition(".")
+        value = recipe[section][name] if section else recipe[name]
+        shown = ", ".join(value) if isinstance(value, list) else value
+        shown = {None: "", True: "true", False: "false"}.get(shown, shown) if not isinstance(shown, dict) else ""
+        meaning = describe_key(key).partition(": ")[2].replace("|", "\\|").replace("\n", " ")
+        rows.append(f"| `{key}` | {shown} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """Returns the text with what stands between a marker's two comments replaced."""
+    begin, end = f"<!-- {marker}: written by 'make docs' -->\n", f"<!-- end of {marker} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    assert found and closed, f"README.md has no place for {marker}"  # noqa: PT018
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def main() -> None:
+    """Writes README.md, or with --check exits with 1 if it would change."""
+    old = README.read_text(encoding="utf-8")
+    new = fill(fill(old, "commands", write_commands()), "settings", write_settings())
+    if "--check" in sys.argv:
+        if new != old:
+            sys.exit("README.md is not up to date: run 'make docs'")
+    else:
+        README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
