@@ -53,6 +53,43 @@ SETTINGS: dict[str, Any] = {
     "seed": 1729,
 }
 
+PROMPTS = ("The king of the country", "She opened the door and", "In this section we will learn how to")
+CARD = """# nano
+
+The base that ships with lora-gpt2: a GPT-2 (Radford et al. 2019) small enough for any machine, for trying things out,
+tests and demonstrations. Any tool that loads a GPT-2 loads this folder.
+
+| | |
+|---|---|
+| parameters | {parameters:,} ({layers} layers, width {width}, {heads} heads, tied head), stored as float16 |
+| vocabulary | {vocab_size:,} tokens, byte-level BPE of its own; `<|endoftext|>` is the last |
+| context | {context} tokens |
+| tokens seen | {tokens_seen:,}, {epochs:.2f} of one pass over the {corpus_tokens:,} of its corpus |
+| validation | perplexity {perplexity:.2f} per token, {bits_per_byte:.4f} bits per byte, on `general_valid.txt` ({tokens:,} tokens, {bytes:,} bytes), each document on its own in windows of {context} without overlap |
+| training | {steps:,} steps, {seconds:,.0f} s on two CPU cores shared with other work, float32 |
+
+Made by `tools/pretrain_nano.py`; every setting and the seed are in `training.json`.
+
+## Data
+
+A corpus of general English in a fixed random order: books of Project Gutenberg (public domain in the U.S.), OpenStax
+text books (CC BY 4.0), arXiv abstracts (CC0), documentation of Python (PSF-2.0), SQLite (public domain), Apache httpd
+(Apache-2.0) and the Rust book (MIT/Apache-2.0), pages of the U.S. General Services Administration and the CIA World
+Factbook (public domain / CC0), State of the Union addresses (public domain). The weights are under Apache-2.0 like the
+package; OpenStax is to be credited: "Access for free at openstax.org".
+
+## Samples
+
+Temperature 0.7, top-k 50, top-p 0.95, seed 0, the first draw of each:
+
+{samples}
+
+## Limits
+
+It writes recognisable English and knows next to nothing. It has seen few tokens for its size; more would make it better.
+It repeats itself, states false things, and carries the bias of old books. Not for any use but learning and testing.
+"""  # noqa: E501
+
 
 def read_documents(corpus: Path) -> Iterator[str]:
     """Yields the documents of `general.txt.gz`, each of which ends with a line holding only EOS."""
@@ -274,9 +311,28 @@ def export(model: GPT2LMHeadModel, args: argparse.Namespace, figures: dict[str, 
     tokenizer.backend_tokenizer.model.save(str(args.out))
     written = GPT2LMHeadModel.from_pretrained(args.out, dtype=torch.float32).eval()
     figures["validation"] = measure_validation(written, args.corpus, args.work, max_bytes=None)
+    figures["epochs"] = figures["tokens_seen"] / figures["corpus_tokens"]
     figures["parameters"] = sum(p.numel() for p in written.parameters())
     (args.out / "training.json").write_text(json.dumps({"settings": SETTINGS, "figures": figures}, indent=2) + "\n")
+    card = CARD.format(**SETTINGS, **figures, **figures["validation"], samples=draw_samples(written, args.work))
+    (args.out / "CARD.md").write_text(card, encoding="utf-8")
     print(json.dumps(figures, indent=2))
+
+
+def draw_samples(model: GPT2LMHeadModel, work: Path) -> str:
+    """Continues each prompt once with a fixed seed and the product's default sampling."""
+    tokenizer = ByteLevelBPETokenizer(str(work / "vocab.json"), str(work / "merges.txt"))
+    parts = []
+    for prompt in PROMPTS:
+        torch.manual_seed(0)
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        mask = torch.ones_like(ids)
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=True, temperature=0.7, top_k=50, top_p=0.95, max_new_tokens=60
+        )
+        text = tokenizer.decode([token for token in out[0].tolist() if token != model.config.eos_token_id])
+        parts.append("> " + text.strip().replace("\n", "\n> "))
+    return "\n\n".join(parts)
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def train_recipes(recipes: Sequence[Recipe], store: Store, reporter: Reporter, r
 def _train_locked(
     recipes: Sequence[Recipe], store: Store, reporter: Reporter, run: RunFolder, resume: bool
 ) -> TrainReport:
-    base = load_base(recipes[0].base, choose_runtime(recipes[0].train.precision))
+    base = load_base(recipes[0].base, choose_runtime(recipes[0].train.precision, for_training=True))
     shown = f"{base.name} on {base.runtime.device.type} in {base.runtime.dtype_name}"
     reporter.message(f"base {shown}; training {', '.join(recipe.name for recipe in recipes)}")
     domains = [Domain(r.name, r, prepare_data(r.data, base.tokenizer, reporter)) for r in recipes]

@@ -126,6 +126,7 @@ class Trainer:
                     stop.raise_if_asked(f"step {self.step} is kept; the same command with --resume goes on from it")
                 if self._is_checkpoint_due():
                     self.save_checkpoint()
+        self.save_checkpoint()  # so that a full disk while publishing costs no training
         return [self._conclude(slot) for slot in range(len(self.domains))]
 
     def _active(self) -> list[int]:

@@ -21,6 +21,7 @@ EXACT = {
     "distilgpt2": {"n_layer": 6},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
 }
+LARGE = {"gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20}}
 
 
 def copy_weights(theirs):
@@ -37,11 +38,11 @@ def copy_weights(theirs):
     return model.eval()
 
 
-@pytest.mark.parametrize("size", EXACT)
+@pytest.mark.parametrize("size", [*EXACT, *(pytest.param(size, marks=pytest.mark.slow) for size in LARGE)])
 def test_logits_of_the_exact_configurations_agree_within_2e_5(size):
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config(**EXACT[size])).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(**(EXACT | LARGE)[size])).eval()
     tokens = torch.randint(0, 50257, (2, 160 if size == "gpt2" else 40))
     with torch.no_grad():
         wanted = theirs(tokens).logits

@@ -274,6 +274,22 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatc
     assert run.load(reporter)[1] == {"step": 1}
 
 
+def test_a_failed_publication_costs_no_training(base_folder, text_file, store, reporter, monkeypatch):
+    recipe = make_recipe(base_folder, text_file)
+    with monkeypatch.context() as patched, pytest.raises(ResourceError):
+        patched.setattr(run_module, "publish_adapter", _fail)
+        train_recipes([recipe], store, reporter)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_train_step", _fail)
+        train_recipes([recipe], store, reporter, resume=True)
+    train_recipes([make_recipe(base_folder, text_file, "whole")], store, reporter)
+    assert weights_of(store, "one") == weights_of(store, "whole")
+
+
+def _fail(*args, **kwargs):
+    raise ResourceError("no space", "free some")
+
+
 def test_two_runs_of_one_adapter_do_not_meet(base_folder, text_file, store, reporter):
     run = open_run_folder(store.root, ["one"])
     with hold_lock(run.lock, "it"), pytest.raises(ConflictError, match=str(os.getpid())):
