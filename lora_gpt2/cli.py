@@ -6,6 +6,7 @@ A command's module is imported only when it runs, so `--help` needs neither torc
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
@@ -85,6 +86,9 @@ def cli(ctx: click.Context, verbose: int, quiet: bool, debug: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a Latin-1 terminal shows ? where it must
     sys.exit(run(arguments))
 
 
@@ -116,7 +120,8 @@ def translate(error: BaseException) -> LoraGpt2Error:
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f"see '{context.command_path} --help'" if context else "see 'lora-gpt2 --help'"
-        return UsageError(error.format_message(), hint)
+        is_bare = isinstance(error, click.exceptions.NoArgsIsHelpError)
+        return UsageError("a command is missing" if is_bare else error.format_message(), hint)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
         return ResourceError(
             "there is not enough memory", "use smaller --set train.micro_batch_tokens or evaluate.batch_tokens"

@@ -41,7 +41,7 @@ class DataSettings(Section):
     text_field: str = "text"
     """Field of a JSON object that holds the document."""
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not valid text: stop with file:offset, or replace and count."""
+    """What to do with bytes that are not valid text: stop with file:offset, or replace them by U+FFFD."""
     block_size: Annotated[int, Field(ge=16, le=1024)] = 512
     """Tokens per block; at most the base's context."""
     validation_share: Share = 0.05
@@ -245,7 +245,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of the nested mapping with each `section.key=value` set."""
-    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    result: dict[str, Any] = {
+        key: dict(value or {}) if key in SECTIONS and isinstance(value, Mapping | None) else value
+        for key, value in values.items()
+    }
     for text in overrides:
         path, value = parse_override(text)
         place = result
@@ -258,10 +261,12 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file; sources in it are relative to the file's folder."""
+    """Returns the mapping in a YAML file, or in the bundled recipe of that name; sources are relative to its folder."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
+        if path.name in {recipe.name for recipe in list_recipes()} | {recipe.stem for recipe in list_recipes()}:
+            return read_recipe(find_recipe(path.stem))
         raise NotFoundError(f"there is no recipe {path}", "see 'lora-gpt2 recipes list'") from error
     except (UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path} cannot be read: {error}", "a recipe is a YAML file in UTF-8") from error
@@ -297,7 +302,8 @@ def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) 
             continue
         section, _, name = key.rpartition("__")
         place = values.setdefault(section, {}) if section else values
-        place[name] = value
+        if isinstance(place, dict):  # else `build_recipe` says what is wrong with the section
+            place[name] = value
     return build_recipe(values, str(path) if path else "settings")
 
 

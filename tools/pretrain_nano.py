@@ -66,7 +66,7 @@ tests and demonstrations. Any tool that loads a GPT-2 loads this folder.
 | context | {context} tokens |
 | tokens seen | {tokens_seen:,}, {epochs:.2f} of one pass over the {corpus_tokens:,} of its corpus |
 | validation | perplexity {perplexity:.2f} per token, {bits_per_byte:.4f} bits per byte, on `general_valid.txt` ({tokens:,} tokens, {bytes:,} bytes), each document on its own in windows of {context} without overlap |
-| training | {steps:,} steps, {seconds:,.0f} s on two CPU cores shared with other work, float32 |
+| training | {steps:,} steps, {seconds:,.0f} s, float32 |
 
 Made by `tools/pretrain_nano.py`; every setting and the seed are in `training.json`.
 
@@ -208,7 +208,7 @@ def measure_validation(model: GPT2LMHeadModel, corpus: Path, work: Path, max_byt
         document = document.strip("\n")
         if not document or (max_bytes is not None and num_bytes >= max_bytes):
             continue
-        ids = torch.tensor([eos, *tokenizer.encode(document).ids])
+        ids = torch.tensor([eos, *tokenizer.encode(document).ids], device=model.device)
         for start in range(0, len(ids) - 1, SETTINGS["context"]):
             window = ids[start : start + SETTINGS["context"] + 1][None]
             logits = model(window[:, :-1]).logits[0].float()

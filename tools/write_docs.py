@@ -44,7 +44,10 @@ def write_settings() -> str:
         section, _, name = key.rpartition(".")
         value = recipe[section][name] if section else recipe[name]
         shown = ", ".join(value) if isinstance(value, list) else value
-        shown = {None: "", True: "true", False: "false"}.get(shown, shown) if not isinstance(shown, dict) else ""
+        if shown is None or isinstance(shown, dict):
+            shown = ""
+        elif isinstance(shown, bool):
+            shown = str(shown).lower()
         meaning = describe_key(key).partition(": ")[2].replace("|", "\\|").replace("\n", " ")
         rows.append(f"| `{key}` | {shown} | {meaning} |")
     return "\n".join(rows) + "\n"

@@ -91,7 +91,7 @@ def _summarise(manifest: Manifest) -> dict[str, Any]:
         "size_bytes": manifest.size_bytes, "num_parameters": manifest.num_parameters,
         "train_tokens": manifest.figures.get("train_tokens"),
         "base_perplexity": manifest.figures.get("base_perplexity"),
-        "validation_perplexity": manifest.figures.get("validation_perplexity"), "created": manifest.created,
+        "validation_perplexity": manifest.figures.get("validation_perplexity"), "created": manifest.created.isoformat(),
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def command(
     from lora_gpt2.inference.session import BASE, parse_mix
 
     read = read_sources(sources, recipe.data)
-    session, references = open_session(store, adapters, base, recipe.evaluate.precision)
+    session, references = open_session(store, adapters, recipe, recipe.evaluate.precision)
     session.open([name for name in references if name != BASE])
     rows = {name: session.for_rows(parse_mix([name])) for name in [BASE, *references]}
     cells = [cell.to_json() for cell in measure_matrix(session.base, rows, read, recipe.evaluate, reporter)]

@@ -47,12 +47,14 @@ def command(
     prompt = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
     assert prompt is not None
     from lora_gpt2.core.interrupt import catch_signals
-    from lora_gpt2.inference.generate import Request, generate
+    from lora_gpt2.inference.generate import Request, count_dropped, generate
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.session import parse_mix
 
+    if compare is not None and not compare.strip(","):
+        raise UsageError("--compare names no adapter", "such as --compare law,code,base, or all")
     references = [name.partition(":")[0] for name in adapters] or [n for n in (compare or "").split(",") if n]
-    session, references = open_session(store, references, base, recipe.generate.precision)
+    session, references = open_session(store, references, recipe, recipe.generate.precision)
     mixes = [parse_mix([name]) for name in references] if compare else [parse_mix(adapters)]
     first_seed = secrets.randbelow(2**31) if seed is None else seed
     requests = [Request(prompt, mix, first_seed + i) for mix in mixes for i in range(num)]
@@ -71,6 +73,8 @@ def command(
         click.echo("" if shown else prompt)
     else:
         emit({"outputs": results}, as_json, lambda: _render(results))
+    if dropped := count_dropped(session.base, prompt, recipe.generate):
+        reporter.message(f"the first {dropped} tokens of the prompt were left out, to make room")
     if seed is None:
         reporter.message(f"seed {first_seed}")
     stop.raise_if_asked("the text so far is above")

@@ -40,7 +40,7 @@ def show(name: str | None, as_json: bool) -> None:
 
     \b
     Examples:
-      lora-gpt2 recipes show drama
+      lora-gpt2 recipes show prose
       lora-gpt2 recipes show
     """
     if name:
@@ -59,7 +59,7 @@ def copy(name: str, target: Path) -> None:
 
     \b
     Example:
-      lora-gpt2 recipes copy drama mine.yaml
+      lora-gpt2 recipes copy prose mine.yaml
     """
     path = find_recipe(name)
     if target.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +33,16 @@ store_option = click.option(
 
 
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[], str]) -> None:
-    """Writes a result on stdout: as JSON, or as `render` shows it."""
-    click.echo(json.dumps(result, indent=1, default=str) if as_json else render())
+    """Writes a result on stdout: as JSON, in which what is not finite is null, or as `render` shows it."""
+    click.echo(json.dumps(_finite(result), indent=1, allow_nan=False) if as_json else render())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -43,7 +43,7 @@ def command(
     \b
     Examples:
       lora-gpt2 train --data my_text.txt --name mine
-      lora-gpt2 train recipes/drama.yaml --set train.steps=300
+      lora-gpt2 train prose --data notes/ --name mine --set train.steps=100
       lora-gpt2 train a.yaml b.yaml c.yaml        three adapters, one pass over the base
       lora-gpt2 train a.yaml --resume             after an interruption
     """

@@ -29,19 +29,23 @@ class StopRequest:
 
 @contextmanager
 def catch_signals() -> Iterator[StopRequest]:
-    """Yields a request that a first signal fills in; outside the main thread it stays empty."""
+    """Yields a request that a first signal fills in; outside the main thread it stays empty.
+
+    Signals that are ignored (under `nohup`, say) stay so.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    found = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
 
     def note(number: int, frame: FrameType | None) -> None:
         request.signal_number = number
         for each, handler in previous.items():
             signal.signal(each, handler)
 
-    for number in SIGNALS:
+    for number in previous:
         signal.signal(number, note)
     try:
         yield request

@@ -23,9 +23,14 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED_NAMES = frozenset({"base", "all", "auto"})
 
 
+def is_name(name: str) -> bool:
+    """True if `name` can name an adapter."""
+    return NAME_PATTERN.fullmatch(name) is not None and name not in RESERVED_NAMES
+
+
 def check_name(name: str) -> str:
     """Returns `name` if it can name an adapter; raises `UsageError` otherwise."""
-    if not NAME_PATTERN.fullmatch(name) or name in RESERVED_NAMES:
+    if not is_name(name):
         raise UsageError(
             f"'{name[:80]}' is not a name for an adapter",
             "use 1 to 64 of a-z 0-9 . _ - beginning with a letter or digit, and not 'base', 'all' or 'auto'",

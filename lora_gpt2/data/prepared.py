@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.core.fingerprint import fingerprint_json, hash_file
 from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, sync_tree, temporary_dir
-from lora_gpt2.data.blocks import TokenBlocks, open_stream, write_stream
+from lora_gpt2.data.blocks import TokenBlocks, open_stream, token_dtype, write_stream
 from lora_gpt2.data.cleaning import CleaningReport
 from lora_gpt2.data.sources import find_files, read_file
-from lora_gpt2.data.split import content_key, iter_sections, split_documents
+from lora_gpt2.data.split import FEW_DOCUMENTS, choose_section_size, content_key, iter_sections, split_documents
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 1
+FORMAT = 2
 PARTS = ("train", "validation", "test")
 ENCODE_BATCH = 256
 
@@ -52,21 +55,31 @@ class _Intake:
         self.read = 0
         self.seen: set[bytes] = set()
 
-    def take(self, path: Path, settings: DataSettings) -> Iterator[str]:
-        """Yields the sections of a file's documents that are worth keeping."""
-        for document in read_file(path, settings):
+    def take(self, paths: Sequence[Path], settings: DataSettings) -> Iterator[str]:
+        """Yields the documents of some files that are worth keeping."""
+        for document in (document for path in paths for document in read_file(path, settings)):
             self.read += 1
             text = self.cleaning.clean(document.text, self.profile)
             if not text.strip():
                 self.rejected["empty"] += 1
-                continue
-            for section in iter_sections(text):
-                key = content_key(section)
-                if key in self.seen:
-                    self.rejected["duplicate"] += 1
-                elif section.strip():
-                    self.seen.add(key)
-                    yield section
+            elif self._is_new(text):
+                yield text
+            else:
+                self.rejected["duplicate"] += 1
+
+    def cut_if_few(self, texts: list[str]) -> list[str]:
+        """Returns the documents, or their sections where they are too few to be split."""
+        if len(texts) >= FEW_DOCUMENTS:
+            return texts
+        size = choose_section_size(sum(map(len, texts)))
+        sections = [section for text in texts for section in iter_sections(text, size) if section.strip()]
+        return list(dict.fromkeys(sections))
+
+    def _is_new(self, text: str) -> bool:
+        key = content_key(text)
+        is_new = key not in self.seen
+        self.seen.add(key)
+        return is_new
 
 
 def prepare_data(
@@ -85,30 +98,47 @@ def prepare_data(
     hashes = {part: [hash_file(path) for path in paths] for part, paths in files.items()}
     fingerprint = fingerprint_json([FORMAT, hashes, relevant, tokenizer.fingerprint])
     folder = (cache or find_cache_dir() / "prepared") / fingerprint
-    if not (folder / "manifest.json").exists():
+    report = _read_report(folder, tokenizer)
+    if report is None:
         with os_errors_as_ours(f"write prepared data to {folder}"):
-            _build(folder, files, settings, tokenizer, reporter)
-    report = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            shutil.rmtree(folder, ignore_errors=True)
+            report = _build(folder, files, settings, tokenizer, reporter)
     train, validation, test = (
         TokenBlocks(open_stream(folder / f"{part}.bin", tokenizer.vocab_size), settings.block_size) for part in PARTS
     )
     return PreparedData(folder, fingerprint, train, validation, test, report)
 
 
+def _read_report(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Returns the manifest of a prepared folder, or None if it is missing or its streams are not what it says."""
+    item = np.dtype(token_dtype(tokenizer.vocab_size)).itemsize
+    try:
+        report = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for part, count in report["tokens"].items():
+            if (folder / f"{part}.bin").stat().st_size != (count + 1) * item * bool(count):
+                return None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    assert isinstance(report, dict)
+    return report
+
+
 def _build(
     folder: Path, files: dict[str, list[Path]], settings: DataSettings, tokenizer: Tokenizer, reporter: Reporter
-) -> None:
+) -> dict[str, Any]:
     intake = _Intake(settings.profile)
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for part in ("test", "validation"):  # first, so that copies of them are dropped from training
-        parts[part] = [text for path in files[part] for text in intake.take(path, settings)]
+        parts[part] = list(intake.take(files[part], settings))
     held_out = len(intake.seen), intake.rejected["duplicate"]
-    texts = [text for path in files["train"] for text in intake.take(path, settings)]
+    texts = list(intake.take(files["train"], settings))
     overlap = intake.rejected["duplicate"] - held_out[1] if held_out[0] else 0
+    kept = len(texts) + held_out[0]
     shares = [0.0 if files[p] else getattr(settings, f"{p}_share") for p in ("validation", "test")]
+    texts = intake.cut_if_few(texts) if any(shares) else texts
     for text, part in zip(texts, split_documents(texts, *shares), strict=True):
         parts[part].append(text)
-    _check(parts, intake, settings)
+    _check(parts, kept, intake)
     if overlap:
         reporter.message(f"{overlap} training documents were copies of held-out or other documents and were dropped")
     with temporary_dir(folder.parent, folder.name) as work:
@@ -120,7 +150,7 @@ def _build(
                 tokens[part] = write_stream(work / f"{part}.bin", encoded, tokenizer.eos_id, tokenizer.vocab_size)
                 documents[part] = len(parts[part])
         manifest = {
-            "format": FORMAT, "documents_read": intake.read, "documents_kept": total, "documents": documents,
+            "format": FORMAT, "documents_read": intake.read, "documents_kept": kept, "documents": documents,
             "rejected": dict(intake.rejected), "tokens": tokens, "settings": settings.model_dump(mode="json"),
             "rules": {name: asdict(rule) for name, rule in intake.cleaning.rules.items()},
             "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -129,6 +159,7 @@ def _build(
         sync_tree(work)
         if not folder.exists():
             os.rename(work, folder)
+    return manifest
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer, advance: Any) -> Iterator[list[int]]:
@@ -138,8 +169,7 @@ def _encode(texts: Sequence[str], tokenizer: Tokenizer, advance: Any) -> Iterato
         advance(len(batch))
 
 
-def _check(parts: dict[str, list[str]], intake: _Intake, settings: DataSettings) -> None:
-    kept = sum(len(texts) for texts in parts.values())
+def _check(parts: dict[str, list[str]], kept: int, intake: _Intake) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in intake.rejected.items() if count) or "none rejected"
     counts = f"{intake.read} documents read, {kept} kept ({reasons})"
     if not parts["train"]:
@@ -147,5 +177,5 @@ def _check(parts: dict[str, list[str]], intake: _Intake, settings: DataSettings)
     if not parts["validation"]:
         raise DataError(
             f"no document is left to validate on: {counts}",
-            "give more documents, a larger data.validation_share, or data.validation with a file of its own",
+            "give more text, or a file of its own: --set data.validation=[FILE]",
         )

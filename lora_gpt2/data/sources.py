@@ -68,7 +68,10 @@ def _glob(source: str) -> list[Path]:
     pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else source
     found = []
     if any(c in source for c in "*?["):
-        found = [p for p in sorted(root.glob(pattern)) if p.is_file() and p.suffix.lower() in SUFFIXES]
+        try:
+            found = [p for p in sorted(root.glob(pattern)) if p.is_file() and p.suffix.lower() in SUFFIXES]
+        except ValueError as error:
+            raise DataError(f"'{source}' is not a pattern: {error}", "** stands alone, as in texts/**/*.txt") from error
     if not found:
         raise NotFoundError(f"there is no file, folder or match for '{source}'", "check the path")
     return found

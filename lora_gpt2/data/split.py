@@ -1,7 +1,7 @@
 """Which documents are for training, validation and testing: by a hash of their content, so it is stable.
 
-Adding text moves no document to another part, and no document is in two. A long document (one book in one file) is
-first cut at blank lines into sections, because one document cannot be split.
+Adding text moves no document to another part, and no document is in two. Where there are only a few documents (one
+book in one file), they are first cut into sections, because one document cannot be split.
 """
 
 from __future__ import annotations
@@ -9,25 +9,42 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-LONG_CHARACTERS = 32_768
-SECTION_CHARACTERS = 8_192
+FEW_DOCUMENTS = 20
+WANTED_SECTIONS = 40
+SECTION_CHARACTERS = (256, 8_192)
 
 
-def iter_sections(text: str) -> Iterator[str]:
-    """Yields a short text whole, a long one as runs of whole paragraphs of at least `SECTION_CHARACTERS`."""
-    if len(text) < LONG_CHARACTERS:
-        yield text
-        return
-    run: list[str] = []
-    size = 0
-    for paragraph in text.split("\n\n"):
-        run.append(paragraph)
-        size += len(paragraph) + 2
-        if size >= SECTION_CHARACTERS:
-            yield "\n\n".join(run)
-            run, size = [], 0
+def choose_section_size(num_characters: int) -> int:
+    """Returns how long sections of a text should be: a power of two, so that more text seldom changes it."""
+    smallest, largest = SECTION_CHARACTERS
+    size = smallest
+    while size * 2 * WANTED_SECTIONS <= num_characters and size < largest:
+        size *= 2
+    return size
+
+
+def iter_sections(text: str, size: int) -> Iterator[str]:
+    """Yields a text as runs of whole paragraphs of at least `size` characters; very long paragraphs, by lines."""
+    run, length = [], 0
+    for part, separator in _iter_parts(text, size):
+        run.append(part)
+        length += len(part) + len(separator)
+        if length >= size:
+            yield "".join(run)
+            run, length = [], 0
+        else:
+            run.append(separator)
     if run:
-        yield "\n\n".join(run)
+        yield "".join(run[:-1])  # without the separator that nothing follows
+
+
+def _iter_parts(text: str, size: int) -> Iterator[tuple[str, str]]:
+    """Yields paragraphs, or the lines of those longer than four sections, each with what follows it."""
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.split("\n") if len(paragraph) > 4 * size else [paragraph]
+        for line in lines[:-1]:
+            yield line, "\n"
+        yield lines[-1], "\n\n"
 
 
 def content_key(text: str) -> bytes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.sources import read_documents
 from lora_gpt2.evaluation.perplexity import AdaptersForRows, Score, choose_window, measure_perplexity
 from lora_gpt2.model.base import Base
@@ -36,11 +38,13 @@ class Cell:
 
 def read_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
     """Reads `path` or `label=path` items, decoded but not cleaned, so every adapter sees the same characters."""
-    sources = []
+    sources: list[Source] = []
     for spec in specs:
         label, separator, path = spec.partition("=")
-        if not separator:
-            path = label
+        if not separator or Path(spec).exists():
+            label = path = spec
+        if label in (source.label for source in sources):
+            raise UsageError(f"two sources are called '{label}'", "give each a label of its own: label=path")
         sources.append(Source(label, [document.text for document in read_documents([path], settings)]))
     return sources
 

@@ -113,7 +113,8 @@ def measure_perplexity(
         UsageError: see `choose_window`.
     """
     window, stride = choose_window(base, settings)
-    encoded = base.tokenizer.encode_batch(_join(documents, settings))
+    texts = list(documents) if settings.protocol == "document" else ["\n\n".join(documents)]
+    encoded = base.tokenizer.encode_batch(texts)
     if settings.protocol == "document":
         sequences = [[base.tokenizer.eos_id, *ids] for ids in encoded if ids]
         spans = [list(iter_document_windows(len(ids) - 1, window, stride)) for ids in sequences]
@@ -130,12 +131,7 @@ def measure_perplexity(
         nll, count = _score_batch(base, jobs[start : start + rows], adapters_for)
         total += nll
         tokens += count
-    words = sum(len(text.split()) for text in documents)
-    return Score(total, tokens, words, sum(len(text.encode()) for text in documents))
-
-
-def _join(documents: Sequence[str], settings: EvaluateSettings) -> list[str]:
-    return list(documents) if settings.protocol == "document" else ["\n\n".join(documents)]
+    return Score(total, tokens, sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts))
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.sampling import choose_token
 from lora_gpt2.inference.session import Mix, Session, describe_mix
+from lora_gpt2.model.base import Base
 from lora_gpt2.model.gpt2 import KVCache
 from lora_gpt2.recipe import GenerateSettings
 
@@ -90,8 +91,19 @@ def encode_prompt(
                 f"the prompt has {len(ids)} tokens, the base has room for {context} with the continuation",
                 "shorten it, or use --truncate left to keep its end",
             )
-        ids = ids[-max(1, context - settings.max_new_tokens) :]
+        ids = ids[-keep_tokens(context, settings) :]
     return ids, min(settings.max_new_tokens, context - len(ids))
+
+
+def keep_tokens(context: int, settings: GenerateSettings) -> int:
+    """Returns how many tokens of a prompt that is too long are kept: what the continuation leaves, at least half."""
+    return max(context // 2, context - settings.max_new_tokens)
+
+
+def count_dropped(base: Base, prompt: str, settings: GenerateSettings) -> int:
+    """Returns how many tokens of a prompt `truncate_left` leaves out."""
+    length, context = len(base.tokenizer.encode(prompt)), base.config.context
+    return length - keep_tokens(context, settings) if length >= context else 0
 
 
 class _Batch:

@@ -12,16 +12,15 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import Manifest
 
 
-def open_session(
-    store: Store, references: Sequence[str], base_name: str | None, precision: str
-) -> tuple[Session, list[str]]:
+def open_session(store: Store, references: Sequence[str], recipe: Recipe, precision: str) -> tuple[Session, list[str]]:
     """Returns a session and the adapters meant; `all` is every adapter of this base, then the base.
 
-    Without a base's name it is that of the first adapter's manifest, else the default.
+    The base is the recipe's where it was set, else that of the first adapter's manifest, else the default.
     """
     named = [reference for reference in references if reference not in (BASE, "all")]
-    if base_name is None:
-        base_name = store.read_manifest(named[0]).base.name if named else Recipe().base
+    base_name = recipe.base
+    if named and "base" not in recipe.model_fields_set:
+        base_name = store.read_manifest(named[0]).base.name
     base = load_base(base_name, choose_runtime(precision))
     if "all" in references:
         found = [m for m in store.iter_current() if isinstance(m, Manifest) and m.base.fingerprint == base.fingerprint]

@@ -109,7 +109,8 @@ class Session:
         for slot in self._slots:
             for site, rank in slot.adapter.ranks.items():
                 ranks[site] = max(rank, ranks.get(site, 0))
-        return AdapterBank(self.base.config, ranks, len(self._slots), "inference", self.base.model.wte.weight)
+        room = len(self._slots) if self._bank is None else 2 * len(self._slots)
+        return AdapterBank(self.base.config, ranks, room, "inference", self.base.model.wte.weight)
 
     def for_rows(self, mix: Mix) -> Callable[[int], InferenceRows | None]:
         """Returns a function from a number of rows to the adapters of a batch in which every row has this mix."""

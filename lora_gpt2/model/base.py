@@ -44,6 +44,7 @@ HUB_FILES = [
     "merges.txt",
 ]
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+FINGERPRINT = re.compile(rb"[0-9a-f]{%d}" % FINGERPRINT_DIGITS)
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
@@ -85,15 +86,22 @@ def find_base(name: str) -> Path:
 def _find_on_hub(identifier: str) -> Path:
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(identifier, allow_patterns=HUB_FILES, local_files_only=True))
-    except (LocalEntryNotFoundError, FileNotFoundError):
+        cached = Path(snapshot_download(identifier, allow_patterns=HUB_FILES, local_files_only=True))
+        if (cached / "config.json").exists() and any(cached.glob("*.safetensors")):
+            return cached
+    except (LocalEntryNotFoundError, FileNotFoundError, HFValidationError):
         pass
     try:
         return Path(snapshot_download(identifier, allow_patterns=HUB_FILES))
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise NotFoundError(f"the hub has no '{identifier}'", "check the spelling, or give a folder") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ResourceError(
@@ -169,7 +177,9 @@ def load_base(name: str, runtime: Runtime) -> Base:
         raise MismatchError(f"{folder}: {extra[0]} is not part of a GPT-2", "use a GPT-2 checkpoint")
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False).eval()
-    return Base(name, folder, config, model, tokenizer, fingerprint_base(folder), runtime)
+    known = name in list_bundled() or not Path(name).is_dir()
+    shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder
+    return Base(shown, folder, config, model, tokenizer, fingerprint_base(folder), runtime)
 
 
 def load_base_tokenizer(name: str) -> Tokenizer:
@@ -206,7 +216,9 @@ def fingerprint_base(folder: Path) -> str:
     key = fingerprint_json([vars(config), stats])
     cached = find_cache_dir() / "fingerprints" / key
     try:
-        return cached.read_text(encoding="ascii")
+        remembered = cached.read_bytes()
+        if FINGERPRINT.fullmatch(remembered):
+            return remembered.decode("ascii")
     except OSError:
         pass
     digest = hashlib.sha256(canonical_json(vars(config)))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lora_gpt2.core.errors import MismatchError
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
+MAX_SIZE = 1_048_576  # beyond any GPT-2: a damaged or hostile configuration
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -59,7 +60,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
     if values.get("add_cross_attention") or values.get("scale_attn_weights") is False:
         raise MismatchError(f"{where}: cross-attention and unscaled attention are not supported", hint)
     activation = values.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise MismatchError(f"{where}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}", hint)
     try:
         width = int(values.get("n_embd", 768))
@@ -73,9 +74,14 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
             scale_by_layer=bool(values.get("scale_attn_by_inverse_layer_idx", False)),
             eos_id=int(eos[0] if isinstance(eos, list) else eos),
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, IndexError) as error:
         raise MismatchError(f"{where}: a size in it is not a number", hint) from error
-    if min(vocab_size, config.context, width, config.layers, config.heads) < 1 or width % config.heads:
+    largest = max(vocab_size, config.context, width, config.inner, config.layers * 1024)
+    if (
+        largest > MAX_SIZE
+        or min(vocab_size, config.context, width, config.layers, config.heads) < 1
+        or width % config.heads
+    ):
         raise MismatchError(f"{where}: {width} wide, {config.heads} heads is not a GPT-2", hint)
     if not 0 <= config.eos_id < vocab_size:
         raise MismatchError(f"{where}: eos_token_id {config.eos_id} is outside the vocabulary of {vocab_size}", hint)

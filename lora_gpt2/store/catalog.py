@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from lora_gpt2.core.errors import CorruptError, NotFoundError, UsageError
-from lora_gpt2.core.paths import check_name, fsync_dir, hold_lock, os_errors_as_ours, sync_tree, write_atomic
+from lora_gpt2.core.errors import CorruptError, LoraGpt2Error, NotFoundError, UsageError
+from lora_gpt2.core.paths import check_name, fsync_dir, hold_lock, is_name, os_errors_as_ours, sync_tree, write_atomic
 from lora_gpt2.recipe import suggest
 from lora_gpt2.store.manifest import MANIFEST, Manifest
 
@@ -29,22 +30,30 @@ class Store:
     root: Path
 
     def list_names(self) -> list[str]:
-        """Returns the names of all adapters that have a version in use."""
+        """Returns the names of all adapters that have a version in use; other folders are none of ours."""
         if not self.root.is_dir():
             return []
-        return sorted(entry.name for entry in os.scandir(self.root) if (self.root / entry.name / "CURRENT").is_file())
+        names = (entry.name for entry in os.scandir(self.root) if (self.root / entry.name / "CURRENT").is_file())
+        return sorted(name for name in names if is_name(name))
+
+    def check_writable(self) -> None:
+        """Raises `ResourceError` if nothing can be published here; asked before hours of training, not after."""
+        with os_errors_as_ours(f"write to the store {self.root}"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
 
     def list_versions(self, name: str) -> list[int]:
         """Returns an adapter's versions, oldest first."""
         folder = self._adapter_dir(name)
         return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
-    def iter_current(self) -> Iterator[Manifest | CorruptError]:
+    def iter_current(self) -> Iterator[Manifest | LoraGpt2Error]:
         """Yields the manifest of each adapter's version in use, or the error of one that is damaged."""
         for name in self.list_names():
             try:
                 yield self.read_manifest(name)
-            except CorruptError as error:
+            except LoraGpt2Error as error:
                 yield error
 
     def resolve(self, reference: str) -> Path:

@@ -50,13 +50,13 @@ def publish_adapter(store: Store, name: str, adapter: Adapter, base: Base, origi
         ConflictError: another process is publishing the same adapter.
         ResourceError: the store cannot be written; what was there is untouched.
     """
-    guarded = to_peft(adapter, base.name)
+    guarded = to_peft(adapter, base.name, base.config)
     from_peft(guarded[WEIGHTS], guarded[PEFT_CONFIG], base.config, name)  # what cannot be loaded is not published
     size = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
 
     def build(version: int) -> Manifest:
         return Manifest(
-            schema=SCHEMA, name=name, version=version, created=datetime.now(UTC).isoformat(timespec="seconds"),
+            schema=SCHEMA, name=name, version=version, created=datetime.now(UTC).replace(microsecond=0),
             base=identify(base), data=origin.data, recipe=origin.recipe, figures=origin.figures,
             parents=origin.parents, libraries=_library_versions(), size_bytes=len(guarded[WEIGHTS]),
             num_parameters=origin.figures.get("trained_parameters", size),

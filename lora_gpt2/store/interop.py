@@ -44,24 +44,29 @@ OFF_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def to_peft(adapter: Adapter, base_name: str) -> dict[str, bytes]:
+def to_peft(adapter: Adapter, base_name: str, config: GPT2Config) -> dict[str, bytes]:
     """Returns the two files that PEFT needs, by name."""
     tensors: dict[str, Tensor] = {}
     for site, update in adapter.updates.items():
         tensors[f"{PREFIX}{site}.lora_A.weight"] = update.a.float().contiguous()
         tensors[f"{PREFIX}{site}.lora_B.weight"] = update.b.float().contiguous()
-    config = json.dumps(build_peft_config(adapter, base_name), indent=2) + "\n"
-    return {WEIGHTS: save(tensors, metadata={"format": "pt"}), PEFT_CONFIG: config.encode()}
+    values = json.dumps(build_peft_config(adapter, base_name, config), indent=2) + "\n"
+    return {WEIGHTS: save(tensors, metadata={"format": "pt"}), PEFT_CONFIG: values.encode()}
 
 
-def build_peft_config(adapter: Adapter, base_name: str) -> dict[str, Any]:
-    """Returns PEFT's `LoraConfig` for an adapter; the commonest rank and alpha lead, the rest become patterns."""
+def build_peft_config(adapter: Adapter, base_name: str, config: GPT2Config) -> dict[str, Any]:
+    """Returns PEFT's `LoraConfig` for an adapter; the commonest rank and alpha lead, the rest become patterns.
+
+    Where not every layer has every target, the modules are named one by one.
+    """
     updates = adapter.updates
     (rank, alpha), _ = Counter((u.rank, u.alpha) for u in updates.values()).most_common(1)[0]
     targets = [target for target in TARGETS if any(target_of(site) == target for site in updates)]
+    if set(updates) != set(list_sites(config, tuple(targets))):
+        targets = list(updates)
     whole = {
         target
-        for target in targets
+        for target in TARGETS
         if len({(u.rank, u.alpha) for s, u in updates.items() if target_of(s) == target}) == 1
     }
     rank_pattern, alpha_pattern = {}, {}
@@ -95,7 +100,10 @@ def from_peft(weights: bytes, config_bytes: bytes, config: GPT2Config, where: st
     for name, tensor in tensors.items():
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
-            raise MismatchError(f"{where}: the tensor {name[:120]} is not part of a GPT-2 LoRA", "see docs: formats")
+            raise MismatchError(
+                f"{where}: the tensor {name[:120]} is not part of a GPT-2 LoRA",
+                "adapters change c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj (README, Formats)",
+            )
         halves.setdefault(match[1], {})[match[2]] = tensor
     _check_sites(set(halves), values, config, where)
     ordered = [site for site in list_sites(config) if site in halves]
@@ -112,13 +120,15 @@ def read_peft_folder(folder: Path, config: GPT2Config) -> Adapter:
                 else ""
             )
             raise NotFoundError(f"{folder} has no {name}{old}", "save it with PEFT's save_pretrained")
+    if (folder / PEFT_CONFIG).stat().st_size > MAX_CONFIG_BYTES:
+        raise CorruptError(f"{folder / PEFT_CONFIG} is larger than any configuration", "restore it from a copy")
     return from_peft((folder / WEIGHTS).read_bytes(), (folder / PEFT_CONFIG).read_bytes(), config, str(folder))
 
 
 def _parse_config(content: bytes, where: str) -> dict[str, Any]:
     place = f"{where}: {PEFT_CONFIG}"
     try:
-        values = json.loads(content[: MAX_CONFIG_BYTES + 1])
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{place} is not JSON", "restore it from a copy") from error
     if not isinstance(values, dict):
@@ -131,15 +141,26 @@ def _parse_config(content: bytes, where: str) -> dict[str, Any]:
         if key in OFF_VALUES or value not in (None, False, {}, []):
             text = f"{place}: {key[:60]} = {str(value)[:60]!r} is not supported"
             raise MismatchError(text, "only plain LoRA and rsLoRA on GPT-2's four projections are")
+    _check_types(values, place)
+    return values
+
+
+def _check_types(values: Mapping[str, Any], place: str) -> None:
     _check_number(values, "r", 8, place)
     _check_number(values, "lora_alpha", 8, place)
+    layers = values.get("layers_to_transform")
+    if layers is not None and not all(
+        type(layer) is int for layer in (layers if isinstance(layers, list) else [layers])
+    ):
+        raise CorruptError(f"{place}: layers_to_transform is not a list of layers", "restore it from a copy")
+    if not isinstance(values.get("use_rslora", False), bool):
+        raise CorruptError(f"{place}: use_rslora is not true or false", "restore it from a copy")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(key) or {}
         if not isinstance(pattern, dict) or not all(SUFFIX.fullmatch(str(k)) for k in pattern):
             raise MismatchError(f"{place}: {key} holds an expression", "name modules plainly, such as attn.c_attn")
         for name in pattern:
             _check_number(pattern, name, 0, f"{place}: {key}")
-    return values
 
 
 def _check_number(values: Mapping[str, Any], key: str, default: int, place: str) -> None:
@@ -166,8 +187,8 @@ def _check_sites(found: set[str], values: Mapping[str, Any], config: GPT2Config,
     layers = [layers] if isinstance(layers, int) else layers
     if targets == "all-linear":
         targets = list(TARGETS)
-    if not isinstance(targets, list):  # an expression, which we do not run: the tensors' own modules, in every layer
-        targets = sorted({target_of(site) for site in found})
+    if not isinstance(targets, list):  # an expression, which we do not run: the tensors say what it meant
+        return
     for site in known:
         wanted = any(f"transformer.{site}".endswith(f".{t}") for t in targets)
         if wanted and site not in found and (layers is None or int(site.split(".")[1]) in layers):

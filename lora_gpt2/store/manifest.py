@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,7 +31,7 @@ class Manifest(BaseModel):
     schema_version: Literal[1] = Field(alias="schema")
     name: str
     version: int = Field(ge=1)
-    created: str
+    created: datetime
     base: BaseIdentity
     data: dict[str, Any] = {}
     recipe: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class RunFolder:
         with os_errors_as_ours(f"write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             previous = self.path / "previous"
-            old = [*self.list_checkpoints(), *self.path.glob("*.json")]
+            old = [*self.list_checkpoints(), *self.path.glob("*.json"), *self.path.glob("*.jsonl")]
             if old:
                 shutil.rmtree(previous, ignore_errors=True)
                 previous.mkdir()
@@ -91,11 +91,18 @@ class RunFolder:
             reporter.message(f"skipped {path.name}: it is damaged")
         return None
 
+    def append_metrics(self, name: str, records: Sequence[Mapping[str, Any]], anew: bool = False) -> None:
+        """Adds lines to the adapter's metrics, which can be followed while the run goes on."""
+        path, mode = self.path / f"{name}.metrics.jsonl", "w" if anew else "a"
+        with os_errors_as_ours(f"write metrics to {path}"), path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
     def finish(self, published: list[str]) -> None:
         """Notes what the run published and drops its checkpoints."""
-        write_atomic(self.path / "done.json", json.dumps(published).encode())
-        for path in self.list_checkpoints():
-            path.unlink()
+        with os_errors_as_ours(f"write to {self.path}"):
+            write_atomic(self.path / "done.json", json.dumps(published).encode())
+            for path in self.list_checkpoints():
+                path.unlink()
 
     def read_published(self) -> list[str]:
         """Returns what a finished run published, or nothing if it is unfinished."""

@@ -126,12 +126,16 @@ def _read_code() -> Iterator[str]:
 
 
 def _read_reference() -> Iterator[str]:
-    from pydoc_data.topics import topics
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return
     yield from (topics[key] for key in sorted(topics))
 
 
 def _read_licences() -> Iterator[str]:
+    """Yields runs of paragraphs, each paragraph once: packages share their licences, and the test must not."""
+    seen: set[str] = set()
     for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"] or ""):
         for file in distribution.files or []:
             if file.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE")) and file.suffix not in (
@@ -140,12 +144,16 @@ def _read_licences() -> Iterator[str]:
             ):
                 path = Path(str(file.locate()))
                 if path.is_file() and path.stat().st_size < MAX_FILE_BYTES:
-                    yield from _paragraph_runs(path.read_text(encoding="utf-8", errors="replace"))
+                    yield from _paragraph_runs(path.read_text(encoding="utf-8", errors="replace"), seen)
 
 
-def _paragraph_runs(text: str, size: int = 2_000) -> Iterator[str]:
+def _paragraph_runs(text: str, seen: set[str], size: int = 1_000) -> Iterator[str]:
     run = ""
-    for paragraph in text.split("\n\n"):
+    for paragraph in text.replace("\r", "").split("\n\n"):
+        key = "".join(filter(str.isalpha, paragraph)).lower()
+        if key in seen:
+            continue
+        seen.add(key)
         run += paragraph + "\n\n"
         if len(run) >= size:
             yield run

@@ -11,7 +11,7 @@ from typing import Any
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import catch_signals
-from lora_gpt2.core.paths import check_name, hold_lock
+from lora_gpt2.core.paths import check_name, hold_lock, os_errors_as_ours
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import count_parameters
@@ -62,8 +62,12 @@ def train_recipes(recipes: Sequence[Recipe], store: Store, reporter: Reporter, r
     for key in ("base", "train.precision"):
         if len({_get(recipe, key) for recipe in recipes}) > 1:
             raise UsageError(f"recipes trained together need one {key}", "make them equal, or train apart")
+    store.check_writable()
     run = open_run_folder(store.root, names)
-    with hold_lock(run.lock, f"the run of {', '.join(names)}"):
+    with (
+        os_errors_as_ours(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"),
+        hold_lock(run.lock, f"the run of {', '.join(names)}"),
+    ):
         return _train_locked(recipes, store, reporter, run, resume)
 
 

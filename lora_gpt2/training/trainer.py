@@ -115,19 +115,24 @@ class Trainer:
             Interrupted: a signal came; a checkpoint of the last whole step is kept.
         """
         tokens_per_step = sum(d.order.rows for d in self.domains) * self.block_size
-        with self.reporter.task("training", self.total_steps * tokens_per_step, "tokens") as task:
-            task.advance(self.step * tokens_per_step)
+        remaining = (self.total_steps - self.step) * tokens_per_step
+        with self.reporter.task("training", remaining, "tokens") as task:
             while self.step < self.total_steps:
                 started = time.monotonic()
                 self._train_step(started)
                 task.advance(tokens_per_step, self._note())
+                self._write_metrics()
                 if stop.signal_number:
                     self.save_checkpoint()
-                    stop.raise_if_asked(f"step {self.step} is kept; the same command with --resume goes on from it")
+                    stop.raise_if_asked(f"step {self.step} is kept; 'train' with the same recipes and --resume goes on")
                 if self._is_checkpoint_due():
                     self.save_checkpoint()
         self.save_checkpoint()  # so that a full disk while publishing costs no training
-        return [self._conclude(slot) for slot in range(len(self.domains))]
+        concluded = []
+        for slot in range(len(self.domains)):
+            concluded.append(self._conclude(slot))
+            stop.raise_if_asked("all steps are kept; 'train' with the same recipes and --resume publishes them")
+        return concluded
 
     def _active(self) -> list[int]:
         return [slot for slot, domain in enumerate(self.domains) if self.step < domain.num_steps]
@@ -143,7 +148,7 @@ class Trainer:
         ]
         limits = [s.clip or math.inf for s in settings]
         norms = clip_slots(self.gradient, self._per_slot(limits))
-        self._check_finite(active, losses, norms.tolist(), rates)
+        self._check_finite(active, losses, norms.tolist())
         self.optimizer.step(self.gradient, self._per_slot(rates), self._per_slot([s.weight_decay for s in settings]))
         self.step += 1
         self.seconds += time.monotonic() - started
@@ -164,10 +169,12 @@ class Trainer:
         batches = {slot: self.domains[slot].order.read(self.step) for slot in active}
         counts = [int((batches[k][1] != IGNORE).sum()) if k in batches else 0 for k in range(len(self.domains))]
         losses = torch.zeros(len(self.domains), device=self.bank.flat.device)
+        generator = torch.Generator(self.bank.flat.device)
+        generator.manual_seed(hash((self.step, *(domain.recipe.train.seed for domain in self.domains))) % 2**63)
         for slots, inputs, targets in self._iter_micro_batches(batches):
             scales = [1 / max(1, counts[slot]) for slot in slots]
             weights = self._per_slot(scales).repeat_interleave(targets.numel() // len(slots))
-            hidden = self.base.model(inputs, self._adapters(slots))
+            hidden = self.base.model(inputs, self._adapters(slots, generator))
             loss, nll = chunked_cross_entropy(hidden.flatten(0, 1), self.base.model.head, targets.flatten(), weights)
             loss.backward()  # type: ignore[no-untyped-call]
             losses[slots] += (nll * weights).view(len(slots), -1).sum(1)
@@ -175,14 +182,8 @@ class Trainer:
             self.gradient.mul_(self.mask)
         return losses.tolist(), counts
 
-    def _adapters(self, slots: list[int]) -> TrainingRows:
-        dropout = self.domains[slots[0]].recipe.lora.dropout
-        if not dropout:
-            return TrainingRows(self.bank, slots)
-        generator = torch.Generator(self.bank.flat.device)
-        seeds = [self.domains[slot].recipe.train.seed for slot in slots]
-        generator.manual_seed(hash((self.step, *slots, *seeds)) % 2**63)
-        return TrainingRows(self.bank, slots, dropout, generator)
+    def _adapters(self, slots: list[int], generator: torch.Generator) -> TrainingRows:
+        return TrainingRows(self.bank, slots, self.domains[slots[0]].recipe.lora.dropout, generator)
 
     def _iter_micro_batches(
         self, batches: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
@@ -212,22 +213,28 @@ class Trainer:
     def _per_slot(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.bank.flat.device)
 
-    def _check_finite(
-        self, active: Sequence[int], losses: Sequence[float], norms: Sequence[float], rates: Sequence[float]
-    ) -> None:
+    def _check_finite(self, active: Sequence[int], losses: Sequence[float], norms: Sequence[float]) -> None:
         for slot in active:
             if not (math.isfinite(losses[slot]) and math.isfinite(norms[slot])):
-                what = f"loss {losses[slot]}, gradient norm {norms[slot]}"
-                raise TrainingDiverged(
-                    f"'{self.domains[slot].name}' diverged at step {self.step + 1}: {what}, "
-                    f"learning rate {rates[slot]:.3g}; nothing was published",
-                    "use a smaller --set train.learning_rate",
-                )
+                self._refuse(slot, self.step + 1, f"loss {losses[slot]}, gradient norm {norms[slot]}")
+
+    def _refuse_infinite(self, slot: int, validation_nll: float) -> None:
+        if not math.isfinite(validation_nll):
+            self._refuse(slot, self.step, f"validation loss {validation_nll}")
+
+    def _refuse(self, slot: int, step: int, what: str) -> None:
+        domain = self.domains[slot]
+        raise TrainingDiverged(
+            f"'{domain.name}' diverged at step {step}: {what}, peak learning rate "
+            f"{domain.recipe.train.learning_rate:.3g}; nothing was published",
+            "use a smaller --set train.learning_rate",
+        )
 
     def _validate(self, slot: int) -> float:
         domain = self.domains[slot]
         limit = domain.recipe.train.validation_tokens
         nll = self.measure_blocks(domain.data.validation, TrainingRows(self.bank, [slot]), limit)
+        self._refuse_infinite(slot, nll)
         if nll < domain.best_nll:
             domain.best_nll, domain.best_step = nll, self.step
             self.best[slot] = self.bank.flat[slot]
@@ -254,6 +261,7 @@ class Trainer:
             self.bank.flat[slot] = flat[slot]
         adapter = self.bank.read(slot)
         validation_nll = self.measure_blocks(domain.data.validation, TrainingRows(self.bank, [slot]))
+        self._refuse_infinite(slot, validation_nll)
         base_nll = self.measure_blocks(domain.data.validation, None)
         return TrainedAdapter(domain, adapter, base_nll, validation_nll, self.seconds)
 
@@ -267,6 +275,12 @@ class Trainer:
     def _is_checkpoint_due(self) -> bool:
         intervals = [d.recipe.train.checkpoint_every for d in self.domains if d.recipe.train.checkpoint_every]
         return bool(intervals) and self.step % min(intervals) == 0 and self.step < self.total_steps
+
+    def _write_metrics(self) -> None:
+        if self.run is not None:
+            for domain in self.domains:
+                if domain.records[-1]["step"] == self.step:
+                    self.run.append_metrics(domain.name, domain.records[-1:])
 
     def save_checkpoint(self) -> None:
         """Writes everything that the rest of the run depends on."""
@@ -294,3 +308,5 @@ class Trainer:
             domain.best_step, domain.train_tokens = saved["best_step"], saved["train_tokens"]
             domain.best_nll = math.inf if saved["best_nll"] is None else saved["best_nll"]
             domain.records = saved["records"]
+            if self.run is not None:
+                self.run.append_metrics(domain.name, domain.records, anew=True)

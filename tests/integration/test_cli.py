@@ -1,7 +1,7 @@
 """The program as users and scripts meet it: results, errors with their exit codes, JSON, signals."""
 
 import json
-import os
+import resource
 import signal
 import subprocess
 import sys
@@ -155,6 +155,20 @@ def test_streamed_text_is_the_prompt_and_its_continuation(run, trained):
     assert "seed " in err
 
 
+def test_a_prompt_that_is_truncated_is_said_aloud(run, trained):
+    short = ["--set", "generate.max_new_tokens=4", "--seed", "1"]
+    code, _, err = run("generate", "x" * 60, "--adapter", "law", "--truncate", "left", *short)
+    assert code == 0
+    assert "the first 16 tokens of the prompt were left out" in err
+
+
+def test_figures_that_are_not_finite_are_null_in_json(run, base_folder, tmp_path):
+    (tmp_path / "a.txt").write_text("\u3042" * 4000)
+    code, out, _ = run("evaluate", tmp_path / "a.txt", "--base", base_folder, "--json")
+    assert code == 0
+    assert json.loads(out, parse_constant=pytest.fail)["cells"][0]["word_perplexity"] is None
+
+
 def test_show_and_import(run, trained, base, base_folder):
     code, out, _ = run("adapters", "show", "law@1", "--json")
     assert code == 0
@@ -196,7 +210,7 @@ ERRORS = [
     (["train", "--data", "{text}", "--base", "gpt2-xl"], 7, "ResourceError", "hub cannot be reached", "nano"),
     (["train", "missing.yaml"], 4, "NotFoundError", "missing.yaml", "recipes list"),
     (["train", "--data", "{text}", "--base", "{base}", "--resume"], 5, "CorruptError", "no run to resume", "without"),
-    (["train", "--data", "{text}", "--base", "{base}", *TINY, *HOT], 8, "TrainingDiverged", "step 2", "learning_rate"),
+    (["train", "--data", "{text}", "--base", "{base}", *TINY, *HOT], 8, "TrainingDiverged", "step 1", "rate"),
     (["generate", "x", "--adapter", "lew"], 4, "NotFoundError", "no adapter 'lew'", "'law'"),
     (["generate", "x", "--adapter", "law@9"], 4, "NotFoundError", "no version 9", "[1]"),
     (["generate", "x", "--adapter", "law:much"], 2, "UsageError", "expected name:weight", "law:0.6"),
@@ -206,6 +220,10 @@ ERRORS = [
     (["generate", "x", "--adapter", "law", "--seed", "-1"], 2, "UsageError", "-1", "--help"),
     (["generate", "x", "--adapter", "../law"], 2, "UsageError", "not a name", "1 to 64"),
     (["generate", "\ud800", "--adapter", "law"], 3, "DataError", "surrogate", "remove"),
+    (["generate", "x", "--compare", ","], 2, "UsageError", "names no adapter", "all"),
+    (["generate", "x", "--set", "base=/nowhere"], 4, "NotFoundError", "no base '/nowhere'", "nano"),
+    (["evaluate", "a={text}", "a={text}", "--base", "{base}"], 2, "UsageError", "two sources", "label=path"),
+    (["prepare", "a**/x.txt", "--base", "{base}"], 3, "DataError", "not a pattern", "**"),
     (["evaluate"], 2, "UsageError", "Missing argument", "evaluate --help"),
     (["evaluate", "{text}", "--adapter", "zzz", "--base", "{base}"], 4, "NotFoundError", "zzz", "known are"),
     (["evaluate", "{text}", "--base", "{base}", "--set", "evaluate.window=99"], 2, "UsageError", "<= 48", "window=N"),
@@ -229,7 +247,7 @@ def test_every_error_has_its_code_message_and_hint_in_text_and_json(
     files["png"].write_bytes(b"\x89PNG....")
     files["broken"].write_text("train: {colour: 1, step: 2}")
     places = {**files, "text": text_file, "base": base_folder}
-    arguments = [a.format(**places) if a.startswith("{") else a for a in arguments]
+    arguments = [a.format(**places) if "{" in a else a for a in arguments]
     listed = trained.list_names()
     found, out, err = run(*arguments)
     assert found == code
@@ -257,6 +275,13 @@ def test_a_bug_has_an_identifier_and_no_traceback_without_debug(run, monkeypatch
     assert "Traceback" in run("--debug", "bases", "list")[2]
 
 
+def test_a_group_alone_says_what_is_missing(run):
+    for arguments, path in ((["adapters"], "lora-gpt2 adapters"), ([], "lora-gpt2")):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err == f"error: a command is missing\n  see '{path} --help'\n"
+
+
 def test_running_out_of_memory_or_disk_is_a_resource_error(run, monkeypatch):
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(28, "No space")):
 
@@ -269,6 +294,9 @@ def test_running_out_of_memory_or_disk_is_a_resource_error(run, monkeypatch):
 
 def test_damaged_adapters_are_listed_as_such(run, trained):
     (trained.resolve("law") / "manifest.json").write_text("{")
+    for name in ("ghost", "My_Old"):
+        (trained.root / name).mkdir()
+        (trained.root / name / "CURRENT").write_text("7")
     code, out, err = run("adapters", "list")
     assert code == 0
     assert "code" in out
@@ -317,7 +345,9 @@ def test_what_must_be_instant_imports_neither_torch_nor_transformers(arguments):
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "[]")
     seconds = []
     for _ in range(3):
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "lora_gpt2", *arguments], capture_output=True, check=True)
-        seconds.append(time.monotonic() - started)
-    assert min(seconds) < (2.0 if os.environ.get("CI") else 1.0), "generous: other tests run beside this one"
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    limit = 0.5 if arguments == ["--help"] else 1.0
+    assert min(seconds) < limit, "processor time beside other tests; 'bench startup' measures the real thing"

@@ -84,9 +84,12 @@ def test_adapter_gradients_equal_autograds_through_peft(base, store, stored, the
         {"target_modules": r".*\.(c_attn|c_fc)", "use_rslora": True},
         {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"mlp.c_proj": 2}, "alpha_pattern": {"c_attn": 3}},
         {"target_modules": ["c_fc"], "layers_to_transform": [1]},
+        {"target_modules": r".*h\.0\.mlp\.c_fc"},
     ],
 )
-def test_an_adapter_trained_in_peft_imports_with_equal_logits(base, theirs, tokens, tmp_path, options):
+def test_an_adapter_trained_in_peft_imports_with_equal_logits_and_goes_back(
+    base, store, theirs, tokens, tmp_path, options
+):
     wrapped = get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", r=4, fan_in_fan_out=True, **options))
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
     for _ in range(3):
@@ -98,6 +101,10 @@ def test_an_adapter_trained_in_peft_imports_with_equal_logits(base, theirs, toke
     with torch.no_grad():
         wanted = wrapped(tokens).logits
     assert (our_logits(base, adapter, tokens) - wanted).abs().max() <= 2e-5
+    publish_adapter(store, "back", adapter, base, Origin())
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(wrapped.unload(), store.resolve("back")).eval()(tokens).logits
+    assert (again - wanted).abs().max() <= 2e-5
     assert (wanted - base.model.logits(base.model(tokens))).abs().max() > 0.1
 
 

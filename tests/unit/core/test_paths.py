@@ -76,3 +76,20 @@ def test_the_cache_has_a_place_without_a_home(monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.home", no_home)
     assert find_cache_dir().name == "lora-gpt2"
+
+
+def test_ignored_signals_stay_ignored_and_others_are_noted():
+    import signal
+
+    from lora_gpt2.core.interrupt import catch_signals
+
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catch_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal_number == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal_number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)

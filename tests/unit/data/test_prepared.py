@@ -100,6 +100,32 @@ def test_too_little_text_is_said_with_counts(tokenizer, tmp_path, reporter, cont
         prepare_data(DataSettings(), tokenizer, reporter)
 
 
+@pytest.mark.parametrize("separator", ["\n\n", "\n"])
+def test_one_book_in_one_file_is_cut_so_that_it_can_be_split(tokenizer, tmp_path, reporter, separator):
+    path = tmp_path / "book.txt"
+    path.write_text(separator.join(f"sentence {i} the cat and the dog" for i in range(800)))
+    report = prepare_data(settings_for(path), tokenizer, reporter).report
+    assert (report["documents_read"], report["documents_kept"]) == (1, 1)
+    assert all(report["tokens"].values())
+    assert sum(report["documents"].values()) > 30
+
+
+@pytest.mark.parametrize("damage", ["cut", "manifest", "gone"])
+def test_a_damaged_cache_is_made_again(tokenizer, text_file, reporter, damage):
+    first = prepare_data(settings_for(text_file), tokenizer, reporter)
+    wanted = list(first.train.stream)
+    if damage == "cut":
+        (first.path / "train.bin").write_bytes((first.path / "train.bin").read_bytes()[:-100])
+    elif damage == "manifest":
+        (first.path / "manifest.json").write_text("{")
+    else:
+        (first.path / "validation.bin").unlink()
+    again = prepare_data(settings_for(text_file), tokenizer, reporter)
+    assert again.path == first.path
+    assert list(again.train.stream) == wanted
+    assert again.report == first.report
+
+
 def test_a_thousand_copies_of_one_document_are_one(tokenizer, tmp_path, reporter):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "the same"}\n' * 1000)

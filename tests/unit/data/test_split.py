@@ -1,4 +1,4 @@
-from lora_gpt2.data.split import SECTION_CHARACTERS, iter_sections, split_documents
+from lora_gpt2.data.split import choose_section_size, iter_sections, split_documents
 
 TEXTS = [f"document {i}" for i in range(2000)]
 
@@ -19,13 +19,25 @@ def test_a_part_that_would_be_empty_gets_a_document():
     assert split_documents(["a", "b", "c"], 0.0, 0.0) == ["train"] * 3
 
 
-def test_long_documents_are_cut_at_blank_lines_and_lose_nothing():
+def test_sections_are_whole_paragraphs_and_lose_nothing():
     paragraphs = [f"paragraph {i} " + "x" * 500 for i in range(200)]
     text = "\n\n".join(paragraphs)
-    sections = list(iter_sections(text))
+    sections = list(iter_sections(text, 2048))
     assert "\n\n".join(sections) == text
-    assert all(len(section) >= SECTION_CHARACTERS for section in sections[:-1])
-    assert len(sections) > 5
-    longer = list(iter_sections(text + "\n\nmore"))
+    assert all(len(section) >= 2040 for section in sections[:-1])
+    assert len(sections) > 30
+    longer = list(iter_sections(text + "\n\nmore", 2048))
     assert longer[: len(sections) - 1] == sections[:-1]
-    assert list(iter_sections("short")) == ["short"]
+
+
+def test_text_without_blank_lines_is_cut_at_line_ends():
+    text = "\n".join(f"line {i} of a book" for i in range(1000))
+    sections = list(iter_sections(text, 256))
+    assert "\n".join(sections) == text
+    assert 50 < len(sections) < 90
+    assert list(iter_sections("x" * 10_000, 256)) == ["x" * 10_000]
+
+
+def test_the_section_size_grows_with_the_text_and_seldom_changes():
+    assert [choose_section_size(n) for n in (0, 20_000, 41_000, 10**9)] == [256, 256, 1024, 8192]
+    assert choose_section_size(41_000) == choose_section_size(80_000)

@@ -30,7 +30,7 @@ def read(files, config):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_round_trips_are_exact(base, settings):
     adapter = make_adapter(base.config, 1, settings)
-    again = read(to_peft(adapter, "tiny"), base.config)
+    again = read(to_peft(adapter, "tiny", base.config), base.config)
     assert again.ranks == adapter.ranks
     for site, update in adapter.updates.items():
         other = again.updates[site]
@@ -42,12 +42,19 @@ def test_round_trips_are_exact(base, settings):
 def test_ranks_that_differ_by_layer_survive(base):
     one, two = make_adapter(base.config, 1, LoraSettings(rank=2)), make_adapter(base.config, 1, LoraSettings(rank=5))
     mixed = Adapter({site: (one if site.startswith("h.0") else two).updates[site] for site in one.updates})
-    assert read(to_peft(mixed, "tiny"), base.config).ranks == mixed.ranks
+    assert read(to_peft(mixed, "tiny", base.config), base.config).ranks == mixed.ranks
+
+
+@pytest.mark.parametrize("kept", ["h.0", "h.1", "h.1.mlp"])
+def test_adapters_of_some_layers_survive(base, kept):
+    whole = make_adapter(base.config)
+    part = Adapter({site: update for site, update in whole.updates.items() if site.startswith(kept)})
+    assert read(to_peft(part, "tiny", base.config), base.config).ranks == part.ranks
 
 
 def test_the_same_adapter_gives_the_same_bytes(base):
     adapter = make_adapter(base.config)
-    assert to_peft(adapter, "tiny") == to_peft(adapter, "tiny")
+    assert to_peft(adapter, "tiny", base.config) == to_peft(adapter, "tiny", base.config)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +77,16 @@ def test_the_same_adapter_gives_the_same_bytes(base):
         ({"rank_pattern": {"(a+)+$": 4}}, MismatchError, "rank_pattern holds an expression"),
         ({"rank_pattern": {"c_fc": "x"}}, CorruptError, "rank_pattern"),
         ({"alpha_pattern": [1]}, MismatchError, "alpha_pattern"),
+        ({"use_rslora": "false"}, CorruptError, "use_rslora"),
+        ({"layers_to_transform": "1"}, CorruptError, "layers_to_transform"),
+        ({"layers_to_transform": [1.5]}, CorruptError, "layers_to_transform"),
         ({"target_modules": ["attn.c_attn", "mlp.c_fc", "ln_1"]}, None, ""),
         ({"target_modules": "(x+x+)+y"}, None, ""),
         ({"target_modules": "all-linear"}, None, ""),
     ],
 )
 def test_a_configuration_is_closed_and_nothing_in_it_runs(base, change, error, message):
-    files = to_peft(make_adapter(base.config), "tiny")
+    files = to_peft(make_adapter(base.config), "tiny", base.config)
     values = {**json.loads(files[PEFT_CONFIG]), **change}
     files[PEFT_CONFIG] = json.dumps(values).encode()
     started = time.monotonic()
@@ -125,7 +135,7 @@ PREFIX = "base_model.model.transformer.h."
     ],
 )
 def test_damaged_tensors_are_refused_by_name(base, damage, error, message):
-    files = to_peft(make_adapter(base.config), "tiny")
+    files = to_peft(make_adapter(base.config), "tiny", base.config)
     tensors = load(files[WEIGHTS])
     damage(tensors)
     files[WEIGHTS] = save(tensors)
@@ -136,13 +146,13 @@ def test_damaged_tensors_are_refused_by_name(base, damage, error, message):
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 64, (2**63).to_bytes(8, "little") + b"{}", b"\x80\x04."])
 def test_files_that_are_not_safetensors_are_refused(base, content):
-    files = to_peft(make_adapter(base.config), "tiny")
+    files = to_peft(make_adapter(base.config), "tiny", base.config)
     files[WEIGHTS] = content
     with pytest.raises(CorruptError, match="damaged"):
         read(files, base.config)
     for text in (b"", b"[1]", b"{" * 100_000, b"\xff"):
         with pytest.raises(IntegrityError):
-            read({**to_peft(make_adapter(base.config), "tiny"), PEFT_CONFIG: text}, base.config)
+            read({**to_peft(make_adapter(base.config), "tiny", base.config), PEFT_CONFIG: text}, base.config)
 
 
 def test_an_adapter_of_a_shallower_base_is_refused(tmp_path):
@@ -153,9 +163,9 @@ def test_an_adapter_of_a_shallower_base_is_refused(tmp_path):
     runtime = choose_runtime("float32", torch.device("cpu"))
     deep, shallow = (load_base(str(make_base_folder(tmp_path / str(n), layers=n)), runtime).config for n in (3, 2))
     with pytest.raises(MismatchError, match=r"h\.2\."):
-        read(to_peft(make_adapter(deep), "deep"), shallow)
+        read(to_peft(make_adapter(deep), "deep", deep), shallow)
     with pytest.raises(CorruptError, match=r"h\.2\..* missing"):
-        read(to_peft(make_adapter(shallow), "shallow"), deep)
+        read(to_peft(make_adapter(shallow), "shallow", shallow), deep)
 
 
 def test_a_folder_without_safetensors_is_not_found(tmp_path, base):

@@ -22,6 +22,7 @@ from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import build_recipe
+from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training import run as run_module
@@ -171,9 +172,40 @@ def test_a_diverging_run_stops_within_a_step_and_publishes_nothing(base_folder, 
     with pytest.raises(TrainingDiverged) as caught:
         train_recipes([make_recipe(base_folder, text_file, learning_rate=1e38, clip=0.0)], store, reporter)
     assert caught.value.exit_code == 8
-    assert "diverged at step 2" in caught.value.message
+    assert "diverged at step 1" in caught.value.message
     assert "learning rate" in caught.value.message
     assert not store.list_names()
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_a_last_step_that_diverges_publishes_nothing(base_folder, text_file, store, reporter, keep_best):
+    hot = {"steps": 1, "learning_rate": 1e38, "clip": 0.0, "warmup_share": 0.0, "keep_best": keep_best}
+    with pytest.raises(TrainingDiverged, match="validation loss"):
+        train_recipes([make_recipe(base_folder, text_file, **hot)], store, reporter)
+    assert not store.list_names()
+
+
+def test_a_store_that_cannot_be_written_is_found_before_training(
+    base_folder, text_file, reporter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "_train_step", lambda *a: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="write to the store"):
+        train_recipes([make_recipe(base_folder, text_file)], Store(tmp_path / "file"), reporter)
+
+
+def test_metrics_can_be_followed_while_the_run_goes_on(base_folder, text_file, reporter, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.begin({})
+    trainer = make_trainer([make_recipe(base_folder, text_file)], reporter, run)
+    with pytest.raises(Interrupted):
+        trainer.train(StopAt(trainer, 3))
+    path = tmp_path / "run" / "one.metrics.jsonl"
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    resumed = make_trainer([make_recipe(base_folder, text_file)], reporter, run)
+    resumed.restore(*run.load(reporter))
+    resumed.train(StopRequest())
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_is_published_says_where_it_comes_from(base_folder, text_file, store, reporter):
