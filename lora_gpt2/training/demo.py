@@ -29,7 +29,8 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.run import AdapterReport, train_recipes
 
 STEPS = 60
-BATCH_TOKENS = 1536
+BATCH_TOKENS = 768
+LEARNING_RATE = 6e-3
 MAX_CHARACTERS = 1_200_000
 TEST_DOCUMENTS, TEST_CHARACTERS = 24, 1_500
 PROMPT = "The following"
@@ -84,7 +85,8 @@ def _build_recipe(name: str, path: Path) -> Recipe:
             "name": name, "description": description, "base": "nano",
             "data": {"sources": [str(path)], "profile": profile, "block_size": 256, "test_share": 0.0},
             "train": {
-                "steps": STEPS, "batch_tokens": BATCH_TOKENS, "micro_batch_tokens": 3 * BATCH_TOKENS,
+                "steps": STEPS, "learning_rate": LEARNING_RATE, "batch_tokens": BATCH_TOKENS,
+                "micro_batch_tokens": 3 * BATCH_TOKENS,
                 "validate_every": STEPS // 3, "validation_tokens": 4096,
             },
             "generate": {"max_new_tokens": NEW_TOKENS},
