@@ -33,7 +33,7 @@ BATCH_TOKENS = 768
 LEARNING_RATE = 6e-3
 MAX_CHARACTERS = 1_200_000
 TEST_DOCUMENTS, TEST_CHARACTERS = 24, 1_500
-PROMPT = "The following"
+PROMPT = "The function returns"
 NEW_TOKENS = 48
 SEED = 7
 MAX_DOCUMENT_BYTES = 60_000
@@ -89,7 +89,7 @@ def _build_recipe(name: str, path: Path) -> Recipe:
                 "micro_batch_tokens": 3 * BATCH_TOKENS,
                 "validate_every": STEPS // 3, "validation_tokens": 4096,
             },
-            "generate": {"max_new_tokens": NEW_TOKENS},
+            "generate": {"max_new_tokens": NEW_TOKENS, "repetition_penalty": 1.2},
         },
         "demo",
     )  # fmt: skip
