@@ -28,11 +28,11 @@ from lora_gpt2.recipe import Recipe, build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.run import AdapterReport, train_recipes
 
-STEPS = 60
+STEPS = 50
 BATCH_TOKENS = 768
 LEARNING_RATE = 6e-3
 MAX_CHARACTERS = 1_200_000
-TEST_DOCUMENTS, TEST_CHARACTERS = 24, 1_500
+TEST_DOCUMENTS, TEST_CHARACTERS = 16, 1_500
 PROMPT = "The function returns"
 NEW_TOKENS = 48
 SEED = 7
