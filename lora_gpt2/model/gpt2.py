@@ -25,6 +25,25 @@ MAX_SIZE = 1_048_576  # beyond any GPT-2: a damaged or hostile configuration
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
+class _Uninitialised:
+    """Leaves weights to the checkpoint: drawing them first takes time, and on `meta` imports half of torch (2 s)."""
+
+    def reset_parameters(self) -> None:
+        """Does nothing."""
+
+
+class Linear(_Uninitialised, nn.Linear):
+    """`nn.Linear` without random weights."""
+
+
+class Embedding(_Uninitialised, nn.Embedding):
+    """`nn.Embedding` without random weights."""
+
+
+class LayerNorm(_Uninitialised, nn.LayerNorm):
+    """`nn.LayerNorm` whose weights are not set."""
+
+
 @dataclass(frozen=True)
 class GPT2Config:
     """The shape of a GPT-2; `context` is the largest number of positions."""
@@ -138,8 +157,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.width, 3 * config.width)
-        self.c_proj = nn.Linear(config.width, config.width)
+        self.c_attn = Linear(config.width, 3 * config.width)
+        self.c_proj = Linear(config.width, config.width)
         self.layer, self.heads = layer, config.heads
         self.scale = 1 / math.sqrt(config.head_dim) / (layer + 1 if config.scale_by_layer else 1)
 
@@ -164,8 +183,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.width, config.inner)
-        self.c_proj = nn.Linear(config.inner, config.width)
+        self.c_fc = Linear(config.width, config.inner)
+        self.c_proj = Linear(config.inner, config.width)
         self.layer, self.gelu = layer, config.gelu
 
     def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
@@ -180,9 +199,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width, eps=config.epsilon)
+        self.ln_1 = LayerNorm(config.width, eps=config.epsilon)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.width, eps=config.epsilon)
+        self.ln_2 = LayerNorm(config.width, eps=config.epsilon)
         self.mlp = MLP(config, layer)
 
     def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
@@ -198,11 +217,11 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.width)
-        self.wpe = nn.Embedding(config.context, config.width)
+        self.wte = Embedding(config.vocab_size, config.width)
+        self.wpe = Embedding(config.context, config.width)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.width, eps=config.epsilon)
-        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.ln_f = LayerNorm(config.width, eps=config.epsilon)
+        self.lm_head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
 
     @property
     def head(self) -> Float[Tensor, "vocab width"]:
