@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import base_option, emit, format_bytes, format_table, json_option, store_option
+from lora_gpt2.commands.shared import (
+    base_option,
+    emit,
+    format_bytes,
+    format_table,
+    json_option,
+    name_store,
+    store_option,
+)
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import Manifest
@@ -82,7 +90,7 @@ def import_(reporter: Reporter, folder: Path, name: str, base: str | None, store
     manifest = publish_adapter(store, name, adapter, loaded, origin)
     row = _summarise(manifest)
     emit({"adapter": row}, as_json, lambda: f"imported {manifest.reference}")
-    reporter.message(f'next: lora-gpt2 generate "..." --adapter {name}')
+    reporter.message(f'next: lora-gpt2 generate "..." --adapter {name}{name_store(store)}')
 
 
 def _summarise(manifest: Manifest) -> dict[str, Any]:

@@ -32,6 +32,12 @@ store_option = click.option(
 )
 
 
+def name_store(store: Store) -> str:
+    """Returns the option that a suggested command needs to find the store: nothing where it is the default one."""
+    default = os.environ.get("LORA_GPT2_STORE") or "adapters"
+    return "" if str(store.root) == default else f" --store {store.root}"
+
+
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[], str]) -> None:
     """Writes a result on stdout: as JSON, in which what is not finite is null, or as `render` shows it."""
     click.echo(json.dumps(_finite(result), indent=1, allow_nan=False) if as_json else render())

@@ -15,6 +15,7 @@ from lora_gpt2.commands.shared import (
     format_bytes,
     format_table,
     json_option,
+    name_store,
     set_option,
     store_option,
 )
@@ -56,7 +57,9 @@ def command(
     report = train_recipes(chosen, store, reporter, resume)
     emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))
     first = report.adapters[0].name
-    reporter.message(f'next: lora-gpt2 generate "..." --adapter {first}   (or: lora-gpt2 adapters show {first})')
+    where = name_store(store)
+    reporter.message(f'next: lora-gpt2 generate "..." --adapter {first}{where}')
+    reporter.message(f"or:   lora-gpt2 adapters show {first}{where}")
 
 
 def name_recipe(recipe: Recipe) -> Recipe:

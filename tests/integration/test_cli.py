@@ -57,7 +57,7 @@ def test_from_text_to_adapter_to_text_to_figures(run, base_folder, text_file):
     }  # fmt: skip
     assert (item["name"], item["version"], item["steps"], item["train_tokens"]) == ("mine", 1, 8, 512)
     assert "tokens/s" in err
-    assert "next: lora-gpt2 generate" in err
+    assert 'next: lora-gpt2 generate "..." --adapter mine\n' in err
     code, out, err = run(
         "generate", "the cat", "--adapter", "mine", "--seed", 1, "--json", "--set", "generate.max_new_tokens=5"
     )
@@ -273,6 +273,14 @@ def test_a_bug_has_an_identifier_and_no_traceback_without_debug(run, monkeypatch
     assert "please report" in err
     assert "Traceback" not in err
     assert "Traceback" in run("--debug", "bases", "list")[2]
+
+
+def test_the_suggested_command_names_a_store_that_is_not_the_default(run, trained, base_folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    arguments = ["adapters", "import", trained.resolve("law"), "--name", "copy", "--base", base_folder]
+    _, _, err = run(*arguments, "--store", elsewhere)
+    assert f"--adapter copy --store {elsewhere}\n" in err
+    assert Store(elsewhere).list_names() == ["copy"]
 
 
 def test_a_group_alone_says_what_is_missing(run):
