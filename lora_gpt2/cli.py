@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": "Train adapters from text on this machine, swap them, print the matrix.",
     "prepare": "Read, clean, split and tokenise text; train does it on demand.",
     "train": "Train one adapter, or several together over one base.",
+    "plan": "Say what training will take: memory, time, and settings that fit.",
     "generate": "Continue a prompt with an adapter, a mix, or several side by side.",
     "evaluate": "Measure the perplexity of adapters and the base on text.",
     "adapters": "List, show and import adapters of the store.",

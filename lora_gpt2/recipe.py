@@ -7,6 +7,7 @@ are refused with the nearest valid one. Precedence: command line, recipe file, d
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_gpt2.core.errors import NotFoundError, RecipeError
+from lora_gpt2.core.errors import NotFoundError, RecipeError, UsageError
 
 Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
@@ -65,6 +66,8 @@ class LoraSettings(Section):
     """Rank-stabilised scaling, alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training."""
+    first_layer: Annotated[int, Field(ge=0, le=1023)] = 0
+    """First block to adapt; those below it then need no backward pass."""
 
     @model_validator(mode="after")
     def _check_targets(self) -> LoraSettings:
@@ -93,8 +96,12 @@ class TrainSettings(Section):
     """Passes over the training blocks, when steps is not given."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak learning rate of AdamW."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after warm-up: falls to a tenth (cosine), to zero (linear), or stays."""
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354, suggests 16); 1 is off."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Learning rate after warm-up: falls to a tenth (cosine), to zero (linear), stays, or stays and falls (wsd)."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the steps over which wsd falls linearly to zero (arXiv:2404.06395)."""
     warmup_share: Share = 0.05
     """Share of the steps over which the learning rate rises from zero."""
     batch_tokens: Positive = 4096
@@ -105,18 +112,34 @@ class TrainSettings(Section):
     """Decoupled weight decay of AdamW."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of an adapter's gradient; 0 switches clipping off."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target's weight spread over the vocabulary (Szegedy et al. 2015); losses shown are without it."""
+    neftune_alpha: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Noise on the token embeddings while training, 5 to 15 (NEFTune, Jain et al. 2023, arXiv:2310.05914); 0 is off."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block and compute the block again: less memory, about a quarter slower."""
     validate_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validations; 0 chooses a tenth of the run."""
     validation_tokens: Positive = 16384
-    """Most tokens of a validation during the run; the one at the end uses all of them."""
+    """Most tokens of a validation during the run, less in short runs; the one at the end uses all of them."""
     keep_best: bool = True
     """Publish the weights with the best validation instead of the last ones."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many validations in a row without a new best; 0 never stops early."""
+    sample_tokens: Annotated[int, Field(ge=0, le=512)] = 32
+    """Tokens of the sample that each validation writes for the report; 0 writes none."""
+    sample_prompt: str = ""
+    """Prompt of these samples; without one, the beginning of the validation text."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Also log to these, through accelerate."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 200
     """Steps between checkpoints; 0 keeps one only when the run is interrupted."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initialisation, data order and dropout."""
+    """Seed of initialisation, data order, dropout and noise."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numbers of the frozen base; auto takes the fastest that the device computes natively."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the base's projections in 8 or 4 bits: less memory, a little slower, a slightly different base."""
 
 
 class EvaluateSettings(Section):
@@ -305,6 +328,16 @@ def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) 
         if isinstance(place, dict):  # else `build_recipe` says what is wrong with the section
             place[name] = value
     return build_recipe(values, str(path) if path else "settings")
+
+
+def name_recipe(recipe: Recipe) -> Recipe:
+    """Returns the recipe with a name: its own, or one made of its first source's."""
+    if recipe.name:
+        return recipe
+    if not recipe.data.sources:
+        raise UsageError("there is nothing to train on", "give a recipe, or text with --data FILE")
+    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
+    return recipe.model_copy(update={"name": stem[:64]})
 
 
 def _recipe_dirs() -> list[Path]:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import emit, format_matrix, format_table, json_option, set_option, store_option
+from lora_gpt2.commands.shared import (
+    emit,
+    format_bytes,
+    format_matrix,
+    format_table,
+    json_option,
+    set_option,
+    store_option,
+)
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.store.catalog import Store
 
 
 @click.group("bench")
 def command() -> None:
-    """Measure this machine: quality over domains, start-up times."""
+    """Measure this machine: training beside transformers + PEFT, quality over domains, start-up times."""
 
 
 @command.command("domains")
@@ -42,6 +51,49 @@ def domains(
     emit(
         result, as_json, lambda: f"{format_matrix(cells)}\n{own} of {len(winners)} adapters are best on their own text"
     )
+
+
+@command.command("train")
+@click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
+@click.option("--batch", nargs=2, type=click.IntRange(1), default=(2, 512), show_default=True, metavar="ROWS TOKENS")
+@click.option("--steps", type=click.IntRange(2), default=10, show_default=True, help="Timed steps of each run.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each side, in turn.")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--checkpointing", is_flag=True, help="Gradient checkpointing on all sides.")
+@json_option
+@click.pass_obj
+def train(
+    reporter: Reporter, base: str, batch: tuple[int, int], steps: int, rounds: int, precision: str,
+    checkpointing: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Train beside transformers' Trainer + PEFT: the same weights, tokens and settings, in turn.
+
+    \b
+    Examples:
+      lora-gpt2 bench train
+      lora-gpt2 bench train --base XL --batch 1 1024 --steps 50
+    """
+    from lora_gpt2.bench.training import measure_training
+
+    report = measure_training(
+        base, batch[0], batch[1], steps, rounds, reporter, precision=precision, checkpointing=checkpointing
+    )
+    emit(report, as_json, lambda: _render_training(report))
+
+
+def _render_training(report: dict[str, Any]) -> str:
+    rows = [
+        [side["name"], f"{side['tokens_per_second']:,.0f}", f"{side['speed_of_ours']:.2f}x",
+         f"{100 * side['share_of_limit']:.0f} %", format_bytes(side["peak_memory_bytes"]),
+         f"{side['memory_of_ours']:.2f}x", f"{side['losses'][-1]:.4f}", f"{side['start_seconds']:.1f} s"]
+        for side in report["sides"]
+    ]  # fmt: skip
+    header = [
+        "", "tokens/s", "ours is faster", "of the limit", "peak memory", "ours takes", "last loss", "to first step",
+    ]  # fmt: skip
+    limit = report["gemm_flops_per_second"] / 1e9
+    tokens = report["limit_tokens_per_second"]
+    return f"{format_table(header, rows)}\nlimit: {tokens:,.0f} tokens/s at {limit:,.0f} GFLOP/s"
 
 
 @command.command("startup")

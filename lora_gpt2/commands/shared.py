@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.store.catalog import Store
 
+MEMORY_UNITS = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one JSON document on stdout.")
@@ -27,6 +30,22 @@ def _open_store(ctx: click.Context, param: click.Parameter, value: str | None) -
     return Store(Path(value or os.environ.get("LORA_GPT2_STORE") or "adapters"))
 
 
+def _parse_memory(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9.]+)\s*(GB|MB|GiB|MiB)", value.strip(), re.IGNORECASE)
+    try:
+        amount = float(match[1]) if match else 0.0
+    except ValueError:
+        amount = 0.0
+    if not match or amount <= 0:
+        raise UsageError(f"{(param.opts or ['it'])[0]} {value}: expected an amount of memory", "such as 6GB or 512MB")
+    return int(amount * MEMORY_UNITS[match[2].lower()])
+
+
+memory_option = click.option(
+    "--gpu-memory", metavar="SIZE", callback=_parse_memory, help="Memory to fit into, such as 6GB; else the device's."
+)
 store_option = click.option(
     "--store", metavar="DIR", callback=_open_store, help="Store; else $LORA_GPT2_STORE, else ./adapters."
 )
@@ -76,6 +95,14 @@ def format_matrix(cells: Sequence[dict[str, Any]]) -> str:
         marks = ["*" if values[adapter, s] == best[s] and len(adapters) > 1 else " " for s in sources]
         rows.append([adapter, *(f"{values[adapter, s]:,.2f}{mark}" for s, mark in zip(sources, marks, strict=True))])
     return format_table(["perplexity", *(f"{source} " for source in sources)], rows)
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns a time with units: 1 h 5 min, 12 min 3 s, 41 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def format_bytes(count: int) -> str:

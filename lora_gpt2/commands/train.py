@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,16 @@ from lora_gpt2.commands.shared import (
     base_option,
     emit,
     format_bytes,
+    format_seconds,
     format_table,
     json_option,
+    memory_option,
     name_store,
     set_option,
     store_option,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
-from lora_gpt2.recipe import Recipe, load_recipe
+from lora_gpt2.recipe import load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
 
 
@@ -32,12 +32,16 @@ from lora_gpt2.store.catalog import Store
 @base_option
 @set_option
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run of the same recipes.")
+@click.option("--fit", is_flag=True, help="Change settings so that it fits into memory; see 'plan'.")
+@memory_option
+@click.option("--dry-run", is_flag=True, help="Print the plan and train nothing.")
 @store_option
 @json_option
 @click.pass_obj
 def command(
     reporter: Reporter, recipes: tuple[Path, ...], data: tuple[str, ...], name: str | None, base: str | None,
-    overrides: tuple[str, ...], resume: bool, store: Store, as_json: bool,
+    overrides: tuple[str, ...], resume: bool, fit: bool, gpu_memory: int | None, dry_run: bool, store: Store,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Train one adapter, or several recipes together over one base.
 
@@ -47,36 +51,41 @@ def command(
       lora-gpt2 train prose --data notes/ --name mine --set train.steps=100
       lora-gpt2 train a.yaml b.yaml c.yaml        three adapters, one pass over the base
       lora-gpt2 train a.yaml --resume             after an interruption
+      lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
     chosen = [
         name_recipe(load_recipe(path, overrides, data__sources=data, name=name, base=base))
         for path in recipes or [None]
     ]
+    if dry_run:
+        from lora_gpt2.commands.plan import show_plan
+        from lora_gpt2.training.plan import plan_run
+
+        show_plan(plan_run(chosen, reporter, gpu_memory), as_json)
+        return
+    if fit or gpu_memory is not None:
+        from lora_gpt2.training.plan import fit_to_memory
+
+        chosen = fit_to_memory(chosen, gpu_memory, reporter)
     from lora_gpt2.training.run import train_recipes
 
     report = train_recipes(chosen, store, reporter, resume)
+    if not report.adapters:  # another process of this launch speaks
+        return
     emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))
+    for item in report.adapters:
+        reporter.message(f"{item.name}: {item.verdict}; {item.forgetting}")
     first = report.adapters[0].name
     where = name_store(store)
     reporter.message(f'next: lora-gpt2 generate "..." --adapter {first}{where}')
-    reporter.message(f"or:   lora-gpt2 adapters show {first}{where}")
-
-
-def name_recipe(recipe: Recipe) -> Recipe:
-    """Returns the recipe with a name: its own, or one made of its first source's."""
-    if recipe.name:
-        return recipe
-    if not recipe.data.sources:
-        raise UsageError("there is nothing to train on", "give a recipe, or text with --data FILE")
-    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
-    return recipe.model_copy(update={"name": stem[:64]})
+    reporter.message(f"see:  {store.resolve(first) / 'report.html'}")
 
 
 def _render(adapters: list[Any]) -> str:
     rows = [
         [f"{a.name}@{a.version}", f"{a.steps}", f"{a.train_tokens:,}", f"{a.base_perplexity:.2f}",
          f"{a.validation_perplexity:.2f}", f"{a.best_step}", f"{a.tokens_per_second:,.0f}",
-         format_bytes(a.peak_memory_bytes), f"{a.seconds:.0f} s"] for a in adapters
+         format_bytes(a.peak_memory_bytes), format_seconds(a.seconds)] for a in adapters
     ]  # fmt: skip
     header = ["adapter", "steps", "tokens", "base ppl", "validation ppl", "best step", "tokens/s", "peak", "time"]
     return format_table(header, rows)

@@ -21,10 +21,11 @@ class StopRequest:
 
     signal_number = 0
 
-    def raise_if_asked(self, kept: str) -> None:
-        """Raises `Interrupted` if a signal came; `kept` says what the user has now."""
-        if self.signal_number:
-            raise Interrupted(f"stopped by {signal.Signals(self.signal_number).name}", kept, self.signal_number)
+    def raise_if_asked(self, kept: str, signal_number: int | None = None) -> None:
+        """Raises `Interrupted` if a signal came (here, or to a fellow process); `kept` says what the user has now."""
+        number = self.signal_number if signal_number is None else signal_number
+        if number:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}", kept, number)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.core.errors import MismatchError
-from lora_gpt2.model.gpt2 import GPT2Config
+from lora_gpt2.model.gpt2 import Before, GPT2Config, Linear, apply_before
 from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
 
 Layout = Literal["training", "inference"]
@@ -29,11 +29,17 @@ Layout = Literal["training", "inference"]
 
 @dataclass
 class BankSite:
-    """Views of one projection: `a` `[slots, rank, in]`, `bt` `[slots, rank, out]`, gradients, `scale` `[slots]`."""
+    """Views of one projection: `a` `[slots, rank, in]`, `bt` `[slots, rank, out]`, `scale` `[slots]`.
+
+    For training also the copies to compute with, in the base's dtype (the same tensors where that is float32), and
+    the gradients in float32.
+    """
 
     a: Tensor
     bt: Tensor
     scale: Tensor
+    a_compute: Tensor
+    bt_compute: Tensor
     a_gradient: Tensor | None = None
     bt_gradient: Tensor | None = None
 
@@ -57,18 +63,21 @@ class AdapterBank:
         self.num_parameters = sum(ranks[site] * sum(shapes[site]) for site in ranks)
         dtype = torch.float32 if layout == "training" else like.dtype
         self.flat = torch.zeros(num_slots, self.num_parameters, dtype=dtype, device=like.device)
+        self.compute = self.flat if dtype == like.dtype else self.flat.to(like.dtype)
+        self.anchor = torch.zeros((), device=like.device)
         self.sites: dict[str, BankSite] = {}
         self.updates: list[dict[str, tuple[int, float, bool]]] = [{} for _ in range(num_slots)]
         self._spans: list[tuple[str, int, int]] = []
         offset = 0
         for site, rank in ranks.items():
-            views = []
+            masters, copies = [], []
             for width in shapes[site]:
-                views.append(self._view(self.flat, offset, rank, width))
+                masters.append(self._view(self.flat, offset, rank, width))
+                copies.append(self._view(self.compute, offset, rank, width))
                 self._spans.append((site, offset, width))
                 offset += rank * width
             scale = torch.zeros(num_slots, dtype=dtype, device=like.device)
-            self.sites[site] = BankSite(views[0], views[1], scale)
+            self.sites[site] = BankSite(masters[0], masters[1], scale, copies[0], copies[1])
 
     def _view(self, flat: Tensor, offset: int, rank: int, width: int) -> Tensor:
         shape = (self.num_slots, rank, width)
@@ -88,22 +97,27 @@ class AdapterBank:
             if shapes != ((update.rank, place.a.shape[2]), (place.bt.shape[2], update.rank)):
                 raise MismatchError(f"{site}: {shapes} does not fit this base", "use the base it was trained on")
         self.clear(slot)
-        with torch.no_grad():
-            for site, update in adapter.updates.items():
-                place = self.sites[site]
-                place.a[slot, : update.rank] = update.a.to(place.a)
-                place.bt[slot, : update.rank] = update.b.mT.to(place.bt)
-                place.scale[slot] = update.scale
-                self.updates[slot][site] = (update.rank, update.alpha, update.rslora)
+        for site, update in adapter.updates.items():
+            place = self.sites[site]
+            place.a[slot, : update.rank] = update.a.to(place.a)
+            place.bt[slot, : update.rank] = update.b.mT.to(place.bt)
+            place.scale[slot] = update.scale
+            self.updates[slot][site] = (update.rank, update.alpha, update.rslora)
+        self.refresh()
 
     def clear(self, slot: int) -> None:
         """Empties a slot: it then changes nothing."""
-        with torch.no_grad():
-            for place in self.sites.values():
-                place.a[slot] = 0
-                place.bt[slot] = 0
-                place.scale[slot] = 0
+        for place in self.sites.values():
+            place.a[slot] = 0
+            place.bt[slot] = 0
+            place.scale[slot] = 0
         self.updates[slot] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Brings the copies to compute with up to date after `flat` has changed."""
+        if self.compute is not self.flat:
+            self.compute.copy_(self.flat)
 
     def read(self, slot: int, flat: Tensor | None = None) -> Adapter:
         """Returns a slot's adapter as float32 copies on the CPU, from `flat` (a buffer of this layout) if given."""
@@ -120,18 +134,28 @@ class AdapterBank:
     def enable_gradients(self) -> Tensor:
         """Lets `TrainingRows` add gradients into a buffer like `flat`, whose views each site gets; returns it."""
         gradient = torch.zeros_like(self.flat)
+        self.anchor.requires_grad_()
         for site, offset, width in self._spans:
             place = self.sites[site]
             view = self._view(gradient, offset, self.ranks[site], width)
             if offset == self._offset_of(site):
                 place.a_gradient = view
-                place.a.requires_grad_()  # the anchor by which autograd finds the way back to `SlotUpdate`
             else:
                 place.bt_gradient = view
         return gradient
 
     def _offset_of(self, site: str) -> int:
         return next(offset for name, offset, _ in self._spans if name == site)
+
+    def build_boost(self, ratios: Sequence[float]) -> Tensor | None:
+        """Returns a buffer like `flat` with each slot's ratio at its B and 1 at its A (LoRA+), or None if all are 1."""
+        if all(ratio == 1 for ratio in ratios):
+            return None
+        boost = torch.ones_like(self.flat)
+        for site, offset, width in self._spans:
+            if offset != self._offset_of(site):
+                self._view(boost, offset, self.ranks[site], width).mul_(boost.new_tensor(ratios)[:, None, None])
+        return boost
 
     def build_mask(self, plans: Sequence[Sequence[TargetPlan]]) -> Tensor | None:
         """Returns a 0/1 buffer like `flat` that keeps the structural zeros of sliced targets, or None without any.
@@ -153,66 +177,6 @@ class AdapterBank:
         return mask
 
 
-class SlotUpdate(torch.autograd.Function):
-    """`y + scale * (x Aᵀ) B` for each slot; its backward adds the gradients of A and B into the bank's buffer.
-
-    Saves x `[slots, tokens, in]` and z = scale * x Aᵀ `[slots, tokens, rank]`; the gradients of the frozen projection
-    flow on through y.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, place: BankSite, slots: list[int] | slice) -> Tensor:
-        """Returns `[slots, tokens, out]`."""
-        ctx.place, ctx.slots = place, slots
-        scale = place.scale[slots, None, None].to(x.dtype)
-        z = torch.bmm(x, a[slots].mT.to(x.dtype)).mul_(scale)
-        ctx.save_for_backward(x, z)
-        return torch.baddbmm(y, z, place.bt[slots].to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
-        """Adds to the gradients of A and B; returns those of x and y."""
-        (dy,), (x, z), place, slots = upstream, ctx.saved_tensors, ctx.place, ctx.slots
-        scale = place.scale[slots, None, None].to(x.dtype)
-        dz = torch.bmm(dy, place.bt[slots].mT.to(dy.dtype)).mul_(scale)
-        place.bt_gradient[slots] += torch.bmm(z.mT, dy)
-        place.a_gradient[slots] += torch.bmm(dz.mT, x)
-        dx = torch.bmm(dz, place.a[slots].to(dz.dtype)) if ctx.needs_input_grad[0] else None
-        return dx, dy, None, None, None
-
-
-class TrainingRows:
-    """Adapters for training: the batch holds the same number of rows for each of `slots`, in order.
-
-    The base's weights are constants; gradients go to the bank's buffer. `dropout` drops the adapter's input, with a
-    mask drawn from `generator`.
-    """
-
-    def __init__(
-        self, bank: AdapterBank, slots: Sequence[int], dropout: float = 0.0, generator: torch.Generator | None = None
-    ) -> None:
-        self.bank, self.dropout, self.generator = bank, dropout, generator
-        self.num_slots = len(slots)
-        whole = list(slots) == list(range(bank.num_slots))
-        self.slots: list[int] | slice = slice(None) if whole else list(slots)
-
-    def add(
-        self, site: str, x: Float[Tensor, "rows time inputs"], y: Float[Tensor, "rows time outputs"]
-    ) -> Float[Tensor, "rows time outputs"]:
-        """Returns `y` with each slot's update added to its own rows."""
-        place = self.bank.sites.get(site)
-        if place is None:
-            return y
-        if self.dropout:
-            keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= self.dropout
-            x = x * keep / (1 - self.dropout)
-        rows = (self.num_slots, x.shape[0] // self.num_slots * x.shape[1])
-        result: Tensor = SlotUpdate.apply(  # type: ignore[no-untyped-call]
-            x.reshape(*rows, x.shape[2]), y.view(*rows, y.shape[2]), place.a, place, self.slots
-        )
-        return result.view(y.shape)
-
-
 class InferenceRows:
     """Adapters for inference: `weights` `[rows, slots]` says how much of each adapter a row gets.
 
@@ -222,15 +186,17 @@ class InferenceRows:
     def __init__(self, bank: AdapterBank, weights: Float[Tensor, "rows slots"]) -> None:
         self.bank, self.weights = bank, weights.to(bank.flat)
 
-    def add(
-        self, site: str, x: Float[Tensor, "rows time inputs"], y: Float[Tensor, "rows time outputs"]
+    def project(
+        self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
     ) -> Float[Tensor, "rows time outputs"]:
-        """Returns `y` with the weighted updates of each row added."""
+        """Returns the projection of `before(x)` with the weighted updates of each row added."""
+        h = apply_before(before, x)
+        y: Tensor = linear(h)
         place = self.bank.sites.get(site)
         if place is None:
             return y
         slots, rank, _ = place.a.shape
-        z = F.linear(x, place.a.view(slots * rank, -1))
-        z = z.view(*x.shape[:2], slots, rank) * (self.weights * place.scale)[:, None, :, None]
+        z = F.linear(h, place.a.view(slots * rank, -1))
+        z = z.view(*h.shape[:2], slots, rank) * (self.weights * place.scale)[:, None, :, None]
         update = torch.addmm(y.flatten(0, 1), z.view(-1, slots * rank), place.bt.view(slots * rank, -1))
         return update.view(y.shape)

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError
 from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
 from lora_gpt2.core.paths import find_cache_dir, write_atomic
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
-from lora_gpt2.model.gpt2 import GPT2, GPT2Config, parse_config
+from lora_gpt2.model.gpt2 import GPT2, GPT2Config, Linear, parse_config
+from lora_gpt2.model.quantize import QuantizedLinear, check_quantization
 from lora_gpt2.model.runtime import Runtime
 
 BUNDLED = Path(__file__).parent.parent / "bases"
@@ -146,14 +147,16 @@ def list_weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def load_base(name: str, runtime: Runtime) -> Base:
-    """Loads a base onto a device, frozen, in evaluation mode.
+def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
+    """Loads a base onto a device, frozen, in evaluation mode; `quantize` keeps its projections in int8 or nf4.
 
     Raises:
         NotFoundError, ResourceError: see `find_base`.
         CorruptError: a tensor is missing, has the wrong shape or cannot be read.
         MismatchError: the configuration is not a GPT-2 that we run, or the tokenizer does not fit it.
     """
+    if quantize != "none":
+        check_quantization(quantize, runtime.device)
     folder = find_base(name)
     config = parse_config(read_config(folder), str(folder / "config.json"))
     tokenizer = load_tokenizer(folder, config.eos_id)
@@ -164,9 +167,17 @@ def load_base(name: str, runtime: Runtime) -> Base:
         )
     with torch.device("meta"):
         model = GPT2(config)
-    files = list_weight_files(folder)
-    state = {key: tensor.to(runtime.device, runtime.dtype).contiguous() for key, tensor in _read_state(files, config)}
-    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    state = dict(_read_state(list_weight_files(folder), config))
+    _check_state(state, {key: tensor.shape for key, tensor in model.state_dict().items()}, folder)
+    for key in list(state):  # one after another, so that the whole is never there twice
+        _assign(model, key, state.pop(key).to(runtime.device, runtime.dtype).contiguous(), quantize)
+    model.requires_grad_(False).eval()
+    known = name in list_bundled() or not Path(name).is_dir()
+    shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder
+    return Base(shown, folder, config, model, tokenizer, fingerprint_base(folder), runtime)
+
+
+def _check_state(state: dict[str, Tensor], expected: dict[str, torch.Size], folder: Path) -> None:
     for key, shape in expected.items():
         if key not in state:
             raise CorruptError(f"{folder}: the tensor {key} is missing", "copy the checkpoint again")
@@ -175,11 +186,18 @@ def load_base(name: str, runtime: Runtime) -> Base:
             raise CorruptError(f"{folder}: {key} has shape {found}, expected {tuple(shape)}", "check config.json")
     if extra := sorted(set(state) - set(expected)):
         raise MismatchError(f"{folder}: {extra[0]} is not part of a GPT-2", "use a GPT-2 checkpoint")
-    model.load_state_dict(state, assign=True)
-    model.requires_grad_(False).eval()
-    known = name in list_bundled() or not Path(name).is_dir()
-    shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder
-    return Base(shown, folder, config, model, tokenizer, fingerprint_base(folder), runtime)
+
+
+def _assign(model: GPT2, key: str, tensor: Tensor, quantize: str) -> None:
+    """Puts a tensor in its place; a projection's weight is quantised, if it is to be."""
+    path, _, name = key.rpartition(".")
+    module = model.get_submodule(path)
+    if quantize != "none" and key.endswith(TRANSPOSED):
+        parent, _, child = path.rpartition(".")
+        assert isinstance(module, Linear)
+        setattr(model.get_submodule(parent), child, QuantizedLinear(tensor, module.bias, quantize))
+    else:
+        setattr(module, name, nn.Parameter(tensor, requires_grad=False))
 
 
 def load_base_tokenizer(name: str) -> Tokenizer:

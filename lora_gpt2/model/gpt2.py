@@ -1,9 +1,12 @@
 """A plain GPT-2 (Radford et al. 2019), equal to transformers' to rounding.
 
 It gives up everything an inference over one frozen base does not need (cross-attention, head pruning, attention
-outputs, training of its own weights) for a place in every projection where adapters add their update, a static KV
-cache with a length per row, and a hidden state that leaves before the head, so that a loss can be chunked.
+outputs, training of its own weights) for a place in every projection where adapters take over, a static KV cache with
+a length per row, and a hidden state that leaves before the head, so that a loss can be chunked.
 Weights are stored `[out, in]`, transposed against the `Conv1D` of Hugging Face checkpoints.
+
+What precedes a projection (LayerNorm, GELU or nothing) is handed to it as `before`, so that training can keep the
+input of the norm or activation and compute its output again, instead of keeping both.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_gpt2.core.errors import MismatchError
 
@@ -33,7 +37,11 @@ class _Uninitialised:
 
 
 class Linear(_Uninitialised, nn.Linear):
-    """`nn.Linear` without random weights."""
+    """`nn.Linear` without random weights; quantised bases put another class in its place."""
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
+        """Returns the weight as numbers to compute with."""
+        return self.weight.to(dtype)
 
 
 class Embedding(_Uninitialised, nn.Embedding):
@@ -107,14 +115,17 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
     return config
 
 
+Before = LayerNorm | nn.GELU | None
+
+
 @runtime_checkable
 class ActiveAdapters(Protocol):
     """What the network asks at each adapted projection."""
 
-    def add(
-        self, site: str, x: Float[Tensor, "rows time inputs"], y: Float[Tensor, "rows time outputs"]
+    def project(
+        self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
     ) -> Float[Tensor, "rows time outputs"]:
-        """Returns `y` plus the update of the adapters at `site` for the input `x`."""
+        """Returns the projection of `before(x)` plus the update of the adapters at `site`."""
 
 
 class KVCache:
@@ -162,10 +173,12 @@ class Attention(nn.Module):
         self.layer, self.heads = layer, config.heads
         self.scale = 1 / math.sqrt(config.head_dim) / (layer + 1 if config.scale_by_layer else 1)
 
-    def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
-        """Returns the attention's contribution to the residual stream."""
+    def forward(
+        self, x: Float[Tensor, "rows time width"], norm: LayerNorm, context: Context
+    ) -> Float[Tensor, "rows time width"]:
+        """Returns the attention's contribution to the residual stream `x`."""
         rows, time, width = x.shape
-        fused = project(self.c_attn, f"h.{self.layer}.attn.c_attn", x, context.adapters)
+        fused = project(self.c_attn, f"h.{self.layer}.attn.c_attn", norm, x, context.adapters)
         q, k, v = fused.view(rows, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         if context.cache is not None:
             cached_k, cached_v = context.cache.write(self.layer, context.positions, k, v)
@@ -175,7 +188,7 @@ class Attention(nn.Module):
             q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
         )
         mixed = mixed.transpose(1, 2).reshape(rows, time, width)
-        return project(self.c_proj, f"h.{self.layer}.attn.c_proj", mixed, context.adapters)
+        return project(self.c_proj, f"h.{self.layer}.attn.c_proj", None, mixed, context.adapters)
 
 
 class MLP(nn.Module):
@@ -185,13 +198,14 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.width, config.inner)
         self.c_proj = Linear(config.inner, config.width)
-        self.layer, self.gelu = layer, config.gelu
+        self.layer, self.act = layer, nn.GELU(approximate=config.gelu)
 
-    def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
-        """Returns the MLP's contribution to the residual stream."""
-        inner = project(self.c_fc, f"h.{self.layer}.mlp.c_fc", x, context.adapters)
-        inner = F.gelu(inner, approximate=self.gelu)
-        return project(self.c_proj, f"h.{self.layer}.mlp.c_proj", inner, context.adapters)
+    def forward(
+        self, x: Float[Tensor, "rows time width"], norm: LayerNorm, context: Context
+    ) -> Float[Tensor, "rows time width"]:
+        """Returns the MLP's contribution to the residual stream `x`."""
+        inner = project(self.c_fc, f"h.{self.layer}.mlp.c_fc", norm, x, context.adapters)
+        return project(self.c_proj, f"h.{self.layer}.mlp.c_proj", self.act, inner, context.adapters)
 
 
 class Block(nn.Module):
@@ -206,8 +220,8 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
         """Returns the residual stream after the block."""
-        x = x + self.attn(self.ln_1(x), context)
-        result: Tensor = x + self.mlp(self.ln_2(x), context)
+        x = x + self.attn(x, self.ln_1, context)
+        result: Tensor = x + self.mlp(x, self.ln_2, context)
         return result
 
 
@@ -229,10 +243,17 @@ class GPT2(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
-        self, tokens: Int[Tensor, "rows time"], adapters: ActiveAdapters | None = None, cache: KVCache | None = None
+        self,
+        tokens: Int[Tensor, "rows time"],
+        adapters: ActiveAdapters | None = None,
+        cache: KVCache | None = None,
+        noise: Float[Tensor, "rows time width"] | None = None,
+        checkpoint_blocks: bool = False,
     ) -> Float[Tensor, "rows time width"]:
         """Returns the hidden states after the last norm.
 
+        `noise` is added to the token embeddings. `checkpoint_blocks` keeps only the input of each block for the
+        backward pass, which computes the block again (Chen et al. 2016, arXiv:1604.06174).
         With a cache the tokens continue each row at its own length; the caller sets the lengths afterwards
         (`generate` does), because rows padded on the right grow by less than `time`. Positions beyond the
         context are the caller's error and raise `IndexError`.
@@ -246,8 +267,13 @@ class GPT2(nn.Module):
         else:
             context = self._continue(steps, adapters, cache)
         x = self.wte(tokens) + self.wpe(context.positions)
+        if noise is not None:
+            x = x + noise.to(x)
         for block in self.h:
-            x = block(x, context)
+            if checkpoint_blocks:
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context)
         result: Tensor = self.ln_f(x)
         return result
 
@@ -267,9 +293,20 @@ class GPT2(nn.Module):
         return F.linear(hidden, self.head)
 
 
+def apply_before(before: Before, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+    """Returns the input of a projection: the norm or activation of `x`, or `x`."""
+    return x if before is None else before(x)
+
+
 def project(
-    linear: nn.Linear, site: str, x: Float[Tensor, "rows time inputs"], adapters: ActiveAdapters | None
+    linear: Linear,
+    site: str,
+    before: Before,
+    x: Float[Tensor, "rows time inputs"],
+    adapters: ActiveAdapters | None,
 ) -> Float[Tensor, "rows time outputs"]:
-    """Returns the frozen projection of `x`, plus the adapters' update where there is one."""
-    y: Tensor = linear(x)
-    return y if adapters is None else adapters.add(site, x, y)
+    """Returns the frozen projection of `before(x)`, with the adapters' update where there are any."""
+    if adapters is not None:
+        return adapters.project(site, linear, before, x)
+    result: Tensor = linear(apply_before(before, x))
+    return result

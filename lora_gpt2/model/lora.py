@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.model.gpt2 import TARGETS, GPT2Config
 from lora_gpt2.recipe import LoraSettings
 
@@ -74,7 +75,15 @@ def target_of(site: str) -> str:
 
 
 def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]:
-    """Returns how each adapted projection is built, in the order of `TARGETS`."""
+    """Returns how each adapted projection is built, in the order of `TARGETS`.
+
+    Raises `UsageError` if `first_layer` leaves no block to adapt.
+    """
+    if settings.first_layer >= config.layers:
+        raise UsageError(
+            f"lora.first_layer {settings.first_layer} leaves nothing to adapt: the base has {config.layers} blocks",
+            f"use at most {config.layers - 1}",
+        )
     plans = []
     slices = [s for s in SLICES if s in settings.targets]
     for target in TARGETS:
@@ -93,16 +102,23 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
     return plans
 
 
+def build_ranks(config: GPT2Config, settings: LoraSettings) -> dict[str, int]:
+    """Returns the rank at each adapted site, in the order of the network."""
+    ranks = {plan.target: plan.rank for plan in plan_targets(config, settings)}
+    sites = list_sites(config)[settings.first_layer * len(TARGETS) :]
+    return {site: ranks[target_of(site)] for site in sites if target_of(site) in ranks}
+
+
 def build_adapter(config: GPT2Config, settings: LoraSettings, seed: int) -> Adapter:
     """Returns a fresh adapter, which changes nothing: B is zero, A uniform in ±1/sqrt(in) as PEFT draws it."""
     generator = torch.Generator().manual_seed(seed)
     plans = {plan.target: plan for plan in plan_targets(config, settings)}
     updates = {}
-    for site in list_sites(config):
-        if plan := plans.get(target_of(site)):
-            inputs, outputs = config.shape_of(plan.target)
-            a = torch.empty(plan.rank, inputs).uniform_(-1, 1, generator=generator) / math.sqrt(inputs)
-            updates[site] = LoraUpdate(a, torch.zeros(outputs, plan.rank), plan.alpha, settings.rslora)
+    for site, rank in build_ranks(config, settings).items():
+        plan = plans[target_of(site)]
+        inputs, outputs = config.shape_of(plan.target)
+        a = torch.empty(rank, inputs).uniform_(-1, 1, generator=generator) / math.sqrt(inputs)
+        updates[site] = LoraUpdate(a, torch.zeros(outputs, rank), plan.alpha, settings.rslora)
     return Adapter(updates)
 
 
@@ -116,4 +132,4 @@ def count_parameters(config: GPT2Config, settings: LoraSettings) -> int:
         else:
             trained = sum((r.stop - r.start) * (c.stop - c.start) for r, c in plan.blocks)
         total += inputs * plan.rank + trained
-    return total * config.layers
+    return total * (config.layers - settings.first_layer)

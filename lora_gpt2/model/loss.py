@@ -19,9 +19,9 @@ from lora_gpt2.data.blocks import IGNORE
 CPU_ROWS, DEVICE_ROWS = 256, 1024
 
 
-def rows_per_chunk(hidden: Tensor) -> int:
+def rows_per_chunk(device: torch.device) -> int:
     """Rows whose logits fit a CPU's cache, or fill a GPU."""
-    return CPU_ROWS if hidden.device.type == "cpu" else DEVICE_ROWS
+    return CPU_ROWS if device.type == "cpu" else DEVICE_ROWS
 
 
 def measure_nll(
@@ -30,7 +30,7 @@ def measure_nll(
     """Returns the negative log-likelihood of each target in nats, float32; 0 where the target is `IGNORE`."""
     result = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     with torch.no_grad():
-        step = rows_per_chunk(hidden)
+        step = rows_per_chunk(hidden.device)
         for start in range(0, len(targets), step):
             logits = F.linear(hidden[start : start + step], head).float()
             wanted = targets[start : start + step]
@@ -40,28 +40,38 @@ def measure_nll(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
         nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        step = rows_per_chunk(hidden)
+        step = rows_per_chunk(hidden.device)
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
             kept = targets[rows] != IGNORE
             wanted = targets[rows].clamp_min(0)[:, None]
+            factor = weights[rows] * kept
             logits = F.linear(hidden[rows], head).float()
-            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-            nll[rows] = ((normaliser - logits.gather(1, wanted))[:, 0]) * kept
-            factor = (weights[rows] * kept)[:, None]
-            softmax = logits.sub_(normaliser).exp_()
-            softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype))
-            torch.mm(softmax.mul_(factor).to(head.dtype), head, out=gradient[rows])
+            logits.sub_(logits.amax(1, keepdim=True))
+            chosen, mean = logits.gather(1, wanted)[:, 0], logits.mean(1) if smoothing else None
+            total = logits.exp_().sum(1)
+            nll[rows] = (total.log() - chosen) * kept
+            loss += (1 - smoothing) * (nll[rows] * factor).sum()
+            slope = logits.mul_((factor / total)[:, None])  # softmax times factor, in place of the logits
+            slope.scatter_add_(1, wanted, ((smoothing - 1) * factor)[:, None])
+            if mean is not None:
+                loss += smoothing * ((total.log() - mean) * factor).sum()
+                slope.sub_((factor * (smoothing / logits.shape[1]))[:, None])
+            torch.mm(slope.to(head.dtype), head, out=gradient[rows])
+            del logits, slope  # before the next chunk is allocated
         ctx.save_for_backward(gradient)
-        return (nll * weights).sum(), nll
+        return loss, nll
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None
+        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -69,11 +79,14 @@ def chunked_cross_entropy(
     head: Float[Tensor, "vocab width"],
     targets: Int[Tensor, " tokens"],
     weights: Float[Tensor, " tokens"],
+    smoothing: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
-    """Returns (sum of weight × NLL, NLL per token), in nats; differentiable in `hidden` through the first.
+    """Returns (sum of weight × loss, NLL per token), in nats; differentiable in `hidden` through the first.
+
+    The loss is the NLL, with label smoothing ε the cross-entropy to (1 - ε) of the target and ε of all words alike.
 
     Targets equal to `IGNORE` count nothing. With weights 1/n_k on the tokens of domain k, the sum is the sum over the
     domains of their mean NLL, so each domain's gradient is what it would be alone.
     """
-    loss, nll = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
+    loss, nll = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, smoothing)  # type: ignore[no-untyped-call]
     return loss, nll.detach()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,8 @@ class Origin:
     figures: dict[str, Any] = field(default_factory=dict)
     parents: tuple[str, ...] = ()
     metrics: Sequence[dict[str, Any]] = ()
+    pages: Mapping[str, bytes] = field(default_factory=dict)
+    """Files for people that go into the version's folder."""
 
 
 def identify(base: Base) -> BaseIdentity:
@@ -67,7 +69,7 @@ def publish_adapter(store: Store, name: str, adapter: Adapter, base: Base, origi
         return (build(version).model_dump_json(by_alias=True, indent=1) + "\n").encode()
 
     lines = "".join(json.dumps(record) + "\n" for record in origin.metrics)
-    extra = {METRICS: lines.encode()} if lines else {}
+    extra = {**origin.pages, **({METRICS: lines.encode()} if lines else {})}
     card = {CARD: build_card(build(1)).encode()}
     version = store.add_version(name, {**guarded, **extra, **card}, to_bytes)
     return store.read_manifest(f"{name}@{version}")

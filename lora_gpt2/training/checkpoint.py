@@ -57,6 +57,10 @@ class RunFolder:
                     os.replace(file, previous / file.name)
             write_atomic(self.path / "identity.json", json.dumps(identity).encode())
 
+    def exists(self) -> bool:
+        """True if a run was begun here."""
+        return (self.path / "identity.json").exists()
+
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Raises `MismatchError` that lists what differs from the run on disk."""
         try:

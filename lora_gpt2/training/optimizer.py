@@ -1,16 +1,18 @@
-"""AdamW over a bank: one row of parameters per adapter, each with its own rate, decay and gradient norm.
+"""AdamW over a bank: one row of parameters per adapter, each with its own rate, decay, gradient norm and step count.
 
 `torch.optim` has no learning rate per row of one tensor; this has, in a dozen tensor operations for any number of
-adapters and sites. Checked against `torch.optim.AdamW` and `clip_grad_norm_` in the tests.
+adapters and sites. Nothing here waits for the device, so a GPU can record it. Checked against `torch.optim.AdamW` and
+`clip_grad_norm_` in the tests.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+START_SCALE, GROWTH_STEPS, LARGEST_SCALE = 2.0**16, 500, 2.0**24
 
 
 class SlotAdamW:
@@ -20,7 +22,7 @@ class SlotAdamW:
         self.flat = flat
         self.mean = torch.zeros_like(flat)
         self.square = torch.zeros_like(flat)
-        self.num_steps = 0
+        self.counts = torch.zeros(flat.shape[0], 1, device=flat.device)
 
     @torch.no_grad()
     def step(
@@ -28,15 +30,24 @@ class SlotAdamW:
         gradient: Float[Tensor, "slots parameters"],
         rates: Float[Tensor, " slots"],
         decays: Float[Tensor, " slots"],
+        wanted: Bool[Tensor, " slots"],
+        boost: Float[Tensor, "slots parameters"] | None = None,
     ) -> None:
-        """Updates every slot with its own learning rate and weight decay; a rate of zero leaves it as it is."""
-        self.num_steps += 1
-        rate = rates[:, None]
-        self.mean.lerp_(gradient, 1 - BETA_1)
-        self.square.lerp_(gradient.square(), 1 - BETA_2)
-        size = (self.square / (1 - BETA_2**self.num_steps)).sqrt_().add_(EPSILON)
-        self.flat.mul_(1 - rate * decays[:, None])
-        self.flat.sub_(rate * (self.mean / (1 - BETA_1**self.num_steps)) / size)
+        """Updates the `wanted` slots, each with its own learning rate and weight decay; leaves the others bitwise.
+
+        `boost` multiplies the learning rate of single parameters. `gradient` is overwritten with the update.
+        """
+        move = wanted[:, None]
+        self.counts += move
+        self.mean.copy_(torch.where(move, torch.lerp(self.mean, gradient, 1 - BETA_1), self.mean))
+        self.square.copy_(torch.where(move, torch.lerp(self.square, gradient.square(), 1 - BETA_2), self.square))
+        counts = self.counts.clamp_min(1)
+        torch.div(self.square, 1 - BETA_2**counts, out=gradient).sqrt_().add_(EPSILON)
+        update = torch.div(self.mean, gradient, out=gradient).div_(1 - BETA_1**counts)
+        update.addcmul_(self.flat, decays[:, None]).mul_(rates[:, None])
+        if boost is not None:
+            update.mul_(boost)
+        self.flat.copy_(torch.where(move, self.flat - update, self.flat))
 
 
 @torch.no_grad()
@@ -45,3 +56,24 @@ def clip_slots(gradient: Float[Tensor, "slots parameters"], limits: Float[Tensor
     norms: Tensor = torch.linalg.vector_norm(gradient, dim=1)
     gradient.mul_((limits / (norms + 1e-6)).clamp(max=1.0)[:, None])
     return norms
+
+
+class LossScale:
+    """Dynamic loss scaling for float16, one scale per slot (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2).
+
+    Gradients below 2⁻²⁴ vanish in float16, so the loss is multiplied by a large power of two and the gradient divided
+    by it. Where that overflows, the step is skipped and the scale halved; after 500 good steps it doubles.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self.values = torch.full((num_slots,), START_SCALE, device=device)
+        self.good = torch.zeros(num_slots, device=device)
+
+    @torch.no_grad()
+    def update(self, finite: Bool[Tensor, " slots"], active: Bool[Tensor, " slots"]) -> None:
+        """Halves the scale of active slots that overflowed, doubles it for those that have been good for long."""
+        self.good.copy_(torch.where(finite, self.good + active, torch.zeros_like(self.good)))
+        grow = self.good >= GROWTH_STEPS
+        factor = torch.where(grow, 2.0, torch.where(finite | ~active, 1.0, 0.5))
+        self.values.mul_(factor).clamp_(1.0, LARGEST_SCALE)
+        self.good.mul_(~grow)

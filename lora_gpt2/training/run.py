@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.console import Reporter, SilentReporter
+from lora_gpt2.core.errors import TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.paths import check_name, hold_lock, os_errors_as_ours
-from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.data.prepared import PreparedData, prepare_data
+from lora_gpt2.evaluation.general import measure_general
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import count_parameters
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.interop import to_peft
+from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
-from lora_gpt2.training.trainer import Domain, TrainedAdapter, Trainer
+from lora_gpt2.training.domain import Domain, TrainedAdapter
+from lora_gpt2.training.memory import memory_errors_as_ours
+from lora_gpt2.training.report import draw_pages
+from lora_gpt2.training.samples import draw_sample
+from lora_gpt2.training.trackers import track
+from lora_gpt2.training.trainer import Trainer
+from lora_gpt2.training.verdict import judge_curve, judge_forgetting
+from lora_gpt2.training.world import World, join_world
+
+ONE_FOR_ALL = ("base", "train.precision", "train.quantize")
 
 
 @dataclass(frozen=True)
@@ -34,9 +49,13 @@ class AdapterReport:
     train_tokens: int
     base_perplexity: float
     validation_perplexity: float
+    base_general_perplexity: float
+    general_perplexity: float
     tokens_per_second: float
     peak_memory_bytes: int
     seconds: float
+    verdict: str
+    forgetting: str
 
 
 @dataclass(frozen=True)
@@ -54,48 +73,70 @@ def train_recipes(recipes: Sequence[Recipe], store: Store, reporter: Reporter, r
         UsageError: names are missing or the same, or the recipes do not share a base and precision.
         ConflictError: the same adapters are being trained by another process.
         MismatchError: `resume` with other settings, data or base than the run on disk.
-        TrainingDiverged, Interrupted: nothing is published; the last checkpoint is kept.
+        ResourceError: it does not fit into memory; the last checkpoint is kept.
+        TrainingDiverged: an adapter failed; the others of the run are published.
+        Interrupted: nothing is published; the last checkpoint is kept.
     """
     names = [check_name(recipe.name) for recipe in recipes]
     if len(set(names)) < len(names):
         raise UsageError(f"two recipes have the same name: {', '.join(names)}", "give each its own name")
-    for key in ("base", "train.precision"):
+    for key in ONE_FOR_ALL:
         if len({_get(recipe, key) for recipe in recipes}) > 1:
             raise UsageError(f"recipes trained together need one {key}", "make them equal, or train apart")
-    store.check_writable()
+    world = join_world()
+    reporter = reporter if world.is_first else SilentReporter()
     run = open_run_folder(store.root, names)
-    with (
-        os_errors_as_ours(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"),
-        hold_lock(run.lock, f"the run of {', '.join(names)}"),
-    ):
-        return _train_locked(recipes, store, reporter, run, resume)
+    with ExitStack() as stack:
+        if world.is_first:
+            store.check_writable()
+            stack.enter_context(os_errors_as_ours(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"))
+            stack.enter_context(hold_lock(run.lock, f"the run of {', '.join(names)}"))
+        return _train_locked(recipes, store, reporter, run, resume, world)
 
 
 def _train_locked(
-    recipes: Sequence[Recipe], store: Store, reporter: Reporter, run: RunFolder, resume: bool
+    recipes: Sequence[Recipe], store: Store, reporter: Reporter, run: RunFolder, resume: bool, world: World
 ) -> TrainReport:
-    base = load_base(recipes[0].base, choose_runtime(recipes[0].train.precision, for_training=True))
-    shown = f"{base.name} on {base.runtime.device.type} in {base.runtime.dtype_name}"
-    reporter.message(f"base {shown}; training {', '.join(recipe.name for recipe in recipes)}")
-    domains = [Domain(r.name, r, prepare_data(r.data, base.tokenizer, reporter)) for r in recipes]
-    identity = _identify_run(base, domains)
-    if resume:
-        run.check_identity(identity)
-        if published := run.read_published():
-            reporter.message(f"already complete: {', '.join(published)}")
-            return TrainReport([_report_published(store, reference) for reference in published], already_complete=True)
-    trainer = Trainer(base, domains, reporter, run)
+    settings = recipes[0].train
+    runtime = choose_runtime(settings.precision, world.device, for_training=True)
+    base = load_base(recipes[0].base, runtime, settings.quantize)
+    numbers = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
+    reporter.message(
+        f"base {base.name} on {runtime.device.type} in {numbers}; training {', '.join(r.name for r in recipes)}"
+    )
+    prepared = world.in_turn(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
+    domains = [Domain(recipe.name, recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
+    identity = _identify_run(base, domains, world)
+    resume = resume and _can_resume(run, identity, reporter)
+    if resume and (published := run.read_published()):
+        reporter.message(f"already complete: {', '.join(published)}")
+        return TrainReport([_report_published(store, reference) for reference in published], already_complete=True)
+    trainer = Trainer(base, domains, reporter, run, world, draw_sample)
     checkpoint = run.load(reporter) if resume else None
     if checkpoint:
         trainer.restore(*checkpoint)
         reporter.message(f"resuming at step {trainer.step}")
-    else:
+    elif world.is_first:
         run.begin(identity)
-    with catch_signals() as stop:
-        trained = trainer.train(stop)
-    reports = [_publish(store, base, outcome) for outcome in trained]
+    with catch_signals() as stop, memory_errors_as_ours(base, [d.recipe for d in domains]):
+        with track(recipes, run.path, enabled=world.is_first) as log:
+            trained = trainer.train(stop, log)
+        if not world.is_first:
+            return TrainReport([])
+        reports = [_publish(store, base, outcome, resume) for outcome in trained]
+    if failures := trainer.describe_failures():
+        kept = ", ".join(f"{report.name}@{report.version}" for report in reports)
+        raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
     run.finish([f"{report.name}@{report.version}" for report in reports])
     return TrainReport(reports)
+
+
+def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) -> bool:
+    if not run.exists():
+        reporter.message("there is no run to resume: starting anew")
+        return False
+    run.check_identity(identity)
+    return True
 
 
 def _get(recipe: Recipe, key: str) -> Any:
@@ -105,40 +146,67 @@ def _get(recipe: Recipe, key: str) -> Any:
     return value
 
 
-def _identify_run(base: Base, domains: Sequence[Domain]) -> dict[str, Any]:
+def _identify_run(base: Base, domains: Sequence[Domain], world: World) -> dict[str, Any]:
+    """Returns everything that decides the numbers of a run."""
+    irrelevant = {"checkpoint_every", "trackers"}
     return {
         "base": base.fingerprint,
         "dtype": base.runtime.dtype_name,
+        "device": base.runtime.device.type,
+        "processes": world.size,
         "adapters": {
             d.name: {
                 "data": d.data.fingerprint,
-                **d.recipe.model_dump(mode="json", include={"lora", "train"}),
+                "lora": d.recipe.lora.model_dump(mode="json"),
+                "train": d.recipe.train.model_dump(mode="json", exclude=irrelevant),
             }
             for d in domains
         },
     }
 
 
-def _publish(store: Store, base: Base, outcome: TrainedAdapter) -> AdapterReport:
-    domain = outcome.domain
+def _publish(store: Store, base: Base, outcome: TrainedAdapter, resumed: bool) -> AdapterReport:
+    """Publishes an adapter, unless a run that was interrupted afterwards has done so already."""
+    domain, adapter = outcome.domain, outcome.adapter
+    if resumed and (version := _find_published(store, base, outcome)):
+        return _report_published(store, f"{domain.name}@{version}")
+    session = Session(base)
+    session.add({domain.name: adapter})
+    general, base_general = measure_general(base, session.for_rows(((domain.name, 1.0),))), measure_general(base)
     report = AdapterReport(
-        name=domain.name, version=0, steps=domain.num_steps, best_step=domain.best_step,
+        name=domain.name, version=0, steps=domain.last_step, best_step=domain.best_step,
         train_tokens=domain.train_tokens, base_perplexity=math.exp(min(outcome.base_nll, 700)),
         validation_perplexity=math.exp(min(outcome.validation_nll, 700)),
+        base_general_perplexity=base_general.perplexity, general_perplexity=general.perplexity,
         tokens_per_second=domain.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device), seconds=outcome.seconds,
+        verdict=judge_curve(domain.records, domain.num_steps),
+        forgetting=judge_forgetting(base_general.perplexity, general.perplexity),
     )  # fmt: skip
     figures = {key: value for key, value in vars(report).items() if key not in ("name", "version")}
     figures["trained_parameters"] = count_parameters(base.config, domain.recipe.lora)
     figures["dtype"] = base.runtime.dtype_name
-    sources = [Path(source).name for source in domain.recipe.data.sources]
-    data = {
-        "sources": sources, "fingerprint": domain.data.fingerprint, "train_tokens": domain.data.train.num_tokens,
-        **{key: domain.data.report[key] for key in ("documents_read", "documents_kept", "documents", "tokens")},
-    }  # fmt: skip
-    origin = Origin(data, domain.recipe.model_dump(mode="json"), figures, metrics=domain.records)
-    manifest = publish_adapter(store, domain.name, outcome.adapter, base, origin)
-    return AdapterReport(**{**vars(report), "version": manifest.version})
+    pages = draw_pages(domain.name, domain.recipe, domain.records, figures)
+    recipe = domain.recipe.model_dump(mode="json")
+    origin = Origin(_describe_data(domain.recipe, domain.data), recipe, figures, metrics=domain.records, pages=pages)
+    return replace(report, version=publish_adapter(store, domain.name, adapter, base, origin).version)
+
+
+def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:
+    if outcome.domain.name not in store.list_names():
+        return None
+    weights = to_peft(outcome.adapter, base.name, base.config)[WEIGHTS]
+    manifest = store.read_manifest(outcome.domain.name)
+    return manifest.version if manifest.files.get(WEIGHTS) == hashlib.sha256(weights).hexdigest() else None
+
+
+def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+    return {
+        "sources": [Path(source).name for source in recipe.data.sources],
+        "fingerprint": data.fingerprint,
+        "train_tokens": data.train.num_tokens,
+        **{key: data.report[key] for key in ("documents_read", "documents_kept", "documents", "tokens")},
+    }
 
 
 def _report_published(store: Store, reference: str) -> AdapterReport:

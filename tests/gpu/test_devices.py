@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import Runtime, choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import GenerateSettings, build_recipe
-from lora_gpt2.training.trainer import Domain, StopRequest, Trainer
+from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.trainer import Trainer
 
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 

@@ -7,7 +7,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from lora_gpt2.inference.session import Session
-from lora_gpt2.model.bank import AdapterBank, TrainingRows
+from lora_gpt2.model.bank import AdapterBank
+from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.loss import chunked_cross_entropy
 from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter

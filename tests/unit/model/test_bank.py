@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import MismatchError
-from lora_gpt2.model.bank import AdapterBank, InferenceRows, TrainingRows
+from lora_gpt2.model.bank import AdapterBank, InferenceRows
+from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter, plan_targets
 from lora_gpt2.model.loss import chunked_cross_entropy
 from lora_gpt2.recipe import LoraSettings
@@ -178,8 +179,7 @@ def test_dropout_is_repeatable_and_averages_out(base, tokens):
     bank = open_bank(base, [adapter], "training")
 
     def forward(seed, dropout=0.5):
-        generator = torch.Generator().manual_seed(seed)
-        return base.model(tokens, TrainingRows(bank, [0], dropout, generator))
+        return base.model(tokens, TrainingRows(bank, [0], None, dropout, range(seed, seed + len(tokens))))
 
     assert torch.equal(forward(1), forward(1))
     assert not torch.equal(forward(1), forward(2))

@@ -27,8 +27,9 @@ from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training import run as run_module
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
+from lora_gpt2.training.domain import Domain
 from lora_gpt2.training.run import train_recipes
-from lora_gpt2.training.trainer import Domain, Trainer
+from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_text
 
 CPU = torch.device("cpu")
@@ -102,8 +103,8 @@ def test_accumulated_batches_equal_whole_ones(base_folder, text_file, reporter):
     gradients = []
     for micro in (16, 32, 1000):
         trainer = make_trainer([make_recipe(base_folder, text_file, micro_batch_tokens=micro)], reporter)
-        trainer.compute_gradients([0])
-        gradients.append(trainer.gradient.clone())
+        trainer.runner.compute_gradients(trainer.passes.build([0], 0)[0])
+        gradients.append(trainer.runner.gradient.clone())
     assert gradients[0].abs().max() > 0
     for other in gradients[1:]:
         assert torch.allclose(gradients[0], other, rtol=1e-4, atol=1e-6)
@@ -156,7 +157,7 @@ def test_resumed_equals_uninterrupted_bitwise(base_folder, text_file, other_text
 
 
 def test_the_best_weights_are_published_unless_told_otherwise(base_folder, text_file, reporter):
-    overdone = {"steps": 40, "learning_rate": 3.0, "validate_every": 1, "schedule": "constant", "warmup_share": 0.0}
+    overdone = {"steps": 40, "learning_rate": 10.0, "validate_every": 1, "schedule": "constant", "warmup_share": 0.0}
     (best,) = make_trainer([make_recipe(base_folder, text_file, **overdone)], reporter).train(StopRequest())
     (last,) = make_trainer([make_recipe(base_folder, text_file, keep_best=False, **overdone)], reporter).train(
         StopRequest()
@@ -188,7 +189,7 @@ def test_a_last_step_that_diverges_publishes_nothing(base_folder, text_file, sto
 def test_a_store_that_cannot_be_written_is_found_before_training(
     base_folder, text_file, reporter, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Trainer, "_train_step", lambda *a: pytest.fail("trained"))
+    monkeypatch.setattr(Trainer, "_advance", lambda *a: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="write to the store"):
         train_recipes([make_recipe(base_folder, text_file)], Store(tmp_path / "file"), reporter)
@@ -226,7 +227,7 @@ def test_what_is_published_says_where_it_comes_from(base_folder, text_file, stor
 
 def test_interrupting_and_resuming_through_the_run(base_folder, text_file, store, reporter, monkeypatch):
     recipe = make_recipe(base_folder, text_file)
-    original = Trainer._train_step
+    original = Trainer._advance
 
     def interrupt(self, started):
         original(self, started)
@@ -234,7 +235,7 @@ def test_interrupting_and_resuming_through_the_run(base_folder, text_file, store
             os.kill(os.getpid(), 2)
 
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(Trainer, "_train_step", interrupt)
+        patched.setattr(Trainer, "_advance", interrupt)
         train_recipes([recipe], store, reporter)
     assert not store.list_names()
     resumed = train_recipes([recipe], store, reporter, resume=True)
@@ -312,7 +313,7 @@ def test_a_failed_publication_costs_no_training(base_folder, text_file, store, r
         patched.setattr(run_module, "publish_adapter", _fail)
         train_recipes([recipe], store, reporter)
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_train_step", _fail)
+        patched.setattr(Trainer, "_advance", _fail)
         train_recipes([recipe], store, reporter, resume=True)
     train_recipes([make_recipe(base_folder, text_file, "whole")], store, reporter)
     assert weights_of(store, "one") == weights_of(store, "whole")

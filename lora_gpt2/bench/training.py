@@ -1,0 +1,266 @@
+"""Training side by side: ours, and transformers' Trainer over PEFT, on the same weights, tokens, adapter and settings.
+
+Each side runs in processes of its own, in turn (A B A B), so that neither warms nor crowds the other. The base is a
+GPT-2 of an exact published size with random weights, or a folder; tokens are random with the frequencies of words, so
+that there is something to learn. Equalised: dropout off, the adapter's first weights, AdamW, constant learning rate,
+clipping, and the loss per target (transformers divides GPT-2's by labels unless told otherwise).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.data.blocks import IGNORE
+from lora_gpt2.model.bank import AdapterBank
+from lora_gpt2.model.base import BUNDLED, find_base, load_base, read_config
+from lora_gpt2.model.gpt2 import GPT2Config, parse_config
+from lora_gpt2.model.lora import build_adapter, build_ranks
+from lora_gpt2.model.runtime import DTYPES, Runtime, choose_runtime, measure_peak_memory
+from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.store.interop import to_peft
+from lora_gpt2.training.step import Pass, Rates, StepRunner
+from lora_gpt2.training.world import World
+
+SIZES = {"S": (768, 12, 12), "M": (1024, 24, 16), "L": (1280, 36, 20), "XL": (1600, 48, 25)}
+LEARNING_RATE = 1e-3
+PEERS = {"float32": ("peft",), "bfloat16": ("peft", "peft-autocast"), "float16": ("peft",)}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What both sides do; `folder` holds the base, `work` the tokens and the adapter to start from."""
+
+    folder: str
+    work: str
+    rows: int
+    time: int
+    steps: int
+    rank: int
+    dtype: str
+    device: str
+    checkpointing: bool
+    quantize: str
+
+    @property
+    def lora(self) -> LoraSettings:
+        """Rank on all projections, alpha twice the rank."""
+        return LoraSettings(rank=self.rank, alpha=2.0 * self.rank)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's outcome: medians over its processes; losses in nats per token at each step."""
+
+    name: str
+    tokens_per_second: float
+    peak_memory_bytes: int
+    start_seconds: float
+    losses: list[float]
+
+
+def count_flops_per_token(config: GPT2Config, time_tokens: int, lora: LoraSettings) -> float:
+    """Returns the arithmetic of one training step per token: no gradients of frozen weights (FACTS, section 4)."""
+    d, blocks = config.width, config.layers
+    ranks = build_ranks(config, lora)
+    adapters = sum(rank * sum(config.shape_of(site.split(".", 2)[2])) for site, rank in ranks.items())
+    return 4 * (12 * blocks * d * d + config.vocab_size * d) + 7 * blocks * time_tokens * d + 6 * adapters
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> float:
+    """Returns FLOP/s of the MLP's product at this size: the best of several tries, which is the limit here."""
+    x = torch.randn(rows, width, device=device).to(dtype)
+    weight = torch.randn(4 * width, width, device=device).to(dtype)
+    best = 0.0
+    for _ in range(7):
+        started = time.perf_counter()
+        for _ in range(10):
+            torch.nn.functional.linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 10 * 2 * rows * width * 4 * width / (time.perf_counter() - started))
+    return best
+
+
+def measure_training(
+    base: str, rows: int, time_tokens: int, steps: int, rounds: int, reporter: Reporter, rank: int = 16,
+    precision: str = "auto", checkpointing: bool = False, quantize: str = "none",
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the figures of every side, ratios against ours, and the share of the arithmetic limit.
+
+    `base` is S, M, L or XL (random weights), or a name or folder.
+    """
+    runtime = choose_runtime(precision, for_training=True)
+    with tempfile.TemporaryDirectory() as work:
+        folder = _build_base(base, Path(work), reporter) if base in SIZES else find_base(base)
+        config = parse_config(read_config(folder), str(folder))
+        spec = Spec(
+            str(folder), work, rows, time_tokens, steps, rank, runtime.dtype_name, runtime.device.type, checkpointing,
+            quantize,
+        )  # fmt: skip
+        _write_inputs(spec, config)
+        names = ["ours", *PEERS[runtime.dtype_name]]
+        found: dict[str, list[Side]] = {name: [] for name in names}
+        with reporter.task("measuring", rounds * len(names), "runs") as task:
+            for _ in range(rounds):
+                for name in names:
+                    found[name].append(_run_child(name, spec))
+                    task.advance(1, f"{name} {found[name][-1].tokens_per_second:,.0f} tokens/s")
+        limit = measure_gemm(runtime.device, runtime.dtype, config.width, rows * time_tokens)
+    sides = [_summarise(name, runs) for name, runs in found.items()]
+    flops = count_flops_per_token(config, time_tokens, spec.lora)
+    return {
+        "spec": asdict(spec) | {"folder": base, "work": None}, "gemm_flops_per_second": limit,
+        "limit_tokens_per_second": limit / flops,
+        "sides": [
+            asdict(side) | {
+                "share_of_limit": side.tokens_per_second * flops / limit,
+                "speed_of_ours": sides[0].tokens_per_second / side.tokens_per_second,
+                "memory_of_ours": sides[0].peak_memory_bytes / side.peak_memory_bytes,
+                "loss_difference": abs(side.losses[-1] - sides[0].losses[-1]),
+            } for side in sides
+        ],
+    }  # fmt: skip
+
+
+def _summarise(name: str, runs: Sequence[Side]) -> Side:
+    return Side(
+        name, statistics.median(r.tokens_per_second for r in runs),
+        int(statistics.median(r.peak_memory_bytes for r in runs)), statistics.median(r.start_seconds for r in runs),
+        runs[0].losses,
+    )  # fmt: skip
+
+
+def _build_base(size: str, work: Path, reporter: Reporter) -> Path:
+    """Saves a GPT-2 with random weights, and nano's tokenizer, which it will not need."""
+    from transformers import GPT2Config as TheirConfig
+    from transformers import GPT2LMHeadModel
+
+    reporter.message(f"writing random weights of GPT-2 {size}")
+    width, layers, heads = SIZES[size]
+    torch.manual_seed(0)
+    folder = work / "base"
+    GPT2LMHeadModel(TheirConfig(n_embd=width, n_layer=layers, n_head=heads)).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((BUNDLED / "nano" / name).read_bytes())
+    return folder
+
+
+def _write_inputs(spec: Spec, config: GPT2Config) -> None:
+    """Saves tokens `[steps, rows, time]`, drawn by Zipf's law, and the adapter that both sides start from."""
+    generator = np.random.default_rng(0)
+    shares = 1 / np.arange(1, config.vocab_size + 1)
+    shape = (spec.steps + 1, spec.rows, spec.time)
+    tokens = generator.choice(config.vocab_size, size=shape, p=shares / shares.sum())
+    np.save(Path(spec.work) / "tokens.npy", tokens.astype(np.int64))
+    adapter = Path(spec.work) / "adapter"
+    adapter.mkdir(exist_ok=True)
+    for name, content in to_peft(build_adapter(config, spec.lora, 0), spec.folder, config).items():
+        (adapter / name).write_bytes(content)
+
+
+def _run_child(name: str, spec: Spec) -> Side:
+    code = "from lora_gpt2.bench.training import run_side; run_side()"
+    request = json.dumps({"name": name, "spec": asdict(spec)})
+    done = subprocess.run([sys.executable, "-c", code], input=request, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise ResourceError(f"'{name}' failed: {last[0]}", "it may need less memory: use a smaller --batch or base")
+    return Side(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def run_side() -> None:
+    """Runs one side in this process: reads a request on stdin, writes a `Side` on stdout."""
+    request = json.loads(sys.stdin.read())
+    spec, name = Spec(**request["spec"]), request["name"]
+    tokens = torch.from_numpy(np.load(Path(spec.work) / "tokens.npy"))
+    measured = (
+        _run_ours(spec, tokens) if name == "ours" else _run_peft(spec, tokens, autocast=name.endswith("autocast"))
+    )
+    print(json.dumps({"name": name, **measured}))
+
+
+def _run_ours(spec: Spec, tokens: torch.Tensor) -> dict[str, Any]:
+    started = time.monotonic()
+    device = torch.device(spec.device)
+    base = load_base(spec.folder, Runtime(device, DTYPES[spec.dtype]), spec.quantize)
+    adapter = build_adapter(base.config, spec.lora, 0)
+    bank = AdapterBank(base.config, adapter.ranks, 1, "training", base.model.wte.weight)
+    bank.load(0, adapter)
+    runner = StepRunner(base.model, bank, None, None, World())
+    one = [torch.tensor([value], device=device) for value in (LEARNING_RATE, 0.0, 1.0, True)]
+    weights = torch.full((spec.rows * spec.time,), 1 / (spec.rows * (spec.time - 1)), device=device)
+    losses, first = [], 0.0
+    for step, inputs in enumerate(tokens):
+        if step == 1:
+            first, began = time.monotonic() - started, time.monotonic()
+        targets = torch.full_like(inputs, IGNORE)
+        targets[:, :-1] = inputs[:, 1:]
+        each = Pass(
+            [0], torch.zeros(1, dtype=torch.long, device=device), inputs.to(device), targets.to(device), weights, 0.0,
+            0.0, [0] * spec.rows, None, spec.checkpointing,
+        )  # fmt: skip
+        losses.append(runner.run([each], Rates(*one))[0, 0].clone())
+    values = [loss.item() for loss in losses]
+    return _figures(spec, time.monotonic() - began, first, values)
+
+
+def _run_peft(spec: Spec, tokens: torch.Tensor, autocast: bool) -> dict[str, Any]:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from peft import PeftModel
+    from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        """Notes the losses, and when the first step is over."""
+
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+            self.began = self.ended = 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            self.ended = time.monotonic()
+            self.began = self.began or self.ended
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+            if logs and "loss" in logs:
+                self.losses.append(logs["loss"])
+
+    started = time.monotonic()
+    narrow = DTYPES["float32" if autocast else spec.dtype]
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    base = GPT2LMHeadModel.from_pretrained(spec.folder, dtype=narrow, **off)
+    base.loss_type = "ForCausalLM"
+    model = PeftModel.from_pretrained(base, str(Path(spec.work) / "adapter"), is_trainable=True)
+    rows = [{"input_ids": row, "labels": row} for row in tokens.flatten(0, 1)]
+    arguments = TrainingArguments(
+        output_dir=str(Path(spec.work) / "out"), per_device_train_batch_size=spec.rows, max_steps=len(tokens),
+        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
+        logging_steps=1, report_to=[], save_strategy="no", bf16=autocast, use_cpu=spec.device == "cpu",
+        gradient_checkpointing=spec.checkpointing, disable_tqdm=True, dataloader_pin_memory=spec.device != "cpu",
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    watch = Watch()
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[watch]).train()
+    return _figures(spec, watch.ended - watch.began, watch.began - started, watch.losses)
+
+
+def _figures(spec: Spec, seconds: float, first: float, losses: list[float]) -> dict[str, Any]:
+    return {
+        "tokens_per_second": spec.steps * spec.rows * spec.time / seconds,
+        "peak_memory_bytes": measure_peak_memory(torch.device(spec.device)), "start_seconds": first, "losses": losses,
+    }  # fmt: skip

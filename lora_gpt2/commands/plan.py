@@ -1,0 +1,86 @@
+"""`lora-gpt2 plan`: what a run will take, before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_gpt2.commands.shared import (
+    base_option,
+    emit,
+    format_bytes,
+    format_seconds,
+    format_table,
+    json_option,
+    memory_option,
+    set_option,
+)
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from lora_gpt2.training.plan import Plan
+
+
+@click.command("plan")
+@click.argument("recipes", nargs=-1, type=click.Path(path_type=Path), metavar="[RECIPE]...")
+@click.option("--data", multiple=True, metavar="SOURCE", help="File, folder or glob of text; repeatable.")
+@base_option
+@memory_option
+@click.option("--probe/--no-probe", default=True, help="Time two steps on random tokens.  [default: probe]")
+@set_option
+@json_option
+@click.pass_obj
+def command(
+    reporter: Reporter, recipes: tuple[Path, ...], data: tuple[str, ...], base: str | None, gpu_memory: int | None,
+    probe: bool, overrides: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Say how much memory and time training will take, and the fastest settings that fit.
+
+    \b
+    Examples:
+      lora-gpt2 plan prose --data my_texts/
+      lora-gpt2 plan notebook.yaml --gpu-memory 6GB
+      lora-gpt2 plan a.yaml b.yaml c.yaml         together, over one base
+    """
+    from lora_gpt2.training.plan import plan_run
+
+    chosen = [load_recipe(path, overrides, data__sources=data, base=base) for path in recipes or [None]]
+    show_plan(plan_run(chosen, reporter, gpu_memory, probe), as_json)
+    names = " ".join(map(str, recipes)) or "RECIPE"
+    reporter.message(f"next: lora-gpt2 train {names} --fit")
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """Writes a plan on stdout."""
+    emit(_to_json(plan), as_json, lambda: _render(plan))
+
+
+def _to_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "fits": plan.fits, "peak_bytes": plan.memory.peak, "parts": vars(plan.memory), "settings": plan.changes,
+        "budget_bytes": plan.budget_bytes, "device": plan.device, "dtype": plan.dtype, "tokens": plan.tokens,
+        "tokens_per_second": plan.tokens_per_second, "seconds": plan.seconds,
+    }  # fmt: skip
+
+
+def _render(plan: Plan) -> str:
+    meaning = {
+        "weights": "the frozen base", "adapters": "adapters, gradients, AdamW, best so far",
+        "activations": "kept for the backward pass", "loss": "logits of one chunk, or the last backward pass",
+        "reserve": "runtime and allocator",
+    }  # fmt: skip
+    rows = [[f"{part} ({meaning[part]})", format_bytes(size)] for part, size in vars(plan.memory).items()]
+    verdict = "fits" if plan.fits else "does NOT fit"
+    rows.append([f"peak on {plan.device} in {plan.dtype}: {verdict} into", format_bytes(plan.budget_bytes)])
+    rows.insert(-1, ["peak", format_bytes(plan.memory.peak)])
+    lines = [format_table(["memory", ""], rows)]
+    if plan.changes:
+        lines.append("with " + " ".join(f"--set {key}={str(value).lower()}" for key, value in plan.changes.items()))
+    if plan.tokens_per_second:
+        lines.append(f"speed  {plan.tokens_per_second:,.0f} tokens/s, measured over two steps")
+    if plan.seconds:
+        lines.append(f"time   {format_seconds(plan.seconds)} for {plan.tokens:,} tokens, without validation")
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""One slot of a run: what it trains on, how far it has come, and what came out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_gpt2.data.prepared import PreparedData
+from lora_gpt2.model.lora import Adapter
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.training.batches import BlockOrder
+
+LEAST_VALIDATION = 4096
+
+
+@dataclass
+class Domain:
+    """One slot: its recipe, its blocks, and how far it has come."""
+
+    name: str
+    recipe: Recipe
+    data: PreparedData
+    order: BlockOrder = field(init=False)
+    num_steps: int = field(init=False)
+    validate_every: int = field(init=False)
+    validation_tokens: int = field(init=False)
+    best_nll: float = math.inf
+    best_step: int = 0
+    last_step: int = 0
+    train_tokens: int = 0
+    waited: int = 0
+    num_skipped: int = 0
+    skipped_in_a_row: int = 0
+    stopped: bool = False
+    failure: str = ""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    num_written: int = 0
+
+    def __post_init__(self) -> None:
+        settings = self.recipe.train
+        rows = max(1, settings.batch_tokens // self.recipe.data.block_size)
+        self.order = BlockOrder(self.data.train, rows, settings.seed)
+        self.num_steps = settings.steps or self.order.num_steps(settings.epochs)
+        self.validate_every = settings.validate_every or max(1, self.num_steps // 10)
+        trained = self.num_steps * rows * self.recipe.data.block_size
+        self.validation_tokens = min(settings.validation_tokens, max(LEAST_VALIDATION, trained // 20))
+
+    PROGRESS = (
+        "best_nll", "best_step", "last_step", "train_tokens", "waited", "num_skipped", "skipped_in_a_row", "stopped",
+        "failure", "records",
+    )  # fmt: skip
+
+    def is_active(self, step: int) -> bool:
+        """True if the slot trains in the step after `step`."""
+        return step < self.num_steps and not self.stopped and not self.failure
+
+    def is_validation_due(self, step: int) -> bool:
+        """True if the slot is validated after `step` steps."""
+        return self.last_step == step and (step % self.validate_every == 0 or step == self.num_steps)
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """The outcome of one slot; NLL in nats per token over the whole validation part."""
+
+    domain: Domain
+    adapter: Adapter
+    base_nll: float
+    validation_nll: float
+    seconds: float

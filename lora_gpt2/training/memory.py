@@ -1,0 +1,192 @@
+"""How much memory a training run takes, part by part, computed from the shapes of GPT-2.
+
+What autograd keeps is known exactly (`model/fused.py`): per token and block the input of each norm, q, k and v, the
+attention's output and the MLP's inner values, ten widths in all, and the rank-wide products. The peak is the larger of
+two moments: the loss (one chunk of logits beside everything kept) and the backward pass through the last MLP (the
+residual's gradient, and the inner one before and after GELU). Checked
+against the allocator's own count in the tests. Figures in bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.model.base import Base
+from lora_gpt2.model.gpt2 import GPT2Config
+from lora_gpt2.model.lora import build_ranks, target_of
+from lora_gpt2.model.loss import rows_per_chunk
+from lora_gpt2.model.quantize import bytes_per_weight
+from lora_gpt2.model.runtime import Runtime
+from lora_gpt2.recipe import Recipe
+
+KEPT_WIDTHS = 6  # x 1, q k v 3, attention 1, x' 1, per token and block, besides the MLP's inner values
+END_WIDTHS = 4  # the embeddings, the last block's output, the normed output and its gradient ...
+FREED_WIDTHS = 3  # ... of which three are gone when the backward pass reaches the last MLP
+BUFFERS = 5  # an adapter, its gradient, AdamW's two moments and the best so far, in float32
+CUDA_RESERVE, CPU_RESERVE, FRAGMENTATION = 450_000_000, 420_000_000, 0.05
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The parts of a run's peak, in bytes; `reserve` is the runtime's own and what allocators waste."""
+
+    weights: int
+    adapters: int
+    activations: int
+    loss: int
+    reserve: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.weights + self.adapters + self.activations + self.loss + self.reserve
+
+
+def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime) -> Memory:
+    """Returns the memory of training these recipes together on a base of this shape."""
+    settings, item = recipes[0].train, runtime.dtype.itemsize
+    ranks = _merge_ranks(config, recipes)
+    parameters = len(recipes) * sum(r * sum(config.shape_of(target_of(site))) for site, r in ranks.items())
+    copies = item if item != 4 else 0
+    tokens = count_pass_tokens(recipes)
+    activations, backward = _measure_token(config, recipes, ranks, item)
+    chunk = min(rows_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
+    dense = config.width * config.inner * (item + 2) if settings.quantize != "none" else 0
+    update = 3 * 4 * parameters - tokens * activations  # AdamW's temporaries, when nothing else is kept
+    parts = {
+        "weights": _count_weights(config, settings.quantize, item),
+        "adapters": parameters * (4 * BUFFERS + copies),
+        "activations": tokens * activations,
+        "loss": max(chunk, tokens * backward + dense, update),
+    }
+    reserve = CPU_RESERVE
+    if runtime.device.type == "cuda":
+        reserve = CUDA_RESERVE + int(FRAGMENTATION * sum(parts.values()))
+    return Memory(**parts, reserve=reserve)
+
+
+def _merge_ranks(config: GPT2Config, recipes: Sequence[Recipe]) -> dict[str, int]:
+    """Returns the bank's rank at each site: the largest of the recipes'."""
+    ranks: dict[str, int] = {}
+    for recipe in recipes:
+        for site, rank in build_ranks(config, recipe.lora).items():
+            ranks[site] = max(rank, ranks.get(site, 0))
+    return ranks
+
+
+def _measure_token(config: GPT2Config, recipes: Sequence[Recipe], ranks: dict[str, int], item: int) -> tuple[int, int]:
+    """Returns the bytes kept per token when the loss is computed, and what the backward pass adds at its peak."""
+    width, inner = config.width * item, config.inner * item
+    live = config.layers - min(int(site.split(".")[1]) for site in ranks)
+    products = sum(ranks.values()) * item
+    block = KEPT_WIDTHS * width + inner + 4 * config.heads  # the last for the attention's float32 normaliser
+    backward = width + 2 * inner + (inner if recipes[0].lora.dropout else 0) - FREED_WIDTHS * width
+    if recipes[0].train.gradient_checkpointing:
+        return (live + END_WIDTHS) * width, backward + block - width + products // config.layers
+    return live * block + products + END_WIDTHS * width, backward
+
+
+def count_pass_tokens(recipes: Sequence[Recipe]) -> int:
+    """Returns the tokens of one forward pass over all slots, as `PassBuilder` cuts them."""
+    size = recipes[0].data.block_size
+    limit = min(recipe.train.micro_batch_tokens for recipe in recipes)
+    rows = max(max(1, recipe.train.batch_tokens // size) for recipe in recipes)
+    return len(recipes) * min(rows, max(1, limit // size // len(recipes))) * size
+
+
+def _count_weights(config: GPT2Config, quantize: str, item: int) -> int:
+    d, inner = config.width, config.inner
+    projections = config.layers * (4 * d * d + 2 * d * inner)
+    others = config.layers * (9 * d + inner) + 2 * d  # norms and biases
+    embeddings = (config.vocab_size * (1 if config.tied else 2) + config.context) * d
+    return int(projections * bytes_per_weight(quantize, item) + (others + embeddings) * item)
+
+
+def measure_budget(device: torch.device) -> int:
+    """Returns the memory that a run may take on this device: the GPU's, or what the system has available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def fit_recipes(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime, budget: int) -> list[Recipe] | None:
+    """Returns the recipes with the fastest settings whose peak is within `budget` bytes, or None if none is.
+
+    Tried in this order, the dearest last: smaller passes down to 2,048 tokens, gradient checkpointing, smaller passes
+    still, an int8 base, an nf4 base. What a recipe asks for is kept where it fits.
+    """
+    for change in _iter_changes(recipes):
+        changed = [_change_train(recipe, change) for recipe in recipes]
+        if estimate_memory(config, changed, runtime).peak <= budget:
+            return changed
+    return None
+
+
+def _iter_changes(recipes: Sequence[Recipe]) -> Iterator[dict[str, object]]:
+    settings, size = recipes[0].train, recipes[0].data.block_size
+    largest, smallest = count_pass_tokens(recipes), size * len(recipes)
+    sizes = [largest]
+    unchanged = {key: getattr(settings, key) for key in ("micro_batch_tokens", "gradient_checkpointing", "quantize")}
+    yield unchanged
+    while sizes[-1] > smallest:
+        sizes.append(max(smallest, sizes[-1] // 2 // smallest * smallest))
+    large = [s for s in sizes if s >= 2048] or sizes[:1]
+    for quantize in dict.fromkeys([settings.quantize, "int8", "nf4"]):
+        if settings.quantize == "nf4" and quantize == "int8":
+            continue
+        for checkpointing, some in ((False, large), (True, large), (False, sizes), (True, sizes)):
+            for tokens in some:
+                if checkpointing or not settings.gradient_checkpointing:
+                    yield {
+                        "micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing, "quantize": quantize,
+                    }  # fmt: skip
+
+
+def _change_train(recipe: Recipe, change: dict[str, object]) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=change)})
+
+
+def list_changes(before: Recipe, after: Recipe) -> dict[str, object]:
+    """Returns the settings that differ, by dotted key."""
+    found = after.train.model_dump()
+    return {f"train.{key}": found[key] for key, value in before.train.model_dump().items() if found[key] != value}
+
+
+def format_changes(changes: dict[str, object]) -> str:
+    """Returns settings as they are typed."""
+    return " ".join(f"--set {key}={str(value).lower()}" for key, value in changes.items())
+
+
+@contextmanager
+def memory_errors_as_ours(base: Base, recipes: Sequence[Recipe]) -> Iterator[None]:
+    """Turns running out of memory into a `ResourceError` that names settings which need clearly less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        needed = estimate_memory(base.config, recipes, base.runtime)
+        within = needed.reserve + int(0.7 * (needed.peak - needed.reserve))
+        smaller = fit_recipes(base.config, recipes, base.runtime, within)
+        hint = "use a smaller base"
+        if smaller is not None:
+            hint = f"go on with {format_changes(list_changes(recipes[0], smaller[0]))}; see 'lora-gpt2 plan'"
+        raise ResourceError(
+            f"out of memory: this run needs about {needed.peak / 1e9:.2f} GB on {base.runtime.device.type}", hint
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "ENOMEM" in text

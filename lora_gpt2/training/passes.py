@@ -1,0 +1,96 @@
+"""From the blocks of several domains to passes through the network: each slot with the same number of rows."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_gpt2.data.blocks import IGNORE
+from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.step import Pass
+from lora_gpt2.training.world import World
+
+SHARED_SETTINGS = ("lora.dropout", "train.label_smoothing", "train.neftune_alpha", "train.gradient_checkpointing")
+_Array = np.ndarray[Any, Any]
+
+
+class PassBuilder:
+    """Deals the rows of each step out: to the processes of `world`, then to passes of `micro_batch_tokens`.
+
+    Every row has a seed of its own, a function of the recipe's seed, the step and its place in the batch: what is
+    random about it depends on nothing else.
+    """
+
+    def __init__(self, domains: Sequence[Domain], width: int, device: torch.device, world: World) -> None:
+        self.domains, self.width, self.device, self.world = domains, width, device, world
+        self.block_size = domains[0].recipe.data.block_size
+
+    def read(self, active: Sequence[int], step: int) -> tuple[dict[int, tuple[_Array, _Array]], list[int]]:
+        """Returns inputs and targets of a step's whole batches, and the number of targets per slot."""
+        batches = {slot: self.domains[slot].order.read(step) for slot in active}
+        counts = [int((batches[k][1] != IGNORE).sum()) if k in batches else 0 for k in range(len(self.domains))]
+        return batches, counts
+
+    def build(self, active: Sequence[int], step: int) -> tuple[list[Pass], list[int]]:
+        """Returns this process's share of a step, and the number of targets of each slot in the whole of it.
+
+        Slots with different `SHARED_SETTINGS` do not share a pass.
+        """
+        batches, counts = self.read(active, step)
+        passes = []
+        keys = {slot: tuple(self._get(slot, key) for key in SHARED_SETTINGS) for slot in batches}
+        for key in sorted(set(keys.values())):
+            group = [slot for slot in batches if keys[slot] == key]
+            shares = {slot: list(self.world.share(len(batches[slot][0]))) for slot in group}
+            limit = min(self.domains[slot].recipe.train.micro_batch_tokens for slot in group)
+            width = max(1, limit // self.block_size // len(group))
+            for start in range(0, max(len(shares[slot]) for slot in group), width):
+                pieces = {slot: shares[slot][start : start + width] for slot in group if len(shares[slot]) > start}
+                passes.append(self._build_pass(pieces, batches, counts, step))
+        return passes, counts
+
+    def _build_pass(
+        self,
+        pieces: dict[int, list[int]],
+        batches: dict[int, tuple[_Array, _Array]],
+        counts: Sequence[int],
+        step: int,
+    ) -> Pass:
+        """Puts rows of several slots together; a slot with fewer rows gets empty ones."""
+        slots, rows = list(pieces), max(map(len, pieces.values()))
+        inputs = np.zeros((len(slots), rows, self.block_size), dtype=np.int64)
+        targets = np.full_like(inputs, IGNORE)
+        seeds = [0] * (len(slots) * rows)
+        for place, (slot, indices) in enumerate(pieces.items()):
+            inputs[place, : len(indices)], targets[place, : len(indices)] = (side[indices] for side in batches[slot])
+            for row, index in enumerate(indices):
+                seed = f"{self.domains[slot].recipe.train.seed} {step} {index}"
+                seeds[place * rows + row] = zlib.crc32(seed.encode())
+        settings = self.domains[slots[0]].recipe
+        weights = torch.tensor([1 / max(1, counts[slot]) for slot in slots]).repeat_interleave(rows * self.block_size)
+        alpha = settings.train.neftune_alpha
+        return Pass(
+            slots, torch.tensor(slots).to(self.device), self._to_device(inputs), self._to_device(targets),
+            weights.to(self.device), settings.lora.dropout, settings.train.label_smoothing, seeds,
+            self._draw_noise(seeds, alpha) if alpha else None, settings.train.gradient_checkpointing,
+        )  # fmt: skip
+
+    def _draw_noise(self, seeds: Sequence[int], alpha: float) -> Tensor:
+        """Returns uniform noise of ±alpha / sqrt(time · width) for each row (NEFTune, algorithm 1)."""
+        noise = torch.empty(len(seeds), self.block_size, self.width)
+        for row, seed in enumerate(seeds):
+            noise[row].uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
+        return noise.mul_(alpha / math.sqrt(noise[0].numel())).to(self.device)
+
+    def _get(self, slot: int, key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(self.domains[slot].recipe, section), name)
+
+    def _to_device(self, array: _Array) -> Tensor:
+        return torch.from_numpy(array).flatten(0, -2).to(self.device)

@@ -1,0 +1,137 @@
+"""Before a run: what it will take, how long, and the fastest settings that fit.
+
+Memory is computed (`memory.py`); speed is measured, by a warm-up and two steps on random tokens with the very code
+that trains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.data.blocks import TokenBlocks
+from lora_gpt2.data.prepared import PreparedData, prepare_data
+from lora_gpt2.model.base import Base, find_base, load_base, load_base_tokenizer, read_config
+from lora_gpt2.model.gpt2 import GPT2Config, parse_config
+from lora_gpt2.model.runtime import Runtime, choose_runtime
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.memory import (
+    Memory,
+    estimate_memory,
+    fit_recipes,
+    format_changes,
+    list_changes,
+    measure_budget,
+)
+from lora_gpt2.training.trainer import Trainer
+
+PROBE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has not begun: `recipes` as they would be trained, and `changes` that make them fit.
+
+    `tokens_per_second` and `seconds` are None without a probe, `tokens` also where the amount of text is unknown.
+    """
+
+    fits: bool
+    memory: Memory
+    budget_bytes: int
+    device: str
+    dtype: str
+    recipes: list[Recipe]
+    changes: dict[str, object]
+    tokens: int | None
+    tokens_per_second: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time for the training steps alone."""
+        return self.tokens / self.tokens_per_second if self.tokens and self.tokens_per_second else None
+
+
+def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None = None, probe: bool = True) -> Plan:
+    """Returns what training these recipes together will take; `budget` in bytes, None for the device's memory."""
+    first = recipes[0]
+    config, runtime = read_shape(first)
+    limit = measure_budget(runtime.device) if budget is None else budget
+    fitting = fit_recipes(config, recipes, runtime, limit)
+    chosen = list(recipes) if fitting is None else fitting
+    data = _prepare(recipes, reporter)
+    speed = _measure_speed(chosen, runtime, reporter) if probe and fitting is not None else None
+    tokens = None
+    if data is not None or all(recipe.train.steps for recipe in chosen):
+        blocks = data or [_random_data(recipe, config.vocab_size) for recipe in chosen]
+        domains = [Domain(recipe.name, recipe, each) for recipe, each in zip(chosen, blocks, strict=True)]
+        tokens = sum(d.num_steps * d.order.rows * d.recipe.data.block_size for d in domains)
+    return Plan(
+        fitting is not None, estimate_memory(config, chosen, runtime), limit, runtime.device.type, runtime.dtype_name,
+        chosen, list_changes(first, chosen[0]), tokens, speed,
+    )  # fmt: skip
+
+
+def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Reporter) -> list[Recipe]:
+    """Returns the recipes with the fastest settings that fit; on a GPU, `budget` also becomes a limit that holds.
+
+    Raises `ResourceError` if nothing fits.
+    """
+    config, runtime = read_shape(recipes[0])
+    limit = measure_budget(runtime.device) if budget is None else budget
+    fitting = fit_recipes(config, recipes, runtime, limit)
+    if fitting is None:
+        raise ResourceError(
+            f"nothing fits into {limit / 1e9:.2f} GB: this run needs "
+            f"{estimate_memory(config, recipes, runtime).peak / 1e9:.2f} GB", "use a smaller base or data.block_size"
+        )  # fmt: skip
+    if changes := list_changes(recipes[0], fitting[0]):
+        reporter.message(f"to fit into {limit / 1e9:.2f} GB: {format_changes(changes)}")
+    if budget is not None and runtime.device.type == "cuda":
+        total = torch.cuda.mem_get_info(runtime.device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), runtime.device)
+    return fitting
+
+
+def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:
+    """Returns the shape of a recipe's base and where it would be trained, without reading its weights."""
+    folder = find_base(recipe.base)
+    runtime = choose_runtime(recipe.train.precision, for_training=True)
+    return parse_config(read_config(folder), str(folder / "config.json")), runtime
+
+
+def _prepare(recipes: Sequence[Recipe], reporter: Reporter) -> list[PreparedData] | None:
+    if not all(recipe.data.sources for recipe in recipes):
+        return None
+    tokenizer = load_base_tokenizer(recipes[0].base)
+    return [prepare_data(recipe.data, tokenizer, reporter) for recipe in recipes]
+
+
+def _measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> float:
+    """Returns tokens per second over all slots."""
+    base: Base = load_base(recipes[0].base, runtime, recipes[0].train.quantize)
+    short = [r.model_copy(update={"train": r.train.model_copy(update={"steps": PROBE_STEPS + 1})}) for r in recipes]
+    domains = [Domain(r.name, r, _random_data(r, base.config.vocab_size)) for r in short]
+    trainer = Trainer(base, domains, reporter)
+    slots = list(range(len(domains)))
+    with reporter.task("probing", PROBE_STEPS + 1, "steps") as task:
+        for step in range(PROBE_STEPS + 1):
+            if step == 1:
+                started = time.monotonic()
+            trainer.run_step(slots)
+            task.advance(1)
+    tokens = sum(d.order.rows * d.recipe.data.block_size for d in domains)
+    return PROBE_STEPS * tokens / (time.monotonic() - started)
+
+
+def _random_data(recipe: Recipe, vocab_size: int) -> PreparedData:
+    tokens = recipe.train.batch_tokens + recipe.data.block_size
+    stream = np.random.default_rng(0).integers(0, vocab_size, tokens + 1).astype(np.uint32)
+    blocks = TokenBlocks(stream, recipe.data.block_size)
+    return PreparedData(find_base(recipe.base), "", blocks, blocks, blocks, {})

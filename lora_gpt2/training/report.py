@@ -1,0 +1,187 @@
+"""The pages of a trained adapter: `curve.png`, and `report.html`, which stands alone (no scripts, no network).
+
+Both are drawn from the records of the metrics file, so they can be drawn again for any version in a store.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_gpt2.recipe import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CURVE, REPORT = "curve.png", "report.html"
+TRAIN, VALIDATION, FAINT, INK = "#4c78a8", "#e4572e", "#b8cce4", "#333333"
+Records = Sequence[Mapping[str, Any]]
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fafafa; margin: 0 auto; max-width: 60rem;
+       padding: 1.5rem; }
+h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+.lead { color: #555; margin: .2rem 0 1rem }
+.verdict { background: #fff; border-left: 4px solid #4c78a8; padding: .6rem 1rem; margin: 1rem 0 }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem }
+.figures div { background: #fff; border: 1px solid #e3e3e3; border-radius: 6px; padding: .5rem .8rem }
+.figures b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums }
+.figures span { color: #666; font-size: .85rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: .8rem }
+.charts svg { width: 100%; height: auto; background: #fff; border: 1px solid #e3e3e3; border-radius: 6px }
+table { border-collapse: collapse; width: 100%; background: #fff } td, th { text-align: left; vertical-align: top;
+       padding: .35rem .7rem; border-bottom: 1px solid #e8e8e8; font-size: .92rem }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.sample { white-space: pre-wrap; overflow-wrap: anywhere } details { margin-top: 1rem }
+"""
+
+
+def draw_pages(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any]) -> dict[str, bytes]:
+    """Returns the pages by file name; `figures` are those of the manifest."""
+    curve = _draw(lambda axes: _plot_loss(axes, records), "png", (7.0, 4.2))
+    return {CURVE: curve, REPORT: _build_html(name, recipe, records, figures).encode()}
+
+
+def _draw(plot: Callable[[Axes], None], kind: str, size: tuple[float, float] = (5.6, 3.4)) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    look = {
+        "svg.fonttype": "none", "svg.hashsalt": "lora-gpt2", "font.size": 9, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.edgecolor": "#999999", "axes.grid": True, "grid.color": "#ececec",
+        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True,
+    }  # fmt: skip
+    with matplotlib.rc_context(look):
+        figure: Figure = Figure(figsize=size, layout="constrained")
+        plot(figure.add_subplot())
+        out = io.BytesIO()
+        figure.savefig(out, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return out.getvalue()
+
+
+def _column(records: Records, key: str) -> tuple[list[float], list[float]]:
+    points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _plot_loss(axes: Axes, records: Records) -> None:
+    steps, losses = _column(records, "loss")
+    axes.plot(steps, losses, color=FAINT, linewidth=0.8)
+    axes.plot(steps, _smooth(losses), color=TRAIN, linewidth=1.6, label="training (mean of neighbours)")
+    steps, losses = _column(records, "validation_loss")
+    axes.plot(steps, losses, color=VALIDATION, marker="o", markersize=3.5, linewidth=1.6, label="validation")
+    if losses:
+        best = min(range(len(losses)), key=losses.__getitem__)
+        axes.annotate(
+            f"best: {losses[best]:.3f}\n(perplexity {math.exp(losses[best]):.1f})", (steps[best], losses[best]),
+            xytext=(0, -28), textcoords="offset points", ha="right" if best > len(losses) / 2 else "left",
+            fontsize=8, color=VALIDATION,
+        )  # fmt: skip
+    axes.margins(y=0.18)
+    _label(axes, "loss", "nats per token")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _plot_speed(axes: Axes, records: Records) -> None:
+    points = [(r["step"], r["tokens"], r["seconds"]) for r in records]
+    stride = max(1, len(points) // 40)
+    pairs = list(zip(points[::stride], points[stride::stride], strict=False))
+    steps = [later[0] for earlier, later in pairs if later[2] > earlier[2]]
+    rates = [(later[1] - earlier[1]) / (later[2] - earlier[2]) for earlier, later in pairs if later[2] > earlier[2]]
+    axes.plot(steps, rates, color=TRAIN, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+    _label(axes, "speed", "tokens per second")
+
+
+def _plot_column(axes: Axes, records: Records, key: str, title: str, unit: str, scale: float = 1.0) -> None:
+    steps, values = _column(records, key)
+    axes.plot(steps, [value * scale for value in values], color=TRAIN, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+    _label(axes, title, unit)
+
+
+def _label(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.set_ylabel(unit)
+    axes.set_xlabel("step")
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Returns a centred moving mean over a twentieth of the run."""
+    half = max(1, len(values) // 40)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
+
+
+def _build_html(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any]) -> str:
+    charts = "".join(f"<figure style='margin:0'>{_to_svg(plot)}</figure>" for plot in _list_charts(records))
+    title = html.escape(name)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title} · lora-gpt2</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
+<h1>{title}</h1>
+<p class="lead">{html.escape(recipe.description or "A LoRA adapter")} · base {html.escape(recipe.base)}</p>
+<div class="verdict">{html.escape(figures["verdict"])}<br>{html.escape(figures["forgetting"])}</div>
+<div class="figures">{_build_figures(figures)}</div>
+<h2>Curves</h2><div class="charts">{charts}</div>
+{_build_samples(records)}
+<details><summary>Settings</summary>{_build_settings(recipe)}</details>
+</body></html>
+"""
+
+
+def _list_charts(records: Records) -> list[Callable[[Axes], None]]:
+    charts: list[Callable[[Axes], None]] = [
+        lambda axes: _plot_loss(axes, records),
+        lambda axes: _plot_column(axes, records, "learning_rate", "learning rate", ""),
+        lambda axes: _plot_speed(axes, records),
+    ]
+    if any("memory_bytes" in record for record in records):
+        charts.append(lambda axes: _plot_column(axes, records, "memory_bytes", "peak memory", "GB", 1e-9))
+    return charts
+
+
+def _to_svg(plot: Callable[[Axes], None]) -> str:
+    drawn = _draw(plot, "svg").decode()
+    return drawn[drawn.index("<svg") :]
+
+
+def _build_figures(figures: Mapping[str, Any]) -> str:
+    cards = [
+        (f"{figures['base_perplexity']:.2f} → {figures['validation_perplexity']:.2f}", "perplexity on validation text"),
+        (f"{figures['base_general_perplexity']:.1f} → {figures['general_perplexity']:.1f}", "on general English"),
+        (f"{figures['best_step']:,} of {figures['steps']:,}", "best step"),
+        (f"{figures['train_tokens']:,}", "tokens trained on"),
+        (f"{figures['tokens_per_second']:,.0f}", "tokens per second"),
+        (f"{figures['peak_memory_bytes'] / 1e9:.2f} GB", "peak memory of the process"),
+        (f"{figures['trained_parameters']:,}", "trained parameters"),
+        (f"{figures['seconds'] / 60:,.1f} min", "training time"),
+    ]
+    return "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for value, label in cards)
+
+
+def _build_samples(records: Records) -> str:
+    rows = [
+        f"<tr><td class=number>{r['step']:,}</td><td class=number>{math.exp(min(r['validation_loss'], 700)):.2f}</td>"
+        f"<td class=sample>{html.escape(r['sample'])}</td></tr>"
+        for r in records if r.get("sample")
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    head = "<tr><th>step</th><th>perplexity</th><th>sample</th></tr>"
+    return f"<h2>Samples while it learnt</h2><table>{head}{''.join(rows)}</table>"
+
+
+def _build_settings(recipe: Recipe) -> str:
+    rows = []
+    for section in ("data", "lora", "train", "generate"):
+        for key, value in getattr(recipe, section).model_dump(mode="json").items():
+            rows.append(f"<tr><td>{section}.{key}</td><td>{html.escape(str(value))}</td></tr>")
+    return f"<table>{''.join(rows)}</table>"
