@@ -91,9 +91,12 @@ def _render_training(report: dict[str, Any]) -> str:
     header = [
         "", "tokens/s", "ours is faster", "of the limit", "peak memory", "ours takes", "last loss", "to first step",
     ]  # fmt: skip
-    limit = report["gemm_flops_per_second"] / 1e9
-    tokens = report["limit_tokens_per_second"]
-    return f"{format_table(header, rows)}\nlimit: {tokens:,.0f} tokens/s at {limit:,.0f} GFLOP/s"
+    limits = [side["gemm_flops_per_second"] / 1e9 for side in report["sides"]]
+    shown = ", ".join(f"{limit:,.0f}" for limit in limits)
+    return (
+        f"{format_table(header, rows)}\nlimit: the MLP's matrix product in the same processes, {shown} GFLOP/s; "
+        f"{report['flops_per_token'] / 1e6:,.0f} MFLOP per token"
+    )
 
 
 @command.command("startup")

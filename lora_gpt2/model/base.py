@@ -169,8 +169,8 @@ def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
         model = GPT2(config)
     state = dict(_read_state(list_weight_files(folder), config))
     _check_state(state, {key: tensor.shape for key, tensor in model.state_dict().items()}, folder)
-    for key in list(state):  # one after another, so that the whole is never there twice
-        _assign(model, key, state.pop(key).to(runtime.device, runtime.dtype).contiguous(), quantize)
+    for key in list(state):  # each copied, so that the file need not stay mapped
+        _assign(model, key, state.pop(key).to(runtime.device, runtime.dtype, copy=True).contiguous(), quantize)
     model.requires_grad_(False).eval()
     known = name in list_bundled() or not Path(name).is_dir()
     shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder

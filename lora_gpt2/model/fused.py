@@ -48,6 +48,9 @@ class TrainingRows:
     ) -> Float[Tensor, "rows time outputs"]:
         """Returns the projection of `before(x)` with each slot's update added to its own rows."""
         place = self.bank.sites.get(site)
+        if place is None and not x.requires_grad:  # below the first adapted block nothing is kept
+            frozen: Tensor = linear(apply_before(before, x))
+            return frozen
         result: Tensor = _Projection.apply(x, self.bank.anchor, self, site, linear, before, place)  # type: ignore[no-untyped-call]
         return result
 

@@ -1,0 +1,144 @@
+"""The training function against plain autograd: same values, same gradients, less kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_gpt2.model.bank import AdapterBank
+from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.loss import chunked_cross_entropy
+from lora_gpt2.recipe import LoraSettings
+from tests.builders import make_adapter
+
+SETTINGS = LoraSettings(rank=3, alpha=5)
+
+
+def open_bank(base, settings=SETTINGS, num_slots=1):
+    adapters = [make_adapter(base.config, seed, settings) for seed in range(num_slots)]
+    bank = AdapterBank(base.config, adapters[0].ranks, num_slots, "training", base.model.wte.weight)
+    for slot, adapter in enumerate(adapters):
+        bank.load(slot, adapter)
+    return bank, bank.enable_gradients()
+
+
+class PlainRows:
+    """The same maths, left to autograd, with the same masks."""
+
+    def __init__(self, rows, updates):
+        self.rows, self.updates = rows, updates
+
+    def project(self, site, linear, before, x):
+        h = x if before is None else before(x)
+        y = linear(h)
+        if site in self.updates:
+            a, b, scale = self.updates[site]
+            mask = self.rows.draw_mask(site, h.detach())
+            y = y + scale * (h if mask is None else h * mask) @ a.T @ b.T
+        return y
+
+
+def loss_of(base, rows, tokens, **options):
+    hidden = base.model(tokens[:, :-1], rows, **options).flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
+    return chunked_cross_entropy(hidden, base.model.head, targets, torch.full(targets.shape, 0.01))[0]
+
+
+@pytest.fixture
+def tokens(base):
+    return torch.randint(0, base.config.vocab_size, (3, 11), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("targets", [("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), ("mlp.c_proj",)])
+def test_gradients_equal_autograds(base, tokens, targets, dropout, checkpointing):
+    bank, gradient = open_bank(base, LoraSettings(rank=3, alpha=5, targets=targets))
+    rows = TrainingRows(bank, [0], None, dropout, [7, 8, 9])
+    ours = loss_of(base, rows, tokens, checkpoint_blocks=checkpointing)
+    ours.backward()
+    adapter = bank.read(0)
+    updates = {
+        site: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_(), u.scale)
+        for site, u in adapter.updates.items()
+    }
+    theirs = loss_of(base, PlainRows(rows, updates), tokens)
+    theirs.backward()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    found = bank.read(0, gradient)
+    for site, (a, b, _) in updates.items():
+        for mine, wanted in ((found.updates[site].a, a.grad), (found.updates[site].b, b.grad)):
+            assert (mine - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-8, site
+
+
+def test_a_mask_depends_on_the_row_and_the_site_alone(base):
+    bank, _ = open_bank(base)
+    like = torch.ones(2, 5, 16)
+    first = TrainingRows(bank, [0], None, 0.5, [3, 4]).draw_mask("h.0.mlp.c_fc", like)
+    turned = TrainingRows(bank, [0], None, 0.5, [4, 3]).draw_mask("h.0.mlp.c_fc", like)
+    assert torch.equal(first[0], turned[1])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, TrainingRows(bank, [0], None, 0.5, [3, 4]).draw_mask("h.1.mlp.c_fc", like))
+    assert set(first.unique().tolist()) == {0.0, 2.0}
+
+
+def kept_widths(base, tokens, rows):
+    """Returns what autograd keeps for the backward pass, in numbers per token and width, each storage once."""
+    kept = {}
+    weights = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.numel() >= 2 * tokens.numel():
+            kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = base.model(tokens, rows)
+    assert hidden.requires_grad
+    return sum(kept.values()) / tokens.numel() / base.config.width
+
+
+def test_ten_widths_are_kept_per_token_and_block(base, tokens):
+    bank, _ = open_bank(base)
+    layers, products = base.config.layers, sum(bank.ranks.values()) / base.config.width
+    ours = kept_widths(base, tokens, TrainingRows(bank, [0]))
+    assert ours - products <= 10 * layers + 2.2
+    updates = {
+        site: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_(), u.scale)
+        for site, u in bank.read(0).updates.items()
+    }
+    plain = kept_widths(base, tokens, PlainRows(TrainingRows(bank, [0]), updates))
+    assert plain > 1.5 * ours, "plain autograd, for comparison"
+
+
+def test_nothing_is_kept_below_the_first_adapted_block(base, tokens):
+    bank, gradient = open_bank(base, LoraSettings(rank=3, first_layer=1))
+    assert all(site.startswith("h.1.") for site in bank.sites)
+    upper = kept_widths(base, tokens, TrainingRows(bank, [0]))
+    whole, _ = open_bank(base)
+    assert upper < 0.6 * kept_widths(base, tokens, TrainingRows(whole, [0]))
+    loss_of(base, TrainingRows(bank, [0]), tokens).backward()
+    assert gradient.any()
+
+
+def test_noise_on_the_embeddings_reaches_the_loss(base, tokens):
+    bank, _ = open_bank(base)
+    rows = TrainingRows(bank, [0])
+    plain, noise = loss_of(base, rows, tokens), torch.randn(3, 10, 16)
+    assert torch.equal(loss_of(base, rows, tokens, noise=torch.zeros_like(noise)), plain)
+    assert not torch.equal(loss_of(base, rows, tokens, noise=noise), plain)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_label_smoothing_equals_torchs(smoothing):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(6, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    targets = torch.randint(0, 9, (6,), generator=generator)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss, nll = chunked_cross_entropy(ours, head, targets, torch.full((6,), 1 / 6), smoothing)
+    wanted = F.cross_entropy(theirs @ head.T, targets, label_smoothing=smoothing)
+    loss.backward()
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+    assert torch.allclose(nll, F.cross_entropy(hidden @ head.T, targets, reduction="none"), atol=1e-5)

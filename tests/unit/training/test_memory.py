@@ -1,0 +1,137 @@
+"""The plan of a run against the allocator's own count."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.gpt2 import GPT2, parse_config
+from lora_gpt2.model.runtime import Runtime
+from lora_gpt2.recipe import build_recipe
+from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.memory import (
+    CPU_RESERVE,
+    estimate_memory,
+    fit_recipes,
+    list_changes,
+    memory_errors_as_ours,
+)
+from lora_gpt2.training.plan import _random_data, plan_run
+from lora_gpt2.training.trainer import Trainer
+from tests.builders import make_base_folder
+
+FLOAT32 = Runtime(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory):
+    return make_base_folder(tmp_path_factory.mktemp("bases") / "wide", layers=4, width=128, heads=4, context=256)
+
+
+def make_recipe(folder, name="one", rank=8, quantize="none", **train):
+    return build_recipe(
+        {"name": name, "base": str(folder), "data": {"block_size": 128}, "lora": {"rank": rank},
+         "train": {"steps": 3, "batch_tokens": 4096, "precision": "float32", "quantize": quantize, **train}}, "test",
+    )  # fmt: skip
+
+
+def measure_peak(base, recipes):
+    """Returns the most bytes that a step holds beyond what was there before it, as the CPU allocator counts."""
+    domains = [Domain(r.name, r, _random_data(r, base.config.vocab_size)) for r in recipes]
+    trainer = Trainer(base, domains, None)
+    slots = list(range(len(domains)))
+    trainer.run_step(slots)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        trainer.run_step(slots)
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    held = sum(t.numel() * t.element_size() for t in (*base.model.parameters(), *base.model.buffers()))
+    optimizer = trainer.runner.optimizer
+    buffers = (trainer.bank.flat, trainer.runner.gradient, trainer.best, optimizer.mean, optimizer.square)
+    held += sum(t.numel() * t.element_size() for t in buffers)
+    copies = trainer.bank.compute
+    return peak + held + (copies.numel() * copies.element_size() if copies is not trainer.bank.flat else 0)
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "dtype", "train"),
+    [
+        (1, torch.float32, {}),
+        (1, torch.float32, {"micro_batch_tokens": 1024}),
+        (1, torch.float32, {"gradient_checkpointing": True}),
+        (1, torch.bfloat16, {}),
+        (3, torch.float32, {"batch_tokens": 1024, "micro_batch_tokens": 3072}),
+        (1, torch.float32, {"quantize": "int8"}),
+        (1, torch.float32, {"batch_tokens": 128, "rank": 64}),
+    ],
+)
+def test_the_estimate_is_within_a_tenth_of_the_allocators_peak(wide_folder, num_slots, dtype, train):
+    runtime = Runtime(torch.device("cpu"), dtype)
+    recipes = [make_recipe(wide_folder, f"r{k}", **train) for k in range(num_slots)]
+    base = load_base(str(wide_folder), runtime, recipes[0].train.quantize)
+    estimated = estimate_memory(base.config, recipes, runtime)
+    assert estimated.reserve == CPU_RESERVE
+    found = measure_peak(base, recipes)
+    assert estimated.peak - estimated.reserve == pytest.approx(found, rel=0.1)
+
+
+def test_what_fits_is_chosen_from_the_fastest_on(wide_folder):
+    config = parse_config(json.loads((wide_folder / "config.json").read_text()), "")
+    recipe = make_recipe(wide_folder, micro_batch_tokens=4096)
+    needed = estimate_memory(config, [recipe], FLOAT32).peak
+    seen = []
+    for budget in range(needed, CPU_RESERVE, -200_000):
+        fitting = fit_recipes(config, [recipe], FLOAT32, budget)
+        if fitting is None:
+            break
+        assert estimate_memory(config, fitting, FLOAT32).peak <= budget
+        change = list_changes(recipe, fitting[0])
+        if change not in seen:
+            seen.append(change)
+    else:
+        pytest.fail("something fits into nothing")
+    assert seen[0] == {}
+    assert seen[1] == {"train.micro_batch_tokens": 2048}
+    assert seen[2] == {"train.gradient_checkpointing": True}
+    assert any(change.get("train.quantize") == "nf4" for change in seen)
+
+
+def test_out_of_memory_names_settings_that_need_less(wide_folder):
+    base = load_base(str(wide_folder), FLOAT32)
+    recipe = make_recipe(wide_folder, micro_batch_tokens=4096)
+    for error in (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+    ):
+        expected = pytest.raises(ResourceError, match=r"needs about 0\.\d+ GB on cpu")
+        with expected as caught, memory_errors_as_ours(base, [recipe]):
+            raise error
+        assert "--set train." in caught.value.hint
+    with pytest.raises(RuntimeError, match="shape"), memory_errors_as_ours(base, [recipe]):
+        raise RuntimeError("shape mismatch")
+
+
+def test_a_plan_measures_speed_and_counts_tokens(wide_folder, reporter):
+    plan = plan_run([make_recipe(wide_folder, batch_tokens=512)], reporter)
+    assert plan.fits
+    assert plan.tokens == 3 * 512
+    assert plan.tokens_per_second > 0
+    assert plan.seconds == pytest.approx(plan.tokens / plan.tokens_per_second)
+    small = plan_run([make_recipe(wide_folder)], reporter, budget=1_000_000)
+    assert not small.fits
+    assert small.tokens_per_second is None
+
+
+def test_weights_are_counted_exactly(wide_folder):
+    config = parse_config(json.loads((wide_folder / "config.json").read_text()), "")
+    with torch.device("meta"):
+        model = GPT2(config)
+    estimated = estimate_memory(config, [make_recipe(wide_folder)], FLOAT32)
+    assert estimated.weights == 4 * sum(p.numel() for p in model.parameters())
