@@ -55,10 +55,19 @@ def domains(
 
 @command.command("train")
 @click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
-@click.option("--batch", nargs=2, type=click.IntRange(1), default=(2, 512), show_default=True, metavar="ROWS TOKENS")
+@click.option(
+    "--batch", nargs=2, type=click.IntRange(1), default=(2, 512), show_default=True, metavar="ROWS TOKENS",
+    help="Rows of a step and tokens of a row.",
+)  # fmt: skip
 @click.option("--steps", type=click.IntRange(2), default=10, show_default=True, help="Timed steps of each run.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each side, in turn.")
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Numbers of the frozen base.",
+)
 @click.option("--checkpointing", is_flag=True, help="Gradient checkpointing on all sides.")
 @json_option
 @click.pass_obj

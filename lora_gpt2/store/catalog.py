@@ -103,7 +103,8 @@ class Store:
                 version = max(self.list_versions(name), default=0) + 1
                 work = folder / f".{version}.{os.getpid()}.partial"
                 try:
-                    shutil.rmtree(work, ignore_errors=True)
+                    for stale in folder.glob(".*.partial"):  # of processes that died: the lock is ours
+                        shutil.rmtree(stale, ignore_errors=True)
                     work.mkdir()
                     for file_name, content in files.items():
                         (work / file_name).write_bytes(content)
@@ -112,10 +113,16 @@ class Store:
                     os.rename(work, folder / str(version))
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
-                fsync_dir(folder)
-                write_atomic(folder / "CURRENT", f"{version}\n".encode())
-                fsync_dir(self.root)
+                self.use_version(name, version)
         return version
+
+    def use_version(self, name: str, version: int) -> None:
+        """Puts a version in use."""
+        folder = self._adapter_dir(check_name(name))
+        with os_errors_as_ours(f"write to the store {self.root}"):
+            fsync_dir(folder)
+            write_atomic(folder / "CURRENT", f"{version}\n".encode())
+            fsync_dir(self.root)
 
     def _adapter_dir(self, name: str) -> Path:
         return self.root / name

@@ -87,7 +87,7 @@ def _build_recipe(name: str, path: Path) -> Recipe:
             "train": {
                 "steps": STEPS, "learning_rate": LEARNING_RATE, "batch_tokens": BATCH_TOKENS,
                 "micro_batch_tokens": 3 * BATCH_TOKENS,
-                "validate_every": STEPS // 3, "validation_tokens": 4096,
+                "validate_every": STEPS // 3, "validation_tokens": 4096, "sample_tokens": 0,
             },
             "generate": {"max_new_tokens": NEW_TOKENS, "repetition_penalty": 1.2},
         },

@@ -193,11 +193,14 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, resumed: bool) -
 
 
 def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:
-    if outcome.domain.name not in store.list_names():
-        return None
-    weights = to_peft(outcome.adapter, base.name, base.config)[WEIGHTS]
-    manifest = store.read_manifest(outcome.domain.name)
-    return manifest.version if manifest.files.get(WEIGHTS) == hashlib.sha256(weights).hexdigest() else None
+    """Returns the newest version if it has this adapter's weights; a kill may have left it without being in use."""
+    name = outcome.domain.name
+    digest = hashlib.sha256(to_peft(outcome.adapter, base.name, base.config)[WEIGHTS]).hexdigest()
+    for version in store.list_versions(name)[-1:]:
+        if store.read_manifest(f"{name}@{version}").files.get(WEIGHTS) == digest:
+            store.use_version(name, version)
+            return version
+    return None
 
 
 def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:

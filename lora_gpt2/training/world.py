@@ -1,4 +1,4 @@
-"""The processes that train together, one per device: `accelerate launch -m lora_gpt2 train …`.
+"""The processes that train together, one per device: `accelerate launch -m lora_gpt2 train …`, or torchrun.
 
 Each takes its share of the rows of every step; the adapters' gradients are summed as one flat buffer, which is small,
 so nothing else needs to be split. The first process alone validates, writes and speaks. A process on its own is a
@@ -62,5 +62,5 @@ def join_world() -> World:
         return World()
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     return World(state.process_index, state.num_processes, state.device)

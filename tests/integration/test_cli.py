@@ -208,8 +208,6 @@ ERRORS = [
     (["train", "--data", "none.txt", "--base", "{base}"], 4, "NotFoundError", "none.txt", "check the path"),
     (["train", "--data", "{text}", "--base", "nothing"], 4, "NotFoundError", "no base 'nothing'", "nano"),
     (["train", "--data", "{text}", "--base", "gpt2-xl"], 7, "ResourceError", "hub cannot be reached", "nano"),
-    (["train", "missing.yaml"], 4, "NotFoundError", "missing.yaml", "recipes list"),
-    (["train", "--data", "{text}", "--base", "{base}", "--resume"], 5, "CorruptError", "no run to resume", "without"),
     (["train", "--data", "{text}", "--base", "{base}", *TINY, *HOT], 8, "TrainingDiverged", "step 1", "rate"),
     (["generate", "x", "--adapter", "lew"], 4, "NotFoundError", "no adapter 'lew'", "'law'"),
     (["generate", "x", "--adapter", "law@9"], 4, "NotFoundError", "no version 9", "[1]"),
@@ -332,6 +330,80 @@ def test_a_signal_ends_training_after_the_step_and_keeps_a_checkpoint(base_folde
     assert "is kept" in err
     assert not (tmp_path / "store" / "long").exists()
     assert list(tmp_path.glob("cache/runs/*/step-*.checkpoint"))
+
+
+def test_a_plan_says_what_fits_and_train_applies_it(run, base_folder, text_file, tmp_path):
+    shape = ["--base", base_folder, "--data", text_file, *TINY, "--set", "train.batch_tokens=4096"]
+    code, out, err = run("plan", *shape, "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert set(plan) >= {"fits", "peak_bytes", "parts", "settings"}
+    assert plan["fits"]
+    assert plan["settings"] == {}
+    assert plan["peak_bytes"] == sum(plan["parts"].values())
+    assert plan["tokens"] == 8 * 4096
+    assert plan["seconds"] == pytest.approx(plan["tokens"] / plan["tokens_per_second"])
+    assert "next: lora-gpt2 train" in err
+    little = f"{(plan['parts']['reserve'] + plan['parts']['weights'] + 4_000_000) / 1e6}MB"
+    code, out, _ = run("train", *shape, "--name", "mine", "--gpu-memory", little, "--dry-run", "--json")
+    assert code == 0
+    smaller = json.loads(out)
+    assert smaller["fits"]
+    assert smaller["peak_bytes"] < plan["peak_bytes"]
+    assert "train.micro_batch_tokens" in smaller["settings"]
+    assert not (tmp_path / "store" / "mine").exists()
+    code, out, err = run("train", *shape, "--name", "mine", "--gpu-memory", little, "--json")
+    assert code == 0
+    assert "to fit into" in err
+    manifest = Store(tmp_path / "store").read_manifest("mine")
+    assert manifest.recipe["train"]["micro_batch_tokens"] == smaller["settings"]["train.micro_batch_tokens"]
+    code, out, _ = run("train", *shape, "--name", "mine", "--gpu-memory", "1MB", "--json")
+    assert (code, json.loads(out)["error"]["type"]) == (7, "ResourceError")
+    code, out, _ = run("plan", *shape, "--gpu-memory", "1MB", "--no-probe")
+    assert code == 0
+    assert "does NOT fit" in out
+    assert run("plan", *shape, "--gpu-memory", "lots")[0] == 2
+
+
+def test_running_out_of_memory_names_what_to_change(base_folder, text_file, tmp_path):
+    """A limit on the address space, set when the base is loaded, so that the first step cannot allocate."""
+    probe = (
+        "import resource, sys\nimport numpy.random\nfrom lora_gpt2 import cli\nfrom lora_gpt2.training.trainer import Trainer\n"
+        "original = Trainer._advance\n"
+        "def limited(self, active):\n"
+        "    used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))\n"
+        "    original(self, active)\n"
+        "Trainer._advance = limited\nsys.exit(cli.run(sys.argv[1:]))"
+    )
+    arguments = ["train", "--data", text_file, "--name", "mine", "--base", base_folder, "--json"]
+    sizes = ["--set", "data.block_size=32", "--set", "train.batch_tokens=65536", "--set", "train.steps=2"]
+    sizes += ["--set", "train.micro_batch_tokens=65536", "--store", tmp_path / "store"]
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *map(str, [*arguments, *sizes])], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7, done.stdout + done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["type"] == "ResourceError"
+    assert "out of memory" in error["message"]
+    assert "train.micro_batch_tokens=" in error["hint"]
+    assert not (tmp_path / "store" / "mine").exists()
+
+
+def test_a_trained_adapter_has_pages_that_stand_alone(run, base_folder, text_file, tmp_path):
+    extra = ["--set", "train.validate_every=2", "--set", "train.sample_prompt=the <b>cat</b>"]
+    assert run("train", "--data", text_file, "--name", "mine", "--base", base_folder, *TINY, *extra)[0] == 0
+    folder = Store(tmp_path / "store").resolve("mine")
+    page = (folder / "report.html").read_text()
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count("<svg") == 4
+    assert page.count("the &lt;b&gt;cat&lt;/b&gt;") == 5, "four samples and the setting"
+    assert "<b>cat" not in page
+    for outside in ("<script", "src=", "@import", "<link"):
+        assert outside not in page
+    manifest = Store(tmp_path / "store").read_manifest("mine")
+    assert manifest.figures["verdict"] in page
+    assert f"{manifest.figures['general_perplexity']:.1f}" in page
 
 
 def test_a_closed_pipe_ends_quietly(trained):
