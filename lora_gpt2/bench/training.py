@@ -26,7 +26,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.model.bank import AdapterBank
-from lora_gpt2.model.base import BUNDLED, find_base, load_base, read_config
+from lora_gpt2.model.base import BUNDLED, find_base, load_base, load_base_tokenizer, read_config
 from lora_gpt2.model.gpt2 import GPT2Config, parse_config
 from lora_gpt2.model.lora import build_adapter, build_ranks
 from lora_gpt2.model.runtime import DTYPES, Runtime, choose_runtime, measure_peak_memory
@@ -42,7 +42,10 @@ PEERS = {"float32": ("peft",), "bfloat16": ("peft", "peft-autocast"), "float16":
 
 @dataclass(frozen=True)
 class Spec:
-    """What both sides do; `folder` holds the base, `work` the tokens and the adapter to start from."""
+    """What all sides do; `folder` holds the base, `work` the tokens and the adapter to start from.
+
+    `slots` is the number of adapters of the side that trains several together, each on `rows`.
+    """
 
     folder: str
     work: str
@@ -54,6 +57,7 @@ class Spec:
     device: str
     checkpointing: bool
     quantize: str
+    slots: int
 
     @property
     def lora(self) -> LoraSettings:
@@ -101,11 +105,13 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, width: int, rows: int
 
 def measure_training(
     base: str, rows: int, time_tokens: int, steps: int, rounds: int, reporter: Reporter, rank: int = 16,
-    precision: str = "auto", checkpointing: bool = False, quantize: str = "none",
+    precision: str = "auto", checkpointing: bool = False, quantize: str = "none", slots: int = 1,
+    lines: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the figures of every side, ratios against ours, and the share of the arithmetic limit.
 
-    `base` is S, M, L or XL (random weights), or a name or folder.
+    `base` is S, M, L or XL (random weights), or a name or folder. `slots` above 1 adds a side that trains so many
+    adapters together; `lines` adds the usual notebook, with each line of a text file padded to a row.
     """
     runtime = choose_runtime(precision, for_training=True)
     with tempfile.TemporaryDirectory() as work:
@@ -113,10 +119,13 @@ def measure_training(
         config = parse_config(read_config(folder), str(folder))
         spec = Spec(
             str(folder), work, rows, time_tokens, steps, rank, runtime.dtype_name, runtime.device.type, checkpointing,
-            quantize,
+            quantize, slots,
         )  # fmt: skip
         _write_inputs(spec, config)
-        names = ["ours", *PEERS[runtime.dtype_name]]
+        if lines is not None:
+            _write_lengths(spec, lines)
+        joint, notebook = ["ours together"] * (slots > 1), ["notebook"] * (lines is not None)
+        names = ["ours", *joint, *PEERS[runtime.dtype_name], *notebook]
         found: dict[str, list[Side]] = {name: [] for name in names}
         with reporter.task("measuring", rounds * len(names), "runs") as task:
             for _ in range(rounds):
@@ -174,6 +183,16 @@ def _write_inputs(spec: Spec, config: GPT2Config) -> None:
         (adapter / name).write_bytes(content)
 
 
+def _write_lengths(spec: Spec, lines: Path) -> None:
+    """Saves how many tokens the lines of a file have, for as many rows as will be trained on."""
+    tokenizer = load_base_tokenizer(spec.folder)
+    texts = [line for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lengths = [
+        min(spec.time, max(2, len(ids))) for ids in tokenizer.encode_batch(texts[: (spec.steps + 1) * spec.rows])
+    ]
+    np.save(Path(spec.work) / "lengths.npy", np.resize(lengths, (spec.steps + 1) * spec.rows))
+
+
 def _run_child(name: str, spec: Spec) -> Side:
     code = "from lora_gpt2.bench.training import run_side; run_side()"
     request = json.dumps({"name": name, "spec": asdict(spec)})
@@ -192,39 +211,42 @@ def run_side() -> None:
     config = parse_config(read_config(Path(spec.folder)), spec.folder)
     shape = (torch.device(spec.device), DTYPES[spec.dtype], config.width, spec.rows * spec.time)
     before = measure_gemm(*shape)
-    measured = (
-        _run_ours(spec, tokens) if name == "ours" else _run_peft(spec, tokens, autocast=name.endswith("autocast"))
-    )
+    if name.startswith("ours"):
+        measured = _run_ours(spec, tokens, spec.slots if name == "ours together" else 1)
+    else:
+        measured = _run_peft(spec, tokens, name)
     measured["gemm_flops_per_second"] = (before + measure_gemm(*shape)) / 2
     print(json.dumps({"name": name, **measured}))
 
 
-def _run_ours(spec: Spec, tokens: torch.Tensor) -> dict[str, Any]:
+def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
     started = time.monotonic()
     device = torch.device(spec.device)
     base = load_base(spec.folder, Runtime(device, DTYPES[spec.dtype]), spec.quantize)
     adapter = build_adapter(base.config, spec.lora, 0)
-    bank = AdapterBank(base.config, adapter.ranks, 1, "training", base.model.wte.weight)
-    bank.load(0, adapter)
+    bank = AdapterBank(base.config, adapter.ranks, slots, "training", base.model.wte.weight)
+    for slot in range(slots):
+        bank.load(slot, adapter)
     runner = StepRunner(base.model, bank, None, None, World())
-    one = [torch.tensor([value], device=device) for value in (LEARNING_RATE, 0.0, 1.0, True)]
-    weights = torch.full((spec.rows * spec.time,), 1 / (spec.rows * (spec.time - 1)), device=device)
+    each_slot = [torch.tensor([value] * slots, device=device) for value in (LEARNING_RATE, 0.0, 1.0, True)]
+    weights = torch.full((slots * spec.rows * spec.time,), 1 / (spec.rows * (spec.time - 1)), device=device)
     losses, first = [], 0.0
-    for step, inputs in enumerate(tokens):
+    for step, rows in enumerate(tokens):
+        inputs = rows.repeat(slots, 1)
         if step == 1:
             first, began = time.monotonic() - started, time.monotonic()
         targets = torch.full_like(inputs, IGNORE)
         targets[:, :-1] = inputs[:, 1:]
         each = Pass(
-            [0], torch.zeros(1, dtype=torch.long, device=device), inputs.to(device), targets.to(device), weights, 0.0,
-            0.0, [0] * spec.rows, None, spec.checkpointing,
+            list(range(slots)), torch.arange(slots, device=device), inputs.to(device), targets.to(device), weights,
+            0.0, 0.0, [0] * len(inputs), None, spec.checkpointing,
         )  # fmt: skip
-        losses.append(runner.run([each], Rates(*one))[0, 0].clone())
+        losses.append(runner.run([each], Rates(*each_slot))[0, 0].clone())
     values = [loss.item() for loss in losses]
-    return _figures(spec, time.monotonic() - began, first, values)
+    return _figures(spec, slots * spec.steps * spec.rows * spec.time, time.monotonic() - began, first, values)
 
 
-def _run_peft(spec: Spec, tokens: torch.Tensor, autocast: bool) -> dict[str, Any]:
+def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
     import warnings
 
     warnings.simplefilter("ignore")
@@ -247,12 +269,18 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, autocast: bool) -> dict[str, Any
                 self.losses.append(logs["loss"])
 
     started = time.monotonic()
-    narrow = DTYPES["float32" if autocast else spec.dtype]
+    autocast = name == "peft-autocast"
+    narrow = DTYPES["float32" if autocast or name == "notebook" else spec.dtype]
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     base = GPT2LMHeadModel.from_pretrained(spec.folder, dtype=narrow, **off)
     base.loss_type = "ForCausalLM"
     model = PeftModel.from_pretrained(base, str(Path(spec.work) / "adapter"), is_trainable=True)
     rows = [{"input_ids": row, "labels": row} for row in tokens.flatten(0, 1)]
+    counted = spec.steps * spec.rows * spec.time
+    if name == "notebook":
+        lengths = np.load(Path(spec.work) / "lengths.npy").tolist()
+        rows = [_pad(row, length) for row, length in zip(tokens.flatten(0, 1), lengths, strict=True)]
+        counted = sum(lengths[spec.rows :])
     arguments = TrainingArguments(
         output_dir=str(Path(spec.work) / "out"), per_device_train_batch_size=spec.rows, max_steps=len(tokens),
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
@@ -262,11 +290,16 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, autocast: bool) -> dict[str, Any
     )  # fmt: skip
     watch = Watch()
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[watch]).train()
-    return _figures(spec, watch.ended - watch.began, watch.began - started, watch.losses)
+    return _figures(spec, counted, watch.ended - watch.began, watch.began - started, watch.losses)
 
 
-def _figures(spec: Spec, seconds: float, first: float, losses: list[float]) -> dict[str, Any]:
+def _pad(row: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+    mask = torch.arange(len(row)) < length
+    return {"input_ids": row * mask, "attention_mask": mask.long(), "labels": torch.where(mask, row, IGNORE)}
+
+
+def _figures(spec: Spec, tokens: int, seconds: float, first: float, losses: list[float]) -> dict[str, Any]:
     return {
-        "tokens_per_second": spec.steps * spec.rows * spec.time / seconds,
+        "tokens_per_second": tokens / seconds,
         "peak_memory_bytes": measure_peak_memory(torch.device(spec.device)), "start_seconds": first, "losses": losses,
     }  # fmt: skip

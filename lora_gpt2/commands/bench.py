@@ -68,12 +68,14 @@ def domains(
     show_default=True,
     help="Numbers of the frozen base.",
 )
+@click.option("--slots", type=click.IntRange(1, 64), default=1, show_default=True, help="Also train so many together.")
+@click.option("--lines", type=click.Path(path_type=Path), help="Also the usual notebook: lines of FILE, padded.")
 @click.option("--checkpointing", is_flag=True, help="Gradient checkpointing on all sides.")
 @json_option
 @click.pass_obj
 def train(
     reporter: Reporter, base: str, batch: tuple[int, int], steps: int, rounds: int, precision: str,
-    checkpointing: bool, as_json: bool,
+    slots: int, lines: Path | None, checkpointing: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train beside transformers' Trainer + PEFT: the same weights, tokens and settings, in turn.
 
@@ -85,8 +87,9 @@ def train(
     from lora_gpt2.bench.training import measure_training
 
     report = measure_training(
-        base, batch[0], batch[1], steps, rounds, reporter, precision=precision, checkpointing=checkpointing
-    )
+        base, batch[0], batch[1], steps, rounds, reporter, precision=precision, checkpointing=checkpointing,
+        slots=slots, lines=lines,
+    )  # fmt: skip
     emit(report, as_json, lambda: _render_training(report))
 
 

@@ -368,7 +368,8 @@ def test_a_plan_says_what_fits_and_train_applies_it(run, base_folder, text_file,
 def test_running_out_of_memory_names_what_to_change(base_folder, text_file, tmp_path):
     """A limit on the address space, set when the base is loaded, so that the first step cannot allocate."""
     probe = (
-        "import resource, sys\nimport numpy.random\nfrom lora_gpt2 import cli\nfrom lora_gpt2.training.trainer import Trainer\n"
+        "import resource, sys\nimport numpy.random\nfrom lora_gpt2 import cli\n"
+        "from lora_gpt2.training.trainer import Trainer\n"
         "original = Trainer._advance\n"
         "def limited(self, active):\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
