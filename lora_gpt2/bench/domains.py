@@ -43,7 +43,7 @@ def measure_domains(
     folders: Sequence[Path], store: Store, overrides: Sequence[str], reporter: Reporter
 ) -> DomainsReport:
     """Trains an adapter per folder, all in one run, and returns the matrix on their test texts."""
-    recipes = [_build_recipe(folder, overrides) for folder in folders]
+    recipes = [build_recipe_for(folder, overrides) for folder in folders]
     report = train_recipes(recipes, store, reporter)
     settings = recipes[0].evaluate
     session = Session(load_base(recipes[0].base, choose_runtime(settings.precision)), store)
@@ -52,7 +52,8 @@ def measure_domains(
     return DomainsReport(report.adapters, measure_matrix(session.base, rows, sources, settings, reporter))
 
 
-def _build_recipe(folder: Path, overrides: Sequence[str]) -> Recipe:
+def build_recipe_for(folder: Path, overrides: Sequence[str]) -> Recipe:
+    """Returns the recipe of a domain's folder; raises `NotFoundError` if a part is missing."""
     found = {}
     for stem, key in PARTS.items():
         files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix in SUFFIXES]

@@ -113,7 +113,7 @@ def measure_training(
     `base` is S, M, L or XL (random weights), or a name or folder. `slots` above 1 adds a side that trains so many
     adapters together; `lines` adds the usual notebook, with each line of a text file padded to a row.
     """
-    runtime = choose_runtime(precision, for_training=True)
+    runtime = choose_runtime(precision)
     with tempfile.TemporaryDirectory() as work:
         folder = _build_base(base, Path(work), reporter) if base in SIZES else find_base(base)
         config = parse_config(read_config(folder), str(folder))

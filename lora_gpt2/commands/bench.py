@@ -111,6 +111,52 @@ def _render_training(report: dict[str, Any]) -> str:
     )
 
 
+@command.command("grid")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
+@click.option("--rate", "rates", multiple=True, type=float, default=(1e-3, 3e-3, 6e-3), help="Learning rates.")
+@click.option("--rank", "ranks", multiple=True, type=click.IntRange(1, 512), default=(4, 8, 16), help="Ranks.")
+@click.option(
+    "--targets", multiple=True, type=click.Choice(["all", "attention", "c_attn", "q,v"]), default=("all", "c_attn"),
+    help="Projections.",
+)  # fmt: skip
+@click.option("--full", is_flag=True, help="Also fine-tune all weights, at four learning rates.")
+@click.option("--keep", type=click.Path(path_type=Path), default=Path("grid.jsonl"), help="File of finished points.")
+@set_option
+@json_option
+@click.pass_obj
+def grid(
+    reporter: Reporter, folders: tuple[Path, ...], rates: tuple[float, ...], ranks: tuple[int, ...],
+    targets: tuple[str, ...], full: bool, keep: Path, overrides: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Train each FOLDER's adapter at every learning rate, rank and set of targets; rank the settings.
+
+    \b
+    Example:
+      lora-gpt2 bench grid law/ code/ verse/ --rate 2e-3 --rate 6e-3 --rank 8 --set train.steps=150
+    """
+    from lora_gpt2.bench.grid import measure_grid, rank_settings
+
+    points = measure_grid(folders, rates, ranks, targets, overrides, keep, reporter, full)
+    ranking = rank_settings(points)
+    emit(
+        {"points": [asdict(point) for point in points], "ranking": ranking},
+        as_json, lambda: _render_grid([asdict(point) for point in points], ranking),
+    )  # fmt: skip
+
+
+def _render_grid(points: list[dict[str, Any]], ranking: list[Any]) -> str:
+    domains = list(dict.fromkeys(point["domain"] for point in points))
+    found = {(p["domain"], p["targets"], p["rank"], p["learning_rate"]): p["perplexity"] for p in points}
+    rows = [
+        [f"{name}, rank {rank}, {rate:g}", *(f"{found[domain, name, rank, rate]:.2f}" for domain in domains),
+         f"{worst:.3f}", f"{mean:.3f}"] for name, rank, rate, worst, mean in ranking
+    ]  # fmt: skip
+    for rate in sorted({p["learning_rate"] for p in points if p["targets"] == "full"}):
+        figures = [f"{found.get((domain, 'full', 0, rate), float('nan')):.2f}" for domain in domains]
+        rows.append([f"full fine-tune, {rate:g}", *figures, "", ""])
+    return format_table(["perplexity", *domains, "worst / best", "mean / best"], rows)
+
+
 @command.command("startup")
 @click.option("--runs", type=click.IntRange(1, 100), default=5, show_default=True)
 @json_option

@@ -46,13 +46,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        step = rows_per_chunk(hidden.device)
+        step = min(rows_per_chunk(hidden.device), len(targets))
+        narrow = hidden.new_empty(step, len(head))
+        wide = narrow if narrow.dtype == torch.float32 else narrow.to(torch.float32)
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
             kept = targets[rows] != IGNORE
             wanted = targets[rows].clamp_min(0)[:, None]
             factor = weights[rows] * kept
-            logits = F.linear(hidden[rows], head).float()
+            scores, logits = narrow[: len(wanted)], wide[: len(wanted)]
+            torch.mm(hidden[rows], head.T, out=scores)
+            if wide is not narrow:
+                logits.copy_(scores)
             logits.sub_(logits.amax(1, keepdim=True))
             chosen, mean = logits.gather(1, wanted)[:, 0], logits.mean(1) if smoothing else None
             total = logits.exp_().sum(1)
@@ -63,8 +68,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if mean is not None:
                 loss += smoothing * ((total.log() - mean) * factor).sum()
                 slope.sub_((factor * (smoothing / logits.shape[1]))[:, None])
-            torch.mm(slope.to(head.dtype), head, out=gradient[rows])
-            del logits, slope  # before the next chunk is allocated
+            if wide is not narrow:
+                scores.copy_(slope)
+            torch.mm(scores, head, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return loss, nll
 

@@ -41,23 +41,16 @@ def has_native_bfloat16() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "avx_ne_convert", " bf16"))
 
 
-def choose_runtime(precision: str, device: torch.device | None = None, for_training: bool = False) -> Runtime:
-    """Returns the device and dtype for a `precision` setting.
-
-    Raises `UsageError` for float16 on a CPU, and for training in float16, whose small gradients would vanish without
-    loss scaling, which is not built yet: on a GPU without bfloat16, auto trains in float32.
-    """
+def choose_runtime(precision: str, device: torch.device | None = None) -> Runtime:
+    """Returns the device and dtype for a `precision` setting; raises `UsageError` for float16 on a CPU."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if for_training and precision == "float16":
-        raise UsageError("training in float16 needs loss scaling, which is not built yet", "use bfloat16, or float32")
     if precision != "auto":
         if device.type == "cpu" and precision == "float16":
             raise UsageError("float16 is hundreds of times slower than float32 on a CPU", "use float32, or auto")
         return Runtime(device, DTYPES[precision])
     if device.type == "cuda":
-        narrow = torch.float32 if for_training else torch.float16
-        return Runtime(device, torch.bfloat16 if torch.cuda.is_bf16_supported(False) else narrow)
+        return Runtime(device, torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16)
     return Runtime(device, torch.bfloat16 if has_native_bfloat16() else torch.float32)
 
 

@@ -102,7 +102,7 @@ def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Repor
 def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:
     """Returns the shape of a recipe's base and where it would be trained, without reading its weights."""
     folder = find_base(recipe.base)
-    runtime = choose_runtime(recipe.train.precision, for_training=True)
+    runtime = choose_runtime(recipe.train.precision)
     return parse_config(read_config(folder), str(folder / "config.json")), runtime
 
 

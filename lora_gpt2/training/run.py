@@ -98,7 +98,7 @@ def _train_locked(
     recipes: Sequence[Recipe], store: Store, reporter: Reporter, run: RunFolder, resume: bool, world: World
 ) -> TrainReport:
     settings = recipes[0].train
-    runtime = choose_runtime(settings.precision, world.device, for_training=True)
+    runtime = choose_runtime(settings.precision, world.device)
     base = load_base(recipes[0].base, runtime, settings.quantize)
     numbers = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
     reporter.message(

@@ -7,11 +7,20 @@ from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
+from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
+from lora_gpt2.model.lora import build_adapter
 from lora_gpt2.model.runtime import Runtime, choose_runtime, measure_peak_memory
-from lora_gpt2.recipe import GenerateSettings, build_recipe
+from lora_gpt2.recipe import GenerateSettings, LoraSettings, build_recipe
 from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.memory import estimate_memory
+from lora_gpt2.training.plan import _random_data
+from lora_gpt2.training.step import Pass, Rates, StepRunner
 from lora_gpt2.training.trainer import Trainer
+from lora_gpt2.training.world import World
+from tests.builders import make_base_folder
+from tests.unit.training.test_memory import make_recipe as make_memory_recipe
+from tests.unit.training.test_memory import measure_peak
 
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
@@ -52,3 +61,68 @@ def test_the_choice_of_numbers_and_the_peak_are_real(device):
     before = measure_peak_memory(device)
     block = torch.ones(2**26, dtype=torch.float32, device=device)
     assert measure_peak_memory(device) >= max(before, block.numel() * 4)
+
+
+def make_runner(folder, device, dtype=torch.float32, quantize="none"):
+    base = load_base(str(folder), Runtime(device, dtype), quantize)
+    adapters = [build_adapter(base.config, LoraSettings(rank=2), seed) for seed in range(2)]
+    bank = AdapterBank(base.config, adapters[0].ranks, 2, "training", base.model.wte.weight)
+    for slot, adapter in enumerate(adapters):
+        bank.load(slot, adapter)
+    return StepRunner(base.model, bank, None, None, World())
+
+
+def make_step(runner, step):
+    """Returns the pass and rates of a step: fixed shapes, other tokens and rates each time."""
+    device = runner.bank.flat.device
+    tokens = torch.randint(0, 200, (4, 17), generator=torch.Generator().manual_seed(step)).to(device)
+    weights = torch.full((4 * 16,), 1 / 32, device=device)
+    slots = torch.arange(2, device=device)
+    rates = [torch.tensor([value] * 2, device=device) for value in (1e-2 / (step + 1), 0.0, 1.0, True)]
+    return [Pass([0, 1], slots, tokens[:, :-1], tokens[:, 1:], weights, 0.0, 0.0, [0] * 4, None, False)], Rates(*rates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_steps_that_may_be_recorded_equal_those_that_are_not(base_folder, device, dtype):
+    recorded, plain = make_runner(base_folder, device, dtype), make_runner(base_folder, device, dtype)
+    for step in range(8):
+        stats = recorded.run(*make_step(recorded, step)).clone()
+        plain.compute(*make_step(plain, step))
+        assert torch.allclose(stats, plain.stats, rtol=1e-3, atol=1e-4), step
+    assert bool(recorded.graphs) == (device.type == "cuda")
+    assert torch.allclose(recorded.bank.flat, plain.bank.flat, atol=1e-4)
+    assert (recorded.optimizer.counts > 0).all()
+
+
+def test_a_step_on_the_device_equals_one_on_the_cpu(base_folder, device):
+    there, here = make_runner(base_folder, device), make_runner(base_folder, torch.device("cpu"))
+    for runner in (there, here):
+        runner.compute_gradients(make_step(runner, 0)[0])
+    wanted = here.gradient
+    assert (there.gradient.cpu() - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert wanted.any()
+
+
+@pytest.mark.parametrize(("kind", "least"), [("int8", 0.99), ("nf4", 0.6)])
+def test_quantised_bases_train_on_the_device(base_folder, device, kind, least):
+    pytest.importorskip("bitsandbytes")
+    exact, near = make_runner(base_folder, device), make_runner(base_folder, device, torch.float32, kind)
+    for runner in (exact, near):
+        runner.compute_gradients(make_step(runner, 0)[0])
+    assert torch.nn.functional.cosine_similarity(near.gradient, exact.gradient).min() > least
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_planned_memory_is_the_devices(tmp_path, device, checkpointing):
+    folder = make_base_folder(tmp_path / "wide", layers=4, width=128, heads=4, context=256)
+    recipe = make_memory_recipe(folder, gradient_checkpointing=checkpointing, micro_batch_tokens=4096)
+    base = load_base(str(folder), Runtime(device, torch.float32))
+    estimated = estimate_memory(base.config, [recipe], base.runtime)
+    if device.type == "cuda":
+        trainer = Trainer(base, [Domain("one", recipe, _random_data(recipe, base.config.vocab_size))], None)
+        torch.cuda.reset_peak_memory_stats()
+        trainer.run_step([0])
+        found = torch.cuda.max_memory_allocated()
+    else:
+        found = measure_peak(base, [recipe])
+    assert estimated.peak - estimated.reserve == pytest.approx(found, rel=0.1)

@@ -1,0 +1,175 @@
+"""Which settings are good: learning rate × rank × targets over several domains, and a full fine-tune beside them.
+
+All learning rates and domains of one shape of adapter train together, as slots over one base, so a grid costs one run
+per shape. Finished shapes are kept in a file, line by line, and skipped when the grid is started again. The figure is
+perplexity on each domain's test text, in blocks as in training, of the weights with the best validation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lora_gpt2.bench.domains import build_recipe_for
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.model.base import Base, load_base
+from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.schedule import rate_share
+from lora_gpt2.training.trainer import Trainer
+
+TARGETS: dict[str, tuple[str, ...]] = {
+    "all": ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "attention": ("c_attn", "attn.c_proj"),
+    "c_attn": ("c_attn",),
+    "q,v": ("c_attn.q", "c_attn.v"),
+}
+FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Perplexity on a domain's test text of one setting; `targets` is `full` for a full fine-tune."""
+
+    domain: str
+    targets: str
+    rank: int
+    learning_rate: float
+    base_perplexity: float
+    perplexity: float
+    best_step: int
+
+
+def measure_grid(
+    folders: Sequence[Path], rates: Sequence[float], ranks: Sequence[int], targets: Sequence[str],
+    overrides: Sequence[str], kept: Path, reporter: Reporter, full: bool = False,
+) -> list[Point]:  # fmt: skip
+    """Returns a point for each domain and setting; `full` adds full fine-tunes at `FULL_RATES` of the same budget."""
+    recipes = [build_recipe_for(folder, overrides) for folder in folders]
+    base = load_base(recipes[0].base, choose_runtime(recipes[0].train.precision))
+    points = _read(kept)
+    shapes = list(itertools.product(ranks, targets))
+    for number, (rank, name) in enumerate(shapes, start=1):
+        wanted = {(r.name, name, rank, rate) for r in recipes for rate in rates}
+        if wanted <= {(p.domain, p.targets, p.rank, p.learning_rate) for p in points}:
+            continue
+        reporter.message(f"shape {number} of {len(shapes)}: rank {rank}, {name}")
+        fresh = list(_train_shape(base, recipes, rates, rank, name, reporter))
+        points += fresh
+        _append(kept, fresh)
+    for recipe in recipes if full else ():
+        for rate in FULL_RATES:
+            if (recipe.name, "full", rate) not in {(p.domain, p.targets, p.learning_rate) for p in points}:
+                fresh = [_train_full(base, recipe, rate, reporter)]
+                points += fresh
+                _append(kept, fresh)
+    return points
+
+
+def _read(kept: Path) -> list[Point]:
+    if not kept.exists():
+        return []
+    return [Point(**json.loads(line)) for line in kept.read_text(encoding="utf-8").splitlines()]
+
+
+def _append(kept: Path, points: Sequence[Point]) -> None:
+    with kept.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(point)) + "\n" for point in points)
+
+
+def _train_shape(
+    base: Base, recipes: Sequence[Recipe], rates: Sequence[float], rank: int, name: str, reporter: Reporter
+) -> Iterator[Point]:
+    """Trains every domain at every rate together and yields their points."""
+    slots = []
+    for recipe, rate in itertools.product(recipes, rates):
+        lora = recipe.lora.model_copy(update={"rank": rank, "alpha": 2.0 * rank, "targets": TARGETS[name], "ranks": {}})
+        train = recipe.train.model_copy(update={"learning_rate": rate, "sample_tokens": 0})
+        slots.append(recipe.model_copy(update={"lora": lora, "train": train}))
+    data = {recipe.name: prepare_data(recipe.data, base.tokenizer, reporter) for recipe in recipes}
+    trainer = Trainer(base, [Domain(recipe.name, recipe, data[recipe.name]) for recipe in slots], reporter)
+    with catch_signals() as stop:
+        trained = {id(outcome.domain): outcome for outcome in trainer.train(stop)}
+    base_figures = {key: math.exp(trainer.measure_blocks(each.test, None)) for key, each in data.items()}
+    for slot, domain in enumerate(trainer.domains):
+        perplexity = math.inf
+        if id(domain) in trained:
+            perplexity = math.exp(trainer.measure_blocks(domain.data.test, TrainingRows(trainer.bank, [slot])))
+        rate = domain.recipe.train.learning_rate
+        yield Point(domain.name, name, rank, rate, base_figures[domain.name], perplexity, domain.best_step)
+
+
+def _train_full(base: Base, recipe: Recipe, rate: float, reporter: Reporter) -> Point:
+    """Trains all weights of a copy of the base, with torch's AdamW, on the blocks an adapter would see."""
+    from transformers import GPT2LMHeadModel
+
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel.from_pretrained(base.folder, dtype=torch.float32, **quiet).to(base.runtime.device)
+    domain = Domain(recipe.name, recipe, prepare_data(recipe.data, base.tokenizer, reporter))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=recipe.train.weight_decay)
+
+    def forward(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = model(inputs.to(base.runtime.device)).logits.flatten(0, 1)
+        loss: torch.Tensor = torch.nn.functional.cross_entropy(logits, targets.to(base.runtime.device).flatten())
+        return loss
+
+    @torch.no_grad()
+    def measure(part: str, limit: int | None = None) -> float:
+        blocks = getattr(domain.data, part)
+        count = blocks.num_blocks if limit is None else min(blocks.num_blocks, max(1, limit // blocks.block_size))
+        total = seen = 0.0
+        for index in range(count):
+            inputs, targets = map(torch.from_numpy, blocks.read([index]))
+            scored = int((targets >= 0).sum())
+            total, seen = total + forward(inputs, targets).item() * scored, seen + scored
+        return total / seen
+
+    best, best_step, best_state = math.inf, 0, model.state_dict()
+    with reporter.task(f"full fine-tune of {recipe.name} at {rate:g}", domain.num_steps, "steps") as task:
+        for step in range(domain.num_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * rate_share(step, domain.num_steps, recipe.train)
+            forward(*map(torch.from_numpy, domain.order.read(step))).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % domain.validate_every == 0 or step + 1 == domain.num_steps:
+                nll = measure("validation", domain.validation_tokens)
+                if nll < best:
+                    best, best_step = nll, step + 1
+                    best_state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            task.advance(1)
+    before = Trainer(base, [domain], reporter).measure_blocks(domain.data.test, None)
+    model.load_state_dict(best_state)
+    return Point(recipe.name, "full", 0, rate, math.exp(before), math.exp(measure("test")), best_step)
+
+
+def find_best(points: Sequence[Point]) -> Mapping[str, Point]:
+    """Returns each domain's best point among the adapters."""
+    best: dict[str, Point] = {}
+    for point in points:
+        if point.targets != "full" and point.perplexity < best.get(point.domain, point).perplexity + 1e-12:
+            best[point.domain] = point
+    return best
+
+
+def rank_settings(points: Sequence[Point]) -> list[tuple[str, int, float, float, float]]:
+    """Returns (targets, rank, rate, worst, mean) of perplexity over the domain's best, the best setting first."""
+    best = find_best(points)
+    groups: dict[tuple[str, int, float], list[float]] = {}
+    for point in points:
+        if point.targets != "full":
+            key = (point.targets, point.rank, point.learning_rate)
+            groups.setdefault(key, []).append(point.perplexity / best[point.domain].perplexity)
+    rows = [(*key, max(ratios), sum(ratios) / len(ratios)) for key, ratios in groups.items()]
+    return sorted(rows, key=lambda row: row[3])

@@ -1,0 +1,82 @@
+"""The benchmarks measure what they say, on a tiny base."""
+
+import json
+
+import pytest
+
+from lora_gpt2 import cli
+from lora_gpt2.bench.grid import Point, find_best, rank_settings
+from lora_gpt2.bench.training import count_flops_per_token, measure_training
+from lora_gpt2.model.gpt2 import parse_config
+from lora_gpt2.recipe import LoraSettings
+from tests.builders import make_text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_both_sides_learn_the_same_and_every_figure_is_there(base_folder, tmp_path, reporter):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the cat\nand the dog\n\nsun\n")
+    report = measure_training(
+        str(base_folder), 2, 16, 4, 1, reporter, rank=2, precision="float32", slots=3, lines=lines
+    )
+    sides = {side["name"]: side for side in report["sides"]}
+    assert list(sides) == ["ours", "ours together", "peft", "notebook"]
+    assert len(sides["ours"]["losses"]) == 5
+    for name in ("ours together", "peft"):
+        assert sides[name]["losses"] == pytest.approx(sides["ours"]["losses"], abs=2e-4)
+    assert sides["notebook"]["losses"] != pytest.approx(sides["ours"]["losses"], abs=1e-2)
+    assert sides["ours"]["speed_of_ours"] == sides["ours"]["memory_of_ours"] == 1
+    for side in sides.values():
+        assert side["tokens_per_second"] > 0
+        assert side["peak_memory_bytes"] > 50e6
+        assert 0 < side["share_of_limit"] < 1.5
+
+
+def test_the_arithmetic_of_gpt2_is_that_of_the_cost_model():
+    config = parse_config({"model_type": "gpt2"}, "")
+    assert count_flops_per_token(config, 1024, LoraSettings(rank=16)) / 1e6 == pytest.approx(574, abs=1)
+
+
+def test_a_grid_trains_every_setting_and_goes_on_where_it_stopped(base_folder, tmp_path, capsys):
+    for name, words in {"cat": "the cat and the dog run", "chat": "le chat et le chien sous"}.items():
+        (tmp_path / name).mkdir()
+        for seed, part in enumerate(("train", "valid", "test")):
+            (tmp_path / name / f"{part}.jsonl").write_text(make_text(40, seed=seed, words=words))
+    kept = tmp_path / "grid.jsonl"
+    arguments = [
+        "bench",
+        "grid",
+        tmp_path / "cat",
+        tmp_path / "chat",
+        "--rate",
+        "1e-2",
+        "--rate",
+        "1e-4",
+        "--keep",
+        kept,
+    ]
+    arguments += ["--rank", "2", "--targets", "all", "--targets", "q,v", "--full", "--json", "--set", "train.steps=20"]
+    arguments += ["--set", f"base={base_folder}", "--set", "data.block_size=16", "--set", "train.batch_tokens=64"]
+    assert cli.run([str(a) for a in arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["points"]) == 2 * 2 * 2 + 2 * 4
+    assert all(point["perplexity"] < point["base_perplexity"] for point in report["points"])
+    assert report["ranking"][0][2] == 1e-2
+    lines = kept.read_text().splitlines()
+    kept.write_text("\n".join(lines[:4]) + "\n")
+    assert cli.run([str(a) for a in arguments]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["points"] == report["points"]
+    assert len(kept.read_text().splitlines()) == len(lines)
+
+
+def test_settings_are_ranked_by_their_worst_domain():
+    def point(domain, rate, perplexity, targets="all"):
+        return Point(domain, targets, 8, rate, 100.0, perplexity, 1)
+
+    points = [point("a", 1e-3, 10.0), point("b", 1e-3, 30.0), point("a", 2e-3, 11.0), point("b", 2e-3, 20.0)]
+    points.append(point("a", 1e-4, 1.0, "full"))
+    assert {domain: p.learning_rate for domain, p in find_best(points).items()} == {"a": 1e-3, "b": 2e-3}
+    ranking = rank_settings(points)
+    assert ranking[0][:4] == ("all", 8, 2e-3, pytest.approx(1.1))
+    assert ranking[1][3] == pytest.approx(1.5)
