@@ -59,12 +59,11 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     activations, backward = _measure_token(config, recipes, ranks, item)
     chunk = min(rows_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
     dense = config.width * config.inner * (item + 2) if settings.quantize != "none" else 0
-    update = 2 * 4 * parameters - tokens * activations  # AdamW's temporaries, when nothing else is kept
     parts = {
         "weights": _count_weights(config, settings.quantize, item),
         "adapters": parameters * (4 * BUFFERS + copies),
         "activations": tokens * activations,
-        "loss": max(chunk, tokens * backward + dense, update),
+        "loss": max(chunk, tokens * backward + dense),
     }
     reserve = CPU_RESERVE
     if runtime.device.type == "cuda":

@@ -35,19 +35,19 @@ class SlotAdamW:
     ) -> None:
         """Updates the `wanted` slots, each with its own learning rate and weight decay; leaves the others bitwise.
 
-        `boost` multiplies the learning rate of single parameters. `gradient` is overwritten with the update.
+        `boost` multiplies the learning rate of single parameters. `gradient` is overwritten; nothing of the size of
+        the bank is allocated.
         """
         move = wanted[:, None]
+        gradient.masked_fill_(~move, 0.0)  # what is not finite must not reach the moments, not even times zero
         self.counts += move
-        self.mean.copy_(torch.where(move, torch.lerp(self.mean, gradient, 1 - BETA_1), self.mean))
-        self.square.copy_(torch.where(move, torch.lerp(self.square, gradient.square(), 1 - BETA_2), self.square))
         counts = self.counts.clamp_min(1)
+        self.mean.lerp_(gradient, (1 - BETA_1) * move)
+        self.square.lerp_(gradient.square_(), (1 - BETA_2) * move)
         torch.div(self.square, 1 - BETA_2**counts, out=gradient).sqrt_().add_(EPSILON)
         update = torch.div(self.mean, gradient, out=gradient).div_(1 - BETA_1**counts)
-        update.addcmul_(self.flat, decays[:, None]).mul_(rates[:, None])
-        if boost is not None:
-            update.mul_(boost)
-        self.flat.copy_(torch.where(move, self.flat - update, self.flat))
+        update.addcmul_(self.flat, decays[:, None]).mul_(rates[:, None] * move)
+        self.flat.sub_(update if boost is None else update.mul_(boost))
 
 
 @torch.no_grad()
