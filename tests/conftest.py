@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.evaluation import general
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.store.catalog import Store
@@ -27,11 +28,19 @@ from tests.builders import make_base_folder, make_text
 SHARED = Path(os.environ.get("LORA_GPT2_SHARED", "../shared"))
 
 
+@pytest.fixture(scope="session")
+def short_general(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("general") / "general.txt"
+    path.write_text(f"She opened the door.{general.SEPARATOR}The king of the country.", encoding="utf-8")
+    return path
+
+
 @pytest.fixture(autouse=True)
-def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_general: Path) -> None:
     """Caches and stores of a test are its own."""
     monkeypatch.setenv("LORA_GPT2_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LORA_GPT2_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(general, "TEXT", short_general)  # the real one takes a second per adapter
     torch.set_num_threads(1)
 
 

@@ -7,6 +7,7 @@ perplexity on each domain's test text, in blocks as in training, of the weights 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,8 +19,10 @@ import torch
 
 from lora_gpt2.bench.domains import build_recipe_for
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import TrainingDiverged
+from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
-from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.runtime import choose_runtime
@@ -39,8 +42,12 @@ FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class Point:
-    """Perplexity on a domain's test text of one setting; `targets` is `full` for a full fine-tune."""
+    """Perplexity on a domain's test text of one setting; `targets` is `full` for a full fine-tune.
 
+    `setup` is a fingerprint of everything else: base, text and the other settings. A run that diverged has infinity.
+    """
+
+    setup: str
     domain: str
     targets: str
     rank: int
@@ -48,6 +55,11 @@ class Point:
     base_perplexity: float
     perplexity: float
     best_step: int
+
+    @property
+    def key(self) -> tuple[str, str, str, int, float]:
+        """What makes it another point."""
+        return self.setup, self.domain, self.targets, self.rank, self.learning_rate
 
 
 def measure_grid(
@@ -57,23 +69,33 @@ def measure_grid(
     """Returns a point for each domain and setting; `full` adds full fine-tunes at `FULL_RATES` of the same budget."""
     recipes = [build_recipe_for(folder, overrides) for folder in folders]
     base = load_base(recipes[0].base, choose_runtime(recipes[0].train.precision))
-    points = _read(kept)
+    data = {recipe.name: prepare_data(recipe.data, base.tokenizer, reporter) for recipe in recipes}
+    setups = {recipe.name: _identify(base, recipe, data[recipe.name]) for recipe in recipes}
+    known = {point.key: point for point in _read(kept)}
+    wanted: list[tuple[str, str, str, int, float]] = []
     shapes = list(itertools.product(ranks, targets))
     for number, (rank, name) in enumerate(shapes, start=1):
-        wanted = {(r.name, name, rank, rate) for r in recipes for rate in rates}
-        if wanted <= {(p.domain, p.targets, p.rank, p.learning_rate) for p in points}:
-            continue
-        reporter.message(f"shape {number} of {len(shapes)}: rank {rank}, {name}")
-        fresh = list(_train_shape(base, recipes, rates, rank, name, reporter))
-        points += fresh
-        _append(kept, fresh)
-    for recipe in recipes if full else ():
-        for rate in FULL_RATES:
-            if (recipe.name, "full", rate) not in {(p.domain, p.targets, p.learning_rate) for p in points}:
-                fresh = [_train_full(base, recipe, rate, reporter)]
-                points += fresh
-                _append(kept, fresh)
-    return points
+        keys = {(setups[r.name], r.name, name, rank, rate): (r, rate) for r in recipes for rate in rates}
+        wanted += keys
+        if missing := [pair for key, pair in keys.items() if key not in known]:
+            reporter.message(f"shape {number} of {len(shapes)}: rank {rank}, {name}")
+            fresh = list(_train_shape(base, data, setups, missing, rank, name, reporter))
+            known |= {point.key: point for point in fresh}
+            _append(kept, fresh)
+    for recipe, rate in itertools.product(recipes if full else (), FULL_RATES):
+        key = (setups[recipe.name], recipe.name, "full", 0, rate)
+        wanted.append(key)
+        if key not in known:
+            known[key] = _train_full(base, data[recipe.name], setups[recipe.name], recipe, rate, reporter)
+            _append(kept, [known[key]])
+    return [known[key] for key in wanted]
+
+
+def _identify(base: Base, recipe: Recipe, data: PreparedData) -> str:
+    varied = {"learning_rate", "sample_tokens", "sample_prompt", "trackers", "checkpoint_every"}
+    train = recipe.train.model_dump(mode="json", exclude=varied)
+    lora = recipe.lora.model_dump(mode="json", exclude={"rank", "alpha", "targets", "ranks"})
+    return fingerprint_json([base.fingerprint, base.runtime.dtype_name, data.fingerprint, train, lora])
 
 
 def _read(kept: Path) -> list[Point]:
@@ -88,34 +110,36 @@ def _append(kept: Path, points: Sequence[Point]) -> None:
 
 
 def _train_shape(
-    base: Base, recipes: Sequence[Recipe], rates: Sequence[float], rank: int, name: str, reporter: Reporter
-) -> Iterator[Point]:
+    base: Base, data: Mapping[str, PreparedData], setups: Mapping[str, str], pairs: Sequence[tuple[Recipe, float]],
+    rank: int, name: str, reporter: Reporter,
+) -> Iterator[Point]:  # fmt: skip
     """Trains every domain at every rate together and yields their points."""
     slots = []
-    for recipe, rate in itertools.product(recipes, rates):
+    for recipe, rate in pairs:
         lora = recipe.lora.model_copy(update={"rank": rank, "alpha": 2.0 * rank, "targets": TARGETS[name], "ranks": {}})
         train = recipe.train.model_copy(update={"learning_rate": rate, "sample_tokens": 0})
         slots.append(recipe.model_copy(update={"lora": lora, "train": train}))
-    data = {recipe.name: prepare_data(recipe.data, base.tokenizer, reporter) for recipe in recipes}
     trainer = Trainer(base, [Domain(recipe.name, recipe, data[recipe.name]) for recipe in slots], reporter)
-    with catch_signals() as stop:
-        trained = {id(outcome.domain): outcome for outcome in trainer.train(stop)}
+    with catch_signals() as stop, contextlib.suppress(TrainingDiverged):
+        trainer.train(stop)
     base_figures = {key: math.exp(trainer.measure_blocks(each.test, None)) for key, each in data.items()}
     for slot, domain in enumerate(trainer.domains):
         perplexity = math.inf
-        if id(domain) in trained:
+        if not domain.failure:
             perplexity = math.exp(trainer.measure_blocks(domain.data.test, TrainingRows(trainer.bank, [slot])))
         rate = domain.recipe.train.learning_rate
-        yield Point(domain.name, name, rank, rate, base_figures[domain.name], perplexity, domain.best_step)
+        yield Point(
+            setups[domain.name], domain.name, name, rank, rate, base_figures[domain.name], perplexity, domain.best_step
+        )
 
 
-def _train_full(base: Base, recipe: Recipe, rate: float, reporter: Reporter) -> Point:
+def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate: float, reporter: Reporter) -> Point:
     """Trains all weights of a copy of the base, with torch's AdamW, on the blocks an adapter would see."""
     from transformers import GPT2LMHeadModel
 
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel.from_pretrained(base.folder, dtype=torch.float32, **quiet).to(base.runtime.device)
-    domain = Domain(recipe.name, recipe, prepare_data(recipe.data, base.tokenizer, reporter))
+    domain = Domain(recipe.name, recipe, data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=recipe.train.weight_decay)
 
     def forward(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -151,7 +175,8 @@ def _train_full(base: Base, recipe: Recipe, rate: float, reporter: Reporter) -> 
             task.advance(1)
     before = Trainer(base, [domain], reporter).measure_blocks(domain.data.test, None)
     model.load_state_dict(best_state)
-    return Point(recipe.name, "full", 0, rate, math.exp(before), math.exp(measure("test")), best_step)
+    after = math.exp(measure("test"))
+    return Point(setup, recipe.name, "full", 0, rate, math.exp(before), after, best_step)
 
 
 def find_best(points: Sequence[Point]) -> Mapping[str, Point]:

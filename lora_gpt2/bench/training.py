@@ -239,7 +239,7 @@ def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
         targets[:, :-1] = inputs[:, 1:]
         each = Pass(
             list(range(slots)), torch.arange(slots, device=device), inputs.to(device), targets.to(device), weights,
-            0.0, 0.0, [0] * len(inputs), None, spec.checkpointing,
+            0.0, 0.0, [0] * len(inputs), 0.0, spec.checkpointing,
         )  # fmt: skip
         losses.append(runner.run([each], Rates(*each_slot))[0, 0].clone())
     values = [loss.item() for loss in losses]

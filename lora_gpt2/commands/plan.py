@@ -48,9 +48,10 @@ def command(
     from lora_gpt2.training.plan import plan_run
 
     chosen = [load_recipe(path, overrides, data__sources=data, base=base) for path in recipes or [None]]
-    show_plan(plan_run(chosen, reporter, gpu_memory, probe), as_json)
-    names = " ".join(map(str, recipes)) or "RECIPE"
-    reporter.message(f"next: lora-gpt2 train {names} --fit")
+    plan = plan_run(chosen, reporter, gpu_memory, probe)
+    show_plan(plan, as_json)
+    if plan.fits:
+        reporter.message(f"next: lora-gpt2 train {'--fit ' if plan.changes else ''}with the same recipes and options")
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:

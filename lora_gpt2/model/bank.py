@@ -128,7 +128,9 @@ class AdapterBank:
             views.setdefault(site, []).append(view.detach().to("cpu", torch.float32))
         for site, (rank, alpha, rslora) in self.updates[slot].items():
             a, bt = views[site]
-            updates[site] = LoraUpdate(a[:rank].clone(), bt[:rank].mT.contiguous(), alpha, rslora)
+            updates[site] = LoraUpdate(
+                a[:rank].clone(), bt[:rank].mT.clone(memory_format=torch.contiguous_format), alpha, rslora
+            )
         return Adapter(updates)
 
     def enable_gradients(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole, self-verifying, and tied to what the run was made of.
 
-A checkpoint is one file: the sha256 of the rest, then a safetensors blob with the tensors and, in its header, the
-JSON state. It is replaced by rename, the two newest are kept, and reading takes the newest that verifies.
+A checkpoint is one file: the sha256 of the rest, then a safetensors blob with the tensors and, as one more of bytes,
+the JSON state. It is replaced by rename, the two newest are kept, and reading takes the newest that verifies.
 `identity.json` beside them says which recipes, data and base they belong to; resuming with others is refused.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -27,6 +28,7 @@ from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, write_atomic
 
 KEPT = 2
 DIGEST_BYTES = 32
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class RunFolder:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes a checkpoint and drops all but the newest two."""
-        blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"state": json.dumps(state)})
+        text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        blob = save({STATE: text, **{k: v.detach().cpu().contiguous() for k, v in tensors.items()}})
         with os_errors_as_ours(f"write a checkpoint to {self.path}"):
             target = self.path / f"step-{step:09d}.checkpoint"
             write_atomic(target, hashlib.sha256(blob).digest() + blob)
@@ -89,7 +92,8 @@ class RunFolder:
             digest, blob = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
             if hashlib.sha256(blob).digest() == digest:
                 try:
-                    return load(blob), _read_state(blob)
+                    found = load(blob)
+                    return found, json.loads(found.pop(STATE).numpy().tobytes())
                 except (SafetensorError, ValueError, KeyError) as error:
                     reporter.detail(f"{path.name}: {error}")
             reporter.message(f"skipped {path.name}: it is damaged")
@@ -118,15 +122,8 @@ class RunFolder:
 
 def open_run_folder(store_root: Path, names: list[str]) -> RunFolder:
     """Returns the folder for training these adapters into this store."""
-    key = fingerprint_json([str(store_root.resolve()), names])
+    key = fingerprint_json([str(store_root.resolve()), sorted(names)])
     return RunFolder(find_cache_dir() / "runs" / key)
-
-
-def _read_state(blob: bytes) -> dict[str, Any]:
-    length = int.from_bytes(blob[:8], "little")
-    state = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["state"])
-    assert isinstance(state, dict)
-    return state
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

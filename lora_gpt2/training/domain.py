@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.prepared import PreparedData
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.training.batches import BlockOrder
 
 LEAST_VALIDATION = 4096
+SHARED_SETTINGS = ("lora.dropout", "train.label_smoothing", "train.neftune_alpha", "train.gradient_checkpointing")
+ONE_FOR_ALL = ("base", "train.precision", "train.quantize")
+
+
+def check_together(recipes: Sequence[Recipe]) -> None:
+    """Raises `UsageError` unless the recipes can be trained over one base."""
+    for key in ONE_FOR_ALL:
+        if len({_get(recipe, key) for recipe in recipes}) > 1:
+            raise UsageError(f"recipes trained together need one {key}", "make them equal, or train apart")
+
+
+def group_recipes(recipes: Sequence[Recipe]) -> dict[tuple[Any, ...], list[Recipe]]:
+    """Returns the recipes that may share passes, by what they share."""
+    groups: dict[tuple[Any, ...], list[Recipe]] = {}
+    for recipe in recipes:
+        groups.setdefault(tuple(_get(recipe, key) for key in SHARED_SETTINGS), []).append(recipe)
+    return groups
+
+
+def _get(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
 
 
 @dataclass

@@ -9,6 +9,7 @@ against the allocator's own count in the tests. Figures in bytes.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +21,18 @@ import torch
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.gpt2 import GPT2Config
-from lora_gpt2.model.lora import build_ranks, target_of
+from lora_gpt2.model.lora import build_ranks, plan_targets, target_of
 from lora_gpt2.model.loss import rows_per_chunk
 from lora_gpt2.model.quantize import bytes_per_weight
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import Recipe
+from lora_gpt2.training.domain import group_recipes
 
 KEPT_WIDTHS = 6  # x 1, q k v 3, attention 1, x' 1, per token and block, besides the MLP's inner values
 END_WIDTHS = 4  # the embeddings, the last block's output, the normed output and its gradient ...
 FREED_WIDTHS = 3  # ... of which three are gone when the backward pass reaches the last MLP
 BUFFERS = 5  # an adapter, its gradient, AdamW's two moments and the best so far, in float32
+CGROUP = Path("/sys/fs/cgroup")
 CUDA_RESERVE, CPU_RESERVE, FRAGMENTATION = 450_000_000, 420_000_000, 0.05
 
 
@@ -55,16 +58,20 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     ranks = _merge_ranks(config, recipes)
     parameters = len(recipes) * sum(r * sum(config.shape_of(target_of(site))) for site, r in ranks.items())
     copies = item if item != 4 else 0
-    tokens = count_pass_tokens(recipes)
-    activations, backward = _measure_token(config, recipes, ranks, item)
-    chunk = min(rows_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
+    buffers = BUFFERS + any(r.train.lora_plus_ratio > 1 for r in recipes)
+    buffers += any(plan.blocks is not None for r in recipes for plan in plan_targets(config, r.lora))
     dense = config.width * config.inner * (item + 2) if settings.quantize != "none" else 0
+    largest = (0, 0)
+    for group in group_recipes(recipes).values():
+        tokens = count_pass_tokens(group)
+        kept, backward = _measure_token(config, group[0], ranks, item)
+        noise = 4 * config.width * tokens if group[0].train.neftune_alpha else 0
+        chunk = min(rows_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
+        largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + dense)), key=sum)
     parts = {
         "weights": _count_weights(config, settings.quantize, item),
-        "adapters": parameters * (4 * BUFFERS + copies),
-        "activations": tokens * activations,
-        "loss": max(chunk, tokens * backward + dense),
-    }
+        "adapters": parameters * (4 * buffers + copies), "activations": largest[0], "loss": largest[1],
+    }  # fmt: skip
     reserve = CPU_RESERVE
     if runtime.device.type == "cuda":
         reserve = CUDA_RESERVE + int(FRAGMENTATION * sum(parts.values()))
@@ -80,24 +87,24 @@ def _merge_ranks(config: GPT2Config, recipes: Sequence[Recipe]) -> dict[str, int
     return ranks
 
 
-def _measure_token(config: GPT2Config, recipes: Sequence[Recipe], ranks: dict[str, int], item: int) -> tuple[int, int]:
+def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], item: int) -> tuple[int, int]:
     """Returns the bytes kept per token when the loss is computed, and what the backward pass adds at its peak."""
     width, inner = config.width * item, config.inner * item
     live = config.layers - min(int(site.split(".")[1]) for site in ranks)
     products = sum(ranks.values()) * item
     block = KEPT_WIDTHS * width + inner + 4 * config.heads  # the last for the attention's float32 normaliser
-    backward = width + 2 * inner + (inner if recipes[0].lora.dropout else 0) - FREED_WIDTHS * width
-    if recipes[0].train.gradient_checkpointing:
+    backward = width + 2 * inner + (inner if recipe.lora.dropout else 0) - FREED_WIDTHS * width
+    if recipe.train.gradient_checkpointing:
         return (live + END_WIDTHS) * width, backward + block - width + products // config.layers
     return live * block + products + END_WIDTHS * width, backward
 
 
 def count_pass_tokens(recipes: Sequence[Recipe]) -> int:
-    """Returns the tokens of one forward pass over all slots, as `PassBuilder` cuts them."""
+    """Returns the most tokens of one pass over recipes that share passes, also when some of them have stopped."""
     size = recipes[0].data.block_size
     limit = min(recipe.train.micro_batch_tokens for recipe in recipes)
     rows = max(max(1, recipe.train.batch_tokens // size) for recipe in recipes)
-    return len(recipes) * min(rows, max(1, limit // size // len(recipes))) * size
+    return max(k * min(rows, max(1, limit // size // k)) * size for k in range(1, len(recipes) + 1))
 
 
 def _count_weights(config: GPT2Config, quantize: str, item: int) -> int:
@@ -109,57 +116,63 @@ def _count_weights(config: GPT2Config, quantize: str, item: int) -> int:
 
 
 def measure_budget(device: torch.device) -> int:
-    """Returns the memory that a run may take on this device: the GPU's, or what the system has available."""
+    """Returns the memory that a run may take on this device: what is free, within the limit of a container."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return available
+    return min(available, limit - used)
 
 
 def fit_recipes(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime, budget: int) -> list[Recipe] | None:
     """Returns the recipes with the fastest settings whose peak is within `budget` bytes, or None if none is.
 
-    Tried in this order, the dearest last: smaller passes down to 2,048 tokens, gradient checkpointing, smaller passes
-    still, an int8 base, an nf4 base. What a recipe asks for is kept where it fits.
+    As they are, if that fits; else, the dearest last: smaller passes down to 2,048 tokens, gradient checkpointing,
+    smaller passes still, an int8 base, an nf4 base. None of it changes a result by more than rounding, but the bases.
     """
-    for change in _iter_changes(recipes):
-        changed = [_change_train(recipe, change) for recipe in recipes]
+    for changed in _iter_changes(recipes):
         if estimate_memory(config, changed, runtime).peak <= budget:
             return changed
     return None
 
 
-def _iter_changes(recipes: Sequence[Recipe]) -> Iterator[dict[str, object]]:
-    settings, size = recipes[0].train, recipes[0].data.block_size
-    largest, smallest = count_pass_tokens(recipes), size * len(recipes)
-    sizes = [largest]
-    unchanged = {key: getattr(settings, key) for key in ("micro_batch_tokens", "gradient_checkpointing", "quantize")}
-    yield unchanged
-    while sizes[-1] > smallest:
-        sizes.append(max(smallest, sizes[-1] // 2 // smallest * smallest))
+def _iter_changes(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
+    yield list(recipes)
+    asked, size = recipes[0].train.quantize, recipes[0].data.block_size
+    sizes = [max(count_pass_tokens(group) for group in group_recipes(recipes).values())]
+    while sizes[-1] > size:
+        sizes.append(max(size, sizes[-1] // 2 // size * size))
     large = [s for s in sizes if s >= 2048] or sizes[:1]
-    for quantize in dict.fromkeys([settings.quantize, "int8", "nf4"]):
-        if settings.quantize == "nf4" and quantize == "int8":
-            continue
+    kinds = ["none", "int8", "nf4"] if importlib.util.find_spec("bitsandbytes") else [asked]
+    for quantize in kinds[kinds.index(asked) :]:
         for checkpointing, some in ((False, large), (True, large), (False, sizes), (True, sizes)):
             for tokens in some:
-                if checkpointing or not settings.gradient_checkpointing:
-                    yield {
-                        "micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing, "quantize": quantize,
-                    }  # fmt: skip
+                yield [_change(recipe, tokens, checkpointing, quantize) for recipe in recipes]
 
 
-def _change_train(recipe: Recipe, change: dict[str, object]) -> Recipe:
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=change)})
+def _change(recipe: Recipe, tokens: int, checkpointing: bool, quantize: str) -> Recipe:
+    train = recipe.train
+    update = {
+        "micro_batch_tokens": tokens if tokens < train.micro_batch_tokens else train.micro_batch_tokens,
+        "gradient_checkpointing": train.gradient_checkpointing or checkpointing, "quantize": quantize,
+    }  # fmt: skip
+    return recipe.model_copy(update={"train": train.model_copy(update=update)})
 
 
-def list_changes(before: Recipe, after: Recipe) -> dict[str, object]:
-    """Returns the settings that differ, by dotted key."""
-    found = after.train.model_dump()
-    return {f"train.{key}": found[key] for key, value in before.train.model_dump().items() if found[key] != value}
+def list_changes(before: Sequence[Recipe], after: Sequence[Recipe]) -> dict[str, object]:
+    """Returns the settings that differ, by dotted key; where recipes had different ones, the last that changed."""
+    changes: dict[str, object] = {}
+    for old, new in zip(before, after, strict=True):
+        found = new.train.model_dump()
+        changes |= {f"train.{key}": found[key] for key, value in old.train.model_dump().items() if found[key] != value}
+    return changes
 
 
 def format_changes(changes: dict[str, object]) -> str:
@@ -180,12 +193,12 @@ def memory_errors_as_ours(base: Base, recipes: Sequence[Recipe]) -> Iterator[Non
         smaller = fit_recipes(base.config, recipes, base.runtime, within)
         hint = "use a smaller base"
         if smaller is not None:
-            hint = f"go on with {format_changes(list_changes(recipes[0], smaller[0]))}; see 'lora-gpt2 plan'"
+            hint = f"go on with --resume {format_changes(list_changes(recipes, smaller))}; see 'lora-gpt2 plan'"
         raise ResourceError(
             f"out of memory: this run needs about {needed.peak / 1e9:.2f} GB on {base.runtime.device.type}", hint
         ) from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "ENOMEM" in text
+    signs = ("allocate memory", "ENOMEM", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

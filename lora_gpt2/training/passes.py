@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE
-from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.domain import Domain, group_recipes
 from lora_gpt2.training.step import Pass
 from lora_gpt2.training.world import World
 
-SHARED_SETTINGS = ("lora.dropout", "train.label_smoothing", "train.neftune_alpha", "train.gradient_checkpointing")
 _Array = np.ndarray[Any, Any]
 
 
@@ -27,8 +25,8 @@ class PassBuilder:
     random about it depends on nothing else.
     """
 
-    def __init__(self, domains: Sequence[Domain], width: int, device: torch.device, world: World) -> None:
-        self.domains, self.width, self.device, self.world = domains, width, device, world
+    def __init__(self, domains: Sequence[Domain], device: torch.device, world: World) -> None:
+        self.domains, self.device, self.world = domains, device, world
         self.block_size = domains[0].recipe.data.block_size
 
     def read(self, active: Sequence[int], step: int) -> tuple[dict[int, tuple[_Array, _Array]], list[int]]:
@@ -44,9 +42,9 @@ class PassBuilder:
         """
         batches, counts = self.read(active, step)
         passes = []
-        keys = {slot: tuple(self._get(slot, key) for key in SHARED_SETTINGS) for slot in batches}
-        for key in sorted(set(keys.values())):
-            group = [slot for slot in batches if keys[slot] == key]
+        places = {id(self.domains[slot].recipe): slot for slot in batches}
+        for recipes in group_recipes([self.domains[slot].recipe for slot in batches]).values():
+            group = [places[id(recipe)] for recipe in recipes]
             shares = {slot: list(self.world.share(len(batches[slot][0]))) for slot in group}
             limit = min(self.domains[slot].recipe.train.micro_batch_tokens for slot in group)
             width = max(1, limit // self.block_size // len(group))
@@ -74,23 +72,11 @@ class PassBuilder:
                 seeds[place * rows + row] = zlib.crc32(seed.encode())
         settings = self.domains[slots[0]].recipe
         weights = torch.tensor([1 / max(1, counts[slot]) for slot in slots]).repeat_interleave(rows * self.block_size)
-        alpha = settings.train.neftune_alpha
         return Pass(
             slots, torch.tensor(slots).to(self.device), self._to_device(inputs), self._to_device(targets),
             weights.to(self.device), settings.lora.dropout, settings.train.label_smoothing, seeds,
-            self._draw_noise(seeds, alpha) if alpha else None, settings.train.gradient_checkpointing,
+            settings.train.neftune_alpha, settings.train.gradient_checkpointing,
         )  # fmt: skip
-
-    def _draw_noise(self, seeds: Sequence[int], alpha: float) -> Tensor:
-        """Returns uniform noise of ±alpha / sqrt(time · width) for each row (NEFTune, algorithm 1)."""
-        noise = torch.empty(len(seeds), self.block_size, self.width)
-        for row, seed in enumerate(seeds):
-            noise[row].uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
-        return noise.mul_(alpha / math.sqrt(noise[0].numel())).to(self.device)
-
-    def _get(self, slot: int, key: str) -> Any:
-        section, name = key.split(".")
-        return getattr(getattr(self.domains[slot].recipe, section), name)
 
     def _to_device(self, array: _Array) -> Tensor:
         return torch.from_numpy(array).flatten(0, -2).to(self.device)

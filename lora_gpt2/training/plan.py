@@ -21,7 +21,7 @@ from lora_gpt2.model.base import Base, find_base, load_base, load_base_tokenizer
 from lora_gpt2.model.gpt2 import GPT2Config, parse_config
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.domain import Domain, check_together
 from lora_gpt2.training.memory import (
     Memory,
     estimate_memory,
@@ -30,7 +30,9 @@ from lora_gpt2.training.memory import (
     list_changes,
     measure_budget,
 )
+from lora_gpt2.training.step import WARM_UP
 from lora_gpt2.training.trainer import Trainer
+from lora_gpt2.training.world import join_world
 
 PROBE_STEPS = 2
 
@@ -60,8 +62,8 @@ class Plan:
 
 def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None = None, probe: bool = True) -> Plan:
     """Returns what training these recipes together will take; `budget` in bytes, None for the device's memory."""
-    first = recipes[0]
-    config, runtime = read_shape(first)
+    check_together(recipes)
+    config, runtime = read_shape(recipes[0])
     limit = measure_budget(runtime.device) if budget is None else budget
     fitting = fit_recipes(config, recipes, runtime, limit)
     chosen = list(recipes) if fitting is None else fitting
@@ -74,7 +76,7 @@ def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None =
         tokens = sum(d.num_steps * d.order.rows * d.recipe.data.block_size for d in domains)
     return Plan(
         fitting is not None, estimate_memory(config, chosen, runtime), limit, runtime.device.type, runtime.dtype_name,
-        chosen, list_changes(first, chosen[0]), tokens, speed,
+        chosen, list_changes(recipes, chosen), tokens, speed,
     )  # fmt: skip
 
 
@@ -83,6 +85,7 @@ def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Repor
 
     Raises `ResourceError` if nothing fits.
     """
+    check_together(recipes)
     config, runtime = read_shape(recipes[0])
     limit = measure_budget(runtime.device) if budget is None else budget
     fitting = fit_recipes(config, recipes, runtime, limit)
@@ -91,18 +94,19 @@ def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Repor
             f"nothing fits into {limit / 1e9:.2f} GB: this run needs "
             f"{estimate_memory(config, recipes, runtime).peak / 1e9:.2f} GB", "use a smaller base or data.block_size"
         )  # fmt: skip
-    if changes := list_changes(recipes[0], fitting[0]):
+    if changes := list_changes(recipes, fitting):
         reporter.message(f"to fit into {limit / 1e9:.2f} GB: {format_changes(changes)}")
     if budget is not None and runtime.device.type == "cuda":
-        total = torch.cuda.mem_get_info(runtime.device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), runtime.device)
+        index = torch.cuda.current_device() if runtime.device.index is None else runtime.device.index
+        total = torch.cuda.mem_get_info(index)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), index)
     return fitting
 
 
 def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:
     """Returns the shape of a recipe's base and where it would be trained, without reading its weights."""
     folder = find_base(recipe.base)
-    runtime = choose_runtime(recipe.train.precision)
+    runtime = choose_runtime(recipe.train.precision, join_world().device)
     return parse_config(read_config(folder), str(folder / "config.json")), runtime
 
 
@@ -116,13 +120,15 @@ def _prepare(recipes: Sequence[Recipe], reporter: Reporter) -> list[PreparedData
 def _measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> float:
     """Returns tokens per second over all slots."""
     base: Base = load_base(recipes[0].base, runtime, recipes[0].train.quantize)
-    short = [r.model_copy(update={"train": r.train.model_copy(update={"steps": PROBE_STEPS + 1})}) for r in recipes]
+    warm_up = WARM_UP + 1 if runtime.device.type == "cuda" else 1
+    num_steps = warm_up + PROBE_STEPS
+    short = [r.model_copy(update={"train": r.train.model_copy(update={"steps": num_steps})}) for r in recipes]
     domains = [Domain(r.name, r, _random_data(r, base.config.vocab_size)) for r in short]
     trainer = Trainer(base, domains, reporter)
     slots = list(range(len(domains)))
-    with reporter.task("probing", PROBE_STEPS + 1, "steps") as task:
-        for step in range(PROBE_STEPS + 1):
-            if step == 1:
+    with reporter.task("probing", num_steps, "steps") as task:
+        for step in range(num_steps):
+            if step == warm_up:
                 started = time.monotonic()
             trainer.run_step(slots)
             task.advance(1)

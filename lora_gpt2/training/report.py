@@ -56,7 +56,8 @@ def _draw(plot: Callable[[Axes], None], kind: str, size: tuple[float, float] = (
         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True,
     }  # fmt: skip
     with matplotlib.rc_context(look):
-        figure: Figure = Figure(figsize=size, layout="constrained")
+        figure: Figure = Figure(figsize=size)
+        figure.subplots_adjust(left=0.14, right=0.97, top=0.9, bottom=0.15)  # a layout engine would draw it twice
         plot(figure.add_subplot())
         out = io.BytesIO()
         figure.savefig(out, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {"Software": None})

@@ -26,7 +26,7 @@ from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.interop import to_peft
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
-from lora_gpt2.training.domain import Domain, TrainedAdapter
+from lora_gpt2.training.domain import Domain, TrainedAdapter, check_together
 from lora_gpt2.training.memory import memory_errors_as_ours
 from lora_gpt2.training.report import draw_pages
 from lora_gpt2.training.samples import draw_sample
@@ -34,8 +34,6 @@ from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 from lora_gpt2.training.verdict import judge_curve, judge_forgetting
 from lora_gpt2.training.world import World, join_world
-
-ONE_FOR_ALL = ("base", "train.precision", "train.quantize")
 
 
 @dataclass(frozen=True)
@@ -80,17 +78,15 @@ def train_recipes(recipes: Sequence[Recipe], store: Store, reporter: Reporter, r
     names = [check_name(recipe.name) for recipe in recipes]
     if len(set(names)) < len(names):
         raise UsageError(f"two recipes have the same name: {', '.join(names)}", "give each its own name")
-    for key in ONE_FOR_ALL:
-        if len({_get(recipe, key) for recipe in recipes}) > 1:
-            raise UsageError(f"recipes trained together need one {key}", "make them equal, or train apart")
+    check_together(recipes)
     world = join_world()
     reporter = reporter if world.is_first else SilentReporter()
     run = open_run_folder(store.root, names)
     with ExitStack() as stack:
         if world.is_first:
             store.check_writable()
-            stack.enter_context(os_errors_as_ours(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"))
-            stack.enter_context(hold_lock(run.lock, f"the run of {', '.join(names)}"))
+            with os_errors_as_ours(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
+                stack.enter_context(hold_lock(run.lock, f"the run of {', '.join(names)}"))
         return _train_locked(recipes, store, reporter, run, resume, world)
 
 
@@ -107,18 +103,18 @@ def _train_locked(
     prepared = world.in_turn(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
     domains = [Domain(recipe.name, recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
     identity = _identify_run(base, domains, world)
-    resume = resume and _can_resume(run, identity, reporter)
-    if resume and (published := run.read_published()):
+    resume = world.agree(resume and world.is_first and _can_resume(run, identity, reporter))
+    if resume and (published := world.agree(run.read_published())):
         reporter.message(f"already complete: {', '.join(published)}")
-        return TrainReport([_report_published(store, reference) for reference in published], already_complete=True)
-    trainer = Trainer(base, domains, reporter, run, world, draw_sample)
-    checkpoint = run.load(reporter) if resume else None
-    if checkpoint:
-        trainer.restore(*checkpoint)
-        reporter.message(f"resuming at step {trainer.step}")
-    elif world.is_first:
-        run.begin(identity)
+        found = [_report_published(store, reference) for reference in published] if world.is_first else []
+        return TrainReport(found, already_complete=True)
     with catch_signals() as stop, memory_errors_as_ours(base, [d.recipe for d in domains]):
+        trainer = Trainer(base, domains, reporter, run, world, draw_sample)
+        if checkpoint := world.agree(run.load(reporter) if resume and world.is_first else None):
+            trainer.restore(*checkpoint)
+            reporter.message(f"resuming at step {trainer.step}")
+        elif world.is_first:
+            run.begin(identity)
         with track(recipes, run.path, enabled=world.is_first) as log:
             trained = trainer.train(stop, log)
         if not world.is_first:
@@ -139,17 +135,11 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     return True
 
 
-def _get(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _identify_run(base: Base, domains: Sequence[Domain], world: World) -> dict[str, Any]:
-    """Returns everything that decides the numbers of a run."""
-    irrelevant = {"checkpoint_every", "trackers"}
+    """Returns everything that decides the numbers of a run beyond rounding."""
+    irrelevant = {"checkpoint_every", "trackers", "micro_batch_tokens", "gradient_checkpointing"}
     return {
+        "order": [d.name for d in domains],
         "base": base.fingerprint,
         "dtype": base.runtime.dtype_name,
         "device": base.runtime.device.type,

@@ -8,6 +8,7 @@ replayed (no launch costs). A slot whose loss or gradient is not finite is left 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -28,8 +29,8 @@ WARM_UP = 3
 class Pass:
     """Rows that go through the network at once: the same number for each of `slots`, in order.
 
-    `inputs`, `targets` `[rows, time]`; `weights` `[rows * time]` sum to a slot's share of its batch; `noise`
-    `[rows, time, width]` or None.
+    `inputs`, `targets` `[rows, time]`; `weights` `[rows * time]` sum to a slot's share of its batch; `row_seeds` decide
+    dropout and noise.
     """
 
     slots: Sequence[int]
@@ -40,7 +41,7 @@ class Pass:
     dropout: float
     smoothing: float
     row_seeds: Sequence[int]
-    noise: Tensor | None
+    noise_alpha: float
     checkpointing: bool
 
     @property
@@ -51,7 +52,7 @@ class Pass:
     @property
     def is_random(self) -> bool:
         """True if a pass draws numbers, which a recording would repeat."""
-        return self.dropout > 0 or self.noise is not None
+        return self.dropout > 0 or self.noise_alpha > 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class StepRunner:
             torch.cuda.synchronize()
             return self.stats
         if key not in self.graphs:
+            self.graphs.clear()  # each keeps its memory, and slots that have stopped do not come back
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.compute(passes, rates)
@@ -126,7 +128,8 @@ class StepRunner:
                     len(weights) // len(each.slots), output_size=len(weights)
                 )
             rows = TrainingRows(self.bank, each.slots, each.places, each.dropout, each.row_seeds)
-            hidden = self.model(each.inputs, rows, noise=each.noise, checkpoint_blocks=each.checkpointing)
+            noise = draw_noise(each, self.model.config.width)
+            hidden = self.model(each.inputs, rows, noise=noise, checkpoint_blocks=each.checkpointing)
             loss, nll = chunked_cross_entropy(
                 hidden.flatten(0, 1), self.model.head, each.targets.flatten(), weights, each.smoothing
             )
@@ -149,6 +152,16 @@ class StepRunner:
         if self.scale is not None:
             self.scale.update(finite, rates.active)
         torch.stack([self.losses, norms, applied.float()], out=self.stats)
+
+
+def draw_noise(each: Pass, width: int) -> Tensor | None:
+    """Returns uniform noise of ±alpha / sqrt(time · width) for each row (NEFTune, algorithm 1), or None."""
+    if not each.noise_alpha:
+        return None
+    noise = torch.empty(*each.inputs.shape, width)
+    for row, seed in enumerate(each.row_seeds):
+        noise[row].uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
+    return noise.mul_(each.noise_alpha / math.sqrt(noise[0].numel())).to(each.inputs.device)
 
 
 def _copy_tensors(fixed: Pass | Rates, fresh: Pass | Rates) -> None:

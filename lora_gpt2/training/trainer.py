@@ -86,7 +86,7 @@ class Trainer:
             self.bank.load(slot, adapter)
         boost = self.bank.build_boost([domain.recipe.train.lora_plus_ratio for domain in domains])
         self.runner = StepRunner(base.model, self.bank, self.bank.build_mask(plans), boost, self.world)
-        self.passes = PassBuilder(self.domains, base.config.width, self.device, self.world)
+        self.passes = PassBuilder(self.domains, self.device, self.world)
         self.best = self.bank.flat.clone()
         self.launched: list[_Launched] = []
         self.step = 0
@@ -123,8 +123,7 @@ class Trainer:
         with self.reporter.task("training", remaining, "tokens") as task:
             while active := [slot for slot, domain in enumerate(self.domains) if domain.is_active(self.step)]:
                 self._advance(active)
-                if not self.launched:
-                    self._write_metrics(log)
+                self._write_metrics(log)
                 task.advance(sum(tokens[slot] for slot in active), self._note())
                 asked = self.world.agree(stop.signal_number)
                 if asked or self._is_checkpoint_due():
@@ -233,7 +232,8 @@ class Trainer:
         domain = self.domains[slot]
         settings, record = domain.recipe.train, domain.records[-1]
         adapters = TrainingRows(self.bank, [slot])
-        nll = self.world.agree(self.measure_blocks(domain.data.validation, adapters, domain.validation_tokens))
+        size, blocks = settings.micro_batch_tokens, domain.data.validation
+        nll = self.world.agree(self.measure_blocks(blocks, adapters, domain.validation_tokens, size))
         if not math.isfinite(nll):
             self._fail(slot, f"step {self.step}: validation loss {nll}")
             return
@@ -249,11 +249,13 @@ class Trainer:
             self.reporter.message(f"'{domain.name}' stopped at step {self.step}: best was step {domain.best_step}")
 
     @torch.no_grad()
-    def measure_blocks(self, blocks: TokenBlocks, adapters: ActiveAdapters | None, limit: int | None = None) -> float:
+    def measure_blocks(
+        self, blocks: TokenBlocks, adapters: ActiveAdapters | None, limit: int | None = None, batch_tokens: int = 4096
+    ) -> float:
         """Returns the mean NLL in nats per target over the first `limit` tokens of the blocks (None: all)."""
         size = blocks.block_size
         count = blocks.num_blocks if limit is None else min(blocks.num_blocks, max(1, limit // size))
-        rows = max(1, self.domains[0].recipe.train.micro_batch_tokens // size)
+        rows = max(1, batch_tokens // size)
         total, targets_seen = 0.0, 0
         for start in range(0, count, rows):
             inputs, targets = map(torch.from_numpy, blocks.read(range(start, min(start + rows, count))))
@@ -269,8 +271,9 @@ class Trainer:
             self.bank.flat[slot] = self.best[slot]
             self.bank.refresh()
         adapter = self.bank.read(slot)
-        validation_nll = self.measure_blocks(domain.data.validation, TrainingRows(self.bank, [slot]))
-        base_nll = self.measure_blocks(domain.data.validation, None)
+        blocks, size = domain.data.validation, domain.recipe.train.micro_batch_tokens
+        validation_nll = self.measure_blocks(blocks, TrainingRows(self.bank, [slot]), batch_tokens=size)
+        base_nll = self.measure_blocks(blocks, None, batch_tokens=size)
         return TrainedAdapter(domain, adapter, base_nll, validation_nll, self.seconds)
 
     def _note(self) -> str:
@@ -289,14 +292,15 @@ class Trainer:
         """Appends the records since the last time to the run's files, and tells the trackers."""
         if not self.world.is_first:
             return
+        fresh = {domain.name: domain.records[domain.num_written :] for domain in self.domains}
         for domain in self.domains:
-            fresh = domain.records[domain.num_written :]
             domain.num_written = len(domain.records)
-            if self.run is not None:
-                self.run.append_metrics(domain.name, fresh)
-            if log is not None:
-                for record in fresh:
-                    log(domain.name, record)
+            if self.run is not None and fresh[domain.name]:
+                self.run.append_metrics(domain.name, fresh[domain.name])
+        if log is not None:
+            pairs = [(name, record) for name, records in fresh.items() for record in records]
+            for name, record in sorted(pairs, key=lambda pair: int(pair[1]["step"])):
+                log(name, record)
 
     def save_checkpoint(self) -> None:
         """Writes everything that the rest of the run depends on."""

@@ -79,7 +79,7 @@ def make_step(runner, step):
     weights = torch.full((4 * 16,), 1 / 32, device=device)
     slots = torch.arange(2, device=device)
     rates = [torch.tensor([value] * 2, device=device) for value in (1e-2 / (step + 1), 0.0, 1.0, True)]
-    return [Pass([0, 1], slots, tokens[:, :-1], tokens[:, 1:], weights, 0.0, 0.0, [0] * 4, None, False)], Rates(*rates)
+    return [Pass([0, 1], slots, tokens[:, :-1], tokens[:, 1:], weights, 0.0, 0.0, [0] * 4, 0.0, False)], Rates(*rates)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -69,11 +69,15 @@ def test_a_grid_trains_every_setting_and_goes_on_where_it_stopped(base_folder, t
     again = json.loads(capsys.readouterr().out)
     assert again["points"] == report["points"]
     assert len(kept.read_text().splitlines()) == len(lines)
+    assert cli.run([str(a) for a in [*arguments, "--set", "train.steps=2"]]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert len(other["points"]) == len(report["points"])
+    assert other["points"] != report["points"], "points of other settings are not taken for these"
 
 
 def test_settings_are_ranked_by_their_worst_domain():
     def point(domain, rate, perplexity, targets="all"):
-        return Point(domain, targets, 8, rate, 100.0, perplexity, 1)
+        return Point("", domain, targets, 8, rate, 100.0, perplexity, 1)
 
     points = [point("a", 1e-3, 10.0), point("b", 1e-3, 30.0), point("a", 2e-3, 11.0), point("b", 2e-3, 20.0)]
     points.append(point("a", 1e-4, 1.0, "full"))

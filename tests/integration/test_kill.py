@@ -23,7 +23,7 @@ from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_text
 from tests.unit.training.test_trainer import make_recipe
 
-POINTS = 48
+POINTS = 44
 MOMENTS = [
     (os, "fsync"), (os, "replace"), (os, "rename"), (os, "unlink"), (os, "mkdir"), (StepRunner, "compute_gradients"),
     (SlotAdamW, "step"), (Trainer, "_validate"), (RunFolder, "append_metrics"), (RunFolder, "save"),
@@ -35,7 +35,7 @@ VOLATILE = ("seconds", "memory_bytes")
 def recipes(base_folder, text_file, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(make_text(60, seed=7, words="le chat et le chien dans la pluie"))
-    common = {"checkpoint_every": 2, "validate_every": 3, "sample_tokens": 4}
+    common = {"checkpoint_every": 2, "validate_every": 3, "sample_tokens": 2}
     return [
         make_recipe(base_folder, text_file, "one", steps=6, lora={"dropout": 0.2}, **common),
         make_recipe(base_folder, other, "two", steps=5, neftune_alpha=5, micro_batch_tokens=32, **common),

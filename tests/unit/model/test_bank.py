@@ -105,6 +105,16 @@ def test_reading_a_slot_gives_back_what_was_loaded(base, layout):
             assert read.updates[site].scale == update.scale
 
 
+def test_what_was_read_does_not_follow_the_bank(base):
+    bank = open_bank(base, [make_adapter(base.config, 1, LoraSettings(rank=1))], "training")
+    before = bank.read(0)
+    kept = {site: (update.a.clone(), update.b.clone()) for site, update in before.updates.items()}
+    bank.flat.add_(5)
+    assert all(
+        torch.equal(u.a, kept[site][0]) and torch.equal(u.b, kept[site][1]) for site, u in before.updates.items()
+    )
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(base):
     bank = open_bank(base, [make_adapter(base.config)])
     before = bank.flat.clone()

@@ -11,12 +11,15 @@ from lora_gpt2.model.base import load_base
 from lora_gpt2.model.gpt2 import GPT2, parse_config
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import build_recipe
+from lora_gpt2.training import memory
 from lora_gpt2.training.domain import Domain
 from lora_gpt2.training.memory import (
     CPU_RESERVE,
+    count_pass_tokens,
     estimate_memory,
     fit_recipes,
     list_changes,
+    measure_budget,
     memory_errors_as_ours,
 )
 from lora_gpt2.training.plan import _random_data, plan_run
@@ -91,7 +94,7 @@ def test_what_fits_is_chosen_from_the_fastest_on(wide_folder):
         if fitting is None:
             break
         assert estimate_memory(config, fitting, FLOAT32).peak <= budget
-        change = list_changes(recipe, fitting[0])
+        change = list_changes([recipe], fitting)
         if change not in seen:
             seen.append(change)
     else:
@@ -135,3 +138,30 @@ def test_weights_are_counted_exactly(wide_folder):
         model = GPT2(config)
     estimated = estimate_memory(config, [make_recipe(wide_folder)], FLOAT32)
     assert estimated.weights == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_recipes_that_do_not_share_passes_are_counted_apart_and_keep_what_they_ask_for(wide_folder):
+    config = parse_config(json.loads((wide_folder / "config.json").read_text()), "")
+    small = make_recipe(wide_folder, "small", micro_batch_tokens=1024)
+    large = make_recipe(wide_folder, "large", micro_batch_tokens=4096, neftune_alpha=5)
+    together = estimate_memory(config, [small, large], FLOAT32)
+    assert together == estimate_memory(config, [large, small], FLOAT32)
+    assert together.activations == estimate_memory(config, [large], FLOAT32).activations
+    assert fit_recipes(config, [small, large], FLOAT32, together.peak) == [small, large]
+    less = fit_recipes(config, [small, large], FLOAT32, together.peak - 1)
+    assert [r.train.micro_batch_tokens for r in less] == [1024, 2048]
+
+
+def test_a_pass_may_be_larger_once_a_slot_has_stopped(wide_folder):
+    five = [make_recipe(wide_folder, f"r{k}", micro_batch_tokens=1024, batch_tokens=512) for k in range(5)]
+    assert count_pass_tokens(five) == 1024  # four slots take two rows each, five take one
+
+
+def test_a_containers_limit_is_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    without = measure_budget(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("200000000\n")
+    (tmp_path / "memory.current").write_text("50000000\n")
+    assert measure_budget(torch.device("cpu")) == 150_000_000 < without
+    (tmp_path / "memory.max").write_text("max\n")
+    assert measure_budget(torch.device("cpu")) > 150_000_000
