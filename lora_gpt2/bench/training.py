@@ -32,7 +32,7 @@ from lora_gpt2.model.lora import build_adapter, build_ranks
 from lora_gpt2.model.runtime import DTYPES, Runtime, choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.store.interop import to_peft
-from lora_gpt2.training.step import Pass, Rates, StepRunner
+from lora_gpt2.training.step import WARM_UP, Pass, Rates, StepRunner
 from lora_gpt2.training.world import World
 
 SIZES = {"S": (768, 12, 12), "M": (1024, 24, 16), "L": (1280, 36, 20), "XL": (1600, 48, 25)}
@@ -58,6 +58,11 @@ class Spec:
     checkpointing: bool
     quantize: str
     slots: int
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before the clock starts: one, or as many as it takes until a GPU replays them."""
+        return WARM_UP + 1 if self.device == "cuda" else 1
 
     @property
     def lora(self) -> LoraSettings:
@@ -171,10 +176,10 @@ def _build_base(size: str, work: Path, reporter: Reporter) -> Path:
 
 
 def _write_inputs(spec: Spec, config: GPT2Config) -> None:
-    """Saves tokens `[steps, rows, time]`, drawn by Zipf's law, and the adapter that both sides start from."""
+    """Saves tokens `[warm-up and steps, rows, time]`, drawn by Zipf's law, and the adapter that all start from."""
     generator = np.random.default_rng(0)
     shares = 1 / np.arange(1, config.vocab_size + 1)
-    shape = (spec.steps + 1, spec.rows, spec.time)
+    shape = (spec.warm_up + spec.steps, spec.rows, spec.time)
     tokens = generator.choice(config.vocab_size, size=shape, p=shares / shares.sum())
     np.save(Path(spec.work) / "tokens.npy", tokens.astype(np.int64))
     adapter = Path(spec.work) / "adapter"
@@ -187,10 +192,9 @@ def _write_lengths(spec: Spec, lines: Path) -> None:
     """Saves how many tokens the lines of a file have, for as many rows as will be trained on."""
     tokenizer = load_base_tokenizer(spec.folder)
     texts = [line for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
-    lengths = [
-        min(spec.time, max(2, len(ids))) for ids in tokenizer.encode_batch(texts[: (spec.steps + 1) * spec.rows])
-    ]
-    np.save(Path(spec.work) / "lengths.npy", np.resize(lengths, (spec.steps + 1) * spec.rows))
+    num_rows = (spec.warm_up + spec.steps) * spec.rows
+    lengths = [min(spec.time, max(2, len(ids))) for ids in tokenizer.encode_batch(texts[:num_rows])]
+    np.save(Path(spec.work) / "lengths.npy", np.resize(lengths, num_rows))
 
 
 def _run_child(name: str, spec: Spec) -> Side:
@@ -230,11 +234,16 @@ def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
     runner = StepRunner(base.model, bank, None, None, World())
     each_slot = [torch.tensor([value] * slots, device=device) for value in (LEARNING_RATE, 0.0, 1.0, True)]
     weights = torch.full((slots * spec.rows * spec.time,), 1 / (spec.rows * (spec.time - 1)), device=device)
-    losses, first = [], 0.0
+    losses: list[torch.Tensor] = []
+    first = 0.0
     for step, rows in enumerate(tokens):
         inputs = rows.repeat(slots, 1)
         if step == 1:
-            first, began = time.monotonic() - started, time.monotonic()
+            losses[0].item()
+            first = time.monotonic() - started
+        if step == spec.warm_up:
+            losses[-1].item()  # waits for the device
+            began = time.monotonic()
         targets = torch.full_like(inputs, IGNORE)
         targets[:, :-1] = inputs[:, 1:]
         each = Pass(
@@ -258,11 +267,13 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
 
         def __init__(self) -> None:
             self.losses: list[float] = []
-            self.began = self.ended = 0.0
+            self.first = self.began = self.ended = 0.0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             self.ended = time.monotonic()
-            self.began = self.began or self.ended
+            self.first = self.first or self.ended
+            if state.global_step == spec.warm_up:
+                self.began = self.ended
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
             if logs and "loss" in logs:
@@ -280,7 +291,7 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
     if name == "notebook":
         lengths = np.load(Path(spec.work) / "lengths.npy").tolist()
         rows = [_pad(row, length) for row, length in zip(tokens.flatten(0, 1), lengths, strict=True)]
-        counted = sum(lengths[spec.rows :])
+        counted = sum(lengths[spec.warm_up * spec.rows :])
     arguments = TrainingArguments(
         output_dir=str(Path(spec.work) / "out"), per_device_train_batch_size=spec.rows, max_steps=len(tokens),
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
@@ -290,7 +301,7 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
     )  # fmt: skip
     watch = Watch()
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[watch]).train()
-    return _figures(spec, counted, watch.ended - watch.began, watch.began - started, watch.losses)
+    return _figures(spec, counted, watch.ended - watch.began, watch.first - started, watch.losses)
 
 
 def _pad(row: torch.Tensor, length: int) -> dict[str, torch.Tensor]:

@@ -9,12 +9,14 @@ import click
 
 from lora_gpt2.commands.shared import (
     base_option,
+    data_option,
     emit,
     format_bytes,
     format_seconds,
     format_table,
     json_option,
     memory_option,
+    recipes_argument,
     set_option,
 )
 from lora_gpt2.core.console import Reporter
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("recipes", nargs=-1, type=click.Path(path_type=Path), metavar="[RECIPE]...")
-@click.option("--data", multiple=True, metavar="SOURCE", help="File, folder or glob of text; repeatable.")
+@recipes_argument
+@data_option
 @base_option
 @memory_option
 @click.option("--probe/--no-probe", default=True, help="Time two steps on random tokens.  [default: probe]")

@@ -19,6 +19,8 @@ MEMORY_UNITS = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one JSON document on stdout.")
+recipes_argument = click.argument("recipes", nargs=-1, type=click.Path(path_type=Path), metavar="[RECIPE]...")
+data_option = click.option("--data", multiple=True, metavar="SOURCE", help="File, folder or glob of text; repeatable.")
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting, such as train.steps=300."
 )

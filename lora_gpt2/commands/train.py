@@ -10,6 +10,7 @@ import click
 
 from lora_gpt2.commands.shared import (
     base_option,
+    data_option,
     emit,
     format_bytes,
     format_seconds,
@@ -17,6 +18,7 @@ from lora_gpt2.commands.shared import (
     json_option,
     memory_option,
     name_store,
+    recipes_argument,
     set_option,
     store_option,
 )
@@ -26,8 +28,8 @@ from lora_gpt2.store.catalog import Store
 
 
 @click.command("train")
-@click.argument("recipes", nargs=-1, type=click.Path(path_type=Path), metavar="[RECIPE]...")
-@click.option("--data", multiple=True, metavar="SOURCE", help="File, folder or glob of text; repeatable.")
+@recipes_argument
+@data_option
 @click.option("--name", metavar="N", help="Name of the adapter; else the recipe's, else the first file's.")
 @base_option
 @set_option

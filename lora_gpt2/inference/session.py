@@ -15,7 +15,7 @@ import torch
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.lora import Adapter, merge_ranks
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 
@@ -105,10 +105,7 @@ class Session:
         self._bank = bank
 
     def _build_bank(self) -> AdapterBank:
-        ranks: dict[str, int] = {}
-        for slot in self._slots:
-            for site, rank in slot.adapter.ranks.items():
-                ranks[site] = max(rank, ranks.get(site, 0))
+        ranks = merge_ranks(slot.adapter.ranks for slot in self._slots)
         room = len(self._slots) if self._bank is None else 2 * len(self._slots)
         return AdapterBank(self.base.config, ranks, room, "inference", self.base.model.wte.weight)
 

@@ -9,7 +9,7 @@ Adapting only some of q, k and v of rank r is exactly a c_attn update of rank nÂ
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,15 @@ def build_ranks(config: GPT2Config, settings: LoraSettings) -> dict[str, int]:
     ranks = {plan.target: plan.rank for plan in plan_targets(config, settings)}
     sites = list_sites(config)[settings.first_layer * len(TARGETS) :]
     return {site: ranks[target_of(site)] for site in sites if target_of(site) in ranks}
+
+
+def merge_ranks(each: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Returns the ranks of a bank that has room for all of these: the largest at each site."""
+    ranks: dict[str, int] = {}
+    for some in each:
+        for site, rank in some.items():
+            ranks[site] = max(rank, ranks.get(site, 0))
+    return ranks
 
 
 def build_adapter(config: GPT2Config, settings: LoraSettings, seed: int) -> Adapter:

@@ -63,17 +63,24 @@ class RunFolder:
         """True if a run was begun here."""
         return (self.path / "identity.json").exists()
 
-    def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Raises `MismatchError` that lists what differs from the run on disk."""
+    def check_identity(self, identity: Mapping[str, Any], free: Sequence[str] = ()) -> str:
+        """Returns what differs from the run on disk under `free`; raises `MismatchError` that lists all else."""
         try:
             found = json.loads((self.path / "identity.json").read_bytes())
         except (OSError, ValueError) as error:
             raise CorruptError(f"{self.path} holds no run to resume", "start it without --resume") from error
         flat_found, flat_wanted = _flatten(found), _flatten(json.loads(json.dumps(identity)))
         different = sorted(k for k in flat_found | flat_wanted if flat_found.get(k) != flat_wanted.get(k))
-        if different:
-            changes = "; ".join(f"{k}: {flat_found.get(k)} then, {flat_wanted.get(k)} now" for k in different[:8])
-            raise MismatchError(f"the run to resume differs: {changes}", "restore these, or start without --resume")
+        allowed = [key for key in different if key.partition(".")[0] in free]
+        refused = [key for key in different if key not in allowed]
+
+        def describe(keys: Sequence[str]) -> str:
+            return "; ".join(f"{k}: {flat_found.get(k)} then, {flat_wanted.get(k)} now" for k in keys[:8])
+
+        if refused:
+            text = f"the run to resume differs: {describe(refused)}"
+            raise MismatchError(text, "restore these, or start without --resume")
+        return describe(allowed)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes a checkpoint and drops all but the newest two."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.prepared import PreparedData
@@ -15,7 +15,7 @@ from lora_gpt2.training.batches import BlockOrder
 
 LEAST_VALIDATION = 4096
 SHARED_SETTINGS = ("lora.dropout", "train.label_smoothing", "train.neftune_alpha", "train.gradient_checkpointing")
-ONE_FOR_ALL = ("base", "train.precision", "train.quantize")
+ONE_FOR_ALL = ("base", "data.block_size", "train.precision", "train.quantize")
 
 
 def check_together(recipes: Sequence[Recipe]) -> None:
@@ -42,8 +42,15 @@ def _get(recipe: Recipe, key: str) -> Any:
 
 @dataclass
 class Domain:
-    """One slot: its recipe, its blocks, and how far it has come."""
+    """One slot: its recipe, its blocks, and how far it has come: what `PROGRESS` names goes into checkpoints.
 
+    `waited` counts validations without a new best, `num_written` the records that are in the metrics file.
+    """
+
+    PROGRESS: ClassVar[tuple[str, ...]] = (
+        "best_nll", "best_step", "last_step", "train_tokens", "waited", "num_skipped", "skipped_in_a_row", "stopped",
+        "failure", "records",
+    )  # fmt: skip
     name: str
     recipe: Recipe
     data: PreparedData
@@ -71,11 +78,6 @@ class Domain:
         self.validate_every = settings.validate_every or max(1, self.num_steps // 10)
         trained = self.num_steps * rows * self.recipe.data.block_size
         self.validation_tokens = min(settings.validation_tokens, max(LEAST_VALIDATION, trained // 20))
-
-    PROGRESS = (
-        "best_nll", "best_step", "last_step", "train_tokens", "waited", "num_skipped", "skipped_in_a_row", "stopped",
-        "failure", "records",
-    )  # fmt: skip
 
     def is_active(self, step: int) -> bool:
         """True if the slot trains in the step after `step`."""

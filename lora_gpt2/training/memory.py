@@ -3,8 +3,8 @@
 What autograd keeps is known exactly (`model/fused.py`): per token and block the input of each norm, q, k and v, the
 attention's output and the MLP's inner values, ten widths in all, and the rank-wide products. The peak is the larger of
 two moments: the loss (one chunk of logits beside everything kept) and the backward pass through the last MLP (the
-residual's gradient, and the inner one before and after GELU). Checked
-against the allocator's own count in the tests. Figures in bytes.
+residual's gradient, and the inner one before and after GELU). Checked against the allocator's own count in the tests.
+Figures in bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.gpt2 import GPT2Config
-from lora_gpt2.model.lora import build_ranks, plan_targets, target_of
+from lora_gpt2.model.lora import build_ranks, merge_ranks, plan_targets, target_of
 from lora_gpt2.model.loss import rows_per_chunk
 from lora_gpt2.model.quantize import bytes_per_weight
 from lora_gpt2.model.runtime import Runtime
@@ -55,7 +55,7 @@ class Memory:
 def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime) -> Memory:
     """Returns the memory of training these recipes together on a base of this shape."""
     settings, item = recipes[0].train, runtime.dtype.itemsize
-    ranks = _merge_ranks(config, recipes)
+    ranks = merge_ranks(build_ranks(config, recipe.lora) for recipe in recipes)
     parameters = len(recipes) * sum(r * sum(config.shape_of(target_of(site))) for site, r in ranks.items())
     copies = item if item != 4 else 0
     buffers = BUFFERS + any(r.train.lora_plus_ratio > 1 for r in recipes)
@@ -76,15 +76,6 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     if runtime.device.type == "cuda":
         reserve = CUDA_RESERVE + int(FRAGMENTATION * sum(parts.values()))
     return Memory(**parts, reserve=reserve)
-
-
-def _merge_ranks(config: GPT2Config, recipes: Sequence[Recipe]) -> dict[str, int]:
-    """Returns the bank's rank at each site: the largest of the recipes'."""
-    ranks: dict[str, int] = {}
-    for recipe in recipes:
-        for site, rank in build_ranks(config, recipe.lora).items():
-            ranks[site] = max(rank, ranks.get(site, 0))
-    return ranks
 
 
 def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], item: int) -> tuple[int, int]:

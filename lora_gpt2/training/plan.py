@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None =
     speed = _measure_speed(chosen, runtime, reporter) if probe and fitting is not None else None
     tokens = None
     if data is not None or all(recipe.train.steps for recipe in chosen):
-        blocks = data or [_random_data(recipe, config.vocab_size) for recipe in chosen]
+        blocks = data or [build_random_data(recipe, config.vocab_size) for recipe in chosen]
         domains = [Domain(recipe.name, recipe, each) for recipe, each in zip(chosen, blocks, strict=True)]
         tokens = sum(d.num_steps * d.order.rows * d.recipe.data.block_size for d in domains)
     return Plan(
@@ -123,7 +124,7 @@ def _measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Report
     warm_up = WARM_UP + 1 if runtime.device.type == "cuda" else 1
     num_steps = warm_up + PROBE_STEPS
     short = [r.model_copy(update={"train": r.train.model_copy(update={"steps": num_steps})}) for r in recipes]
-    domains = [Domain(r.name, r, _random_data(r, base.config.vocab_size)) for r in short]
+    domains = [Domain(r.name, r, build_random_data(r, base.config.vocab_size)) for r in short]
     trainer = Trainer(base, domains, reporter)
     slots = list(range(len(domains)))
     with reporter.task("probing", num_steps, "steps") as task:
@@ -136,8 +137,9 @@ def _measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Report
     return PROBE_STEPS * tokens / (time.monotonic() - started)
 
 
-def _random_data(recipe: Recipe, vocab_size: int) -> PreparedData:
+def build_random_data(recipe: Recipe, vocab_size: int) -> PreparedData:
+    """Returns random tokens, enough for one step, in the place of text."""
     tokens = recipe.train.batch_tokens + recipe.data.block_size
     stream = np.random.default_rng(0).integers(0, vocab_size, tokens + 1).astype(np.uint32)
     blocks = TokenBlocks(stream, recipe.data.block_size)
-    return PreparedData(find_base(recipe.base), "", blocks, blocks, blocks, {})
+    return PreparedData(Path(), "", blocks, blocks, blocks, {})

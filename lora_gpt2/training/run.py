@@ -35,6 +35,8 @@ from lora_gpt2.training.trainer import Trainer
 from lora_gpt2.training.verdict import judge_curve, judge_forgetting
 from lora_gpt2.training.world import World, join_world
 
+PASSES = "passes"
+
 
 @dataclass(frozen=True)
 class AdapterReport:
@@ -119,7 +121,8 @@ def _train_locked(
             trained = trainer.train(stop, log)
         if not world.is_first:
             return TrainReport([])
-        reports = [_publish(store, base, outcome, resume) for outcome in trained]
+        general = measure_general(base).perplexity
+        reports = [_publish(store, base, outcome, general, resume) for outcome in trained]
     if failures := trainer.describe_failures():
         kept = ", ".join(f"{report.name}@{report.version}" for report in reports)
         raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
@@ -131,14 +134,17 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     if not run.exists():
         reporter.message("there is no run to resume: starting anew")
         return False
-    run.check_identity(identity)
+    if different := run.check_identity(identity, free=(PASSES,)):
+        reporter.message(f"equal to rounding only, because passes differ: {different}")
     return True
 
 
 def _identify_run(base: Base, domains: Sequence[Domain], world: World) -> dict[str, Any]:
-    """Returns everything that decides the numbers of a run beyond rounding."""
-    irrelevant = {"checkpoint_every", "trackers", "micro_batch_tokens", "gradient_checkpointing"}
+    """Returns everything that decides the numbers of a run; what is under `PASSES` only by rounding."""
+    of_passes = {"micro_batch_tokens", "gradient_checkpointing"}
+    irrelevant = {"checkpoint_every", "trackers", *of_passes}
     return {
+        PASSES: {d.name: d.recipe.train.model_dump(mode="json", include=of_passes) for d in domains},
         "order": [d.name for d in domains],
         "base": base.fingerprint,
         "dtype": base.runtime.dtype_name,
@@ -155,23 +161,23 @@ def _identify_run(base: Base, domains: Sequence[Domain], world: World) -> dict[s
     }
 
 
-def _publish(store: Store, base: Base, outcome: TrainedAdapter, resumed: bool) -> AdapterReport:
+def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: float, resumed: bool) -> AdapterReport:
     """Publishes an adapter, unless a run that was interrupted afterwards has done so already."""
     domain, adapter = outcome.domain, outcome.adapter
     if resumed and (version := _find_published(store, base, outcome)):
         return _report_published(store, f"{domain.name}@{version}")
     session = Session(base)
     session.add({domain.name: adapter})
-    general, base_general = measure_general(base, session.for_rows(((domain.name, 1.0),))), measure_general(base)
+    general = measure_general(base, session.for_rows(((domain.name, 1.0),))).perplexity
     report = AdapterReport(
         name=domain.name, version=0, steps=domain.last_step, best_step=domain.best_step,
         train_tokens=domain.train_tokens, base_perplexity=math.exp(min(outcome.base_nll, 700)),
         validation_perplexity=math.exp(min(outcome.validation_nll, 700)),
-        base_general_perplexity=base_general.perplexity, general_perplexity=general.perplexity,
+        base_general_perplexity=base_general, general_perplexity=general,
         tokens_per_second=domain.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device), seconds=outcome.seconds,
         verdict=judge_curve(domain.records, domain.num_steps),
-        forgetting=judge_forgetting(base_general.perplexity, general.perplexity),
+        forgetting=judge_forgetting(base_general, general),
     )  # fmt: skip
     figures = {key: value for key, value in vars(report).items() if key not in ("name", "version")}
     figures["trained_parameters"] = count_parameters(base.config, domain.recipe.lora)

@@ -25,7 +25,7 @@ from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.gpt2 import ActiveAdapters
-from lora_gpt2.model.lora import Adapter, build_adapter, plan_targets
+from lora_gpt2.model.lora import Adapter, build_adapter, merge_ranks, plan_targets
 from lora_gpt2.model.loss import measure_nll
 from lora_gpt2.model.runtime import measure_peak_memory
 from lora_gpt2.training.checkpoint import RunFolder
@@ -54,11 +54,11 @@ class _Launched:
 class Trainer:
     """Trains the domains' adapters over `base`; see the module's docstring.
 
-    `sampler(base, domain, adapter)` returns a text to keep with each validation. `lookahead` is how many steps Python
-    may be ahead of the device.
+    The domains' recipes must have passed `check_together`. `sampler(base, domain, adapter)` returns a text to keep
+    with each validation. `lookahead` is how many steps Python may be ahead of the device.
 
     Raises:
-        UsageError: the domains' block sizes differ, or exceed the base's context, or there is nothing to adapt.
+        UsageError: the block size exceeds the base's context, or there is nothing to adapt.
     """
 
     def __init__(
@@ -74,13 +74,15 @@ class Trainer:
         self.world, self.sampler = world or World(), sampler
         self.device = base.model.wte.weight.device
         self.lookahead = 1 if self.device.type == "cuda" else 0
-        self.block_size = self._check_sizes()
+        self.block_size = domains[0].recipe.data.block_size
+        if self.block_size > base.config.context:
+            raise UsageError(
+                f"data.block_size {self.block_size} exceeds the context of '{base.name}', {base.config.context}",
+                f"use --set data.block_size={base.config.context}",
+            )
         plans = [plan_targets(base.config, domain.recipe.lora) for domain in domains]
         adapters = [build_adapter(base.config, d.recipe.lora, d.recipe.train.seed) for d in domains]
-        ranks: dict[str, int] = {}
-        for adapter in adapters:
-            for site, rank in adapter.ranks.items():
-                ranks[site] = max(rank, ranks.get(site, 0))
+        ranks = merge_ranks(adapter.ranks for adapter in adapters)
         self.bank = AdapterBank(base.config, ranks, len(domains), "training", base.model.wte.weight)
         for slot, adapter in enumerate(adapters):
             self.bank.load(slot, adapter)
@@ -91,18 +93,6 @@ class Trainer:
         self.launched: list[_Launched] = []
         self.step = 0
         self.seconds = 0.0
-
-    def _check_sizes(self) -> int:
-        sizes = {domain.recipe.data.block_size for domain in self.domains}
-        if len(sizes) > 1:
-            raise UsageError("recipes trained together need one data.block_size", "make them equal, or train apart")
-        context = self.base.config.context
-        if (size := sizes.pop()) > context:
-            raise UsageError(
-                f"data.block_size {size} exceeds the context of '{self.base.name}', {context}",
-                f"use --set data.block_size={context}",
-            )
-        return size
 
     @property
     def total_steps(self) -> int:
@@ -130,9 +120,8 @@ class Trainer:
                     self._settle(0)
                     self._write_metrics(log)
                     self.save_checkpoint()
-                stop.raise_if_asked(
-                    f"step {self.step} is kept; 'train' with the same recipes and --resume goes on", asked
-                )
+                kept = f"step {self.step} is kept; 'train' with the same recipes and --resume goes on"
+                stop.raise_if_asked(kept if self.run else "this training keeps no checkpoints", asked)
         self._settle(0)
         self._write_metrics(log)
         healthy = [slot for slot, domain in enumerate(self.domains) if not domain.failure]

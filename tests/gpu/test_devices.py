@@ -14,7 +14,7 @@ from lora_gpt2.model.runtime import Runtime, choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, build_recipe
 from lora_gpt2.training.domain import Domain
 from lora_gpt2.training.memory import estimate_memory
-from lora_gpt2.training.plan import _random_data
+from lora_gpt2.training.plan import build_random_data
 from lora_gpt2.training.step import Pass, Rates, StepRunner
 from lora_gpt2.training.trainer import Trainer
 from lora_gpt2.training.world import World
@@ -105,7 +105,6 @@ def test_a_step_on_the_device_equals_one_on_the_cpu(base_folder, device):
 
 @pytest.mark.parametrize(("kind", "least"), [("int8", 0.99), ("nf4", 0.6)])
 def test_quantised_bases_train_on_the_device(base_folder, device, kind, least):
-    pytest.importorskip("bitsandbytes")
     exact, near = make_runner(base_folder, device), make_runner(base_folder, device, torch.float32, kind)
     for runner in (exact, near):
         runner.compute_gradients(make_step(runner, 0)[0])
@@ -119,7 +118,7 @@ def test_the_planned_memory_is_the_devices(tmp_path, device, checkpointing):
     base = load_base(str(folder), Runtime(device, torch.float32))
     estimated = estimate_memory(base.config, [recipe], base.runtime)
     if device.type == "cuda":
-        trainer = Trainer(base, [Domain("one", recipe, _random_data(recipe, base.config.vocab_size))], None)
+        trainer = Trainer(base, [Domain("one", recipe, build_random_data(recipe, base.config.vocab_size))], None)
         torch.cuda.reset_peak_memory_stats()
         trainer.run_step([0])
         found = torch.cuda.max_memory_allocated()

@@ -12,7 +12,6 @@ from lora_gpt2.recipe import LoraSettings
 from tests.builders import make_text
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_both_sides_learn_the_same_and_every_figure_is_there(base_folder, tmp_path, reporter):
     lines = tmp_path / "lines.txt"
     lines.write_text("the cat\nand the dog\n\nsun\n")

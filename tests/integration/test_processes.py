@@ -4,14 +4,11 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 from safetensors.torch import load
 
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import WEIGHTS
-
-pytest.importorskip("accelerate", reason="several processes need accelerate (extra train-extras)")
 
 
 def launch(num_processes, folder, base_folder, text_file, *arguments):

@@ -6,17 +6,14 @@ import torch
 from lora_gpt2.core.errors import MismatchError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.fused import TrainingRows
-from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter, plan_targets
+from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter, merge_ranks, plan_targets
 from lora_gpt2.model.loss import chunked_cross_entropy
 from lora_gpt2.recipe import LoraSettings
 from tests.builders import make_adapter
 
 
 def open_bank(base, adapters, layout="inference", num_slots=None):
-    ranks = {}
-    for adapter in adapters:
-        for site, rank in adapter.ranks.items():
-            ranks[site] = max(rank, ranks.get(site, 0))
+    ranks = merge_ranks(adapter.ranks for adapter in adapters)
     bank = AdapterBank(base.config, ranks, num_slots or len(adapters), layout, base.model.wte.weight)
     for slot, adapter in enumerate(adapters):
         bank.load(slot, adapter)

@@ -19,7 +19,6 @@ from tests.builders import make_base_folder
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 KINDS = {"int8": 0.02, "nf4": 0.15}
-pytest.importorskip("bitsandbytes", reason="the quantised bases need bitsandbytes (extra train-extras)")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from lora_gpt2.training.memory import (
     measure_budget,
     memory_errors_as_ours,
 )
-from lora_gpt2.training.plan import _random_data, plan_run
+from lora_gpt2.training.plan import build_random_data, plan_run
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_base_folder
 
@@ -34,16 +34,16 @@ def wide_folder(tmp_path_factory):
     return make_base_folder(tmp_path_factory.mktemp("bases") / "wide", layers=4, width=128, heads=4, context=256)
 
 
-def make_recipe(folder, name="one", rank=8, quantize="none", **train):
+def make_recipe(folder, name="one", rank=8, quantize="none", lora=None, **train):
     return build_recipe(
-        {"name": name, "base": str(folder), "data": {"block_size": 128}, "lora": {"rank": rank},
+        {"name": name, "base": str(folder), "data": {"block_size": 128}, "lora": {"rank": rank, **(lora or {})},
          "train": {"steps": 3, "batch_tokens": 4096, "precision": "float32", "quantize": quantize, **train}}, "test",
     )  # fmt: skip
 
 
 def measure_peak(base, recipes):
     """Returns the most bytes that a step holds beyond what was there before it, as the CPU allocator counts."""
-    domains = [Domain(r.name, r, _random_data(r, base.config.vocab_size)) for r in recipes]
+    domains = [Domain(r.name, r, build_random_data(r, base.config.vocab_size)) for r in recipes]
     trainer = Trainer(base, domains, None)
     slots = list(range(len(domains)))
     trainer.run_step(slots)
@@ -58,6 +58,7 @@ def measure_peak(base, recipes):
     optimizer = trainer.runner.optimizer
     buffers = (trainer.bank.flat, trainer.runner.gradient, trainer.best, optimizer.mean, optimizer.square)
     held += sum(t.numel() * t.element_size() for t in buffers)
+    held += sum(t.numel() * 4 for t in (trainer.runner.mask, trainer.runner.boost) if t is not None)
     copies = trainer.bank.compute
     return peak + held + (copies.numel() * copies.element_size() if copies is not trainer.bank.flat else 0)
 
@@ -71,6 +72,12 @@ def measure_peak(base, recipes):
         (1, torch.bfloat16, {}),
         (3, torch.float32, {"batch_tokens": 1024, "micro_batch_tokens": 3072}),
         (1, torch.float32, {"quantize": "int8"}),
+        (1, torch.float32, {"quantize": "nf4"}),
+        (1, torch.float32, {"neftune_alpha": 5}),
+        (1, torch.float32, {"lora_plus_ratio": 4, "batch_tokens": 128, "rank": 64}),
+        (1, torch.float32, {"lora": {"dropout": 0.1}}),
+        (1, torch.float32, {"lora": {"first_layer": 2}}),
+        (1, torch.float32, {"lora": {"targets": ["c_attn.q", "c_attn.v"]}}),
         (1, torch.float32, {"batch_tokens": 128, "rank": 64}),
     ],
 )

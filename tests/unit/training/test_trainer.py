@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from lora_gpt2.core.errors import (
     ConflictError,
@@ -265,6 +266,19 @@ def test_resuming_with_other_settings_is_refused_by_name(
     key = next(iter(change), "data")
     assert (next(iter(change["lora"])) if key == "lora" else key) in caught.value.message
     assert "then" in caught.value.message
+
+
+def test_passes_of_another_size_may_go_on_and_it_is_said(base_folder, text_file, store, reporter, monkeypatch):
+    said = []
+    monkeypatch.setattr(type(reporter), "message", lambda self, text: said.append(text))
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(run_module, "catch_signals", lambda: _stopped())
+        train_recipes([make_recipe(base_folder, text_file)], store, reporter)
+    train_recipes([make_recipe(base_folder, text_file, micro_batch_tokens=16)], store, reporter, resume=True)
+    assert any("rounding only" in text and "micro_batch_tokens: 64 then, 16 now" in text for text in said)
+    train_recipes([make_recipe(base_folder, text_file, "whole")], store, reporter)
+    one, other = (load(weights_of(store, name)) for name in ("one", "whole"))
+    assert all(torch.allclose(one[key], tensor, atol=2e-5) for key, tensor in other.items())
 
 
 class _stopped:
