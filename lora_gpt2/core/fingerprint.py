@@ -27,3 +27,11 @@ def canonical_json(value: Any) -> bytes:
 def fingerprint_json(value: Any) -> str:
     """Returns the fingerprint of a JSON value."""
     return hashlib.sha256(canonical_json(value)).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of a JSON value under dotted keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix.rstrip("."): value}
+    return {k: v for key, item in items for k, v in flatten_json(item, f"{prefix}{key}.").items()}

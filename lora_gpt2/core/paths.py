@@ -12,12 +12,13 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_gpt2.core.errors import ConflictError, LoraGpt2Error, ResourceError, UsageError
+from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, ResourceError, UsageError
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED_NAMES = frozenset({"base", "all", "auto"})
@@ -89,14 +90,45 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file and makes its bytes durable, with the mode that the umask allows."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
+    """Returns the bytes of a plain file; a link, a pipe or a device is never followed or waited for.
+
+    Raises:
+        CorruptError: it is not a plain file, or larger than `max_bytes`.
+        OSError: it is missing or cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise CorruptError(f"{path} is a link, expected a plain file", "replace it by the file itself") from error
+    with open(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptError(f"{path} is not a plain file", "replace it by the file that belongs there")
+        if max_bytes is not None and found.st_size > max_bytes:
+            raise CorruptError(f"{path} has {found.st_size:,} bytes, expected at most {max_bytes:,}", "restore it")
+        return file.read()
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replaces a file as a whole and makes it durable, with the mode that the umask allows."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(partial, content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -156,3 +188,38 @@ def hold_lock(path: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def hold_shared(folder: Path) -> Iterator[bool]:
+    """Yields True while the folder is held against removal, False if it went away; works on read-only disks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        yield False
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing is removed there either
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        try:
+            found = os.stat(folder).st_ino == os.fstat(handle).st_ino
+        except FileNotFoundError:
+            found = False
+        yield found
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def hold_for_removal(folder: Path) -> Iterator[bool]:
+    """Yields True if nobody holds the folder, who then waits until this block ends; else False."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)

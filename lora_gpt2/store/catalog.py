@@ -1,7 +1,9 @@
 """Names, versions and manifests of a store, without torch: what `adapters list` needs and no more.
 
 <root>/<name>/CURRENT        the version in use, replaced atomically
-<root>/<name>/<version>/     immutable
+<root>/<name>/<version>/     immutable; whoever reads it holds it against removal
+<root>/.locks/               one lock per name, held by whoever changes it, released by the kernel
+<root>/.trash/               what was removed, until `gc` (see `store/changes.py`)
 """
 
 from __future__ import annotations
@@ -9,18 +11,30 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from lora_gpt2.core.errors import CorruptError, LoraGpt2Error, NotFoundError, UsageError
-from lora_gpt2.core.paths import check_name, fsync_dir, hold_lock, is_name, os_errors_as_ours, sync_tree, write_atomic
+from lora_gpt2.core.paths import (
+    check_name,
+    fsync_dir,
+    hold_lock,
+    hold_shared,
+    is_name,
+    os_errors_as_ours,
+    write_atomic,
+    write_file,
+)
 from lora_gpt2.recipe import suggest
 from lora_gpt2.store.manifest import MANIFEST, Manifest
+from lora_gpt2.store.version import pack_version, read_manifest
 
 PUBLISH_WAIT_SECONDS = 30.0  # a publication takes milliseconds; another one may be in front
+PIN_ATTEMPTS = 20  # each is lost only to a publication and a collection in between
+STAMP = "~"  # not in any name
+NEXT = ".next"  # the lowest number that the next version may have, once the highest version was removed
 
 
 @dataclass(frozen=True)
@@ -31,10 +45,12 @@ class Store:
 
     def list_names(self) -> list[str]:
         """Returns the names of all adapters that have a version in use; other folders are none of ours."""
-        if not self.root.is_dir():
+        try:
+            with os.scandir(self.root) as entries:
+                names = [entry.name for entry in entries if is_name(entry.name)]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        names = (entry.name for entry in os.scandir(self.root) if (self.root / entry.name / "CURRENT").is_file())
-        return sorted(name for name in names if is_name(name))
+        return sorted(name for name in names if os.path.isfile(os.path.join(self.root, name, "CURRENT")))
 
     def check_writable(self) -> None:
         """Raises `ResourceError` if nothing can be published here; asked before hours of training, not after."""
@@ -45,8 +61,8 @@ class Store:
 
     def list_versions(self, name: str) -> list[int]:
         """Returns an adapter's versions, oldest first."""
-        folder = self._adapter_dir(name)
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+        folder = self.folder_of(name)
+        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
 
     def iter_current(self) -> Iterator[Manifest | LoraGpt2Error]:
         """Yields the manifest of each adapter's version in use, or the error of one that is damaged."""
@@ -56,6 +72,27 @@ class Store:
             except LoraGpt2Error as error:
                 yield error
 
+    def read_current(self, name: str) -> int:
+        """Returns the number of the version in use.
+
+        Raises:
+            NotFoundError: there is no such adapter; the hint names the nearest.
+            CorruptError: CURRENT does not name a version.
+        """
+        path = self.folder_of(check_name(name)) / "CURRENT"
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            hint = suggest(name, self.list_names())
+            raise NotFoundError(f"there is no adapter '{name}' in {self.root}", hint) from error
+        except OSError as error:
+            raise CorruptError(f"{path} cannot be read", "see 'ls -l' of it") from error
+        wanted = content.removesuffix(b"\n")
+        if not content.endswith(b"\n") or not wanted.isdigit() or len(wanted) > 9:
+            hint = f"use 'adapters rollback {name} --to N', N one of {self.list_versions(name)}"
+            raise CorruptError(f"{path} names no version", hint)
+        return int(wanted)
+
     def resolve(self, reference: str) -> Path:
         """Returns the folder of `name` (the version in use) or `name@version`.
 
@@ -64,77 +101,106 @@ class Store:
             NotFoundError: there is no such adapter or version; the hint names the nearest.
             CorruptError: CURRENT does not name a version, or a link leads out of the store.
         """
-        name, _, wanted = reference.partition("@")
-        folder = self._adapter_dir(check_name(name))
-        if wanted and not wanted.isdecimal():
+        name, separator, wanted = reference.partition("@")
+        folder = self.folder_of(check_name(name))
+        if separator and not (wanted.isdecimal() and wanted.isascii() and len(wanted) <= 9):
             raise UsageError(f"'{reference}' is not an adapter", "write name or name@version, for example legal@2")
-        if not wanted:
-            try:
-                wanted = (folder / "CURRENT").read_text(encoding="ascii").strip()
-            except (FileNotFoundError, NotADirectoryError) as error:
-                hint = suggest(name, self.list_names())
-                raise NotFoundError(f"there is no adapter '{name}' in {self.root}", hint) from error
-            except (OSError, UnicodeDecodeError) as error:
-                raise CorruptError(f"{folder / 'CURRENT'} cannot be read", "see 'ls -l' of it") from error
-            if not wanted.isdecimal():
-                raise CorruptError(f"{folder / 'CURRENT'} names no version", f"write one of {self.list_versions(name)}")
-        version = folder / str(int(wanted))
+        version = folder / str(int(wanted) if separator else self.read_current(name))
         if not (version / MANIFEST).is_file():
+            if not separator and version.name not in map(str, self.list_versions(name)):
+                raise CorruptError(f"'{name}' uses version {version.name}, which is gone", f"adapters rollback {name}")
+            if not separator:
+                raise CorruptError(f"{version / MANIFEST} is missing", f"restore it, or adapters rollback {name}")
             raise NotFoundError(f"'{name}' has no version {wanted}", f"it has {self.list_versions(name) or 'none'}")
-        if not version.resolve().is_relative_to(self.root.resolve()):
+        is_linked = folder.is_symlink() or version.is_symlink()
+        if is_linked and not version.resolve().is_relative_to(self.root.resolve()):
             raise CorruptError(f"{version} leads out of the store", "remove the link")
         return version
 
+    @contextmanager
+    def pin(self, reference: str) -> Iterator[Path]:
+        """Yields the folder of a version, which nobody removes until the block ends; raises as `resolve`."""
+        for attempt in range(PIN_ATTEMPTS):
+            try:
+                folder = self.resolve(reference)
+            except CorruptError:
+                if "@" in reference or attempt == PIN_ATTEMPTS - 1:
+                    raise
+                continue  # CURRENT was read before, the folder looked for after a newer version took its place
+            with hold_shared(folder) as found:
+                if found:
+                    yield folder
+                    return
+        raise NotFoundError(f"'{reference}' was removed while it was opened", "see 'adapters list'")
+
     def read_manifest(self, reference: str) -> Manifest:
         """Returns the manifest of a version; raises `CorruptError` if it is not one, or not this version's."""
-        folder = self.resolve(reference)
-        return read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
+        with self.pin(reference) as folder:
+            return read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
 
-    def add_version(self, name: str, files: dict[str, bytes], make_manifest: Callable[[int], bytes]) -> int:
+    def add_version(self, name: str, files: Mapping[str, bytes], make_manifest: Callable[[int], Manifest]) -> int:
         """Publishes a new version and makes it the one in use; returns its number.
 
-        `make_manifest` gets that number and returns `manifest.json`. The version's folder appears whole or not at all;
+        `make_manifest` gets that number and returns the manifest. The version's folder appears whole or not at all;
         CURRENT follows. Concurrent publications get different numbers, and the last one is in use.
         """
-        folder = self._adapter_dir(check_name(name))
-        with os_errors_as_ours(f"publish '{name}' in {self.root}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            with hold_lock(folder / ".lock", f"the adapter '{name}'", PUBLISH_WAIT_SECONDS):
-                version = max(self.list_versions(name), default=0) + 1
-                work = folder / f".{version}.{os.getpid()}.partial"
-                try:
-                    for stale in folder.glob(".*.partial"):  # of processes that died: the lock is ours
-                        shutil.rmtree(stale, ignore_errors=True)
-                    work.mkdir()
-                    for file_name, content in files.items():
-                        (work / file_name).write_bytes(content)
-                    (work / MANIFEST).write_bytes(make_manifest(version))
-                    sync_tree(work)
-                    os.rename(work, folder / str(version))
-                finally:
-                    shutil.rmtree(work, ignore_errors=True)
-                self.use_version(name, version)
+        with self.change(name, f"publish '{name}' in {self.root}") as folder:
+            folder.mkdir(exist_ok=True)
+            version = self._next_version(name)
+            with self.new_folder(folder, str(version)) as work:
+                write_version(work, make_manifest(version), files)
+                os.rename(work, folder / str(version))
+            self.use_version(name, version)
         return version
 
     def use_version(self, name: str, version: int) -> None:
         """Puts a version in use."""
-        folder = self._adapter_dir(check_name(name))
+        folder = self.folder_of(check_name(name))
         with os_errors_as_ours(f"write to the store {self.root}"):
             fsync_dir(folder)
             write_atomic(folder / "CURRENT", f"{version}\n".encode())
             fsync_dir(self.root)
 
-    def _adapter_dir(self, name: str) -> Path:
+    @contextmanager
+    def change(self, name: str, action: str) -> Iterator[Path]:
+        """Yields an adapter's folder while nobody else changes it; `OSError` becomes ours, naming `action`."""
+        with os_errors_as_ours(action):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self._lock(check_name(name)):
+                yield self.folder_of(name)
+
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return hold_lock(self.root / ".locks" / name, f"the adapter '{name}'", PUBLISH_WAIT_SECONDS)
+
+    @contextmanager
+    def new_folder(self, parent: Path, label: str) -> Iterator[Path]:
+        """Yields an empty folder in `parent`, to be renamed by the block; the adapter's lock must be held.
+
+        What dead processes left there under this label goes.
+        """
+        for stale in parent.glob(f".{label}{STAMP}*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = parent / f".{label}{STAMP}{os.getpid()}.partial"
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def folder_of(self, name: str) -> Path:
+        """Returns where an adapter is, or would be."""
         return self.root / name
 
+    def _next_version(self, name: str) -> int:
+        after = max(self.list_versions(name), default=0) + 1
+        try:
+            return max(after, int((self.folder_of(name) / NEXT).read_bytes()))
+        except (FileNotFoundError, ValueError):
+            return after
 
-def read_manifest(folder: Path, expected: str) -> Manifest:
-    """Returns the manifest in a folder; raises `CorruptError` if it is damaged or not that of `expected`."""
-    path = folder / MANIFEST
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError, ValueError) as error:
-        raise CorruptError(f"{path} cannot be read", "restore the folder from a copy, or train again") from error
-    if manifest.reference != expected:
-        raise CorruptError(f"{path} is the manifest of {manifest.reference}", f"restore the one of {expected}")
-    return manifest
+
+def write_version(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+    """Writes a version's files, its card and its manifest into an empty folder, durably."""
+    for name, content in pack_version(manifest, files).items():
+        write_file(folder / name, content)
+    fsync_dir(folder)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CorruptError, MismatchError
-from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.core.fingerprint import fingerprint_json, flatten_json
 from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, write_atomic
 
 KEPT = 2
@@ -69,7 +69,7 @@ class RunFolder:
             found = json.loads((self.path / "identity.json").read_bytes())
         except (OSError, ValueError) as error:
             raise CorruptError(f"{self.path} holds no run to resume", "start it without --resume") from error
-        flat_found, flat_wanted = _flatten(found), _flatten(json.loads(json.dumps(identity)))
+        flat_found, flat_wanted = flatten_json(found), flatten_json(json.loads(json.dumps(identity)))
         different = sorted(k for k in flat_found | flat_wanted if flat_found.get(k) != flat_wanted.get(k))
         allowed = [key for key in different if key.partition(".")[0] in free]
         refused = [key for key in different if key not in allowed]
@@ -131,11 +131,3 @@ def open_run_folder(store_root: Path, names: list[str]) -> RunFolder:
     """Returns the folder for training these adapters into this store."""
     key = fingerprint_json([str(store_root.resolve()), sorted(names)])
     return RunFolder(find_cache_dir() / "runs" / key)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
-    if isinstance(value, list):
-        return {k: v for i, item in enumerate(value) for k, v in _flatten(item, f"{prefix}{i}.").items()}
-    return {prefix.rstrip("."): value}

@@ -46,7 +46,7 @@ def test_a_version_holds_the_agreed_files_with_their_hashes(base, store):
     for name, digest in manifest.files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     written = json.loads((folder / MANIFEST).read_text())
-    assert written["schema"] == 1
+    assert written["schema"] == 2
     assert written["base"]["fingerprint"] == base.fingerprint
     assert not [p for p in folder.parent.iterdir() if "partial" in p.name]
 
@@ -124,7 +124,7 @@ def test_broken_manifests_and_pointers_are_corrupt_not_crashes(base, store):
     publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
     path = store.resolve("law") / MANIFEST
     content = path.read_bytes()
-    for broken in (b"", b"{", b"{}", content.replace(b'"schema": 1', b'"schema": 2')):
+    for broken in (b"", b"{", b"{}", content.replace(b'"schema": 2', b'"schema": 3')):
         assert broken != content
         path.write_bytes(broken)
         with pytest.raises(CorruptError):

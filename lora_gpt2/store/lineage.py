@@ -1,0 +1,64 @@
+"""Where an adapter comes from, generation by generation, and how two differ on paper; never imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.fingerprint import flatten_json
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.manifest import Manifest, Parent
+
+MAX_GENERATIONS = 32
+
+
+def describe_lineage(store: Store, manifest: Manifest, generation: int = 0) -> dict[str, Any]:
+    """Returns a version's origin: how it was made, its text, and its parents', as far as this store knows them.
+
+    Keys: `reference`, `made`, `sources`, `data_fingerprint`, `parents` (each with `weight` and `found`, which is
+    where the parent's weights are now, or None).
+    """
+    parents = []
+    for parent in manifest.parents if generation < MAX_GENERATIONS else ():
+        found = find_parent(store, parent)
+        entry = describe_lineage(store, found, generation + 1) if found else {"reference": parent.reference}
+        parents.append({**entry, "weight": parent.weight, "found": found.reference if found else None})
+    return {
+        "reference": manifest.reference,
+        "made": manifest.made or {"by": "train"},
+        "sources": manifest.data.get("sources", []),
+        "data_fingerprint": manifest.data.get("fingerprint"),
+        "parents": parents,
+    }
+
+
+def find_parent(store: Store, parent: Parent) -> Manifest | None:
+    """Returns the version whose weights a parent names: under its name, or under another one."""
+    names = [parent.reference.partition("@")[0], *store.list_names()]
+    references = [parent.reference, *(f"{name}@{number}" for name in names for number in store.list_versions(name))]
+    for reference in references:
+        try:
+            manifest = store.read_manifest(reference)
+        except LoraGpt2Error:
+            continue
+        if manifest.digest == parent.digest:
+            return manifest
+    return None
+
+
+def compare_manifests(one: Manifest, other: Manifest) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """Returns what differs, by section (`base`, `recipe`, `data`, `figures`, `made`) and key: both values."""
+    sections = {
+        "base": (one.base.model_dump(), other.base.model_dump()),
+        "recipe": (one.recipe, other.recipe),
+        "data": (one.data, other.data),
+        "figures": (one.figures, other.figures),
+        "made": (one.made, other.made),
+    }
+    found = {}
+    for section, (left, right) in sections.items():
+        flat_left, flat_right = flatten_json(left), flatten_json(right)
+        keys = [key for key in {**flat_left, **flat_right} if flat_left.get(key) != flat_right.get(key)]
+        if keys:
+            found[section] = {key: (flat_left.get(key), flat_right.get(key)) for key in keys}
+    return found

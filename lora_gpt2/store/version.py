@@ -1,0 +1,64 @@
+"""One version's folder: what is written into it, and how it is read back with every byte accounted for.
+
+Never imports torch. A file is read once; the bytes that were hashed are the bytes that are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lora_gpt2.core.errors import CorruptError
+from lora_gpt2.core.paths import read_regular, translate_os_error
+from lora_gpt2.store.card import build_card
+from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_BYTES, Manifest, parse_manifest
+
+
+def pack_version(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Returns every file of a version: these, the card, and the manifest with the hashes of all others."""
+    packed = {**files, CARD: build_card(manifest).encode()}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
+    return {**packed, MANIFEST: manifest.model_copy(update={"files": hashes}).to_bytes()}
+
+
+def read_manifest(folder: Path, expected: str) -> Manifest:
+    """Returns the manifest in a folder; raises `CorruptError` if it is damaged or not that of `expected`."""
+    path = folder / MANIFEST
+    try:
+        manifest = parse_manifest(_read(path, MAX_BYTES))
+    except ValueError as error:  # pydantic's errors are such
+        raise CorruptError(f"{path} is damaged", "restore the folder from a copy, or train again") from error
+    if manifest.reference != expected:
+        raise CorruptError(f"{path} is the manifest of {manifest.reference}", f"restore the one of {expected}")
+    return manifest
+
+
+def read_checked(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """Returns a file of a version; raises `CorruptError` unless its bytes have the manifest's hash."""
+    content = _read(folder / name)
+    if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
+        raise CorruptError(
+            f"{folder / name} is not the file that was published", "restore it, or use an older version: name@N"
+        )
+    return content
+
+
+def read_all_checked(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Returns every file that the manifest guards."""
+    return {name: read_checked(folder, manifest, name) for name in manifest.files}
+
+
+def _read(path: Path, max_bytes: int | None = None) -> bytes:
+    try:
+        return read_regular(path, max_bytes)
+    except FileNotFoundError as error:
+        raise CorruptError(f"{path} is missing", "restore it, or use an older version") from error
+    except OSError as error:
+        raise translate_os_error(error, f"read {path}") from error
+
+
+def utc_now() -> datetime:
+    """Returns the time to the second, as manifests give it."""
+    return datetime.now(UTC).replace(microsecond=0)
