@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lora_gpt2.core.errors import NotFoundError, RecipeError, UsageError
 
 Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -180,6 +181,31 @@ class GenerateSettings(Section):
         return self
 
 
+class MergeSettings(Section):
+    """How adapters are combined, or written into the base."""
+
+    method: MergeMethod = "cat"
+    """Weighted sum kept exactly (cat, task_arithmetic) or cut to a rank (svd; linear also divides by the weights' sum); or of pruned updates (magnitude_prune, dare_linear), or their mean where signs agree (ties, dare_ties)."""  # noqa: E501
+    rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Rank of the result; 0: exact for cat and task_arithmetic, the parents' largest for linear and svd, their sum for the others."""  # noqa: E501
+    max_error: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Instead of a rank: the smallest one whose relative error at each projection is at most this; 0 is off."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of an update's entries that pruning keeps (ties, magnitude_prune: the largest; dare: drawn by chance)."""
+    seed: int = 0
+    """Seed of the drawing."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Numbers of a merged base; auto is as the base is stored."""
+    max_shard_bytes: Annotated[int, Field(ge=1_000_000)] = 2_000_000_000
+    """Largest weight file of a merged base."""
+    gguf: bool = False
+    """Also write a merged base as GGUF, for llama.cpp (needs the package gguf)."""
+    search_steps: Annotated[int, Field(ge=4, le=10_000)] = 40
+    """Most mixes that --search measures."""
+    search_tokens: Annotated[int, Field(ge=64)] = 8192
+    """Tokens of each text that --search measures a mix on."""
+
+
 class Recipe(Section):
     """One adapter: its base, its text, and every setting."""
 
@@ -199,9 +225,11 @@ class Recipe(Section):
     """How perplexity is measured."""
     generate: GenerateSettings = GenerateSettings()
     """How text is continued."""
+    merge: MergeSettings = MergeSettings()
+    """How adapters are combined."""
 
 
-SECTIONS = ("data", "lora", "train", "evaluate", "generate")
+SECTIONS = ("data", "lora", "train", "evaluate", "generate", "merge")
 
 
 def list_keys() -> list[str]:

@@ -68,6 +68,14 @@ class Tokenizer:
                 table[index] = bytes(alphabet[c] for c in token if c in alphabet)
         return table
 
+    def list_vocabulary(self) -> tuple[list[str], list[str]]:
+        """Returns the tokens by id, in GPT-2's printable letters, and the merges as `left right`."""
+        model = json.loads(self._backend.to_str())["model"]
+        tokens = [""] * self.vocab_size
+        for token, index in {EOS: self.eos_id, **self._backend.get_vocab(with_added_tokens=True)}.items():
+            tokens[index] = token
+        return tokens, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+
 
 class TextStream:
     """Turns tokens into text as they come, and never shows half a character."""

@@ -226,6 +226,11 @@ def _iter_tensors(files: list[Path]) -> list[tuple[str, Tensor]]:
     return found
 
 
+def read_stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the dtype in which a base's embeddings are stored."""
+    return next(tensor.dtype for name, tensor in _iter_tensors(list_weight_files(folder)) if name == "wte.weight")
+
+
 def fingerprint_base(folder: Path) -> str:
     """Returns the fingerprint of a base: its shape and its tensors' names, dtypes and bytes."""
     files = list_weight_files(folder)

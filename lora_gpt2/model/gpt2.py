@@ -84,6 +84,8 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
     hint = "use a GPT-2 checkpoint: 'lora-gpt2 bases list'"
     if values.get("model_type") != "gpt2":
         raise MismatchError(f"{where}: model_type is {values.get('model_type')!r}, expected 'gpt2'", hint)
+    if values.get("quantization_config"):
+        raise MismatchError(f"{where}: the checkpoint is quantised", "use the 16- or 32-bit one it was made from")
     if values.get("add_cross_attention") or values.get("scale_attn_weights") is False:
         raise MismatchError(f"{where}: cross-attention and unscaled attention are not supported", hint)
     activation = values.get("activation_function", "gelu_new")

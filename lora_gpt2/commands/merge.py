@@ -1,0 +1,130 @@
+"""`lora-gpt2 merge`: several adapters into one, or adapters into the base."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from lora_gpt2.commands.shared import (
+    base_option,
+    emit,
+    format_bytes,
+    format_matrix,
+    format_table,
+    json_option,
+    name_store,
+    set_option,
+    store_option,
+)
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.recipe import MergeMethod, load_recipe
+from lora_gpt2.store.catalog import Store
+
+if TYPE_CHECKING:
+    from lora_gpt2.merging.search import SearchReport
+
+
+@click.command("merge")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:W]...")
+@click.option("--as", "name", metavar="NAME", help="Publish the combination as an adapter.")
+@click.option("--into-base", type=click.Path(path_type=Path), metavar="DIR", help="Write a plain GPT-2 to DIR.")
+@click.option("--method", type=click.Choice(get_args(MergeMethod)), help="How to combine.  [default: cat]")
+@click.option("--rank", type=click.IntRange(1, 4096), help="Rank of the combination; else the method's own.")
+@click.option("--on", "texts", multiple=True, metavar="[LABEL=]PATH,...", help="Texts to measure parents and merge on.")
+@click.option("--search", is_flag=True, help="Find the weights and method that are best over the texts of --on.")
+@base_option
+@set_option
+@store_option
+@json_option
+@click.pass_obj
+def command(
+    reporter: Reporter, adapters: tuple[str, ...], name: str | None, into_base: Path | None, method: str | None,
+    rank: int | None, texts: tuple[str, ...], search: bool, base: str | None, overrides: tuple[str, ...], store: Store,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Combine adapters into a new one, or write them into the base; prove the result before it is kept.
+
+    The proof: the largest difference of the logits from the unmerged computation, and the perplexity of the base, the
+    parents and the merge on general English and on each text of --on.
+
+    \b
+    Examples:
+      lora-gpt2 merge law:0.6 code:0.4 --as both --on law=law.txt,code=code.txt
+      lora-gpt2 merge law code --search --on law=law.txt,code=code.txt --as both
+      lora-gpt2 merge law code --as both --method ties --rank 32 --set merge.density=0.3
+      lora-gpt2 merge law --into-base ./gpt2-law --set merge.dtype=float16
+    """
+    if bool(name) + bool(into_base) > 1 or not (name or into_base or search):
+        raise UsageError("say where the merge goes", "--as NAME for an adapter, --into-base DIR for a plain GPT-2")
+    recipe = load_recipe(None, overrides, base=base, merge__method=method, merge__rank=rank)
+    from lora_gpt2.evaluation.matrix import read_sources
+    from lora_gpt2.inference.open import open_session
+    from lora_gpt2.inference.session import parse_mix
+    from lora_gpt2.merging.bake import bake_adapters
+    from lora_gpt2.merging.combine import merge_adapters
+    from lora_gpt2.merging.search import search_weights
+
+    mix, how = parse_mix(adapters), recipe.merge
+    sources = read_sources([item for text in texts for item in text.split(",") if item], recipe.data)
+    session, _ = open_session(store, [reference for reference, _ in mix], recipe, "float32")
+    result: dict[str, Any] = {"method": how.method}
+    lines: list[str] = []
+    if search:
+        report = search_weights(session, mix, sources, how, recipe.evaluate, reporter)
+        labels = [source.label for source in sources]
+        lines.append(_render_search(report, [reference for reference, _ in mix], labels))
+        result["search"] = _describe_search(report, labels)
+        best = report.best
+        mix = tuple((reference, weight) for (reference, _), weight in zip(mix, best.weights, strict=True) if weight)
+        how = how.model_copy(update={"method": best.method})
+    if name:
+        merged = merge_adapters(session, mix, name, how, sources, recipe.evaluate, reporter)
+        result |= asdict(merged) | {"cells": [cell.to_json() for cell in merged.cells]}
+        lines.append(
+            f"{format_matrix(result['cells'])}\n\nmerged {merged.name}@{merged.version} by {merged.method}: rank up to "
+            f"{merged.largest_rank}, {merged.relative_error:.2%} of the update cut off, logits differ by at most "
+            f"{merged.max_logit_difference:.1e} from the unmerged computation"
+        )
+    if into_base:
+        baked = bake_adapters(session, mix, into_base, how, sources, recipe.evaluate, reporter)
+        result |= asdict(baked) | {"cells": [cell.to_json() for cell in baked.cells]}
+        size = format_bytes(baked.size_bytes)
+        lines.append(
+            f"{format_matrix(result['cells'])}\n\nwrote {baked.path} ({baked.dtype}, {size}): logits differ by at most "
+            f"{baked.max_logit_difference:.1e} from the unmerged computation"
+        )
+    emit(result, as_json, lambda: "\n\n".join(lines))
+    if name:
+        reporter.message(f'next: lora-gpt2 generate "..." --adapter {name}{name_store(store)}')
+    elif into_base:
+        reporter.message(f'next: lora-gpt2 generate "..." --base {into_base}')
+
+
+def _describe_search(report: SearchReport, labels: list[str]) -> dict[str, Any]:
+    def describe(candidate: Any) -> dict[str, Any]:
+        perplexity = dict(zip(labels, map(math.exp, candidate.nll), strict=True))
+        return {"method": candidate.method, "weights": list(candidate.weights), "perplexity": perplexity}
+
+    return {
+        "measured": len(report.candidates), "best": describe(report.best), "front": list(map(describe, report.front)),
+        "base_perplexity": dict(zip(labels, map(math.exp, report.base_nll), strict=True)),
+    }  # fmt: skip
+
+
+def _render_search(report: SearchReport, names: list[str], labels: list[str]) -> str:
+    rows = [
+        [
+            candidate.method + ("*" if candidate is report.best else ""),
+            *(f"{weight:g}" for weight in candidate.weights),
+            *(f"{math.exp(nll):,.2f}" for nll in candidate.nll), f"{math.exp(candidate.mean):,.2f}",
+        ]
+        for candidate in report.front
+    ]  # fmt: skip
+    rows.append(["base", *("" for _ in names), *(f"{math.exp(nll):,.2f}" for nll in report.base_nll), ""])
+    table = format_table(["method", *names, *(f"ppl {label}" for label in labels), "mean"], rows)
+    return f"{len(report.candidates)} mixes measured; those that no other beats on every text (* lowest mean):\n{table}"

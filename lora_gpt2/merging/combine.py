@@ -1,0 +1,148 @@
+"""Several adapters into one new adapter: combined, proved, and only then published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import CorruptError, UsageError
+from lora_gpt2.core.paths import check_name
+from lora_gpt2.evaluation.matrix import Cell, Source
+from lora_gpt2.evaluation.perplexity import AdaptersForRows
+from lora_gpt2.inference.session import BASE, Mix, Session
+from lora_gpt2.merging.proof import check_exact, compute_logits, measure_cells, measure_difference
+from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.merge import SUMS, UnmergedRows, combine_adapters, combine_site, scale_weights
+from lora_gpt2.recipe import EvaluateSettings, MergeSettings
+from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
+from lora_gpt2.store.manifest import Manifest, Parent
+
+MERGED = "(merge)"  # not a name, so no adapter is called so
+
+
+@dataclass(frozen=True)
+class Parents:
+    """The adapters of a merge, checked, with their weights."""
+
+    mix: Mix
+    manifests: list[Manifest]
+    adapters: list[Adapter]
+
+    @property
+    def weights(self) -> list[float]:
+        """How much of each."""
+        return [weight for _, weight in self.mix]
+
+    def to_lineage(self, factors: Sequence[float]) -> tuple[Parent, ...]:
+        """Returns what the merge's manifest says of them."""
+        return tuple(
+            Parent(reference=manifest.reference, digest=manifest.digest, weight=factor)
+            for manifest, factor in zip(self.manifests, factors, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """A published merge and its proof; `cells` has the parents, the merge and the base on each text."""
+
+    name: str
+    version: int
+    method: str
+    num_parameters: int
+    largest_rank: int
+    relative_error: float
+    max_logit_difference: float
+    cells: list[Cell]
+
+
+def open_parents(session: Session, mix: Mix) -> Parents:
+    """Returns the adapters of a mix, loaded with every check.
+
+    Raises:
+        UsageError: none is named, or the same weights come twice.
+        NotFoundError, CorruptError, MismatchError: see `load_adapter`.
+    """
+    if not mix:
+        raise UsageError("a merge needs an adapter", "such as: lora-gpt2 merge law:0.6 code:0.4 --as both")
+    assert session.store is not None
+    loaded = [load_adapter(session.store, reference, session.base) for reference, _ in mix]
+    seen: dict[str, str] = {}
+    for manifest, _ in loaded:
+        if other := seen.get(manifest.digest):
+            raise UsageError(f"{manifest.reference} and {other} are the same weights", "give one, with its weight")
+        seen[manifest.digest] = manifest.reference
+    session.add({reference: adapter for (reference, _), (_, adapter) in zip(mix, loaded, strict=True)})
+    return Parents(mix, [manifest for manifest, _ in loaded], [adapter for _, adapter in loaded])
+
+
+def merge_adapters(
+    session: Session,
+    mix: Mix,
+    name: str,
+    how: MergeSettings,
+    sources: Sequence[Source],
+    settings: EvaluateSettings,
+    reporter: Reporter,
+) -> MergeReport:
+    """Combines a mix into a new version of `name` and returns what was measured.
+
+    Raises:
+        UsageError: see `open_parents`; or the weights cancel, so that nothing would change.
+        CheckFailed: the result is not what the method says; nothing is published.
+    """  # fmt: skip
+    assert session.store is not None
+    check_name(name)
+    session.store.check_writable()
+    parents = open_parents(session, mix)
+    check_effect(parents, how)
+    combined = combine_adapters(parents.adapters, parents.weights, how)
+    base = session.base
+    session.add({MERGED: combined.adapter})
+    reference = compute_logits(base, unmerged_rows(session, parents, how))
+    merged_rows = session.for_rows(((MERGED, 1.0),))
+    difference = measure_difference(reference, compute_logits(base, merged_rows))
+    if not combined.relative_error:
+        check_exact(difference, reference, f"the merge by {how.method}")
+    singles = {reference: session.for_rows(((reference, 1.0),)) for reference, _ in mix}
+    rows = {BASE: session.for_rows(()), **singles, MERGED: merged_rows}
+    cells = measure_cells(base, rows, sources, settings, reporter)
+    factors = scale_weights(parents.weights, how)
+    made = {"by": "merge", "relative_error": combined.relative_error, "max_logit_difference": difference}
+    made |= how.model_dump(include={"method", "rank", "max_error", "density", "seed"})
+    figures = {"perplexity": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == MERGED}}
+    figures |= {"base_perplexities": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == BASE}}
+    origin = Origin(
+        {"sources": sorted({s for m in parents.manifests for s in m.data.get("sources", [])})},
+        {"description": f"Merged from {' and '.join(m.reference for m in parents.manifests)} by {how.method}."},
+        figures, parents.to_lineage(factors), made,
+    )  # fmt: skip
+    manifest = publish_adapter(session.store, name, combined.adapter, base, origin)
+    largest = max(combined.adapter.ranks.values())
+    return MergeReport(
+        name, manifest.version, how.method, manifest.num_parameters, largest, combined.relative_error, difference, cells
+    )
+
+
+def check_effect(parents: Parents, how: MergeSettings) -> None:
+    """Raises `UsageError` if a mix changes nothing, `CorruptError` if its change of a projection is not finite."""
+    factors = scale_weights(parents.weights, how)
+    has_effect = False
+    for site in dict.fromkeys(site for adapter in parents.adapters for site in adapter.updates):
+        delta = combine_site(parents.adapters, factors, how, site)
+        if not torch.isfinite(delta).all():
+            raise CorruptError(f"the merge is not finite at {site}", "use smaller weights, or another --method")
+        has_effect = has_effect or bool(delta.any())
+    if not has_effect:
+        raise UsageError("the merge changes nothing: its weights are zero", "use other weights")
+
+
+def unmerged_rows(session: Session, parents: Parents, how: MergeSettings) -> AdaptersForRows:
+    """Returns the computation that a merge must reproduce: a soft mix in the bank where the method is a sum."""
+    if how.method not in SUMS:
+        return lambda rows: UnmergedRows(parents.adapters, parents.weights, how)
+    factors = scale_weights(parents.weights, how)
+    mix = tuple((reference, factor) for (reference, _), factor in zip(parents.mix, factors, strict=True))
+    return session.for_rows(mix)

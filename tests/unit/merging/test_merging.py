@@ -1,0 +1,208 @@
+"""Merges prove themselves: against the mix they replace, transformers, GGUF's own reader; and refuse what is empty."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, UsageError
+from lora_gpt2.evaluation.matrix import Source
+from lora_gpt2.evaluation.perplexity import measure_perplexity
+from lora_gpt2.inference.session import BASE, Session
+from lora_gpt2.merging import combine
+from lora_gpt2.merging.bake import bake_adapters
+from lora_gpt2.merging.combine import MERGED, merge_adapters
+from lora_gpt2.merging.proof import build_probe, compute_logits
+from lora_gpt2.merging.search import search_weights
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.lora import Adapter, LoraUpdate
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.recipe import EvaluateSettings, MergeSettings
+from lora_gpt2.store.files import Origin, publish_adapter
+from tests.builders import make_adapter, make_base_folder
+
+MIX = (("law", 0.7), ("code", 0.4))
+SOURCES = [Source("one", ["the cat and the dog run"]), Source("two", ["in the rain under another sun"])]
+SETTINGS = EvaluateSettings()
+
+
+@pytest.fixture
+def session(base, store):
+    for seed, name in enumerate(("law", "code"), start=1):
+        publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(data={"sources": [f"{name}.txt"]}))
+    return Session(base, store)
+
+
+def merge(session, reporter, mix=MIX, name="both", **how):
+    return merge_adapters(session, mix, name, MergeSettings(**how), SOURCES, SETTINGS, reporter)
+
+
+def test_an_exact_merge_computes_what_the_mix_does_and_says_where_it_is_from(session, reporter, base, store):
+    report = merge(session, reporter)
+    mixed = compute_logits(base, session.for_rows(MIX))
+    merged = compute_logits(base, Session(base, store).for_rows((("both", 1.0),)))
+    assert float((mixed - merged).abs().max()) < 1e-4
+    assert report.max_logit_difference < 1e-4
+    assert float((mixed - compute_logits(base)).abs().max()) > 0.01
+    manifest = store.read_manifest("both")
+    assert [(p.reference, p.weight, p.digest) for p in manifest.parents] == [
+        (f"{name}@1", weight, store.read_manifest(name).digest) for name, weight in MIX
+    ]
+    assert manifest.made["by"] == "merge"
+    assert manifest.data["sources"] == ["code.txt", "law.txt"]
+
+
+def test_the_cells_are_those_of_evaluate(session, reporter, base, store):
+    cells = {(cell.adapter, cell.source): cell.score.nll_nats for cell in merge(session, reporter).cells}
+    assert {adapter for adapter, _ in cells} == {BASE, "law", "code", MERGED}
+    assert {source for _, source in cells} == {"general", "one", "two"}
+    fresh = Session(base, store)
+    for adapter, mix in {"law": (("law", 1.0),), MERGED: (("both", 1.0),), BASE: ()}.items():
+        score = measure_perplexity(base, SOURCES[0].documents, SETTINGS, fresh.for_rows(mix))
+        assert cells[adapter, "one"] == pytest.approx(score.nll_nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_a_method_that_cuts_states_what_it_lost_and_less_is_lost_at_full_rank(session, reporter, method):
+    low = merge(session, reporter, method=method, rank=1)
+    full = merge(session, reporter, method=method, rank=64)
+    assert low.largest_rank == 1
+    assert 0 < full.relative_error + 1e-7 < low.relative_error < 1
+    assert full.max_logit_difference < 1e-4 < low.max_logit_difference
+    assert (full.version, low.version) == (2, 1)
+
+
+def test_nothing_is_published_when_the_proof_fails(session, reporter, store, monkeypatch):
+    def spoil(*arguments):
+        combined = spoil.original(*arguments)
+        updates = {s: LoraUpdate(u.a, u.b * 1.01, u.alpha) for s, u in combined.adapter.updates.items()}
+        return type(combined)(Adapter(updates), combined.relative_error)
+
+    spoil.original = combine.combine_adapters
+    monkeypatch.setattr(combine, "combine_adapters", spoil)
+    with pytest.raises(CheckFailed, match="differs from the unmerged"):
+        merge(session, reporter)
+    assert store.list_names() == ["code", "law"]
+
+
+@pytest.mark.parametrize(
+    ("mix", "error", "message"),
+    [
+        ((), UsageError, "needs an adapter"),
+        ((("law", 0.0), ("code", 0.0)), UsageError, "changes nothing"),
+        ((("law", 1.0), ("law@1", 0.5)), UsageError, "the same weights"),
+    ],
+)
+def test_merges_without_sense_are_refused(session, reporter, store, mix, error, message):
+    with pytest.raises(error, match=message):
+        merge(session, reporter, mix)
+    assert store.list_names() == ["code", "law"]
+
+
+@pytest.mark.parametrize("method", ["ties", "cat"])
+def test_merges_that_overflow_are_refused(session, reporter, store, base, method):
+    huge = Adapter(
+        {s: LoraUpdate(u.a * 1e30, u.b * 1e30, u.alpha) for s, u in make_adapter(base.config).updates.items()}
+    )
+    publish_adapter(store, "huge", huge, base, Origin())
+    with pytest.raises(CorruptError, match="not finite"):
+        merge(session, reporter, (("huge", 10.0),), method=method)
+    assert "both" not in store.list_names()
+
+
+def test_an_adapter_of_another_base_is_refused(session, reporter, store, tmp_path):
+    twin = load_base(str(make_base_folder(tmp_path / "twin", seed=3)), choose_runtime("float32", torch.device("cpu")))
+    with pytest.raises(MismatchError, match="another base"):
+        merge(Session(twin, store), reporter)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("auto", 1e-4), ("float16", 0.05), ("bfloat16", 0.4)])
+def test_a_merged_base_runs_in_transformers_as_the_mix_does(session, reporter, tmp_path, base, dtype, limit):
+    how = MergeSettings(dtype=dtype, max_shard_bytes=1_000_000)
+    report = bake_adapters(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
+    mixed = compute_logits(base, session.for_rows(MIX))
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = theirs(build_probe(base)).logits
+    assert float((found - mixed).abs().max()) < limit
+    assert report.max_logit_difference == pytest.approx(float((found - mixed).abs().max()), abs=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("the cat")["input_ids"] == base.tokenizer.encode("the cat")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == report.dtype
+    assert {cell.adapter for cell in report.cells} == {BASE, "law:0.7+code:0.4", "(merge)"}
+    with pytest.raises(ConflictError, match="exists"):
+        bake_adapters(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
+
+
+def test_a_large_base_is_written_in_shards(reporter, store, tmp_path):
+    folder = make_base_folder(tmp_path / "wide", width=128, heads=4, tied=False)
+    wide = load_base(str(folder), choose_runtime("float32", torch.device("cpu")))
+    publish_adapter(store, "law", make_adapter(wide.config), wide, Origin())
+    session = Session(wide, store)
+    how = MergeSettings(max_shard_bytes=1_000_000)
+    report = bake_adapters(session, (("law", 1.0),), tmp_path / "out", how, [], SETTINGS, reporter)
+    assert "model-00002-of-00002.safetensors" in report.files
+    with torch.no_grad():
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out")(build_probe(wide)).logits
+    torch.testing.assert_close(theirs, compute_logits(wide, session.for_rows((("law", 1.0),))), atol=1e-4, rtol=1e-4)
+
+
+def test_a_failed_bake_leaves_no_folder(session, reporter, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_gpt2.merging.bake.combine_site", lambda *rest: combine.combine_site(*rest) * 1.1)
+    with pytest.raises(CheckFailed):
+        bake_adapters(session, MIX, tmp_path / "out", MergeSettings(), SOURCES, SETTINGS, reporter)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_gguf_holds_the_merged_tensors_and_the_tokenizer(session, reporter, tmp_path, base):
+    import gguf
+
+    bake_adapters(session, MIX, tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter)
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert torch.equal(found["blk.1.ffn_up.weight"], theirs["transformer.h.1.mlp.c_fc.weight"].mT)
+    assert torch.equal(found["output.weight"], theirs["transformer.wte.weight"])
+    assert len(found) == 5 + 12 * base.config.layers
+    expected = set(gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2])
+    known = {gguf.TENSOR_NAMES[kind].replace("{bid}", str(layer)) for kind in expected for layer in range(2)}
+    assert {name.removesuffix(".weight").removesuffix(".bias") for name in found} <= known
+    read = {field.name: field.contents() for field in reader.fields.values()}
+    assert read["gpt2.block_count"] == base.config.layers
+    assert read["tokenizer.ggml.tokens"] == base.tokenizer.list_vocabulary()[0]
+    assert read["tokenizer.ggml.merges"][0] == "t h"
+
+
+def test_the_search_finds_the_mix_that_the_texts_came_from(session, reporter, base):
+    """Both texts are sampled from one mix, so no other mix predicts them better on average."""
+    rows = session.rows([MIX] * 8)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.full((8, 1), base.config.eos_id)
+    with torch.inference_mode():
+        for _ in range(40):
+            probabilities = base.model.logits(base.model(tokens, rows))[:, -1, :200].softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+    texts = [base.tokenizer.decode(row[1:].tolist()).encode("ascii", "ignore").decode() for row in tokens]
+    sources = [Source("one", texts[:4]), Source("two", texts[4:])]
+    how = MergeSettings(search_steps=40)
+    report = search_weights(session, (("law", 1.0), ("code", 1.0)), sources, how, SETTINGS, reporter)
+    first, *_ = [c for c in report.candidates if c.weights == (1.0, 1.0) and c.method == "cat"]
+    assert report.best.mean < first.mean
+    assert report.best.mean < min(sum(report.base_nll) / 2, math.inf)
+    assert len({c.weights for c in report.candidates if c.method == "cat"}) <= 40
+    assert {c.method for c in report.candidates} == {"cat", "ties", "dare_ties", "dare_linear", "magnitude_prune"}
+    for one in report.front:
+        assert not any(all(a < b for a, b in zip(other.nll, one.nll, strict=True)) for other in report.candidates)
+    soft = measure_perplexity(
+        base, texts[:4], SETTINGS, session.for_rows((("law", report.best.weights[0]), ("code", report.best.weights[1])))
+    )
+    if report.best.method == "cat":
+        assert report.best.nll[0] == pytest.approx(soft.nll_nats_per_token, rel=1e-5)
+
+
+def test_a_search_needs_adapters_and_text(session, reporter):
+    for mix, sources in ((MIX[:1], SOURCES), (MIX, [])):
+        with pytest.raises(UsageError, match="--search needs"):
+            search_weights(session, mix, sources, MergeSettings(), SETTINGS, reporter)

@@ -1,0 +1,150 @@
+"""The arithmetic of merging, against PEFT's and against plain matrices."""
+
+import pytest
+import torch
+from peft.utils import merge_utils
+
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.model.lora import Adapter, LoraUpdate
+from lora_gpt2.model.merge import (
+    METHODS_THAT_PRUNE,
+    approximate,
+    choose_rank,
+    combine_adapters,
+    combine_site,
+    concatenate,
+    cut_rank,
+    drop_and_rescale,
+    measure_inner,
+    measure_norm,
+    to_dense,
+)
+from lora_gpt2.recipe import LoraSettings, MergeSettings
+from tests.builders import make_adapter
+
+SITE = "h.0.mlp.c_fc"
+
+
+def make_update(seed, rank=3, outputs=20, inputs=12, rslora=False):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
+    return LoraUpdate(a, b, 6.0, rslora)
+
+
+def parents(*seeds):
+    return [Adapter({SITE: make_update(seed, rank)}) for rank, seed in enumerate(seeds, start=2)]
+
+
+def dense(adapters):
+    return [to_dense(adapter.updates[SITE]) for adapter in adapters]
+
+
+def test_concatenation_is_the_weighted_sum_across_ranks_scales_and_signs():
+    updates = [make_update(1, 2), make_update(2, 5, rslora=True)]
+    whole = concatenate(updates, [0.7, -1.3])
+    expected = 0.7 * to_dense(updates[0]) - 1.3 * to_dense(updates[1])
+    assert whole.rank == 7
+    torch.testing.assert_close(to_dense(whole), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (4, 30)])
+def test_cutting_a_rank_is_the_best_approximation_and_says_its_error(shape):
+    update = concatenate([make_update(1, 3, *shape), make_update(2, 4, *shape)], [1.0, 0.5])
+    values = torch.linalg.svdvals(to_dense(update).double())
+    for rank in (1, 2, 4):
+        for cut, error in (cut_rank(update, rank, 0.0), approximate(to_dense(update), rank, 0.0)):
+            assert cut.rank == rank
+            assert error == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-4)
+            assert float((to_dense(update) - to_dense(cut)).norm()) == pytest.approx(error, rel=1e-3, abs=1e-4)
+    assert cut_rank(update, 7, 0.0) == (update, 0.0)
+
+
+def test_the_smallest_rank_within_an_error_is_found():
+    values = torch.tensor([4.0, 2.0, 1.0, 0.0])
+    whole = float(values.norm())
+    assert choose_rank(values, 2, 0.0) == 2
+    assert [choose_rank(values, 0, error) for error in (1e-9, 1.01 / whole, 2.3 / whole, 0.99)] == [3, 2, 1, 1]
+    update = concatenate([make_update(1, 3), make_update(2, 4)], [1.0, 1.0])
+    for cut, error in (cut_rank(update, 99, 0.2), approximate(to_dense(update), 99, 0.2)):
+        assert error <= 0.2 * measure_norm(update)
+        _, larger_error = cut_rank(update, cut.rank - 1, 0.0)
+        assert larger_error > 0.2 * measure_norm(update)
+
+
+@pytest.mark.parametrize("weights", [[0.6, 0.4], [1.0, -0.5]])
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "task_arithmetic"])
+def test_methods_are_those_of_peft(method, weights):
+    adapters = parents(1, 2)
+    how = MergeSettings(method=method, density=0.4)
+    arguments = (dense(adapters), torch.tensor(weights)) + ((0.4,) if method != "task_arithmetic" else ())
+    expected = getattr(merge_utils, method)(*arguments)
+    torch.testing.assert_close(combine_site(adapters, weights, how, SITE), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_is_pefts_for_the_same_draw(method, monkeypatch):
+    adapters, weights, drawn = parents(1, 2), [0.6, 0.4], []
+
+    def record(delta, density, generator):
+        drawn.append(drop_and_rescale(delta, density, generator))
+        return drawn[-1]
+
+    monkeypatch.setattr("lora_gpt2.model.merge.drop_and_rescale", record)
+    ours = combine_site(adapters, weights, MergeSettings(method=method, density=0.5), SITE)
+    monkeypatch.setattr(merge_utils, "prune", lambda tensor, *rest, **more: tensor)
+    torch.testing.assert_close(ours, getattr(merge_utils, method)(drawn, torch.tensor(weights), 0.5))
+
+
+def test_dare_keeps_the_density_and_the_mean_and_follows_its_seed():
+    delta = torch.ones(400, 400)
+    kept = drop_and_rescale(delta, 0.3, torch.Generator().manual_seed(0))
+    assert float((kept > 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(kept.mean()) == pytest.approx(1, abs=0.03)
+    adapters = parents(1, 2)
+    one, same, other = (
+        combine_site(adapters, [1.0, 1.0], MergeSettings(method="dare_linear", seed=seed), SITE) for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_PRUNE)
+def test_pruning_nothing_and_agreeing_parents_change_nothing(method):
+    one = parents(1)[0]
+    combined = combine_site([one, one], [0.5, 0.5], MergeSettings(method=method, density=1), SITE)
+    scale = 0.5 if method.endswith("ties") else 1  # the mean of two, as PEFT has it
+    torch.testing.assert_close(combined, scale * dense([one])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_and_targets_may_differ_and_the_default_ranks_are_kept(base):
+    one = make_adapter(base.config, 1, LoraSettings(rank=2, targets=("c_attn.q", "mlp.c_fc")))
+    other = make_adapter(base.config, 2, LoraSettings(rank=5, targets=("mlp.c_fc", "mlp.c_proj")))
+    sites = {*one.updates, *other.updates}
+    for method, rank in {"cat": 7, "task_arithmetic": 7, "svd": 5, "linear": 5, "ties": 7}.items():
+        combined = combine_adapters([one, other], [0.5, 0.5], MergeSettings(method=method))
+        assert set(combined.adapter.updates) == sites
+        assert combined.adapter.updates["h.1.mlp.c_fc"].rank == rank
+        assert (combined.relative_error == 0) == (method in ("cat", "task_arithmetic"))
+    assert (
+        combine_adapters([one, other], [1.0, 1.0], MergeSettings(method="svd", rank=3))
+        .adapter.updates["h.0.mlp.c_fc"]
+        .rank
+        == 3
+    )
+
+
+def test_linear_divides_by_the_sum_of_weights(base):
+    one, other = (make_adapter(base.config, seed) for seed in (1, 2))
+    how = MergeSettings(method="linear", rank=99)
+    double = combine_adapters([one, other], [2.0, 2.0], how).adapter.updates[SITE]
+    expected = (to_dense(one.updates[SITE]) + to_dense(other.updates[SITE])) / 2
+    torch.testing.assert_close(to_dense(double), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UsageError, match="is zero"):
+        combine_adapters([one, other], [1.0, -1.0], how)
+
+
+def test_inner_products_come_from_the_factors():
+    one, other = make_update(1, 3), make_update(2, 5, rslora=True)
+    left, right = to_dense(one), to_dense(other)
+    assert measure_inner(one, other) == pytest.approx(float((left * right).sum()), rel=1e-5)
+    assert measure_norm(one) == pytest.approx(float(left.norm()), rel=1e-5)
