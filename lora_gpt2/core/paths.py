@@ -115,13 +115,16 @@ def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
         if error.errno != errno.ELOOP:
             raise
         raise CorruptError(f"{path} is a link, expected a plain file", "replace it by the file itself") from error
-    with open(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise CorruptError(f"{path} is not a plain file", "replace it by the file that belongs there")
         if max_bytes is not None and found.st_size > max_bytes:
             raise CorruptError(f"{path} has {found.st_size:,} bytes, expected at most {max_bytes:,}", "restore it")
-        return file.read()
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

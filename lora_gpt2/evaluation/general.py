@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_gpt2.evaluation.perplexity import AdaptersForRows, Score, measure_perplexity
+from lora_gpt2.evaluation.perplexity import Score, measure_perplexity
 from lora_gpt2.model.base import Base
+from lora_gpt2.model.probe import AdaptersForRows
 from lora_gpt2.recipe import EvaluateSettings
 
 TEXT = Path(__file__).parent / "general.txt"

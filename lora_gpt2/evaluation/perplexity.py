@@ -9,18 +9,16 @@ every window) not scored: the loop of Hugging Face's documentation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.loss import measure_nll
+from lora_gpt2.model.probe import AdaptersForRows
 from lora_gpt2.recipe import EvaluateSettings
-
-AdaptersForRows = Callable[[int], ActiveAdapters | None]
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from lora_gpt2.evaluation.matrix import Cell, Source
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix
 from lora_gpt2.merging.combine import Parents, check_effect, open_parents, unmerged_rows
 from lora_gpt2.merging.gguf import write_gguf
-from lora_gpt2.merging.proof import check_exact, compute_logits, measure_cells, measure_difference
+from lora_gpt2.merging.proof import check_exact, measure_cells
 from lora_gpt2.model.base import TRANSPOSED, load_base, read_config, read_stored_dtype
 from lora_gpt2.model.merge import combine_site, scale_weights
+from lora_gpt2.model.probe import compute_logits, measure_difference
 from lora_gpt2.model.runtime import DTYPES
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 

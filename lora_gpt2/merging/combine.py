@@ -11,11 +11,11 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CorruptError, UsageError
 from lora_gpt2.core.paths import check_name
 from lora_gpt2.evaluation.matrix import Cell, Source
-from lora_gpt2.evaluation.perplexity import AdaptersForRows
 from lora_gpt2.inference.session import BASE, Mix, Session
-from lora_gpt2.merging.proof import check_exact, compute_logits, measure_cells, measure_difference
-from lora_gpt2.model.lora import Adapter
-from lora_gpt2.model.merge import SUMS, UnmergedRows, combine_adapters, combine_site, scale_weights
+from lora_gpt2.merging.proof import check_exact, measure_cells
+from lora_gpt2.model.lora import Adapter, merge_ranks
+from lora_gpt2.model.merge import SUMS, DeltaRows, combine_adapters, combine_site, scale_weights
+from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import Manifest, Parent
@@ -111,7 +111,7 @@ def merge_adapters(
     cells = measure_cells(base, rows, sources, settings, reporter)
     factors = scale_weights(parents.weights, how)
     made = {"by": "merge", "relative_error": combined.relative_error, "max_logit_difference": difference}
-    made |= how.model_dump(include={"method", "rank", "max_error", "density", "seed"})
+    made |= how.model_dump(include={"method", *(set() if how.method in SUMS else {"density", "seed"})})
     figures = {"perplexity": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == MERGED}}
     figures |= {"base_perplexities": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == BASE}}
     origin = Origin(
@@ -142,7 +142,10 @@ def check_effect(parents: Parents, how: MergeSettings) -> None:
 def unmerged_rows(session: Session, parents: Parents, how: MergeSettings) -> AdaptersForRows:
     """Returns the computation that a merge must reproduce: a soft mix in the bank where the method is a sum."""
     if how.method not in SUMS:
-        return lambda rows: UnmergedRows(parents.adapters, parents.weights, how)
+        weights, adapted = parents.weights, merge_ranks(adapter.ranks for adapter in parents.adapters)
+        return lambda rows: DeltaRows(
+            lambda site: combine_site(parents.adapters, weights, how, site) if site in adapted else None
+        )
     factors = scale_weights(parents.weights, how)
     mix = tuple((reference, factor) for (reference, _), factor in zip(parents.mix, factors, strict=True))
     return session.for_rows(mix)

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from lora_gpt2.core.console import Reporter, Task
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.evaluation.matrix import Source
-from lora_gpt2.evaluation.perplexity import AdaptersForRows, Score, measure_perplexity
+from lora_gpt2.evaluation.perplexity import Score, measure_perplexity
 from lora_gpt2.inference.session import Mix, Session
 from lora_gpt2.merging.combine import Parents, open_parents
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.merge import METHODS_THAT_PRUNE, combine_adapters
+from lora_gpt2.model.probe import AdaptersForRows
 from lora_gpt2.recipe import EvaluateSettings, MergeMethod, MergeSettings
 
 FIRST_STEP, LAST_STEP, LARGEST_WEIGHT = 0.25, 0.03, 2.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError
+from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
+from lora_gpt2.core.hub import download
 from lora_gpt2.core.paths import find_cache_dir, write_atomic
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.model.gpt2 import GPT2, GPT2Config, Linear, parse_config
@@ -44,6 +44,9 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
 ]
+OFFLINE_HINT = (
+    "use --base nano (bundled), or a folder with config.json and model.safetensors copied from another machine"
+)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 FINGERPRINT = re.compile(rb"[0-9a-f]{%d}" % FINGERPRINT_DIGITS)
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -79,36 +82,11 @@ def find_base(name: str) -> Path:
     if (Path(name) / "config.json").is_file() and name not in HUB_NAMES:
         return Path(name)
     if name in HUB_NAMES or (HUB_ID.fullmatch(name) and not Path(name).exists()):
-        return _find_on_hub(HUB_NAMES.get(name, name))
+        return download(
+            HUB_NAMES.get(name, name), HUB_FILES, ("config.json", "*.safetensors"), "the base", OFFLINE_HINT
+        )
     known = ", ".join([*list_bundled(), *HUB_NAMES])
     raise NotFoundError(f"there is no base '{name}'", f"known are {known}; or give a hub id or a folder")
-
-
-def _find_on_hub(identifier: str) -> Path:
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        cached = Path(snapshot_download(identifier, allow_patterns=HUB_FILES, local_files_only=True))
-        if (cached / "config.json").exists() and any(cached.glob("*.safetensors")):
-            return cached
-    except (LocalEntryNotFoundError, FileNotFoundError, HFValidationError):
-        pass
-    try:
-        return Path(snapshot_download(identifier, allow_patterns=HUB_FILES))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise NotFoundError(f"the hub has no '{identifier}'", "check the spelling, or give a folder") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ResourceError(
-            f"the hub cannot be reached to fetch '{identifier}'",
-            "use --base nano (bundled), or a folder with config.json and model.safetensors copied from another machine",
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

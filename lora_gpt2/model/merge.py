@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,18 +187,20 @@ def measure_norm(update: LoraUpdate) -> float:
     return math.sqrt(max(measure_inner(update, update), 0.0))
 
 
-class UnmergedRows:
-    """Adapters added as a method combines them, before any rank is cut: what a merge must reproduce."""
+class DeltaRows:
+    """Changes of the weights, added as they are, each computed when it is needed: what a merge must reproduce.
 
-    def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float], how: MergeSettings) -> None:
-        self.adapters, self.factors, self.how = adapters, scale_weights(weights, how), how
+    `delta_of(site)` returns a change `[out, in]`, or None where there is none.
+    """
+
+    def __init__(self, delta_of: Callable[[str], Tensor | None]) -> None:
+        self.delta_of = delta_of
 
     def project(
         self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
     ) -> Float[Tensor, "rows time outputs"]:
-        """Returns the projection of `before(x)` plus the combined change's, which is computed for this call."""
+        """Returns the projection of `before(x)` plus the change's."""
         h = apply_before(before, x)
         y: Tensor = linear(h)
-        if not any(site in adapter.updates for adapter in self.adapters):
-            return y
-        return y + F.linear(h, combine_site(self.adapters, self.factors, self.how, site).to(h))
+        delta = self.delta_of(site)
+        return y if delta is None else y + F.linear(h, delta.to(h))

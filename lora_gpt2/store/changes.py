@@ -221,28 +221,42 @@ def collect_garbage(store: Store, keep: int | None = None, dry_run: bool = False
             if (label := path.name.rpartition(STAMP)[0] or path.name) not in removed:
                 removed.append(label)
             if not dry_run:
-                shutil.rmtree(path, ignore_errors=True)
+                _delete(path)
     return Collected(removed, in_use, freed)
 
 
 def iter_trash(store: Store) -> Iterator[Path]:
     """Yields what was removed and not yet collected."""
     folder = store.root / TRASH
-    yield from (path for path in sorted(folder.iterdir()) if STAMP in path.name) if folder.is_dir() else ()
+    yield from (
+        (path for path in sorted(folder.iterdir()) if STAMP in path.name and path.name[0] != ".")
+        if folder.is_dir()
+        else ()
+    )
 
 
 def _iter_leftovers(store: Store) -> Iterator[Path]:
     """Yields what dead processes left: their locks are free."""
-    for parent in [store.root, *(path for path in store.root.glob("*") if is_name(path.name))]:
+    for parent in [store.root, store.root / TRASH, *(path for path in store.root.glob("*") if is_name(path.name))]:
         for path in parent.glob(".*.partial"):
             process = PROCESS.search(path.name)
             if process is None or not Path("/proc", process[1]).exists():
                 yield path
 
 
+def _delete(path: Path) -> None:
+    """Deletes a file, or a folder, which is first renamed: what is half deleted can no longer be restored."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    doomed = path.with_name(f".{path.name}{STAMP}{os.getpid()}.partial")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def measure_bytes(folder: Path) -> int:
     """Returns the size of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(path.stat().st_size for path in [folder, *folder.rglob("*")] if path.is_file() and not path.is_symlink())
 
 
 def _discard(store: Store, folder: Path, label: str) -> None:

@@ -6,7 +6,7 @@ Never imports torch. A file is read once; the bytes that were hashed are the byt
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,16 +38,24 @@ def read_manifest(folder: Path, expected: str) -> Manifest:
 def read_checked(folder: Path, manifest: Manifest, name: str) -> bytes:
     """Returns a file of a version; raises `CorruptError` unless its bytes have the manifest's hash."""
     content = _read(folder / name)
-    if hashlib.sha256(content).hexdigest() != manifest.files.get(name):
-        raise CorruptError(
-            f"{folder / name} is not the file that was published", "restore it, or use an older version: name@N"
-        )
+    verify_hashes({name: content}, manifest, str(folder), [name])
     return content
 
 
 def read_all_checked(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     """Returns every file that the manifest guards."""
     return {name: read_checked(folder, manifest, name) for name in manifest.files}
+
+
+def verify_hashes(
+    files: Mapping[str, bytes], manifest: Manifest, where: str, names: Iterable[str] | None = None
+) -> None:
+    """Raises `CorruptError` unless the files, or those of `names`, are all there and have the manifest's hashes."""
+    for name in manifest.files if names is None else names:
+        if name not in files or hashlib.sha256(files[name]).hexdigest() != manifest.files.get(name):
+            raise CorruptError(
+                f"{where}/{name} is not the file that was published", "restore it, or use an older version: name@N"
+            )
 
 
 def _read(path: Path, max_bytes: int | None = None) -> bytes:

@@ -12,7 +12,7 @@ from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.loss import chunked_cross_entropy
 from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
-from lora_gpt2.store.interop import read_peft_folder
+from lora_gpt2.store.interop import from_peft, read_peft_files
 from tests.builders import make_adapter
 
 with warnings.catch_warnings():
@@ -98,7 +98,7 @@ def test_an_adapter_trained_in_peft_imports_with_equal_logits_and_goes_back(
         optimizer.step()
         optimizer.zero_grad()
     wrapped.eval().save_pretrained(tmp_path)
-    adapter = read_peft_folder(tmp_path, base.config)
+    adapter = from_peft(*read_peft_files(tmp_path), base.config, "theirs")
     with torch.no_grad():
         wanted = wrapped(tokens).logits
     assert (our_logits(base, adapter, tokens) - wanted).abs().max() <= 2e-5

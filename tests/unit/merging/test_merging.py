@@ -14,10 +14,10 @@ from lora_gpt2.inference.session import BASE, Session
 from lora_gpt2.merging import combine
 from lora_gpt2.merging.bake import bake_adapters
 from lora_gpt2.merging.combine import MERGED, merge_adapters
-from lora_gpt2.merging.proof import build_probe, compute_logits
 from lora_gpt2.merging.search import search_weights
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter, LoraUpdate
+from lora_gpt2.model.probe import build_probe, compute_logits
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 from lora_gpt2.store.files import Origin, publish_adapter

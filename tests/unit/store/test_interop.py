@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from lora_gpt2.core.errors import CorruptError, IntegrityError, MismatchError, NotFoundError
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.recipe import LoraSettings
-from lora_gpt2.store.interop import from_peft, read_peft_folder, to_peft
+from lora_gpt2.store.interop import from_peft, read_peft_files, to_peft
 from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS
 from tests.builders import make_adapter
 
@@ -61,7 +61,7 @@ def test_the_same_adapter_gives_the_same_bytes(base):
     ("change", "error", "message"),
     [
         ({"peft_type": "LOHA"}, MismatchError, "peft_type"),
-        ({"use_dora": True}, MismatchError, "use_dora"),
+        ({"use_dora": True}, CorruptError, "magnitudes"),
         ({"bias": "all"}, MismatchError, "bias"),
         ({"init_lora_weights": "pissa"}, MismatchError, "init_lora_weights"),
         ({"modules_to_save": ["wte"]}, MismatchError, "modules_to_save"),
@@ -74,9 +74,9 @@ def test_the_same_adapter_gives_the_same_bytes(base):
         ({"lora_alpha": float("inf")}, CorruptError, "lora_alpha"),
         ({"lora_alpha": 0}, CorruptError, "lora_alpha"),
         ({"lora_alpha": "8"}, CorruptError, "lora_alpha"),
-        ({"rank_pattern": {"(a+)+$": 4}}, MismatchError, "rank_pattern holds an expression"),
+        ({"rank_pattern": {"(a+)+$": 4}}, None, ""),
         ({"rank_pattern": {"c_fc": "x"}}, CorruptError, "rank_pattern"),
-        ({"alpha_pattern": [1]}, MismatchError, "alpha_pattern"),
+        ({"alpha_pattern": [1]}, CorruptError, "alpha_pattern"),
         ({"use_rslora": "false"}, CorruptError, "use_rslora"),
         ({"layers_to_transform": "1"}, CorruptError, "layers_to_transform"),
         ({"layers_to_transform": [1.5]}, CorruptError, "layers_to_transform"),
@@ -171,4 +171,4 @@ def test_an_adapter_of_a_shallower_base_is_refused(tmp_path):
 def test_a_folder_without_safetensors_is_not_found(tmp_path, base):
     (tmp_path / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(NotFoundError, match="pickle"):
-        read_peft_folder(tmp_path, base.config)
+        read_peft_files(tmp_path)

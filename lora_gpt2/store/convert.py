@@ -1,0 +1,88 @@
+"""Variants of LoRA as plain updates, with the base that they belong to.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948) trains the leading singular part of each weight W; what it adds to the
+untouched base is its update minus that part, of twice the rank and exact to rounding. DoRA (Liu et al. 2024,
+arXiv:2402.09353, eq. 5) scales each output row of W + sBA to a learnt length; the change has full rank, so its best
+approximation at a rank is taken and the error stated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_gpt2.core.errors import CorruptError, MismatchError
+from lora_gpt2.model.base import Base
+from lora_gpt2.model.gpt2 import Linear
+from lora_gpt2.model.lora import Adapter, LoraUpdate
+from lora_gpt2.model.merge import DeltaRows, approximate, concatenate, measure_norm, to_dense
+from lora_gpt2.model.probe import compute_logits, measure_difference
+from lora_gpt2.store.interop import PeftContent
+
+DORA_RANK = 64
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A plain adapter and how far it is from what was saved, by the norm of the updates and in the logits."""
+
+    adapter: Adapter
+    variant: str
+    relative_error: float
+    max_logit_difference: float
+
+
+def convert_variant(content: PeftContent, base: Base, rank: int | None) -> Converted:
+    """Returns DoRA or PiSSA as a plain adapter; `rank` is DoRA's (None: 64, or its own if larger).
+
+    Raises:
+        MismatchError: both at once.
+        CorruptError: the result is not finite.
+    """
+    if content.spec.dora and content.spec.pissa:
+        raise MismatchError("DoRA that starts from PiSSA is not supported", "save it as one of them")
+    if content.spec.pissa:
+        return Converted(_subtract_start(content.adapter, base), "pissa", 0.0, 0.0)
+    updates: dict[str, LoraUpdate] = {}
+    lost = kept = 0.0
+    for site, update in content.adapter.updates.items():
+        wanted = rank or max(DORA_RANK, update.rank)
+        updates[site], error = approximate(_change_of_dora(content, base, site), wanted, 0.0)
+        lost += error**2
+        kept += measure_norm(updates[site]) ** 2
+    exact = compute_logits(
+        base, lambda rows: DeltaRows(lambda site: _change_of_dora(content, base, site) if site in updates else None)
+    )
+    found = compute_logits(
+        base, lambda rows: DeltaRows(lambda site: to_dense(updates[site]) if site in updates else None)
+    )
+    relative_error = math.sqrt(lost / (lost + kept)) if lost else 0.0
+    return Converted(Adapter(updates), "dora", relative_error, measure_difference(exact, found))
+
+
+def weight_of(base: Base, site: str) -> Tensor:
+    """Returns the weight `[out, in]` of a projection in float32 on the CPU."""
+    module = base.model.get_submodule(site)
+    assert isinstance(module, Linear)
+    return module.dense(torch.float32).detach().cpu()
+
+
+def _change_of_dora(content: PeftContent, base: Base, site: str) -> Tensor:
+    weight = weight_of(base, site)
+    changed = weight + to_dense(content.adapter.updates[site])
+    lengths = torch.linalg.vector_norm(changed, dim=1)
+    delta: Tensor = changed * (content.magnitudes[site] / lengths)[:, None] - weight
+    if not torch.isfinite(delta).all():
+        raise CorruptError(f"the change of {site} is not finite", "train again: it diverged")
+    return delta
+
+
+def _subtract_start(adapter: Adapter, base: Base) -> Adapter:
+    updates = {}
+    for site, update in adapter.updates.items():
+        start, _ = approximate(weight_of(base, site), update.rank, 0.0)
+        updates[site] = concatenate([update, start], [1.0, -1.0])
+    return Adapter(updates)

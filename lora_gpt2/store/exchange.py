@@ -1,0 +1,200 @@
+"""Adapters from elsewhere and for elsewhere: PEFT folders, the hub, archives, loralib files.
+
+What comes in is read by a closed schema, checked against its base and published like any training; what carries our
+manifest keeps its origin and is refused on any base but its own. What goes out holds every file of the version, so
+that bringing it back is exact.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_gpt2.core.errors import ConflictError, CorruptError, NotFoundError, UsageError
+from lora_gpt2.core.hub import download, hub_errors_as_ours
+from lora_gpt2.core.paths import check_name, os_errors_as_ours, sync_tree, temporary_dir, write_atomic, write_file
+from lora_gpt2.model.base import HUB_ID, HUB_NAMES, Base
+from lora_gpt2.model.lora import Adapter
+from lora_gpt2.store.archive import pack_archive, read_archive
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.convert import convert_variant
+from lora_gpt2.store.files import Origin, check_base, publish_adapter
+from lora_gpt2.store.interop import parse_peft, read_peft_files
+from lora_gpt2.store.loralib import read_loralib
+from lora_gpt2.store.manifest import CARD, MANIFEST, PEFT_CONFIG, WEIGHTS, Manifest, Parent, parse_manifest
+from lora_gpt2.store.peft_config import parse_peft_config
+from lora_gpt2.store.version import read_all_checked, read_manifest, verify_hashes
+
+ARCHIVES = (".tar.gz", ".tgz")
+LORALIB = (".pt", ".bin", ".pth")
+HUB_FILES = (WEIGHTS, PEFT_CONFIG, MANIFEST, "metrics.jsonl", "report.html", "curve.png", CARD)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter that has been fetched and not yet looked into."""
+
+    where: str
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    loralib: Path | None = None
+
+    def guess_base(self) -> str:
+        """Returns the base that the files name, if it is one that can be found; else ''."""
+        if self.manifest is not None:
+            return self.manifest.base.name
+        if self.loralib is not None:
+            return ""
+        name = parse_peft_config(self.files[PEFT_CONFIG], self.where).base_name
+        by_hub = {identifier: short for short, identifier in HUB_NAMES.items()}
+        known = name in HUB_NAMES or name in by_hub or HUB_ID.fullmatch(name) or Path(name, "config.json").is_file()
+        return by_hub.get(name, name) if known else ""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A published import; the differences say what a conversion cost, and are zero where there was none."""
+
+    manifest: Manifest
+    variant: str = "lora"
+    relative_error: float = 0.0
+    max_logit_difference: float = 0.0
+
+
+def fetch_source(source: str) -> Source:
+    """Reads a PEFT folder, an archive, a loralib file, or fetches a hub repository (`owner/name`).
+
+    Raises:
+        NotFoundError: there is no such thing, or it holds no adapter.
+        ResourceError: the hub cannot be reached.
+        CorruptError: an archive or a manifest in it is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path, source)
+    if path.is_file() and path.name.endswith(ARCHIVES):
+        files = read_archive(path)
+        for name in (WEIGHTS, PEFT_CONFIG):
+            if name not in files:
+                raise CorruptError(f"{source} holds no {name}", "make one with 'lora-gpt2 adapters export'")
+        return Source(source, files, _check_manifest(files, source))
+    if path.is_file() and path.name.endswith(LORALIB):
+        return Source(source, loralib=path)
+    if path.exists():
+        raise UsageError(f"{source} is neither a folder, an archive nor a .pt file", "give a folder that PEFT saved")
+    if HUB_ID.fullmatch(source):
+        hint = "copy the folder by hand and import that"
+        return _read_folder(download(source, HUB_FILES, (WEIGHTS, PEFT_CONFIG), "the adapter", hint), source)
+    raise NotFoundError(f"there is no {source}", "give a folder, a .tar.gz, a .pt file, or a hub id: owner/name")
+
+
+def _read_folder(path: Path, where: str) -> Source:
+    weights, config = read_peft_files(path)
+    files = {WEIGHTS: weights, PEFT_CONFIG: config}
+    if (path / MANIFEST).is_file():
+        with os_errors_as_ours(f"read {path}"):
+            files |= {name: (path / name).read_bytes() for name in HUB_FILES if (path / name).is_file()}
+    return Source(where, files, _check_manifest(files, where))
+
+
+def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
+    """Returns the manifest among the files, which must have its hashes; None if there is none."""
+    if MANIFEST not in files:
+        return None
+    try:
+        manifest = parse_manifest(files[MANIFEST])
+    except ValueError as error:
+        raise CorruptError(f"{where}: {MANIFEST} is damaged", "fetch it again") from error
+    verify_hashes(files, manifest, where)
+    return manifest
+
+
+def import_source(
+    source: Source, store: Store, name: str, base: Base, rank: int | None = None, alpha: float | None = None
+) -> Imported:
+    """Checks what was fetched and publishes it as the next version of `name`; `rank` is for conversions.
+
+    Raises:
+        CorruptError, MismatchError: it is damaged, unsupported (the key is named), or of another base.
+        UsageError: a loralib file without `alpha`.
+    """
+    check_name(name)
+    made: dict[str, Any] = {"by": "import", "from": Path(source.where).name}
+    if source.manifest is not None:
+        check_base(source.manifest, base)
+    if source.loralib is not None:
+        adapter, variant, error, difference = read_loralib(source.loralib, base.config, alpha), "loralib", 0.0, 0.0
+    else:
+        adapter, variant, error, difference = _convert(source, base, rank)
+    if variant != "lora":
+        made |= {"variant": variant, "relative_error": error, "max_logit_difference": difference}
+    old = source.manifest
+    if old is None:
+        origin = Origin(data={"sources": []}, made=made)
+    else:
+        parents = (Parent(reference=old.reference, digest=old.digest),)
+        pages = {name: source.files[name] for name in old.files if name not in (WEIGHTS, PEFT_CONFIG, CARD)}
+        origin = Origin(old.data, old.recipe, old.figures, parents, made, pages=pages)
+    return Imported(publish_adapter(store, name, adapter, base, origin), variant, error, difference)
+
+
+def _convert(source: Source, base: Base, rank: int | None) -> tuple[Adapter, str, float, float]:
+    content = parse_peft(source.files[WEIGHTS], source.files[PEFT_CONFIG], base.config, source.where)
+    if not (content.spec.dora or content.spec.pissa):
+        return content.adapter, "lora", 0.0, 0.0
+    found = convert_variant(content, base, rank)
+    return found.adapter, found.variant, found.relative_error, found.max_logit_difference
+
+
+def export_adapter(store: Store, reference: str, out: Path) -> Manifest:
+    """Writes a version, checked, to the new folder `out`, or to one file if that ends in `.tar.gz`.
+
+    Raises:
+        ConflictError: `out` exists.
+        CorruptError: the version is damaged.
+    """
+    if out.exists():
+        raise ConflictError(f"{out} exists", "choose another name, or remove it first")
+    manifest, files = read_version_files(store, reference)
+    with os_errors_as_ours(f"write {out}"):
+        if out.name.endswith(ARCHIVES):
+            out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(out.absolute(), pack_archive(files, f"{manifest.name}-{manifest.version}"))
+        else:
+            with temporary_dir(out.absolute().parent, out.name) as work:
+                for name, content in files.items():
+                    write_file(work / name, content)
+                sync_tree(work)
+                os.rename(work, out)
+    return manifest
+
+
+def read_version_files(store: Store, reference: str) -> tuple[Manifest, dict[str, bytes]]:
+    """Returns a version's manifest and every file of it, all checked."""
+    with store.pin(reference) as folder:
+        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
+        return manifest, {**read_all_checked(folder, manifest), MANIFEST: (folder / MANIFEST).read_bytes()}
+
+
+def push_adapter(store: Store, reference: str, repository: str, private: bool) -> str:
+    """Uploads a version with its card to the hub, making the repository if need be; returns its address.
+
+    Raises:
+        UsageError: `repository` is not `owner/name`.
+        ResourceError: the hub cannot be reached, or wants a login; the store is unchanged.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise UsageError(f"'{repository}' is not a hub repository", "write owner/name")
+    _, files = read_version_files(store, reference)
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    hint = f"nothing is lost: 'lora-gpt2 adapters export {reference} FILE.tar.gz' makes a file to carry"
+    with hub_errors_as_ours(repository, f"push {reference}", hint):
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        commit = api.create_commit(repository, operations, commit_message=f"Add {reference} by lora-gpt2")
+    return str(commit.commit_url)

@@ -1,0 +1,131 @@
+"""Whether stored adapters are sound: bytes, base, format, and the numbers of an independent implementation.
+
+transformers' GPT-2 with PEFT on top is that implementation: it loads the same base and the version's own folder, and
+must give our logits to rounding. An adapter whose logits are the base's is reported too: it does nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, MismatchError
+from lora_gpt2.model.bank import AdapterBank, InferenceRows
+from lora_gpt2.model.base import Base
+from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.probe import allow_rounding, build_probe, compute_logits, measure_difference
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.files import check_base, read_version
+from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
+from lora_gpt2.store.peft_config import parse_peft_config
+from lora_gpt2.store.version import read_all_checked, read_checked, read_manifest
+
+CHECKS = ("files", "base", "format", "logits", "effect")
+
+
+@dataclass
+class Verdict:
+    """What was checked of a version: `passed` in order, and the first `failure`, "" if there is none."""
+
+    reference: str
+    passed: list[str] = field(default_factory=list)
+    failure: str = ""
+    max_logit_difference: float | None = None
+    effect: float | None = None
+
+    @property
+    def is_sound(self) -> bool:
+        """True if nothing failed."""
+        return not self.failure
+
+
+def verify_files(store: Store, reference: str) -> tuple[Verdict, Manifest | None]:
+    """Returns whether every byte of a version is as it was published; needs no base."""
+    verdict = Verdict(reference)
+    try:
+        with store.pin(reference) as folder:
+            manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
+            read_all_checked(folder, manifest)
+    except LoraGpt2Error as error:
+        verdict.failure = f"files: {error.message}"
+        return verdict, None
+    verdict.passed.append("files")
+    return Verdict(manifest.reference, ["files"]), manifest
+
+
+def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> Iterator[Verdict]:
+    """Yields whether each version, whose files are sound, does on its base what transformers + PEFT does."""
+    reference = _Reference(base)
+    for manifest in manifests:
+        verdict = Verdict(manifest.reference, ["files"])
+        try:
+            with store.pin(manifest.reference) as folder:
+                _verify_one(verdict, folder, manifest, base, reference)
+        except IntegrityError as error:
+            verdict.failure = error.message
+        yield verdict
+
+
+def _verify_one(verdict: Verdict, folder: Path, manifest: Manifest, base: Base, reference: _Reference) -> None:
+    check_base(manifest, base)
+    verdict.passed.append("base")
+    adapter = read_version(folder, manifest, base.config)
+    if not parse_peft_config(read_checked(folder, manifest, PEFT_CONFIG), manifest.reference).is_plain:
+        raise MismatchError(f"{manifest.reference}: its configuration holds expressions", "import it again")
+    verdict.passed.append("format")
+    ours = compute_logits(base, lambda rows: _one_adapter(adapter, base, rows))
+    verdict.max_logit_difference = measure_difference(ours, reference.compute(folder))
+    limit = allow_rounding(ours)
+    if not verdict.max_logit_difference <= limit:
+        verdict.failure = f"logits: they differ by {verdict.max_logit_difference:.2e} from PEFT's, allowed {limit:.1e}"
+        return
+    verdict.passed.append("logits")
+    verdict.effect = measure_difference(ours, reference.plain)
+    if not verdict.effect > limit:
+        verdict.failure = "effect: it changes nothing"
+        return
+    verdict.passed.append("effect")
+
+
+def _one_adapter(adapter: Adapter, base: Base, rows: int) -> InferenceRows:
+    bank = AdapterBank(base.config, adapter.ranks, 1, "inference", base.model.wte.weight)
+    bank.load(0, adapter)
+    return InferenceRows(bank, torch.ones(rows, 1))
+
+
+class _Reference:
+    """transformers' model of a base in float32, which takes adapters through PEFT."""
+
+    def __init__(self, base: Base) -> None:
+        from transformers import GPT2LMHeadModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self.base = base
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.model: Any = GPT2LMHeadModel.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True)
+        self.model.eval()
+        self.plain = self._run(self.model)
+
+    def compute(self, folder: Path) -> Tensor:
+        """Returns the logits with the adapter in a folder."""
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(self.model, str(folder), local_files_only=True).eval()
+            logits = self._run(model)
+            self.model = model.unload()
+        return logits
+
+    @torch.inference_mode()
+    def _run(self, model: Any) -> Tensor:
+        logits: Tensor = model(input_ids=build_probe(self.base).cpu(), use_cache=False).logits
+        return logits.to(self.base.runtime.device)

@@ -1,0 +1,174 @@
+"""Every change of a store, failed at every operation in four ways: the old state or the new one, nothing lost."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.paths import os_errors_as_ours, write_file
+from lora_gpt2.inference.session import Session
+from lora_gpt2.merging.combine import merge_adapters
+from lora_gpt2.recipe import EvaluateSettings, MergeSettings
+from lora_gpt2.store import catalog
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.changes import (
+    collect_garbage,
+    copy_adapter,
+    iter_trash,
+    remove_adapter,
+    rename_adapter,
+    restore_adapter,
+    roll_back,
+)
+from lora_gpt2.store.exchange import fetch_source, import_source
+from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
+from lora_gpt2.store.manifest import WEIGHTS
+from tests.builders import make_adapter
+from tests.faults import KINDS, count_operations, inject
+
+warnings.filterwarnings("ignore", message=".*fork.*")
+WORKS = {
+    "publish": lambda store, base: publish_adapter(store, "law", make_adapter(base.config, 9), base, Origin()),
+    "roll back": lambda store, base: roll_back(store, "law"),
+    "remove": lambda store, base: remove_adapter(store, "law"),
+    "remove a version": lambda store, base: remove_adapter(store, "law@1"),
+    "restore": lambda store, base: restore_adapter(store, "gone"),
+    "copy": lambda store, base: copy_adapter(store, "law", "twin"),
+    "rename": lambda store, base: rename_adapter(store, "law", "right"),
+    "import": lambda store, base: import_source(fetch_source(str(store.folder_of("code") / "1")), store, "law", base),
+    "merge": lambda store, base: merge_adapters(
+        Session(base, store),
+        (("law", 0.5), ("code", 0.5)),
+        "both",
+        MergeSettings(),
+        [],
+        EvaluateSettings(),
+        SilentReporter(),
+    ),
+    "collect": lambda store, base: collect_garbage(store, keep=1),
+}
+LEAST_FAULTS = 300
+INJECTED: list[int] = []
+
+
+@pytest.fixture
+def pristine(base, tmp_path):
+    """A store with two versions of one adapter, another adapter, and one in the trash."""
+    store = Store(tmp_path / "pristine")
+    for seed in (1, 2):
+        publish_adapter(store, "law", make_adapter(base.config, seed), base, Origin())
+    for name in ("code", "gone"):
+        publish_adapter(store, name, make_adapter(base.config, 3 + len(name)), base, Origin())
+    remove_adapter(store, "gone")
+    return store
+
+
+def list_weights(store, base):
+    """Returns the digests of everything sound in a store: versions in use or not, and the trash; checks each."""
+    found = set()
+    for name in store.list_names():
+        load_adapter(store, name, base)
+        found |= {load_adapter(store, f"{name}@{version}", base)[0].digest for version in store.list_versions(name)}
+    for path in iter_trash(store):
+        versions = [path] if "@" in path.name else [p for p in path.iterdir() if p.name.isdecimal()]
+        found |= {digest_of(folder) for folder in versions}
+    return found
+
+
+def digest_of(folder):
+    import hashlib
+
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def fresh_copy(pristine, tmp_path, number):
+    target = tmp_path / f"s{number}"
+    shutil.copytree(pristine.root, target)
+    return Store(target)
+
+
+def sweep(work, pristine, base, tmp_path):
+    """Injects every fault into a piece of work on a fresh copy each; returns what was lost, by fault."""
+    before = list_weights(pristine, base)
+    counted = fresh_copy(pristine, tmp_path, "count")
+    total = count_operations(lambda: work(counted, base))
+    assert total > 2
+    lost = {}
+    for kind in KINDS:
+        for at in range(1, total + 1):
+            store = fresh_copy(pristine, tmp_path, f"{kind}{at}")
+            fired = inject(lambda store=store: work(store, base), kind, at)
+            assert fired, f"{kind} at {at} of {total} did not fire"
+            INJECTED.append(1)
+            try:
+                gone = before - list_weights(store, base)
+            except LoraGpt2Error as error:
+                gone = {error.message}
+            if gone:
+                lost[kind, at] = gone
+            shutil.rmtree(store.root)
+    return lost
+
+
+@pytest.mark.parametrize("name", [name for name in WORKS if name != "collect"])
+def test_no_fault_loses_anything(pristine, base, tmp_path, name):
+    assert sweep(WORKS[name], pristine, base, tmp_path) == {}
+
+
+def test_collecting_loses_only_what_it_was_told_to(pristine, base, tmp_path):
+    wanted = {load_adapter(pristine, name, base)[0].digest for name in ("law", "code")}
+    lost = sweep(WORKS["collect"], pristine, base, tmp_path)
+    assert not [fault for fault, gone in lost.items() if gone & wanted]
+    done = fresh_copy(pristine, tmp_path, "done")
+    collect_garbage(done, keep=1)
+    assert list_weights(done, base) == wanted
+
+
+@pytest.mark.parametrize("name", ["publish", "copy", "rename"])
+def test_after_any_kill_the_same_work_succeeds(pristine, base, tmp_path, name):
+    counted = fresh_copy(pristine, tmp_path, "count")
+    total = count_operations(lambda: WORKS[name](counted, base))
+    for at in range(1, total + 1):
+        store = fresh_copy(pristine, tmp_path, at)
+        assert inject(lambda store=store: WORKS[name](store, base), "kill", at)
+        if name != "rename" or "right" not in store.list_names():
+            WORKS[name](store, base)
+        list_weights(store, base)
+        assert not [path for path in store.root.rglob("*.partial") if "CURRENT" not in path.name]
+        collect_garbage(store)
+        assert not list(store.root.rglob("*.partial"))
+        shutil.rmtree(store.root)
+
+
+def test_enough_faults_were_injected_in_this_file():
+    """Runs last in its file, on the same worker."""
+    assert sum(INJECTED) >= LEAST_FAULTS
+
+
+def publish_in_place(store, base):
+    """A store as it must not be: files are written over each other, and CURRENT first."""
+    folder = store.folder_of("law") / "2"
+    with os_errors_as_ours("publish"):
+        write_file(folder.parent / "CURRENT", b"2\n")
+        for path in sorted(folder.iterdir()):
+            write_file(path, Path(store.folder_of("law") / "1" / path.name).read_bytes())
+
+
+def test_the_sweep_finds_a_broken_store(pristine, base, tmp_path):
+    assert sweep(publish_in_place, pristine, base, tmp_path)
+
+
+def test_the_sweep_finds_a_store_that_points_before_it_writes(pristine, base, tmp_path, monkeypatch):
+    def add_badly(self, name, files, make_manifest):
+        folder, version = self.folder_of(name), max(self.list_versions(name)) + 1
+        self.use_version(name, version)
+        with os_errors_as_ours("publish"):
+            (folder / str(version)).mkdir()
+            catalog.write_version(folder / str(version), make_manifest(version), files)
+        return version
+
+    monkeypatch.setattr(Store, "add_version", add_badly)
+    assert sweep(WORKS["publish"], pristine, base, tmp_path)
