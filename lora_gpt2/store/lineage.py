@@ -9,19 +9,18 @@ from lora_gpt2.core.fingerprint import flatten_json
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import Manifest, Parent
 
-MAX_GENERATIONS = 32
 
-
-def describe_lineage(store: Store, manifest: Manifest, generation: int = 0) -> dict[str, Any]:
+def describe_lineage(store: Store, manifest: Manifest, children: tuple[str, ...] = ()) -> dict[str, Any]:
     """Returns a version's origin: how it was made, its text, and its parents', as far as this store knows them.
 
     Keys: `reference`, `made`, `sources`, `data_fingerprint`, `parents` (each with `weight` and `found`, which is
     where the parent's weights are now, or None).
     """
     parents = []
-    for parent in manifest.parents if generation < MAX_GENERATIONS else ():
-        found = find_parent(store, parent)
-        entry = describe_lineage(store, found, generation + 1) if found else {"reference": parent.reference}
+    children = (*children, manifest.reference)
+    for parent in manifest.parents:
+        found = find_parent(store, parent, children)
+        entry = describe_lineage(store, found, children) if found else {"reference": parent.reference}
         parents.append({**entry, "weight": parent.weight, "found": found.reference if found else None})
     return {
         "reference": manifest.reference,
@@ -32,11 +31,11 @@ def describe_lineage(store: Store, manifest: Manifest, generation: int = 0) -> d
     }
 
 
-def find_parent(store: Store, parent: Parent) -> Manifest | None:
-    """Returns the version whose weights a parent names: under its name, or under another one."""
+def find_parent(store: Store, parent: Parent, children: tuple[str, ...]) -> Manifest | None:
+    """Returns the version whose weights a parent names, under its name or another one, but none of its children."""
     names = [parent.reference.partition("@")[0], *store.list_names()]
     references = [parent.reference, *(f"{name}@{number}" for name in names for number in store.list_versions(name))]
-    for reference in references:
+    for reference in (reference for reference in references if reference not in children):
         try:
             manifest = store.read_manifest(reference)
         except LoraGpt2Error:
