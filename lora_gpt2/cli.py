@@ -56,7 +56,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Finds the command; an unknown one is answered with the nearest."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from lora_gpt2.recipe import suggest
+            from lora_gpt2.core.suggest import suggest
 
             raise UsageError(f"there is no command '{args[0]}'", suggest(args[0], COMMANDS))
         return super().resolve_command(ctx, args)

@@ -6,7 +6,6 @@ are refused with the nearest valid one. Precedence: command line, recipe file, d
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_gpt2.core.errors import NotFoundError, RecipeError, UsageError
+from lora_gpt2.core.suggest import suggest
 
 Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -241,16 +241,6 @@ def list_keys() -> list[str]:
         assert issubclass(model, Section)
         keys += [f"{section}.{name}" for name in model.model_fields]
     return keys
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns a hint that names the nearest of the known words, or lists them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    last = [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2]]
-    if choice := last[:1] or near:
-        return f"did you mean '{choice[0]}'?"
-    return f"known are: {', '.join(known)}" if known else "there are none yet"
 
 
 def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:

@@ -26,6 +26,8 @@ from lora_gpt2.recipe import MergeMethod, load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
+    from lora_gpt2.merging.bake import BakeReport
+    from lora_gpt2.merging.combine import MergeReport
     from lora_gpt2.merging.search import SearchReport
 
 
@@ -85,24 +87,30 @@ def command(
     if name:
         merged = merge_adapters(session, mix, name, how, sources, recipe.evaluate, reporter)
         result |= asdict(merged) | {"cells": [cell.to_json() for cell in merged.cells]}
-        lines.append(
-            f"{format_matrix(result['cells'])}\n\nmerged {merged.name}@{merged.version} by {merged.method}: rank up to "
-            f"{merged.largest_rank}, {merged.relative_error:.2%} of the update cut off, logits differ by at most "
-            f"{merged.max_logit_difference:.1e} from the unmerged computation"
-        )
+        lines += [format_matrix(result["cells"]), _render_merge(merged)]
     if into_base:
         baked = bake_adapters(session, mix, into_base, how, sources, recipe.evaluate, reporter)
         result |= asdict(baked) | {"cells": [cell.to_json() for cell in baked.cells]}
-        size = format_bytes(baked.size_bytes)
-        lines.append(
-            f"{format_matrix(result['cells'])}\n\nwrote {baked.path} ({baked.dtype}, {size}): logits differ by at most "
-            f"{baked.max_logit_difference:.1e} from the unmerged computation"
-        )
+        lines += [format_matrix(result["cells"]), _render_bake(baked)]
     emit(result, as_json, lambda: "\n\n".join(lines))
-    if name:
-        reporter.message(f'next: lora-gpt2 generate "..." --adapter {name}{name_store(store)}')
-    elif into_base:
-        reporter.message(f'next: lora-gpt2 generate "..." --base {into_base}')
+    if name or into_base:
+        which = f"--adapter {name}{name_store(store)}" if name else f"--base {into_base}"
+        reporter.message(f'next: lora-gpt2 generate "..." {which}')
+
+
+def _render_merge(merged: MergeReport) -> str:
+    return (
+        f"merged {merged.name}@{merged.version} by {merged.method}: rank up to {merged.largest_rank}, "
+        f"{merged.relative_error:.2%} of the update cut off, logits differ by at most "
+        f"{merged.max_logit_difference:.1e} from the unmerged computation"
+    )
+
+
+def _render_bake(baked: BakeReport) -> str:
+    return (
+        f"wrote {baked.path} ({baked.dtype}, {format_bytes(baked.size_bytes)}): logits differ by at most "
+        f"{baked.max_logit_difference:.1e} from the unmerged computation"
+    )
 
 
 def _describe_search(report: SearchReport, labels: list[str]) -> dict[str, Any]:

@@ -86,8 +86,20 @@ def command(
 def _render(adapters: list[Any]) -> str:
     rows = [
         [f"{a.name}@{a.version}", f"{a.steps}", f"{a.train_tokens:,}", f"{a.base_perplexity:.2f}",
-         f"{a.validation_perplexity:.2f}", f"{a.best_step}", f"{a.tokens_per_second:,.0f}",
+         f"{a.validation_perplexity:.2f}", "" if a.test_perplexity is None else f"{a.test_perplexity:.2f}",
+         f"{a.best_step}", f"{a.tokens_per_second:,.0f}",
          format_bytes(a.peak_memory_bytes), format_seconds(a.seconds)] for a in adapters
     ]  # fmt: skip
-    header = ["adapter", "steps", "tokens", "base ppl", "validation ppl", "best step", "tokens/s", "peak", "time"]
+    header = [
+        "adapter",
+        "steps",
+        "tokens",
+        "base ppl",
+        "validation ppl",
+        "test ppl",
+        "best step",
+        "tokens/s",
+        "peak",
+        "time",
+    ]
     return format_table(header, rows)

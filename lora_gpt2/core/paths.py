@@ -102,7 +102,7 @@ def write_file(path: Path, content: bytes) -> None:
         os.close(handle)
 
 
-def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
+def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
     """Returns the bytes of a plain file; a link, a pipe or a device is never followed or waited for.
 
     Raises:
@@ -121,8 +121,10 @@ def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
             raise CorruptError(f"{path} is not a plain file", "replace it by the file that belongs there")
         if max_bytes is not None and found.st_size > max_bytes:
             raise CorruptError(f"{path} has {found.st_size:,} bytes, expected at most {max_bytes:,}", "restore it")
-        with open(handle, "rb", closefd=False) as file:
-            return file.read()
+        content = os.read(handle, found.st_size + 1)
+        while len(content) < found.st_size and (piece := os.read(handle, found.st_size)):
+            content += piece
+        return content
     finally:
         os.close(handle)
 

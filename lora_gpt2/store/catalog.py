@@ -24,14 +24,17 @@ from lora_gpt2.core.paths import (
     hold_shared,
     is_name,
     os_errors_as_ours,
+    read_regular,
+    translate_os_error,
     write_atomic,
     write_file,
 )
-from lora_gpt2.recipe import suggest
+from lora_gpt2.core.suggest import suggest
 from lora_gpt2.store.manifest import MANIFEST, Manifest
 from lora_gpt2.store.version import pack_version, read_manifest
 
 PUBLISH_WAIT_SECONDS = 30.0  # a publication takes milliseconds; another one may be in front
+MAX_POINTER_BYTES = 64
 PIN_ATTEMPTS = 20  # each is lost only to a publication and a collection in between
 STAMP = "~"  # not in any name
 NEXT = ".next"  # the lowest number that the next version may have, once the highest version was removed
@@ -50,7 +53,7 @@ class Store:
                 names = [entry.name for entry in entries if is_name(entry.name)]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name for name in names if os.path.isfile(os.path.join(self.root, name, "CURRENT")))
+        return sorted(name for name in names if os.path.isfile(f"{self.root}/{name}/CURRENT"))
 
     def check_writable(self) -> None:
         """Raises `ResourceError` if nothing can be published here; asked before hours of training, not after."""
@@ -68,9 +71,16 @@ class Store:
         """Yields the manifest of each adapter's version in use, or the error of one that is damaged."""
         for name in self.list_names():
             try:
-                yield self.read_manifest(name)
-            except LoraGpt2Error as error:
-                yield error
+                folder = self.resolve(name)
+                yield read_manifest(folder, expected=f"{name}@{folder.name}")
+            except LoraGpt2Error:  # it may have been collected meanwhile: look again, holding it
+                yield self._try_pinned(name)
+
+    def _try_pinned(self, name: str) -> Manifest | LoraGpt2Error:
+        try:
+            return self.read_manifest(name)
+        except LoraGpt2Error as error:
+            return error
 
     def read_current(self, name: str) -> int:
         """Returns the number of the version in use.
@@ -79,14 +89,14 @@ class Store:
             NotFoundError: there is no such adapter; the hint names the nearest.
             CorruptError: CURRENT does not name a version.
         """
-        path = self.folder_of(check_name(name)) / "CURRENT"
+        path = f"{self.root}/{check_name(name)}/CURRENT"
         try:
-            content = path.read_bytes()
+            content = read_regular(path, MAX_POINTER_BYTES)
         except (FileNotFoundError, NotADirectoryError) as error:
             hint = suggest(name, self.list_names())
             raise NotFoundError(f"there is no adapter '{name}' in {self.root}", hint) from error
         except OSError as error:
-            raise CorruptError(f"{path} cannot be read", "see 'ls -l' of it") from error
+            raise translate_os_error(error, f"read {path}") from error
         wanted = content.removesuffix(b"\n")
         if not content.endswith(b"\n") or not wanted.isdigit() or len(wanted) > 9:
             hint = f"use 'adapters rollback {name} --to N', N one of {self.list_versions(name)}"
@@ -102,17 +112,18 @@ class Store:
             CorruptError: CURRENT does not name a version, or a link leads out of the store.
         """
         name, separator, wanted = reference.partition("@")
-        folder = self.folder_of(check_name(name))
+        check_name(name)
         if separator and not (wanted.isdecimal() and wanted.isascii() and len(wanted) <= 9):
             raise UsageError(f"'{reference}' is not an adapter", "write name or name@version, for example legal@2")
-        version = folder / str(int(wanted) if separator else self.read_current(name))
-        if not (version / MANIFEST).is_file():
+        home = f"{self.root}/{name}"
+        version = Path(f"{home}/{int(wanted) if separator else self.read_current(name)}")
+        if not os.path.isfile(f"{version}/{MANIFEST}"):
             if not separator and version.name not in map(str, self.list_versions(name)):
                 raise CorruptError(f"'{name}' uses version {version.name}, which is gone", f"adapters rollback {name}")
             if not separator:
                 raise CorruptError(f"{version / MANIFEST} is missing", f"restore it, or adapters rollback {name}")
             raise NotFoundError(f"'{name}' has no version {wanted}", f"it has {self.list_versions(name) or 'none'}")
-        is_linked = folder.is_symlink() or version.is_symlink()
+        is_linked = os.path.islink(home) or os.path.islink(version)
         if is_linked and not version.resolve().is_relative_to(self.root.resolve()):
             raise CorruptError(f"{version} leads out of the store", "remove the link")
         return version

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, NotFoundError
@@ -76,8 +76,8 @@ def copy_adapter(store: Store, reference: str, name: str) -> Manifest:
         manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
         files = read_all_checked(folder, manifest)
     parent = Parent(reference=manifest.reference, digest=manifest.digest)
-    change = {"name": name, "created": utc_now(), "parents": (parent,), "made": {"by": "copy"}}
-    version = store.add_version(name, files, lambda number: manifest.model_copy(update={**change, "version": number}))
+    twin = replace(manifest, name=name, created=utc_now(), parents=(parent,), made={"by": "copy"})
+    version = store.add_version(name, files, lambda number: replace(twin, version=number))
     return store.read_manifest(f"{name}@{version}")
 
 
@@ -101,7 +101,7 @@ def rename_adapter(store: Store, old: str, new: str) -> None:
                 manifest = read_manifest(folder, expected=f"{old}@{version}")
                 files = read_all_checked(folder, manifest)
                 (work / folder.name).mkdir()
-                write_version(work / folder.name, manifest.model_copy(update={"name": new}), files)
+                write_version(work / folder.name, replace(manifest, name=new), files)
             write_atomic(work / NEXT, f"{max(store.list_versions(old)) + 1}\n".encode())
             write_atomic(work / "CURRENT", f"{current}\n".encode())
             os.rename(work, store.folder_of(new))

@@ -106,7 +106,7 @@ def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
         return None
     try:
         manifest = parse_manifest(files[MANIFEST])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where}: {MANIFEST} is damaged", "fetch it again") from error
     verify_hashes(files, manifest, where)
     return manifest

@@ -18,7 +18,7 @@ from lora_gpt2.model.gpt2 import GPT2Config
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.interop import from_peft, to_peft
-from lora_gpt2.store.manifest import METRICS, PEFT_CONFIG, SCHEMA, WEIGHTS, BaseIdentity, Manifest, Parent
+from lora_gpt2.store.manifest import METRICS, PEFT_CONFIG, WEIGHTS, BaseIdentity, Manifest, Parent
 from lora_gpt2.store.version import read_checked, read_manifest, utc_now
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "lora-gpt2")
@@ -28,9 +28,9 @@ LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "lora
 class Origin:
     """Where an adapter comes from and how good it is: what goes into its manifest and card."""
 
-    data: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[Parent, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[dict[str, Any]] = ()
@@ -60,7 +60,7 @@ def publish_adapter(store: Store, name: str, adapter: Adapter, base: Base, origi
 
     def build(version: int) -> Manifest:
         return Manifest(
-            schema=SCHEMA, name=name, version=version, created=utc_now(), base=identify(base), data=origin.data,
+            name=name, version=version, created=utc_now(), base=identify(base), data=origin.data,
             recipe=origin.recipe, figures=origin.figures, parents=origin.parents, made=dict(origin.made),
             libraries=_library_versions(), size_bytes=len(files[WEIGHTS]),
             num_parameters=origin.figures.get("trained_parameters", size), files={},

@@ -48,7 +48,7 @@ def find_parent(store: Store, parent: Parent, children: tuple[str, ...]) -> Mani
 def compare_manifests(one: Manifest, other: Manifest) -> dict[str, dict[str, tuple[Any, Any]]]:
     """Returns what differs, by section (`base`, `recipe`, `data`, `figures`, `made`) and key: both values."""
     sections = {
-        "base": (one.base.model_dump(), other.base.model_dump()),
+        "base": (vars(one.base), vars(other.base)),
         "recipe": (one.recipe, other.recipe),
         "data": (one.data, other.data),
         "figures": (one.figures, other.figures),

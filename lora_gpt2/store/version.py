@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def pack_version(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, by
     """Returns every file of a version: these, the card, and the manifest with the hashes of all others."""
     packed = {**files, CARD: build_card(manifest).encode()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
-    return {**packed, MANIFEST: manifest.model_copy(update={"files": hashes}).to_bytes()}
+    return {**packed, MANIFEST: replace(manifest, files=hashes).to_bytes()}
 
 
 def read_manifest(folder: Path, expected: str) -> Manifest:
@@ -28,7 +29,7 @@ def read_manifest(folder: Path, expected: str) -> Manifest:
     path = folder / MANIFEST
     try:
         manifest = parse_manifest(_read(path, MAX_BYTES))
-    except ValueError as error:  # pydantic's errors are such
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} is damaged", "restore the folder from a copy, or train again") from error
     if manifest.reference != expected:
         raise CorruptError(f"{path} is the manifest of {manifest.reference}", f"restore the one of {expected}")

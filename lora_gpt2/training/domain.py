@@ -90,10 +90,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """The outcome of one slot; NLL in nats per token over the whole validation part."""
+    """The outcome of one slot; NLL in nats per token over the whole validation part.
+
+    `test_nll` has the base's and the adapter's over the test part, which no choice was made on; None without one.
+    """
 
     domain: Domain
     adapter: Adapter
     base_nll: float
     validation_nll: float
+    test_nll: tuple[float, float] | None
     seconds: float

@@ -155,8 +155,13 @@ def _to_svg(plot: Callable[[Axes], None]) -> str:
 
 
 def _build_figures(figures: Mapping[str, Any]) -> str:
+    on_test = []
+    if figures["test_perplexity"] is not None:
+        shown = f"{figures['base_test_perplexity']:.2f} → {figures['test_perplexity']:.2f}"
+        on_test = [(shown, "on test text, kept back")]
     cards = [
         (f"{figures['base_perplexity']:.2f} → {figures['validation_perplexity']:.2f}", "perplexity on validation text"),
+        *on_test,
         (f"{figures['base_general_perplexity']:.1f} → {figures['general_perplexity']:.1f}", "on general English"),
         (f"{figures['best_step']:,} of {figures['steps']:,}", "best step"),
         (f"{figures['train_tokens']:,}", "tokens trained on"),

@@ -49,6 +49,8 @@ class AdapterReport:
     train_tokens: int
     base_perplexity: float
     validation_perplexity: float
+    base_test_perplexity: float | None
+    test_perplexity: float | None
     base_general_perplexity: float
     general_perplexity: float
     tokens_per_second: float
@@ -171,8 +173,10 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: fl
     general = measure_general(base, session.for_rows(((domain.name, 1.0),))).perplexity
     report = AdapterReport(
         name=domain.name, version=0, steps=domain.last_step, best_step=domain.best_step,
-        train_tokens=domain.train_tokens, base_perplexity=math.exp(min(outcome.base_nll, 700)),
-        validation_perplexity=math.exp(min(outcome.validation_nll, 700)),
+        train_tokens=domain.train_tokens, base_perplexity=_to_perplexity(outcome.base_nll),
+        validation_perplexity=_to_perplexity(outcome.validation_nll),
+        base_test_perplexity=_to_perplexity(outcome.test_nll[0]) if outcome.test_nll else None,
+        test_perplexity=_to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
         base_general_perplexity=base_general, general_perplexity=general,
         tokens_per_second=domain.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device), seconds=outcome.seconds,
@@ -186,6 +190,10 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: fl
     recipe = domain.recipe.model_dump(mode="json")
     origin = Origin(_describe_data(domain.recipe, domain.data), recipe, figures, metrics=domain.records, pages=pages)
     return replace(report, version=publish_adapter(store, domain.name, adapter, base, origin).version)
+
+
+def _to_perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700))
 
 
 def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:

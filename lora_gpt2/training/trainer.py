@@ -260,10 +260,15 @@ class Trainer:
             self.bank.flat[slot] = self.best[slot]
             self.bank.refresh()
         adapter = self.bank.read(slot)
-        blocks, size = domain.data.validation, domain.recipe.train.micro_batch_tokens
-        validation_nll = self.measure_blocks(blocks, TrainingRows(self.bank, [slot]), batch_tokens=size)
-        base_nll = self.measure_blocks(blocks, None, batch_tokens=size)
-        return TrainedAdapter(domain, adapter, base_nll, validation_nll, self.seconds)
+        size, active = domain.recipe.train.micro_batch_tokens, TrainingRows(self.bank, [slot])
+
+        def measure(blocks: TokenBlocks) -> tuple[float, float]:
+            base, adapted = (self.measure_blocks(blocks, adapters, batch_tokens=size) for adapters in (None, active))
+            return base, adapted
+
+        test = domain.data.test
+        on_test = measure(test) if test.num_blocks else None
+        return TrainedAdapter(domain, adapter, *measure(domain.data.validation), on_test, self.seconds)
 
     def _note(self) -> str:
         parts = []

@@ -12,6 +12,7 @@ from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import EvaluateSettings, GenerateSettings
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.verify import CHECKS, verify_files, verify_on_base
 
 STORE = Store(Path(__file__).parent.parent.parent / "adapters")
 TEXTS = {
@@ -36,6 +37,12 @@ def test_a_shipped_adapter_knows_its_domain_better_than_the_base_and_the_other(s
     assert found[name] < 0.8 * min(found["base"], found[other])
     (output,) = generate(session, [Request(TEXTS[name], mixes[name], 1)], GenerateSettings(max_new_tokens=10))
     assert output.tokens == 10 or output.finish_reason == "stop"
+
+
+def test_they_are_sound_by_pefts_own_numbers(session):
+    manifests = [verify_files(STORE, name)[1] for name in STORE.list_names()]
+    for verdict in verify_on_base(STORE, manifests, session.base):
+        assert (verdict.failure, tuple(verdict.passed)) == ("", CHECKS)
 
 
 def test_their_manifests_hold_figures_and_no_path_of_one_machine(session):

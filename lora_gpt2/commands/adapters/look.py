@@ -52,7 +52,7 @@ def show(reference: str, store: Store, as_json: bool) -> None:
       lora-gpt2 adapters show shakespeare
     """
     manifest = store.read_manifest(reference)
-    content = manifest.model_dump(mode="json", by_alias=True)
+    content = manifest.to_json()
     content |= {"path": str(store.resolve(reference)), "versions": store.list_versions(manifest.name)}
     content["lineage"] = describe_lineage(store, manifest)
     emit({"adapter": content}, as_json, lambda: "\n".join(_render_show(content)))

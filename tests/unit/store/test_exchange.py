@@ -8,6 +8,7 @@ import tarfile
 import time
 import warnings
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -423,9 +424,7 @@ def test_a_hostile_store_version_cannot_hang_verification(base, store):
     import hashlib
 
     manifest = store.read_manifest("law")
-    changed = manifest.model_copy(
-        update={"files": {**manifest.files, PEFT_CONFIG: hashlib.sha256(content).hexdigest()}}
-    )
+    changed = replace(manifest, files={**manifest.files, PEFT_CONFIG: hashlib.sha256(content).hexdigest()})
     (folder / MANIFEST).write_bytes(changed.to_bytes())
     started = time.monotonic()
     (verdict,) = verify_on_base(store, [store.read_manifest("law")], base)

@@ -7,6 +7,7 @@ from lora_gpt2.training.report import CURVE, REPORT, _smooth, draw_pages
 
 FIGURES = {
     "verdict": "about <right>", "forgetting": "little", "base_perplexity": 100.0, "validation_perplexity": 50.0,
+    "base_test_perplexity": 71.5, "test_perplexity": 52.25,
     "base_general_perplexity": 60.0, "general_perplexity": 66.0, "best_step": 2, "steps": 3, "train_tokens": 1234,
     "tokens_per_second": 99.5, "peak_memory_bytes": 10**9, "trained_parameters": 10, "seconds": 90.0,
 }  # fmt: skip
