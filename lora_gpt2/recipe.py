@@ -169,8 +169,22 @@ class GenerateSettings(Section):
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Keep the smallest set of tokens with this probability; 1 keeps all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Drop tokens less likely than this share of the likeliest (Nguyen et al. 2024, arXiv:2407.01082); 0 is off."""
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     """Divides positive logits of tokens already seen, multiplies negative ones; 1 is off."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from the logit of each token that the continuation already has."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    """Subtracted from the logit of a token once for each time the continuation has it."""
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=64)] = 0
+    """Never write a run of so many tokens a second time; 0 is off."""
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    """Added to the logits of these token ids."""
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(max_length=16)] = ()
+    """Texts that end a continuation; they are not part of it."""
+    logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    """Also give the log-probability of each token and of so many of the likeliest; 0 is off."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Numbers of the base while generating."""
 

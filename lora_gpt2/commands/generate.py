@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import sys
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -68,7 +67,7 @@ def command(
 
     with catch_signals() as stop:
         outputs = generate(session, requests, recipe.generate, show if streams else None, stop, truncate == "left")
-    results = [asdict(output) for output in outputs]
+    results = [output.to_json() for output in outputs]
     if streams:
         click.echo("" if shown else prompt)
     else:

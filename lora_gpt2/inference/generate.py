@@ -1,22 +1,20 @@
-"""Continues prompts, each with its own mix of adapters and its own seed, in one batch with one KV cache."""
+"""Continues prompts, each with its own mix of adapters, seed and settings, through one engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Any
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
-from lora_gpt2.data.tokenizer import TextStream, Tokenizer
-from lora_gpt2.inference.sampling import choose_token
+from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.inference.engine import Engine, Row, TokenLogprobs
 from lora_gpt2.inference.session import Mix, Session, describe_mix
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import KVCache
 from lora_gpt2.recipe import GenerateSettings
 
+MAX_ROWS = 16
 OnText = Callable[[int, str], None]
 
 
@@ -27,11 +25,13 @@ class Request:
     prompt: str
     mix: Mix = ()
     seed: int = 0
+    settings: GenerateSettings | None = None
+    """Its own settings; without them, those of the call."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One continuation; `finish_reason` is `stop` (EOS), `length`, or `interrupted`."""
+    """One continuation; `finish_reason` is `stop` (EOS or a stop text), `length`, or `interrupted`."""
 
     prompt: str
     text: str
@@ -39,42 +39,12 @@ class Output:
     tokens: int
     finish_reason: str
     seed: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
-
-@dataclass
-class _Row:
-    index: int
-    request: Request
-    prompt_ids: list[int]
-    budget: int
-    stream: TextStream
-    generator: torch.Generator
-    new_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-
-    def accept(self, token: int, eos_id: int) -> str:
-        """Takes a token; returns the text that it completes."""
-        if token == eos_id:
-            self.finish_reason = "stop"
-            return self._finish()
-        self.new_ids.append(token)
-        shown = self.stream.push(token)
-        self.text += shown
-        if len(self.new_ids) >= self.budget:
-            self.finish_reason = "length"
-            shown += self._finish()
-        return shown
-
-    def _finish(self) -> str:
-        rest = self.stream.finish()
-        self.text += rest
-        return rest
-
-    def to_output(self) -> Output:
-        """Returns the finished row."""
-        mix = describe_mix(self.request.mix)
-        return Output(self.request.prompt, self.text, mix, len(self.new_ids), self.finish_reason, self.request.seed)
+    def to_json(self) -> dict[str, Any]:
+        """Returns the continuation with the key names of `generate --json`; log-probabilities where they were asked."""
+        values = {key: value for key, value in vars(self).items() if key != "logprobs"}
+        return values | ({"logprobs": [vars(item) for item in self.logprobs]} if self.logprobs else {})
 
 
 def encode_prompt(
@@ -106,41 +76,6 @@ def count_dropped(base: Base, prompt: str, settings: GenerateSettings) -> int:
     return length - keep_tokens(context, settings) if length >= context else 0
 
 
-class _Batch:
-    """The rows that are still growing, with their shared cache."""
-
-    def __init__(self, session: Session, rows: Sequence[_Row]) -> None:
-        self.session, self.active = session, list(rows)
-        base = session.base
-        self.device = base.runtime.device
-        lengths = [len(row.prompt_ids) for row in rows]
-        size = min(max(lengths) + max(row.budget for row in rows), base.config.context)
-        self.cache = KVCache(base.config, len(rows), size, base.model.wte.weight)
-        padded = [row.prompt_ids + [base.tokenizer.eos_id] * (max(lengths) - len(row.prompt_ids)) for row in rows]
-        self.tokens = torch.tensor(padded, device=self.device)
-        self.grown = torch.tensor(lengths, device=self.device)
-
-    def step(self) -> Tensor:
-        """Runs the network on the newest tokens; returns the logits `[rows, vocab]` of the next ones, on the CPU."""
-        model = self.session.base.model
-        hidden = model(self.tokens, self.session.rows([row.request.mix for row in self.active]), self.cache)
-        self.cache.lengths += self.grown
-        self.cache.used = int(self.cache.lengths.max())
-        places = torch.arange(len(self.active), device=self.device)
-        return model.logits(hidden[places, self.grown - 1]).float().cpu()
-
-    def advance(self) -> None:
-        """Drops the rows that are finished and puts the others' last tokens in front of the network."""
-        kept = [place for place, row in enumerate(self.active) if not row.finish_reason]
-        if len(kept) < len(self.active):
-            self.cache.keep_rows(torch.tensor(kept, dtype=torch.long, device=self.device))
-            self.active = [self.active[place] for place in kept]
-        if self.active:
-            self.tokens = torch.tensor([[row.new_ids[-1]] for row in self.active], device=self.device)
-            self.grown = torch.ones(len(self.active), dtype=torch.long, device=self.device)
-
-
-@torch.inference_mode()
 def generate(
     session: Session,
     requests: Sequence[Request],
@@ -155,21 +90,28 @@ def generate(
         UsageError: a prompt does not fit.
         NotFoundError, IntegrityError: an adapter cannot be used.
     """
-    tokenizer = session.base.tokenizer
+    tokenizer, context = session.base.tokenizer, session.base.config.context
     rows = []
     for index, request in enumerate(requests):
-        ids, budget = encode_prompt(tokenizer, request.prompt, session.base.config.context, settings, truncate_left)
-        rows.append(
-            _Row(index, request, ids, budget, TextStream(tokenizer), torch.Generator().manual_seed(request.seed))
-        )
-    batch = _Batch(session, rows)
-    while batch.active:
-        for row, logits in zip(batch.active, batch.step(), strict=True):
-            seen = torch.tensor(row.prompt_ids + row.new_ids)
-            shown = row.accept(choose_token(logits, seen, settings, row.generator), tokenizer.eos_id)
+        own = request.settings or settings
+        ids, budget = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
+        rows.append(Row(index, request.mix, ids, budget, own, request.seed, tokenizer))
+    session.open([name for request in requests for name, _ in request.mix])
+    size = max((len(row.prompt_ids) + row.budget for row in rows), default=1)
+    engine = Engine(session, max(1, min(len(rows), MAX_ROWS)), size)
+    for row in rows:
+        engine.submit(row)
+    while engine.is_busy:
+        for row, shown in engine.step():
             if shown and on_text is not None:
                 on_text(row.index, shown)
-            if stop is not None and stop.signal_number and not row.finish_reason:
-                row.finish_reason = "interrupted"
-        batch.advance()
-    return [row.to_output() for row in rows]
+        if stop is not None and stop.signal_number:
+            for row in rows:
+                engine.stop(row, "interrupted")
+            engine.waiting.clear()
+    return [_to_output(request, row) for request, row in zip(requests, rows, strict=True)]
+
+
+def _to_output(request: Request, row: Row) -> Output:
+    mix = describe_mix(request.mix)
+    return Output(request.prompt, row.text, mix, len(row.new_ids), row.finish_reason, request.seed, tuple(row.logprobs))

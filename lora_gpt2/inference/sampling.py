@@ -1,7 +1,8 @@
 """From logits to the next token: pure functions, in the order and with the meaning of transformers' processors.
 
-Repetition penalty (Keskar et al. 2019, arXiv:1909.05858, section 4.1), temperature, top-k (Fan et al. 2018,
-arXiv:1805.04833), top-p (Holtzman et al. 2019, arXiv:1904.09751).
+Repetition penalty (Keskar et al. 2019, arXiv:1909.05858, section 4.1), presence and frequency penalty (OpenAI's API),
+no repeated n-grams (Paulus et al. 2017, arXiv:1705.04304, section 2.5), temperature, top-k (Fan et al. 2018,
+arXiv:1805.04833), top-p (Holtzman et al. 2019, arXiv:1904.09751), min-p (Nguyen et al. 2024, arXiv:2407.01082).
 """
 
 from __future__ import annotations
@@ -23,8 +24,40 @@ def penalise_repetition(
     return logits.scatter(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
+def penalise_counts(
+    logits: Float[Tensor, " vocab"], written: Int[Tensor, " tokens"], presence: float, frequency: float
+) -> Float[Tensor, " vocab"]:
+    """Returns logits with tokens of the continuation made less likely: once, and once for each time."""
+    if not (presence or frequency) or not len(written):
+        return logits
+    counts = torch.bincount(written, minlength=len(logits)).to(logits)
+    return logits - presence * (counts > 0) - frequency * counts
+
+
+def forbid_ngrams(logits: Float[Tensor, " vocab"], seen: Int[Tensor, " tokens"], size: int) -> Float[Tensor, " vocab"]:
+    """Returns logits in which every token that would repeat a run of `size` tokens is -inf."""
+    if not size or len(seen) < size:
+        return logits
+    runs = seen.unfold(0, size, 1)
+    tail = seen[len(seen) - size + 1 :]
+    return logits.index_fill(0, runs[(runs[:, :-1] == tail).all(1), -1], -torch.inf)
+
+
+def adjust_logits(
+    logits: Float[Tensor, " vocab"], seen: Int[Tensor, " tokens"], num_prompt: int, settings: GenerateSettings
+) -> Float[Tensor, " vocab"]:
+    """Returns logits after bias and penalties; `seen` is the prompt's `num_prompt` tokens and the continuation."""
+    if settings.logit_bias:
+        ids = [token for token in settings.logit_bias if 0 <= token < len(logits)]
+        bias = torch.tensor([settings.logit_bias[token] for token in ids])
+        logits = logits.index_add(0, torch.tensor(ids, dtype=torch.long), bias)
+    logits = penalise_repetition(logits, seen, settings.repetition_penalty)
+    logits = penalise_counts(logits, seen[num_prompt:], settings.presence_penalty, settings.frequency_penalty)
+    return forbid_ngrams(logits, seen, settings.no_repeat_ngram)
+
+
 def shape_logits(logits: Float[Tensor, " vocab"], settings: GenerateSettings) -> Float[Tensor, " vocab"]:
-    """Returns logits after temperature, top-k and top-p; excluded tokens are -inf. Temperature must be positive."""
+    """Returns logits after temperature, top-k, top-p and min-p; excluded tokens are -inf. Temperature is positive."""
     logits = logits / settings.temperature
     if 0 < settings.top_k < len(logits):
         smallest = torch.topk(logits, settings.top_k).values[-1]
@@ -34,6 +67,9 @@ def shape_logits(logits: Float[Tensor, " vocab"], settings: GenerateSettings) ->
         likelier = ordered.softmax(0).cumsum(0).roll(1)
         likelier[0] = 0
         logits = logits.scatter(0, order, ordered.masked_fill(likelier >= settings.top_p, -torch.inf))
+    if settings.min_p:
+        probabilities = logits.softmax(0)
+        logits = logits.masked_fill(probabilities < settings.min_p * probabilities.max(), -torch.inf)
     return logits
 
 
@@ -42,10 +78,16 @@ def choose_token(
     seen: Int[Tensor, " tokens"],
     settings: GenerateSettings,
     generator: torch.Generator,
+    num_prompt: int = 0,
 ) -> int:
-    """Returns the next token: the likeliest at temperature 0, else one drawn with `generator`."""
-    logits = penalise_repetition(logits.float(), seen, settings.repetition_penalty)
+    """Returns the next token: the likeliest at temperature 0, else one drawn with `generator`.
+
+    Where everything was forbidden, the likeliest of the untouched logits.
+    """
+    adjusted = adjust_logits(logits.float(), seen, num_prompt, settings)
+    if not torch.isfinite(adjusted).any():
+        adjusted = logits.float()
     if settings.temperature == 0:
-        return int(logits.argmax())
-    probabilities = shape_logits(logits, settings).softmax(0)
+        return int(adjusted.argmax())
+    probabilities = shape_logits(adjusted, settings).softmax(0)
     return int(torch.multinomial(probabilities, 1, generator=generator))

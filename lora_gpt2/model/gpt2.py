@@ -11,6 +11,7 @@ input of the norm or activation and compute its output again, instead of keeping
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,9 +151,16 @@ class KVCache:
         store[1][rows, :, positions] = values.transpose(1, 2)
         return store[0][:, :, : self.used], store[1][:, :, : self.used]
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drops all rows but these."""
-        self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
+    def view(self, begin: int, end: int, used: int) -> KVCache:
+        """Returns the rows from `begin` to `end` in the same memory; `used` is the largest of their lengths."""
+        part = copy.copy(self)
+        part.buffer, part.lengths, part.used = self.buffer[:, :, begin:end], self.lengths[begin:end], used
+        return part
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Puts a row, of which `length` tokens count, into another one's place."""
+        self.buffer[:, :, target, :, :length] = self.buffer[:, :, source, :, :length]
+        self.lengths[target] = self.lengths[source]
 
 
 @dataclass

@@ -77,11 +77,11 @@ def test_the_stream_is_the_text(session):
 
 
 def test_eos_ends_a_row_and_the_others_go_on(session, monkeypatch):
-    from lora_gpt2.inference import generate as module
+    from lora_gpt2.inference import engine as module
 
     plans = {"the": [5, 6, session.base.tokenizer.eos_id], "a": [7] * 12}
 
-    def choose(logits, seen, settings, generator):
+    def choose(logits, seen, settings, generator, num_prompt):
         prompt = "the" if seen[: len(the)].tolist() == the else "a"
         return plans[prompt].pop(0)
 

@@ -3,13 +3,15 @@ import math
 import pytest
 import torch
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from lora_gpt2.inference.sampling import choose_token, penalise_repetition, shape_logits
+from lora_gpt2.inference.sampling import adjust_logits, choose_token, forbid_ngrams, penalise_repetition, shape_logits
 from lora_gpt2.recipe import GenerateSettings
 
 
@@ -47,3 +49,51 @@ def test_draws_follow_the_distribution_and_the_seed():
     assert choose_token(logits, none, GenerateSettings(temperature=0), generator) == 1
     draws = [[choose_token(logits, none, settings, torch.Generator().manual_seed(s)) for _ in range(5)] for s in (1, 1)]
     assert draws[0] == draws[1]
+
+
+def logits_and_history(vocab=60, seen=30):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(vocab, generator=generator) * 3, torch.randint(0, 3, (seen,), generator=generator)
+
+
+@pytest.mark.parametrize("min_p", [0.01, 0.2, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_min_p_equals_transformers(min_p, temperature):
+    logits, _ = logits_and_history()
+    settings = GenerateSettings(temperature=temperature, top_k=20, top_p=0.9, min_p=min_p)
+    wanted = TopKLogitsWarper(20)(None, TemperatureLogitsWarper(temperature)(None, logits[None]))
+    wanted = MinPLogitsWarper(min_p)(None, TopPLogitsWarper(0.9)(None, wanted))
+    assert torch.equal(shape_logits(logits, settings), wanted[0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_forbidden_ngrams_are_those_of_transformers(size):
+    logits, seen = logits_and_history()
+    wanted = NoRepeatNGramLogitsProcessor(size)(seen[None], logits[None].clone())[0]
+    found = forbid_ngrams(logits, seen, size)
+    assert torch.equal(found, wanted)
+    assert torch.isinf(found).any() == (size < 5)
+    assert torch.equal(forbid_ngrams(logits, seen[: size - 1], size), logits)
+
+
+def test_presence_and_frequency_count_the_continuation_only():
+    logits, _ = logits_and_history()
+    seen = torch.tensor([1, 2, 2, 3, 3, 3])
+    settings = GenerateSettings(presence_penalty=0.5, frequency_penalty=0.25)
+    change = adjust_logits(logits, seen, 1, settings) - logits
+    expected = torch.zeros(60)
+    expected[2], expected[3] = -0.5 - 2 * 0.25, -0.5 - 3 * 0.25
+    torch.testing.assert_close(change, expected)
+
+
+def test_a_bias_moves_single_tokens_and_unknown_ones_are_ignored():
+    logits, none = torch.zeros(10), torch.tensor([], dtype=torch.long)
+    settings = GenerateSettings(temperature=0, logit_bias={3: 5.0, 99: 100.0})
+    assert choose_token(logits, none, settings, torch.Generator()) == 3
+    assert choose_token(logits, none, GenerateSettings(temperature=0, logit_bias={0: -1}), torch.Generator()) == 1
+
+
+def test_when_all_is_forbidden_the_likeliest_is_taken():
+    settings = GenerateSettings(temperature=0, no_repeat_ngram=1)
+    seen = torch.arange(5)
+    assert choose_token(torch.tensor([0.0, 2, 1, 0, 0]), seen, settings, torch.Generator()) == 1

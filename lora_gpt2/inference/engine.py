@@ -1,0 +1,193 @@
+"""Continuous batching over one static cache: requests join at any step, finished ones leave, each with its own mix.
+
+Active rows are the first of the cache, so a pass computes no idle ones; when a row ends, the last one takes its place
+(one copy). A step first reads the prompts of those who join, together, then grows everybody else by one token. Each
+row draws with its own generator, so it writes the same in any company (to rounding of the logits).
+Gives up: paging of the cache (a sequence of GPT-2 S is 38 MB) and prompts in pieces.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.inference.sampling import choose_token
+from lora_gpt2.inference.session import Mix, Session
+from lora_gpt2.model.bank import InferenceRows
+from lora_gpt2.model.gpt2 import KVCache
+from lora_gpt2.recipe import GenerateSettings
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token of the continuation, its log-probability before sampling, and those of the likeliest tokens."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class StopWatch:
+    """Lets text through until one of some stop texts appears; what may become one waits."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.held, self.is_hit = stops, "", False
+
+    def push(self, text: str) -> str:
+        """Returns the text that is certainly not part of a stop text."""
+        self.held += text
+        places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        if places:
+            self.is_hit = True
+            shown, self.held = self.held[: min(places)], ""
+            return shown
+        longest = max((self._count_begun(stop) for stop in self.stops), default=0)
+        shown, self.held = self.held[: len(self.held) - longest], self.held[len(self.held) - longest :]
+        return shown
+
+    def finish(self) -> str:
+        """Returns what was waiting, which became nothing."""
+        rest, self.held = self.held, ""
+        return rest
+
+    def _count_begun(self, stop: str) -> int:
+        return next((n for n in range(min(len(stop) - 1, len(self.held)), 0, -1) if self.held.endswith(stop[:n])), 0)
+
+
+@dataclass
+class Row:
+    """One continuation while it grows; `finish_reason` is empty until it ends."""
+
+    index: int
+    mix: Mix
+    prompt_ids: list[int]
+    budget: int
+    settings: GenerateSettings
+    seed: int
+    tokenizer: Tokenizer
+    new_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stream, self._watch = TextStream(self.tokenizer), StopWatch(self.settings.stop)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens that are in the cache: all but the newest."""
+        return len(self.prompt_ids) + max(0, len(self.new_ids) - 1)
+
+    def grow(self, logits: Tensor) -> str:
+        """Chooses a token by its logits `[vocab]`; returns the text that it completes."""
+        seen = torch.tensor(self.prompt_ids + self.new_ids)
+        token = choose_token(logits, seen, self.settings, self._generator, len(self.prompt_ids))
+        if self.settings.logprobs and token != self.tokenizer.eos_id:
+            self.logprobs.append(_describe_choice(logits, token, self.settings.logprobs))
+        shown = self._accept(token)
+        self.text += shown
+        return shown
+
+    def _accept(self, token: int) -> str:
+        if token == self.tokenizer.eos_id:
+            self.finish_reason = "stop"
+            return self._finish()
+        self.new_ids.append(token)
+        shown = self._watch.push(self._stream.push(token))
+        if self._watch.is_hit:
+            self.finish_reason = "stop"
+        elif len(self.new_ids) >= self.budget:
+            self.finish_reason = "length"
+            shown += self._finish()
+        return shown
+
+    def _finish(self) -> str:
+        rest = self._watch.push(self._stream.finish())
+        return rest + ("" if self._watch.is_hit else self._watch.finish())
+
+
+def _describe_choice(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    logprobs = logits.float().log_softmax(0)
+    values, ids = logprobs.topk(count)
+    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+class Engine:
+    """Grows rows together, at most `max_rows` at a time, each of at most `max_tokens` with its prompt."""
+
+    def __init__(self, session: Session, max_rows: int, max_tokens: int) -> None:
+        base = session.base
+        self.session, self.max_rows = session, max_rows
+        self.device = base.runtime.device
+        self.cache = KVCache(base.config, max_rows, min(max_tokens, base.config.context), base.model.wte.weight)
+        self.waiting: deque[Row] = deque()
+        self.rows: list[Row] = []
+        self._adapters: tuple[list[Mix], InferenceRows | None] = ([], None)
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a row waits or grows."""
+        return bool(self.waiting or self.rows)
+
+    def submit(self, row: Row) -> None:
+        """Lets a row join at the next step that has room."""
+        self.waiting.append(row)
+
+    def stop(self, row: Row, reason: str) -> None:
+        """Ends a row where it is; it leaves at the next step."""
+        row.finish_reason = row.finish_reason or reason
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Row, str]]:
+        """Grows every row by one token; returns the rows with the text that each completed, finished ones included."""
+        self._drop_finished()
+        grown = [(row, row.grow(logits)) for row, logits in zip(self.rows, self._decode(), strict=True)]
+        joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.max_rows - len(self.rows)))]
+        grown += [(row, row.grow(logits)) for row, logits in zip(joining, self._read_prompts(joining), strict=True)]
+        self.rows += joining
+        self._drop_finished()
+        return grown
+
+    def _decode(self) -> Tensor:
+        """Returns the logits `[rows, vocab]` after the newest token of each row, on the CPU."""
+        if not self.rows:
+            return torch.empty(0)
+        used = max(row.num_cached for row in self.rows)
+        view = self.cache.view(0, len(self.rows), used)
+        tokens = torch.tensor([[row.new_ids[-1]] for row in self.rows], device=self.device)
+        mixes = [row.mix for row in self.rows]
+        if self._adapters[0] != mixes:
+            self._adapters = (mixes, self.session.rows(mixes))
+        model = self.session.base.model
+        hidden = model(tokens, self._adapters[1], view)
+        view.lengths += 1
+        return model.logits(hidden[:, -1]).float().cpu()
+
+    def _read_prompts(self, rows: Sequence[Row]) -> Tensor:
+        """Puts prompts into the cache behind the active rows; returns the logits `[rows, vocab]` that follow each."""
+        if not rows:
+            return torch.empty(0)
+        first, model, eos = len(self.rows), self.session.base.model, self.session.base.tokenizer.eos_id
+        longest = max(len(row.prompt_ids) for row in rows)
+        padded = [row.prompt_ids + [eos] * (longest - len(row.prompt_ids)) for row in rows]
+        lengths = torch.tensor([len(row.prompt_ids) for row in rows], device=self.device)
+        view = self.cache.view(first, first + len(rows), 0)
+        view.lengths.zero_()
+        adapters = self.session.rows([row.mix for row in rows])
+        hidden = model(torch.tensor(padded, device=self.device), adapters, view)
+        view.lengths += lengths
+        return model.logits(hidden[torch.arange(len(rows), device=self.device), lengths - 1]).float().cpu()
+
+    def _drop_finished(self) -> None:
+        for place in range(len(self.rows) - 1, -1, -1):
+            if self.rows[place].finish_reason:
+                last = self.rows.pop()
+                if place < len(self.rows):
+                    self.rows[place] = last
+                    self.cache.move(len(self.rows), place, last.num_cached)

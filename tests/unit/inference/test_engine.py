@@ -1,0 +1,128 @@
+"""Rows that join, end and move among others write what they write alone; stop texts, log-probabilities, settings."""
+
+import random
+
+import pytest
+import torch
+
+from lora_gpt2.inference.engine import Engine, Row, StopWatch
+from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.store.files import Origin, publish_adapter
+from tests.builders import make_adapter
+
+OPEN = GenerateSettings(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0)
+MIXES = [(), (("law", 1.0),), (("code", 1.0),), (("law", 0.5), ("code", 0.5))]
+
+
+@pytest.fixture
+def session(base, store):
+    for seed, name in enumerate(("law", "code"), start=1):
+        publish_adapter(store, name, make_adapter(base.config, seed), base, Origin())
+    return Session(base, store)
+
+
+def make_rows(session, count, seed=0):
+    draw, rows = random.Random(seed), []
+    for index in range(count):
+        ids = [draw.randrange(200) for _ in range(draw.randint(1, 20))]
+        settings = OPEN.model_copy(update={"temperature": draw.choice([0.0, 0.8, 1.3])})
+        budget = draw.randint(1, 15)
+        rows.append(Row(index, draw.choice(MIXES), ids, budget, settings, index, session.base.tokenizer))
+    return rows
+
+
+def run_alone(session, row):
+    engine = Engine(session, 1, 48)
+    engine.submit(row)
+    while engine.is_busy:
+        engine.step()
+    return row
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 8])
+def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_rows):
+    rows, alone = make_rows(session, 24), [run_alone(session, row) for row in make_rows(session, 24)]
+    engine, waiting, draw = Engine(session, max_rows, 48), list(rows), random.Random(1)
+    largest = 0
+    while engine.is_busy or waiting:
+        for _ in range(draw.randint(0, 3)):
+            if waiting:
+                engine.submit(waiting.pop(0))
+        pieces = engine.step()
+        largest = max(largest, len(pieces))
+        assert all(row.new_ids or row.finish_reason for row, _ in pieces)
+    assert [(row.new_ids, row.text, row.finish_reason) for row in rows] == [
+        (row.new_ids, row.text, row.finish_reason) for row in alone
+    ]
+    assert largest == max_rows
+    assert len({row.finish_reason for row in rows}) >= 1
+
+
+def test_a_row_that_is_stopped_leaves_and_the_others_are_not_disturbed(session):
+    rows, alone = make_rows(session, 6, seed=2), [run_alone(session, row) for row in make_rows(session, 6, seed=2)]
+    for row in (*rows, *alone):
+        row.finish_reason = row.finish_reason if row in alone else ""
+    engine = Engine(session, 6, 48)
+    for row in rows:
+        row.budget = max(row.budget, 4)
+        engine.submit(row)
+    engine.step()
+    engine.stop(rows[0], "interrupted")
+    while engine.is_busy:
+        engine.step()
+    assert (rows[0].finish_reason, len(rows[0].new_ids)) == ("interrupted", 1)
+    for row, single in zip(rows[1:], alone[1:], strict=True):
+        assert row.new_ids[: len(single.new_ids)] == single.new_ids
+
+
+def test_each_request_may_have_its_own_settings(session):
+    own = GenerateSettings(max_new_tokens=2, temperature=0)
+    long, short = generate(session, [Request("the", (), 1), Request("the", (), 1, own)], OPEN)
+    assert short.tokens <= 2 < long.tokens
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("stops", "shown", "hit"),
+    [
+        (["cd"], "ab", True), (["x"], "abcdabce", False), (["abce", "zz"], "abcd", True), (["e"], "abcdabc", True),
+        (["da", "cda"], "ab", True), (["abcdabcex"], "abcdabce", False),
+    ],
+)  # fmt: skip
+def test_stop_texts_are_found_across_pieces_and_nothing_of_them_is_shown(stops, shown, hit, chunk):
+    watch, text, found = StopWatch(stops), "abcdabce", ""
+    for start in range(0, len(text), chunk):
+        found += watch.push(text[start : start + chunk])
+        if watch.is_hit:
+            break
+    found += "" if watch.is_hit else watch.finish()
+    assert (found, watch.is_hit) == (shown, hit)
+
+
+def test_a_stop_text_ends_the_continuation_before_it(session):
+    (whole,) = generate(session, [Request("the cat", (("law", 1.0),), 3)], OPEN)
+    stop = whole.text[4:6]
+    pieces = []
+    (cut,) = generate(
+        session, [Request("the cat", (("law", 1.0),), 3)], OPEN.model_copy(update={"stop": (stop,)}),
+        lambda index, piece: pieces.append(piece),
+    )  # fmt: skip
+    assert cut.text == whole.text[: whole.text.index(stop)] == "".join(pieces)
+    assert cut.finish_reason == "stop"
+
+
+def test_logprobs_are_those_of_the_network(session):
+    (output,) = generate(session, [Request("the cat", (("law", 1.0),), 3)], OPEN.model_copy(update={"logprobs": 3}))
+    base, mix = session.base, (("law", 1.0),)
+    ids = base.tokenizer.encode("the cat")
+    assert len(output.logprobs) == output.tokens
+    for item in output.logprobs:
+        hidden = base.model(torch.tensor([ids]), session.rows([mix]))
+        wanted = base.model.logits(hidden[0, -1]).log_softmax(0)
+        assert item.logprob == pytest.approx(float(wanted[item.token]), abs=1e-4)
+        assert [token for token, _ in item.top] == wanted.topk(3).indices.tolist()
+        ids.append(item.token)
+    assert "logprobs" in output.to_json()
+    assert "logprobs" not in generate(session, [Request("a")], OPEN)[0].to_json()
