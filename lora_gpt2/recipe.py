@@ -219,6 +219,12 @@ class MergeSettings(Section):
     search_tokens: Annotated[int, Field(ge=64)] = 8192
     """Tokens of each text that --search measures a mix on."""
 
+    @model_validator(mode="after")
+    def _check_rank(self) -> MergeSettings:
+        if self.rank and self.max_error:
+            raise ValueError("rank and max_error exclude each other")
+        return self
+
 
 class Recipe(Section):
     """One adapter: its base, its text, and every setting."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -21,7 +20,8 @@ from lora_gpt2.commands.shared import (
     store_option,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.core.paths import check_name
 from lora_gpt2.recipe import MergeMethod, load_recipe
 from lora_gpt2.store.catalog import Store
 
@@ -61,8 +61,7 @@ def command(
       lora-gpt2 merge law code --as both --method ties --rank 32 --set merge.density=0.3
       lora-gpt2 merge law --into-base ./gpt2-law --set merge.dtype=float16
     """
-    if bool(name) + bool(into_base) > 1 or not (name or into_base or search):
-        raise UsageError("say where the merge goes", "--as NAME for an adapter, --into-base DIR for a plain GPT-2")
+    _check_target(name, into_base, search, store)
     recipe = load_recipe(None, overrides, base=base, merge__method=method, merge__rank=rank)
     from lora_gpt2.evaluation.matrix import read_sources
     from lora_gpt2.inference.open import open_session
@@ -75,15 +74,16 @@ def command(
     sources = read_sources([item for text in texts for item in text.split(",") if item], recipe.data)
     session, _ = open_session(store, [reference for reference, _ in mix], recipe, "float32")
     result: dict[str, Any] = {"method": how.method}
-    lines: list[str] = []
     if search:
         report = search_weights(session, mix, sources, how, recipe.evaluate, reporter)
         labels = [source.label for source in sources]
-        lines.append(_render_search(report, [reference for reference, _ in mix], labels))
         result["search"] = _describe_search(report, labels)
+        if not as_json:  # at once: what follows may fail
+            click.echo(_render_search(report, [reference for reference, _ in mix], labels) + "\n")
         best = report.best
         mix = tuple((reference, weight) for (reference, _), weight in zip(mix, best.weights, strict=True) if weight)
         how = how.model_copy(update={"method": best.method})
+    lines: list[str] = []
     if name:
         merged = merge_adapters(session, mix, name, how, sources, recipe.evaluate, reporter)
         result |= asdict(merged) | {"cells": [cell.to_json() for cell in merged.cells]}
@@ -92,35 +92,47 @@ def command(
         baked = bake_adapters(session, mix, into_base, how, sources, recipe.evaluate, reporter)
         result |= asdict(baked) | {"cells": [cell.to_json() for cell in baked.cells]}
         lines += [format_matrix(result["cells"]), _render_bake(baked)]
-    emit(result, as_json, lambda: "\n\n".join(lines))
+    if as_json or lines:
+        emit(result, as_json, lambda: "\n\n".join(lines))
     if name or into_base:
         which = f"--adapter {name}{name_store(store)}" if name else f"--base {into_base}"
         reporter.message(f'next: lora-gpt2 generate "..." {which}')
+
+
+def _check_target(name: str | None, into_base: Path | None, search: bool, store: Store) -> None:
+    """Finds out now, not after the work, whether the result has a place."""
+    if bool(name) + bool(into_base) > 1 or not (name or into_base or search):
+        raise UsageError("say where the merge goes", "--as NAME for an adapter, --into-base DIR for a plain GPT-2")
+    if name:
+        check_name(name)
+        store.check_writable()
+    if into_base and (into_base.exists() or into_base.is_symlink()):
+        raise ConflictError(f"{into_base} exists", "choose a new folder, or remove it first")
 
 
 def _render_merge(merged: MergeReport) -> str:
     return (
         f"merged {merged.name}@{merged.version} by {merged.method}: rank up to {merged.largest_rank}, "
         f"{merged.relative_error:.2%} of the update cut off, logits differ by at most "
-        f"{merged.max_logit_difference:.1e} from the unmerged computation"
+        f"{merged.max_logit_difference:.1e} from the unmerged computation, by {merged.effect:.1e} from the base"
     )
 
 
 def _render_bake(baked: BakeReport) -> str:
     return (
         f"wrote {baked.path} ({baked.dtype}, {format_bytes(baked.size_bytes)}): logits differ by at most "
-        f"{baked.max_logit_difference:.1e} from the unmerged computation"
+        f"{baked.max_logit_difference:.1e} from the unmerged computation, by {baked.effect:.1e} from the base"
     )
 
 
 def _describe_search(report: SearchReport, labels: list[str]) -> dict[str, Any]:
     def describe(candidate: Any) -> dict[str, Any]:
-        perplexity = dict(zip(labels, map(math.exp, candidate.nll), strict=True))
+        perplexity = dict(zip(labels, candidate.perplexities, strict=True))
         return {"method": candidate.method, "weights": list(candidate.weights), "perplexity": perplexity}
 
     return {
         "measured": len(report.candidates), "best": describe(report.best), "front": list(map(describe, report.front)),
-        "base_perplexity": dict(zip(labels, map(math.exp, report.base_nll), strict=True)),
+        "base_perplexity": describe(report.base)["perplexity"],
     }  # fmt: skip
 
 
@@ -129,10 +141,10 @@ def _render_search(report: SearchReport, names: list[str], labels: list[str]) ->
         [
             candidate.method + ("*" if candidate is report.best else ""),
             *(f"{weight:g}" for weight in candidate.weights),
-            *(f"{math.exp(nll):,.2f}" for nll in candidate.nll), f"{math.exp(candidate.mean):,.2f}",
+            *(f"{value:,.2f}" for value in candidate.perplexities), f"{candidate.mean:,.4f}",
         ]
         for candidate in report.front
     ]  # fmt: skip
-    rows.append(["base", *("" for _ in names), *(f"{math.exp(nll):,.2f}" for nll in report.base_nll), ""])
-    table = format_table(["method", *names, *(f"ppl {label}" for label in labels), "mean"], rows)
+    rows.append(["base", *("" for _ in names), *(f"{value:,.2f}" for value in report.base.perplexities), ""])
+    table = format_table(["method", *names, *(f"ppl {label}" for label in labels), "mean nats"], rows)
     return f"{len(report.candidates)} mixes measured; those that no other beats on every text (* lowest mean):\n{table}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_gpt2.core.errors import NotFoundError, ResourceError
@@ -14,39 +14,46 @@ from lora_gpt2.core.errors import NotFoundError, ResourceError
 def hub_errors_as_ours(identifier: str, action: str, hint: str) -> Iterator[None]:
     """Turns the hub's errors inside the block into ours; `hint` is what to do where it cannot be reached."""
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise ResourceError(f"the hub wants to know who asks to {action}", "huggingface-cli login") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise NotFoundError(f"the hub has no '{identifier}'", "check the spelling, or give a folder") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise NotFoundError(f"the hub has no '{identifier}'", "check the spelling, or log in: hf auth login") from error
+    except Exception as error:  # offline mode, and whatever the installed HTTP library raises without a network
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
+            raise ResourceError(f"the hub does not let you {action}", "log in: hf auth login") from error
         raise ResourceError(f"the hub cannot be reached to {action}", hint) from error
 
 
-def download(identifier: str, patterns: Sequence[str], needed: Sequence[str], what: str, hint: str) -> Path:
-    """Returns the folder with a repository's files, from the cache if one that matches each of `needed` is there.
+def download(
+    identifier: str, patterns: Sequence[str], needed: Sequence[str], what: str, hint: str, refresh: bool = False
+) -> Path:
+    """Returns the folder with a repository's files.
+
+    It comes from the cache if one that matches each of `needed` is there; with `refresh`, only where the hub cannot be
+    reached.
 
     Raises:
         NotFoundError: the hub has no such repository.
         ResourceError: it cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    def find_cached() -> Path | None:
+        with suppress(Exception):  # what is not in the cache, or no identifier at all: the hub will say so
+            cached = Path(snapshot_download(identifier, allow_patterns=list(patterns), local_files_only=True))
+            if all(any(cached.glob(pattern)) for pattern in needed):
+                return cached
+        return None
+
+    if not refresh and (cached := find_cached()):
+        return cached
     try:
-        cached = Path(snapshot_download(identifier, allow_patterns=list(patterns), local_files_only=True))
-        if all(any(cached.glob(pattern)) for pattern in needed):
+        with hub_errors_as_ours(identifier, f"fetch {what} '{identifier}'", hint):
+            return Path(snapshot_download(identifier, allow_patterns=list(patterns)))
+    except ResourceError:
+        if cached := find_cached():
             return cached
-    except (LocalEntryNotFoundError, FileNotFoundError, HFValidationError):
-        pass
-    with hub_errors_as_ours(identifier, f"fetch {what} '{identifier}'", hint):
-        return Path(snapshot_download(identifier, allow_patterns=list(patterns)))
+        raise

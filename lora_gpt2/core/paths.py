@@ -175,7 +175,8 @@ def hold_lock(path: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_seconds
-    with path.open("a+") as file:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with open(handle, "r+", encoding="ascii", errors="replace") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,7 +190,8 @@ def hold_lock(path: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None
                 raise ConflictError(
                     f"{what} is in use by process {owner}", "wait until it ends, or choose another name with --name"
                 ) from error
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         file.write(str(os.getpid()))
         file.flush()
         yield

@@ -47,12 +47,12 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Exp of the mean per token."""
-        return _exp(self.nll_nats_per_token)
+        return to_perplexity(self.nll_nats_per_token)
 
     @property
     def word_perplexity(self) -> float:
         """Exp of the total per whitespace-separated word of the original text."""
-        return _exp(self.nll_nats / self.words) if self.words else math.inf
+        return to_perplexity(self.nll_nats / self.words) if self.words else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -60,7 +60,8 @@ class Score:
         return self.nll_nats / math.log(2) / self.bytes
 
 
-def _exp(value: float) -> float:
+def to_perplexity(value: float) -> float:
+    """Returns exp of a mean in nats; infinity where no float holds it."""
     return math.exp(value) if value < 700 else math.inf
 
 

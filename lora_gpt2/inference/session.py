@@ -89,9 +89,12 @@ class Session:
         self.add({slot.reference: slot.adapter for slot in fresh})
 
     def add(self, adapters: dict[str, Adapter]) -> None:
-        """Puts adapters that are in memory into slots, under these names."""
+        """Puts adapters that are in memory into slots, under these names; a name that is taken gets the new one."""
         if not adapters:
             return
+        if taken := [slot for slot in self._slots if slot.reference in adapters]:
+            self._slots = [slot for slot in self._slots if slot not in taken]
+            self._bank = None
         self._slots += [_Slot(name, adapter) for name, adapter in adapters.items()]
         bank = self._bank
         if bank is not None and len(self._slots) <= bank.num_slots and all(

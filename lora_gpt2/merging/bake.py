@@ -16,19 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ConflictError, CorruptError
+from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, ResourceError
 from lora_gpt2.core.paths import os_errors_as_ours, sync_tree, temporary_dir
 from lora_gpt2.evaluation.matrix import Cell, Source
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix
-from lora_gpt2.merging.combine import Parents, check_effect, open_parents, unmerged_rows
-from lora_gpt2.merging.gguf import write_gguf
-from lora_gpt2.merging.proof import check_exact, measure_cells
-from lora_gpt2.model.base import TRANSPOSED, load_base, read_config, read_stored_dtype
+from lora_gpt2.merging.combine import Parents, check_deltas, open_parents, unmerged_rows
+from lora_gpt2.merging.gguf import check_gguf, write_gguf
+from lora_gpt2.merging.proof import check_effect, check_exact, measure_cells
+from lora_gpt2.model.base import TRANSPOSED, list_weight_files, load_base, read_config, read_stored_dtype
 from lora_gpt2.model.merge import combine_site, scale_weights
 from lora_gpt2.model.probe import compute_logits, measure_difference
+from lora_gpt2.model.quantize import QuantizedLinear
 from lora_gpt2.model.runtime import DTYPES
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 
@@ -49,6 +52,7 @@ class BakeReport:
     size_bytes: int
     files: list[str]
     max_logit_difference: float
+    effect: float
     cells: list[Cell]
 
 
@@ -71,6 +75,10 @@ def bake_adapters(
     if out.exists():
         raise ConflictError(f"{out} exists", "choose a new folder, or remove it first")
     base = session.base
+    if any(isinstance(module, QuantizedLinear) for module in base.model.modules()):
+        raise MismatchError(f"'{base.name}' is quantised", "merge onto the 16- or 32-bit base: no train.quantize here")
+    if how.gguf:
+        check_gguf(base.config)
     parents = open_parents(session, mix)
     dtype = read_stored_dtype(base.folder) if how.dtype == "auto" else DTYPES[how.dtype]
     state = build_state(session, parents, how, dtype)
@@ -80,14 +88,19 @@ def bake_adapters(
         _write_folder(work, session, parents, state, dtype, how)
         if how.gguf:
             write_gguf(work / GGUF, state, base)
+        check_written(work, state)
         del state
         written = load_base(str(work), base.runtime)
-        difference = measure_difference(reference, compute_logits(written))
+        found, plain, what = compute_logits(written), compute_logits(base), f"the base merged with {describe_mix(mix)}"
+        difference, effect = measure_difference(reference, found), measure_difference(plain, found)
+        check_effect(difference, effect, plain, what)
+        if difference >= effect:
+            raise CheckFailed(f"{what} loses its effect in {dtype}", "use --set merge.dtype=float32")
         if dtype == torch.float32 and base.runtime.dtype == torch.float32:
-            check_exact(difference, reference, f"the base merged with {describe_mix(mix)}")
-        before = measure_cells(
-            base, {BASE: session.for_rows(()), describe_mix(mix): unmerged}, sources, settings, reporter
-        )
+            check_exact(difference, reference, what)
+        singles = {name: session.for_rows(((name, 1.0),)) for name, _ in mix}
+        rows = {BASE: session.for_rows(()), **singles, describe_mix(mix): unmerged}
+        before = measure_cells(base, rows, sources, settings, reporter)
         after = measure_cells(written, {"(merge)": lambda rows: None}, sources, settings, reporter)
         card = _build_card(session, parents, how, difference, [*before, *after])
         (work / "README.md").write_text(card, encoding="utf-8")
@@ -96,12 +109,19 @@ def bake_adapters(
     files = sorted(path.name for path in out.iterdir())
     size = sum((out / name).stat().st_size for name in files if name.endswith(".safetensors"))
     name = str(dtype).removeprefix("torch.")
-    return BakeReport(how.method, str(out), name, size, files, difference, [*before, *after])
+    return BakeReport(how.method, str(out), name, size, files, difference, effect, [*before, *after])
+
+
+def check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Raises `CheckFailed` unless the folder's files hold exactly these tensors."""
+    found = {key: tensor for file in list_weight_files(folder) for key, tensor in load_file(file).items()}
+    if set(found) != set(state) or not all(torch.equal(found[key], tensor) for key, tensor in state.items()):
+        raise CheckFailed(f"{folder} does not hold what was written", "check the disk; nothing was kept")
 
 
 def build_state(session: Session, parents: Parents, how: MergeSettings, dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the merged base's tensors on the CPU under Hugging Face's names, projections as `Conv1D` has them."""
-    check_effect(parents, how)
+    check_deltas(parents, how)
     factors = scale_weights(parents.weights, how)
     adapted = {site for adapter in parents.adapters for site in adapter.updates}
     tensors = session.base.model.state_dict()
@@ -125,7 +145,10 @@ def _write_folder(
     from huggingface_hub import save_torch_state_dict
 
     source = session.base.folder
-    save_torch_state_dict(dict(state), folder, max_shard_size=how.max_shard_bytes, metadata={"format": "pt"})
+    try:
+        save_torch_state_dict(dict(state), folder, max_shard_size=how.max_shard_bytes, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps the system's errors in text
+        raise ResourceError(f"cannot write {folder}: {error}", "free some space, or choose another disk") from error
     config: dict[str, Any] = read_config(source) | {"architectures": ["GPT2LMHeadModel"]}
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

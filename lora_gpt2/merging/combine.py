@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import CorruptError, UsageError
+from lora_gpt2.core.errors import CheckFailed, CorruptError, UsageError
 from lora_gpt2.core.paths import check_name
 from lora_gpt2.evaluation.matrix import Cell, Source
 from lora_gpt2.inference.session import BASE, Mix, Session
-from lora_gpt2.merging.proof import check_exact, measure_cells
+from lora_gpt2.merging.proof import check_effect, check_exact, measure_cells
 from lora_gpt2.model.lora import Adapter, merge_ranks
-from lora_gpt2.model.merge import SUMS, DeltaRows, combine_adapters, combine_site, scale_weights
+from lora_gpt2.model.merge import SUMS, Combined, DeltaRows, combine_adapters, combine_site, scale_weights, to_dense
 from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
@@ -46,7 +47,10 @@ class Parents:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """A published merge and its proof; `cells` has the parents, the merge and the base on each text."""
+    """A published merge and its proof; `cells` has the parents, the merge and the base on each text.
+
+    `max_logit_difference` is from the unmerged computation, `effect` the same from the base.
+    """
 
     name: str
     version: int
@@ -55,6 +59,7 @@ class MergeReport:
     largest_rank: int
     relative_error: float
     max_logit_difference: float
+    effect: float
     cells: list[Cell]
 
 
@@ -97,15 +102,19 @@ def merge_adapters(
     check_name(name)
     session.store.check_writable()
     parents = open_parents(session, mix)
-    check_effect(parents, how)
+    check_deltas(parents, how)
     combined = combine_adapters(parents.adapters, parents.weights, how)
     base = session.base
     session.add({MERGED: combined.adapter})
     reference = compute_logits(base, unmerged_rows(session, parents, how))
     merged_rows = session.for_rows(((MERGED, 1.0),))
     difference = measure_difference(reference, compute_logits(base, merged_rows))
+    what, plain = f"the merge by {how.method}", compute_logits(base)
+    effect = measure_difference(plain, compute_logits(base, merged_rows))
+    check_effect(difference, effect, plain, what)
     if not combined.relative_error:
-        check_exact(difference, reference, f"the merge by {how.method}")
+        check_exact(difference, reference, what)
+    check_error(parents, combined, how)
     singles = {reference: session.for_rows(((reference, 1.0),)) for reference, _ in mix}
     rows = {BASE: session.for_rows(()), **singles, MERGED: merged_rows}
     cells = measure_cells(base, rows, sources, settings, reporter)
@@ -122,11 +131,19 @@ def merge_adapters(
     manifest = publish_adapter(session.store, name, combined.adapter, base, origin)
     largest = max(combined.adapter.ranks.values())
     return MergeReport(
-        name, manifest.version, how.method, manifest.num_parameters, largest, combined.relative_error, difference, cells
+        name,
+        manifest.version,
+        how.method,
+        manifest.num_parameters,
+        largest,
+        combined.relative_error,
+        difference,
+        effect,
+        cells,
     )
 
 
-def check_effect(parents: Parents, how: MergeSettings) -> None:
+def check_deltas(parents: Parents, how: MergeSettings) -> None:
     """Raises `UsageError` if a mix changes nothing, `CorruptError` if its change of a projection is not finite."""
     factors = scale_weights(parents.weights, how)
     has_effect = False
@@ -137,6 +154,22 @@ def check_effect(parents: Parents, how: MergeSettings) -> None:
         has_effect = has_effect or bool(delta.any())
     if not has_effect:
         raise UsageError("the merge changes nothing: its weights are zero", "use other weights")
+
+
+def check_error(parents: Parents, combined: Combined, how: MergeSettings) -> None:
+    """Raises `CheckFailed` unless the error that a merge states is the one that is found by comparing matrices."""
+    factors = scale_weights(parents.weights, how)
+    lost = whole = 0.0
+    for site, update in combined.adapter.updates.items():
+        delta = combine_site(parents.adapters, factors, how, site).double()
+        lost += float((delta - to_dense(update).double()).square().sum())
+        whole += float(delta.square().sum())
+    found = math.sqrt(lost / whole)
+    if not abs(found - combined.relative_error) <= 1e-5 + 0.01 * combined.relative_error:
+        raise CheckFailed(
+            f"the merge by {how.method} says that it lost {combined.relative_error:.2e} and lost {found:.2e}",
+            "nothing was written; please report it, with the adapters if you can",
+        )
 
 
 def unmerged_rows(session: Session, parents: Parents, how: MergeSettings) -> AdaptersForRows:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.core.errors import CheckFailed, MismatchError, ResourceError
 from lora_gpt2.model.base import TRANSPOSED, Base
+from lora_gpt2.model.gpt2 import GPT2Config
 
 NAMES = {
     "transformer.wte.weight": "token_embd.weight",
@@ -28,17 +31,27 @@ PARTS = {
 }  # fmt: skip
 
 
-def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
-    """Writes the tensors of a merged base, with everything llama.cpp needs to run it, into one file.
-
-    Raises `ResourceError` if the package gguf is not installed.
-    """
+def check_gguf(config: GPT2Config) -> None:
+    """Raises `ResourceError` without the package gguf, `MismatchError` for a base that llama.cpp would run wrongly."""
     try:
-        import gguf
+        import gguf  # noqa: F401
     except ImportError as error:
         raise ResourceError(
             "writing GGUF needs the package gguf, which is not installed", "pip install gguf"
         ) from error
+    if config.gelu != "tanh" or config.scale_by_layer:
+        raise MismatchError(
+            "llama.cpp's GPT-2 has GELU by tanh and unscaled layers; this base has not", "leave GGUF out"
+        )
+
+
+def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
+    """Writes the tensors of a merged base, with everything llama.cpp needs to run it, into one file; reads it back.
+
+    Raises `CheckFailed` if the file does not hold what was written.
+    """
+    import gguf
+
     config = base.config
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_name(base.name)
@@ -49,8 +62,10 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
     writer.add_head_count(config.heads)
     writer.add_layer_norm_eps(config.epsilon)
     tokens, merges = base.tokenizer.list_vocabulary()
-    tokens += [f"[PAD{index}]" for index in range(len(tokens), config.vocab_size)]
+    padding = [f"[PAD{index}]" for index in range(len(tokens), config.vocab_size)]
+    tokens += padding
     kinds = [gguf.TokenType.NORMAL] * len(tokens)
+    kinds[len(kinds) - len(padding) :] = [gguf.TokenType.UNUSED] * len(padding)
     kinds[config.eos_id] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -61,14 +76,19 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
     writer.add_eos_token_id(config.eos_id)
     named = {name_tensor(name): tensor.mT if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()}
     named.setdefault("output.weight", named["token_embd.weight"])
+    arrays: dict[str, Any] = {}
     for name, tensor in named.items():
         is_matrix = tensor.ndim == 2 and name != "position_embd.weight"
         dtype = torch.float16 if is_matrix and tensor.dtype == torch.float16 else torch.float32
-        writer.add_tensor(name, tensor.to(dtype).contiguous().numpy())
+        arrays[name] = tensor.to(dtype).contiguous().numpy()
+        writer.add_tensor(name, arrays[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    if set(found) != set(arrays) or not all(np.array_equal(found[name], array) for name, array in arrays.items()):
+        raise CheckFailed(f"{path} does not hold what was written", "check the disk")
 
 
 def name_tensor(name: str) -> str:

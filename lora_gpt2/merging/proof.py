@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -24,6 +25,14 @@ def check_exact(difference: float, reference: Tensor, what: str) -> None:
             f"{what} differs from the unmerged computation by {difference:.2e} in the logits, allowed are {limit:.1e}",
             "nothing was written; please report it, with the adapters if you can",
         )
+
+
+def check_effect(difference: float, effect: float, plain: Tensor, what: str) -> None:
+    """Raises `CheckFailed` unless a result is finite and differs from the base by more than rounding."""
+    if not (math.isfinite(difference) and math.isfinite(effect)):
+        raise CheckFailed(f"{what} gives logits that are not finite", "use smaller weights; nothing was written")
+    if effect <= allow_rounding(plain):
+        raise CheckFailed(f"{what} changes nothing that can be seen ({effect:.1e} in the logits)", "use larger weights")
 
 
 def measure_cells(

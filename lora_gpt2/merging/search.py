@@ -9,13 +9,14 @@ No single mix need be best everywhere, so all that no other beats on every text 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_gpt2.core.console import Reporter, Task
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.evaluation.matrix import Source
-from lora_gpt2.evaluation.perplexity import Score, measure_perplexity
+from lora_gpt2.evaluation.perplexity import Score, measure_perplexity, to_perplexity
 from lora_gpt2.inference.session import Mix, Session
 from lora_gpt2.merging.combine import Parents, open_parents
 from lora_gpt2.model.base import Base
@@ -23,6 +24,7 @@ from lora_gpt2.model.merge import METHODS_THAT_PRUNE, combine_adapters
 from lora_gpt2.model.probe import AdaptersForRows
 from lora_gpt2.recipe import EvaluateSettings, MergeMethod, MergeSettings
 
+TRIED = "(tried)"
 FIRST_STEP, LAST_STEP, LARGEST_WEIGHT = 0.25, 0.03, 2.0
 
 
@@ -39,14 +41,19 @@ class Candidate:
         """The mean over the texts."""
         return sum(self.nll) / len(self.nll)
 
+    @property
+    def perplexities(self) -> tuple[float, ...]:
+        """Perplexity on each text."""
+        return tuple(map(to_perplexity, self.nll))
+
 
 @dataclass(frozen=True)
 class SearchReport:
-    """All candidates, best first; `front` are those that no other beats on every text."""
+    """All candidates, best first; `front` are those that no other beats on every text; `base` is no adapter at all."""
 
     candidates: list[Candidate]
     front: list[Candidate]
-    base_nll: tuple[float, ...]
+    base: Candidate
 
     @property
     def best(self) -> Candidate:
@@ -65,24 +72,28 @@ def search_weights(
     """Returns the mixes that were measured; the weights of `mix` are the first tried.
 
     Raises:
-        UsageError: there are fewer than two adapters, or no text.
+        UsageError: there are fewer than two adapters, no text, or settings that the search chooses.
     """  # fmt: skip
     if len(mix) < 2 or not sources:
         raise UsageError(
             "--search needs two adapters and text to measure them on",
             "such as: merge law code --search --on law=law.txt,code=code.txt --as both",
         )
+    if how.method != "cat" or how.rank or how.max_error:
+        raise UsageError(
+            "--search chooses the method, and measures mixes at full rank", "leave --method and --rank out, or --search"
+        )
     parents = open_parents(session, mix)
     texts = [cut_text(session.base, source, how.search_tokens) for source in sources]
     with reporter.task("searching", how.search_steps + len(METHODS_THAT_PRUNE), "mixes") as task:
         search = _Search(session, parents, texts, settings, task)
-        base_nll = search.measure(lambda rows: None)
+        base = Candidate("cat", (0.0,) * len(mix), search.measure(lambda rows: None))
         search.explore(how.search_steps)
         best = min(search.found, key=lambda candidate: candidate.mean)
         pruned = [search.try_method(method, best.weights, how) for method in METHODS_THAT_PRUNE]
     candidates = sorted([*search.found, *pruned], key=lambda candidate: candidate.mean)
     front = [one for one in candidates if not any(_beats(other, one) for other in candidates)]
-    return SearchReport(candidates, front, base_nll)
+    return SearchReport(candidates, front, base)
 
 
 class _Search:
@@ -103,7 +114,7 @@ class _Search:
         scores: list[Score] = [
             measure_perplexity(self.session.base, text, self.settings, adapters_for) for text in self.texts
         ]
-        return tuple(score.nll_nats_per_token for score in scores)
+        return tuple(n if math.isfinite(n := score.nll_nats_per_token) else math.inf for score in scores)
 
     def try_weights(self, weights: Sequence[float]) -> Candidate:
         """Measures a weighted sum, softly mixed in the bank."""
@@ -116,13 +127,12 @@ class _Search:
 
     def try_method(self, method: MergeMethod, weights: tuple[float, ...], how: MergeSettings) -> Candidate:
         """Measures a method that has to be merged first."""
-        mix = tuple((ref, weight) for (ref, _), weight in zip(self.parents.mix, weights, strict=True))
-        parents = Parents(mix, self.parents.manifests, self.parents.adapters)
+        kept = [place for place, weight in enumerate(weights) if weight]  # as the published merge will have it
         how = how.model_copy(update={"method": method})
-        combined = combine_adapters(parents.adapters, parents.weights, how)
-        self.session.add({f"({method})": combined.adapter})
+        combined = combine_adapters([self.parents.adapters[k] for k in kept], [weights[k] for k in kept], how)
+        self.session.add({TRIED: combined.adapter})
         self.task.advance(1, method)
-        return Candidate(method, weights, self.measure(self.session.for_rows(((f"({method})", 1.0),))))
+        return Candidate(method, weights, self.measure(self.session.for_rows(((TRIED, 1.0),))))
 
     def explore(self, limit: int) -> None:
         """Measures up to `limit` weighted sums."""

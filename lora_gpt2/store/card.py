@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from lora_gpt2.core.fingerprint import flatten_json
 from lora_gpt2.store.manifest import Manifest
+
+MEASURED = "Perplexity is measured on held-out text of the same source."
 
 
 def build_card(manifest: Manifest) -> str:
     """Returns what a version is, where it is from, how good, how to use it, and its limits."""
     figures = "\n".join(
-        f"| {key} | {value} |" for key, value in manifest.figures.items() if not isinstance(value, dict)
+        f"| {key} | {value} |" for key, value in flatten_json(dict(manifest.figures)).items() if value is not None
     )
+    measured = "Perplexity was measured on the texts named above." if manifest.parents else MEASURED
     description = manifest.recipe.get("description") or "A LoRA adapter for a frozen GPT-2."
     return f"""---
 base_model: {manifest.base.name}
@@ -31,7 +35,7 @@ Base: `{manifest.base.name}` (fingerprint `{manifest.base.fingerprint}`); it wor
 Use: `lora-gpt2 generate "..." --adapter {manifest.name}`, or `PeftModel.from_pretrained(base, this_folder)`.
 
 Limits: it continues text in the manner of its domain. It states false things fluently, carries the bias of its
-text, and may repeat passages of it. Perplexity is measured on held-out text of the same source.
+text, and may repeat passages of it. {measured}
 """
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,14 @@ from lora_gpt2.core.paths import (
     write_file,
 )
 from lora_gpt2.core.suggest import suggest
-from lora_gpt2.store.manifest import MANIFEST, Manifest
+from lora_gpt2.store.manifest import MANIFEST, Manifest, parse_manifest
 from lora_gpt2.store.version import pack_version, read_manifest
 
 PUBLISH_WAIT_SECONDS = 30.0  # a publication takes milliseconds; another one may be in front
 MAX_POINTER_BYTES = 64
 PIN_ATTEMPTS = 20  # each is lost only to a publication and a collection in between
 STAMP = "~"  # not in any name
+LOCKS, TRASH = ".locks", ".trash"
 NEXT = ".next"  # the lowest number that the next version may have, once the highest version was removed
 
 
@@ -149,39 +150,45 @@ class Store:
         with self.pin(reference) as folder:
             return read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
 
-    def add_version(self, name: str, files: Mapping[str, bytes], make_manifest: Callable[[int], Manifest]) -> int:
-        """Publishes a new version and makes it the one in use; returns its number.
+    def add_version(self, name: str, files: Mapping[str, bytes], make_manifest: Callable[[int], Manifest]) -> Manifest:
+        """Publishes a new version and makes it the one in use; returns its manifest.
 
-        `make_manifest` gets that number and returns the manifest. The version's folder appears whole or not at all;
-        CURRENT follows. Concurrent publications get different numbers, and the last one is in use.
+        `make_manifest` gets its number and returns what is to be said of it. The version's folder appears whole or not
+        at all; CURRENT follows. Concurrent publications get different numbers, and the last one is in use.
         """
         with self.change(name, f"publish '{name}' in {self.root}") as folder:
             folder.mkdir(exist_ok=True)
-            version = self._next_version(name)
+            version = self.next_version(name)
             with self.new_folder(folder, str(version)) as work:
-                write_version(work, make_manifest(version), files)
+                manifest = write_version(work, make_manifest(version), files)
                 os.rename(work, folder / str(version))
             self.use_version(name, version)
-        return version
+        return manifest
 
     def use_version(self, name: str, version: int) -> None:
         """Puts a version in use."""
-        folder = self.folder_of(check_name(name))
+        folder = self.folder_of(name)
         with os_errors_as_ours(f"write to the store {self.root}"):
             fsync_dir(folder)
             write_atomic(folder / "CURRENT", f"{version}\n".encode())
             fsync_dir(self.root)
 
     @contextmanager
-    def change(self, name: str, action: str) -> Iterator[Path]:
-        """Yields an adapter's folder while nobody else changes it; `OSError` becomes ours, naming `action`."""
+    def change(self, name: str, action: str, wait_seconds: float = PUBLISH_WAIT_SECONDS) -> Iterator[Path]:
+        """Yields an adapter's folder while nobody else changes it; `OSError` becomes ours, naming `action`.
+
+        Raises:
+            ConflictError: somebody else is still at it after `wait_seconds`.
+            CorruptError: a link stands where a folder of the store should; what it leads to is left alone.
+        """
+        folder, locks, trash = self.folder_of(name), self.root / LOCKS, self.root / TRASH
         with os_errors_as_ours(action):
             self.root.mkdir(parents=True, exist_ok=True)
-            with self._lock(check_name(name)):
-                yield self.folder_of(name)
-
-    def _lock(self, name: str) -> AbstractContextManager[None]:
-        return hold_lock(self.root / ".locks" / name, f"the adapter '{name}'", PUBLISH_WAIT_SECONDS)
+            for path in (folder, locks, trash):
+                if path.is_symlink():
+                    raise CorruptError(f"{path} is a link, expected a folder", "replace it by the folder itself")
+            with hold_lock(locks / name, f"the adapter '{name}'", wait_seconds):
+                yield folder
 
     @contextmanager
     def new_folder(self, parent: Path, label: str) -> Iterator[Path]:
@@ -199,10 +206,17 @@ class Store:
             shutil.rmtree(work, ignore_errors=True)
 
     def folder_of(self, name: str) -> Path:
-        """Returns where an adapter is, or would be."""
-        return self.root / name
+        """Returns where an adapter is, or would be; raises `UsageError` if it is not a name."""
+        return self.root / check_name(name)
 
-    def _next_version(self, name: str) -> int:
+    def has_adapter(self, name: str) -> bool:
+        """True if there is an adapter of this name, even a damaged one; a folder of something else is none."""
+        folder = self.folder_of(name)
+        versions = (folder / str(version) for version in self.list_versions(name))
+        return (folder / "CURRENT").is_file() or any((version / MANIFEST).is_file() for version in versions)
+
+    def next_version(self, name: str) -> int:
+        """Returns the number of the next version: above all there are, and above all that were removed."""
         after = max(self.list_versions(name), default=0) + 1
         try:
             return max(after, int((self.folder_of(name) / NEXT).read_bytes()))
@@ -210,8 +224,10 @@ class Store:
             return after
 
 
-def write_version(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> None:
-    """Writes a version's files, its card and its manifest into an empty folder, durably."""
-    for name, content in pack_version(manifest, files).items():
+def write_version(folder: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """Writes a version's files, its card and its manifest into an empty folder, durably; returns the manifest."""
+    packed = pack_version(manifest, files)
+    for name, content in packed.items():
         write_file(folder / name, content)
     fsync_dir(folder)
+    return parse_manifest(packed[MANIFEST])

@@ -1,29 +1,26 @@
 """Changing what a store holds: copy, rename, roll back, remove, restore, collect. Never imports torch.
 
 Every change is one rename or one replaced file, made under the adapter's lock; before it the old state holds, after
-it the new one. Nothing is deleted but by `collect_garbage`: what is removed waits in `.trash`, and comes back with
-`restore`. A version's number is never given out twice while its adapter exists.
+it the new one. (A new name is one rename, the end of the old name a second: a crash between them leaves both.)
+Nothing is deleted but by `collect_garbage`: what is removed waits in `.trash`, and comes back with `restore`. A
+version's number is never given out twice while its adapter exists.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, NotFoundError
 from lora_gpt2.core.paths import check_name, fsync_dir, hold_for_removal, is_name, os_errors_as_ours, write_atomic
-from lora_gpt2.store.catalog import NEXT, STAMP, Store, write_version
+from lora_gpt2.store.catalog import NEXT, STAMP, TRASH, Store, write_version
 from lora_gpt2.store.manifest import Manifest, Parent
 from lora_gpt2.store.version import read_all_checked, read_manifest, utc_now
-
-TRASH = ".trash"
-PROCESS = re.compile(r"[.~](\d+)\.partial$")
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,22 @@ class HistoryEntry:
     in_use: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Collected:
     """What `collect_garbage` deleted (or would), what it left because somebody reads it, and the bytes freed."""
 
     removed: list[str]
     kept_in_use: list[str]
     freed_bytes: int
+
+    def take(self, path: Path, labels: list[str], dry_run: bool) -> None:
+        """Deletes a file or folder and counts it; one that is gone was restored or collected by somebody else."""
+        with suppress(FileNotFoundError):
+            size = measure_bytes(path)
+            if not dry_run:
+                _delete(path)
+            self.freed_bytes += size
+            self.removed += labels
 
 
 def list_history(store: Store, name: str) -> list[HistoryEntry]:
@@ -77,8 +83,7 @@ def copy_adapter(store: Store, reference: str, name: str) -> Manifest:
         files = read_all_checked(folder, manifest)
     parent = Parent(reference=manifest.reference, digest=manifest.digest)
     twin = replace(manifest, name=name, created=utc_now(), parents=(parent,), made={"by": "copy"})
-    version = store.add_version(name, files, lambda number: replace(twin, version=number))
-    return store.read_manifest(f"{name}@{version}")
+    return store.add_version(name, files, lambda number: replace(twin, version=number))
 
 
 def rename_adapter(store: Store, old: str, new: str) -> None:
@@ -89,24 +94,26 @@ def rename_adapter(store: Store, old: str, new: str) -> None:
         ConflictError: there is one called `new`.
         CorruptError: a version is damaged; nothing was changed.
     """
-    current = store.read_current(old)
     check_name(new)
+    store.read_current(old)
     with ExitStack() as stack:
         for name in sorted({old, new}):
             stack.enter_context(store.change(name, f"rename '{old}' in {store.root}"))
+        current, versions = store.read_current(old), store.list_versions(old)
         _check_free(store, new)
+        _hold_all(stack, [store.folder_of(old) / str(version) for version in versions], old)
         with store.new_folder(store.root, new) as work:
-            for version in store.list_versions(old):
+            for version in versions:
                 folder = store.folder_of(old) / str(version)
                 manifest = read_manifest(folder, expected=f"{old}@{version}")
                 files = read_all_checked(folder, manifest)
                 (work / folder.name).mkdir()
                 write_version(work / folder.name, replace(manifest, name=new), files)
-            write_atomic(work / NEXT, f"{max(store.list_versions(old)) + 1}\n".encode())
+            write_atomic(work / NEXT, f"{store.next_version(old)}\n".encode())
             write_atomic(work / "CURRENT", f"{current}\n".encode())
             os.rename(work, store.folder_of(new))
         fsync_dir(store.root)
-        _discard(store, store.folder_of(old), old)
+        _move_to_trash(store, store.folder_of(old), old)
 
 
 def roll_back(store: Store, name: str, to: int | None = None) -> Manifest:
@@ -123,8 +130,10 @@ def roll_back(store: Store, name: str, to: int | None = None) -> Manifest:
         else:
             try:
                 present = store.read_current(name)
-            except CorruptError:
-                present = max(versions, default=0) + 1
+            except (CorruptError, NotFoundError):
+                if not versions:
+                    raise
+                present = max(versions) + 1
             manifest = _find_sound(store, name, [version for version in versions if version < present])
         store.use_version(name, manifest.version)
     return manifest
@@ -151,22 +160,30 @@ def remove_adapter(store: Store, reference: str) -> None:
         NotFoundError: there is no such adapter or version.
         ConflictError: the version is in use, or somebody is reading it.
     """
-    name, separator, _ = reference.partition("@")
-    versions = store.list_versions(check_name(name))
-    if not separator and (versions or store.folder_of(name).is_dir()):
-        folder = store.folder_of(name)
-    else:
-        folder = store.resolve(reference)
-    with store.change(name, f"remove {reference} from {store.root}") as home:
-        if separator:
-            if folder.name == str(store.read_current(name)):
+    name, separator, version = reference.partition("@")
+    folder = store.folder_of(name)
+    if not store.has_adapter(name) or (separator and not (version.isdecimal() and (folder / version).is_dir())):
+        store.resolve(reference)  # says what is missing
+    with store.change(name, f"remove {reference} from {store.root}"), ExitStack() as stack:
+        if not separator:
+            _hold_all(stack, [folder / str(number) for number in store.list_versions(name)], reference)
+        else:
+            folder = folder / str(int(version))
+            if folder.name == _read_pointer(store, name):
                 raise ConflictError(
                     f"{reference} is the version in use",
                     f"use another first ('adapters rollback {name}'), or remove '{name}'",
                 )
-            if int(folder.name) == max(versions):
-                write_atomic(home / NEXT, f"{int(folder.name) + 1}\n".encode())
-        _discard(store, folder, f"{name}@{folder.name}" if separator else name)
+            _hold_all(stack, [folder], reference)
+            write_atomic(folder.parent / NEXT, f"{max(store.next_version(name), int(version) + 1)}\n".encode())
+        _move_to_trash(store, folder, reference)
+
+
+def _read_pointer(store: Store, name: str) -> str:
+    try:
+        return str(store.read_current(name))
+    except (CorruptError, NotFoundError):
+        return ""
 
 
 def restore_adapter(store: Store, reference: str) -> None:
@@ -199,30 +216,41 @@ def collect_garbage(store: Store, keep: int | None = None, dry_run: bool = False
 
     The version in use and versions that somebody reads are kept.
     """
-    removed: list[str] = []
-    in_use: list[str] = []
-    freed = 0
+    found = Collected([], [], 0)
     for name in store.list_names() if keep else []:
         with store.change(name, f"collect '{name}' in {store.root}"):
-            current = store.read_current(name)
-            for version in store.list_versions(name)[: -(keep or 1)]:
-                folder = store.folder_of(name) / str(version)
-                if version == current:
-                    continue
-                with hold_for_removal(folder) as is_ours:
-                    (removed if is_ours else in_use).append(f"{name}@{version}")
-                    if is_ours and not dry_run:
-                        _move_to_trash(store, folder, f"{name}@{version}")
-                    elif is_ours:
-                        freed += measure_bytes(folder)
+            current = _read_pointer(store, name)
+            for version in store.list_versions(name)[: -(keep or 1)] if current else []:
+                if str(version) != current:
+                    _collect_version(store, store.folder_of(name) / str(version), found, dry_run)
     with os_errors_as_ours(f"collect garbage in {store.root}"):
-        for path in [*iter_trash(store), *_iter_leftovers(store)]:
-            freed += measure_bytes(path)
-            if (label := path.name.rpartition(STAMP)[0] or path.name) not in removed:
-                removed.append(label)
-            if not dry_run:
-                _delete(path)
-    return Collected(removed, in_use, freed)
+        for path in iter_trash(store):
+            label = path.name.rpartition(STAMP)[0]
+            found.take(path, [] if label in found.removed else [label], dry_run)
+        for path in (store.root / TRASH).glob(".*.partial"):  # half deleted
+            found.take(path, [], dry_run)
+    _collect_leftovers(store, found, dry_run)
+    return found
+
+
+def _collect_version(store: Store, folder: Path, found: Collected, dry_run: bool) -> None:
+    reference = f"{folder.parent.name}@{folder.name}"
+    with hold_for_removal(folder) as is_ours:
+        (found.removed if is_ours else found.kept_in_use).append(reference)
+        if is_ours and dry_run:
+            found.freed_bytes += measure_bytes(folder)
+        elif is_ours:
+            _move_to_trash(store, folder, reference)
+
+
+def _collect_leftovers(store: Store, found: Collected, dry_run: bool) -> None:
+    """Deletes what dead processes left: whoever still needs it holds the lock of its name."""
+    owners = {path: path.name[1:].rpartition(STAMP)[0] for path in store.root.glob(f".*{STAMP}*.partial")}
+    owners |= {path: path.parent.name for path in store.root.glob("*/.*.partial") if path.parent.name[0] != "."}
+    for path, name in owners.items():
+        if is_name(name):
+            with suppress(ConflictError), store.change(name, f"collect '{name}' in {store.root}", wait_seconds=0):
+                found.take(path, [path.name], dry_run)
 
 
 def iter_trash(store: Store) -> Iterator[Path]:
@@ -233,15 +261,6 @@ def iter_trash(store: Store) -> Iterator[Path]:
         if folder.is_dir()
         else ()
     )
-
-
-def _iter_leftovers(store: Store) -> Iterator[Path]:
-    """Yields what dead processes left: their locks are free."""
-    for parent in [store.root, store.root / TRASH, *(path for path in store.root.glob("*") if is_name(path.name))]:
-        for path in parent.glob(".*.partial"):
-            process = PROCESS.search(path.name)
-            if process is None or not Path("/proc", process[1]).exists():
-                yield path
 
 
 def _delete(path: Path) -> None:
@@ -259,33 +278,31 @@ def measure_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in [folder, *folder.rglob("*")] if path.is_file() and not path.is_symlink())
 
 
-def _discard(store: Store, folder: Path, label: str) -> None:
-    versions = [folder] if "@" in label else [path for path in folder.iterdir() if path.name.isdecimal()]
-    with _hold_all(versions, label):
-        _move_to_trash(store, folder, label)
-
-
-@contextmanager
-def _hold_all(folders: list[Path], label: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        for folder in folders:
-            if not stack.enter_context(hold_for_removal(folder)):
-                raise ConflictError(f"{label} is being read by another process", "try again when it has ended")
-        yield
+def _hold_all(stack: ExitStack, folders: list[Path], label: str) -> None:
+    """Lets nobody begin to read these until the stack ends; raises `ConflictError` if somebody does."""
+    for folder in folders:
+        if not stack.enter_context(hold_for_removal(folder)):
+            raise ConflictError(f"{label} is being read by another process", "try again when it has ended")
 
 
 def _move_to_trash(store: Store, folder: Path, label: str) -> None:
     trash = store.root / TRASH
     trash.mkdir(exist_ok=True)
+    fsync_dir(store.root)
     os.rename(folder, trash / f"{label}{STAMP}{time.time_ns()}")
     fsync_dir(folder.parent)
     fsync_dir(trash)
 
 
 def _check_free(store: Store, name: str) -> None:
-    """Raises `ConflictError` if an adapter has this name; an empty folder of a failed publication goes."""
+    """Raises `ConflictError` if something has this name; what a failed publication left goes, and nothing else."""
     folder = store.folder_of(name)
-    if (folder / "CURRENT").exists() or store.list_versions(name):
+    if store.has_adapter(name):
         raise ConflictError(f"there is an adapter '{name}' in {store.root}", "choose another name, or remove it first")
     if folder.is_dir():
-        shutil.rmtree(folder)
+        for path in [folder / NEXT, *folder.glob(".*.partial")]:
+            _delete(path)
+        try:
+            folder.rmdir()
+        except OSError as error:
+            raise ConflictError(f"{folder} holds other things", "choose another name") from error

@@ -9,6 +9,7 @@ approximation at a rank is taken and the error stated.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from lora_gpt2.model.base import Base
 from lora_gpt2.model.gpt2 import Linear
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.model.merge import DeltaRows, approximate, concatenate, measure_norm, to_dense
-from lora_gpt2.model.probe import compute_logits, measure_difference
+from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference
 from lora_gpt2.store.interop import PeftContent
 
 DORA_RANK = 64
@@ -45,7 +46,8 @@ def convert_variant(content: PeftContent, base: Base, rank: int | None) -> Conve
     if content.spec.dora and content.spec.pissa:
         raise MismatchError("DoRA that starts from PiSSA is not supported", "save it as one of them")
     if content.spec.pissa:
-        return Converted(_subtract_start(content.adapter, base), "pissa", 0.0, 0.0)
+        plain = _subtract_start(content.adapter, base)
+        return Converted(plain, "pissa", 0.0, _measure(base, plain, lambda site: _change_of_pissa(content, base, site)))
     updates: dict[str, LoraUpdate] = {}
     lost = kept = 0.0
     for site, update in content.adapter.updates.items():
@@ -53,14 +55,19 @@ def convert_variant(content: PeftContent, base: Base, rank: int | None) -> Conve
         updates[site], error = approximate(_change_of_dora(content, base, site), wanted, 0.0)
         lost += error**2
         kept += measure_norm(updates[site]) ** 2
-    exact = compute_logits(
-        base, lambda rows: DeltaRows(lambda site: _change_of_dora(content, base, site) if site in updates else None)
-    )
-    found = compute_logits(
-        base, lambda rows: DeltaRows(lambda site: to_dense(updates[site]) if site in updates else None)
-    )
     relative_error = math.sqrt(lost / (lost + kept)) if lost else 0.0
-    return Converted(Adapter(updates), "dora", relative_error, measure_difference(exact, found))
+    difference = _measure(base, Adapter(updates), lambda site: _change_of_dora(content, base, site))
+    return Converted(Adapter(updates), "dora", relative_error, difference)
+
+
+def _measure(base: Base, plain: Adapter, change_of: Callable[[str], Tensor]) -> float:
+    """Returns the largest difference of the logits under an adapter from those under the exact changes."""
+
+    def rows_of(delta_of: Callable[[str], Tensor]) -> AdaptersForRows:
+        return lambda rows: DeltaRows(lambda site: delta_of(site) if site in plain.updates else None)
+
+    exact = compute_logits(base, rows_of(change_of))
+    return measure_difference(exact, compute_logits(base, rows_of(lambda site: to_dense(plain.updates[site]))))
 
 
 def weight_of(base: Base, site: str) -> Tensor:
@@ -78,6 +85,14 @@ def _change_of_dora(content: PeftContent, base: Base, site: str) -> Tensor:
     if not torch.isfinite(delta).all():
         raise CorruptError(f"the change of {site} is not finite", "train again: it diverged")
     return delta
+
+
+def _change_of_pissa(content: PeftContent, base: Base, site: str) -> Tensor:
+    """Returns the update minus the leading singular part of the weight, as PEFT takes it: by a full SVD."""
+    update = content.adapter.updates[site]
+    u, values, vh = torch.linalg.svd(weight_of(base, site), full_matrices=False)
+    start: Tensor = (u[:, : update.rank] * values[: update.rank]) @ vh[: update.rank]
+    return to_dense(update) - start
 
 
 def _subtract_start(adapter: Adapter, base: Base) -> Adapter:

@@ -15,7 +15,15 @@ from typing import Any
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, NotFoundError, UsageError
 from lora_gpt2.core.hub import download, hub_errors_as_ours
-from lora_gpt2.core.paths import check_name, os_errors_as_ours, sync_tree, temporary_dir, write_atomic, write_file
+from lora_gpt2.core.paths import (
+    check_name,
+    os_errors_as_ours,
+    read_regular,
+    sync_tree,
+    temporary_dir,
+    write_atomic,
+    write_file,
+)
 from lora_gpt2.model.base import HUB_ID, HUB_NAMES, Base
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.store.archive import pack_archive, read_archive
@@ -24,12 +32,13 @@ from lora_gpt2.store.convert import convert_variant
 from lora_gpt2.store.files import Origin, check_base, publish_adapter
 from lora_gpt2.store.interop import parse_peft, read_peft_files
 from lora_gpt2.store.loralib import read_loralib
-from lora_gpt2.store.manifest import CARD, MANIFEST, PEFT_CONFIG, WEIGHTS, Manifest, Parent, parse_manifest
+from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS, Manifest, parse_manifest
 from lora_gpt2.store.peft_config import parse_peft_config
 from lora_gpt2.store.version import read_all_checked, read_manifest, verify_hashes
 
 ARCHIVES = (".tar.gz", ".tgz")
 LORALIB = (".pt", ".bin", ".pth")
+REWRITTEN = (WEIGHTS, PEFT_CONFIG, CARD)
 HUB_FILES = (WEIGHTS, PEFT_CONFIG, MANIFEST, "metrics.jsonl", "report.html", "curve.png", CARD)
 
 
@@ -87,7 +96,9 @@ def fetch_source(source: str) -> Source:
         raise UsageError(f"{source} is neither a folder, an archive nor a .pt file", "give a folder that PEFT saved")
     if HUB_ID.fullmatch(source):
         hint = "copy the folder by hand and import that"
-        return _read_folder(download(source, HUB_FILES, (WEIGHTS, PEFT_CONFIG), "the adapter", hint), source)
+        return _read_folder(
+            download(source, HUB_FILES, (WEIGHTS, PEFT_CONFIG), "the adapter", hint, refresh=True), source
+        )
     raise NotFoundError(f"there is no {source}", "give a folder, a .tar.gz, a .pt file, or a hub id: owner/name")
 
 
@@ -96,19 +107,23 @@ def _read_folder(path: Path, where: str) -> Source:
     files = {WEIGHTS: weights, PEFT_CONFIG: config}
     if (path / MANIFEST).is_file():
         with os_errors_as_ours(f"read {path}"):
-            files |= {name: (path / name).read_bytes() for name in HUB_FILES if (path / name).is_file()}
+            present = [name for name in HUB_FILES if (path / name).is_file()]
+            files |= {name: read_regular((path / name).resolve(), MAX_FILE_BYTES) for name in present}
     return Source(where, files, _check_manifest(files, where))
 
 
 def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
-    """Returns the manifest among the files, which must have its hashes; None if there is none."""
-    if MANIFEST not in files:
+    """Returns our manifest among the files, whose hashes the adapter's two must have; None if there is none.
+
+    The card may have been edited on the way, and a foreign file of that name is ignored.
+    """
+    if b'"tokenizer_fingerprint"' not in files.get(MANIFEST, b""):
         return None
     try:
         manifest = parse_manifest(files[MANIFEST])
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where}: {MANIFEST} is damaged", "fetch it again") from error
-    verify_hashes(files, manifest, where)
+    verify_hashes(files, manifest, where, (WEIGHTS, PEFT_CONFIG))
     return manifest
 
 
@@ -135,9 +150,9 @@ def import_source(
     if old is None:
         origin = Origin(data={"sources": []}, made=made)
     else:
-        parents = (Parent(reference=old.reference, digest=old.digest),)
-        pages = {name: source.files[name] for name in old.files if name not in (WEIGHTS, PEFT_CONFIG, CARD)}
-        origin = Origin(old.data, old.recipe, old.figures, parents, made, pages=pages)
+        pages = {name: source.files[name] for name in source.files if name in old.files and name not in REWRITTEN}
+        made = {**(old.made or {"by": "train"}), "imported_from": old.reference}
+        origin = Origin(old.data, old.recipe, old.figures, old.parents, made, pages=pages)
     return Imported(publish_adapter(store, name, adapter, base, origin), variant, error, difference)
 
 

@@ -63,11 +63,10 @@ def publish_adapter(store: Store, name: str, adapter: Adapter, base: Base, origi
             name=name, version=version, created=utc_now(), base=identify(base), data=origin.data,
             recipe=origin.recipe, figures=origin.figures, parents=origin.parents, made=dict(origin.made),
             libraries=_library_versions(), size_bytes=len(files[WEIGHTS]),
-            num_parameters=origin.figures.get("trained_parameters", size), files={},
+            num_parameters=int(origin.figures.get("trained_parameters") or size), files={},
         )  # fmt: skip
 
-    version = store.add_version(name, files, build)
-    return store.read_manifest(f"{name}@{version}")
+    return store.add_version(name, files, build)
 
 
 def load_adapter(store: Store, reference: str, base: Base) -> tuple[Manifest, Adapter]:

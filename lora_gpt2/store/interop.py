@@ -22,7 +22,7 @@ from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.paths import os_errors_as_ours, read_regular
 from lora_gpt2.model.gpt2 import TARGETS, GPT2Config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, list_sites, target_of
-from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS
+from lora_gpt2.store.manifest import MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS
 from lora_gpt2.store.peft_config import MAX_CONFIG_BYTES, PeftSpec, parse_peft_config
 
 PREFIX = "base_model.model.transformer."
@@ -30,7 +30,7 @@ MAGNITUDE = "magnitude_vector"
 TENSOR_NAME = re.compile(
     r"base_model\.model\.transformer\.(h\.\d{1,4}\.[a-z_.]+)\.lora_(?:([AB])\.weight|(magnitude_vector)(?:\.weight)?)"
 )
-MAX_WEIGHTS_BYTES = 2**33
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def parse_peft(weights: bytes, config_bytes: bytes, config: GPT2Config, where: s
     spec = parse_peft_config(config_bytes, where)
     try:
         tensors = load(weights)
-    except (SafetensorError, ValueError, OverflowError, MemoryError) as error:
+    except (SafetensorError, ValueError, KeyError, OverflowError, MemoryError) as error:
         raise CorruptError(f"{where}: {WEIGHTS} is damaged: {error}", "restore it, or train again") from error
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -131,7 +131,9 @@ def read_peft_files(folder: Path) -> tuple[bytes, bytes]:
             )
             raise NotFoundError(f"{folder} has no {name}{old}", "save it with PEFT's save_pretrained")
     with os_errors_as_ours(f"read {folder}"):
-        return (folder / WEIGHTS).read_bytes(), read_regular((folder / PEFT_CONFIG).resolve(), MAX_CONFIG_BYTES)
+        limits = {WEIGHTS: MAX_FILE_BYTES, PEFT_CONFIG: MAX_CONFIG_BYTES}
+        weights, config = (read_regular((folder / name).resolve(), limit) for name, limit in limits.items())
+        return weights, config
 
 
 def _check_sites(found: set[str], spec: PeftSpec, config: GPT2Config, where: str) -> None:
@@ -154,8 +156,10 @@ def _take_magnitude(site: str, halves: dict[str, Tensor], config: GPT2Config, wh
 
 
 def _check_finite(tensor: Tensor, what: str) -> None:
-    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-        raise CorruptError(f"{what} hold NaN or infinity", "train again: it diverged")
+    if tensor.dtype not in DTYPES or not torch.isfinite(tensor).all():
+        raise CorruptError(
+            f"{what} hold NaN or infinity, or are no numbers of 16 to 64 bits", "train again: it diverged"
+        )
 
 
 def _build_update(

@@ -33,7 +33,7 @@ def describe_lineage(store: Store, manifest: Manifest, children: tuple[str, ...]
 
 def find_parent(store: Store, parent: Parent, children: tuple[str, ...]) -> Manifest | None:
     """Returns the version whose weights a parent names, under its name or another one, but none of its children."""
-    names = [parent.reference.partition("@")[0], *store.list_names()]
+    names = dict.fromkeys([parent.reference.partition("@")[0], *store.list_names()])
     references = [parent.reference, *(f"{name}@{number}" for name in names for number in store.list_versions(name))]
     for reference in (reference for reference in references if reference not in children):
         try:

@@ -7,7 +7,6 @@ PyTorch's restricted reader, which runs nothing and knows tensors and containers
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 import zipfile
@@ -25,7 +24,7 @@ from lora_gpt2.model.lora import SLICES, Adapter, LoraUpdate
 
 KEY = re.compile(r"(?:module\.)?(?:lm_model\.)?(?:transformer\.)?(h\.\d{1,4}\.attn\.c_attn)\.lora_([AB])")
 ENABLED = {1: ("c_attn.q",), 2: ("c_attn.q", "c_attn.v"), 3: SLICES}
-MAX_BYTES = 2**32
+MAX_BYTES, LARGEST_RANK = 2**32, 4096
 
 
 def read_loralib(path: Path, config: GPT2Config, alpha: float | None) -> Adapter:
@@ -38,7 +37,7 @@ def read_loralib(path: Path, config: GPT2Config, alpha: float | None) -> Adapter
         CorruptError: it is not a file of tensors, or a tensor is missing or not finite.
         MismatchError: it holds weights that no adapter has, or of another base.
     """
-    if alpha is None:
+    if alpha is None or not 0 < alpha < 1e6:
         raise UsageError(f"{path} does not say its alpha", "give --alpha (32 in microsoft/LoRA's GPT-2 example)")
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _load(path).items():
@@ -57,9 +56,11 @@ def read_loralib(path: Path, config: GPT2Config, alpha: float | None) -> Adapter
 def _load(path: Path) -> Mapping[str, Any]:
     with os_errors_as_ours(f"read {path}"):
         size = path.stat().st_size
-        if zipfile.is_zipfile(path):
+        try:
             with zipfile.ZipFile(path) as archive:
                 size = max(size, sum(item.file_size for item in archive.infolist()))
+        except zipfile.BadZipFile:
+            pass  # the older format, or nothing that can be read: the reader will say so
     if size > MAX_BYTES:
         raise CorruptError(f"{path} unpacks to {size:,} bytes, more than any adapter", "restore it from a copy")
     try:
@@ -79,16 +80,19 @@ def _build_update(site: str, halves: Mapping[str, Tensor], config: GPT2Config, a
     d = config.width
     if set(halves) != {"A", "B"}:
         raise CorruptError(f"{where}: a half of {site} is missing", "save it again with lora_state_dict")
-    a, b = halves["A"].float(), halves["B"].float()
+    a, b = halves["A"], halves["B"]
     count = b.shape[0] // d if b.ndim == 2 else 0
     if a.ndim != 2 or count not in ENABLED or b.shape[0] != count * d or tuple(a.shape) != (count * b.shape[1], d):
         shapes = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
         raise MismatchError(f"{where}: {site} has {shapes}, which no base of width {d} has", "use its own base")
     if int(site.split(".")[1]) >= config.layers:
         raise MismatchError(f"{where}: {site} is not in this base of {config.layers} layers", "use its own base")
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all() and math.isfinite(alpha)):
-        raise CorruptError(f"{where}: {site} holds NaN or infinity", "train again: it diverged")
     rank = b.shape[1]
+    if not 0 < rank <= LARGEST_RANK or any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in (a, b)):
+        raise CorruptError(f"{where}: {site} has rank {rank}, or numbers that are not in the file", "save it again")
+    a, b = a.float(), b.float()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise CorruptError(f"{where}: {site} holds NaN or infinity", "train again: it diverged")
     wide = torch.zeros(3 * d, count * rank)
     for place, name in enumerate(ENABLED[count]):
         row = SLICES.index(name) * d

@@ -14,11 +14,19 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
+from lora_gpt2.core.paths import is_name
+
 SCHEMA = 2
 WEIGHTS, PEFT_CONFIG, MANIFEST, METRICS, CARD = (
     "adapter_model.safetensors", "adapter_config.json", "manifest.json", "metrics.jsonl", "README.md",
 )  # fmt: skip
 MAX_BYTES = 2**26
+MAX_FILE_BYTES = 2**33
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+NUMBERS = ("train_tokens", "trained_parameters", "base_perplexity", "validation_perplexity", "base_test_perplexity",
+           "test_perplexity")  # fmt: skip
+"""Figures that are shown and reckoned with."""
 NO_DIGEST = "0" * 64
 CHECKSUM = re.compile(rb'"checksum": ?"([0-9a-f]{64})"\s*\}\s*$')
 
@@ -105,17 +113,42 @@ def parse_manifest(content: bytes) -> Manifest:
         if match is None or hashlib.sha256(_fill(content, match, NO_DIGEST)).hexdigest().encode() != match[1]:
             raise ValueError("its checksum is not that of its content")
     known = {key: values[key] for key in KINDS if key in values}
-    wrong = [key for key, kind in KINDS.items() if key not in known and key not in OPTIONAL]
-    wrong += [key for key, value in known.items() if not isinstance(value, KINDS[key]) or isinstance(value, bool)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is missing or not what it should be")
+    if wrong := _find_wrong(known):
+        raise ValueError(f"{wrong} is missing or not what it should be")
     try:
         known["created"] = datetime.fromisoformat(known["created"])
         known["base"] = BaseIdentity(**{key: str(known["base"][key]) for key in BaseIdentity.__dataclass_fields__})
-        known["parents"] = tuple(Parent(**parent) for parent in known.get("parents", ()))
+        known["parents"] = tuple(_parse_parent(parent) for parent in known.get("parents", ()))
     except (TypeError, KeyError) as error:
         raise ValueError("its base or a parent is not what it should be") from error
     return Manifest(**known)
+
+
+def _find_wrong(values: Mapping[str, Any]) -> str:
+    """Returns the first key whose value cannot be used, or that is missing; "" if there is none."""
+    for key, kind in KINDS.items():
+        if key in values and (not isinstance(values[key], kind) or isinstance(values[key], bool)):
+            return key
+        if key not in values and key not in OPTIONAL:
+            return key
+    figures, sources = values.get("figures", {}), values.get("data", {}).get("sources", [])
+    bad = [key for key in NUMBERS if isinstance(figures.get(key, 0), bool | str | list | dict)]
+    bad += [] if isinstance(sources, list) and all(isinstance(source, str) for source in sources) else ["data.sources"]
+    bad += [f"files: {str(name)[:60]}" for name in values["files"] if not FILE_NAME.fullmatch(name)]
+    bad += [f"the hash of {name}" for name, digest in values["files"].items() if not _is_digest(digest)]
+    bad += ["version"] if values["version"] < 1 else []
+    return bad[0] if bad else ""
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
+
+
+def _parse_parent(values: Mapping[str, Any]) -> Parent:
+    name, _, version = str(values["reference"]).partition("@")
+    if not (is_name(name) and version.isdecimal() and _is_digest(values["digest"])):
+        raise TypeError("a parent is not name@version with a digest")
+    return Parent(str(values["reference"]), values["digest"], float(values.get("weight", 1.0)))
 
 
 def _fill(content: bytes, match: re.Match[bytes], digest: str) -> bytes:

@@ -190,8 +190,12 @@ def _modules(value: Any, key: str, place: str) -> Any:
 
 def _is_plain(values: Mapping[str, Any]) -> bool:
     lists = [values.get(key) or [] for key in ("target_modules", "exclude_modules", "layers_pattern")]
-    names = [*(values.get("rank_pattern") or {}), *(values.get("alpha_pattern") or {})]
-    return all(isinstance(some, list) for some in lists) and all(PLAIN.fullmatch(name) for name in names)
+    if not all(isinstance(some, list) for some in lists):
+        return False
+    names = [
+        name for some in (*lists, values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}) for name in some
+    ]
+    return all(isinstance(name, str) and PLAIN.fullmatch(name) for name in names)
 
 
 def _compile(pattern: str, place: str) -> Any:

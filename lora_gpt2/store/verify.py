@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, MismatchError
+from lora_gpt2.core.errors import LoraGpt2Error, MismatchError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.lora import Adapter
@@ -67,7 +67,7 @@ def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> I
         try:
             with store.pin(manifest.reference) as folder:
                 _verify_one(verdict, folder, manifest, base, reference)
-        except IntegrityError as error:
+        except LoraGpt2Error as error:
             verdict.failure = error.message
         yield verdict
 
@@ -120,7 +120,10 @@ class _Reference:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = PeftModel.from_pretrained(self.model, str(folder), local_files_only=True).eval()
+            try:
+                model = PeftModel.from_pretrained(self.model, str(folder), local_files_only=True).eval()
+            except Exception as error:  # PEFT raises of every kind
+                raise MismatchError(f"PEFT cannot load {folder}: {error}", "import it again") from error
             logits = self._run(model)
             self.model = model.unload()
         return logits

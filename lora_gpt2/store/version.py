@@ -14,14 +14,19 @@ from pathlib import Path
 from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.core.paths import read_regular, translate_os_error
 from lora_gpt2.store.card import build_card
-from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_BYTES, Manifest, parse_manifest
+from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_BYTES, MAX_FILE_BYTES, Manifest, parse_manifest
 
 
 def pack_version(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Returns every file of a version: these, the card, and the manifest with the hashes of all others."""
     packed = {**files, CARD: build_card(manifest).encode()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
-    return {**packed, MANIFEST: replace(manifest, files=hashes).to_bytes()}
+    content = replace(manifest, files=hashes).to_bytes()
+    try:
+        parse_manifest(content)  # what could not be read again is not written
+    except ValueError as error:
+        raise CorruptError(f"{manifest.reference} cannot be stored: {error}", "mend what it was made from") from error
+    return {**packed, MANIFEST: content}
 
 
 def read_manifest(folder: Path, expected: str) -> Manifest:
@@ -59,7 +64,7 @@ def verify_hashes(
             )
 
 
-def _read(path: Path, max_bytes: int | None = None) -> bytes:
+def _read(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     try:
         return read_regular(path, max_bytes)
     except FileNotFoundError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.paths import check_name, hold_lock, os_errors_as_ours
 from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.evaluation.general import measure_general
+from lora_gpt2.evaluation.perplexity import to_perplexity
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import count_parameters
@@ -173,10 +173,10 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: fl
     general = measure_general(base, session.for_rows(((domain.name, 1.0),))).perplexity
     report = AdapterReport(
         name=domain.name, version=0, steps=domain.last_step, best_step=domain.best_step,
-        train_tokens=domain.train_tokens, base_perplexity=_to_perplexity(outcome.base_nll),
-        validation_perplexity=_to_perplexity(outcome.validation_nll),
-        base_test_perplexity=_to_perplexity(outcome.test_nll[0]) if outcome.test_nll else None,
-        test_perplexity=_to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
+        train_tokens=domain.train_tokens, base_perplexity=to_perplexity(outcome.base_nll),
+        validation_perplexity=to_perplexity(outcome.validation_nll),
+        base_test_perplexity=to_perplexity(outcome.test_nll[0]) if outcome.test_nll else None,
+        test_perplexity=to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
         base_general_perplexity=base_general, general_perplexity=general,
         tokens_per_second=domain.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device), seconds=outcome.seconds,
@@ -190,10 +190,6 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: fl
     recipe = domain.recipe.model_dump(mode="json")
     origin = Origin(_describe_data(domain.recipe, domain.data), recipe, figures, metrics=domain.records, pages=pages)
     return replace(report, version=publish_adapter(store, domain.name, adapter, base, origin).version)
-
-
-def _to_perplexity(nll: float) -> float:
-    return math.exp(min(nll, 700))
 
 
 def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:

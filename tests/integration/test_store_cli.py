@@ -67,7 +67,11 @@ def test_verify_says_which_is_not_sound_and_ends_with_9(run, trained):
     assert "law" in err
     assert "is not the file that was published" in out
     assert "code@1" in out
+    code, out, _ = run("adapters", "verify", "law", "code", "--files-only", "--json")
+    assert code == 9
+    assert [row["sound"] for row in json.loads(out)["adapters"]] == [False, True]
     assert run("adapters", "verify", "--store", trained.root / "none")[0] == 2
+    assert run("adapters", "verify", "nothing")[0] == 4
 
 
 def test_an_adapter_travels_as_a_file(run, trained, tmp_path):
@@ -118,6 +122,11 @@ def test_search_prints_the_front_and_publishes_the_best(run, trained, text_file)
     assert trained.list_names() == ["both", "code", "law"]
 
 
+def list_files(store):
+    files = (path for path in store.root.rglob("*") if path.is_file() and ".locks" not in path.parts)
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
 ERRORS = [
     (["merge", "law"], 2, "where the merge goes"),
     (["merge", "law", "code", "--as", "a", "--into-base", "b"], 2, "where the merge goes"),
@@ -141,17 +150,22 @@ ERRORS = [
     (["adapters", "pull", "me/law"], 7, "cannot be reached"),
     (["adapters", "pull", "law"], 2, "not a hub repository"),
     (["adapters", "diff", "law", "nothing"], 4, "no adapter"),
+    (["adapters", "remove", "law", "nothing"], 4, "no adapter"),
+    (["merge", "law", "--as", "a", "--rank", "2", "--set", "merge.max_error=0.1"], 2, "exclude each other"),
+    (["merge", "law", "code", "--search", "--method", "ties", "--on", "{text}"], 2, "--search chooses the method"),
+    (["merge", "law:1e-9", "--as", "a"], 9, "changes nothing that can be seen"),
 ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"), ERRORS, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
 )
-def test_errors_have_their_codes_and_change_nothing(run, trained, arguments, code, message):
-    before = {path: path.stat().st_mtime_ns for path in trained.root.rglob("*") if ".locks" not in str(path)}
+def test_errors_have_their_codes_and_change_nothing(run, trained, text_file, arguments, code, message):
+    arguments = [argument.format(text=text_file) for argument in arguments]
+    before = list_files(trained)
     found, out, err = run(*arguments)
     assert (found, out) == (code, "")
     assert message in err
     assert err.count("\n") >= 2, "a hint follows"
-    after = {path: path.stat().st_mtime_ns for path in trained.root.rglob("*") if ".locks" not in str(path)}
-    assert {path for path in before if path.is_file()} == {path for path in after if path.is_file()}
+    after = list_files(trained)
+    assert before == after

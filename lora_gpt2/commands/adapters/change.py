@@ -64,6 +64,9 @@ def remove(reporter: Reporter, references: tuple[str, ...], store: Store, as_jso
       lora-gpt2 adapters remove law
       lora-gpt2 adapters remove law@1
     """
+    for reference in references:  # nothing is removed if one of them is not there
+        if not store.has_adapter(reference.partition("@")[0]):
+            store.resolve(reference)
     for reference in references:
         remove_adapter(store, reference)
     emit({"adapters": list(references)}, as_json, lambda: f"removed {', '.join(references)}")

@@ -30,7 +30,8 @@ def import_(
     """Import SOURCE: a folder that PEFT saved, a .tar.gz of 'export', a loralib .pt file, or a hub id.
 
     LoRA, rsLoRA and PiSSA are taken exactly, DoRA as its best approximation, with the error stated. What an adapter
-    here cannot be is refused by name. The base is that of --base, else the one that the files name.
+    here cannot be is refused by name. A loralib file with two slices of c_attn is taken as q and v, with one as q. The
+    base is that of --base, else the one that the files name.
 
     \b
     Examples:

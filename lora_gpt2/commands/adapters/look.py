@@ -9,7 +9,7 @@ import click
 
 from lora_gpt2.commands.shared import base_option, emit, format_bytes, format_table, json_option, store_option
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import CheckFailed, LoraGpt2Error, UsageError
+from lora_gpt2.core.errors import CheckFailed, LoraGpt2Error, NotFoundError, ResourceError, UsageError
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.changes import list_history
 from lora_gpt2.store.lineage import compare_manifests, describe_lineage
@@ -82,7 +82,8 @@ def history(name: str, store: Store, as_json: bool) -> None:
 @click.argument("other", metavar="OTHER[@VERSION]")
 @store_option
 @json_option
-def diff(one: str, other: str, store: Store, as_json: bool) -> None:
+@click.pass_obj
+def diff(reporter: Reporter, one: str, other: str, store: Store, as_json: bool) -> None:
     """Compare two versions: settings, data, figures, and how far apart their updates are.
 
     For each projection: the norms of both updates, that of their difference, and their cosine (1 the same direction, 0
@@ -97,7 +98,11 @@ def diff(one: str, other: str, store: Store, as_json: bool) -> None:
     names = [manifest.reference for manifest in manifests]
     result: dict[str, Any] = {"adapters": names, "differences": compare_manifests(*manifests)}
     result["same_weights"] = manifests[0].digest == manifests[1].digest
-    result["updates"] = _compare_updates(store, manifests)
+    try:
+        result["updates"] = _compare_updates(store, manifests)
+    except (NotFoundError, ResourceError) as error:
+        result["updates"] = []
+        reporter.message(f"the updates are not compared: {error.message}")
     emit(result, as_json, lambda: _render_diff(result, names))
 
 
@@ -122,6 +127,9 @@ def verify(
     """
     from lora_gpt2.store.verify import verify_files
 
+    for reference in references:
+        if not store.has_adapter(reference.partition("@")[0]):
+            store.resolve(reference)  # says what is missing
     wanted = references or tuple(store.list_names())
     verdicts: list[Verdict] = []
     sound: list[Manifest] = []
@@ -140,6 +148,8 @@ def verify(
     verdicts.sort(key=lambda verdict: order.index(verdict.reference.partition("@")[0]))
     rows = [vars(verdict) | {"sound": verdict.is_sound} for verdict in verdicts]
     emit({"adapters": rows}, as_json, lambda: _render_verdicts(verdicts, store))
+    if as_json and not all(verdict.is_sound for verdict in verdicts):
+        click.get_current_context().exit(CheckFailed.exit_code)  # the one document has said it
     if broken := [verdict.reference for verdict in verdicts if not verdict.is_sound]:
         raise CheckFailed(f"not sound: {', '.join(broken)}", "restore them, 'adapters rollback' or train again")
 
@@ -254,7 +264,7 @@ def _render_diff(result: dict[str, Any], names: list[str]) -> str:
         keys = ("norm", "other_norm", "difference", "cosine")
         parts.append(format_table(header, [[r["site"], *(f"{r[key]:.4f}" for key in keys)] for r in result["updates"]]))
     else:
-        parts.append("they belong to different bases, so their updates cannot be compared")
+        parts.append("their updates cannot be compared: they belong to different bases, or theirs is not here")
     return "\n\n".join(parts)
 
 

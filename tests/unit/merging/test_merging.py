@@ -1,7 +1,6 @@
 """Merges prove themselves: against the mix they replace, transformers, GGUF's own reader; and refuse what is empty."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -131,7 +130,7 @@ def test_a_merged_base_runs_in_transformers_as_the_mix_does(session, reporter, t
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("the cat")["input_ids"] == base.tokenizer.encode("the cat")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == report.dtype
-    assert {cell.adapter for cell in report.cells} == {BASE, "law:0.7+code:0.4", "(merge)"}
+    assert {cell.adapter for cell in report.cells} == {BASE, "law", "code", "law:0.7+code:0.4", "(merge)"}
     with pytest.raises(ConflictError, match="exists"):
         bake_adapters(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
 
@@ -190,19 +189,68 @@ def test_the_search_finds_the_mix_that_the_texts_came_from(session, reporter, ba
     report = search_weights(session, (("law", 1.0), ("code", 1.0)), sources, how, SETTINGS, reporter)
     first, *_ = [c for c in report.candidates if c.weights == (1.0, 1.0) and c.method == "cat"]
     assert report.best.mean < first.mean
-    assert report.best.mean < min(sum(report.base_nll) / 2, math.inf)
+    assert report.best.mean < report.base.mean
     assert len({c.weights for c in report.candidates if c.method == "cat"}) <= 40
     assert {c.method for c in report.candidates} == {"cat", "ties", "dare_ties", "dare_linear", "magnitude_prune"}
-    for one in report.front:
-        assert not any(all(a < b for a, b in zip(other.nll, one.nll, strict=True)) for other in report.candidates)
-    soft = measure_perplexity(
-        base, texts[:4], SETTINGS, session.for_rows((("law", report.best.weights[0]), ("code", report.best.weights[1])))
-    )
-    if report.best.method == "cat":
-        assert report.best.nll[0] == pytest.approx(soft.nll_nats_per_token, rel=1e-5)
+    for one in report.candidates:
+        beaten = any(
+            other.nll != one.nll and all(a <= b for a, b in zip(other.nll, one.nll, strict=True))
+            for other in report.candidates
+        )
+        assert beaten != (one in report.front)
+    for best in report.candidates:  # each is what publishing it would give
+        mix = tuple((name, weight) for name, weight in zip(("law", "code"), best.weights, strict=True) if weight)
+        if best.method == "cat":
+            rows = session.for_rows(mix)
+        else:
+            report = merge_adapters(
+                session, mix, "published", MergeSettings(method=best.method), [], SETTINGS, reporter
+            )
+            rows = Session(base, session.store).for_rows(((f"published@{report.version}", 1.0),))
+        found = measure_perplexity(base, texts[:4], SETTINGS, rows)
+        assert best.nll[0] == pytest.approx(found.nll_nats_per_token, rel=1e-4)
 
 
 def test_a_search_needs_adapters_and_text(session, reporter):
     for mix, sources in ((MIX[:1], SOURCES), (MIX, [])):
         with pytest.raises(UsageError, match="--search needs"):
             search_weights(session, mix, sources, MergeSettings(), SETTINGS, reporter)
+
+
+def test_logits_that_are_not_finite_are_refused(session, reporter, store, base):
+    wild = Adapter({s: LoraUpdate(u.a * 1e9, u.b * 1e9, u.alpha) for s, u in make_adapter(base.config).updates.items()})
+    publish_adapter(store, "wild", wild, base, Origin())
+    for how in ({"method": "svd", "rank": 1}, {"method": "ties"}):
+        with pytest.raises((CheckFailed, CorruptError)):
+            merge(session, reporter, (("wild", 16.0), ("law", 1.0)), **how)
+    assert "both" not in store.list_names()
+
+
+def test_a_wrongly_stated_error_is_found(session, reporter, monkeypatch):
+    def understate(*arguments):
+        combined = understate.original(*arguments)
+        return type(combined)(combined.adapter, combined.relative_error / 2)
+
+    understate.original = combine.combine_adapters
+    monkeypatch.setattr(combine, "combine_adapters", understate)
+    with pytest.raises(CheckFailed, match="says that it lost"):
+        merge(session, reporter, method="svd", rank=1)
+
+
+def test_a_quantised_base_is_not_merged_into(store, reporter, base, base_folder, tmp_path):
+    publish_adapter(store, "law", make_adapter(base.config), base, Origin())
+    coarse = load_base(str(base_folder), choose_runtime("float32"), "int8")
+    with pytest.raises(MismatchError, match="quantised"):
+        bake_adapters(Session(coarse, store), MIX[:1], tmp_path / "out", MergeSettings(), [], SETTINGS, reporter)
+
+
+def test_a_base_that_llama_cpp_would_run_wrongly_gives_no_gguf(store, reporter, tmp_path):
+    folder = make_base_folder(tmp_path / "exact")
+    values = json.loads((folder / "config.json").read_text()) | {"activation_function": "gelu"}
+    (folder / "config.json").write_text(json.dumps(values))
+    exact = load_base(str(folder), choose_runtime("float32"))
+    publish_adapter(store, "law", make_adapter(exact.config), exact, Origin())
+    with pytest.raises(MismatchError, match="GELU"):
+        bake_adapters(
+            Session(exact, store), MIX[:1], tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter
+        )

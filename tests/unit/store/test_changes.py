@@ -1,5 +1,7 @@
 """Copy, rename, roll back, remove, restore, collect; who reads is not disturbed, and who changes waits in line."""
 
+import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -264,7 +266,6 @@ def read_under_writers(store, base, base_folder, count):
 
 
 def make_digest(base, seed):
-    import hashlib
 
     from lora_gpt2.store.interop import to_peft
 
@@ -291,3 +292,98 @@ def test_links_pipes_and_devices_in_a_version_are_not_followed(base, store, tmp_
         with pytest.raises(CorruptError):
             load_adapter(store, "law", base)
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def test_folders_of_something_else_are_never_touched(base, store, three):
+    for name in ("docs", "2024"):
+        (store.root / name / "5").mkdir(parents=True)
+        (store.root / name / "5" / "notes.txt").write_text("precious")
+    with pytest.raises(ConflictError, match="other things"):
+        rename_adapter(store, "law", "docs")
+    for work in (lambda: remove_adapter(store, "docs"), lambda: remove_adapter(store, "docs@5")):
+        with pytest.raises(NotFoundError):
+            work()
+    publish(store, base, "gone")
+    remove_adapter(store, "gone")
+    (store.root / "gone").mkdir()
+    (store.root / "gone" / "mine.txt").write_text("precious")
+    with pytest.raises(ConflictError):
+        restore_adapter(store, "gone")
+    collect_garbage(store, keep=1)
+    assert (store.root / "docs" / "5" / "notes.txt").read_text() == "precious"
+    assert (store.root / "gone" / "mine.txt").exists()
+
+
+def test_no_number_is_given_twice_whatever_is_removed(base, store, three):
+    publish(store, base, seed=4)
+    roll_back(store, "law", 1)
+    for version in (4, 3, 2):
+        remove_adapter(store, f"law@{version}")
+    assert publish(store, base, seed=5).version == 5
+    for version in (2, 3, 4):
+        restore_adapter(store, f"law@{version}")
+    assert store.list_versions("law") == [1, 2, 3, 4, 5]
+
+
+def test_a_rename_under_a_reader_changes_nothing(base, store, three):
+    with store.pin("law@2"), pytest.raises(ConflictError, match="being read"):
+        rename_adapter(store, "law", "right")
+    assert store.list_names() == ["law"]
+    rename_adapter(store, "law", "right")
+
+
+def test_links_in_place_of_the_stores_folders_are_not_written_through(base, store, three, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (store.root / ".locks" / "law").unlink()
+    (store.root / ".locks" / "law").symlink_to(victim)
+    with pytest.raises(ResourceError):
+        publish(store, base)
+    assert victim.read_text() == "precious"
+    (store.root / ".locks" / "law").unlink()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("new", ".trash"):
+        (store.root / name).symlink_to(outside)
+        with pytest.raises(CorruptError, match="is a link"):
+            publish(store, base, "new")
+    assert list(outside.iterdir()) == []
+
+
+def test_half_damaged_adapters_can_be_dealt_with(base, store, three):
+    publish(store, base, "code")
+    publish(store, base, "code", seed=2)
+    (store.folder_of("code") / "CURRENT").write_bytes(b"x")
+    assert collect_garbage(store, keep=1).removed == ["law@1", "law@2"]
+    assert store.list_versions("code") == [1, 2]
+    (store.folder_of("code") / "1" / MANIFEST).unlink()
+    remove_adapter(store, "code@1")
+    (store.folder_of("code") / "CURRENT").unlink()
+    assert roll_back(store, "code").version == 2
+    remove_adapter(store, "code")
+
+
+def damage_manifest(store, reference, changes):
+    """Replaces keys of a manifest and seals it again, as somebody hostile would."""
+    path = store.resolve(reference) / MANIFEST
+    values = json.loads(path.read_bytes()) | changes | {"checksum": "0" * 64}
+    content = (json.dumps(values, indent=1) + "\n").encode()
+    path.write_bytes(content.replace(b"0" * 64, hashlib.sha256(content).hexdigest().encode()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": {"../.bashrc": "0" * 63 + "1"}}, {"files": {"/etc/x": "0" * 63 + "1"}}, {"files": {"a": 7}},
+        {"figures": {"train_tokens": "many"}}, {"figures": {"trained_parameters": "x"}}, {"data": {"sources": [1]}},
+        {"data": {"sources": "x"}}, {"parents": [{"reference": "../../root@1", "digest": "a" * 64}]},
+        {"parents": [{"reference": "law@1"}]}, {"parents": [7]}, {"version": -1}, {"created": "yesterday"},
+        {"base": {"name": "x"}}, {"size_bytes": True}, {"name": "other"},
+    ],
+)  # fmt: skip
+def test_sealed_but_hostile_manifests_are_refused(base, store, three, changes):
+    load_adapter(store, "law", base)
+    damage_manifest(store, "law", changes)
+    with pytest.raises(CorruptError):
+        load_adapter(store, "law", base)
+    assert [type(entry) for entry in store.iter_current()] == [CorruptError]
