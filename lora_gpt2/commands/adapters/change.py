@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import click
 
-from lora_gpt2.commands.adapters.look import summarise
 from lora_gpt2.commands.shared import emit, format_bytes, json_option, name_store, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.store.catalog import Store
@@ -16,6 +15,7 @@ from lora_gpt2.store.changes import (
     restore_adapter,
     roll_back,
 )
+from lora_gpt2.store.listing import summarise
 
 
 @click.command("copy")

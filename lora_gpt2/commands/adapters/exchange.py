@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.adapters.look import summarise
 from lora_gpt2.commands.shared import base_option, emit, json_option, name_store, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.listing import summarise
 
 
 @click.command("import")

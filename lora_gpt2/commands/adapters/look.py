@@ -13,6 +13,7 @@ from lora_gpt2.core.errors import CheckFailed, LoraGpt2Error, NotFoundError, Res
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.changes import list_history
 from lora_gpt2.store.lineage import compare_manifests, describe_lineage
+from lora_gpt2.store.listing import list_current, summarise
 from lora_gpt2.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -32,11 +33,9 @@ def list_(reporter: Reporter, store: Store, as_json: bool) -> None:
     Example:
       lora-gpt2 adapters list --json
     """
-    entries = list(store.iter_current())
-    for entry in entries:
-        if not isinstance(entry, Manifest):
-            reporter.message(f"damaged: {entry.message}")
-    rows = [summarise(entry) for entry in entries if isinstance(entry, Manifest)]
+    rows, errors = list_current(store)
+    for error in errors:
+        reporter.message(f"damaged: {error.message}")
     emit({"adapters": rows}, as_json, lambda: _render_list(rows, store))
 
 
@@ -184,17 +183,6 @@ def _compare_updates(store: Store, manifests: list[Manifest]) -> list[dict[str, 
         with store.pin(manifest.reference) as version:
             adapters.append(read_version(version, manifest, config))
     return [vars(row) for row in compare_adapters(adapters[0], adapters[1], config)]
-
-
-def summarise(manifest: Manifest) -> dict[str, Any]:
-    """Returns what a list says of a version."""
-    figures = manifest.figures
-    keys = ("train_tokens", "base_perplexity", "validation_perplexity", "base_test_perplexity", "test_perplexity")
-    return {
-        "name": manifest.name, "version": manifest.version, "base": manifest.base.name,
-        "size_bytes": manifest.size_bytes, "num_parameters": manifest.num_parameters,
-        **{key: figures.get(key) for key in keys}, "created": manifest.created.isoformat(),
-    }  # fmt: skip
 
 
 def _render_list(rows: list[dict[str, Any]], store: Store) -> str:

@@ -212,3 +212,40 @@ def test_a_store_that_cannot_be_written_is_a_resource_error(base, tmp_path, monk
     with pytest.raises(ResourceError) as caught:
         publish_adapter(Store(blocked), "law", make_adapter(base.config), base, ORIGIN)
     assert "publish 'law'" in caught.value.message
+
+
+def test_a_publication_is_durable_in_order(base, store, monkeypatch):
+    """What a name leads to is on the disk before the name is: a power loss shows the old state or the new one."""
+    durable, places, moves = set(), {}, []
+    real_open, real_fsync, real_rename, real_replace = os.open, os.fsync, os.rename, os.replace
+
+    def track_open(path, flags, *rest, **more):
+        handle = real_open(path, flags, *rest, **more)
+        places[handle] = (str(path), flags)
+        return handle
+
+    def track_fsync(handle):
+        durable.add(places[handle][0])
+        moves.append(("fsync", places[handle][0]))
+        return real_fsync(handle)
+
+    def track_move(real):
+        def move(source, target, **more):
+            folder = Path(source)
+            inside = [str(path) for path in folder.iterdir()] if folder.is_dir() else []
+            assert {str(folder), *inside} <= durable, f"{source} is named before it is on the disk"
+            moves.append(("move", str(target)))
+            return real(source, target, **more)
+
+        return move
+
+    monkeypatch.setattr(os, "open", track_open)
+    monkeypatch.setattr(os, "fsync", track_fsync)
+    monkeypatch.setattr(os, "rename", track_move(real_rename))
+    monkeypatch.setattr(os, "replace", track_move(real_replace))
+    publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
+    home = str(store.root / "law")
+    version, current = moves.index(("move", f"{home}/1")), moves.index(("move", f"{home}/CURRENT"))
+    assert version < moves.index(("fsync", home)) < current, "the version's name is durable before CURRENT says it"
+    assert ("fsync", home) in moves[current:], "and CURRENT's afterwards"
+    assert ("fsync", str(store.root)) in moves[current:]
