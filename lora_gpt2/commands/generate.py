@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import secrets
 import sys
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_gpt2.commands.shared import base_option, emit, json_option, seed_option, set_option, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.recipe import load_recipe
+from lora_gpt2.recipe import Recipe, load_recipe
 from lora_gpt2.store.catalog import Store
+
+if TYPE_CHECKING:
+    from lora_gpt2.inference.session import Session
 
 
 @click.command("generate")
 @click.argument("prompt", required=False)
-@click.option("--adapter", "adapters", multiple=True, metavar="N[:W]", help="Adapter; several mix, with weights.")
+@click.option("--adapter", "adapters", multiple=True, metavar="N[:W]", help="Adapter; several mix; 'auto' finds one.")
 @click.option("--compare", metavar="A,B,base", help="Adapters side by side on one prompt, or 'all'.")
 @click.option("-n", "--num", type=click.IntRange(1, 64), default=1, show_default=True, help="Continuations of each.")
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts: .jsonl, or one per line.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where --prompts' results go; resumable.")
 @seed_option
 @click.option("--truncate", type=click.Choice(["left"]), help="Keep the end of a prompt that is too long.")
 @base_option
@@ -28,55 +35,118 @@ from lora_gpt2.store.catalog import Store
 @json_option
 @click.pass_obj
 def command(
-    reporter: Reporter, prompt: str | None, adapters: tuple[str, ...], compare: str | None, num: int, seed: int | None,
-    truncate: str | None, base: str | None, overrides: tuple[str, ...], store: Store, as_json: bool,
+    reporter: Reporter, prompt: str | None, adapters: tuple[str, ...], compare: str | None, num: int,
+    prompts: Path | None, out: Path | None, seed: int | None, truncate: str | None, base: str | None,
+    overrides: tuple[str, ...], store: Store, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue PROMPT (standard input if it is '-' or missing) with an adapter, a mix, or several side by side.
+
+    With --prompts and --out, a file of prompts: run it again to go on after an interruption.
 
     \b
     Examples:
       lora-gpt2 generate "ROMEO:" --adapter shakespeare
       lora-gpt2 generate "Take two" --adapter cooking:0.7 --adapter shakespeare:0.3
       lora-gpt2 generate "The law" --compare all --seed 1
+      lora-gpt2 generate "Preheat the oven" --adapter auto
+      lora-gpt2 generate --prompts prompts.jsonl --out results.jsonl --adapter cooking --seed 1
       lora-gpt2 generate "Once" --set generate.temperature=0 --set generate.max_new_tokens=40
     """
     recipe = load_recipe(None, overrides, base=base)
-    if compare and adapters:
-        raise UsageError("--compare and --adapter exclude each other", "name the adapters in --compare a,b,base")
-    prompt = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
-    assert prompt is not None
-    from lora_gpt2.core.interrupt import catch_signals
-    from lora_gpt2.inference.generate import Request, count_dropped, generate
-    from lora_gpt2.inference.open import open_session
-    from lora_gpt2.inference.session import parse_mix
-
-    if compare is not None and not compare.strip(","):
-        raise UsageError("--compare names no adapter", "such as --compare law,code,base, or all")
-    references = [name.partition(":")[0] for name in adapters] or [n for n in (compare or "").split(",") if n]
-    session, references = open_session(store, references, recipe, recipe.generate.precision)
-    mixes = [parse_mix([name]) for name in references] if compare else [parse_mix(adapters)]
+    _check_options(prompt, adapters, compare, num, prompts, out)
     first_seed = secrets.randbelow(2**31) if seed is None else seed
-    requests = [Request(prompt, mix, first_seed + i) for mix in mixes for i in range(num)]
-    streams = len(requests) == 1 and not as_json
-
-    shown: list[str] = []
-
-    def show(index: int, piece: str) -> None:
-        click.echo(piece if shown else prompt + piece, nl=False)
-        shown.append(piece)
-
-    with catch_signals() as stop:
-        outputs = generate(session, requests, recipe.generate, show if streams else None, stop, truncate == "left")
-    results = [output.to_json() for output in outputs]
-    if streams:
-        click.echo("" if shown else prompt)
-    else:
-        emit({"outputs": results}, as_json, lambda: _render(results))
-    if dropped := count_dropped(session.base, prompt, recipe.generate):
-        reporter.message(f"the first {dropped} tokens of the prompt were left out, to make room")
     if seed is None:
         reporter.message(f"seed {first_seed}")
-    stop.raise_if_asked("the text so far is above")
+    job = _Job(reporter, store, recipe, first_seed, truncate == "left", as_json)
+    if prompts is not None and out is not None:
+        job.run_file(prompts, out, adapters)
+    else:
+        text = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
+        assert text is not None
+        job.run_prompt(text, adapters, compare, num)
+
+
+def _check_options(
+    prompt: str | None, adapters: tuple[str, ...], compare: str | None, num: int, prompts: Path | None, out: Path | None
+) -> None:
+    if compare and adapters:
+        raise UsageError("--compare and --adapter exclude each other", "name the adapters in --compare a,b,base")
+    if compare is not None and not compare.strip(","):
+        raise UsageError("--compare names no adapter", "such as --compare law,code,base, or all")
+    if "auto" in adapters and len(adapters) > 1:
+        raise UsageError("'auto' chooses one adapter and is not mixed", "give --adapter auto alone")
+    if (prompts is None) != (out is None):
+        raise UsageError("--prompts and --out belong together", "--prompts prompts.jsonl --out results.jsonl")
+    if prompts is not None and (prompt is not None or compare or num > 1 or "auto" in adapters):
+        raise UsageError("--prompts takes neither PROMPT, --compare, -n nor 'auto'", "put them into the file's lines")
+
+
+@dataclass(frozen=True)
+class _Job:
+    reporter: Reporter
+    store: Store
+    recipe: Recipe
+    seed: int
+    truncate_left: bool
+    as_json: bool
+
+    def run_file(self, prompts: Path, out: Path, adapters: tuple[str, ...]) -> None:
+        from lora_gpt2.core.interrupt import catch_signals
+        from lora_gpt2.inference.batch import generate_file, read_prompts
+        from lora_gpt2.inference.open import open_session
+        from lora_gpt2.inference.session import parse_mix
+
+        requests = read_prompts(prompts, parse_mix(adapters), self.seed)
+        names = [name for request in requests for name, _ in request.mix]
+        session, _ = open_session(self.store, names, self.recipe, self.recipe.generate.precision)
+        with catch_signals() as stop:
+            done = generate_file(session, requests, out, self.recipe.generate, stop, self.reporter, self.truncate_left)
+        result = {"path": str(out), "prompts": len(requests), "done": done}
+        emit(result, self.as_json, lambda: f"{done} of {len(requests)} prompts continued: {out}")
+        stop.raise_if_asked(f"{done} results are in {out}; the same command goes on")
+
+    def run_prompt(self, prompt: str, adapters: tuple[str, ...], compare: str | None, num: int) -> None:
+        from lora_gpt2.core.interrupt import catch_signals
+        from lora_gpt2.inference.generate import Request, count_dropped, generate
+        from lora_gpt2.inference.open import open_session
+        from lora_gpt2.inference.session import parse_mix
+
+        auto = adapters == ("auto",)
+        references = [name.partition(":")[0] for name in adapters] or [n for n in (compare or "").split(",") if n]
+        wanted = ["all"] if auto else references
+        session, references = open_session(self.store, wanted, self.recipe, self.recipe.generate.precision)
+        chosen = self._choose(session, prompt, references) if auto else {}
+        if auto:
+            mixes = [parse_mix([chosen["adapter"]])]
+        else:
+            mixes = [parse_mix([name]) for name in references] if compare else [parse_mix(adapters)]
+        requests = [Request(prompt, mix, self.seed + i) for mix in mixes for i in range(num)]
+        streams = len(requests) == 1 and not self.as_json
+        shown: list[str] = []
+
+        def show(index: int, piece: str) -> None:
+            click.echo(piece if shown else prompt + piece, nl=False)
+            shown.append(piece)
+
+        settings = self.recipe.generate
+        with catch_signals() as stop:
+            outputs = generate(session, requests, settings, show if streams else None, stop, self.truncate_left)
+        results = [output.to_json() for output in outputs]
+        if streams:
+            click.echo("" if shown else prompt)
+        else:
+            emit({"outputs": results} | chosen, self.as_json, lambda: _render(results))
+        if dropped := count_dropped(session.base, prompt, settings):
+            self.reporter.message(f"the first {dropped} tokens of the prompt were left out, to make room")
+        stop.raise_if_asked("the text so far is above")
+
+    def _choose(self, session: Session, prompt: str, names: list[str]) -> dict[str, Any]:
+        from lora_gpt2.inference.choose import choose_adapter
+
+        choice = choose_adapter(session, prompt, names)
+        how = f"{choice.probability:.0%} sure" if choice.adapter != "base" else "no adapter is clearly the one"
+        self.reporter.message(f"adapter {choice.adapter}: {how}")
+        return {"adapter": choice.adapter, "probability": choice.probability, "nll_nats_per_token": choice.nll}
 
 
 def _render(outputs: list[dict[str, Any]]) -> str:

@@ -143,6 +143,15 @@ class Engine:
         """Ends a row where it is; it leaves at the next step."""
         row.finish_reason = row.finish_reason or reason
 
+    def stop_all(self, reason: str) -> list[Row]:
+        """Ends every row, growing or waiting; returns them."""
+        ended = [*self.rows, *self.waiting]
+        for row in ended:
+            self.stop(row, reason)
+        self.waiting.clear()
+        self._drop_finished()
+        return ended
+
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, str]]:
         """Grows every row by one token; returns the rows with the text that each completed, finished ones included."""

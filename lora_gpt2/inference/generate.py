@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,22 @@ def generate(
     stop: StopRequest | None = None,
     truncate_left: bool = False,
 ) -> list[Output]:
-    """Returns one continuation per request; `on_text(index, piece)` gets the text as it grows.
+    """Returns one continuation per request, in their order; see `iter_outputs`."""
+    found = dict(iter_outputs(session, requests, settings, on_text, stop, truncate_left))
+    return [found[index] for index in range(len(requests))]
+
+
+def iter_outputs(
+    session: Session,
+    requests: Sequence[Request],
+    settings: GenerateSettings,
+    on_text: OnText | None = None,
+    stop: StopRequest | None = None,
+    truncate_left: bool = False,
+) -> Iterator[tuple[int, Output]]:
+    """Yields each request's place and continuation as it ends; `on_text(place, piece)` gets the text as it grows.
+
+    When `stop` is asked for, what grows ends as it is, and what has not begun ends empty, as `interrupted`.
 
     Raises:
         UsageError: a prompt does not fit.
@@ -102,14 +117,15 @@ def generate(
     for row in rows:
         engine.submit(row)
     while engine.is_busy:
-        for row, shown in engine.step():
+        grown = engine.step()
+        for row, shown in grown:
             if shown and on_text is not None:
                 on_text(row.index, shown)
+        ended = [row for row, _ in grown if row.finish_reason]
         if stop is not None and stop.signal_number:
-            for row in rows:
-                engine.stop(row, "interrupted")
-            engine.waiting.clear()
-    return [_to_output(request, row) for request, row in zip(requests, rows, strict=True)]
+            ended = engine.stop_all("interrupted") + ended
+        for row in ended:
+            yield row.index, _to_output(requests[row.index], row)
 
 
 def _to_output(request: Request, row: Row) -> Output:

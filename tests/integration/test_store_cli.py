@@ -169,3 +169,19 @@ def test_errors_have_their_codes_and_change_nothing(run, trained, text_file, arg
     assert err.count("\n") >= 2, "a hint follows"
     after = list_files(trained)
     assert before == after
+
+
+def test_a_file_of_prompts_and_an_adapter_found_by_itself(run, trained, base_folder, tmp_path):
+    (tmp_path / "p.txt").write_text("the cat\nthe dog\n")
+    few = ["--set", "generate.max_new_tokens=4"]
+    arguments = ["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o.jsonl", "--adapter", "law", *few]
+    assert result_of(run, *arguments, "--seed", 1) == {"path": str(tmp_path / "o.jsonl"), "prompts": 2, "done": 2}
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 2
+    found = result_of(run, "generate", "the cat", "--adapter", "auto", "--base", base_folder, *few)
+    assert set(found) == {"outputs", "adapter", "probability", "nll_nats_per_token"}
+    assert found["outputs"][0]["adapter"] == found["adapter"]
+    code, _, err = run("generate", "the cat", "--adapter", "auto", "--base", base_folder, *few)
+    assert code == 0
+    assert "adapter " in err
+    for wrong in (["x", "--prompts", "p"], ["x", "--adapter", "auto", "--adapter", "law"], ["--out", "o"]):
+        assert run("generate", *wrong)[0] == 2

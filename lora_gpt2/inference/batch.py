@@ -1,0 +1,115 @@
+"""A file of prompts becomes a file of continuations, line by line, and goes on where it was stopped.
+
+Prompts: JSON lines with `prompt` and, if wanted, `adapter` and `seed` of their own; or plain text, a prompt a line.
+Results: JSON lines with the keys of `generate --json` and `index`, the prompt's place, in the order of finishing. A
+line is written when its continuation is finished, so an interruption loses none; a half line is written again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import ConflictError, DataError
+from lora_gpt2.core.interrupt import StopRequest
+from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.inference.generate import Request, iter_outputs
+from lora_gpt2.inference.session import Mix, Session, parse_mix
+from lora_gpt2.recipe import GenerateSettings
+
+
+def read_prompts(path: Path, mix: Mix, seed: int) -> list[Request]:
+    """Returns a request for each line of a file; `mix` and `seed` (plus the line's place) are for lines without own.
+
+    Raises `DataError`, which names the line, for one that is no prompt.
+    """
+    with os_errors_as_ours(f"read {path}"):
+        lines = path.read_text(encoding="utf-8-sig", errors="strict").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if path.suffix != ".jsonl":
+        return [Request(line.rstrip("\r"), mix, seed + place) for place, line in enumerate(lines)]
+    return [_parse_line(line, f"{path}:{place + 1}", mix, seed + place) for place, line in enumerate(lines)]
+
+
+def _parse_line(line: str, where: str, mix: Mix, seed: int) -> Request:
+    try:
+        values: Any = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON", 'write {"prompt": "..."} on each line') from error
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        raise DataError(f"{where} has no field 'prompt' with a text", 'write {"prompt": "..."} on each line')
+    adapter, own = values.get("adapter"), values.get("seed", seed)
+    if not isinstance(adapter, str | None) or not isinstance(own, int) or isinstance(own, bool) or own < 0:
+        raise DataError(f"{where}: adapter is a text such as law:0.6+code:0.4, seed a whole number", "mend the line")
+    return Request(values["prompt"], parse_mix(adapter.split("+")) if adapter else mix, own)
+
+
+def find_done(out: Path, requests: Sequence[Request]) -> set[int]:
+    """Returns the places whose results are in `out`; a last half line is cut off.
+
+    Raises `ConflictError` if `out` holds anything else.
+    """
+    if not out.exists():
+        return set()
+    done = set()
+    with os_errors_as_ours(f"read {out}"):
+        content = out.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            try:
+                values = json.loads(line)
+                place, prompt = values["index"], values["prompt"]
+            except (ValueError, KeyError, TypeError):
+                place, prompt = -1, None
+            if not (isinstance(place, int) and 0 <= place < len(requests) and requests[place].prompt == prompt):
+                raise ConflictError(f"{out} holds something else than results of these prompts", "choose another file")
+            done.add(place)
+        if len(whole) < len(content):
+            with out.open("r+b") as file:
+                file.truncate(len(whole))
+    return done
+
+
+def generate_file(
+    session: Session,
+    requests: Sequence[Request],
+    out: Path,
+    settings: GenerateSettings,
+    stop: StopRequest,
+    reporter: Reporter,
+    truncate_left: bool = False,
+) -> int:
+    """Continues the prompts whose results are not yet in `out`; returns how many it has now.
+
+    Raises:
+        ConflictError: see `find_done`.
+        UsageError: a prompt does not fit; the results before it are kept.
+    """  # fmt: skip
+    done = find_done(out, requests)
+    places = [place for place in range(len(requests)) if place not in done]
+    with (
+        os_errors_as_ours(f"write {out}"),
+        out.open("a", encoding="utf-8") as file,
+        reporter.task("continuing", len(places), "prompts") as task,
+    ):
+        for place in _write_outputs(
+            session, [requests[p] for p in places], places, file, settings, stop, truncate_left
+        ):
+            done.add(place)
+            task.advance(1)
+    return len(done)
+
+
+def _write_outputs(
+    session: Session, requests: Sequence[Request], places: Sequence[int], file: IO[str], settings: GenerateSettings,
+    stop: StopRequest, truncate_left: bool,
+) -> Iterator[int]:  # fmt: skip
+    for index, output in iter_outputs(session, requests, settings, stop=stop, truncate_left=truncate_left):
+        if output.finish_reason != "interrupted":
+            file.write(json.dumps({"index": places[index], **output.to_json()}, ensure_ascii=False) + "\n")
+            file.flush()
+            yield places[index]

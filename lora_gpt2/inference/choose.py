@@ -1,0 +1,54 @@
+"""Which adapter a text belongs to: the one under which it is most likely, if that is clear.
+
+One mixed batch scores the text under every adapter and under the base. Taken as equally likely beforehand, Bayes' rule
+turns the likelihoods of the whole text into probabilities; below `SURE` nothing is claimed and the base is taken.
+A language model's confidence is no guarantee: it compares these adapters with each other, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lora_gpt2.inference.session import BASE, Session, parse_mix
+from lora_gpt2.model.loss import measure_nll
+
+SURE = 0.8
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The adapter chosen (or `base`), how probable it is, and the NLL in nats per token under each candidate."""
+
+    adapter: str
+    probability: float
+    nll: dict[str, float]
+
+
+@torch.inference_mode()
+def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
+    """Returns the adapter of `names` under which the text is most likely; the base where none is clearly so.
+
+    The text is scored from EOS on, its last `context` tokens if it is longer.
+    """
+    base = session.base
+    ids = base.tokenizer.encode(text)[-base.config.context + 1 :]
+    candidates = [name for name in names if name != BASE]
+    if not ids or not candidates:
+        return Choice(BASE, 0.0, {})
+    candidates.append(BASE)
+    tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
+    totals: list[float] = []
+    for start in range(0, len(candidates), BATCH):
+        mixes = [parse_mix([name]) for name in candidates[start : start + BATCH]]
+        hidden = base.model(tokens[:-1].expand(len(mixes), -1), session.rows(mixes))
+        nll = measure_nll(hidden.flatten(0, 1), base.model.head, tokens[1:].repeat(len(mixes)))
+        totals += nll.view(len(mixes), -1).double().sum(1).tolist()
+    probabilities = torch.tensor(totals, dtype=torch.float64).neg().softmax(0).tolist()
+    best = max(range(len(candidates)), key=lambda place: probabilities[place])
+    sure = probabilities[best] >= SURE
+    per_token = {name: total / len(ids) for name, total in zip(candidates, totals, strict=True)}
+    return Choice(candidates[best] if sure else BASE, probabilities[best], per_token)

@@ -1,0 +1,134 @@
+"""Files of prompts: every line once, whatever interrupts; and the adapter that a text belongs to."""
+
+import json
+
+import pytest
+import torch
+
+from lora_gpt2.core.errors import ConflictError, DataError, UsageError
+from lora_gpt2.core.interrupt import StopRequest
+from lora_gpt2.inference.batch import find_done, generate_file, read_prompts
+from lora_gpt2.inference.choose import choose_adapter
+from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.store.files import Origin, publish_adapter
+from tests.builders import make_adapter
+
+SETTINGS = GenerateSettings(max_new_tokens=6, temperature=1.0)
+
+
+@pytest.fixture
+def session(base, store):
+    for seed, name in enumerate(("law", "code"), start=1):
+        publish_adapter(store, name, make_adapter(base.config, seed), base, Origin())
+    return Session(base, store)
+
+
+def write_prompts(path, count=20):
+    lines = [{"prompt": f"the cat {n}", "adapter": ["law", "law:0.5+code:0.5", "base"][n % 3]} for n in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_prompts(path, (), 7)
+
+
+def read_results(out):
+    return sorted((json.loads(line) for line in out.read_text().splitlines()), key=lambda item: item["index"])
+
+
+def test_each_line_gets_what_it_gets_alone(session, tmp_path, reporter):
+    requests = write_prompts(tmp_path / "p.jsonl")
+    assert generate_file(session, requests, tmp_path / "o.jsonl", SETTINGS, StopRequest(), reporter) == 20
+    results = read_results(tmp_path / "o.jsonl")
+    for place, (request, result) in enumerate(zip(requests, results, strict=True)):
+        (alone,) = generate(session, [request], SETTINGS)
+        assert (result["index"], result["seed"]) == (place, 7 + place)
+        assert {key: result[key] for key in alone.to_json()} == alone.to_json()
+
+
+def test_an_interrupted_file_goes_on_without_gaps_or_repeats(session, tmp_path, reporter):
+    requests, out = write_prompts(tmp_path / "p.jsonl", 40), tmp_path / "o.jsonl"
+    whole = tmp_path / "whole.jsonl"
+    generate_file(session, requests, whole, SETTINGS, StopRequest(), reporter)
+
+    class StopSoon(StopRequest):
+        asked = 0
+
+        @property
+        def signal_number(self):
+            self.asked += 1
+            return 2 if self.asked > 9 else 0
+
+    done = generate_file(session, requests, out, SETTINGS, StopSoon(), reporter)
+    assert 0 < done < 40
+    out.write_bytes(out.read_bytes() + b'{"index": 39, "prom')
+    assert generate_file(session, requests, out, SETTINGS, StopRequest(), reporter) == 40
+    assert read_results(out) == read_results(whole)
+    size = out.stat().st_size
+    assert generate_file(session, requests, out, SETTINGS, StopRequest(), reporter) == 40
+    assert out.stat().st_size == size
+
+
+def test_results_of_other_prompts_are_not_overwritten(session, tmp_path):
+    requests, out = write_prompts(tmp_path / "p.jsonl"), tmp_path / "o.jsonl"
+    for content in ('{"index": 0, "prompt": "other"}\n', "notes\n", '{"index": 99, "prompt": "x"}\n', "[]\n"):
+        out.write_text(content)
+        with pytest.raises(ConflictError):
+            find_done(out, requests)
+        assert out.read_text() == content
+
+
+def test_prompts_are_read_from_text_and_bad_lines_are_named(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffone\r\n\r\nthree\n\n".encode())
+    assert [(r.prompt, r.seed) for r in read_prompts(path, (), 5)] == [("one", 5), ("", 6), ("three", 7)]
+    path = tmp_path / "p.jsonl"
+    for line in (
+        "{",
+        "[]",
+        '{"text": "x"}',
+        '{"prompt": 1}',
+        '{"prompt": "a", "seed": true}',
+        '{"prompt": "a", "adapter": 1}',
+    ):
+        path.write_text('{"prompt": "fine"}\n' + line + "\n")
+        with pytest.raises(DataError, match=r"p\.jsonl:2"):
+            read_prompts(path, (), 0)
+    path.write_text('{"prompt": "a", "adapter": "law:x"}\n')
+    with pytest.raises(UsageError):
+        read_prompts(path, (), 0)
+
+
+def sample(session, mix, tokens, seed=0):
+    """Returns what a mix writes, in ASCII, so that it is the same tokens when it is read."""
+    table = session.base.tokenizer.token_bytes
+    bias = {token: -100.0 for token, content in enumerate(table) if not content or not content.isascii()}
+    settings = GenerateSettings(max_new_tokens=tokens, temperature=1.0, top_k=0, top_p=1.0, logit_bias=bias)
+    return generate(session, [Request("", mix, seed)], settings)[0].text
+
+
+@pytest.mark.parametrize("name", ["law", "code", "base"])
+def test_a_text_is_given_to_the_adapter_that_wrote_it(session, name):
+    mix = () if name == "base" else ((name, 1.0),)
+    found = [choose_adapter(session, sample(session, mix, 40, seed), ["law", "code"]) for seed in range(5)]
+    assert [choice.adapter for choice in found].count(name) >= 4
+    for choice in found:
+        assert set(choice.nll) == {"law", "code", "base"}
+        assert choice.adapter in ("base", min(choice.nll, key=choice.nll.get))
+
+
+def test_the_likelihoods_are_those_of_one_row_alone(session):
+    choice = choose_adapter(session, "the cat", ["law", "code"])
+    base = session.base
+    ids = torch.tensor([[base.tokenizer.eos_id, *base.tokenizer.encode("the cat")]])
+    for name, mix in (("law", (("law", 1.0),)), ("base", ())):
+        logits = base.model.logits(base.model(ids[:, :-1], session.rows([mix])))[0]
+        wanted = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        assert choice.nll[name] == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_without_a_clear_winner_or_a_text_the_base_is_taken(session):
+    assert choose_adapter(session, "", ["law"]).adapter == "base"
+    assert choose_adapter(session, "the", []).adapter == "base"
+    unsure = choose_adapter(session, "a", ["law", "code"])
+    assert (unsure.adapter == "base") or unsure.probability >= 0.8
+    assert choose_adapter(session, "the cat and " * 60, ["law", "code"]).nll.keys() == {"law", "code", "base"}
