@@ -183,6 +183,10 @@ class GenerateSettings(Section):
     """Added to the logits of these token ids."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(max_length=16)] = ()
     """Texts that end a continuation; they are not part of it."""
+    beams: Annotated[int, Field(ge=1, le=64)] = 1
+    """Search the likeliest whole continuation with so many beams, instead of sampling; 1 is off."""
+    length_penalty: Annotated[float, Field(ge=-5, le=5)] = 1.0
+    """Beams are compared by log-probability over length to this power."""
     logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     """Also give the log-probability of each token and of so many of the likeliest; 0 is off."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -192,6 +196,8 @@ class GenerateSettings(Section):
     def _check_temperature(self) -> GenerateSettings:
         if 0 < self.temperature < 1e-3:
             raise ValueError("temperature is 0 (greedy) or at least 0.001")
+        if self.beams > 1 and self.logprobs:
+            raise ValueError("logprobs are not given for beams")
         return self
 
 

@@ -90,26 +90,27 @@ class Row:
         token = choose_token(logits, seen, self.settings, self._generator, len(self.prompt_ids))
         if self.settings.logprobs and token != self.tokenizer.eos_id:
             self.logprobs.append(_describe_choice(logits, token, self.settings.logprobs))
-        shown = self._accept(token)
-        self.text += shown
-        return shown
-
-    def _accept(self, token: int) -> str:
         if token == self.tokenizer.eos_id:
-            self.finish_reason = "stop"
-            return self._finish()
+            return self.finish("stop")
+        shown = self.take(token)
+        return shown + (self.finish("length") if not self.finish_reason and len(self.new_ids) >= self.budget else "")
+
+    def take(self, token: int) -> str:
+        """Adds a token; returns the text that it completes. A stop text ends the row."""
         self.new_ids.append(token)
-        shown = self._watch.push(self._stream.push(token))
+        return self._show(self._watch.push(self._stream.push(token)))
+
+    def finish(self, reason: str) -> str:
+        """Ends the row; returns the text that was held back."""
+        shown = "" if self._watch.is_hit else self._show(self._watch.push(self._stream.finish()))
+        self.finish_reason = self.finish_reason or reason
+        return shown + ("" if self._watch.is_hit else self._show(self._watch.finish()))
+
+    def _show(self, text: str) -> str:
+        self.text += text
         if self._watch.is_hit:
             self.finish_reason = "stop"
-        elif len(self.new_ids) >= self.budget:
-            self.finish_reason = "length"
-            shown += self._finish()
-        return shown
-
-    def _finish(self) -> str:
-        rest = self._watch.push(self._stream.finish())
-        return rest + ("" if self._watch.is_hit else self._watch.finish())
+        return text
 
 
 def _describe_choice(logits: Tensor, token: int, count: int) -> TokenLogprobs:

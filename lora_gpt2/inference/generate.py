@@ -9,6 +9,7 @@ from typing import Any
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.inference.beam import search_beams
 from lora_gpt2.inference.engine import Engine, Row, TokenLogprobs
 from lora_gpt2.inference.session import Mix, Session, describe_mix
 from lora_gpt2.model.base import Base
@@ -115,7 +116,12 @@ def iter_outputs(
     size = max((len(row.prompt_ids) + row.budget for row in rows), default=1)
     engine = Engine(session, max(1, min(len(rows), MAX_ROWS)), size)
     for row in rows:
-        engine.submit(row)
+        if row.settings.beams > 1:
+            if stop is None or not stop.signal_number:
+                _search(session, row)
+            yield row.index, _to_output(requests[row.index], row)
+        else:
+            engine.submit(row)
     while engine.is_busy:
         grown = engine.step()
         for row, shown in grown:
@@ -126,6 +132,14 @@ def iter_outputs(
             ended = engine.stop_all("interrupted") + ended
         for row in ended:
             yield row.index, _to_output(requests[row.index], row)
+
+
+def _search(session: Session, row: Row) -> None:
+    best = search_beams(session, row.prompt_ids, row.mix, row.budget, row.settings)[0]
+    for token in best.ids:
+        if not row.finish_reason:
+            row.take(token)
+    row.finish(best.finish_reason)
 
 
 def _to_output(request: Request, row: Row) -> Output:

@@ -157,6 +157,10 @@ class KVCache:
         part.buffer, part.lengths, part.used = self.buffer[:, :, begin:end], self.lengths[begin:end], used
         return part
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Makes these rows, in this order and perhaps more than once, the cache."""
+        self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
+
     def move(self, source: int, target: int, length: int) -> None:
         """Puts a row, of which `length` tokens count, into another one's place."""
         self.buffer[:, :, target, :, :length] = self.buffer[:, :, source, :, :length]

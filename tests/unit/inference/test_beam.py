@@ -1,0 +1,70 @@
+"""Beam search against transformers, setting by setting, and against trying everything."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from lora_gpt2.inference.beam import search_beams
+from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings
+from tests.builders import make_adapter
+
+PROMPTS = [[5], [70, 81, 3, 9], [40, 41, 42, 43, 44, 45, 46, 47]]
+
+
+@pytest.fixture
+def session(base):
+    session = Session(base)
+    session.add({"law": make_adapter(base.config)})
+    return session
+
+
+@pytest.mark.parametrize("beams", [2, 3, 10])
+@pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (0.8, 4), (0.0, 0), (2.0, 2)])
+def test_the_best_continuation_is_that_of_transformers(session, base_folder, beams, penalty, ngram):
+    model = GPT2LMHeadModel.from_pretrained(base_folder).eval()
+    eos = session.base.tokenizer.eos_id
+    settings = GenerateSettings(beams=beams, length_penalty=penalty, no_repeat_ngram=ngram)
+    for ids in PROMPTS:
+        wanted = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), num_beams=beams, do_sample=False,
+            max_new_tokens=12, length_penalty=penalty, no_repeat_ngram_size=ngram, pad_token_id=eos,
+            early_stopping=False, return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+        best = search_beams(session, ids, (), 12, settings)[0]
+        found = wanted.sequences[0, len(ids) :].tolist()
+        assert list(best.ids) == [token for token in found if token != eos]
+        assert best.score == pytest.approx(float(wanted.sequences_scores[0]), abs=1e-4)
+
+
+def test_with_as_many_beams_as_continuations_the_best_of_all_is_found(session):
+    base, mix = session.base, (("law", 1.0),)
+    logits = base.model.logits(base.model(torch.tensor([[7]]), session.rows([mix])))[0, -1]
+    first = logits.log_softmax(-1)
+    best, vocab = (-torch.inf, ()), base.config.vocab_size
+    for token in range(vocab - 1):
+        ids = torch.tensor([[7, token]])
+        second = base.model.logits(base.model(ids, session.rows([mix])))[0, -1].log_softmax(-1)
+        value, other = (first[token] + second).max(0)
+        if float(value) > best[0]:
+            best = (float(value), (token, int(other)))
+    settings = GenerateSettings(beams=64, length_penalty=0.0)
+    found = search_beams(session, [7], mix, 2, settings)
+    longest = [hypothesis for hypothesis in found if len(hypothesis.ids) == 2]
+    assert longest[0].ids == best[1]
+    assert all(a.score >= b.score for a, b in itertools.pairwise(found))
+
+
+def test_generate_uses_beams_and_stops_at_stop_texts(session):
+    settings = GenerateSettings(beams=3, max_new_tokens=10)
+    (output,) = generate(session, [Request("the cat", (("law", 1.0),), 1)], settings)
+    again = generate(session, [Request("the cat", (("law", 1.0),), 2)], settings)[0]
+    assert (output.text, output.tokens) == (again.text, again.tokens), "nothing is drawn"
+    stop = output.text[2:4]
+    if stop:
+        (cut,) = generate(session, [Request("the cat", (("law", 1.0),))], settings.model_copy(update={"stop": (stop,)}))
+        assert cut.text == output.text[: output.text.index(stop)]
+        assert cut.finish_reason == "stop"
