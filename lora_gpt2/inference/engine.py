@@ -18,7 +18,6 @@ from torch import Tensor
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.sampling import choose_token
 from lora_gpt2.inference.session import Mix, Session
-from lora_gpt2.model.bank import InferenceRows
 from lora_gpt2.model.gpt2 import KVCache
 from lora_gpt2.recipe import GenerateSettings
 
@@ -129,7 +128,6 @@ class Engine:
         self.cache = KVCache(base.config, max_rows, min(max_tokens, base.config.context), base.model.wte.weight)
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []
-        self._adapters: tuple[list[Mix], InferenceRows | None] = ([], None)
 
     @property
     def is_busy(self) -> bool:
@@ -171,11 +169,8 @@ class Engine:
         used = max(row.num_cached for row in self.rows)
         view = self.cache.view(0, len(self.rows), used)
         tokens = torch.tensor([[row.new_ids[-1]] for row in self.rows], device=self.device)
-        mixes = [row.mix for row in self.rows]
-        if self._adapters[0] != mixes:
-            self._adapters = (mixes, self.session.rows(mixes))
         model = self.session.base.model
-        hidden = model(tokens, self._adapters[1], view)
+        hidden = model(tokens, self.session.rows([row.mix for row in self.rows]), view)
         view.lengths += 1
         return model.logits(hidden[:, -1]).float().cpu()
 

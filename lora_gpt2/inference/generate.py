@@ -111,8 +111,8 @@ def iter_outputs(
     for index, request in enumerate(requests):
         own = request.settings or settings
         ids, budget = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
-        rows.append(Row(index, request.mix, ids, budget, own, request.seed, tokenizer))
-    session.open([name for request in requests for name, _ in request.mix])
+        rows.append(Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer))
+    session.open([name for row in rows for name, _ in row.mix])
     size = max((len(row.prompt_ids) + row.budget for row in rows), default=1)
     engine = Engine(session, max(1, min(len(rows), MAX_ROWS)), size)
     for row in rows:

@@ -7,7 +7,7 @@ weights. The base is never written, so any adapter can be left again without a t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,57 +60,87 @@ def describe_mix(mix: Mix) -> str:
 
 @dataclass
 class _Slot:
-    reference: str
     adapter: Adapter
+    place: int
 
 
 class Session:
-    """Holds a base and the adapters of a store that were asked for.
+    """Holds a base and the adapters of a store that were asked for, the least recently used of which make room.
 
     Args:
         base: the loaded base.
         store: where adapters are found; None if only the base is used.
+        max_slots: adapters to keep loaded; a batch that needs more gets them.
     """
 
-    def __init__(self, base: Base, store: Store | None = None) -> None:
-        self.base, self.store = base, store
-        self._slots: list[_Slot] = []
+    def __init__(self, base: Base, store: Store | None = None, max_slots: int = 64) -> None:
+        self.base, self.store, self.max_slots = base, store, max_slots
+        self._slots: dict[str, _Slot] = {}
         self._bank: AdapterBank | None = None
+
+    @property
+    def loaded(self) -> list[str]:
+        """The adapters in slots, the least recently used first."""
+        return list(self._slots)
+
+    def resolve(self, mix: Mix) -> Mix:
+        """Returns a mix in which every name is a version, so that it stays what it is when a newer one is published.
+
+        Raises `NotFoundError` for a name without adapter.
+        """
+        return tuple((self._name_version(name), weight) for name, weight in mix)
+
+    def _name_version(self, name: str) -> str:
+        if name in self._slots or "@" in name or self.store is None:
+            return name
+        return f"{name}@{self.store.read_current(name)}"
 
     def open(self, references: Sequence[str]) -> None:
         """Loads adapters, all checked before any is used; see `load_adapter` for what it raises."""
-        known = {slot.reference for slot in self._slots}
-        fresh = []
-        for reference in dict.fromkeys(references):
-            if reference not in known:
-                if self.store is None:
-                    raise UsageError("this session has no store", "open it with one")
-                fresh.append(_Slot(reference, load_adapter(self.store, reference, self.base)[1]))
-        self.add({slot.reference: slot.adapter for slot in fresh})
+        wanted = dict.fromkeys(references)
+        fresh = {}
+        for reference in wanted:
+            if reference in self._slots:
+                self._slots[reference] = self._slots.pop(reference)  # the most recently used comes last
+                continue
+            if self.store is None:
+                raise UsageError("this session has no store", "open it with one")
+            fresh[reference] = load_adapter(self.store, reference, self.base)[1]
+        self.add(fresh, keep=wanted)
 
-    def add(self, adapters: dict[str, Adapter]) -> None:
-        """Puts adapters that are in memory into slots, under these names; a name that is taken gets the new one."""
-        if not adapters:
-            return
-        if taken := [slot for slot in self._slots if slot.reference in adapters]:
-            self._slots = [slot for slot in self._slots if slot not in taken]
-            self._bank = None
-        self._slots += [_Slot(name, adapter) for name, adapter in adapters.items()]
+    def add(self, adapters: Mapping[str, Adapter], keep: Collection[str] = ()) -> None:
+        """Puts adapters that are in memory into slots, under these names; a name that is taken gets the new one.
+
+        Where slots are short, the least recently used that are not in `keep` make room.
+        """
+        for name, adapter in adapters.items():
+            slot = self._slots.pop(name, None)
+            place = slot.place if slot else self._find_place({*keep, *adapters})
+            self._slots[name] = _Slot(adapter, place)
         bank = self._bank
-        if bank is not None and len(self._slots) <= bank.num_slots and all(
-            bank.ranks.get(site, 0) >= rank for a in adapters.values() for site, rank in a.ranks.items()
+        size = max((slot.place + 1 for slot in self._slots.values()), default=0)
+        if bank is None or size > bank.num_slots or any(
+            bank.ranks.get(site, 0) < rank for adapter in adapters.values() for site, rank in adapter.ranks.items()
         ):  # fmt: skip
-            first = len(self._slots) - len(adapters)
-        else:
-            bank, first = self._build_bank(), 0
-        for place in range(first, len(self._slots)):
-            bank.load(place, self._slots[place].adapter)
-        self._bank = bank
+            self._bank = self._build_bank(size) if adapters or bank is None else bank
+        elif bank is not None:
+            for name, adapter in adapters.items():
+                bank.load(self._slots[name].place, adapter)
 
-    def _build_bank(self) -> AdapterBank:
-        ranks = merge_ranks(slot.adapter.ranks for slot in self._slots)
-        room = len(self._slots) if self._bank is None else 2 * len(self._slots)
-        return AdapterBank(self.base.config, ranks, room, "inference", self.base.model.wte.weight)
+    def _find_place(self, keep: Collection[str]) -> int:
+        """Returns a place for one more adapter: an empty one, that of the oldest, or a new one."""
+        taken = {slot.place for slot in self._slots.values()}
+        if len(taken) >= self.max_slots and (victim := next((name for name in self._slots if name not in keep), None)):
+            return self._slots.pop(victim).place
+        return next(place for place in range(len(taken) + 1) if place not in taken)
+
+    def _build_bank(self, size: int) -> AdapterBank:
+        ranks = merge_ranks(slot.adapter.ranks for slot in self._slots.values())
+        room = size if self._bank is None else max(size, min(2 * size, self.max_slots))
+        bank = AdapterBank(self.base.config, ranks, room, "inference", self.base.model.wte.weight)
+        for slot in self._slots.values():
+            bank.load(slot.place, slot.adapter)
+        return bank
 
     def for_rows(self, mix: Mix) -> Callable[[int], InferenceRows | None]:
         """Returns a function from a number of rows to the adapters of a batch in which every row has this mix."""
@@ -118,13 +148,12 @@ class Session:
 
     def rows(self, mixes: Sequence[Mix]) -> InferenceRows | None:
         """Returns what the network adds in each row of a batch, one mix per row; None if all are the plain base."""
-        self.open([name for mix in mixes for name, _ in mix])
         if not any(mixes):
             return None
+        self.open([name for mix in mixes for name, _ in mix])
         assert self._bank is not None
-        places = {slot.reference: place for place, slot in enumerate(self._slots)}
         weights = torch.zeros(len(mixes), self._bank.num_slots)
         for row, mix in enumerate(mixes):
             for name, weight in mix:
-                weights[row, places[name]] = weight
+                weights[row, self._slots[name].place] += weight
         return InferenceRows(self._bank, weights)

@@ -1,0 +1,84 @@
+"""Slots: who comes, who goes, and that nobody's numbers change by it."""
+
+import pytest
+import torch
+
+from lora_gpt2.core.errors import NotFoundError, UsageError
+from lora_gpt2.inference.session import Session
+from lora_gpt2.model.probe import compute_logits
+from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.store.changes import collect_garbage, roll_back
+from lora_gpt2.store.files import Origin, publish_adapter
+from tests.builders import make_adapter
+
+NAMES = ("a", "b", "c", "d")
+
+
+@pytest.fixture
+def filled(base, store):
+    for seed, name in enumerate(NAMES, start=1):
+        publish_adapter(store, name, make_adapter(base.config, seed, LoraSettings(rank=seed)), base, Origin())
+    return store
+
+
+def logits(session, name):
+    return compute_logits(session.base, session.for_rows(((name, 1.0),)))
+
+
+def test_the_least_recently_used_makes_room(base, filled):
+    session = Session(base, filled, max_slots=2)
+    for name, loaded in (("a", ["a"]), ("b", ["a", "b"]), ("a", ["b", "a"]), ("c", ["a", "c"]), ("b", ["c", "b"])):
+        session.open([name])
+        assert session.loaded == loaded
+    session.open(["a", "b", "c", "d"])
+    assert set(session.loaded) == set(NAMES), "a batch that needs more gets them"
+
+
+def test_coming_and_going_changes_nobodys_numbers(base, filled):
+    wanted = {name: logits(Session(base, filled), name) for name in NAMES}
+    session = Session(base, filled, max_slots=2)
+    for name in "abcdacbdbbadcabd":
+        assert torch.allclose(logits(session, name), wanted[name], atol=1e-5)
+        assert len(session.loaded) <= 2
+    assert len({float(value.sum()) for value in wanted.values()}) == 4
+
+
+def test_a_batch_keeps_what_it_needs_while_others_make_room(base, filled):
+    session = Session(base, filled, max_slots=2)
+    session.open(["a", "b"])
+    mixes = [(("b", 1.0),), (("c", 0.5), ("d", 0.5)), ()]
+    together = base.model(torch.tensor([[1, 2, 3]] * 3), session.rows(mixes))
+    for row, mix in enumerate(mixes):
+        alone = base.model(torch.tensor([[1, 2, 3]]), Session(base, filled).rows([mix]))
+        assert torch.allclose(together[row], alone[0], atol=1e-5)
+
+
+def test_a_resolved_mix_stays_what_it_is_when_others_publish_and_roll_back(base, filled):
+    session = Session(base, filled)
+    mix = session.resolve((("a", 1.0),))
+    assert mix == (("a@1", 1.0),)
+    before = compute_logits(base, session.for_rows(mix))
+    publish_adapter(filled, "a", make_adapter(base.config, 9), base, Origin())
+    assert session.resolve((("a", 1.0),)) == (("a@2", 1.0),)
+    newer = compute_logits(base, session.for_rows(session.resolve((("a", 1.0),))))
+    collect_garbage(filled, keep=1)
+    again = compute_logits(base, session.for_rows(mix))
+    assert torch.allclose(again, before, atol=1e-5), "also when its version is gone"
+    assert not torch.allclose(newer, before)
+    with pytest.raises(NotFoundError):
+        session.resolve((("nothing", 1.0),))
+    publish_adapter(filled, "a", make_adapter(base.config, 8), base, Origin())
+    roll_back(filled, "a", 2)
+    assert session.resolve((("a", 0.5),)) == (("a@2", 0.5),)
+
+
+def test_adapters_in_memory_go_by_their_own_names(base):
+    session = Session(base)
+    session.add({"mine": make_adapter(base.config, 1)})
+    first = logits(session, "mine")
+    assert session.resolve((("mine", 1.0),)) == (("mine", 1.0),)
+    session.add({"mine": make_adapter(base.config, 2)})
+    assert not torch.allclose(logits(session, "mine"), first)
+    assert session.loaded == ["mine"]
+    with pytest.raises(UsageError, match="no store"):
+        session.open(["other"])
