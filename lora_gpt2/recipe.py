@@ -349,12 +349,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if isinstance(data, dict):
         for key in ("sources", "validation", "test"):
             if isinstance(data.get(key), list):
-                data[key] = [_relative_to(path.parent, str(source)) for source in data[key]]
+                data[key] = [str(path.parent / str(source)) for source in data[key]]  # an absolute one stays
     return values
-
-
-def _relative_to(folder: Path, source: str) -> str:
-    return source if Path(source).is_absolute() else str(folder / source)
 
 
 def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) -> Recipe:
