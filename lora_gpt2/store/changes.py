@@ -143,7 +143,7 @@ def _find_sound(store: Store, name: str, versions: list[int]) -> Manifest:
     for version in reversed(versions):
         with suppress(CorruptError):
             return _check_sound(store, f"{name}@{version}")
-    raise NotFoundError(f"'{name}' has no older version that is sound", f"see 'adapters history {name}'")
+    raise NotFoundError(f"'{name}' has no older version, or none that is sound", f"see 'adapters history {name}'")
 
 
 def _check_sound(store: Store, reference: str) -> Manifest:
