@@ -123,8 +123,8 @@ def roll_back(store: Store, name: str, to: int | None = None) -> Manifest:
         NotFoundError: there is no such version, or none before.
         CorruptError: the version asked for is damaged; the present one stays in use.
     """
-    versions = store.list_versions(check_name(name))
     with store.change(name, f"roll back '{name}' in {store.root}"):
+        versions = store.list_versions(name)
         if to is not None:
             manifest = _check_sound(store, f"{name}@{to}")
         else:
