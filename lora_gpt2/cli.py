@@ -36,6 +36,9 @@ COMMANDS = {
 }
 
 
+GLOBAL_OPTIONS = ("-v", "--verbose", "-q", "--quiet", "--debug")
+
+
 class LazyGroup(click.Group):
     """Lists commands from a table and imports one when it is asked for."""
 
@@ -122,6 +125,8 @@ def translate(error: BaseException) -> LoraGpt2Error:
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f"see '{context.command_path} --help'" if context else "see 'lora-gpt2 --help'"
+        if isinstance(error, click.NoSuchOption) and error.option_name in GLOBAL_OPTIONS:
+            hint = f"it goes before the command: lora-gpt2 {error.option_name} …"
         is_bare = isinstance(error, click.exceptions.NoArgsIsHelpError)
         return UsageError("a command is missing" if is_bare else error.format_message(), hint)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):

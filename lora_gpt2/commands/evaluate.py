@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lora_gpt2.commands.shared import base_option, emit, format_matrix, json_option, set_option, store_option
+from lora_gpt2.commands.shared import emit, format_matrix, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.recipe import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -13,11 +13,7 @@ from lora_gpt2.store.catalog import Store
 @click.command("evaluate")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--adapter", "adapters", multiple=True, metavar="N", help="Adapter, or 'all'; repeatable.")
-@base_option
-@set_option
-@store_option
-@json_option
-@click.pass_obj
+@session_options
 def command(
     reporter: Reporter, sources: tuple[str, ...], adapters: tuple[str, ...], base: str | None,
     overrides: tuple[str, ...], store: Store, as_json: bool,

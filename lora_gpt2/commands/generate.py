@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_gpt2.commands.shared import base_option, emit, json_option, seed_option, set_option, store_option
+from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.recipe import Recipe, load_recipe
@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where --prompts' results go; resumable.")
 @seed_option
 @click.option("--truncate", type=click.Choice(["left"]), help="Keep the end of a prompt that is too long.")
-@base_option
-@set_option
-@store_option
-@json_option
-@click.pass_obj
+@session_options
 def command(
     reporter: Reporter, prompt: str | None, adapters: tuple[str, ...], compare: str | None, num: int,
     prompts: Path | None, out: Path | None, seed: int | None, truncate: str | None, base: str | None,
@@ -130,7 +126,10 @@ class _Job:
 
         settings = self.recipe.generate
         with catch_signals() as stop:
-            outputs = generate(session, requests, settings, show if streams else None, stop, self.truncate_left)
+            outputs = generate(
+                session, requests, settings,
+                on_text=show if streams else None, stop=stop, truncate_left=self.truncate_left,
+            )  # fmt: skip
         results = [output.to_json() for output in outputs]
         if streams:
             click.echo("" if shown else prompt)

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from lora_gpt2.commands.shared import (
-    base_option,
     emit,
     format_bytes,
     format_matrix,
     format_table,
-    json_option,
     name_store,
-    set_option,
-    store_option,
+    session_options,
 )
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, UsageError
@@ -39,11 +36,7 @@ if TYPE_CHECKING:
 @click.option("--rank", type=click.IntRange(1, 4096), help="Rank of the combination; else the method's own.")
 @click.option("--on", "texts", multiple=True, metavar="[LABEL=]PATH,...", help="Texts to measure parents and merge on.")
 @click.option("--search", is_flag=True, help="Find the weights and method that are best over the texts of --on.")
-@base_option
-@set_option
-@store_option
-@json_option
-@click.pass_obj
+@session_options
 def command(
     reporter: Reporter, adapters: tuple[str, ...], name: str | None, into_base: Path | None, method: str | None,
     rank: int | None, texts: tuple[str, ...], search: bool, base: str | None, overrides: tuple[str, ...], store: Store,

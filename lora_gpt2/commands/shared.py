@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -16,7 +16,6 @@ from lora_gpt2.core.errors import UsageError
 from lora_gpt2.store.catalog import Store
 
 MEMORY_UNITS = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
-F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one JSON document on stdout.")
 recipes_argument = click.argument("recipes", nargs=-1, type=click.Path(path_type=Path), metavar="[RECIPE]...")
@@ -51,6 +50,13 @@ memory_option = click.option(
 store_option = click.option(
     "--store", metavar="DIR", callback=_open_store, help="Store; else $LORA_GPT2_STORE, else ./adapters."
 )
+
+
+def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what every command over a base and a store takes: --base, --set, --store, --json and the reporter."""
+    for option in (click.pass_obj, json_option, store_option, set_option, base_option):
+        command = option(command)
+    return command
 
 
 def name_store(store: Store) -> str:

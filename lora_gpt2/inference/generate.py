@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
@@ -77,16 +77,19 @@ def count_dropped(base: Base, prompt: str, settings: GenerateSettings) -> int:
     return length - keep_tokens(context, settings) if length >= context else 0
 
 
+class Options(TypedDict, total=False):
+    """What `iter_outputs` takes besides."""
+
+    on_text: OnText | None
+    stop: StopRequest | None
+    truncate_left: bool
+
+
 def generate(
-    session: Session,
-    requests: Sequence[Request],
-    settings: GenerateSettings,
-    on_text: OnText | None = None,
-    stop: StopRequest | None = None,
-    truncate_left: bool = False,
+    session: Session, requests: Sequence[Request], settings: GenerateSettings, **options: Unpack[Options]
 ) -> list[Output]:
     """Returns one continuation per request, in their order; see `iter_outputs`."""
-    found = dict(iter_outputs(session, requests, settings, on_text, stop, truncate_left))
+    found = dict(iter_outputs(session, requests, settings, **options))
     return [found[index] for index in range(len(requests))]
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, ResourceError
 from lora_gpt2.core.paths import os_errors_as_ours, sync_tree, temporary_dir
-from lora_gpt2.evaluation.matrix import Cell, Source
+from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix
 from lora_gpt2.merging.combine import Parents, check_deltas, open_parents, unmerged_rows
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
-from lora_gpt2.merging.proof import check_effect, check_exact, measure_cells
+from lora_gpt2.merging.proof import add_general, check_effect, check_exact
 from lora_gpt2.model.base import TRANSPOSED, list_weight_files, load_base, read_config, read_stored_dtype
 from lora_gpt2.model.merge import combine_site, scale_weights
 from lora_gpt2.model.probe import compute_logits, measure_difference
@@ -100,8 +100,9 @@ def bake_adapters(
             check_exact(difference, reference, what)
         singles = {name: session.for_rows(((name, 1.0),)) for name, _ in mix}
         rows = {BASE: session.for_rows(()), **singles, describe_mix(mix): unmerged}
-        before = measure_cells(base, rows, sources, settings, reporter)
-        after = measure_cells(written, {"(merge)": lambda rows: None}, sources, settings, reporter)
+        texts = add_general(sources)
+        before = measure_matrix(base, rows, texts, settings, reporter)
+        after = measure_matrix(written, {"(merge)": lambda rows: None}, texts, settings, reporter)
         card = _build_card(session, parents, how, difference, [*before, *after])
         (work / "README.md").write_text(card, encoding="utf-8")
         sync_tree(work)

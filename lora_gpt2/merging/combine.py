@@ -11,9 +11,9 @@ import torch
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, CorruptError, UsageError
 from lora_gpt2.core.paths import check_name
-from lora_gpt2.evaluation.matrix import Cell, Source
+from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
 from lora_gpt2.inference.session import BASE, Mix, Session
-from lora_gpt2.merging.proof import check_effect, check_exact, measure_cells
+from lora_gpt2.merging.proof import add_general, check_effect, check_exact
 from lora_gpt2.model.lora import Adapter, merge_ranks
 from lora_gpt2.model.merge import SUMS, Combined, DeltaRows, combine_adapters, combine_site, scale_weights, to_dense
 from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference
@@ -117,7 +117,7 @@ def merge_adapters(
     check_error(parents, combined, how)
     singles = {reference: session.for_rows(((reference, 1.0),)) for reference, _ in mix}
     rows = {BASE: session.for_rows(()), **singles, MERGED: merged_rows}
-    cells = measure_cells(base, rows, sources, settings, reporter)
+    cells = measure_matrix(base, rows, add_general(sources), settings, reporter)
     factors = scale_weights(parents.weights, how)
     made = {"by": "merge", "relative_error": combined.relative_error, "max_logit_difference": difference}
     made |= how.model_dump(include={"method", *(set() if how.method in SUMS else {"density", "seed"})})

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed
 from lora_gpt2.evaluation.general import read_general
-from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
-from lora_gpt2.model.base import Base
-from lora_gpt2.model.probe import AdaptersForRows, allow_rounding
-from lora_gpt2.recipe import EvaluateSettings
+from lora_gpt2.evaluation.matrix import Source
+from lora_gpt2.model.probe import allow_rounding
 
 GENERAL = "general"
 
@@ -35,12 +32,6 @@ def check_effect(difference: float, effect: float, plain: Tensor, what: str) -> 
         raise CheckFailed(f"{what} changes nothing that can be seen ({effect:.1e} in the logits)", "use larger weights")
 
 
-def measure_cells(
-    base: Base,
-    rows: Mapping[str, AdaptersForRows],
-    sources: Sequence[Source],
-    settings: EvaluateSettings,
-    reporter: Reporter,
-) -> list[Cell]:
-    """Returns the perplexity of each of `rows` on general English and on each source."""  # fmt: skip
-    return measure_matrix(base, rows, [Source(GENERAL, read_general()), *sources], settings, reporter)
+def add_general(sources: Sequence[Source]) -> list[Source]:
+    """Returns the sources with general English before them."""
+    return [Source(GENERAL, read_general()), *sources]

@@ -179,6 +179,7 @@ def test_recipes_and_bases(run, tmp_path):
 ERRORS = [
     (["trian"], 2, "UsageError", "no command 'trian'", "train"),
     (["train", "--nonsense"], 2, "UsageError", "No such option", "--help"),
+    (["train", "-q"], 2, "UsageError", "No such option '-q'", "before the command: lora-gpt2 -q"),
     (["train"], 2, "UsageError", "nothing to train on", "--data FILE"),
     (["train", "--data", "{text}", "--name", "A/B"], 2, "UsageError", "'A/B' is not a name", "1 to 64"),
     (["train", "--data", "{text}", "--set", "train.stps=1"], 2, "RecipeError", "train.stps", "train.steps"),

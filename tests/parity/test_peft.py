@@ -13,7 +13,7 @@ from lora_gpt2.model.loss import chunked_cross_entropy
 from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.interop import from_peft, read_peft_files
-from tests.builders import make_adapter
+from tests.builders import make_adapter, train_and_save
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -92,12 +92,7 @@ def test_an_adapter_trained_in_peft_imports_with_equal_logits_and_goes_back(
     base, store, theirs, tokens, tmp_path, options
 ):
     wrapped = get_peft_model(theirs, LoraConfig(task_type="CAUSAL_LM", r=4, fan_in_fan_out=True, **options))
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(3):
-        wrapped(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    wrapped.eval().save_pretrained(tmp_path)
+    train_and_save(wrapped, tokens, tmp_path)
     adapter = from_peft(*read_peft_files(tmp_path), base.config, "theirs")
     with torch.no_grad():
         wanted = wrapped(tokens).logits

@@ -107,7 +107,7 @@ def test_a_stop_text_ends_the_continuation_before_it(session):
     pieces = []
     (cut,) = generate(
         session, [Request("the cat", (("law", 1.0),), 3)], OPEN.model_copy(update={"stop": (stop,)}),
-        lambda index, piece: pieces.append(piece),
+        on_text=lambda index, piece: pieces.append(piece),
     )  # fmt: skip
     assert cut.text == whole.text[: whole.text.index(stop)] == "".join(pieces)
     assert cut.finish_reason == "stop"

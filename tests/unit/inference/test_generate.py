@@ -72,7 +72,7 @@ def test_the_stream_is_the_text(session):
         assert piece
         pieces[index] += piece
 
-    outputs = generate(session, [Request("the", law(), 1), Request("a", (), 2)], SETTINGS, take)
+    outputs = generate(session, [Request("the", law(), 1), Request("a", (), 2)], SETTINGS, on_text=take)
     assert [output.text for output in outputs] == [pieces[0], pieces[1]]
 
 
@@ -101,7 +101,7 @@ def test_stopping_keeps_the_text_so_far(session):
         if len(pieces) == 3:
             stop.signal_number = 2
 
-    (output,) = generate(session, [Request("the cat", law(), 1)], SETTINGS, interrupt, stop)
+    (output,) = generate(session, [Request("the cat", law(), 1)], SETTINGS, on_text=interrupt, stop=stop)
     assert output.finish_reason == "interrupted"
     assert output.text == "".join(pieces)
 

@@ -39,7 +39,7 @@ from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.interop import to_peft
 from lora_gpt2.store.manifest import MANIFEST, PEFT_CONFIG, WEIGHTS
 from lora_gpt2.store.verify import CHECKS, verify_files, verify_on_base
-from tests.builders import make_adapter, make_base_folder
+from tests.builders import make_adapter, make_base_folder, train_and_save
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -61,12 +61,7 @@ def train_in_peft(base_folder, base, folder, **options):
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "c_proj", "c_fc"], **options}
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **options))
     tokens = build_probe(base)
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.02)
-    for _ in range(4):
-        wrapped(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    wrapped.eval().save_pretrained(folder)
+    train_and_save(wrapped, tokens, folder)
     with torch.no_grad():
         return wrapped(input_ids=tokens).logits
 
