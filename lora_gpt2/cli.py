@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "Measure the perplexity of adapters and the base on text.",
     "merge": "Combine adapters into one, or write them into a plain GPT-2.",
     "adapters": "The store: list, show, verify, compare, copy, remove, exchange adapters.",
+    "audit": "Look for what is risky: whether a text carries the watermark.",
     "recipes": "List, show, copy and check recipes.",
     "bases": "List and show bases.",
     "bench": "Measure this machine: quality over domains, start-up times.",

@@ -7,14 +7,13 @@ are refused with the nearest valid one. Precedence: command line, recipe file, d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lora_gpt2.core.errors import NotFoundError, RecipeError, UsageError
+from lora_gpt2.core.errors import RecipeError, UsageError
 from lora_gpt2.core.suggest import suggest
 
 Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -187,6 +186,10 @@ class GenerateSettings(Section):
     """Search the likeliest whole continuation with so many beams, instead of sampling; 1 is off."""
     length_penalty: Annotated[float, Field(ge=-5, le=5)] = 1.0
     """Beams are compared by log-probability over length to this power."""
+    watermark: bool = False
+    """Mark sampled text invisibly, so that `audit watermark` finds it (Kirchenbauer et al. 2023, arXiv:2301.10226)."""
+    watermark_key: Annotated[int, Field(ge=0, lt=2**63)] = 15485863
+    """Who knows this number can find the mark, and remove it."""
     logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     """Also give the log-probability of each token and of so many of the likeliest; 0 is off."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -297,79 +300,6 @@ def describe_key(key: str) -> str:
     return text
 
 
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """Splits `section.key=value` into path and value; the value is read as YAML."""
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise RecipeError(f"--set {text}: expected section.key=value", "for example --set train.steps=300")
-    try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"--set {text}: the value is not valid YAML", "quote it, for example 'a.b=\"x: y\"'"
-        ) from error
-
-
-def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Returns a copy of the nested mapping with each `section.key=value` set."""
-    result: dict[str, Any] = {
-        key: dict(value or {}) if key in SECTIONS and isinstance(value, Mapping | None) else value
-        for key, value in values.items()
-    }
-    for text in overrides:
-        path, value = parse_override(text)
-        place = result
-        for part in path[:-1]:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise RecipeError(f"--set {text}: '{part}' is not a section", suggest(".".join(path), list_keys()))
-        place[path[-1]] = value
-    return result
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file, or in the bundled recipe of that name; sources are relative to its folder."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        if path.name in {recipe.name for recipe in list_recipes()} | {recipe.stem for recipe in list_recipes()}:
-            return read_recipe(find_recipe(path.stem))
-        raise NotFoundError(f"there is no recipe {path}", "see 'lora-gpt2 recipes list'") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}", "a recipe is a YAML file in UTF-8") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f":{place.line + 1}" if place else ""
-        raise RecipeError(f"{path}{line}: not valid YAML", "see 'lora-gpt2 recipes list' for examples") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected settings, found {type(values).__name__}", "see 'lora-gpt2 recipes list'")
-    data = values.get("data")
-    if isinstance(data, dict):
-        for key in ("sources", "validation", "test"):
-            if isinstance(data.get(key), list):
-                data[key] = [str(path.parent / str(source)) for source in data[key]]  # an absolute one stays
-    return values
-
-
-def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) -> Recipe:
-    """Returns the recipe of a file (or the defaults), with `--set` overrides and then named flags on top.
-
-    `flags` are dotted keys with `.` written as `__`; None and empty tuples are left out.
-    """
-    values = read_recipe(path) if path else {}
-    values = apply_overrides(values, overrides)
-    for key, value in flags.items():
-        if value is None or value == ():
-            continue
-        section, _, name = key.rpartition("__")
-        place = values.setdefault(section, {}) if section else values
-        if isinstance(place, dict):  # else `build_recipe` says what is wrong with the section
-            place[name] = value
-    return build_recipe(values, str(path) if path else "settings")
-
-
 def name_recipe(recipe: Recipe) -> Recipe:
     """Returns the recipe with a name: its own, or one made of its first source's."""
     if recipe.name:
@@ -378,21 +308,3 @@ def name_recipe(recipe: Recipe) -> Recipe:
         raise UsageError("there is nothing to train on", "give a recipe, or text with --data FILE")
     stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
     return recipe.model_copy(update={"name": stem[:64]})
-
-
-def _recipe_dirs() -> list[Path]:
-    package = Path(__file__).parent
-    return [folder for folder in (package / "_recipes", package.parent / "recipes") if folder.is_dir()]
-
-
-def list_recipes() -> list[Path]:
-    """Returns the recipes that come with the package."""
-    return sorted(path for folder in _recipe_dirs()[:1] for path in folder.glob("*.yaml"))
-
-
-def find_recipe(name: str) -> Path:
-    """Returns the bundled recipe of that name; raises `NotFoundError` with the nearest."""
-    known = {path.stem: path for path in list_recipes()}
-    if name not in known:
-        raise NotFoundError(f"there is no recipe '{name}'", suggest(name, known))
-    return known[name]

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from lora_gpt2.cli import COMMANDS, cli
-from lora_gpt2.recipe import describe_key, list_keys, load_recipe
+from lora_gpt2.recipe import describe_key, list_keys
+from lora_gpt2.recipe_files import load_recipe
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -17,7 +17,8 @@ from lora_gpt2.evaluation.matrix import Cell, measure_matrix, read_sources
 from lora_gpt2.inference.session import BASE, Session, parse_mix
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
-from lora_gpt2.recipe import Recipe, load_recipe
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.run import AdapterReport, train_recipes
 

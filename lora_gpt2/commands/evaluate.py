@@ -6,7 +6,7 @@ import click
 
 from lora_gpt2.commands.shared import emit, format_matrix, session_options
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.recipe import load_recipe
+from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 

@@ -13,7 +13,8 @@ import click
 from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.recipe import Recipe, load_recipe
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from lora_gpt2.commands.shared import (
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.paths import check_name
-from lora_gpt2.recipe import MergeMethod, load_recipe
+from lora_gpt2.recipe import MergeMethod
+from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from lora_gpt2.commands.shared import (
     set_option,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.recipe import load_recipe
+from lora_gpt2.recipe_files import load_recipe
 
 if TYPE_CHECKING:
     from lora_gpt2.training.plan import Plan

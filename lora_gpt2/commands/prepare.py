@@ -9,7 +9,7 @@ import click
 
 from lora_gpt2.commands.shared import base_option, emit, json_option, set_option
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.recipe import load_recipe
+from lora_gpt2.recipe_files import load_recipe
 
 
 @click.command("prepare")

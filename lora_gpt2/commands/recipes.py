@@ -9,7 +9,8 @@ import click
 from lora_gpt2.commands.shared import emit, format_table, json_option, set_option
 from lora_gpt2.core.errors import ConflictError
 from lora_gpt2.core.paths import os_errors_as_ours, write_atomic
-from lora_gpt2.recipe import describe_key, find_recipe, list_keys, list_recipes, load_recipe
+from lora_gpt2.recipe import describe_key, list_keys
+from lora_gpt2.recipe_files import find_recipe, list_recipes, load_recipe
 
 
 @click.group("recipes")

@@ -29,60 +29,80 @@ class Hypothesis:
     finish_reason: str
 
 
-@torch.inference_mode()
-def search_beams(
-    session: Session, prompt_ids: Sequence[int], mix: Mix, budget: int, settings: GenerateSettings
-) -> list[Hypothesis]:
-    """Returns up to `settings.beams` continuations of at most `budget` tokens, best first."""
-    base, width, eos = session.base, settings.beams, session.base.tokenizer.eos_id
-    cache = KVCache(base.config, 1, min(len(prompt_ids) + budget, base.config.context), base.model.wte.weight)
-    tokens = torch.tensor([list(prompt_ids)], device=base.runtime.device)
-    beams: list[tuple[int, ...]] = [()]
-    scores = torch.zeros(1)
-    kept: list[Hypothesis] = []
-    for length in range(1, budget + 1):
-        logits = _advance(session, tokens, mix, cache)
-        totals = scores[:, None] + _adjust(logits.log_softmax(-1), prompt_ids, beams, settings)
+class BeamSearch:
+    """The search of one continuation of at most `budget` tokens, one token at a time.
+
+    `kept` has up to `settings.beams` finished continuations, best first.
+    """
+
+    def __init__(
+        self, session: Session, prompt_ids: Sequence[int], mix: Mix, budget: int, settings: GenerateSettings
+    ) -> None:
+        base = session.base
+        self.session, self.prompt_ids, self.mix, self.budget, self.settings = session, prompt_ids, mix, budget, settings
+        self.cache = KVCache(base.config, 1, min(len(prompt_ids) + budget, base.config.context), base.model.wte.weight)
+        self.tokens = torch.tensor([list(prompt_ids)], device=base.runtime.device)
+        self.beams: list[tuple[int, ...]] = [()]
+        self.scores = torch.zeros(1)
+        self.kept: list[Hypothesis] = []
+        self.length = 0
+        self.is_done = False
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Makes every beam a token longer; `is_done` says whether that was the last time."""
+        width, eos = self.settings.beams, self.session.base.tokenizer.eos_id
+        self.length += 1
+        totals = self.scores[:, None] + self._adjust(self._read_logits().log_softmax(-1))
         values, places = totals.flatten().topk(min(2 * width, totals.numel()))
         rows, chosen = places // totals.shape[1], places % totals.shape[1]
         running: list[int] = []
         for rank, (value, row, token) in enumerate(zip(values.tolist(), rows.tolist(), chosen.tolist(), strict=True)):
             if value == -torch.inf:
                 break
-            ends = token == eos or length == budget
+            ends = token == eos or self.length == self.budget
             if ends and rank < width:
-                ids = beams[row] if token == eos else (*beams[row], token)
-                kept.append(
-                    Hypothesis(ids, value / length**settings.length_penalty, "stop" if token == eos else "length")
-                )
+                ids = self.beams[row] if token == eos else (*self.beams[row], token)
+                self.kept.append(Hypothesis(ids, self._normalise(value), "stop" if token == eos else "length"))
             elif not ends and len(running) < width:
                 running.append(rank)
-        kept = sorted(kept, key=lambda hypothesis: -hypothesis.score)[:width]
-        if not running or (
-            len(kept) == width and float(values[running[0]]) / length**settings.length_penalty <= kept[-1].score
-        ):
-            break
+        self.kept = sorted(self.kept, key=lambda hypothesis: -hypothesis.score)[:width]
+        is_full = len(self.kept) == width
+        if not running or (is_full and self._normalise(float(values[running[0]])) <= self.kept[-1].score):
+            self.is_done = True
+            return
         index = torch.tensor(running)
-        beams = [(*beams[row], token) for row, token in zip(rows[index].tolist(), chosen[index].tolist(), strict=True)]
-        scores = values[index]
-        cache.keep_rows(rows[index].to(tokens.device))
-        tokens = chosen[index].to(tokens.device)[:, None]
-    return kept
+        pairs = zip(rows[index].tolist(), chosen[index].tolist(), strict=True)
+        self.beams = [(*self.beams[row], token) for row, token in pairs]
+        self.scores = values[index]
+        self.cache.keep_rows(rows[index].to(self.tokens.device))
+        self.tokens = chosen[index].to(self.tokens.device)[:, None]
+
+    def _normalise(self, logprob: float) -> float:
+        return float(logprob / self.length**self.settings.length_penalty)
+
+    def _read_logits(self) -> Tensor:
+        """Returns the logits `[beams, vocab]` after the newest tokens `[beams, time]`, on the CPU."""
+        model = self.session.base.model
+        hidden = model(self.tokens, self.session.rows([self.mix] * len(self.tokens)), self.cache)
+        self.cache.lengths += self.tokens.shape[1]
+        return model.logits(hidden[:, -1]).float().cpu()
+
+    def _adjust(self, logprobs: Tensor) -> Tensor:
+        rows = [
+            adjust_logits(
+                row, torch.tensor([*self.prompt_ids, *beam], dtype=torch.long), len(self.prompt_ids), self.settings
+            )
+            for row, beam in zip(logprobs, self.beams, strict=True)
+        ]
+        return torch.stack(rows)
 
 
-def _advance(session: Session, tokens: Tensor, mix: Mix, cache: KVCache) -> Tensor:
-    """Returns the logits `[beams, vocab]` after the newest tokens `[beams, time]`, on the CPU."""
-    model = session.base.model
-    hidden = model(tokens, session.rows([mix] * len(tokens)), cache)
-    cache.lengths += tokens.shape[1]
-    return model.logits(hidden[:, -1]).float().cpu()
-
-
-def _adjust(
-    logprobs: Tensor, prompt_ids: Sequence[int], beams: Sequence[tuple[int, ...]], settings: GenerateSettings
-) -> Tensor:
-    rows = [
-        adjust_logits(row, torch.tensor([*prompt_ids, *beam], dtype=torch.long), len(prompt_ids), settings)
-        for row, beam in zip(logprobs, beams, strict=True)
-    ]
-    return torch.stack(rows)
+def search_beams(
+    session: Session, prompt_ids: Sequence[int], mix: Mix, budget: int, settings: GenerateSettings
+) -> list[Hypothesis]:
+    """Returns up to `settings.beams` continuations of at most `budget` tokens, best first."""
+    search = BeamSearch(session, prompt_ids, mix, budget, settings)
+    while not search.is_done:
+        search.advance()
+    return search.kept

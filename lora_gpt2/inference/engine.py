@@ -9,15 +9,17 @@ Gives up: paging of the cache (a sequence of GPT-2 S is 38 MB) and prompts in pi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.sampling import choose_token
-from lora_gpt2.inference.session import Mix, Session
+from lora_gpt2.inference.session import Loaded, Mix, Session
+from lora_gpt2.model.bank import InferenceRows
 from lora_gpt2.model.gpt2 import KVCache
 from lora_gpt2.recipe import GenerateSettings
 
@@ -60,7 +62,11 @@ class StopWatch:
 
 @dataclass
 class Row:
-    """One continuation while it grows; `finish_reason` is empty until it ends."""
+    """One continuation while it grows; `finish_reason` is empty until it ends.
+
+    A budget of 0 only reads the prompt. `loaded` has adapters of the mix that were read beforehand, so that joining
+    waits for no disk. With `scores_prompt` the prompt's own tokens get log-probabilities, the first excepted.
+    """
 
     index: int
     mix: Mix
@@ -69,6 +75,9 @@ class Row:
     settings: GenerateSettings
     seed: int
     tokenizer: Tokenizer
+    loaded: Mapping[str, Loaded] = field(default_factory=dict)
+    scores_prompt: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     new_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
@@ -85,6 +94,8 @@ class Row:
 
     def grow(self, logits: Tensor) -> str:
         """Chooses a token by its logits `[vocab]`; returns the text that it completes."""
+        if not self.budget:
+            return self.finish("length")
         seen = torch.tensor(self.prompt_ids + self.new_ids)
         token = choose_token(logits, seen, self.settings, self._generator, len(self.prompt_ids))
         if self.settings.logprobs and token != self.tokenizer.eos_id:
@@ -118,6 +129,10 @@ def _describe_choice(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
+SCORED_ROWS = 128
+"""Positions of a prompt whose logits exist at the same time: 26 MB in float32 for GPT-2's vocabulary."""
+
+
 class Engine:
     """Grows rows together, at most `max_rows` at a time, each of at most `max_tokens` with its prompt."""
 
@@ -128,11 +143,18 @@ class Engine:
         self.cache = KVCache(base.config, max_rows, min(max_tokens, base.config.context), base.model.wte.weight)
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []
+        self.searches: list[tuple[Row, BeamSearch]] = []
+        self._adapters: tuple[object, InferenceRows | None] = (None, None)
 
     @property
     def is_busy(self) -> bool:
         """True while a row waits or grows."""
-        return bool(self.waiting or self.rows)
+        return bool(self.waiting or self.num_growing)
+
+    @property
+    def num_growing(self) -> int:
+        """Rows that grow, those of beams included."""
+        return len(self.rows) + len(self.searches)
 
     def submit(self, row: Row) -> None:
         """Lets a row join at the next step that has room."""
@@ -144,7 +166,7 @@ class Engine:
 
     def stop_all(self, reason: str) -> list[Row]:
         """Ends every row, growing or waiting; returns them."""
-        ended = [*self.rows, *self.waiting]
+        ended = [*self.rows, *(row for row, _ in self.searches), *self.waiting]
         for row in ended:
             self.stop(row, reason)
         self.waiting.clear()
@@ -156,11 +178,38 @@ class Engine:
         """Grows every row by one token; returns the rows with the text that each completed, finished ones included."""
         self._drop_finished()
         grown = [(row, row.grow(logits)) for row, logits in zip(self.rows, self._decode(), strict=True)]
-        joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.max_rows - len(self.rows)))]
-        grown += [(row, row.grow(logits)) for row, logits in zip(joining, self._read_prompts(joining), strict=True)]
-        self.rows += joining
+        grown += [(row, self._search(row, search)) for row, search in self.searches]
+        joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.max_rows - self.num_growing))]
+        for row in joining:
+            self.session.put({name: row.loaded.get(name) or self.session.read(name) for name, _ in row.mix})
+            self.session.hold(row.mix)
+        sampled = [row for row in joining if row.settings.beams == 1 or not row.budget]
+        grown += [(row, row.grow(logits)) for row, logits in zip(sampled, self._read_prompts(sampled), strict=True)]
+        self.rows += sampled
+        for row in joining:
+            if row not in sampled:
+                search = BeamSearch(self.session, row.prompt_ids, row.mix, row.budget, row.settings)
+                self.searches.append((row, search))
         self._drop_finished()
         return grown
+
+    def _search(self, row: Row, search: BeamSearch) -> str:
+        """Makes a search one token longer; returns the text of the best continuation once there is one."""
+        search.advance()
+        if not search.is_done:
+            return ""
+        best, shown = search.kept[0], ""
+        for token in best.ids:
+            if not row.finish_reason:
+                shown += row.take(token)
+        return shown + (row.finish(best.finish_reason) if not row.finish_reason else "")
+
+    def _find_adapters(self, rows: Sequence[Row]) -> InferenceRows | None:
+        """Returns the adapters of these rows; a batch that stays the same keeps its own."""
+        key = ([row.mix for row in rows], self.session.num_loads)
+        if self._adapters[0] != key:
+            self._adapters = (key, self.session.rows(key[0]))
+        return self._adapters[1]
 
     def _decode(self) -> Tensor:
         """Returns the logits `[rows, vocab]` after the newest token of each row, on the CPU."""
@@ -170,7 +219,7 @@ class Engine:
         view = self.cache.view(0, len(self.rows), used)
         tokens = torch.tensor([[row.new_ids[-1]] for row in self.rows], device=self.device)
         model = self.session.base.model
-        hidden = model(tokens, self.session.rows([row.mix for row in self.rows]), view)
+        hidden = model(tokens, self._find_adapters(self.rows), view)
         view.lengths += 1
         return model.logits(hidden[:, -1]).float().cpu()
 
@@ -187,9 +236,29 @@ class Engine:
         adapters = self.session.rows([row.mix for row in rows])
         hidden = model(torch.tensor(padded, device=self.device), adapters, view)
         view.lengths += lengths
+        for row, states in zip(rows, hidden, strict=True):
+            if row.scores_prompt:
+                self._score_prompt(row, states)
         return model.logits(hidden[torch.arange(len(rows), device=self.device), lengths - 1]).float().cpu()
 
+    def _score_prompt(self, row: Row, states: Tensor) -> None:
+        """Gives each token of the prompt but the first its log-probability, from the states `[time, width]` before."""
+        for start in range(0, len(row.prompt_ids) - 1, SCORED_ROWS):
+            targets = row.prompt_ids[start + 1 : start + 1 + SCORED_ROWS]
+            logits = self.session.base.model.logits(states[start : start + len(targets)]).float().cpu()
+            row.prompt_logprobs += [
+                _describe_choice(line, token, row.settings.logprobs)
+                for line, token in zip(logits, targets, strict=True)
+            ]
+
     def _drop_finished(self) -> None:
+        for row, _ in self.searches:
+            if row.finish_reason:
+                self.session.release(row.mix)
+        self.searches = [(row, search) for row, search in self.searches if not row.finish_reason]
+        for row in self.rows:
+            if row.finish_reason:
+                self.session.release(row.mix)
         for place in range(len(self.rows) - 1, -1, -1):
             if self.rows[place].finish_reason:
                 last = self.rows.pop()

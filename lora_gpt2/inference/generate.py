@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.inference.beam import search_beams
 from lora_gpt2.inference.engine import Engine, Row, TokenLogprobs
 from lora_gpt2.inference.session import Mix, Session, describe_mix
 from lora_gpt2.model.base import Base
@@ -40,6 +39,7 @@ class Output:
     tokens: int
     finish_reason: str
     seed: int
+    provenance: dict[str, Any] = field(default_factory=dict)
     logprobs: tuple[TokenLogprobs, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -115,16 +115,12 @@ def iter_outputs(
         own = request.settings or settings
         ids, budget = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
         rows.append(Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer))
-    session.open([name for row in rows for name, _ in row.mix])
+    for name in dict.fromkeys(name for row in rows for name, _ in row.mix):
+        session.open([name])  # all are checked before any is used; where they are many, they are read again in turn
     size = max((len(row.prompt_ids) + row.budget for row in rows), default=1)
     engine = Engine(session, max(1, min(len(rows), MAX_ROWS)), size)
     for row in rows:
-        if row.settings.beams > 1:
-            if stop is None or not stop.signal_number:
-                _search(session, row)
-            yield row.index, _to_output(requests[row.index], row)
-        else:
-            engine.submit(row)
+        engine.submit(row)
     while engine.is_busy:
         grown = engine.step()
         for row, shown in grown:
@@ -134,17 +130,21 @@ def iter_outputs(
         if stop is not None and stop.signal_number:
             ended = engine.stop_all("interrupted") + ended
         for row in ended:
-            yield row.index, _to_output(requests[row.index], row)
+            yield row.index, _to_output(session, requests[row.index], row)
 
 
-def _search(session: Session, row: Row) -> None:
-    best = search_beams(session, row.prompt_ids, row.mix, row.budget, row.settings)[0]
-    for token in best.ids:
-        if not row.finish_reason:
-            row.take(token)
-    row.finish(best.finish_reason)
+def describe_provenance(session: Session, row: Row) -> dict[str, Any]:
+    """Returns where a text comes from: the base, the adapters by the sha256 of their weights, seed and settings."""
+    base = session.base
+    settings = row.settings.model_dump(mode="json")
+    return {
+        "base": base.name, "base_fingerprint": base.fingerprint, "adapters": session.describe_origin(row.mix),
+        "seed": row.seed, "settings": settings,
+    }  # fmt: skip
 
 
-def _to_output(request: Request, row: Row) -> Output:
-    mix = describe_mix(request.mix)
-    return Output(request.prompt, row.text, mix, len(row.new_ids), row.finish_reason, request.seed, tuple(row.logprobs))
+def _to_output(session: Session, request: Request, row: Row) -> Output:
+    return Output(
+        request.prompt, row.text, describe_mix(request.mix), len(row.new_ids), row.finish_reason, request.seed,
+        describe_provenance(session, row), tuple(row.logprobs),
+    )  # fmt: skip

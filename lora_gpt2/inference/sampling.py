@@ -3,9 +3,13 @@
 Repetition penalty (Keskar et al. 2019, arXiv:1909.05858, section 4.1), presence and frequency penalty (OpenAI's API),
 no repeated n-grams (Paulus et al. 2017, arXiv:1705.04304, section 2.5), temperature, top-k (Fan et al. 2018,
 arXiv:1805.04833), top-p (Holtzman et al. 2019, arXiv:1904.09751), min-p (Nguyen et al. 2024, arXiv:2407.01082).
+The watermark is transformers' own processor.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +60,23 @@ def adjust_logits(
     return forbid_ngrams(logits, seen, settings.no_repeat_ngram)
 
 
+@lru_cache(maxsize=4)
+def _build_watermark(vocab_size: int, key: int) -> Any:
+    from transformers.generation.logits_process import WatermarkLogitsProcessor
+
+    return WatermarkLogitsProcessor(vocab_size, "cpu", hashing_key=key)
+
+
+def mark_logits(
+    logits: Float[Tensor, " vocab"], seen: Int[Tensor, " tokens"], settings: GenerateSettings
+) -> Float[Tensor, " vocab"]:
+    """Returns logits in which a quarter of the vocabulary, chosen by the token before and the key, is likelier."""
+    if not settings.watermark or not len(seen):
+        return logits
+    marked: Tensor = _build_watermark(len(logits), settings.watermark_key)(seen[None], logits[None].clone())
+    return marked[0]
+
+
 def shape_logits(logits: Float[Tensor, " vocab"], settings: GenerateSettings) -> Float[Tensor, " vocab"]:
     """Returns logits after temperature, top-k, top-p and min-p; excluded tokens are -inf. Temperature is positive."""
     logits = logits / settings.temperature
@@ -84,7 +105,7 @@ def choose_token(
 
     Where everything was forbidden, the likeliest of the untouched logits.
     """
-    adjusted = adjust_logits(logits.float(), seen, num_prompt, settings)
+    adjusted = mark_logits(adjust_logits(logits.float(), seen, num_prompt, settings), seen, settings)
     if not torch.isfinite(adjusted).any():
         adjusted = logits.float()
     if settings.temperature == 0:

@@ -7,8 +7,10 @@ weights. The base is never written, so any adapter can be left again without a t
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,11 +39,9 @@ def parse_mix(specs: Sequence[str]) -> Mix:
         except ValueError:
             weight = math.nan
         if not abs(weight) <= MAX_WEIGHT:
-            raise UsageError(
-                f"--adapter {spec}: expected name:weight, weight within ±{MAX_WEIGHT:g}", "such as law:0.6"
-            )
+            raise UsageError(f"adapter {spec}: expected name:weight, weight within ±{MAX_WEIGHT:g}", "such as law:0.6")
         if name in (other for other, _ in parts):
-            raise UsageError(f"--adapter {name} is given twice", "give each once, with its weight")
+            raise UsageError(f"adapter {name} is given twice", "give each once, with its weight")
         if name == BASE and (separator or len(specs) > 1):
             raise UsageError("'base' is the model without adapters and cannot be mixed", "leave it out")
         if name != BASE:
@@ -58,9 +58,17 @@ def describe_mix(mix: Mix) -> str:
     return "+".join(f"{name}:{weight:g}" for name, weight in mix)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter in memory, and the sha256 of the weights it was read from (none if it never was on disk)."""
+
+    adapter: Adapter
+    digest: str = ""
+
+
 @dataclass
 class _Slot:
-    adapter: Adapter
+    loaded: Loaded
     place: int
 
 
@@ -71,12 +79,16 @@ class Session:
         base: the loaded base.
         store: where adapters are found; None if only the base is used.
         max_slots: adapters to keep loaded; a batch that needs more gets them.
+
+    One thread uses a session; `resolve` and `read` may be called from others.
     """
 
     def __init__(self, base: Base, store: Store | None = None, max_slots: int = 64) -> None:
         self.base, self.store, self.max_slots = base, store, max_slots
         self._slots: dict[str, _Slot] = {}
         self._bank: AdapterBank | None = None
+        self._holds: Counter[str] = Counter()
+        self.num_loads = 0
 
     @property
     def loaded(self) -> list[str]:
@@ -95,51 +107,82 @@ class Session:
             return name
         return f"{name}@{self.store.read_current(name)}"
 
+    def read(self, reference: str) -> Loaded:
+        """Returns an adapter, from its slot or from the store; see `load_adapter` for what it raises."""
+        if slot := self._slots.get(reference):
+            return slot.loaded
+        if self.store is None:
+            raise UsageError("this session has no store", "open it with one")
+        manifest, adapter = load_adapter(self.store, reference, self.base)
+        return Loaded(adapter, manifest.digest)
+
     def open(self, references: Sequence[str]) -> None:
-        """Loads adapters, all checked before any is used; see `load_adapter` for what it raises."""
-        wanted = dict.fromkeys(references)
-        fresh = {}
-        for reference in wanted:
-            if reference in self._slots:
-                self._slots[reference] = self._slots.pop(reference)  # the most recently used comes last
-                continue
-            if self.store is None:
-                raise UsageError("this session has no store", "open it with one")
-            fresh[reference] = load_adapter(self.store, reference, self.base)[1]
-        self.add(fresh, keep=wanted)
+        """Brings adapters into slots, all checked before any is used; see `load_adapter` for what it raises."""
+        self.put({reference: self.read(reference) for reference in references})
 
-    def add(self, adapters: Mapping[str, Adapter], keep: Collection[str] = ()) -> None:
-        """Puts adapters that are in memory into slots, under these names; a name that is taken gets the new one.
+    def add(self, adapters: Mapping[str, Adapter]) -> None:
+        """Puts adapters that were never on disk into slots; a name that is taken gets the new one."""
+        self.put({name: Loaded(adapter) for name, adapter in adapters.items()})
 
-        Where slots are short, the least recently used that are not in `keep` make room.
+    def put(self, adapters: Mapping[str, Loaded]) -> None:
+        """Brings adapters that were read into slots.
+
+        Where slots are short, the least recently used make room, but none of these and none that is held.
         """
-        for name, adapter in adapters.items():
+        fresh = {}
+        for name, loaded in adapters.items():
             slot = self._slots.pop(name, None)
-            place = slot.place if slot else self._find_place({*keep, *adapters})
-            self._slots[name] = _Slot(adapter, place)
-        bank = self._bank
+            if slot is None or slot.loaded is not loaded:
+                fresh[name] = loaded.adapter
+                slot = _Slot(loaded, slot.place if slot else self._find_place(adapters))
+            self._slots[name] = slot  # the most recently used comes last
+        self.num_loads += len(fresh)
         size = max((slot.place + 1 for slot in self._slots.values()), default=0)
+        bank = self._bank
         if bank is None or size > bank.num_slots or any(
-            bank.ranks.get(site, 0) < rank for adapter in adapters.values() for site, rank in adapter.ranks.items()
+            bank.ranks.get(site, 0) < rank for adapter in fresh.values() for site, rank in adapter.ranks.items()
         ):  # fmt: skip
-            self._bank = self._build_bank(size) if adapters or bank is None else bank
-        elif bank is not None:
-            for name, adapter in adapters.items():
+            self._bank = self._build_bank(size) if fresh or bank is None else bank
+        else:
+            for name, adapter in fresh.items():
                 bank.load(self._slots[name].place, adapter)
+
+    def drop(self, name: str) -> bool:
+        """Frees a slot; returns False, and does nothing, if the adapter is in use or not loaded."""
+        if name not in self._slots or self._holds[name] > 0:
+            return False
+        slot = self._slots.pop(name)
+        if self._bank is not None:
+            self._bank.clear(slot.place)
+        return True
+
+    def hold(self, mix: Mix) -> None:
+        """Keeps the adapters of a mix in their slots until it is released as often as it was held."""
+        self._holds.update(name for name, _ in mix)
+
+    def release(self, mix: Mix) -> None:
+        """Ends one hold."""
+        self._holds.subtract(name for name, _ in mix)
+        self._holds += Counter()  # drops those at zero
+
+    def describe_origin(self, mix: Mix) -> list[dict[str, Any]]:
+        """Returns what a mix is made of, so that a text can be traced: name, weight, sha256 of the weights."""
+        return [{"adapter": name, "weight": weight, "sha256": self.read(name).digest} for name, weight in mix]
 
     def _find_place(self, keep: Collection[str]) -> int:
         """Returns a place for one more adapter: an empty one, that of the oldest, or a new one."""
         taken = {slot.place for slot in self._slots.values()}
-        if len(taken) >= self.max_slots and (victim := next((name for name in self._slots if name not in keep), None)):
+        idle = (name for name in self._slots if name not in keep and self._holds[name] <= 0)
+        if len(taken) >= self.max_slots and (victim := next(idle, None)):
             return self._slots.pop(victim).place
         return next(place for place in range(len(taken) + 1) if place not in taken)
 
     def _build_bank(self, size: int) -> AdapterBank:
-        ranks = merge_ranks(slot.adapter.ranks for slot in self._slots.values())
+        ranks = merge_ranks(slot.loaded.adapter.ranks for slot in self._slots.values())
         room = size if self._bank is None else max(size, min(2 * size, self.max_slots))
         bank = AdapterBank(self.base.config, ranks, room, "inference", self.base.model.wte.weight)
         for slot in self._slots.values():
-            bank.load(slot.place, slot.adapter)
+            bank.load(slot.place, slot.loaded.adapter)
         return bank
 
     def for_rows(self, mix: Mix) -> Callable[[int], InferenceRows | None]:

@@ -182,11 +182,14 @@ class AdapterBank:
 class InferenceRows:
     """Adapters for inference: `weights` `[rows, slots]` says how much of each adapter a row gets.
 
-    One-hot picks an adapter, zero is the plain base, anything else mixes.
+    One-hot picks an adapter, zero is the plain base, anything else mixes. Slots before the first and behind the last
+    that any row uses cost nothing.
     """
 
     def __init__(self, bank: AdapterBank, weights: Float[Tensor, "rows slots"]) -> None:
-        self.bank, self.weights = bank, weights.to(bank.flat)
+        used = weights.any(0).nonzero()
+        first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        self.bank, self.weights, self.span = bank, weights[:, first:end].to(bank.flat), slice(first, end)
 
     def project(
         self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
@@ -197,8 +200,9 @@ class InferenceRows:
         place = self.bank.sites.get(site)
         if place is None:
             return y
-        slots, rank, _ = place.a.shape
-        z = F.linear(h, place.a.view(slots * rank, -1))
-        z = z.view(*h.shape[:2], slots, rank) * (self.weights * place.scale)[:, None, :, None]
-        update = torch.addmm(y.flatten(0, 1), z.view(-1, slots * rank), place.bt.view(slots * rank, -1))
+        a, bt = place.a[self.span], place.bt[self.span]
+        slots, rank, _ = a.shape
+        z = F.linear(h, a.view(slots * rank, -1))
+        z = z.view(*h.shape[:2], slots, rank) * (self.weights * place.scale[self.span])[:, None, :, None]
+        update = torch.addmm(y.flatten(0, 1), z.view(-1, slots * rank), bt.view(slots * rank, -1))
         return update.view(y.shape)

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from lora_gpt2.cli import COMMANDS, cli
-from lora_gpt2.recipe import list_recipes, load_recipe
+from lora_gpt2.recipe_files import list_recipes, load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 TREE = list((ROOT / "lora_gpt2").rglob("*.py"))

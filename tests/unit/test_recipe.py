@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from lora_gpt2.core.errors import NotFoundError, RecipeError
-from lora_gpt2.recipe import LoraSettings, describe_key, list_keys, load_recipe
+from lora_gpt2.recipe import LoraSettings, describe_key, list_keys
+from lora_gpt2.recipe_files import load_recipe
 
 CONTRACT = [
     "train.steps", "train.epochs", "train.learning_rate", "train.batch_tokens", "train.checkpoint_every", "train.seed",

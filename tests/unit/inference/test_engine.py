@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+import lora_gpt2.inference.engine as engine_module
 from lora_gpt2.inference.engine import Engine, Row, StopWatch
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
@@ -126,3 +127,24 @@ def test_logprobs_are_those_of_the_network(session):
         ids.append(item.token)
     assert "logprobs" in output.to_json()
     assert "logprobs" not in generate(session, [Request("a")], OPEN)[0].to_json()
+
+
+def test_beams_and_samples_grow_side_by_side(session):
+    beams = OPEN.model_copy(update={"beams": 3, "max_new_tokens": 8})
+    requests = [Request("the", (("law", 1.0),), 1, settings) for settings in (OPEN, beams, OPEN, beams)]
+    together = generate(session, requests, OPEN)
+    assert [output.text for output in together] == [generate(session, [r], OPEN)[0].text for r in requests]
+    assert together[1].text != together[0].text
+
+
+def test_a_prompts_own_tokens_are_scored_as_one_forward_pass_scores_them(session, monkeypatch):
+    monkeypatch.setattr(engine_module, "SCORED_ROWS", 3)
+    ids, base, mix = [5, 9, 2, 7, 7, 30, 4, 11], session.base, (("law", 1.0),)
+    row = Row(0, mix, ids, 0, OPEN.model_copy(update={"logprobs": 2}), 0, base.tokenizer, scores_prompt=True)
+    run_alone(session, row)
+    assert (row.new_ids, row.finish_reason, row.text) == ([], "length", "")
+    logits = base.model.logits(base.model(torch.tensor([ids]), session.rows([mix])))[0].log_softmax(-1)
+    wanted = [float(logits[place, token]) for place, token in enumerate(ids[1:])]
+    assert [item.logprob for item in row.prompt_logprobs] == pytest.approx(wanted, abs=1e-5)
+    assert [item.token for item in row.prompt_logprobs] == ids[1:]
+    assert all(len(item.top) == 2 for item in row.prompt_logprobs)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import NotFoundError, UsageError
+from lora_gpt2.inference.engine import Engine, Row
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.probe import compute_logits
-from lora_gpt2.recipe import LoraSettings
-from lora_gpt2.store.changes import collect_garbage, roll_back
+from lora_gpt2.recipe import GenerateSettings, LoraSettings
+from lora_gpt2.store.changes import collect_garbage, remove_adapter, roll_back
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
 
@@ -82,3 +83,49 @@ def test_adapters_in_memory_go_by_their_own_names(base):
     assert session.loaded == ["mine"]
     with pytest.raises(UsageError, match="no store"):
         session.open(["other"])
+
+
+def test_what_is_held_keeps_its_slot_and_what_is_dropped_leaves_nothing(base, filled):
+    session = Session(base, filled, max_slots=2)
+    session.open(["a", "b"])
+    session.hold((("a", 1.0),))
+    session.hold((("a", 1.0), ("b", 0.5)))
+    session.open(["c"])
+    assert session.loaded == ["a", "b", "c"], "nobody could make room"
+    session.release((("a", 1.0), ("b", 0.5)))
+    session.open(["d"])
+    assert session.loaded == ["a", "c", "d"], "b was released, a is still held once"
+    assert not session.drop("a")
+    assert not session.drop("b"), "it is gone already"
+    assert session.drop("c")
+    session.release((("a", 1.0),))
+    assert session.drop("a")
+    wanted = logits(Session(base, filled), "d")
+    assert torch.allclose(logits(session, "d"), wanted, atol=1e-5)
+
+
+def test_an_adapter_that_is_removed_while_in_use_is_used_to_the_end(base, filled):
+    session = Session(base, filled, max_slots=1)
+    wanted = Engine(Session(base, filled), 1, 48)
+    rows = [make_row(base), make_row(base)]
+    wanted.submit(rows[0])
+    while wanted.is_busy:
+        wanted.step()
+    engine = Engine(session, 2, 48)
+    engine.submit(rows[1])
+    engine.step()
+    remove_adapter(filled, "a")
+    collect_garbage(filled, keep=1)
+    other = make_row(base, "b@1")
+    engine.submit(other)
+    while engine.is_busy:
+        engine.step()
+    assert rows[1].new_ids == rows[0].new_ids
+    assert other.finish_reason
+    with pytest.raises(NotFoundError):
+        Session(base, filled).open(["a"])
+
+
+def make_row(base, name="a@1"):
+    settings = GenerateSettings(temperature=0, logit_bias={base.tokenizer.eos_id: -100.0})
+    return Row(0, ((name, 1.0),), [1, 2, 3], 12, settings, 0, base.tokenizer)
