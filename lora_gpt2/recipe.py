@@ -235,6 +235,29 @@ class MergeSettings(Section):
         return self
 
 
+class ServeSettings(Section):
+    """What a server takes on, and how long it waits for a slow client."""
+
+    max_rows: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Continuations that grow at the same time."""
+    max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 64
+    """Continuations that may wait; beyond, a request is answered 429 with Retry-After."""
+    max_choices: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Most continuations of one request: prompts times n."""
+    max_slots: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Adapters kept loaded; the least recently used makes room."""
+    max_body_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 1_000_000
+    """Largest body of a request."""
+    header_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """A client that has not sent its headers by then is let go."""
+    body_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """A client that has not sent its body by then is answered 408."""
+    send_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """A client that takes nothing for so long is let go."""
+    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """After SIGTERM, what has begun may go on for so long."""
+
+
 class Recipe(Section):
     """One adapter: its base, its text, and every setting."""
 
@@ -256,9 +279,11 @@ class Recipe(Section):
     """How text is continued."""
     merge: MergeSettings = MergeSettings()
     """How adapters are combined."""
+    serve: ServeSettings = ServeSettings()
+    """Limits of the server."""
 
 
-SECTIONS = ("data", "lora", "train", "evaluate", "generate", "merge")
+SECTIONS = ("data", "lora", "train", "evaluate", "generate", "merge", "serve")
 
 
 def list_keys() -> list[str]:

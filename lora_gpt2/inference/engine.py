@@ -179,7 +179,11 @@ class Engine:
         self._drop_finished()
         grown = [(row, row.grow(logits)) for row, logits in zip(self.rows, self._decode(), strict=True)]
         grown += [(row, self._search(row, search)) for row, search in self.searches]
-        joining = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.max_rows - self.num_growing))]
+        joining: list[Row] = []
+        while self.waiting and self.num_growing + len(joining) < self.max_rows:
+            if not self.waiting[0].finish_reason:  # nobody stopped it while it waited
+                joining.append(self.waiting[0])
+            self.waiting.popleft()
         for row in joining:
             self.session.put({name: row.loaded.get(name) or self.session.read(name) for name, _ in row.mix})
             self.session.hold(row.mix)

@@ -136,10 +136,10 @@ def iter_outputs(
 def describe_provenance(session: Session, row: Row) -> dict[str, Any]:
     """Returns where a text comes from: the base, the adapters by the sha256 of their weights, seed and settings."""
     base = session.base
-    settings = row.settings.model_dump(mode="json")
     return {
-        "base": base.name, "base_fingerprint": base.fingerprint, "adapters": session.describe_origin(row.mix),
-        "seed": row.seed, "settings": settings,
+        "base": base.name, "base_fingerprint": base.fingerprint,
+        "adapters": session.describe_origin(row.mix, row.loaded),
+        "seed": row.seed, "settings": row.settings.model_dump(mode="json"),
     }  # fmt: skip
 
 

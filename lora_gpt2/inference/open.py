@@ -9,6 +9,7 @@ from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.listing import list_current
 from lora_gpt2.store.manifest import Manifest
 
 
@@ -26,3 +27,14 @@ def open_session(store: Store, references: Sequence[str], recipe: Recipe, precis
         found = [m for m in store.iter_current() if isinstance(m, Manifest) and m.base.fingerprint == base.fingerprint]
         references = [*(m.name for m in found), *(r for r in references if r not in ("all", BASE)), BASE]
     return Session(base, store), list(dict.fromkeys(references))
+
+
+def open_store(store: Store, recipe: Recipe) -> Session:
+    """Returns a session for whatever may be asked of a store.
+
+    The base is the recipe's where it was set; else that of the store's adapters if they share one, else the default.
+    """
+    names = {row["base"] for row in list_current(store)[0]}
+    chosen = names.pop() if len(names) == 1 and "base" not in recipe.model_fields_set else recipe.base
+    base = load_base(chosen, choose_runtime(recipe.generate.precision))
+    return Session(base, store, recipe.serve.max_slots)

@@ -132,7 +132,7 @@ class Session:
         fresh = {}
         for name, loaded in adapters.items():
             slot = self._slots.pop(name, None)
-            if slot is None or slot.loaded is not loaded:
+            if slot is None or not (slot.loaded is loaded or (loaded.digest and slot.loaded.digest == loaded.digest)):
                 fresh[name] = loaded.adapter
                 slot = _Slot(loaded, slot.place if slot else self._find_place(adapters))
             self._slots[name] = slot  # the most recently used comes last
@@ -165,9 +165,14 @@ class Session:
         self._holds.subtract(name for name, _ in mix)
         self._holds += Counter()  # drops those at zero
 
-    def describe_origin(self, mix: Mix) -> list[dict[str, Any]]:
+    def release_all(self) -> None:
+        """Ends every hold."""
+        self._holds.clear()
+
+    def describe_origin(self, mix: Mix, loaded: Mapping[str, Loaded]) -> list[dict[str, Any]]:
         """Returns what a mix is made of, so that a text can be traced: name, weight, sha256 of the weights."""
-        return [{"adapter": name, "weight": weight, "sha256": self.read(name).digest} for name, weight in mix]
+        found = {name: loaded.get(name) or self.read(name) for name, _ in mix}
+        return [{"adapter": name, "weight": weight, "sha256": found[name].digest} for name, weight in mix]
 
     def _find_place(self, keep: Collection[str]) -> int:
         """Returns a place for one more adapter: an empty one, that of the oldest, or a new one."""

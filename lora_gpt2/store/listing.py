@@ -17,7 +17,7 @@ from lora_gpt2.core.paths import find_cache_dir, write_atomic
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import MANIFEST, Manifest
 
-FORMAT = 1
+FORMAT = 2
 FIGURES = ("train_tokens", "base_perplexity", "validation_perplexity", "base_test_perplexity", "test_perplexity")
 
 
@@ -25,6 +25,7 @@ def summarise(manifest: Manifest) -> dict[str, Any]:
     """Returns what a list says of a version."""
     return {
         "name": manifest.name, "version": manifest.version, "base": manifest.base.name,
+        "base_fingerprint": manifest.base.fingerprint, "description": str(manifest.recipe.get("description") or ""),
         "size_bytes": manifest.size_bytes, "num_parameters": manifest.num_parameters,
         **{key: manifest.figures.get(key) for key in FIGURES}, "created": manifest.created.isoformat(),
     }  # fmt: skip

@@ -1,0 +1,56 @@
+"""`lora-gpt2 serve`: the HTTP API and the web page."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from lora_gpt2.commands.shared import base_option, set_option, store_option
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.recipe_files import load_recipe
+from lora_gpt2.store.catalog import Store
+
+
+@click.command("serve")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="Name that clients may use; repeatable.")
+@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="Web page that may ask; repeatable.")
+@base_option
+@set_option
+@store_option
+@click.pass_obj
+def command(
+    reporter: Reporter, host: str, port: int, hosts: tuple[str, ...], origins: tuple[str, ...], base: str | None,
+    overrides: tuple[str, ...], store: Store,
+) -> None:  # fmt: skip
+    """Answer OpenAI-compatible requests, in which the model is an adapter; a web page is at /.
+
+    The model is an adapter, name@version, 'base', or a mix such as 'law:0.6+code:0.4'. $LORA_GPT2_API_KEY, when set, is
+    asked on every route; $LORA_GPT2_ADMIN_KEY allows /v1/adapters. Other machines are answered only with a key.
+
+    \b
+    Examples:
+      lora-gpt2 serve
+      lora-gpt2 serve --base nano --port 9000 --set serve.max_rows=32
+      curl localhost:8000/v1/completions -H "Content-Type: application/json" \\
+           -d '{"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 40}'
+    """
+    recipe = load_recipe(None, overrides, base=base)
+    try:
+        from lora_gpt2.serving.api import Access, Server
+        from lora_gpt2.serving.http import bind, is_loopback, serve
+    except ImportError as error:
+        missing = str(error).rpartition(" ")[2]
+        raise ResourceError(f"serving needs {missing}", "pip install 'lora-gpt2[serve]'") from error
+    key, admin_key = (os.environ.get(name) or None for name in ("LORA_GPT2_API_KEY", "LORA_GPT2_ADMIN_KEY"))
+    if not is_loopback(host) and key is None:
+        raise UsageError(f"{host} can be reached from other machines", "set LORA_GPT2_API_KEY to a secret first")
+    bound = bind(host, port)
+    from lora_gpt2.inference.open import open_store
+
+    session = open_store(store, recipe)
+    access = Access(key, admin_key, (*hosts, host), origins)
+    serve(Server(session, recipe.generate, recipe.serve, access), bound, reporter)

@@ -1,0 +1,177 @@
+"""uvicorn around the application: the socket, clients that are slow, and an orderly end.
+
+uvicorn waits for ever for headers that do not come; here a connection without a complete request is closed after a
+time. The socket is bound before the base is loaded, so that a port that is taken is said at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import resource
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import ConflictError, ResourceError, UsageError
+from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.serving.api import Server
+
+BACKLOG = 4096
+KEEP_ALIVE_SECONDS = 15
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a socket bound to an address.
+
+    Raises:
+        UsageError: the host is no address of this machine.
+        ConflictError: the port is taken.
+        ResourceError: the port needs rights that we have not.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with ExitStack() as undo:
+            bound = undo.enter_context(socket.socket(family, kind))
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            undo.pop_all()
+    except PermissionError as error:
+        raise ResourceError(f"port {port} needs rights that this user has not", "use one above 1023") from error
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or not is_taken(error):
+            raise UsageError(f"{host}:{port} is no address of this machine", "use --host 127.0.0.1") from error
+        raise ConflictError(f"port {port} on {host} is taken", "choose another with --port, or 0 for any") from error
+    return bound
+
+
+def is_taken(error: OSError) -> bool:
+    """True if an error of `bind` means that somebody else listens there."""
+    import errno
+
+    return error.errno == errno.EADDRINUSE
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach the host."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def describe_url(bound: socket.socket) -> str:
+    """Returns the URL of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's protocol, which closes a connection that has not sent a complete request head in time."""
+
+    header_seconds = 10.0
+
+    def connection_made(self, transport: Any) -> None:
+        """Starts the clock."""
+        self._deadline: asyncio.TimerHandle | None = None
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Stops the clock once the head is complete; starts it for the next one."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the clock."""
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        is_incomplete = self.conn.their_state is h11.IDLE
+        if is_incomplete and self._deadline is None:
+            self._deadline = self.loop.call_later(self.header_seconds, self._give_up)
+        elif not is_incomplete:
+            self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class HttpServer(uvicorn.Server):
+    """Tells the application when the end begins, and ends when the engine has died."""
+
+    def __init__(self, config: uvicorn.Config, server: Server, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.served, self.on_started = server, on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens, then says so."""
+        await super().startup(sockets)
+        self.on_started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second by uvicorn."""
+        if self.served.worker.error is not None:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets what has begun end, then stops."""
+        self.served.is_draining = True
+        await super().shutdown(sockets)
+
+
+def raise_file_limit() -> None:
+    """Lets this process have as many open connections as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536) if hard > 0 else 65536, hard))
+
+
+def build_http(server: Server, on_started: Callable[[], None] = lambda: None) -> HttpServer:
+    """Returns what answers requests on a socket until its `should_exit` is set; the worker must be started."""
+    limits = server.limits
+    protocol = type("Protocol", (PatientProtocol,), {"header_seconds": limits.header_seconds})
+    config = uvicorn.Config(
+        server.build_app(), http=protocol, loop="asyncio", lifespan="off", log_level="warning", access_log=False,
+        ws="none", backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_SECONDS, server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
+    )  # fmt: skip
+    return HttpServer(config, server, on_started)
+
+
+def serve(server: Server, bound: socket.socket, reporter: Reporter) -> None:
+    """Answers requests until a signal comes.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM, after what had begun was answered.
+        ResourceError: the engine died.
+    """
+    raise_file_limit()
+    said = f"serving {server.session.base.name} at {describe_url(bound)} (Ctrl-C ends it)"
+    http = build_http(server, lambda: reporter.message(said))
+    server.worker.start()
+    with catch_signals() as stop:
+        try:
+            http.run(sockets=[bound])
+        finally:
+            server.worker.close()
+        if server.worker.error is not None:
+            raise ResourceError(
+                f"the engine failed again and again: {server.worker.error!r}", "restart; please report it"
+            ) from server.worker.error
+        stop.raise_if_asked("what had begun was answered")

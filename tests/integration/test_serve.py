@@ -1,0 +1,520 @@
+"""The server as OpenAI's own client and as badly behaved ones meet it."""
+
+import asyncio
+import base64
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from openai import NotFoundError, OpenAI
+
+from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
+from lora_gpt2.serving.api import Access, Server
+from lora_gpt2.serving.http import bind
+from lora_gpt2.store.changes import collect_garbage, remove_adapter
+from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.manifest import WEIGHTS
+from tests.builders import make_adapter
+from tests.serving import ask, ask_async, serving
+
+GREEDY = GenerateSettings(temperature=0, max_new_tokens=12)
+LIMITS = ServeSettings(max_rows=8, max_waiting=32, header_seconds=1, body_seconds=1, send_seconds=2)
+
+
+@pytest.fixture
+def server(base, trained):
+    return Server(Session(base, trained), GREEDY, LIMITS, Access(admin_key="adm"))
+
+
+@pytest.fixture
+def port(server):
+    with serving(server) as number:
+        yield number
+
+
+@pytest.fixture
+def client(port):
+    with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def alone(base, store, mix, prompt="the cat", settings=GREEDY, seed=0):
+    return generate(Session(base, store), [Request(prompt, mix, seed)], settings)[0]
+
+
+LAW, CODE = (("law", 1.0),), (("code", 1.0),)
+
+
+def test_the_official_client_gets_what_generate_writes(client, base, trained):
+    mixes = {"law": LAW, "law@1": LAW, "base": (), "law:0.6+code:0.4": (("law", 0.6), ("code", 0.4))}
+    answers = {}
+    for model, mix in mixes.items():
+        answer = client.completions.create(model=model, prompt="the cat", max_tokens=12, seed=0)
+        wanted = alone(base, trained, mix)
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (wanted.text, wanted.finish_reason)
+        assert answer.usage.completion_tokens == wanted.tokens
+        assert answer.usage.prompt_tokens == len(base.tokenizer.encode("the cat"))
+        assert answer.provenance == wanted.provenance
+        answers[model] = answer.choices[0].text
+    assert len(set(answers.values())) == 3, "law and law@1 are one"
+
+
+def test_streams_several_prompts_and_n(client, base, trained):
+    settings = {"temperature": 1.0, "seed": 5, "max_tokens": 10, "n": 2, "extra_body": {"top_k": 0}}
+    prompts = ["the cat", "a"]
+    texts, reasons, usage = ["", "", "", ""], {}, None
+    for piece in client.completions.create(
+        model="law", prompt=prompts, stream=True, stream_options={"include_usage": True}, **settings
+    ):
+        usage = piece.usage or usage
+        for choice in piece.choices:
+            texts[choice.index] += choice.text
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    whole = client.completions.create(model="law", prompt=prompts, **settings)
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert usage == whole.usage
+    sampled = GenerateSettings(temperature=1.0, max_new_tokens=10, top_k=0)
+    wanted = [alone(base, trained, LAW, prompt, sampled, seed).text for prompt in prompts for seed in (5, 6)]
+    assert texts == wanted
+
+
+def test_echo_and_logprobs(client, base, trained):
+    prompt = "the cat and"
+    answer = client.completions.create(model="law", prompt=prompt, max_tokens=4, echo=True, logprobs=2).choices[0]
+    assert answer.text.startswith(prompt)
+    scores, ids = answer.logprobs, base.tokenizer.encode(prompt)
+    assert scores.tokens[: len(ids)] == [base.tokenizer.token_bytes[i].decode() for i in ids]
+    assert scores.token_logprobs[0] is None
+    hidden = base.model(torch.tensor([ids]), Session(base, trained).rows([LAW]))
+    wanted = base.model.logits(hidden)[0].log_softmax(-1)
+    given = scores.token_logprobs[1 : len(ids)]
+    assert given == pytest.approx([float(wanted[k, token]) for k, token in enumerate(ids[1:])], abs=1e-4)
+    assert all(top is None or len(top) == 2 for top in scores.top_logprobs)
+    assert scores.text_offset[:3] == [0, len(scores.tokens[0]), len(scores.tokens[0]) + len(scores.tokens[1])]
+    only = client.completions.create(model="law", prompt=prompt, max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert (only.text, len(only.logprobs.token_logprobs)) == (prompt, len(ids))
+    streamed = []
+    for piece in client.completions.create(model="law", prompt=prompt, max_tokens=4, logprobs=1, stream=True):
+        for choice in piece.choices:
+            streamed += choice.logprobs.token_logprobs
+    assert streamed == pytest.approx(scores.token_logprobs[len(ids) :], abs=1e-5)
+
+
+def test_token_ids_as_prompt_beams_and_stop(client, base):
+    ids = base.tokenizer.encode("the cat")
+    text = client.completions.create(model="law", prompt="the cat", max_tokens=8).choices[0].text
+    assert client.completions.create(model="law", prompt=ids, max_tokens=8).choices[0].text == text
+    both = client.completions.create(model="law", prompt=[ids, ids], max_tokens=8)
+    assert [choice.text for choice in both.choices] == [text, text]
+    stopped = client.completions.create(model="law", prompt=ids, max_tokens=8, stop=[text[1:3]])
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (text[: text.index(text[1:3])], "stop")
+    beams = client.completions.create(model="law", prompt=ids, max_tokens=8, extra_body={"beams": 4})
+    assert beams.choices[0].finish_reason in ("stop", "length")
+
+
+def test_models_are_the_base_and_its_adapters(client):
+    assert [model.id for model in client.models.list()] == ["base", "code", "law"]
+    assert client.models.retrieve("law").version == 1
+    assert client.models.retrieve("law:0.5+code:0.5").id == "law:0.5+code:0.5"
+    with pytest.raises(NotFoundError):
+        client.models.retrieve("nobody")
+
+
+def test_what_is_published_is_picked_up_and_what_is_removed_is_gone(client, base, trained):
+    before = client.completions.create(model="law", prompt="the cat").choices[0].text
+    publish_adapter(trained, "law", make_adapter(base.config, 9), base, Origin())
+    after = client.completions.create(model="law", prompt="the cat")
+    assert after.provenance["adapters"][0]["adapter"] == "law@2"
+    assert after.choices[0].text == alone(base, trained, LAW).text != before
+    assert client.completions.create(model="law@1", prompt="the cat").choices[0].text == before
+    remove_adapter(trained, "law")
+    with pytest.raises(NotFoundError) as caught:
+        client.completions.create(model="law", prompt="the cat")
+    assert caught.value.code == "model_not_found"
+    (trained.resolve("code") / WEIGHTS).write_bytes(b"damage")
+    status, _, answer = ask_completion(client.base_url.port, model="code")
+    assert (status, answer["error"]["code"]) == (503, "adapter_unusable")
+    assert ask_completion(client.base_url.port, model="base")[0] == 200
+
+
+def ask_completion(port, **body):
+    return ask(port, "/v1/completions", {"model": "law", "prompt": "the", "max_tokens": 3, **body})
+
+
+BAD = [
+    *({"temperature": value} for value in (-1, 101, 1e-40, "0.7", True, [])),
+    *({"top_p": value} for value in (0, 1.5, -0.1, "1")),
+    *({"top_k": value} for value in (-1, 1.5, "all", 10**9)),
+    *({"max_tokens": value} for value in (-1, 10**9, True, 1.5, "9", 1025)),
+    *({"n": value} for value in (0, -1, 10**6, 1.5, True, "2")),
+    *({"seed": value} for value in (2**64, 1.5, "a", True)),
+    *({"min_p": value} for value in (-0.1, 1.1)),
+    *({"stop": value} for value in ("", ["a"] * 17, 5, [1], ["x" * 201])),
+    *({"logit_bias": value} for value in ({"5": 101}, {"x": 1}, [5], {"5": "a"})),
+    *({"logprobs": value} for value in (-1, 21, True, "1")),
+    *({"prompt": value} for value in (5, None, [], [[]], ["a", 5], {"a": 1}, [True], [-1], [10**9], [1.5], "\ud800")),
+    *({"model": value} for value in (5, "", None, ["law"])),
+    {"frequency_penalty": 3}, {"presence_penalty": -3}, {"repetition_penalty": 0}, {"beams": 0}, {"beams": 65},
+    {"beams": 2, "logprobs": 1}, {"length_penalty": 6}, {"no_repeat_ngram": -1}, {"stream": 1}, {"echo": "yes"},
+    {"best_of": 3}, {"suffix": "x"}, {"temprature": 1}, {"stream_options": {"include_usage": True}},
+    {"truncate": "right"}, {"watermark": 1}, {"n": 17}, {"prompt": ["a"] * 17},
+]  # fmt: skip
+
+
+def test_every_bad_parameter_is_answered_400_and_named(port):
+    assert len(BAD) >= 60
+    for body in BAD:
+        status, _, answer = ask_completion(port, **body)
+        assert status == 400, (body, answer)
+        error = answer["error"]
+        assert error["param"] in (*body, "n", "logprobs", "beams", None), (body, error)
+        assert error["message"]
+        assert error["type"] == "invalid_request_error"
+    assert "did you mean 'temperature'" in ask_completion(port, temprature=1)[2]["error"]["message"]
+    for model in ("nobody", "law@7", "law:x", "law:99", "law+law", "base+law", "../law", "a" * 300, "law+", ":", "@"):
+        assert ask_completion(port, model=model)[0] == 404, model
+
+
+def test_a_prompt_that_does_not_fit_is_refused_or_cut(port, base):
+    context = base.config.context
+    for length, wanted, status in (
+        (context, 1, 400),
+        (context - 3, 3, 200),
+        (context - 3, 4, 400),
+        (context + 9, 3, 400),
+    ):
+        found, _, answer = ask_completion(port, prompt=[5] * length, max_tokens=wanted)
+        assert found == status, answer
+        if status == 400:
+            assert answer["error"]["code"] == "context_length_exceeded"
+    assert ask_completion(port, prompt=[5] * (context + 9), truncate="left")[0] == 200
+    assert ask_completion(port, prompt="")[2]["usage"]["prompt_tokens"] == 1, "an empty prompt is EOS"
+    limit = ask(port, "/v1/completions", {"model": "law", "prompt": [5] * (context - 2)})
+    assert limit[2]["usage"]["completion_tokens"] <= 2, "what was not asked for is what fits"
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"{", {}, 400), (b"[]", {}, 400), (b"", {}, 400), (b"null", {}, 400), (b"\xff\xfe", {}, 400),
+        (b'{"model": "law", "model": "code"}', {}, 400), (b'{"model": "law", "temperature": NaN}', {}, 400),
+        (b"[" * 100_000, {}, 400), (b'{"a":' * 5_000, {}, 400), (b"1" * 5000, {}, 400),
+        (b"{}", {"Content-Type": "text/plain"}, 415), (b"{}", {"Content-Type": ""}, 415),
+        (b"x" * 1_100_000, {}, 413), (b"{}", {"Host": "evil.example"}, 403), (b"{}", {"Host": ""}, 403),
+        (b"{}", {"Content-Length": "x"}, 400),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_requests_are_refused(port, content, headers, status):
+    found, _, answer = ask(port, "/v1/completions", content, headers)
+    assert found == status
+    assert status == 400 or answer["error"]["message"]
+    assert ask_completion(port)[0] == 200
+
+
+def test_routes_health_metrics_and_admin(port, server):
+    assert ask(port, "/v1/nothing")[0] == 404
+    assert ask(port, "/v1/completions")[0] in (404, 405)
+    assert ask(port, "/healthz")[2] == {"status": "ok"}
+    assert ask(port, "/readyz")[2]["status"] == "ready"
+    assert ask(port, "/v1/adapters")[0] == 401
+    admin = {"Authorization": "Bearer adm"}
+    assert ask(port, "/v1/adapters/load", {"name": "law"}, admin)[2] == {"loaded": ["law@1"]}
+    assert ask(port, "/v1/adapters", headers=admin)[2]["loaded"] == ["law@1"]
+    assert ask(port, "/v1/adapters/unload", {"name": "law"}, admin)[2] == {"unloaded": ["law@1"]}
+    assert ask(port, "/v1/adapters/unload", {"name": "law"}, admin)[0] == 409
+    assert ask(port, "/v1/adapters/load", {"name": "nobody"}, admin)[0] == 404
+    assert ask(port, "/v1/adapters/load", {"name": 5}, admin)[0] == 400
+    ask_completion(port, max_tokens=3)
+    text = ask(port, "/metrics")[2].decode()
+    assert 'lora_gpt2_requests_total{route="completions",status="200"} 1.0' in text
+    assert "lora_gpt2_tokens_total 3.0" in text
+    assert "lora_gpt2_adapter_loads_total 2.0" in text
+    server.is_draining = True
+    assert ask(port, "/readyz")[0] == 503
+    assert ask_completion(port)[0] == 503
+
+
+def test_a_key_is_asked_on_every_route_and_origins_only_where_allowed(base, trained):
+    access = Access("secret", "adm", ("box.example",), ("https://page.example",))
+    with serving(Server(Session(base, trained), GREEDY, LIMITS, access)) as port:
+        basic = base64.b64encode(b"me:secret").decode()
+        for path in ("/", "/v1/models", "/healthz", "/metrics", "/v1/adapters", "/nothing"):
+            assert ask(port, path)[0] == 401
+            assert ask(port, path, headers={"Authorization": "Bearer wrong"})[0] == 401
+            for value in ("Bearer secret", f"Basic {basic}", "Bearer adm"):
+                assert ask(port, path, headers={"Authorization": value})[0] != 401 or path == "/v1/adapters"
+        assert ask(port, "/v1/models", headers={"Authorization": "Basic ???"})[0] == 401
+        good = {"Authorization": "Bearer secret", "Origin": "https://page.example"}
+        assert ask(port, "/v1/models", headers=good)[1]["access-control-allow-origin"] == "https://page.example"
+        other = {**good, "Origin": "https://evil.example"}
+        assert "access-control-allow-origin" not in ask(port, "/v1/models", headers=other)[1]
+        for host, status in (("box.example", 200), ("BOX.example:80", 200), ("[::1]:9", 200), ("x.example", 403)):
+            assert ask(port, "/v1/models", headers={**good, "Host": host})[0] == status
+
+
+def test_an_overload_is_answered_at_once_and_nobody_is_cut_off(base, trained):
+    limits = LIMITS.model_copy(update={"max_rows": 4, "max_waiting": 8})
+    with serving(Server(Session(base, trained), GREEDY, limits)) as port:
+
+        async def flood():
+            body = {"model": "law", "prompt": "the", "max_tokens": 30, "logit_bias": {str(base.tokenizer.eos_id): -100}}
+            return await asyncio.gather(*(ask_async(port, body) for _ in range(300)))
+
+        answers = asyncio.run(flood())
+        statuses = [status for status, _ in answers]
+        assert set(statuses) == {200, 429}
+        assert statuses.count(200) >= 12
+        assert len({answer["choices"][0]["text"] for status, answer in answers if status == 200}) == 1
+        assert ask_completion(port)[0] == 200, "and it goes on"
+        retry = [headers["retry-after"] for headers in asyncio.run(refuse_some(port)) if "retry-after" in headers]
+        assert retry
+        assert all(int(seconds) >= 1 for seconds in retry)
+
+
+async def refuse_some(port):
+    calls = (asyncio.to_thread(ask_completion, port, prompt=["the"] * 8, max_tokens=30) for _ in range(8))
+    return [headers for _, headers, _ in await asyncio.gather(*calls)]
+
+
+def test_slow_clients_are_let_go_and_stop_nobody(port):
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for place, connection in enumerate(slow):
+        connection.sendall((b"POST /v1/comp", head, head + b"Content-Length: 500\r\n\r\n{")[place % 3])
+    started = time.monotonic()
+    assert all(ask_completion(port)[0] == 200 for _ in range(20))
+    assert time.monotonic() - started < 10
+    for place, connection in enumerate(slow):
+        connection.settimeout(10)
+        answer = b"".join(iter(lambda c=connection: c.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 408") if place % 3 == 2 else answer == b"", answer
+        connection.close()
+
+
+def test_a_client_that_goes_frees_its_row(base, trained):
+    server = Server(Session(base, trained), GREEDY, LIMITS.model_copy(update={"max_rows": 2}))
+    body = json.dumps({"model": "law", "prompt": "the", "max_tokens": 40, "stream": True, "n": 4})
+    with serving(server) as port:
+        for place in range(40):
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            if place % 2:
+                connection.recv(64)
+            connection.close()
+        deadline = time.monotonic() + 10
+        while server.worker.num_admitted and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server.worker.num_admitted == 0
+        assert ask_completion(port)[0] == 200
+        assert not server.session._holds
+
+
+def test_an_engine_that_fails_tells_everybody_and_begins_anew(server, port, monkeypatch):
+    engine = type(server.worker._engine)
+    step, failures = engine.step, [2]
+
+    def break_sometimes(self):
+        if failures[0]:
+            failures[0] -= 1
+            raise RuntimeError("injected")
+        return step(self)
+
+    monkeypatch.setattr(engine, "step", break_sometimes)
+    for _ in range(2):
+        status, _, answer = ask_completion(port)
+        assert (status, answer["error"]["type"]) == (500, "server_error")
+    assert failures == [0]
+    assert ask_completion(port)[0] == 200
+    assert ask(port, "/healthz")[0] == 200
+
+
+def test_an_engine_that_fails_for_good_ends_the_server(base, trained, monkeypatch):
+    server = Server(Session(base, trained), GREEDY, LIMITS)
+    monkeypatch.setattr(type(server.worker._engine), "step", lambda self: 1 / 0)
+    with serving(server) as port:
+        for _ in range(3):
+            assert ask_completion(port)[0] == 500
+        assert isinstance(server.worker.error, ZeroDivisionError)
+
+
+class Churn(threading.Thread):
+    """Publishes new versions, removes others and collects what is old, until it is told to stop."""
+
+    def __init__(self, base, store, names):
+        super().__init__(daemon=True)
+        self.base, self.store, self.names, self.known, self.is_over = base, store, names, {}, False
+        for name in names:
+            self.publish(name, 50 + len(self.known), 4)
+
+    def publish(self, name, seed, rank):
+        adapter = make_adapter(self.base.config, seed, LoraSettings(rank=rank))
+        self.known[publish_adapter(self.store, name, adapter, self.base, Origin()).digest] = adapter
+
+    def run(self):
+        draw, seed = random.Random(7), 100
+        while not self.is_over:
+            name, seed = draw.choice(self.names), seed + 1
+            with suppress(ConflictError):  # somebody reads just now what is to go
+                if draw.random() < 0.7 or not self.store.has_adapter(name):
+                    self.publish(name, seed, draw.choice([2, 8]))
+                else:
+                    remove_adapter(self.store, name)
+                collect_garbage(self.store, keep=1)
+            time.sleep(0.01)
+
+
+def ask_under_churn(base, store, count, names=("one", "two", "three", "four")):
+    """Returns the statuses of many requests while adapters come and go, and how many texts are the wrong ones.
+
+    Each text is computed again, alone, from the adapter whose hash the answer names.
+    """
+    churn = Churn(base, store, names)
+    session = Session(base, store, max_slots=3)
+    answers, draw = [], random.Random(3)
+
+    async def one(port):
+        body = {"model": draw.choice(names), "prompt": "the cat", "max_tokens": draw.randint(1, 8)}
+        answers.append((body, *await ask_async(port, body)))
+
+    async def many(port):
+        for _ in range(0, count, 16):
+            await asyncio.gather(*(one(port) for _ in range(16)))
+
+    with serving(Server(session, GREEDY, LIMITS)) as port:
+        churn.start()
+        asyncio.run(many(port))
+        churn.is_over = True
+        churn.join()
+    wrong, texts, single = 0, {}, Session(base)
+    for body, status, answer in answers:
+        if status == 200:
+            digest = answer["provenance"]["adapters"][0]["sha256"]
+            if (key := (digest, body["max_tokens"])) not in texts:
+                single.add({"known": churn.known[digest]})
+                settings = GREEDY.model_copy(update={"max_new_tokens": body["max_tokens"]})
+                texts[key] = generate(single, [Request("the cat", (("known", 1.0),))], settings)[0].text
+            wrong += answer["choices"][0]["text"] != texts[key]
+    assert len(churn.known) > 10, "adapters were published meanwhile"
+    return [status for _, status, _ in answers], wrong
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_answer_comes_from_a_wrong_adapter_while_adapters_come_and_go(base, store, count):
+    statuses, wrong = ask_under_churn(base, store, count)
+    assert wrong == 0
+    assert len(statuses) == count
+    assert set(statuses) <= {200, 404, 429}, "404 while one is removed"
+    assert statuses.count(200) > count / 2
+
+
+def test_a_switch_for_the_whole_process_would_fail_that_test(base, store, monkeypatch):
+    last = [()]
+    resolve, rows = Session.resolve, Session.rows
+    monkeypatch.setattr(Session, "resolve", lambda self, mix: last.__setitem__(0, resolve(self, mix)) or last[0])
+
+    def switched(self, mixes):
+        held = [name for name, _ in last[0] if name in self.loaded]
+        return rows(self, [last[0] if held else mix for mix in mixes])
+
+    monkeypatch.setattr(Session, "rows", switched)
+    assert ask_under_churn(base, store, 160)[1] > 0
+
+
+def mangle(draw, body):
+    """Returns the bytes of a request's body with something wrong with it, most of the time."""
+    values = [None, True, -1, 0, 1.5, 2**70, "x", "", [], {}, [[]], ["a", 1], {"a": 1}, "\ud800", "law", "a" * 3000]
+    key = draw.choice([*body, "stop", "n", "logit_bias", "stream", "echo", "logprobs", "top_k", "new"])
+    body = {**body, key: draw.choice(values)}
+    content = json.dumps(body).encode()
+    if draw.random() < 0.3:
+        place = draw.randrange(len(content))
+        content = (
+            content[:place] + draw.choice([b"", b"\x00", b"\xff", b'"', b"}", b"[", b"NaN"]) + content[place + 1 :]
+        )
+    return content
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_no_malformed_request_is_a_server_error_and_none_leaves_anything(server, port, count):
+    draw, codes = random.Random(5), set()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for _ in range(count):
+        path = draw.choice(["/v1/completions"] * 8 + ["/v1/adapters/load", "/v1/models/" + "%2e" * draw.randrange(9)])
+        method = draw.choice(["POST"] * 9 + ["GET", "PUT", "DELETE", "OPTIONS", "HEAD"])
+        headers = {
+            "Content-Type": draw.choice(["application/json"] * 9 + ["text/html", "a" * 500, "application/json;"])
+        }
+        content = mangle(draw, {"model": "law", "prompt": "the", "max_tokens": 2})
+        connection.request(method, path, content, headers)
+        answer = connection.getresponse()
+        answer.read()
+        codes.add(answer.status)
+    connection.close()
+    assert max(codes) < 500, codes
+    assert {200, 400, 404, 405, 415} <= codes
+    assert server.worker.num_admitted == 0
+    assert not server.session._holds
+    assert ask_completion(port)[0] == 200
+
+
+def start_process(base_folder, store, *options, **environment):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_gpt2", "serve", "--port", "0", "--base", base_folder, "--store", store.root,
+         *options],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    line = process.stderr.readline()
+    if "at http://127.0.0.1:" not in line:
+        process.kill()
+        pytest.fail(line + process.stderr.read())
+    return process, int(line.partition("127.0.0.1:")[2].partition("/")[0])
+
+
+def test_sigterm_lets_what_has_begun_end(base_folder, trained):
+    process, port = start_process(base_folder, trained)
+    body = {"model": "law", "prompt": "the", "max_tokens": 40, "n": 8, "stream": True}
+    content = json.dumps(body)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.settimeout(30)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+        received = connection.recv(100)
+        process.send_signal(signal.SIGTERM)
+        while piece := connection.recv(65536):
+            received += piece
+    assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") or b"[DONE]" in received
+    with process:
+        assert process.wait(timeout=20) == 143
+        assert "what had begun was answered" in process.stderr.read()
+
+
+def test_a_port_that_is_taken_and_a_host_for_all_are_refused(run, base_folder, trained):
+    taken = bind("127.0.0.1", 0)
+    taken.listen()
+    port = taken.getsockname()[1]
+    with pytest.raises(ConflictError, match=f"port {port} on 127.0.0.1 is taken"):
+        bind("127.0.0.1", port)
+    taken.close()
+    with pytest.raises(UsageError, match="no address of this machine"):
+        bind("no.such.host.invalid", 0)
+    code, _, err = run("serve", "--host", "0.0.0.0", "--base", base_folder)
+    assert code == 2
+    assert "LORA_GPT2_API_KEY" in err

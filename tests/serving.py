@@ -1,0 +1,66 @@
+"""A server on a free port inside the test's process, and the plainest of clients."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+from lora_gpt2.serving.api import Server
+from lora_gpt2.serving.http import bind, build_http, raise_file_limit
+
+
+@contextmanager
+def serving(server: Server):
+    """Answers requests while the block runs; yields the port."""
+    raise_file_limit()
+    bound, runner = bind("127.0.0.1", 0), build_http(server)
+    server.worker.start()
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not runner.started:
+        time.sleep(0.01)
+    try:
+        yield bound.getsockname()[1]
+    finally:
+        runner.should_exit = True
+        thread.join(timeout=20)
+        server.worker.close()
+        assert not thread.is_alive()
+
+
+def ask(port, path, body=None, headers=(), method=None):
+    """Returns status, headers and the answer, read as JSON where it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    given = {"Content-Type": "application/json", **dict(headers)}
+    connection.request(method or ("GET" if body is None else "POST"), path, content, given)
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    try:
+        return answer.status, answer.headers, json.loads(text)
+    except ValueError:
+        return answer.status, answer.headers, text
+
+
+async def ask_async(port, body, path="/v1/completions"):
+    """Returns status and answer of a request over a connection of its own; status 0 where the connection was cut."""
+    content = json.dumps(body).encode()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode()
+            + content
+        )
+        await writer.drain()
+        answer = await reader.read()
+        writer.close()
+    except OSError:
+        return 0, {}
+    head, _, text = answer.partition(b"\r\n\r\n")
+    return (int(head.split()[1]), json.loads(text)) if head else (0, {})
