@@ -1,0 +1,160 @@
+"""The web page in a real browser: Debian's Chromium, driven by Playwright; both are needed, so this is a slow test."""
+
+import os
+import shutil
+
+import pytest
+
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.api import Server
+from lora_gpt2.store.files import Origin, publish_adapter
+from tests.builders import make_adapter
+from tests.serving import serving
+
+pytestmark = pytest.mark.slow
+CHROMIUM = os.environ.get("LORA_GPT2_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+KEEP = os.environ.get("LORA_GPT2_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt install chromium, or set LORA_GPT2_CHROMIUM")
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def port(base, store):
+    for seed, name in enumerate(("law", "code", "prose", "verse"), start=1):
+        figures = {"base_perplexity": 300.0, "validation_perplexity": 100.0 + seed}
+        recipe = {"description": "<b>Laws</b> & orders"}
+        publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(figures=figures, recipe=recipe))
+    with serving(Server(Session(base, store), GenerateSettings(), ServeSettings())) as number:
+        yield number
+
+
+@pytest.fixture
+def page(browser, port):
+    found = browser.new_page(viewport={"width": 1200, "height": 900})
+    problems = []
+    found.on("pageerror", lambda error: problems.append(str(error)))
+    found.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    found.goto(f"http://127.0.0.1:{port}/")
+    found.wait_for_selector(".adapter")
+    yield found
+    found.close()
+    assert problems == []
+
+
+def shoot(page, name):
+    if KEEP:
+        page.screenshot(path=f"{KEEP}/{name}.png", full_page=True)
+
+
+def finish(page):
+    page.wait_for_selector("#status[data-state=done]", timeout=30_000)
+
+
+def test_continuations_stream_side_by_side_by_keyboard_alone(page):
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.press("Control+A")
+    page.keyboard.type("the cat")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Space")  # the base is the first card
+    page.keyboard.press("Control+Enter")
+    finish(page)
+    shoot(page, "plain")
+    assert page.locator("article h2 span:first-child").all_inner_texts() == ["code", "law"]
+    texts = page.locator("article pre").all_text_contents()
+    assert all(text.startswith("the cat") and len(text) > 20 for text in texts)
+    assert texts[0] != texts[1]
+    assert "@1 (" in page.locator(".origin").first.inner_text()
+    assert page.locator(".adapter small").first.inner_text().endswith("without an adapter")
+    assert "<b>Laws</b> & orders" in page.locator(".adapter").nth(1).inner_text(), "text stays text"
+
+
+def test_a_seed_repeats_and_colours_show_perplexity(page):
+    page.click("summary")
+    page.fill("#seed", "7")
+    page.check("#colour")
+    seen = []
+    for _ in range(2):
+        page.click("#go")
+        finish(page)
+        seen.append(page.locator("article pre").all_text_contents())
+    shoot(page, "coloured")
+    assert seen[0] == seen[1]
+    assert page.locator("article pre span[title$=nats]").count() > 20
+    assert page.locator("article h2 .quiet").first.inner_text().startswith("perplexity")
+    assert page.locator("#legend").is_visible()
+
+
+def test_blind_mode_hides_names_until_one_is_chosen(page):
+    page.click("summary")
+    page.check("#blind")
+    page.click("#go")
+    page.wait_for_selector("article button")
+    shoot(page, "blind")
+    names = page.locator("article h2 span:first-child")
+    assert names.all_inner_texts() == ["Text A", "Text B", "Text C"]
+    assert not page.locator(".origin").first.is_visible()
+    page.locator("article button").nth(1).click()
+    assert sorted(names.all_inner_texts()) == ["base", "code", "law"]
+    assert page.locator("article.best").count() == 1
+
+
+def test_a_mix_and_what_is_wrong_with_one(page):
+    for name in ("code", "law", "base"):
+        page.click(f".adapter[data-id={name}]")
+    page.click("#go")
+    assert "choose an adapter" in page.locator("#status[data-state=error]").inner_text()
+    page.fill("#mix", "law:0.6+code:0.4")
+    page.click("#go")
+    finish(page)
+    assert page.locator("article h2 span:first-child").all_inner_texts() == ["law:0.6+code:0.4"]
+
+
+def test_an_error_is_said(page, port):
+    page.fill("#mix", "nobody")
+    refusal = """'{"error": {"message": "no such adapter"}}', {status: 404}"""
+    page.evaluate(f"window.fetch = () => Promise.resolve(new Response({refusal}))")
+    page.click("#go")
+    page.wait_for_selector("#status[data-state=error]")
+    assert page.locator("#status").inner_text() == "no such adapter"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_readable_on_a_phone_in_light_and_dark(browser, port, scheme):
+    page = browser.new_page(viewport={"width": 375, "height": 720}, color_scheme=scheme)
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector(".adapter")
+    page.click("#go")
+    finish(page)
+    shoot(page, f"phone-{scheme}")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is cut off at the side"
+    ink, ground = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert contrast(ink, ground) > 7
+    quiet, card = (
+        page.evaluate(f"getComputedStyle(document.querySelector('{where}')).{what}")
+        for where, what in ((".quiet", "color"), ("form", "backgroundColor"))
+    )
+    assert contrast(quiet, card) > 4.5
+    page.close()
+
+
+def contrast(one, other):
+    """Returns the contrast of two colours `rgb(r, g, b)`: WCAG 2.2, relative luminance."""
+    values = []
+    for colour in (one, other):
+        parts = [int(float(part)) / 255 for part in colour[4:-1].split(",")[:3]]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        values.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(values) + 0.05) / (min(values) + 0.05)
