@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "Train one adapter, or several together over one base.",
     "plan": "Say what training will take: memory, time, and settings that fit.",
     "generate": "Continue a prompt with an adapter, a mix, or several side by side.",
+    "repl": "Write a text together with adapters, at the keyboard.",
     "serve": "OpenAI-compatible HTTP API and a web page; the model is an adapter.",
     "evaluate": "Measure the perplexity of adapters and the base on text.",
     "merge": "Combine adapters into one, or write them into a plain GPT-2.",

@@ -39,6 +39,7 @@ def short_general(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_general: Path) -> None:
     """Caches and stores of a test are its own."""
     monkeypatch.setenv("LORA_GPT2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("LORA_GPT2_STORE", str(tmp_path / "store"))
     monkeypatch.setattr(general, "TEXT", short_general)  # the real one takes a second per adapter
     torch.set_num_threads(1)

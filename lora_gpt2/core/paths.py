@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, ResourceError, UsageError
+from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, NotFoundError, ResourceError, UsageError
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED_NAMES = frozenset({"base", "all", "auto"})
@@ -51,8 +51,20 @@ def find_cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / "lora-gpt2"
 
 
+def find_state_dir() -> Path:
+    """Returns the folder for what the user did: `$XDG_STATE_HOME`, else `~/.local/state`."""
+    root = os.environ.get("XDG_STATE_HOME")
+    try:
+        return (Path(root) if root else Path.home() / ".local" / "state") / "lora-gpt2"
+    except RuntimeError:  # no home directory
+        return Path(tempfile.gettempdir()) / "lora-gpt2"
+
+
 def translate_os_error(error: OSError, action: str) -> LoraGpt2Error:
-    """Returns our error for a failed file operation; `action` is what was tried, such as "write x.json"."""
+    """Returns our error for a failed file operation; `action` is what was tried, such as "write x.json".
+
+    Usually a `ResourceError`; `NotFoundError` for a file that was to be read and is not there.
+    """
     where = f" ({error.filename})" if error.filename else ""
     reasons = {
         errno.ENOSPC: ("no space is left on the disk", "free some space, or choose another disk"),
@@ -62,13 +74,15 @@ def translate_os_error(error: OSError, action: str) -> LoraGpt2Error:
         errno.EACCES: ("permission is denied", "check the owner and the mode with 'ls -l'"),
         errno.EPERM: ("permission is denied", "check the owner and the mode with 'ls -l'"),
     }
+    if isinstance(error, FileNotFoundError) and action.startswith("read"):
+        return NotFoundError(f"cannot {action}: there is no such file", "check the path")
     reason, hint = reasons.get(error.errno or 0, (error.strerror or str(error), "check the path and the disk"))
     return ResourceError(f"cannot {action}: {reason}{where}", hint)
 
 
 @contextlib.contextmanager
 def os_errors_as_ours(action: str) -> Iterator[None]:
-    """Turns `OSError` inside the block into our `ResourceError`."""
+    """Turns `OSError` inside the block into ours; see `translate_os_error`."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,13 @@
 """Writing and tracing text, as users and scripts meet it."""
 
+import io
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -39,3 +46,59 @@ def test_every_output_says_where_it_comes_from(run, trained):
     assert origin["seed"] == 7
     assert origin["base_fingerprint"] == trained.read_manifest("law").base.fingerprint
     assert origin["settings"]["temperature"] == pytest.approx(0.7)
+
+
+def test_the_repl_reads_lines_and_goes_on_after_a_wrong_one(run, trained, base_folder, monkeypatch, tmp_path):
+    lines = "the cat\n/usee law\n/use code\n/retry\n/stats\n/quit\nnever\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    code, out, err = run("repl", "--adapter", "law", "--seed", 3, "--set", "generate.max_new_tokens=5")
+    assert code == 0
+    assert out.startswith("the cat")
+    assert "code continues" in out
+    assert "perplexity of the text under code" in out
+    assert "never" not in out
+    assert "did you mean 'use'?" in err
+    log = tmp_path / "state" / "lora-gpt2" / "generations.jsonl"
+    assert str(log) in err
+    assert [json.loads(line)["seed"] for line in log.read_text(encoding="utf-8").splitlines()] == [3, 4]
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
+    run("repl", "--base", base_folder, "--no-log")
+    assert len(log.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_terminal_gets_a_prompt_history_and_ctrl_c_keeps_the_text(trained, tmp_path):
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_gpt2", "repl", "--adapter", "law", "--seed", "1", "--store", trained.root],
+        stdin=child, stdout=child, stderr=child, env=environment, start_new_session=True,
+    )  # fmt: skip
+    os.close(child)
+    shown = b""
+
+    def wait_for(text):
+        nonlocal shown
+        deadline = time.monotonic() + 60
+        while text not in shown and time.monotonic() < deadline:
+            if select.select([parent], [], [], 0.2)[0]:
+                shown += os.read(parent, 65536)
+        assert text in shown, shown
+        shown = shown[shown.index(text) + len(text) :]
+
+    wait_for(b"law> ")
+    os.write(parent, b"the cat\r")
+    wait_for(b"the cat")
+    os.write(parent, b"/stats\r")
+    wait_for(b"last seed 1")
+    wait_for(b"law> ")
+    time.sleep(0.5)  # until it reads keys again
+    os.write(parent, b"half a line\x03/help\r")  # Ctrl-C empties the line
+    wait_for(b"this list")
+    wait_for(b"law> ")
+    time.sleep(0.5)
+    os.write(parent, b"\x04")
+    assert process.wait(timeout=20) == 0
+    os.close(parent)
+    history = (tmp_path / "lora-gpt2" / "history").read_text(encoding="utf-8")
+    assert "+the cat" in history
+    assert "half" not in history

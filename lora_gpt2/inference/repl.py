@@ -1,0 +1,277 @@
+"""A text that grows under the user's hand: type, let an adapter go on, try another, take back.
+
+GPT-2 continues text, so there is one text and no dialogue: what is typed is added to it, and the adapter in use
+continues it. Every line that begins with a slash is a command; `Repl.run` does one and returns what to show.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.paths import os_errors_as_ours, write_file
+from lora_gpt2.core.suggest import suggest
+from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate
+from lora_gpt2.inference.log import GenerationLog
+from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix, parse_mix
+from lora_gpt2.model.loss import measure_nll
+from lora_gpt2.recipe import GenerateSettings, build_recipe
+from lora_gpt2.recipe_files import load_recipe
+from lora_gpt2.store.listing import list_current
+
+HELP = {
+    "use": ("NAME", "continue with this adapter (name or name@version)"),
+    "mix": ("A:0.6 B:0.4", "continue with a mix"),
+    "scale": ("X", "multiply the adapter's weights: 0 is the base, 1 as it was trained"),
+    "base": ("", "continue with the plain base"),
+    "compare": ("[A B …]", "continue the text with each, side by side, and keep none"),
+    "set": ("[KEY VALUE]", "show or change a setting: temperature, top_k, max_new_tokens, …"),
+    "retry": ("", "take the last continuation back and write another"),
+    "undo": ("", "take the last step back"),
+    "new": ("", "begin a new text"),
+    "show": ("", "show the whole text"),
+    "save": ("FILE", "write the text to a file"),
+    "load": ("FILE", "go on with the text of a file"),
+    "adapters": ("", "list the adapters of this base"),
+    "stats": ("", "tokens, speed, and the text's perplexity under the adapter in use"),
+    "help": ("", "this list"),
+    "quit": ("", "end (Ctrl-D does, too)"),
+}
+MAX_FILE_BYTES = 10_000_000
+
+
+@dataclass
+class _Step:
+    """The text before something was added, and the seed of the continuation."""
+
+    before: str
+    typed: str
+    seed: int
+
+
+@dataclass
+class Repl:
+    """The text, who continues it and how. `on_text` gets a continuation as it grows."""
+
+    session: Session
+    settings: GenerateSettings
+    seed: int
+    log: GenerationLog
+    on_text: OnText
+    mix: Mix = ()
+    text: str = ""
+    is_over: bool = False
+    num_tokens: int = 0
+    seconds: float = 0.0
+    _steps: list[_Step] = field(default_factory=list)
+    _saved: set[Path] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """What continues the text now: `base`, an adapter, a mix."""
+        return describe_mix(self.mix)
+
+    def list_adapters(self) -> list[str]:
+        """Returns the names of the adapters of this base."""
+        return [str(row["name"]) for row in self._list_rows()]
+
+    def run(self, line: str) -> str:
+        """Does one line: a command, or text to add and continue; returns what to show besides the continuation.
+
+        Raises `UsageError` for a command that is none, and what the command itself raises; the text stays as it was.
+        """
+        if not line.startswith("/"):
+            return self.go_on(line)
+        name, _, rest = line[1:].partition(" ")
+        if name not in HELP:
+            raise UsageError(f"there is no command /{name}", suggest(name, HELP))
+        command: Callable[[str], str] = getattr(self, f"_do_{name}")
+        return command(rest.strip())
+
+    def complete(self, text: str) -> list[str]:
+        """Returns the words that may stand at the end of a line: commands, adapters, settings."""
+        *before, word = text.split(" ")
+        if not before:
+            known = [f"/{name}" for name in HELP]
+        elif before[0] in ("/use", "/mix", "/compare"):
+            known = [*self.list_adapters(), *([BASE] if before[0] == "/compare" else [])]
+        elif before == ["/set"]:
+            known = [*GenerateSettings.model_fields, "seed"]
+        else:
+            known = []
+        return [candidate for candidate in known if candidate.startswith(word)]
+
+    def go_on(self, typed: str, seed: int | None = None) -> str:
+        """Adds what was typed to the text and continues it; Ctrl-C keeps what was written by then."""
+        if not (self.text or typed):
+            raise UsageError("there is no text yet", "type its beginning")
+        before, prompt = self.text, self.text + typed
+        if seed is None:
+            self.seed += 1
+        used = self.seed if seed is None else seed
+        (output,) = self._write(prompt, [self.mix], used, self.on_text)
+        self.text = prompt + output.text
+        self._steps.append(_Step(before, typed, used))
+        notes = {"interrupted": "stopped; what was written is kept", "stop": "the text ends here"}
+        dropped = count_dropped(self.session.base, prompt, self.settings)
+        cut = f"the first {dropped} tokens were left out, to make room" if dropped else ""
+        return "\n".join(filter(None, (cut, notes.get(output.finish_reason))))
+
+    def _write(self, prompt: str, mixes: Sequence[Mix], seed: int, on_text: OnText | None) -> list[Output]:
+        started = time.monotonic()
+        requests = [Request(prompt, mix, seed) for mix in mixes]
+        with catch_signals() as stop:
+            outputs = generate(
+                self.session, requests, self.settings, on_text=on_text, stop=stop, truncate_left=True
+            )  # fmt: skip
+        self.seconds += time.monotonic() - started
+        for output in outputs:
+            self.num_tokens += output.tokens
+            self.log.add(output)
+        return outputs
+
+    def _do_use(self, rest: str) -> str:
+        return self._take(rest.split(), "/use NAME")
+
+    def _do_mix(self, rest: str) -> str:
+        return self._take(rest.replace("+", " ").split(), "/mix A:0.6 B:0.4")
+
+    def _take(self, specs: Sequence[str], usage: str) -> str:
+        if not specs:
+            raise UsageError("name an adapter", usage)
+        mix = parse_mix(specs)
+        self.session.open([name for name, _ in self.session.resolve(mix)])
+        self.mix = mix
+        return f"{self.name} continues"
+
+    def _do_base(self, rest: str) -> str:
+        self.mix = ()
+        return "the base continues"
+
+    def _do_scale(self, rest: str) -> str:
+        try:
+            factor = float(rest)
+        except ValueError:
+            factor = math.nan
+        if not self.mix or not math.isfinite(factor):
+            raise UsageError("/scale multiplies the weights of the adapter in use", "/use NAME, then /scale 0.5")
+        self.mix = parse_mix([f"{name}:{weight * factor:g}" for name, weight in self.mix])
+        return f"{self.name} continues"
+
+    def _do_compare(self, rest: str) -> str:
+        names = rest.replace(",", " ").split() or [*self.list_adapters(), BASE]
+        mixes = [parse_mix(name.split("+")) for name in names]
+        self.seed += 1
+        outputs = self._write(self.text, mixes, self.seed, None)
+        return "\n\n".join(f"=== {output.adapter}\n{output.text}" for output in outputs)
+
+    def _do_set(self, rest: str) -> str:
+        if not rest:
+            shown = self.settings.model_dump(mode="json")
+            return "\n".join(f"{key} {value}" for key, value in shown.items())
+        key, _, value = rest.replace("=", " ", 1).partition(" ")
+        key = key.removeprefix("generate.")
+        if key == "seed":
+            self.seed = int(value) - 1 if value.strip().isdecimal() else self.seed
+            return f"the next seed is {self.seed + 1}"
+        if key not in GenerateSettings.model_fields:
+            raise UsageError(f"there is no setting '{key}'", suggest(key, GenerateSettings.model_fields))
+        changed = load_recipe(None, [f"generate.{key}={value.strip()}"]).generate
+        together = {**self.settings.model_dump(), key: getattr(changed, key)}
+        self.settings = build_recipe({"generate": together}, "/set").generate
+        return f"{key} {getattr(self.settings, key)}"
+
+    def _do_retry(self, rest: str) -> str:
+        last = self._undo()
+        return self.go_on(last.typed)
+
+    def _do_undo(self, rest: str) -> str:
+        self._undo()
+        return f"…{self.text[-200:]}" if self.text else "the text is empty"
+
+    def _undo(self) -> _Step:
+        if not self._steps:
+            raise UsageError("there is nothing to take back", "type the beginning of a text")
+        step = self._steps.pop()
+        self.text = step.before
+        return step
+
+    def _do_new(self, rest: str) -> str:
+        self.text, self._steps = "", []
+        return "a new text"
+
+    def _do_show(self, rest: str) -> str:
+        return self.text
+
+    def _do_save(self, rest: str) -> str:
+        path = self._parse_path(rest, "/save FILE")
+        if path.exists() and path not in self._saved:
+            raise ConflictError(f"{path} exists", "save under another name")
+        with os_errors_as_ours(f"write {path}"):
+            write_file(path, self.text.encode())
+        self._saved.add(path)
+        return f"saved {len(self.text)} characters to {path}"
+
+    def _do_load(self, rest: str) -> str:
+        path = self._parse_path(rest, "/load FILE")
+        with os_errors_as_ours(f"read {path}"):
+            content = path.read_bytes()[: MAX_FILE_BYTES + 1]
+        if len(content) > MAX_FILE_BYTES:
+            raise UsageError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes", "load a part of it")
+        self._steps.append(_Step(self.text, "", self.seed))
+        self.text = content.decode("utf-8-sig", "replace").rstrip("\n")
+        return f"…{self.text[-200:]}"
+
+    @staticmethod
+    def _parse_path(rest: str, usage: str) -> Path:
+        try:
+            (name,) = shlex.split(rest)
+        except ValueError as error:
+            raise UsageError("name one file", usage) from error
+        return Path(name).expanduser()
+
+    def _do_adapters(self, rest: str) -> str:
+        lines = []
+        for row in self._list_rows():
+            value = row["test_perplexity"] or row["validation_perplexity"]
+            figure = f", perplexity {value:.1f}" if value else ""
+            lines.append(f"{row['name']}@{row['version']}{figure}  {row['description']}".rstrip())
+        return "\n".join(lines) or "the store has no adapter of this base"
+
+    def _list_rows(self) -> list[dict[str, object]]:
+        store, fingerprint = self.session.store, self.session.base.fingerprint
+        rows = list_current(store)[0] if store is not None else []
+        return [row for row in rows if row["base_fingerprint"] == fingerprint]
+
+    @torch.inference_mode()
+    def _do_stats(self, rest: str) -> str:
+        base = self.session.base
+        ids = base.tokenizer.encode(self.text)[-base.config.context + 1 :]
+        lines = [f"{self.num_tokens} tokens written, {self.num_tokens / max(self.seconds, 1e-9):.1f} tokens/s"]
+        if ids:
+            tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
+            for mix in dict.fromkeys([self.mix, ()]):
+                hidden = base.model(tokens[None, :-1], self.session.rows([self.session.resolve(mix)]))
+                nll = measure_nll(hidden[0], base.model.head, tokens[1:]).double().mean()
+                lines.append(
+                    f"perplexity of the text under {describe_mix(mix)}: {math.exp(nll):.2f} ({len(ids)} tokens)"
+                )
+        return "\n".join([*lines, f"last seed {self.seed}"])
+
+    def _do_help(self, rest: str) -> str:
+        width = max(len(f"/{name} {usage}") for name, (usage, _) in HELP.items())
+        lines = [f"{f'/{name} {usage}':{width}}  {what}" for name, (usage, what) in HELP.items()]
+        return "\n".join([*lines, "What does not begin with / is added to the text, which is then continued.",
+                          "An empty line continues as it is; Ctrl-C stops a continuation and keeps it."])  # fmt: skip
+
+    def _do_quit(self, rest: str) -> str:
+        self.is_over = True
+        return ""
