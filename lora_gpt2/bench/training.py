@@ -120,7 +120,7 @@ def measure_training(
     """
     runtime = choose_runtime(precision)
     with tempfile.TemporaryDirectory() as work:
-        folder = _build_base(base, Path(work), reporter) if base in SIZES else find_base(base)
+        folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
         config = parse_config(read_config(folder), str(folder))
         spec = Spec(
             str(folder), work, rows, time_tokens, steps, rank, runtime.dtype_name, runtime.device.type, checkpointing,
@@ -160,7 +160,7 @@ def _summarise(name: str, runs: Sequence[Side]) -> Side:
     )  # fmt: skip
 
 
-def _build_base(size: str, work: Path, reporter: Reporter) -> Path:
+def build_random_base(size: str, work: Path, reporter: Reporter) -> Path:
     """Saves a GPT-2 with random weights, and nano's tokenizer, which it will not need."""
     from transformers import GPT2Config as TheirConfig
     from transformers import GPT2LMHeadModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lora_gpt2.store.catalog import Store
 
 @click.group("bench")
 def command() -> None:
-    """Measure this machine: training beside transformers + PEFT, quality over domains, start-up times."""
+    """Measure this machine: training, writing and serving beside transformers + PEFT, quality, start-up."""
 
 
 @command.command("domains")
@@ -109,6 +110,81 @@ def _render_training(report: dict[str, Any]) -> str:
         f"{format_table(header, rows)}\nlimit: the MLP's matrix product in the same processes, {shown} GFLOP/s; "
         f"{report['flops_per_token'] / 1e6:,.0f} MFLOP per token"
     )
+
+
+@command.command("decode")
+@click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
+@click.option("--tokens", type=click.IntRange(2, 512), default=64, show_default=True, help="Tokens of each row.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank on all projections.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes of each side, in turn.")
+@json_option
+@click.pass_obj
+def decode(reporter: Reporter, base: str, tokens: int, rank: int, rounds: int, as_json: bool) -> None:
+    """Write beside transformers + PEFT: one row, eight under one adapter, eight under eight; swap and load adapters.
+
+    \b
+    Examples:
+      lora-gpt2 bench decode
+      lora-gpt2 bench decode --base nano --tokens 128
+    """
+    from lora_gpt2.bench.decoding import measure_decoding
+
+    report = measure_decoding(base, tokens, rounds, rank, reporter)
+    emit(report, as_json, lambda: _render_decoding(report["sides"]))
+
+
+def _compare_loss(nll: float, reference: float) -> str:
+    return "" if math.isnan(nll) else f"{math.exp(nll - reference) - 1:+.3%}"
+
+
+def _render_decoding(sides: list[dict[str, Any]]) -> str:
+    rows = [
+        [side["name"], f"{side['single']:,.1f}", f"{side['batch_one']:,.1f}", f"{side['batch_mixed']:,.1f}",
+         f"{side['batch_mixed'] / side['batch_one']:.2f}x", f"{1000 * side['swap_seconds']:.2f} ms",
+         f"{1000 * side['load_seconds']:.1f} ms", format_bytes(side["peak_memory_bytes"]),
+         _compare_loss(side["nll_nats"], sides[0]["nll_nats"])]
+        for side in sides
+    ]  # fmt: skip
+    header = [
+        "tokens/s", "one row", "8, one adapter", "8, eight adapters", "mixed / one", "swap", "load", "peak memory",
+        "perplexity",
+    ]  # fmt: skip
+    return format_table(header, rows)
+
+
+@command.command("serve")
+@click.option("--base", default="nano", show_default=True, metavar="B", help="Base of the store's adapters.")
+@click.option("--clients", type=click.IntRange(1), default=16, show_default=True, help="Clients of the steady stream.")
+@click.option("--burst", type=click.IntRange(1), default=1000, show_default=True, help="Requests at the same moment.")
+@click.option("--slow", type=click.IntRange(0), default=500, show_default=True, help="Clients that never finish.")
+@click.option("--tokens", type=click.IntRange(1, 512), default=32, show_default=True, help="Tokens of each request.")
+@store_option
+@json_option
+@click.pass_obj
+def serve(
+    reporter: Reporter, base: str, clients: int, burst: int, slow: int, tokens: int, store: Store, as_json: bool
+) -> None:
+    """Load a server of this store: a steady stream, everybody at once, and beside clients that are slow.
+
+    \b
+    Example:
+      lora-gpt2 bench serve --clients 16 --burst 1000
+    """
+    from lora_gpt2.bench.serving import measure_serving
+
+    report = measure_serving(base, store, clients, burst, slow, tokens, reporter)
+    emit(asdict(report), as_json, lambda: _render_serving(asdict(report)))
+
+
+def _render_serving(report: dict[str, Any]) -> str:
+    rows = [
+        [load["name"], ", ".join(f"{count} x {status}" for status, count in load["statuses"].items()),
+         f"{load['requests_per_second']:.1f}", f"{load['tokens_per_second']:,.0f}",
+         f"{load['median_seconds']:.2f} s", f"{load['p99_seconds']:.2f} s"]
+        for load in report["loads"]
+    ]  # fmt: skip
+    table = format_table(["", "answers", "requests/s", "tokens/s", "median", "p99"], rows)
+    return f"{table}\np99 of the burst: {report['p99_of_ideal']:.2f}x its ideal drain time"
 
 
 @command.command("grid")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora_gpt2.inference.session import BASE, Session
-from lora_gpt2.model.base import load_base
+from lora_gpt2.model.base import Base, load_base
+from lora_gpt2.model.packed import KINDS, pack_projections
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
@@ -22,7 +23,7 @@ def open_session(store: Store, references: Sequence[str], recipe: Recipe, precis
     base_name = recipe.base
     if named and "base" not in recipe.model_fields_set:
         base_name = store.read_manifest(named[0]).base.name
-    base = load_base(base_name, choose_runtime(precision))
+    base = load_for_inference(base_name, precision)
     if "all" in references:
         found = [m for m in store.iter_current() if isinstance(m, Manifest) and m.base.fingerprint == base.fingerprint]
         references = [*(m.name for m in found), *(r for r in references if r not in ("all", BASE)), BASE]
@@ -36,5 +37,19 @@ def open_store(store: Store, recipe: Recipe) -> Session:
     """
     names = {row["base"] for row in list_current(store)[0]}
     chosen = names.pop() if len(names) == 1 and "base" not in recipe.model_fields_set else recipe.base
-    base = load_base(chosen, choose_runtime(recipe.generate.precision))
-    return Session(base, store, recipe.serve.max_slots)
+    return Session(load_for_inference(chosen, recipe.generate.precision), store, recipe.serve.max_slots)
+
+
+def load_for_inference(name: str, precision: str) -> Base:
+    """Returns a base to generate with; see `GenerateSettings.precision`.
+
+    On a CPU `float16` and `int8` pack the weights and compute in float32; on a GPU int8 is bitsandbytes'.
+    """
+    runtime = choose_runtime("auto")
+    if precision not in KINDS or (precision == "float16" and runtime.device.type == "cuda"):
+        return load_base(name, choose_runtime(precision))
+    if runtime.device.type == "cuda":
+        return load_base(name, runtime, "int8")
+    base = load_base(name, choose_runtime("float32"))
+    pack_projections(base.model, precision)
+    return base

@@ -250,6 +250,7 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = LayerNorm(config.width, eps=config.epsilon)
         self.lm_head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
+        self.packed_head: Linear | None = None
 
     @property
     def head(self) -> Float[Tensor, "vocab width"]:
@@ -304,7 +305,7 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape vocab"]:
         """Returns the scores of the next token for each hidden state."""
-        return F.linear(hidden, self.head)
+        return F.linear(hidden, self.head) if self.packed_head is None else self.packed_head(hidden)
 
 
 def apply_before(before: Before, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:

@@ -1,0 +1,220 @@
+"""Writing side by side: ours, and transformers' `generate` over PEFT, on the same weights, adapters and prompts.
+
+Each side runs in processes of its own, in turn. All write the same number of tokens greedily: one sequence under one
+adapter, eight under the same one, and eight under eight different ones. Ours also with its weights packed, with what
+that does to the loss on English text.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_gpt2.bench.training import SIZES, build_random_base
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.evaluation.general import read_general
+from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.open import load_for_inference
+from lora_gpt2.inference.session import Session
+from lora_gpt2.model.base import Base, find_base, read_config
+from lora_gpt2.model.gpt2 import GPT2Config, parse_config
+from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
+from lora_gpt2.model.packed import KINDS
+from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
+from lora_gpt2.recipe import GenerateSettings, LoraSettings
+from lora_gpt2.store.interop import from_peft, read_peft_files, to_peft
+
+ROWS = 8
+PROMPT_TOKENS = 32
+REPEATS = 20
+LOSS_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What all sides do; `folder` holds the base, `work` the adapters, in folders 0 to 7."""
+
+    folder: str
+    work: str
+    tokens: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One side's outcome: tokens per second of one row, of eight under one adapter, of eight under eight.
+
+    `swap_seconds` chooses another adapter that is loaded, `load_seconds` brings a new one in from disk.
+    `nll_nats` is the base's loss on English text, without adapter.
+    """
+
+    name: str
+    single: float
+    batch_one: float
+    batch_mixed: float
+    swap_seconds: float
+    load_seconds: float
+    peak_memory_bytes: int
+    nll_nats: float
+
+
+def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: Reporter) -> dict[str, Any]:
+    """Returns the medians of every side over its processes; `base` as for `measure_training`."""
+    runtime = choose_runtime("auto")
+    packed = [f"ours, {kind} weights" for kind in KINDS] if runtime.device.type == "cpu" else []
+    names = ["ours", *packed, "peft"]
+    with tempfile.TemporaryDirectory() as work:
+        folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
+        config = parse_config(read_config(folder), str(folder))
+        for place in range(ROWS):
+            _write_adapter(config, str(folder), Path(work) / str(place), rank, place)
+        spec = Spec(str(folder), work, tokens, runtime.dtype_name)
+        found: dict[str, list[Decoding]] = {name: [] for name in names}
+        with reporter.task("measuring", rounds * len(names), "runs") as task:
+            for _ in range(rounds):
+                for name in names:
+                    found[name].append(_run_child(name, spec))
+                    task.advance(1, f"{name} {found[name][-1].single:,.1f} tokens/s")
+    sides = [_summarise(runs) for runs in found.values()]
+    shown = {"base": base, "tokens": tokens, "rank": rank, "precision": spec.precision}
+    return shown | {"sides": [asdict(side) for side in sides]}
+
+
+def _summarise(runs: Sequence[Decoding]) -> Decoding:
+    columns = {key: [getattr(run, key) for run in runs] for key in Decoding.__dataclass_fields__ if key != "name"}
+    medians = {key: statistics.median(values) for key, values in columns.items()}
+    return Decoding(runs[0].name, **medians | {"peak_memory_bytes": int(medians["peak_memory_bytes"])})
+
+
+def _write_adapter(config: GPT2Config, base: str, folder: Path, rank: int, seed: int) -> None:
+    """Saves a random adapter on all projections that has an effect, in PEFT's format."""
+    fresh, generator = build_adapter(config, LoraSettings(rank=rank, alpha=2.0 * rank), seed), torch.Generator()
+    generator.manual_seed(seed)
+    updates = {
+        site: LoraUpdate(u.a, 0.02 * torch.randn(u.b.shape, generator=generator), u.alpha, u.rslora)
+        for site, u in fresh.updates.items()
+    }
+    folder.mkdir()
+    for name, content in to_peft(Adapter(updates), base, config).items():
+        (folder / name).write_bytes(content)
+
+
+def _run_child(name: str, spec: Spec) -> Decoding:
+    code = "from lora_gpt2.bench.decoding import run_side; run_side()"
+    request = json.dumps({"name": name, "spec": asdict(spec)})
+    done = subprocess.run([sys.executable, "-c", code], input=request, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise ResourceError(f"'{name}' failed: {last[0]}", "it may need less memory: use a smaller --base")
+    return Decoding(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def run_side() -> None:
+    """Runs one side in this process: reads a request on stdin, writes a `Decoding` on stdout."""
+    request = json.loads(sys.stdin.read())
+    spec, name = Spec(**request["spec"]), request["name"]
+    kind = next((kind for kind in KINDS if kind in name), spec.precision)
+    figures = _run_peft(spec) if name == "peft" else _run_ours(spec, kind)
+    device = choose_runtime("auto").device
+    print(json.dumps({"name": name, "peak_memory_bytes": measure_peak_memory(device), **figures}))
+
+
+def _build_prompt(vocab_size: int) -> list[int]:
+    return torch.randint(vocab_size - 1, (PROMPT_TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def _time(action: Callable[[], object], repeats: int) -> float:
+    """Returns the median seconds of an action, after one that is not timed."""
+    action()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _run_ours(spec: Spec, precision: str) -> dict[str, float]:
+    base = load_for_inference(spec.folder, precision)
+    session, config = Session(base), base.config
+    adapters = {str(k): from_peft(*read_peft_files(Path(spec.work) / str(k)), config, str(k)) for k in range(ROWS)}
+    session.add(adapters)
+    settings = GenerateSettings(temperature=0, max_new_tokens=spec.tokens, logit_bias={config.eos_id: -100.0})
+    prompt = base.tokenizer.decode(_build_prompt(base.tokenizer.vocab_size))
+
+    def write(names: Sequence[str]) -> float:
+        requests = [Request(prompt, ((name, 1.0),)) for name in names]
+        generate(session, requests[:1], settings.model_copy(update={"max_new_tokens": 2}))
+        started = time.perf_counter()
+        outputs = generate(session, requests, settings)
+        return sum(output.tokens for output in outputs) / (time.perf_counter() - started)
+
+    figures = {
+        "single": write(["0"]), "batch_one": write(["0"] * ROWS), "batch_mixed": write(list(adapters)),
+    }  # fmt: skip
+    turns = iter([((str(place), 1.0),) for place in range(ROWS)] * REPEATS)
+    figures["swap_seconds"] = _time(lambda: session.rows([next(turns)]), REPEATS)
+    folder = Path(spec.work) / "3"
+    figures["load_seconds"] = _time(lambda: session.add({"3": from_peft(*read_peft_files(folder), config, "3")}), 5)
+    figures["nll_nats"] = _measure_loss(base)
+    return figures
+
+
+@torch.inference_mode()
+def _measure_loss(base: Base) -> float:
+    """Returns the loss on English text through the very projections and head that write."""
+    ids = base.tokenizer.encode("\n".join(read_general()))[: LOSS_TOKENS + 1]
+    tokens = torch.tensor(ids, device=base.runtime.device)
+    time_tokens = min(256, base.config.context)
+    rows = tokens[: (len(tokens) - 1) // time_tokens * time_tokens].view(-1, time_tokens)
+    targets = tokens[1 : rows.numel() + 1].view_as(rows)
+    logits = base.model.logits(base.model(rows)).float()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def _run_peft(spec: Spec) -> dict[str, float]:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from peft import PeftModel
+    from transformers import GPT2LMHeadModel
+
+    runtime = choose_runtime("auto")
+    base = GPT2LMHeadModel.from_pretrained(spec.folder, dtype=runtime.dtype).to(runtime.device).eval()
+    model = PeftModel.from_pretrained(base, f"{spec.work}/0", adapter_name="a0")
+    for place in range(1, ROWS):
+        model.load_adapter(f"{spec.work}/{place}", adapter_name=f"a{place}")
+    vocab_size = len(json.loads((Path(spec.folder) / "vocab.json").read_text(encoding="utf-8")))
+    prompt = torch.tensor([_build_prompt(vocab_size)], device=runtime.device)
+
+    def write(rows: int, names: list[str] | None) -> float:
+        more: dict[str, Any] = {"adapter_names": names} if names else {}
+        ids = prompt.expand(rows, -1)
+        options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids), **more}
+        with torch.inference_mode():
+            model.generate(input_ids=ids, max_new_tokens=2, **options)
+            started = time.perf_counter()
+            out = model.generate(input_ids=ids, max_new_tokens=spec.tokens, min_new_tokens=spec.tokens, **options)
+        return float(rows * (out.shape[1] - ids.shape[1]) / (time.perf_counter() - started))
+
+    model.set_adapter("a0")
+    figures = {
+        "single": write(1, None), "batch_one": write(ROWS, None),
+        "batch_mixed": write(ROWS, [f"a{place}" for place in range(ROWS)]),
+    }  # fmt: skip
+    turns = iter([f"a{place}" for place in range(ROWS)] * REPEATS)
+    figures["swap_seconds"] = _time(lambda: model.set_adapter(next(turns)), REPEATS)
+    fresh = iter(f"b{place}" for place in range(ROWS))
+    figures["load_seconds"] = _time(lambda: model.load_adapter(f"{spec.work}/3", adapter_name=next(fresh)), 5)
+    return {**figures, "nll_nats": float("nan")}
