@@ -192,8 +192,8 @@ class GenerateSettings(Section):
     """Who knows this number can find the mark, and remove it."""
     logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     """Also give the log-probability of each token and of so many of the likeliest; 0 is off."""
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    """Numbers of the base while generating; on a CPU float16 and int8 are the weights' alone, read faster."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Numbers of the base while generating; on a CPU float16 is that of the weights alone, which are read faster."""
 
     @model_validator(mode="after")
     def _check_temperature(self) -> GenerateSettings:

@@ -9,8 +9,9 @@ import threading
 import time
 from contextlib import contextmanager
 
+from lora_gpt2.model.runtime import raise_file_limit
 from lora_gpt2.serving.api import Server
-from lora_gpt2.serving.http import bind, build_http, raise_file_limit
+from lora_gpt2.serving.http import bind, build_http
 
 
 @contextmanager

@@ -30,7 +30,6 @@ from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, find_base, read_config
 from lora_gpt2.model.gpt2 import GPT2Config, parse_config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
-from lora_gpt2.model.packed import KINDS
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
 from lora_gpt2.store.interop import from_peft, read_peft_files, to_peft
@@ -39,6 +38,7 @@ ROWS = 8
 PROMPT_TOKENS = 32
 REPEATS = 20
 LOSS_TOKENS = 1024
+PACKED = "ours, float16 weights"
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Decoding:
 def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: Reporter) -> dict[str, Any]:
     """Returns the medians of every side over its processes; `base` as for `measure_training`."""
     runtime = choose_runtime("auto")
-    packed = [f"ours, {kind} weights" for kind in KINDS] if runtime.device.type == "cpu" else []
-    names = ["ours", *packed, "peft"]
+    names = ["ours", *[PACKED] * (runtime.device.type == "cpu"), "peft"]
     with tempfile.TemporaryDirectory() as work:
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
         config = parse_config(read_config(folder), str(folder))
@@ -124,8 +123,7 @@ def run_side() -> None:
     """Runs one side in this process: reads a request on stdin, writes a `Decoding` on stdout."""
     request = json.loads(sys.stdin.read())
     spec, name = Spec(**request["spec"]), request["name"]
-    kind = next((kind for kind in KINDS if kind in name), spec.precision)
-    figures = _run_peft(spec) if name == "peft" else _run_ours(spec, kind)
+    figures = _run_peft(spec) if name == "peft" else _run_ours(spec, "float16" if name == PACKED else spec.precision)
     device = choose_runtime("auto").device
     print(json.dumps({"name": name, "peak_memory_bytes": measure_peak_memory(device), **figures}))
 

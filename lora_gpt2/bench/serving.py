@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.model.runtime import raise_file_limit
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.listing import list_current
 
@@ -59,8 +59,7 @@ def measure_serving(
     names = tuple(row["name"] for row in list_current(store)[0] if row["base"] == base)
     if not names:
         raise UsageError(f"{store.root} has no adapter of {base}", "train one first, or use --base and --store")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536) if hard > 0 else 65536, hard))
+    raise_file_limit()
     with _serve(base, store) as port, reporter.task("measuring", 3, "loads") as task:
         asyncio.run(_steady(port, names, 4, 8, tokens))
         steady = asyncio.run(_steady(port, names, clients, 8 * clients, tokens))

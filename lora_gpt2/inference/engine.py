@@ -19,6 +19,7 @@ from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.sampling import choose_token
 from lora_gpt2.inference.session import Loaded, Mix, Session
+from lora_gpt2.inference.static import StaticStep
 from lora_gpt2.model.bank import InferenceRows
 from lora_gpt2.model.gpt2 import KVCache
 from lora_gpt2.recipe import GenerateSettings
@@ -141,6 +142,7 @@ class Engine:
         self.session, self.max_rows = session, max_rows
         self.device = base.runtime.device
         self.cache = KVCache(base.config, max_rows, min(max_tokens, base.config.context), base.model.wte.weight)
+        self.static = StaticStep(session, self.cache) if self.device.type == "cuda" else None
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []
         self.searches: list[tuple[Row, BeamSearch]] = []
@@ -219,6 +221,9 @@ class Engine:
         """Returns the logits `[rows, vocab]` after the newest token of each row, on the CPU."""
         if not self.rows:
             return torch.empty(0)
+        if self.static is not None:
+            rows = self.rows
+            return self.static.run([r.new_ids[-1] for r in rows], [r.num_cached for r in rows], [r.mix for r in rows])
         used = max(row.num_cached for row in self.rows)
         view = self.cache.view(0, len(self.rows), used)
         tokens = torch.tensor([[row.new_ids[-1]] for row in self.rows], device=self.device)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from lora_gpt2.inference.session import BASE, Session
 from lora_gpt2.model.base import Base, load_base
-from lora_gpt2.model.packed import KINDS, pack_projections
+from lora_gpt2.model.packed import pack_projections
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
@@ -41,15 +43,9 @@ def open_store(store: Store, recipe: Recipe) -> Session:
 
 
 def load_for_inference(name: str, precision: str) -> Base:
-    """Returns a base to generate with; see `GenerateSettings.precision`.
-
-    On a CPU `float16` and `int8` pack the weights and compute in float32; on a GPU int8 is bitsandbytes'.
-    """
-    runtime = choose_runtime("auto")
-    if precision not in KINDS or (precision == "float16" and runtime.device.type == "cuda"):
+    """Returns a base to generate with; on a CPU `float16` packs the weights and computes in float32."""
+    if precision != "float16" or torch.cuda.is_available():
         return load_base(name, choose_runtime(precision))
-    if runtime.device.type == "cuda":
-        return load_base(name, runtime, "int8")
     base = load_base(name, choose_runtime("float32"))
-    pack_projections(base.model, precision)
+    pack_projections(base.model)
     return base

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
@@ -107,6 +109,13 @@ class Session:
             return name
         return f"{name}@{self.store.read_current(name)}"
 
+    @property
+    def bank(self) -> AdapterBank:
+        """The slots; empty before the first adapter came."""
+        if self._bank is None:
+            self._bank = self._build_bank(1)
+        return self._bank
+
     def read(self, reference: str) -> Loaded:
         """Returns an adapter, from its slot or from the store; see `load_adapter` for what it raises."""
         if slot := self._slots.get(reference):
@@ -196,12 +205,13 @@ class Session:
 
     def rows(self, mixes: Sequence[Mix]) -> InferenceRows | None:
         """Returns what the network adds in each row of a batch, one mix per row; None if all are the plain base."""
-        if not any(mixes):
-            return None
+        return InferenceRows(self.bank, weights) if (weights := self.weigh(mixes)).any() else None
+
+    def weigh(self, mixes: Sequence[Mix]) -> Float[Tensor, "rows slots"]:
+        """Returns how much of each slot's adapter a row gets; what is not loaded is loaded."""
         self.open([name for mix in mixes for name, _ in mix])
-        assert self._bank is not None
-        weights = torch.zeros(len(mixes), self._bank.num_slots)
+        weights = torch.zeros(len(mixes), self.bank.num_slots)
         for row, mix in enumerate(mixes):
             for name, weight in mix:
                 weights[row, self._slots[name].place] += weight
-        return InferenceRows(self._bank, weights)
+        return weights

@@ -186,10 +186,11 @@ class InferenceRows:
     that any row uses cost nothing.
     """
 
-    def __init__(self, bank: AdapterBank, weights: Float[Tensor, "rows slots"]) -> None:
-        used = weights.any(0).nonzero()
-        first, end = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
-        self.bank, self.weights, self.span = bank, weights[:, first:end].to(bank.flat), slice(first, end)
+    def __init__(self, bank: AdapterBank, weights: Float[Tensor, "rows slots"], span: slice | None = None) -> None:
+        if span is None:
+            used = weights.any(0).nonzero()
+            span = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+        self.bank, self.weights, self.span = bank, weights[:, span].to(bank.flat), span
 
     def project(
         self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]

@@ -54,6 +54,14 @@ def choose_runtime(precision: str, device: torch.device | None = None) -> Runtim
     return Runtime(device, torch.bfloat16 if has_native_bfloat16() else torch.float32)
 
 
+def raise_file_limit() -> None:
+    """Lets this process have as many open connections as the system allows, 65,536 at most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def measure_peak_memory(device: torch.device) -> int:
     """Returns the largest memory in bytes: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import resource
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import h11
@@ -21,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, ResourceError, UsageError
 from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.model.runtime import raise_file_limit
 from lora_gpt2.serving.api import Server
 
 BACKLOG = 4096
@@ -132,14 +132,6 @@ class HttpServer(uvicorn.Server):
         """Lets what has begun end, then stops."""
         self.served.is_draining = True
         await super().shutdown(sockets)
-
-
-def raise_file_limit() -> None:
-    """Lets this process have as many open connections as the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or soft < hard:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536) if hard > 0 else 65536, hard))
 
 
 def build_http(server: Server, on_started: Callable[[], None] = lambda: None) -> HttpServer:

@@ -5,8 +5,10 @@ import torch
 
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.inference.engine import Engine, Row
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.static import StaticStep
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import build_adapter
@@ -18,7 +20,7 @@ from lora_gpt2.training.plan import build_random_data
 from lora_gpt2.training.step import Pass, Rates, StepRunner
 from lora_gpt2.training.trainer import Trainer
 from lora_gpt2.training.world import World
-from tests.builders import make_base_folder
+from tests.builders import make_adapter, make_base_folder
 from tests.unit.training.test_memory import make_recipe as make_memory_recipe
 from tests.unit.training.test_memory import measure_peak
 
@@ -125,3 +127,25 @@ def test_the_planned_memory_is_the_devices(tmp_path, device, checkpointing):
     else:
         found = measure_peak(base, [recipe])
     assert estimated.peak - estimated.reserve == pytest.approx(found, rel=0.1)
+
+
+def test_a_replayed_step_writes_what_one_that_is_computed_writes(base_folder, device):
+    base = load_base(str(base_folder), Runtime(device, torch.float32))
+    session, names = Session(base), ("one", "two", "three")
+    session.add({name: make_adapter(base.config, seed) for seed, name in enumerate(names)})
+    requests = [Request("the cat", ((name, 1.0),), seed) for seed, name in enumerate((*names, *names))]
+    requests += [Request("a", (), 9), Request("a", (("one", 0.5), ("two", 0.5)), 9)]
+    texts = []
+    for static in (True, False):
+        engine, settings = Engine(session, 8, 48), GenerateSettings(max_new_tokens=12, temperature=1.0)
+        engine.static = StaticStep(session, engine.cache) if static else None
+        rows = [
+            Row(k, r.mix, base.tokenizer.encode(r.prompt), 5 + k, settings, r.seed, base.tokenizer)
+            for k, r in enumerate(requests)
+        ]
+        for row in rows:
+            engine.submit(row)
+        while engine.is_busy:
+            engine.step()
+        texts.append([row.new_ids for row in rows])
+    assert texts[0] == texts[1]

@@ -9,6 +9,7 @@ import lora_gpt2.inference.engine as engine_module
 from lora_gpt2.inference.engine import Engine, Row, StopWatch
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.static import StaticStep
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
@@ -42,10 +43,12 @@ def run_alone(session, row):
     return row
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 8])
-def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_rows):
+@pytest.mark.parametrize(("max_rows", "is_static"), [(1, False), (3, False), (8, False), (5, True), (8, True)])
+def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_rows, is_static):
     rows, alone = make_rows(session, 24), [run_alone(session, row) for row in make_rows(session, 24)]
     engine, waiting, draw = Engine(session, max_rows, 48), list(rows), random.Random(1)
+    if is_static:  # the step that a GPU replays, here as it is
+        engine.static = StaticStep(session, engine.cache)
     largest = 0
     while engine.is_busy or waiting:
         for _ in range(draw.randint(0, 3)):

@@ -1,0 +1,57 @@
+"""Packed weights give nearly the same numbers, in less memory, and what is said of them is true."""
+
+import pytest
+import torch
+
+from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.open import load_for_inference
+from lora_gpt2.inference.session import Session
+from lora_gpt2.model.packed import PackedLinear, pack_projections
+from lora_gpt2.model.probe import compute_logits, measure_difference
+from lora_gpt2.recipe import GenerateSettings
+from tests.builders import make_adapter
+
+LARGEST = 2e-3  # of the largest value
+
+
+def test_logits_and_adapters_are_nearly_those_of_float32(base, base_folder):
+    packed = load_for_inference(str(base_folder), "float16")
+    adapter = make_adapter(base.config)
+    found = []
+    for each in (base, packed):
+        session = Session(each)
+        session.add({"law": adapter})
+        found.append([compute_logits(each), compute_logits(each, session.for_rows((("law", 1.0),)))])
+    for exact, rough in zip(*found, strict=True):
+        error = measure_difference(exact, rough) / float(exact.abs().max())
+        assert 0 < error < LARGEST
+    assert measure_difference(*found[1]) > 0.1, "the adapter still has its effect"
+    assert packed.fingerprint == base.fingerprint
+
+
+def test_what_is_packed_can_be_read_back():
+    weight, bias = torch.randn(24, 16), torch.randn(24)
+    packed = PackedLinear(weight, bias)
+    error = (packed.dense(torch.float32) - weight).abs().max() / weight.abs().max()
+    assert 0 < error < LARGEST
+    x = torch.randn(2, 3, 16)
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    assert packed(x).shape == wanted.shape
+    assert (packed(x) - wanted).abs().max() / wanted.abs().max() < LARGEST
+
+
+def test_a_batch_writes_what_each_row_writes_alone(base_folder):
+    session = Session(load_for_inference(str(base_folder), "float16"))
+    session.add({"law": make_adapter(session.base.config)})
+    settings = GenerateSettings(temperature=0, max_new_tokens=8)
+    requests = [Request("the cat", (("law", 1.0),)), Request("a"), Request("the")]
+    together = [output.text for output in generate(session, requests, settings)]
+    assert together == [generate(session, [request], settings)[0].text for request in requests]
+
+
+def test_without_fbgemm_it_says_what_to_use(base, monkeypatch):
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack"])
+    with pytest.raises(ResourceError, match="x86") as caught:
+        pack_projections(base.model)
+    assert "precision=float32" in caught.value.hint
