@@ -186,6 +186,8 @@ class GenerateSettings(Section):
     """Search the likeliest whole continuation with so many beams, instead of sampling; 1 is off."""
     length_penalty: Annotated[float, Field(ge=-5, le=5)] = 1.0
     """Beams are compared by log-probability over length to this power."""
+    merged: bool = False
+    """Write the adapter or mix into a copy of the weights first: tokens come faster, from more memory."""
     watermark: bool = False
     """Mark sampled text invisibly, so that `audit watermark` finds it (Kirchenbauer et al. 2023, arXiv:2301.10226)."""
     watermark_key: Annotated[int, Field(ge=0, lt=2**63)] = 15485863

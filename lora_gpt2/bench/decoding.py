@@ -53,7 +53,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Decoding:
-    """One side's outcome: tokens per second of one row, of eight under one adapter, of eight under eight.
+    """One side's outcome: tokens per second of one row, of one row with the adapter merged, of eight under one adapter
+    and of eight under eight.
 
     `swap_seconds` chooses another adapter that is loaded, `load_seconds` brings a new one in from disk.
     `nll_nats` is the base's loss on English text, without adapter.
@@ -61,6 +62,7 @@ class Decoding:
 
     name: str
     single: float
+    merged: float
     batch_one: float
     batch_mixed: float
     swap_seconds: float

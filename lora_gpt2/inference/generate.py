@@ -117,6 +117,9 @@ def iter_outputs(
         rows.append(Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer))
     for name in dict.fromkeys(name for row in rows for name, _ in row.mix):
         session.open([name])  # all are checked before any is used; where they are many, they are read again in turn
+    origins = [describe_provenance(session, row) for row in rows]
+    if settings.merged:
+        session = _fold(session, rows)
     size = max((len(row.prompt_ids) + row.budget for row in rows), default=1)
     engine = Engine(session, max(1, min(len(rows), MAX_ROWS)), size)
     for row in rows:
@@ -130,7 +133,17 @@ def iter_outputs(
         if stop is not None and stop.signal_number:
             ended = engine.stop_all("interrupted") + ended
         for row in ended:
-            yield row.index, _to_output(session, requests[row.index], row)
+            yield row.index, _to_output(requests[row.index], row, origins[row.index])
+
+
+def _fold(session: Session, rows: Sequence[Row]) -> Session:
+    """Returns a session whose base has the rows' one mix in its weights, and leaves the rows without one."""
+    if len({row.mix for row in rows}) > 1:
+        raise UsageError("generate.merged is for one adapter or mix at a time", "leave it out to compare several")
+    folded = session.fold(rows[0].mix) if rows and rows[0].mix else session
+    for row in rows:
+        row.mix = ()
+    return folded
 
 
 def describe_provenance(session: Session, row: Row) -> dict[str, Any]:
@@ -143,8 +156,8 @@ def describe_provenance(session: Session, row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _to_output(session: Session, request: Request, row: Row) -> Output:
+def _to_output(request: Request, row: Row, origin: dict[str, Any]) -> Output:
     return Output(
         request.prompt, row.text, describe_mix(request.mix), len(row.new_ids), row.finish_reason, request.seed,
-        describe_provenance(session, row), tuple(row.logprobs),
+        origin, tuple(row.logprobs),
     )  # fmt: skip

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.base import Base
+from lora_gpt2.model.gpt2 import GPT2, Linear
 from lora_gpt2.model.lora import Adapter, merge_ranks
+from lora_gpt2.model.merge import to_dense
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 
@@ -198,6 +200,30 @@ class Session:
         for slot in self._slots.values():
             bank.load(slot.place, slot.loaded.adapter)
         return bank
+
+    def fold(self, mix: Mix) -> Session:
+        """Returns a session over the base with a mix written into its weights, so that a token costs no more than it.
+
+        The adapted projections are new tensors, made from the pristine ones; the rest is shared, and nothing of this
+        session changes. Raises `UsageError` for a base whose weights are packed or quantised.
+        """
+        base = self.base
+        self.open([name for name, _ in mix])
+        with torch.device("meta"):
+            model = GPT2(base.config)
+        if base.model.packed_head is not None or any(type(m) is not Linear for m in base.model.iter_projections()):
+            raise UsageError("a packed or quantised base is not merged into", "use --set generate.precision=float32")
+        model.load_state_dict(base.model.state_dict(), assign=True)
+        deltas: dict[str, Tensor] = {}
+        for name, weight in mix:
+            for site, update in self._slots[name].loaded.adapter.updates.items():
+                deltas[site] = deltas.get(site, torch.zeros(())) + weight * to_dense(update)
+        for site, delta in deltas.items():
+            linear = model.get_submodule(site)
+            assert isinstance(linear, Linear)
+            merged = linear.weight.float() + delta.to(base.runtime.device)
+            linear.weight = nn.Parameter(merged.to(base.runtime.dtype), requires_grad=False)
+        return Session(replace(base, model=model.requires_grad_(False).eval()))
 
     def for_rows(self, mix: Mix) -> Callable[[int], InferenceRows | None]:
         """Returns a function from a number of rows to the adapters of a batch in which every row has this mix."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -251,6 +251,12 @@ class GPT2(nn.Module):
         self.ln_f = LayerNorm(config.width, eps=config.epsilon)
         self.lm_head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
         self.packed_head: Linear | None = None
+
+    def iter_projections(self) -> Iterator[Linear]:
+        """Yields every projection that an adapter may change."""
+        for name, module in self.named_modules():
+            if name.endswith(TARGETS) and isinstance(module, Linear):
+                yield module
 
     @property
     def head(self) -> Float[Tensor, "vocab width"]:

@@ -5,6 +5,8 @@ from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.inference.generate import Request, encode_prompt, generate
 from lora_gpt2.inference.session import Session, describe_mix, parse_mix
+from lora_gpt2.model.packed import pack_projections
+from lora_gpt2.model.probe import compute_logits, measure_difference
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
@@ -153,3 +155,23 @@ def test_adapters_of_growing_rank_join_a_session(base, store):
     assert len(set(outputs.values())) == 3
     with pytest.raises(UsageError, match="no store"):
         Session(base).open(["law"])
+
+
+def test_merged_weights_write_the_same_and_leave_the_base_alone(session, base):
+    before = {key: tensor.clone() for key, tensor in base.model.state_dict().items()}
+    for mix in (law(), (("law", 0.5), ("code", 0.5)), ()):
+        requests = [Request("the cat", mix, seed) for seed in (1, 2)]
+        plain = generate(session, requests, SETTINGS)
+        merged = generate(session, requests, SETTINGS.model_copy(update={"merged": True}))
+        assert [output.text for output in merged] == [output.text for output in plain]
+        assert merged[0].provenance["adapters"] == plain[0].provenance["adapters"]
+        assert merged[0].adapter == plain[0].adapter
+        folded = session.fold(session.resolve(mix))
+        wanted = compute_logits(base, session.for_rows(session.resolve(mix)))
+        assert measure_difference(compute_logits(folded.base), wanted) < 1e-4
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.model.state_dict().items())
+    with pytest.raises(UsageError, match="one adapter or mix"):
+        generate(session, [Request("a", law()), Request("a")], SETTINGS.model_copy(update={"merged": True}))
+    pack_projections(base.model)
+    with pytest.raises(UsageError, match="packed"):
+        session.fold(law())
