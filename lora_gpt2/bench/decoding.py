@@ -8,6 +8,7 @@ that does to the loss on English text.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -24,9 +25,9 @@ from lora_gpt2.bench.training import SIZES, build_random_base
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.evaluation.general import read_general
-from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.engine import Engine, Row
 from lora_gpt2.inference.open import load_for_inference
-from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.session import Mix, Session
 from lora_gpt2.model.base import Base, find_base, read_config
 from lora_gpt2.model.gpt2 import GPT2Config, parse_config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
@@ -38,6 +39,7 @@ ROWS = 8
 PROMPT_TOKENS = 32
 REPEATS = 20
 LOSS_TOKENS = 1024
+COMPARED = 8
 PACKED = "ours, float16 weights"
 
 
@@ -53,11 +55,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Decoding:
-    """One side's outcome: tokens per second of one row, of one row with the adapter merged, of eight under one adapter
-    and of eight under eight.
+    """One side's outcome: tokens per second of one row (also merged), of eight under one adapter, of eight under eight.
 
     `swap_seconds` chooses another adapter that is loaded, `load_seconds` brings a new one in from disk.
-    `nll_nats` is the base's loss on English text, without adapter.
+    `nll_nats` is the base's loss on English text, without adapter; `ids` are the first tokens of the eight rows under
+    eight adapters.
     """
 
     name: str
@@ -69,6 +71,10 @@ class Decoding:
     load_seconds: float
     peak_memory_bytes: int
     nll_nats: float
+    ids: list[list[int]]
+
+
+NUMBERS = [key for key in Decoding.__dataclass_fields__ if key not in ("name", "ids")]
 
 
 def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: Reporter) -> dict[str, Any]:
@@ -93,9 +99,10 @@ def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: R
 
 
 def _summarise(runs: Sequence[Decoding]) -> Decoding:
-    columns = {key: [getattr(run, key) for run in runs] for key in Decoding.__dataclass_fields__ if key != "name"}
+    columns = {key: [getattr(run, key) for run in runs] for key in NUMBERS}
     medians = {key: statistics.median(values) for key, values in columns.items()}
-    return Decoding(runs[0].name, **medians | {"peak_memory_bytes": int(medians["peak_memory_bytes"])})
+    memory = int(medians.pop("peak_memory_bytes"))
+    return Decoding(name=runs[0].name, ids=runs[0].ids, peak_memory_bytes=memory, **medians)
 
 
 def _write_adapter(config: GPT2Config, base: str, folder: Path, rank: int, seed: int) -> None:
@@ -145,25 +152,35 @@ def _time(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _run_ours(spec: Spec, precision: str) -> dict[str, float]:
+def _run_ours(spec: Spec, precision: str) -> dict[str, Any]:
     base = load_for_inference(spec.folder, precision)
     session, config = Session(base), base.config
     adapters = {str(k): from_peft(*read_peft_files(Path(spec.work) / str(k)), config, str(k)) for k in range(ROWS)}
     session.add(adapters)
     settings = GenerateSettings(temperature=0, max_new_tokens=spec.tokens, logit_bias={config.eos_id: -100.0})
-    prompt = base.tokenizer.decode(_build_prompt(base.tokenizer.vocab_size))
+    prompt = _build_prompt(base.tokenizer.vocab_size)
 
-    def write(names: Sequence[str]) -> float:
-        requests = [Request(prompt, ((name, 1.0),)) for name in names]
-        generate(session, requests[:1], settings.model_copy(update={"max_new_tokens": 2}))
+    def write(used: Session, mixes: Sequence[Mix], budget: int) -> tuple[float, list[Row]]:
+        engine = Engine(used, len(mixes), PROMPT_TOKENS + spec.tokens)
+        rows = [Row(k, mix, prompt, budget, settings, 0, base.tokenizer) for k, mix in enumerate(mixes)]
         started = time.perf_counter()
-        outputs = generate(session, requests, settings)
-        return sum(output.tokens for output in outputs) / (time.perf_counter() - started)
+        for row in rows:
+            engine.submit(row)
+        while engine.is_busy:
+            engine.step()
+        return len(rows) * budget / (time.perf_counter() - started), rows
 
-    figures = {
-        "single": write(["0"]), "batch_one": write(["0"] * ROWS), "batch_mixed": write(list(adapters)),
+    def measure(used: Session, mixes: Sequence[Mix]) -> float:
+        write(used, mixes, 2)
+        return write(used, mixes, spec.tokens)[0]
+
+    every: list[Mix] = [((name, 1.0),) for name in adapters]
+    figures: dict[str, Any] = {
+        "single": measure(session, every[:1]), "batch_one": measure(session, every[:1] * ROWS),
+        "batch_mixed": measure(session, every), "ids": [row.new_ids for row in write(session, every, COMPARED)[1]],
+        "merged": math.nan if base.model.packed_head else measure(session.fold(every[0]), [()]),
     }  # fmt: skip
-    turns = iter([((str(place), 1.0),) for place in range(ROWS)] * REPEATS)
+    turns = iter(every * REPEATS)
     figures["swap_seconds"] = _time(lambda: session.rows([next(turns)]), REPEATS)
     folder = Path(spec.work) / "3"
     figures["load_seconds"] = _time(lambda: session.add({"3": from_peft(*read_peft_files(folder), config, "3")}), 5)
@@ -183,7 +200,7 @@ def _measure_loss(base: Base) -> float:
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
-def _run_peft(spec: Spec) -> dict[str, float]:
+def _run_peft(spec: Spec) -> dict[str, Any]:
     import warnings
 
     warnings.simplefilter("ignore")
@@ -198,23 +215,29 @@ def _run_peft(spec: Spec) -> dict[str, float]:
     vocab_size = len(json.loads((Path(spec.folder) / "vocab.json").read_text(encoding="utf-8")))
     prompt = torch.tensor([_build_prompt(vocab_size)], device=runtime.device)
 
-    def write(rows: int, names: list[str] | None) -> float:
+    def write(rows: int, names: list[str] | None, budget: int) -> tuple[float, torch.Tensor]:
         more: dict[str, Any] = {"adapter_names": names} if names else {}
         ids = prompt.expand(rows, -1)
-        options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids), **more}
+        eos = model.config.eos_token_id
+        options = {"do_sample": False, "pad_token_id": eos, "attention_mask": torch.ones_like(ids), **more}
+        started = time.perf_counter()
         with torch.inference_mode():
-            model.generate(input_ids=ids, max_new_tokens=2, **options)
-            started = time.perf_counter()
-            out = model.generate(input_ids=ids, max_new_tokens=spec.tokens, min_new_tokens=spec.tokens, **options)
-        return float(rows * (out.shape[1] - ids.shape[1]) / (time.perf_counter() - started))
+            out = model.generate(input_ids=ids, max_new_tokens=budget, min_new_tokens=budget, **options)
+        written = out[:, ids.shape[1] :]
+        return written.numel() / (time.perf_counter() - started), written
+
+    def measure(rows: int, names: list[str] | None) -> float:
+        write(rows, names, 2)
+        return write(rows, names, spec.tokens)[0]
 
     model.set_adapter("a0")
-    figures = {
-        "single": write(1, None), "batch_one": write(ROWS, None),
-        "batch_mixed": write(ROWS, [f"a{place}" for place in range(ROWS)]),
+    each = [f"a{place}" for place in range(ROWS)]
+    figures: dict[str, Any] = {
+        "single": measure(1, None), "batch_one": measure(ROWS, None), "batch_mixed": measure(ROWS, each),
+        "ids": write(ROWS, each, COMPARED)[1].tolist(), "merged": math.nan, "nll_nats": math.nan,
     }  # fmt: skip
-    turns = iter([f"a{place}" for place in range(ROWS)] * REPEATS)
+    turns = iter(each * REPEATS)
     figures["swap_seconds"] = _time(lambda: model.set_adapter(next(turns)), REPEATS)
     fresh = iter(f"b{place}" for place in range(ROWS))
     figures["load_seconds"] = _time(lambda: model.load_adapter(f"{spec.work}/3", adapter_name=next(fresh)), 5)
-    return {**figures, "nll_nats": float("nan")}
+    return figures

@@ -139,17 +139,23 @@ def _compare_loss(nll: float, reference: float) -> str:
 
 def _render_decoding(sides: list[dict[str, Any]]) -> str:
     rows = [
-        [side["name"], f"{side['single']:,.1f}", f"{side['batch_one']:,.1f}", f"{side['batch_mixed']:,.1f}",
+        [side["name"], f"{side['single']:,.1f}", _show_rate(side["merged"]),
+         f"{side['batch_one']:,.1f}", f"{side['batch_mixed']:,.1f}",
          f"{side['batch_mixed'] / side['batch_one']:.2f}x", f"{1000 * side['swap_seconds']:.2f} ms",
          f"{1000 * side['load_seconds']:.1f} ms", format_bytes(side["peak_memory_bytes"]),
          _compare_loss(side["nll_nats"], sides[0]["nll_nats"])]
         for side in sides
     ]  # fmt: skip
     header = [
-        "tokens/s", "one row", "8, one adapter", "8, eight adapters", "mixed / one", "swap", "load", "peak memory",
-        "perplexity",
+        "tokens/s", "one row", "merged", "8, one adapter", "8, eight adapters", "mixed / one", "swap", "load",
+        "peak memory", "perplexity",
     ]  # fmt: skip
-    return format_table(header, rows)
+    same = "the same" if all(side["ids"] == sides[0]["ids"] for side in sides) else "not the same"
+    return f"{format_table(header, rows)}\nthe first tokens of the mixed batch are {same} on every side"
+
+
+def _show_rate(rate: float) -> str:
+    return "" if math.isnan(rate) else f"{rate:,.1f}"
 
 
 @command.command("serve")

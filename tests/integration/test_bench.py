@@ -5,7 +5,9 @@ import json
 import pytest
 
 from lora_gpt2 import cli
+from lora_gpt2.bench.decoding import measure_decoding
 from lora_gpt2.bench.grid import Point, find_best, rank_settings
+from lora_gpt2.bench.serving import measure_serving
 from lora_gpt2.bench.training import count_flops_per_token, measure_training
 from lora_gpt2.model.gpt2 import parse_config
 from lora_gpt2.recipe import LoraSettings
@@ -84,3 +86,26 @@ def test_settings_are_ranked_by_their_worst_domain():
     ranking = rank_settings(points)
     assert ranking[0][:4] == ("all", 8, 2e-3, pytest.approx(1.1))
     assert ranking[1][3] == pytest.approx(1.5)
+
+
+def test_writing_is_measured_beside_peft_and_both_write_the_same(base_folder, reporter):
+    report = measure_decoding(str(base_folder), 12, 1, 2, reporter)
+    sides = {side["name"]: side for side in report["sides"]}
+    assert list(sides) == ["ours", "ours, float16 weights", "peft"]
+    assert sides["ours"]["ids"] == sides["peft"]["ids"]
+    assert len({tuple(ids) for ids in sides["ours"]["ids"]}) > 1, "eight adapters do not write one text"
+    for side in sides.values():
+        assert all(side[key] > 0 for key in ("single", "batch_one", "batch_mixed", "swap_seconds", "load_seconds"))
+    losses = [sides[name]["nll_nats"] for name in ("ours", "ours, float16 weights")]
+    assert 0 < abs(losses[0] - losses[1]) < 1e-2
+
+
+def test_serving_is_measured_in_a_process_of_its_own(base, trained, reporter):
+    report = measure_serving(base.name, trained, 3, 40, 6, 4, reporter)
+    steady, burst, beside = report.loads
+    assert report.adapters == ("code", "law")
+    assert (steady.statuses, beside.statuses) == ({200: 24}, {200: 50})
+    assert set(burst.statuses) <= {200, 429}
+    assert sum(burst.statuses.values()) == 40
+    assert steady.tokens_per_second > 0
+    assert 0 < steady.median_seconds <= steady.p99_seconds
