@@ -7,13 +7,10 @@ on what they write. Nothing here computes, and nothing waits without a limit.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,28 +23,25 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
 
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.inference.generate import describe_provenance
 from lora_gpt2.inference.session import BASE, Loaded, Mix, Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.call import Call, EventStream
 from lora_gpt2.serving.guard import Guard, has_key
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.wire import (
     ApiError,
     Choice,
-    CompletionBody,
-    build_answer,
     build_rows,
-    build_usage,
     parse_body,
     parse_json,
     parse_model,
     read_model,
     translate_error,
 )
-from lora_gpt2.serving.worker import BusyError, EngineFailed, Grown, Ticket, Worker
+from lora_gpt2.serving.worker import BusyError, EngineFailed, Worker
 from lora_gpt2.store.listing import list_current
 
 PAGE = Path(__file__).parent / "page"
@@ -76,8 +70,6 @@ class Server:
     access: Access = Access()
     metrics: Metrics = field(default_factory=Metrics)
     is_draining: bool = False
-    num_done: int = 0
-    busy_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.worker = Worker(self.session, self.limits.max_rows, self.limits.max_waiting, self._note_step)
@@ -139,7 +131,7 @@ class Server:
 
     def estimate_wait(self) -> int:
         """Returns in how many seconds a waiting place is likely free: the mean time of a request, at least 1."""
-        return max(1, round(self.busy_seconds / self.num_done)) if self.num_done else 1
+        return max(1, round(self.metrics.mean_seconds))
 
     async def read_body(self, request: Request) -> bytes:
         """Returns a JSON request's body; raises `ApiError` 408, 413 or 415."""
@@ -175,7 +167,7 @@ class Server:
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed % 2**63
         rows = await run_in_threadpool(build_rows, body, self.session, self.defaults, self.limits, seed)
         origin = describe_provenance(self.session, rows[0])
-        call = Call(self, body, [Choice(row, body) for row in rows], origin, started)
+        call = Call(self.worker, self.metrics, body, [Choice(row, body) for row in rows], origin, started)
         call.submit()
         if body.stream:
             return EventStream(call, self.limits.send_seconds)
@@ -268,138 +260,3 @@ async def _show_http_error(request: Request, error: Exception) -> Response:
 
 async def _show_bug(request: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(500, f"a bug: {type(error).__name__}; see the server's log").to_json(), 500)
-
-
-@dataclass
-class Call:
-    """One completions request on its way through the worker."""
-
-    server: Server
-    body: CompletionBody
-    choices: list[Choice]
-    origin: dict[str, Any]
-    started: float
-
-    def __post_init__(self) -> None:
-        self.identifier, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
-        loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[list[Grown] | BaseException]()
-
-        def pass_on(item: list[Grown] | BaseException) -> None:
-            with suppress(RuntimeError):  # the loop has ended: nobody waits any more
-                loop.call_soon_threadsafe(self._queue.put_nowait, item)
-
-        self._ticket = Ticket([choice.row for choice in self.choices], pass_on, pass_on)
-
-    def submit(self) -> None:
-        """Admits it; raises `BusyError`."""
-        self.server.worker.submit(self._ticket)
-
-    def cancel(self) -> None:
-        """Ends what its client does not wait for any more."""
-        self.server.worker.cancel(self._ticket)
-
-    async def iter_grown(self) -> AsyncIterator[list[Grown]]:
-        """Yields what its rows wrote, step by step, until all have ended; raises what the engine failed of."""
-        left, metrics, is_first = len(self.choices), self.server.metrics, True
-        while left:
-            item = await self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if is_first:
-                is_first = False
-                metrics.first_token.observe(time.monotonic() - self.started)
-            left -= sum(grown.is_end for grown in item)
-            yield item
-        seconds = time.monotonic() - self.started
-        self.server.num_done += 1
-        self.server.busy_seconds += seconds
-        metrics.latency.observe(seconds)
-        usage = self.count_usage()
-        metrics.prompt_tokens.inc(usage["prompt_tokens"])
-        metrics.tokens.inc(usage["completion_tokens"])
-
-    async def collect(self, request: Request) -> dict[str, Any]:
-        """Returns the whole answer; ends the work if the client goes away meanwhile."""
-        gone = asyncio.ensure_future(_wait_for_disconnect(request.receive))
-        done = asyncio.ensure_future(self._finish())
-        try:
-            await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
-            if not done.done():
-                raise ClientDisconnect
-            await done
-        finally:
-            gone.cancel()
-            if not done.done():
-                done.cancel()
-                self.cancel()
-        choices = [choice.to_json(choice.row.text, is_end=True) for choice in self.choices]
-        return self.build(choices, usage=self.count_usage(), provenance=self.origin)
-
-    async def _finish(self) -> None:
-        async for _ in self.iter_grown():
-            pass
-
-    def count_usage(self) -> dict[str, int]:
-        """Returns the tokens that it took."""
-        return build_usage([choice.row for choice in self.choices], self.body.n)
-
-    def build(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Returns an answer, or a piece of one."""
-        return build_answer(self.identifier, self.created, self.body.model, choices, **more)
-
-    async def iter_events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yields the pieces of a stream; the first one has the provenance."""
-        more: dict[str, Any] = {"provenance": self.origin}
-        by_row = {id(choice.row): choice for choice in self.choices}
-        async for grown in self.iter_grown():
-            pieces = [
-                by_row[id(item.row)].to_json(item.text, item.is_end)
-                for item in grown
-                if item.text or item.is_end or self.body.logprobs is not None
-            ]
-            if pieces:
-                yield self.build(pieces, **more)
-                more = {}
-        if (self.body.stream_options or {}).get("include_usage"):
-            yield self.build([], usage=self.count_usage())
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(Response):
-    """Server-sent events, as OpenAI streams them; a client that takes nothing for `send_seconds` is let go."""
-
-    def __init__(self, call: Call, send_seconds: float) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        del self.headers["content-length"]
-        self.call, self.send_seconds = call, send_seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends events until the rows have ended or the client has gone."""
-        gone = asyncio.ensure_future(_wait_for_disconnect(receive))
-        done = asyncio.ensure_future(self._send_all(send))
-        try:
-            await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (gone, done):
-                task.cancel()
-            with suppress(asyncio.CancelledError, TimeoutError, OSError):
-                await done
-            self.call.cancel()
-
-    async def _send_all(self, send: Send) -> None:
-        put = partial(self._send, send)
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for event in self.call.iter_events():
-                await put(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
-        except LoraGpt2Error as error:
-            await put(f"data: {json.dumps(ApiError(500, error.message).to_json())}\n\n")
-        await put("data: [DONE]\n\n", is_last=True)
-
-    async def _send(self, send: Send, text: str, is_last: bool = False) -> None:
-        async with asyncio.timeout(self.send_seconds):
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": not is_last})

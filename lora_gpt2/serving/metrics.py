@@ -28,6 +28,20 @@ class Metrics:
             "lora_gpt2_request_seconds", "From a request's body to its end.", registry=registry, buckets=SECONDS
         )
         self._loads = 0
+        self._num_done, self._busy_seconds = 0, 0.0
+
+    @property
+    def mean_seconds(self) -> float:
+        """Mean time of a completions request; 0 before the first."""
+        return self._busy_seconds / max(1, self._num_done)
+
+    def note_done(self, seconds: float, usage: dict[str, int]) -> None:
+        """Takes in a completions request that has ended."""
+        self._num_done += 1
+        self._busy_seconds += seconds
+        self.latency.observe(seconds)
+        self.prompt_tokens.inc(usage["prompt_tokens"])
+        self.tokens.inc(usage["completion_tokens"])
 
     def note_step(self, growing: int, waiting: int, num_loads: int) -> None:
         """Takes in one step of the engine."""
