@@ -7,11 +7,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_gpt2.bench.training import SIZES, build_random_base
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.model.base import find_base, load_base
+from lora_gpt2.model.lora import build_adapter
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.store.catalog import Store, write_version
+from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import BaseIdentity, Manifest
 from lora_gpt2.store.version import utc_now
 
@@ -20,17 +27,40 @@ COMMANDS: dict[str, list[str]] = {
     "adapters list": ["adapters", "list"],
     "recipes list": ["recipes", "list"],
     "bases show nano": ["bases", "show", "nano"],
-    "generate, 1 token": ["-q", "generate", "The", "--seed", "1", "--set", "generate.max_new_tokens=1"],
 }
 MANY = 1000
+PEER = """
+import sys
+from peft import PeftModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
+base, adapter = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), adapter).eval()
+ids = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0]))
+"""
 
 
-def measure_startup(runs: int = 5) -> dict[str, float]:
-    """Returns the median wall-clock seconds of each command over `runs` runs, after one to warm the disk."""
-    with tempfile.TemporaryDirectory() as folder:
-        fill_store(Store(Path(folder)), MANY)
-        many = {f"adapters list, {MANY:,} of them": ["adapters", "list", "--store", folder]}
-        return {name: _median_seconds(arguments, runs) for name, arguments in {**COMMANDS, **many}.items()}
+def measure_startup(base: str, runs: int, reporter: Reporter) -> dict[str, float]:
+    """Returns the median wall-clock seconds of each command, after one run to warm the disk.
+
+    The first token under an adapter is also timed in a transformers + PEFT script, in turn. `base` as for
+    `measure_training`.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        fill_store(Store(Path(work) / "many"), MANY)
+        commands = {**COMMANDS, f"adapters list, {MANY:,} of them": ["adapters", "list", "--store", f"{work}/many"]}
+        ours = [sys.executable, "-m", "lora_gpt2"]
+        seconds = {name: _time_in_turn({name: [*ours, *c]}, runs)[name] for name, c in commands.items()}
+        folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
+        loaded, store = load_base(str(folder), choose_runtime("float32")), Store(Path(work) / "store")
+        publish_adapter(store, "law", build_adapter(loaded.config, LoraSettings(), 0), loaded, Origin())
+        options = ["--adapter", "law", "--store", str(store.root), "--seed", "1", "--set", "generate.max_new_tokens=1"]
+        first = {
+            "first token under an adapter": [*ours, "-q", "generate", "The", *options],
+            "the same by transformers + PEFT": [sys.executable, "-c", PEER, str(folder), str(store.resolve("law"))],
+        }
+        return seconds | _time_in_turn(first, runs)
 
 
 def fill_store(store: Store, count: int) -> None:
@@ -48,10 +78,11 @@ def fill_store(store: Store, count: int) -> None:
         (folder / "CURRENT").write_text("1\n", encoding="ascii")
 
 
-def _median_seconds(arguments: Sequence[str], runs: int) -> float:
-    seconds = []
+def _time_in_turn(commands: Mapping[str, Sequence[str]], runs: int) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(runs + 1):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "lora_gpt2", *arguments], check=True, capture_output=True)  # noqa: S603
-        seconds.append(time.monotonic() - started)
-    return statistics.median(seconds[1:])
+        for name, command in commands.items():
+            started = time.monotonic()
+            subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+            seconds[name].append(time.monotonic() - started)
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}

@@ -240,20 +240,19 @@ def _render_grid(points: list[dict[str, Any]], ranking: list[Any]) -> str:
 
 
 @command.command("startup")
+@click.option("--base", default="nano", show_default=True, metavar="B", help="Base of the first token; or S, M, L, XL.")
 @click.option("--runs", type=click.IntRange(1, 100), default=5, show_default=True)
 @json_option
-def startup(runs: int, as_json: bool) -> None:
-    """Time commands from the shell, as whole processes.
+@click.pass_obj
+def startup(reporter: Reporter, base: str, runs: int, as_json: bool) -> None:
+    """Time commands from the shell, as whole processes, and the first token beside a transformers + PEFT script.
 
     \b
     Example:
-      lora-gpt2 bench startup
+      lora-gpt2 bench startup --base S
     """
     from lora_gpt2.bench.startup import measure_startup
 
-    medians = measure_startup(runs)
-    emit(
-        {"seconds": medians},
-        as_json,
-        lambda: format_table(["", "seconds"], [[k, f"{v:.2f}"] for k, v in medians.items()]),
-    )
+    medians = measure_startup(base, runs, reporter)
+    rows = [[name, f"{seconds:.2f}"] for name, seconds in medians.items()]
+    emit({"seconds": medians}, as_json, lambda: format_table(["", "seconds"], rows))

@@ -8,6 +8,7 @@ from lora_gpt2 import cli
 from lora_gpt2.bench.decoding import measure_decoding
 from lora_gpt2.bench.grid import Point, find_best, rank_settings
 from lora_gpt2.bench.serving import measure_serving
+from lora_gpt2.bench.startup import measure_startup
 from lora_gpt2.bench.training import count_flops_per_token, measure_training
 from lora_gpt2.model.gpt2 import parse_config
 from lora_gpt2.recipe import LoraSettings
@@ -109,3 +110,11 @@ def test_serving_is_measured_in_a_process_of_its_own(base, trained, reporter):
     assert sum(burst.statuses.values()) == 40
     assert steady.tokens_per_second > 0
     assert 0 < steady.median_seconds <= steady.p99_seconds
+
+
+@pytest.mark.slow
+def test_start_up_is_measured_beside_a_script(base_folder, reporter):
+    seconds = measure_startup(str(base_folder), 1, reporter)
+    assert list(seconds)[0] == "--help"
+    assert 0 < seconds["--help"] < seconds["first token under an adapter"]
+    assert seconds["the same by transformers + PEFT"] > 1
