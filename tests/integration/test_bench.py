@@ -115,6 +115,6 @@ def test_serving_is_measured_in_a_process_of_its_own(base, trained, reporter):
 @pytest.mark.slow
 def test_start_up_is_measured_beside_a_script(base_folder, reporter):
     seconds = measure_startup(str(base_folder), 1, reporter)
-    assert list(seconds)[0] == "--help"
+    assert next(iter(seconds)) == "--help"
     assert 0 < seconds["--help"] < seconds["first token under an adapter"]
     assert seconds["the same by transformers + PEFT"] > 1
