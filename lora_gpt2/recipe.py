@@ -170,7 +170,7 @@ class GenerateSettings(Section):
     """Keep the smallest set of tokens with this probability; 1 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Drop tokens less likely than this share of the likeliest (Nguyen et al. 2024, arXiv:2407.01082); 0 is off."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Divides positive logits of tokens already seen, multiplies negative ones; 1 is off."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     """Subtracted from the logit of each token that the continuation already has."""
@@ -203,6 +203,8 @@ class GenerateSettings(Section):
             raise ValueError("temperature is 0 (greedy) or at least 0.001")
         if self.beams > 1 and self.logprobs:
             raise ValueError("logprobs are not given for beams")
+        if self.beams > 1 and self.watermark:
+            raise ValueError("beams are not watermarked")
         return self
 
 

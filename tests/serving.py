@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -15,10 +16,13 @@ from lora_gpt2.serving.http import bind, build_http
 
 
 @contextmanager
-def serving(server: Server):
-    """Answers requests while the block runs; yields the port."""
+def serving(server: Server, send_buffer: int = 0):
+    """Answers requests while the block runs; yields the port. What is sent waits in so small a buffer of the system."""
     raise_file_limit()
     bound, runner = bind("127.0.0.1", 0), build_http(server)
+    server.runner = runner
+    if send_buffer:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server.worker.start()
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()

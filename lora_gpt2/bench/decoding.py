@@ -178,7 +178,7 @@ def _run_ours(spec: Spec, precision: str) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "single": measure(session, every[:1]), "batch_one": measure(session, every[:1] * ROWS),
         "batch_mixed": measure(session, every), "ids": [row.new_ids for row in write(session, every, COMPARED)[1]],
-        "merged": math.nan if base.model.packed_head else measure(session.fold(every[0]), [()]),
+        "merged": measure(session.fold(every[0]), [()]),
     }  # fmt: skip
     turns = iter(every * REPEATS)
     figures["swap_seconds"] = _time(lambda: session.rows([next(turns)]), REPEATS)

@@ -68,7 +68,7 @@ def measure_serving(
         task.advance(1, str(crowd.statuses))
         beside = asyncio.run(_beside_slow(port, names, slow, tokens))
         task.advance(1)
-    ideal = crowd.statuses.get(200, 0) * tokens / steady.tokens_per_second
+    ideal = crowd.tokens_per_second * crowd.seconds / steady.tokens_per_second
     return ServingReport(names, (steady, crowd, beside), crowd.p99_seconds / max(ideal, 1e-9))
 
 

@@ -46,6 +46,8 @@ def command(
         missing = str(error).rpartition(" ")[2]
         raise ResourceError(f"serving needs {missing}", "pip install 'lora-gpt2[serve]'") from error
     key, admin_key = (os.environ.get(name) or None for name in ("LORA_GPT2_API_KEY", "LORA_GPT2_ADMIN_KEY"))
+    if recipe.generate.merged:
+        raise UsageError("generate.merged is for one adapter, a server has many", "leave it out")
     if not is_loopback(host) and key is None:
         raise UsageError(f"{host} can be reached from other machines", "set LORA_GPT2_API_KEY to a secret first")
     bound = bind(host, port)

@@ -86,7 +86,7 @@ class BeamSearch:
         model = self.session.base.model
         hidden = model(self.tokens, self.session.rows([self.mix] * len(self.tokens)), self.cache)
         self.cache.lengths += self.tokens.shape[1]
-        return model.logits(hidden[:, -1]).float().cpu()
+        return model.logits(hidden[:, -1])[:, : self.session.base.tokenizer.vocab_size].float().cpu()
 
     def _adjust(self, logprobs: Tensor) -> Tensor:
         rows = [

@@ -65,8 +65,9 @@ class StopWatch:
 class Row:
     """One continuation while it grows; `finish_reason` is empty until it ends.
 
-    A budget of 0 only reads the prompt. `loaded` has adapters of the mix that were read beforehand, so that joining
-    waits for no disk. With `scores_prompt` the prompt's own tokens get log-probabilities, the first excepted.
+    A row that cannot grow ends with `error`; a budget of 0 only reads the prompt. `loaded` has adapters of the mix that
+    were read beforehand, so that joining waits for no disk. With `scores_prompt` the prompt's own tokens get
+    log-probabilities, the first excepted.
     """
 
     index: int
@@ -79,6 +80,7 @@ class Row:
     loaded: Mapping[str, Loaded] = field(default_factory=dict)
     scores_prompt: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: Exception | None = None
     new_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
@@ -97,6 +99,7 @@ class Row:
         """Chooses a token by its logits `[vocab]`; returns the text that it completes."""
         if not self.budget:
             return self.finish("length")
+        logits = logits[: self.tokenizer.vocab_size]  # a padded head has rows that are no tokens
         seen = torch.tensor(self.prompt_ids + self.new_ids)
         token = choose_token(logits, seen, self.settings, self._generator, len(self.prompt_ids))
         if self.settings.logprobs and token != self.tokenizer.eos_id:
@@ -117,6 +120,11 @@ class Row:
         self.finish_reason = self.finish_reason or reason
         return shown + ("" if self._watch.is_hit else self._show(self._watch.finish()))
 
+    def fail(self, error: Exception) -> str:
+        """Ends the row with an error."""
+        self.error, self.finish_reason = error, "error"
+        return ""
+
     def _show(self, text: str) -> str:
         self.text += text
         if self._watch.is_hit:
@@ -130,6 +138,15 @@ def _describe_choice(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
+def _grow(row: Row, logits: Tensor) -> str:
+    """Grows a row; what goes wrong in choosing its token is its own error and nobody else's."""
+    try:
+        return row.grow(logits)
+    except ROW_ERRORS as error:
+        return row.fail(error)
+
+
+ROW_ERRORS = (RuntimeError, ValueError, IndexError)
 SCORED_ROWS = 128
 """Positions of a prompt whose logits exist at the same time: 26 MB in float32 for GPT-2's vocabulary."""
 
@@ -155,8 +172,8 @@ class Engine:
 
     @property
     def num_growing(self) -> int:
-        """Rows that grow, those of beams included."""
-        return len(self.rows) + len(self.searches)
+        """Sequences that grow: a search counts once for each beam."""
+        return len(self.rows) + sum(row.settings.beams for row, _ in self.searches)
 
     def submit(self, row: Row) -> None:
         """Lets a row join at the next step that has room."""
@@ -179,29 +196,50 @@ class Engine:
     def step(self) -> list[tuple[Row, str]]:
         """Grows every row by one token; returns the rows with the text that each completed, finished ones included."""
         self._drop_finished()
-        grown = [(row, row.grow(logits)) for row, logits in zip(self.rows, self._decode(), strict=True)]
+        grown = [(row, _grow(row, logits)) for row, logits in zip(self.rows, self._decode(), strict=True)]
         grown += [(row, self._search(row, search)) for row, search in self.searches]
-        joining: list[Row] = []
-        while self.waiting and self.num_growing + len(joining) < self.max_rows:
-            if not self.waiting[0].finish_reason:  # nobody stopped it while it waited
-                joining.append(self.waiting[0])
-            self.waiting.popleft()
-        for row in joining:
-            self.session.put({name: row.loaded.get(name) or self.session.read(name) for name, _ in row.mix})
-            self.session.hold(row.mix)
-        sampled = [row for row in joining if row.settings.beams == 1 or not row.budget]
-        grown += [(row, row.grow(logits)) for row, logits in zip(sampled, self._read_prompts(sampled), strict=True)]
+        sampled, searched = self._admit()
+        grown += [(row, _grow(row, logits)) for row, logits in zip(sampled, self._read_prompts(sampled), strict=True)]
         self.rows += sampled
-        for row in joining:
-            if row not in sampled:
-                search = BeamSearch(self.session, row.prompt_ids, row.mix, row.budget, row.settings)
-                self.searches.append((row, search))
+        for row in searched:
+            search = BeamSearch(self.session, row.prompt_ids, row.mix, row.budget, row.settings)
+            self.searches.append((row, search))
         self._drop_finished()
         return grown
 
+    def reset(self) -> None:
+        """Forgets every row, without a word to them; the memory of the cache is kept."""
+        self.rows, self.searches, self._adapters = [], [], (None, None)
+        self.waiting.clear()
+
+    def _admit(self) -> tuple[list[Row], list[Row]]:
+        """Takes those from the queue for whom there is room; returns the rows to sample and those to search for.
+
+        A search that is wider than the engine begins when nothing else grows.
+        """
+        sampled: list[Row] = []
+        searched: list[Row] = []
+        num_growing = self.num_growing
+        while self.waiting:
+            row = self.waiting[0]
+            width = row.settings.beams if row.budget else 1
+            if num_growing and num_growing + width > self.max_rows:
+                break
+            self.waiting.popleft()
+            if row.finish_reason:  # somebody stopped it while it waited
+                continue
+            self.session.put({name: row.loaded.get(name) or self.session.read(name) for name, _ in row.mix})
+            self.session.hold(row.mix)
+            num_growing += width
+            (sampled if width == 1 else searched).append(row)
+        return sampled, searched
+
     def _search(self, row: Row, search: BeamSearch) -> str:
         """Makes a search one token longer; returns the text of the best continuation once there is one."""
-        search.advance()
+        try:
+            search.advance()
+        except ROW_ERRORS as error:
+            return row.fail(error)
         if not search.is_done:
             return ""
         best, shown = search.kept[0], ""

@@ -109,14 +109,7 @@ def iter_outputs(
         UsageError: a prompt does not fit.
         NotFoundError, IntegrityError: an adapter cannot be used.
     """
-    tokenizer, context = session.base.tokenizer, session.base.config.context
-    rows = []
-    for index, request in enumerate(requests):
-        own = request.settings or settings
-        ids, budget = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
-        rows.append(Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer))
-    for name in dict.fromkeys(name for row in rows for name, _ in row.mix):
-        session.open([name])  # all are checked before any is used; where they are many, they are read again in turn
+    rows = _build_rows(session, requests, settings, truncate_left)
     origins = [describe_provenance(session, row) for row in rows]
     if settings.merged:
         session = _fold(session, rows)
@@ -133,7 +126,23 @@ def iter_outputs(
         if stop is not None and stop.signal_number:
             ended = engine.stop_all("interrupted") + ended
         for row in ended:
+            if row.error is not None:
+                raise row.error
             yield row.index, _to_output(requests[row.index], row, origins[row.index])
+
+
+def _build_rows(
+    session: Session, requests: Sequence[Request], settings: GenerateSettings, truncate_left: bool
+) -> list[Row]:
+    tokenizer, context = session.base.tokenizer, session.base.config.context
+    rows = []
+    for index, request in enumerate(requests):
+        own = request.settings or settings
+        ids, budget = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
+        rows.append(Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer))
+    for name in dict.fromkeys(name for row in rows for name, _ in row.mix):
+        session.open([name])  # all are checked before any is used; where they are many, they are read again in turn
+    return rows
 
 
 def _fold(session: Session, rows: Sequence[Row]) -> Session:
@@ -152,7 +161,7 @@ def describe_provenance(session: Session, row: Row) -> dict[str, Any]:
     return {
         "base": base.name, "base_fingerprint": base.fingerprint,
         "adapters": session.describe_origin(row.mix, row.loaded),
-        "seed": row.seed, "settings": row.settings.model_dump(mode="json"),
+        "seed": row.seed, "settings": row.settings.model_dump(mode="json", exclude={"watermark_key"}),
     }  # fmt: skip
 
 

@@ -50,11 +50,11 @@ MAX_FILE_BYTES = 10_000_000
 
 @dataclass
 class _Step:
-    """The text before something was added, and the seed of the continuation."""
+    """The text before something was added: what was typed, with its continuation, or a file."""
 
     before: str
     typed: str
-    seed: int
+    is_continuation: bool = True
 
 
 @dataclass
@@ -109,17 +109,15 @@ class Repl:
             known = []
         return [candidate for candidate in known if candidate.startswith(word)]
 
-    def go_on(self, typed: str, seed: int | None = None) -> str:
+    def go_on(self, typed: str) -> str:
         """Adds what was typed to the text and continues it; Ctrl-C keeps what was written by then."""
         if not (self.text or typed):
             raise UsageError("there is no text yet", "type its beginning")
         before, prompt = self.text, self.text + typed
-        if seed is None:
-            self.seed += 1
-        used = self.seed if seed is None else seed
-        (output,) = self._write(prompt, [self.mix], used, self.on_text)
+        self.seed += 1
+        (output,) = self._write(prompt, [self.mix], self.seed, self.on_text)
         self.text = prompt + output.text
-        self._steps.append(_Step(before, typed, used))
+        self._steps.append(_Step(before, typed))
         notes = {"interrupted": "stopped; what was written is kept", "stop": "the text ends here"}
         dropped = count_dropped(self.session.base, prompt, self.settings)
         cut = f"the first {dropped} tokens were left out, to make room" if dropped else ""
@@ -190,8 +188,16 @@ class Repl:
         return f"{key} {getattr(self.settings, key)}"
 
     def _do_retry(self, rest: str) -> str:
-        last = self._undo()
-        return self.go_on(last.typed)
+        if not (self._steps and self._steps[-1].is_continuation):
+            raise UsageError("there is no continuation to take back", "type text, or an empty line")
+        text, last = self.text, self._steps.pop()
+        self.text = last.before
+        try:
+            return self.go_on(last.typed)
+        except BaseException:
+            self.text = text
+            self._steps.append(last)
+            raise
 
     def _do_undo(self, rest: str) -> str:
         self._undo()
@@ -226,7 +232,7 @@ class Repl:
             content = path.read_bytes()[: MAX_FILE_BYTES + 1]
         if len(content) > MAX_FILE_BYTES:
             raise UsageError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes", "load a part of it")
-        self._steps.append(_Step(self.text, "", self.seed))
+        self._steps.append(_Step(self.text, "", is_continuation=False))
         self.text = content.decode("utf-8-sig", "replace").rstrip("\n")
         return f"…{self.text[-200:]}"
 

@@ -60,6 +60,9 @@ def adjust_logits(
     return forbid_ngrams(logits, seen, settings.no_repeat_ngram)
 
 
+LARGEST = 1e30  # what a division by the smallest temperature leaves finite
+
+
 @lru_cache(maxsize=4)
 def _build_watermark(vocab_size: int, key: int) -> Any:
     from transformers.generation.logits_process import WatermarkLogitsProcessor
@@ -108,6 +111,7 @@ def choose_token(
     adjusted = mark_logits(adjust_logits(logits.float(), seen, num_prompt, settings), seen, settings)
     if not torch.isfinite(adjusted).any():
         adjusted = logits.float()
+    adjusted = adjusted.clamp(max=LARGEST)
     if settings.temperature == 0:
         return int(adjusted.argmax())
     probabilities = shape_logits(adjusted, settings).softmax(0)

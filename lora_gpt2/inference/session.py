@@ -6,6 +6,7 @@ weights. The base is never written, so any adapter can be left again without a t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,19 +15,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import NotFoundError, UsageError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import GPT2, Linear
+from lora_gpt2.model.gpt2 import Linear
 from lora_gpt2.model.lora import Adapter, merge_ranks
 from lora_gpt2.model.merge import to_dense
+from lora_gpt2.model.packed import PackedLinear
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 
 BASE = "base"
 MAX_WEIGHT = 16.0
+DIGEST_DIGITS = 16
 Mix = tuple[tuple[str, float], ...]
 
 
@@ -44,6 +47,8 @@ def parse_mix(specs: Sequence[str]) -> Mix:
             weight = math.nan
         if not abs(weight) <= MAX_WEIGHT:
             raise UsageError(f"adapter {spec}: expected name:weight, weight within ±{MAX_WEIGHT:g}", "such as law:0.6")
+        if "#" in name:
+            raise UsageError(f"'{name}' is not an adapter", "write name or name@version")
         if name in (other for other, _ in parts):
             raise UsageError(f"adapter {name} is given twice", "give each once, with its weight")
         if name == BASE and (separator or len(specs) > 1):
@@ -60,6 +65,11 @@ def describe_mix(mix: Mix) -> str:
     if len(mix) == 1 and mix[0][1] == 1:
         return mix[0][0]
     return "+".join(f"{name}:{weight:g}" for name, weight in mix)
+
+
+def show_name(reference: str) -> str:
+    """Returns a resolved name without its digest."""
+    return reference.partition("#")[0]
 
 
 @dataclass(frozen=True)
@@ -100,16 +110,18 @@ class Session:
         return list(self._slots)
 
     def resolve(self, mix: Mix) -> Mix:
-        """Returns a mix in which every name is a version, so that it stays what it is when a newer one is published.
+        """Returns a mix in which every name is `name@version#digest`, which stays what it is whatever is published.
 
-        Raises `NotFoundError` for a name without adapter.
+        The digest matters where an adapter was removed and another one published under its name and number. Raises
+        what `Store.read_manifest` does for a name without adapter.
         """
-        return tuple((self._name_version(name), weight) for name, weight in mix)
+        return tuple((self._pin(name), weight) for name, weight in mix)
 
-    def _name_version(self, name: str) -> str:
-        if name in self._slots or "@" in name or self.store is None:
+    def _pin(self, name: str) -> str:
+        if name in self._slots or "#" in name or self.store is None:
             return name
-        return f"{name}@{self.store.read_current(name)}"
+        manifest = self.store.read_manifest(name)
+        return f"{manifest.reference}#{manifest.digest[:DIGEST_DIGITS]}"
 
     @property
     def bank(self) -> AdapterBank:
@@ -124,7 +136,10 @@ class Session:
             return slot.loaded
         if self.store is None:
             raise UsageError("this session has no store", "open it with one")
-        manifest, adapter = load_adapter(self.store, reference, self.base)
+        version, _, digest = reference.partition("#")
+        manifest, adapter = load_adapter(self.store, version, self.base)
+        if not manifest.digest.startswith(digest):
+            raise NotFoundError(f"{version} was replaced by another adapter", "ask again")
         return Loaded(adapter, manifest.digest)
 
     def open(self, references: Sequence[str]) -> None:
@@ -147,6 +162,15 @@ class Session:
                 fresh[name] = loaded.adapter
                 slot = _Slot(loaded, slot.place if slot else self._find_place(adapters))
             self._slots[name] = slot  # the most recently used comes last
+        try:
+            self._fill(fresh)
+        except BaseException:
+            for name in fresh:  # their places hold something else, or half of it
+                self._slots.pop(name, None)
+            raise
+
+    def _fill(self, fresh: Mapping[str, Adapter]) -> None:
+        """Copies adapters into the bank at their slots' places; a bank without room for them is built anew."""
         self.num_loads += len(fresh)
         size = max((slot.place + 1 for slot in self._slots.values()), default=0)
         bank = self._bank
@@ -183,7 +207,7 @@ class Session:
     def describe_origin(self, mix: Mix, loaded: Mapping[str, Loaded]) -> list[dict[str, Any]]:
         """Returns what a mix is made of, so that a text can be traced: name, weight, sha256 of the weights."""
         found = {name: loaded.get(name) or self.read(name) for name, _ in mix}
-        return [{"adapter": name, "weight": weight, "sha256": found[name].digest} for name, weight in mix]
+        return [{"adapter": show_name(name), "weight": weight, "sha256": found[name].digest} for name, weight in mix]
 
     def _find_place(self, keep: Collection[str]) -> int:
         """Returns a place for one more adapter: an empty one, that of the oldest, or a new one."""
@@ -205,15 +229,14 @@ class Session:
         """Returns a session over the base with a mix written into its weights, so that a token costs no more than it.
 
         The adapted projections are new tensors, made from the pristine ones; the rest is shared, and nothing of this
-        session changes. Raises `UsageError` for a base whose weights are packed or quantised.
+        session changes. Raises `UsageError` for a quantised base.
         """
         base = self.base
         self.open([name for name, _ in mix])
-        with torch.device("meta"):
-            model = GPT2(base.config)
-        if base.model.packed_head is not None or any(type(m) is not Linear for m in base.model.iter_projections()):
-            raise UsageError("a packed or quantised base is not merged into", "use --set generate.precision=float32")
-        model.load_state_dict(base.model.state_dict(), assign=True)
+        if any(type(linear) not in (Linear, PackedLinear) for linear in base.model.iter_projections()):
+            raise UsageError("a quantised base is not merged into", "leave generate.merged out")
+        shared = {id(module): module for module in base.model.modules() if not list(module.children())}
+        model = copy.deepcopy(base.model, shared)
         deltas: dict[str, Tensor] = {}
         for name, weight in mix:
             for site, update in self._slots[name].loaded.adapter.updates.items():
@@ -221,9 +244,8 @@ class Session:
         for site, delta in deltas.items():
             linear = model.get_submodule(site)
             assert isinstance(linear, Linear)
-            merged = linear.weight.float() + delta.to(base.runtime.device)
-            linear.weight = nn.Parameter(merged.to(base.runtime.dtype), requires_grad=False)
-        return Session(replace(base, model=model.requires_grad_(False).eval()))
+            model.set_submodule(site, linear.with_weight(linear.dense(torch.float32) + delta.to(base.runtime.device)))
+        return Session(replace(base, model=model))
 
     def for_rows(self, mix: Mix) -> Callable[[int], InferenceRows | None]:
         """Returns a function from a number of rows to the adapters of a batch in which every row has this mix."""

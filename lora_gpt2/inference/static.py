@@ -45,7 +45,7 @@ class StaticStep:
         rows = len(tokens)
         size = min(1 << (rows - 1).bit_length(), self.cache.buffer.shape[2])
         weights = self.session.weigh([*mixes, *[()] * (size - rows)]) if any(mixes) else None
-        step = self._find_step(size, weights)
+        step = self._find_step(size, weights)  # recording touches the lengths, so it comes first
         step.tokens[:rows, 0].copy_(torch.tensor(tokens), non_blocking=True)
         self.cache.lengths[:size].copy_(torch.tensor([*lengths, *[0] * (size - rows)]), non_blocking=True)
         if step.weights is not None and weights is not None:
@@ -84,7 +84,8 @@ class StaticStep:
         return model.logits(model(step.tokens, adapters, view)[:, -1]).float()
 
     def _record(self, step: _Recorded) -> None:
-        self.cache.lengths[: len(step.tokens)].zero_()
+        # the last place, which a row writes itself before it reads it: rows that grow are not disturbed
+        self.cache.lengths[: len(step.tokens)] = self.cache.buffer.shape[4] - 1
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             for _ in range(WARM_UP):

@@ -44,6 +44,13 @@ class Linear(_Uninitialised, nn.Linear):
         """Returns the weight as numbers to compute with."""
         return self.weight.to(dtype)
 
+    def with_weight(self, weight: Float[Tensor, "outputs inputs"]) -> Linear:
+        """Returns a projection with this weight, in this one's dtype, and the same bias."""
+        made = copy.copy(self)
+        made._parameters = dict(self._parameters)  # the copy's own
+        made.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        return made
+
 
 class Embedding(_Uninitialised, nn.Embedding):
     """`nn.Embedding` without random weights."""

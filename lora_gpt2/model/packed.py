@@ -28,6 +28,10 @@ class PackedLinear(Linear):
         weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
         return weight.to(dtype)
 
+    def with_weight(self, weight: Float[Tensor, "outputs inputs"]) -> PackedLinear:
+        """Returns a packed projection with this weight and the same bias."""
+        return PackedLinear(weight, torch.ops.quantized.linear_unpack_fp16(self.packed)[1])
+
     def forward(self, x: Float[Tensor, "*shape inputs"]) -> Float[Tensor, "*shape outputs"]:
         """Returns the projection of `x`, in float32."""
         result: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)

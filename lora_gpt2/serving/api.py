@@ -26,7 +26,7 @@ from starlette.staticfiles import StaticFiles
 
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.inference.generate import describe_provenance
-from lora_gpt2.inference.session import BASE, Loaded, Mix, Session
+from lora_gpt2.inference.session import BASE, Loaded, Mix, Session, show_name
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.call import Call, EventStream
 from lora_gpt2.serving.guard import Guard, has_key
@@ -74,8 +74,8 @@ class Server:
     def __post_init__(self) -> None:
         self.worker = Worker(self.session, self.limits.max_rows, self.limits.max_waiting, self._note_step)
 
-    def _note_step(self, growing: int, waiting: int) -> None:
-        self.metrics.note_step(growing, waiting, self.session.num_loads)
+    def _note_step(self, grown: int, growing: int, waiting: int) -> None:
+        self.metrics.note_step(grown, growing, waiting, self.session.num_loads)
 
     def build_app(self) -> Starlette:
         """Returns the ASGI application; the worker must be started."""
@@ -164,9 +164,10 @@ class Server:
         body = parse_body(content)
         if self.is_draining:
             raise ApiError(503, "the server is shutting down")
+        self.worker.check_room()
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed % 2**63
         rows = await run_in_threadpool(build_rows, body, self.session, self.defaults, self.limits, seed)
-        origin = describe_provenance(self.session, rows[0])
+        origin = describe_provenance(self.session, rows[0]) | {"seeds": [row.seed for row in rows]}
         call = Call(self.worker, self.metrics, body, [Choice(row, body) for row in rows], origin, started)
         call.submit()
         if body.stream:
@@ -197,13 +198,13 @@ class Server:
         """GET /v1/adapters: what is in the slots."""
         self._check_admin(request)
         loaded = await self._call(lambda: self.session.loaded)
-        return JSONResponse({"loaded": loaded, "max_slots": self.limits.max_slots})
+        return JSONResponse({"loaded": [show_name(name) for name in loaded], "max_slots": self.limits.max_slots})
 
     async def load_adapter(self, request: Request) -> Response:
         """POST /v1/adapters/load {"name": ...}: brings an adapter into a slot before it is asked for."""
         _, loaded = await self._read_admin_model(request)
         await self._call(lambda: self.session.put(loaded))
-        return JSONResponse({"loaded": list(loaded)})
+        return JSONResponse({"loaded": [show_name(name) for name in loaded]})
 
     async def unload_adapter(self, request: Request) -> Response:
         """POST /v1/adapters/unload {"name": ...}: frees its slot; 409 while it is in use."""
@@ -211,7 +212,7 @@ class Server:
         dropped = await self._call(lambda: [name for name, _ in mix if self.session.drop(name)])
         if not dropped:
             raise ApiError(409, "the adapter is in use, or not loaded", "name")
-        return JSONResponse({"unloaded": dropped})
+        return JSONResponse({"unloaded": [show_name(name) for name in dropped]})
 
     async def _read_admin_model(self, request: Request) -> tuple[Mix, dict[str, Loaded]]:
         self._check_admin(request)

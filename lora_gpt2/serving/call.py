@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.wire import ApiError, Choice, CompletionBody, build_answer, build_usage
-from lora_gpt2.serving.worker import Grown, Ticket, Worker
+from lora_gpt2.serving.worker import EngineFailed, Grown, Ticket, Worker
 
 
 @dataclass
@@ -61,6 +61,9 @@ class Call:
             if is_first:
                 is_first = False
                 self.metrics.first_token.observe(time.monotonic() - self.started)
+            if failed := [grown.row.error for grown in item if grown.row.error is not None]:
+                self.cancel()
+                raise EngineFailed(f"a continuation failed: {failed[0]}", "change its parameters") from failed[0]
             left -= sum(grown.is_end for grown in item)
             yield item
         self.metrics.note_done(time.monotonic() - self.started, self.count_usage())
@@ -79,7 +82,7 @@ class Call:
             if not done.done():
                 done.cancel()
                 self.cancel()
-        choices = [choice.to_json(choice.row.text, is_end=True) for choice in self.choices]
+        choices = [choice.to_json(choice.row.text, len(choice.row.logprobs), True) for choice in self.choices]
         return self.build(choices, usage=self.count_usage(), provenance=self.origin)
 
     async def _finish(self) -> None:
@@ -100,7 +103,7 @@ class Call:
         by_row = {id(choice.row): choice for choice in self.choices}
         async for grown in self.iter_grown():
             pieces = [
-                by_row[id(item.row)].to_json(item.text, item.is_end)
+                by_row[id(item.row)].to_json(item.text, item.num_logprobs, item.is_end)
                 for item in grown
                 if item.text or item.is_end or self.body.logprobs is not None
             ]

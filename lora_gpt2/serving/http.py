@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -19,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, ResourceError, UsageError
-from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.interrupt import StopRequest, catch_signals
 from lora_gpt2.model.runtime import raise_file_limit
 from lora_gpt2.serving.api import Server
 
@@ -73,41 +74,48 @@ def describe_url(bound: socket.socket) -> str:
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's protocol, which closes a connection that has not sent a complete request head in time."""
+    """uvicorn's protocol, which lets clients go that send no complete request, or take no answer, in time."""
 
     header_seconds = 10.0
+    send_seconds = 30.0
 
     def connection_made(self, transport: Any) -> None:
-        """Starts the clock."""
-        self._deadline: asyncio.TimerHandle | None = None
+        """Starts the clocks."""
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
         super().connection_made(transport)
-        self._watch()
+        self._send_timer = self.loop.call_later(self.send_seconds, self._check_sending)
+        self._watch_head()
 
     def data_received(self, data: bytes) -> None:
-        """Stops the clock once the head is complete; starts it for the next one."""
+        """Stops the clock of the head once it is complete; starts it for the next one."""
         super().data_received(data)
-        self._watch()
+        self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clock."""
-        self._stop_watching()
+        """Stops the clocks."""
+        self._send_timer.cancel()
+        if self._head_timer is not None:
+            self._head_timer.cancel()
         super().connection_lost(exc)
 
-    def _watch(self) -> None:
-        is_incomplete = self.conn.their_state is h11.IDLE
-        if is_incomplete and self._deadline is None:
-            self._deadline = self.loop.call_later(self.header_seconds, self._give_up)
-        elif not is_incomplete:
-            self._stop_watching()
+    def _watch_head(self) -> None:
+        # a body that goes on after its answer is no request either
+        is_incomplete = self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
+        if is_incomplete and self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.header_seconds, self.transport.close)
+        elif not is_incomplete and self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _stop_watching(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _give_up(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
+    def _check_sending(self) -> None:
+        """Cuts the connection if nothing of a full buffer, or of a last answer, was taken since the last time."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent >= self._unsent > 0 and (self.flow.write_paused or self.transport.is_closing()):
+            self.transport.abort()
+            return
+        self._unsent = unsent
+        self._send_timer = self.loop.call_later(self.send_seconds / 2, self._check_sending)
 
 
 class HttpServer(uvicorn.Server):
@@ -116,6 +124,8 @@ class HttpServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, server: Server, on_started: Callable[[], None]) -> None:
         super().__init__(config)
         self.served, self.on_started = server, on_started
+        self.stop = StopRequest()
+        self.was_cut_off = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, then says so."""
@@ -124,20 +134,24 @@ class HttpServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second by uvicorn."""
-        if self.served.worker.error is not None:
+        if self.served.worker.error is not None or self.stop.signal_number:
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Lets what has begun end, then stops."""
         self.served.is_draining = True
+        started = time.monotonic()
         await super().shutdown(sockets)
+        limit = self.config.timeout_graceful_shutdown
+        self.was_cut_off = limit is not None and time.monotonic() - started >= limit
 
 
 def build_http(server: Server, on_started: Callable[[], None] = lambda: None) -> HttpServer:
     """Returns what answers requests on a socket until its `should_exit` is set; the worker must be started."""
     limits = server.limits
-    protocol = type("Protocol", (PatientProtocol,), {"header_seconds": limits.header_seconds})
+    times = {"header_seconds": limits.header_seconds, "send_seconds": limits.send_seconds}
+    protocol = type("Protocol", (PatientProtocol,), times)
     config = uvicorn.Config(
         server.build_app(), http=protocol, loop="asyncio", lifespan="off", log_level="warning", access_log=False,
         ws="none", backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_SECONDS, server_header=False, proxy_headers=False,
@@ -154,10 +168,12 @@ def serve(server: Server, bound: socket.socket, reporter: Reporter) -> None:
         ResourceError: the engine died.
     """
     raise_file_limit()
+    limits = server.limits
     said = f"serving {server.session.base.name} at {describe_url(bound)} (Ctrl-C ends it)"
     http = build_http(server, lambda: reporter.message(said))
     server.worker.start()
     with catch_signals() as stop:
+        http.stop = stop  # uvicorn itself knows nothing of SIGHUP
         try:
             http.run(sockets=[bound])
         finally:
@@ -166,4 +182,5 @@ def serve(server: Server, bound: socket.socket, reporter: Reporter) -> None:
             raise ResourceError(
                 f"the engine failed again and again: {server.worker.error!r}", "restart; please report it"
             ) from server.worker.error
-        stop.raise_if_asked("what had begun was answered")
+        cut = f"what was not answered within {limits.drain_seconds:g} s was cut off"
+        stop.raise_if_asked(cut if http.was_cut_off else "what had begun was answered")

@@ -43,11 +43,11 @@ class Metrics:
         self.prompt_tokens.inc(usage["prompt_tokens"])
         self.tokens.inc(usage["completion_tokens"])
 
-    def note_step(self, growing: int, waiting: int, num_loads: int) -> None:
-        """Takes in one step of the engine."""
+    def note_step(self, grown: int, growing: int, waiting: int, num_loads: int) -> None:
+        """Takes in one step of the engine: rows that it grew, that go on and that wait, adapters loaded so far."""
         self.growing.set(growing)
         self.waiting.set(waiting)
-        self.batch.observe(growing)
+        self.batch.observe(grown)
         self.swaps.inc(num_loads - self._loads)
         self._loads = num_loads
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError, UsageError
+from lora_gpt2.core.paths import is_name
 from lora_gpt2.core.suggest import suggest
-from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.engine import Row, TokenLogprobs
 from lora_gpt2.inference.generate import keep_tokens
 from lora_gpt2.inference.session import BASE, Loaded, Mix, Session, parse_mix
@@ -28,6 +28,7 @@ SAMPLING = (
     "no_repeat_ngram", "logit_bias", "beams", "length_penalty", "watermark",
 )  # fmt: skip
 MAX_SEED = 2**63 - 1
+MAX_MIX = 8
 
 
 class ApiError(Exception):
@@ -170,8 +171,12 @@ def parse_model(model: str, session: Session) -> Mix:
 
     Raises `ApiError` 404 for a name without adapter.
     """
+    names = model.split("+")
+    if len(names) > MAX_MIX:
+        raise ApiError(400, f"a mix of {len(names)} adapters, at most {MAX_MIX} are allowed", "model")
+    is_own = model == session.base.name and not (session.store and is_name(model) and session.store.has_adapter(model))
     with _model_errors():
-        return session.resolve(() if model in (BASE, session.base.name) else parse_mix(model.split("+")))
+        return session.resolve(() if model == BASE or is_own else parse_mix(names))
 
 
 def read_model(model: str, session: Session) -> tuple[Mix, dict[str, Loaded]]:
@@ -201,6 +206,9 @@ def build_rows(
     settings, prompts = build_settings(body, defaults), list_prompts(body.prompt)
     if len(prompts) * body.n > limits.max_choices:
         raise ApiError(400, f"{len(prompts)} prompts times n={body.n} are more than {limits.max_choices}", "n")
+    if settings.beams > 1 and (body.n > 1 or len(prompts) * settings.beams > limits.max_choices):
+        text = f"beams give one continuation, and prompts times beams are at most {limits.max_choices}"
+        raise ApiError(400, text, "beams")
     mix, loaded = read_model(body.model, session)
     rows: list[Row] = []
     for prompt in prompts:
@@ -240,54 +248,44 @@ def _fit_prompt(
     return ids, min(wanted, context - len(ids))
 
 
-@dataclass
 class Choice:
     """One continuation on its way to a client: knows what was sent already."""
 
-    row: Row
-    body: CompletionBody
-    num_sent: int = 0
-    num_characters: int = 0
+    def __init__(self, row: Row, body: CompletionBody) -> None:
+        self.row, self.body, self.index = row, body, row.index
+        self._is_first, self._num_sent = True, 0
+        self._offset, self._stream = 0, TextStream(row.tokenizer)
 
-    @property
-    def index(self) -> int:
-        """Its place among the answer's choices."""
-        return self.row.index
+    def to_json(self, text: str, num_logprobs: int, is_end: bool) -> dict[str, Any]:
+        """Returns what is new, as an element of `choices`; the first one begins with the echoed prompt.
 
-    def to_json(self, text: str, is_end: bool) -> dict[str, Any]:
-        """Returns what is new, as an element of `choices`; the first one begins with the echoed prompt."""
-        row, logprobs = self.row, None
-        is_first = self.num_sent == 0 and self.num_characters == 0
-        echoed = row.tokenizer.decode(row.prompt_ids) if self.body.echo and is_first else ""
+        `num_logprobs` of the row's log-probabilities belong to the text so far; the worker may have added others.
+        """
+        row, logprobs, echoes = self.row, None, self.body.echo and self._is_first
+        self._is_first = False
         if self.body.logprobs is not None:
-            prompt = self._list_prompt() if is_first and self.body.echo else []
-            fresh = row.logprobs[self.num_sent :]  # the worker may be adding to it
-            self.num_sent += len(fresh)
-            logprobs = self._describe([*prompt, *fresh], row.tokenizer, self.body.logprobs)
-        self.num_characters += len(echoed) + len(text)
-        reason = {"interrupted": "stop"}.get(row.finish_reason, row.finish_reason)
+            prompt: list[int | TokenLogprobs] = [row.prompt_ids[0], *row.prompt_logprobs] if echoes else []
+            fresh = row.logprobs[self._num_sent : num_logprobs]
+            self._num_sent = num_logprobs
+            logprobs = self._describe([*prompt, *fresh], self.body.logprobs)
         return {
-            "index": self.index, "text": echoed + text, "logprobs": logprobs,
-            "finish_reason": reason if is_end else None,
+            "index": self.index, "text": (row.tokenizer.decode(row.prompt_ids) if echoes else "") + text,
+            "logprobs": logprobs, "finish_reason": row.finish_reason if is_end else None,
         }  # fmt: skip
 
-    def _list_prompt(self) -> list[TokenLogprobs | int]:
-        """Returns the prompt's tokens with their log-probabilities; the first one's id alone, for it has none."""
-        return [self.row.prompt_ids[0], *self.row.prompt_logprobs]
-
-    def _describe(self, items: Sequence[Any], tokenizer: Tokenizer, count: int) -> dict[str, Any]:
-        tokens, values, tops, offsets, place = [], [], [], [], self.num_characters
+    def _describe(self, items: Sequence[int | TokenLogprobs], count: int) -> dict[str, Any]:
+        """Returns tokens as OpenAI does; the prompt's first is an id alone, for it has no log-probability."""
+        tokenizer = self.row.tokenizer
+        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for item in items:
-            is_scored = isinstance(item, TokenLogprobs)
-            shown = show_token(item.token if is_scored else item, tokenizer)
-            tokens.append(shown)
-            offsets.append(place)
-            place += 0 if shown.startswith("bytes:") else len(shown)
-            values.append(item.logprob if is_scored else None)
-            tops.append({show_token(t, tokenizer): v for t, v in item.top[:count]} if is_scored and count else None)
-        return {
-            "tokens": tokens, "token_logprobs": values, "top_logprobs": tops if count else None, "text_offset": offsets,
-        }  # fmt: skip
+            token, logprob, top = (item, None, ()) if isinstance(item, int) else (item.token, item.logprob, item.top)
+            found["tokens"].append(show_token(token, tokenizer))
+            found["token_logprobs"].append(logprob)
+            shown = {show_token(other, tokenizer): value for other, value in top[:count]}
+            found["top_logprobs"].append(shown or None)
+            found["text_offset"].append(self._offset)
+            self._offset += len(self._stream.push(token))
+        return found | ({} if count else {"top_logprobs": None})
 
 
 def show_token(token: int, tokenizer: Tokenizer) -> str:

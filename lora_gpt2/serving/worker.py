@@ -26,15 +26,16 @@ class BusyError(ResourceError):
 
 
 class EngineFailed(ResourceError):
-    """A step failed; what it grew is lost."""
+    """A step failed, or one row of it; what it grew is lost."""
 
 
 @dataclass(frozen=True)
 class Grown:
-    """What a step did to one row: the text it completed, and whether the row has ended."""
+    """What a step did to one row: the text it completed, its log-probabilities by then, and whether it has ended."""
 
     row: Row
     text: str
+    num_logprobs: int
     is_end: bool
 
 
@@ -54,24 +55,21 @@ class Worker:
         session: used by nobody else from now on, its `resolve` and `read` excepted.
         max_rows: continuations that grow at the same time.
         max_waiting: continuations that may wait.
-        on_step: called after each step with the number of rows that grew and of those that wait.
+        on_step: called after each step with the number of rows that grew, of those that go on and of those that wait.
     """
 
     def __init__(
-        self, session: Session, max_rows: int, max_waiting: int, on_step: Callable[[int, int], None] | None = None
+        self, session: Session, max_rows: int, max_waiting: int, on_step: Callable[[int, int, int], None] | None = None
     ) -> None:
         self.session, self.max_rows, self.max_waiting, self.on_step = session, max_rows, max_waiting, on_step
         self.error: BaseException | None = None
-        self._engine = self._build_engine()
+        self._engine = Engine(session, max_rows, session.base.config.context)
         self._changed = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._tickets: dict[int, Ticket] = {}
         self._num_admitted = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="lora-gpt2-engine", daemon=True)
-
-    def _build_engine(self) -> Engine:
-        return Engine(self.session, self.max_rows, self.session.base.config.context)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -82,6 +80,16 @@ class Worker:
         """Rows that grow or wait."""
         return self._num_admitted
 
+    def check_room(self) -> None:
+        """Raises what `submit` would for one more row; asked before anything is read for it."""
+        with self._changed:
+            self._check_alive()
+            self._check_room(1)
+
+    def _check_room(self, wanted: int) -> None:
+        if self._num_admitted and self._num_admitted + wanted > self.max_rows + self.max_waiting:
+            raise BusyError(f"{self._num_admitted} continuations are in work or waiting", "try again later")
+
     def submit(self, ticket: Ticket) -> None:
         """Admits a request; any thread may call it.
 
@@ -91,9 +99,8 @@ class Worker:
         """
         with self._changed:
             self._check_alive()
-            if self._num_admitted and self._num_admitted + len(ticket.rows) > self.max_rows + self.max_waiting:
-                raise BusyError(f"{self._num_admitted} continuations are in work or waiting", "try again later")
-            self._num_admitted += len(ticket.rows)
+            self._check_room(sum(map(_weigh, ticket.rows)))
+            self._num_admitted += sum(map(_weigh, ticket.rows))
             self._inbox.append(lambda: self._admit(ticket))
             self._changed.notify()
 
@@ -108,6 +115,8 @@ class Worker:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(action())
             except Exception as error:  # noqa: BLE001 - it is raised again where it is waited for
@@ -134,29 +143,42 @@ class Worker:
             raise ResourceError("the server is shutting down", "ask another one")
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # noqa: BLE001 - whatever it was, nobody may wait for ever
+            self._die(error)
+
+    def _loop(self) -> None:
         failures = 0
         while True:
             with self._changed:
                 while not (self._inbox or self._engine.is_busy or self._is_closed):
                     self._changed.wait()
                 actions, self._inbox = self._inbox, []
+            for action in actions:
+                action()
             if self._is_closed:
                 self._fail_all(ResourceError("the server was shut down", "ask again"))
                 return
+            if not self._engine.is_busy:
+                continue
             try:
-                for action in actions:
-                    action()
-                if self._engine.is_busy:
-                    self._step()
+                self._step()
                 failures = 0
-            except Exception as error:  # noqa: BLE001 - whatever it was, those who wait are told
+            except Exception as error:  # noqa: BLE001 - those who wait are told, and the next ones find it empty
                 failures += 1
                 if failures >= MAX_FAILURES:
-                    with self._changed:
-                        self.error = error
-                self._fail_all(error)
-                if self.error is not None:
+                    self._die(error)
                     return
+                self._fail_all(error)
+
+    def _die(self, error: BaseException) -> None:
+        with self._changed:
+            self.error = error
+            actions, self._inbox = self._inbox, []
+        for action in actions:
+            action()  # who has just come is told as well
+        self._fail_all(error)
 
     def _admit(self, ticket: Ticket) -> None:
         for row in ticket.rows:
@@ -171,34 +193,37 @@ class Worker:
 
     def _step(self) -> None:
         grown: dict[Ticket, list[Grown]] = {}
-        for row, text in self._engine.step():
+        stepped = self._engine.step()
+        for row, text in stepped:
             if ticket := self._tickets.get(id(row)):
-                grown.setdefault(ticket, []).append(Grown(row, text, bool(row.finish_reason)))
-                if row.finish_reason:
+                is_end = bool(row.finish_reason)
+                grown.setdefault(ticket, []).append(Grown(row, text, len(row.logprobs), is_end))
+                if is_end:
                     self._forget(row)
         if self.on_step is not None:
-            self.on_step(self._engine.num_growing, len(self._engine.waiting))
+            self.on_step(len(stepped), self._engine.num_growing, len(self._engine.waiting))
         for ticket, events in grown.items():
             ticket.on_grown(events)
 
     def _forget(self, row: Row) -> None:
         del self._tickets[id(row)]
         with self._changed:
-            self._num_admitted -= 1
+            self._num_admitted -= _weigh(row)
 
     def _fail_all(self, error: BaseException) -> None:
-        """Tells every request that it has failed, and gives back what its rows held."""
-        with self._changed:
-            actions, self._inbox = self._inbox, []
-        for action in actions:
-            action()  # who has just come is told as well
+        """Tells every request that it has failed, and forgets its rows and what they held."""
         tickets = set(self._tickets.values())
         for ticket in tickets:
             for row in ticket.rows:
                 if id(row) in self._tickets:
                     self._forget(row)
+        self._engine.reset()
         self.session.release_all()
-        self._engine = self._build_engine()
         shown = error if isinstance(error, LoraGpt2Error) else EngineFailed("the engine failed", "ask again")
         for ticket in tickets:
             ticket.on_error(shown)
+
+
+def _weigh(row: Row) -> int:
+    """Returns how many sequences a row is: one, or its beams."""
+    return row.settings.beams

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import http.client
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
 from lora_gpt2.serving.api import Access, Server
-from lora_gpt2.serving.http import bind
+from lora_gpt2.serving.http import bind, build_http
 from lora_gpt2.store.changes import collect_garbage, remove_adapter
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
@@ -67,7 +69,7 @@ def test_the_official_client_gets_what_generate_writes(client, base, trained):
         assert (answer.choices[0].text, answer.choices[0].finish_reason) == (wanted.text, wanted.finish_reason)
         assert answer.usage.completion_tokens == wanted.tokens
         assert answer.usage.prompt_tokens == len(base.tokenizer.encode("the cat"))
-        assert answer.provenance == wanted.provenance
+        assert answer.provenance == wanted.provenance | {"seeds": [0]}
         answers[model] = answer.choices[0].text
     assert len(set(answers.values())) == 3, "law and law@1 are one"
 
@@ -170,10 +172,14 @@ BAD = [
     *({"prompt": value} for value in (5, None, [], [[]], ["a", 5], {"a": 1}, [True], [-1], [10**9], [1.5], "\ud800")),
     *({"model": value} for value in (5, "", None, ["law"])),
     {"frequency_penalty": 3}, {"presence_penalty": -3}, {"repetition_penalty": 0}, {"beams": 0}, {"beams": 65},
-    {"beams": 2, "logprobs": 1}, {"length_penalty": 6}, {"no_repeat_ngram": -1}, {"stream": 1}, {"echo": "yes"},
+    {"beams": 2, "logprobs": 1}, {"beams": 2, "watermark": True}, {"beams": 4, "n": 2}, {"beams": 17},
+    {"repetition_penalty": 1e-40}, {"length_penalty": 6}, {"no_repeat_ngram": -1}, {"stream": 1}, {"echo": "yes"},
     {"best_of": 3}, {"suffix": "x"}, {"temprature": 1}, {"stream_options": {"include_usage": True}},
     {"truncate": "right"}, {"watermark": 1}, {"n": 17}, {"prompt": ["a"] * 17},
 ]  # fmt: skip
+
+
+UNNAMED = ("beamslogprobs", "beamswatermark", "prompt")  # together, or too many prompts, which is n's limit
 
 
 def test_every_bad_parameter_is_answered_400_and_named(port):
@@ -182,12 +188,16 @@ def test_every_bad_parameter_is_answered_400_and_named(port):
         status, _, answer = ask_completion(port, **body)
         assert status == 400, (body, answer)
         error = answer["error"]
-        assert error["param"] in (*body, "n", "logprobs", "beams", None), (body, error)
-        assert error["message"]
+        assert error["param"] in body or "".join(body) in UNNAMED or body == {"temperature": 1e-40}, (body, error)
+        assert error["param"] or set(body) & set(error["message"].split()), error["message"]
         assert error["type"] == "invalid_request_error"
     assert "did you mean 'temperature'" in ask_completion(port, temprature=1)[2]["error"]["message"]
-    for model in ("nobody", "law@7", "law:x", "law:99", "law+law", "base+law", "../law", "a" * 300, "law+", ":", "@"):
+    for model in ("nobody", "law@7", "law:x", "law:99", "law+law", "base+law", "../law", "a" * 300, "law+", ":", "@",
+                  "law#x", "law@1#0"):  # fmt: skip
         assert ask_completion(port, model=model)[0] == 404, model
+        assert ask(port, f"/v1/models/{quote(model)}")[0] == 404, model
+    status, _, answer = ask_completion(port, model="+".join(f"a{k}" for k in range(9)))
+    assert (status, "at most 8" in answer["error"]["message"]) == (400, True)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_or_cut(port, base):
@@ -327,6 +337,49 @@ def test_a_client_that_goes_frees_its_row(base, trained):
         assert not server.session._holds
 
 
+def test_numbers_that_are_allowed_never_break_the_engine(port, server, base):
+    """Every bound at once: what divides by nothing, or adds what is too large, is somebody's trouble alone."""
+    extremes = {
+        "logit_bias": {str(k): 100 * (-1) ** k for k in range(0, 5000, 7)}, "repetition_penalty": 0.01,
+        "temperature": 0.001, "top_p": 1e-9, "min_p": 1, "frequency_penalty": -2, "presence_penalty": -2,
+        "no_repeat_ngram": 1, "max_tokens": 20,
+    }  # fmt: skip
+    for dropped in (None, *extremes):
+        body = {key: value for key, value in extremes.items() if key != dropped}
+        assert ask_completion(port, **body)[0] == 200, dropped
+    assert server.worker.error is None
+
+
+def test_an_adapter_called_like_the_base_is_the_adapter(base, base_folder, store):
+    named = dataclasses.replace(base, name="law")
+    publish_adapter(store, "law", make_adapter(base.config, 1), base, Origin())
+    with serving(Server(Session(named, store), GREEDY, LIMITS)) as port:
+        assert ask_completion(port)[2]["provenance"]["adapters"][0]["adapter"] == "law@1"
+
+
+def test_a_reader_that_takes_nothing_is_cut_off(base, trained):
+    limits = LIMITS.model_copy(update={"send_seconds": 1})
+    server = Server(Session(base, trained), GREEDY, limits)
+    body = json.dumps({"model": "law", "prompt": ["the"] * 8, "max_tokens": 40, "logprobs": 20, "echo": True})
+    with serving(server, send_buffer=4096) as port:
+        stuck = []
+        for _ in range(6):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            connection.connect(("127.0.0.1", port))
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            stuck.append(connection)
+        deadline = time.monotonic() + 30
+        held = server.runner.server_state.connections
+        while held and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not held, "every one was let go"
+        for connection in stuck:
+            connection.close()
+        assert ask_completion(port)[0] == 200
+
+
 def test_an_engine_that_fails_tells_everybody_and_begins_anew(server, port, monkeypatch):
     engine = type(server.worker._engine)
     step, failures = engine.step, [2]
@@ -349,10 +402,19 @@ def test_an_engine_that_fails_tells_everybody_and_begins_anew(server, port, monk
 def test_an_engine_that_fails_for_good_ends_the_server(base, trained, monkeypatch):
     server = Server(Session(base, trained), GREEDY, LIMITS)
     monkeypatch.setattr(type(server.worker._engine), "step", lambda self: 1 / 0)
-    with serving(server) as port:
-        for _ in range(3):
-            assert ask_completion(port)[0] == 500
-        assert isinstance(server.worker.error, ZeroDivisionError)
+    bound, http = bind("127.0.0.1", 0), build_http(server)
+    server.worker.start()
+    thread = threading.Thread(target=http.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not http.started:
+        time.sleep(0.01)
+    port = bound.getsockname()[1]
+    for stream in (True, False, True):  # a stream's end must not look like a success of the engine
+        status, _, answer = ask_completion(port, stream=stream)
+        assert (status, b"engine failed" in answer) == (200, True) if stream else status == 500
+    thread.join(timeout=20)
+    assert not thread.is_alive(), "the server has ended by itself"
+    assert isinstance(server.worker.error, ZeroDivisionError)
 
 
 class Churn(threading.Thread):
@@ -366,7 +428,7 @@ class Churn(threading.Thread):
 
     def publish(self, name, seed, rank):
         adapter = make_adapter(self.base.config, seed, LoraSettings(rank=rank))
-        self.known[publish_adapter(self.store, name, adapter, self.base, Origin()).digest] = adapter
+        self.known[name, publish_adapter(self.store, name, adapter, self.base, Origin()).digest] = adapter
 
     def run(self):
         draw, seed = random.Random(7), 100
@@ -408,7 +470,7 @@ def ask_under_churn(base, store, count, names=("one", "two", "three", "four")):
         if status == 200:
             digest = answer["provenance"]["adapters"][0]["sha256"]
             if (key := (digest, body["max_tokens"])) not in texts:
-                single.add({"known": churn.known[digest]})
+                single.add({"known": churn.known[body["model"], digest]})  # it was published under that name
                 settings = GREEDY.model_copy(update={"max_new_tokens": body["max_tokens"]})
                 texts[key] = generate(single, [Request("the cat", (("known", 1.0),))], settings)[0].text
             wrong += answer["choices"][0]["text"] != texts[key]

@@ -102,7 +102,7 @@ class Result {
         title: `${(-scores.token_logprobs[place]).toFixed(2)} nats` }));
     }
     if (!colours || scores.tokens.some((token) => token.startsWith("bytes:"))) this.text.append(choice.text);
-    this.note.textContent = `perplexity ${format(Math.exp(this.nats / this.count))}`;
+    if (this.count) this.note.textContent = `perplexity ${format(Math.exp(this.nats / this.count))}`;
   }
 
   end(origin, reason) {
@@ -166,7 +166,8 @@ async function run(event) {
   event?.preventDefault();
   running?.abort();
   const mix = $("mix").value.trim();
-  const models = (mix ? chosen.concat(mix) : chosen.slice()).slice(0, MOST);
+  const models = mix ? chosen.concat(mix) : chosen.slice();
+  if (models.length > MOST) return say(`at most ${MOST} side by side, the mix counts too`, "error");
   if (!models.length) return say("choose an adapter, or the base", "error");
   const prompt = $("prompt").value, isBlind = $("blind").checked, colours = $("colour").checked;
   const settings = Object.fromEntries(SLIDERS.map((id) => [id, Number($(id).value)]));

@@ -61,7 +61,7 @@ def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_row
         (row.new_ids, row.text, row.finish_reason) for row in alone
     ]
     assert largest == max_rows
-    assert len({row.finish_reason for row in rows}) >= 1
+    assert {row.finish_reason for row in rows} <= {"stop", "length"}
 
 
 def test_a_row_that_is_stopped_leaves_and_the_others_are_not_disturbed(session):
@@ -151,3 +151,39 @@ def test_a_prompts_own_tokens_are_scored_as_one_forward_pass_scores_them(session
     assert [item.logprob for item in row.prompt_logprobs] == pytest.approx(wanted, abs=1e-5)
     assert [item.token for item in row.prompt_logprobs] == ids[1:]
     assert all(len(item.top) == 2 for item in row.prompt_logprobs)
+
+
+def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
+    choose = engine_module.choose_token
+
+    def fail_for_seed_2(logits, seen, settings, generator, num_prompt=0):
+        if generator.initial_seed() == 2:
+            raise RuntimeError("no such distribution")
+        return choose(logits, seen, settings, generator, num_prompt)
+
+    rows = [Row(k, (("law", 1.0),), [1, 2], 6, OPEN, k, session.base.tokenizer) for k in (1, 2, 3)]
+    alone = [run_alone(session, Row(k, (("law", 1.0),), [1, 2], 6, OPEN, k, session.base.tokenizer)) for k in (1, 3)]
+    monkeypatch.setattr(engine_module, "choose_token", fail_for_seed_2)
+    engine = Engine(session, 3, 48)
+    for row in rows:
+        engine.submit(row)
+    while engine.is_busy:
+        engine.step()
+    assert (rows[1].finish_reason, str(rows[1].error)) == ("error", "no such distribution")
+    assert [rows[0].new_ids, rows[2].new_ids] == [row.new_ids for row in alone]
+    with pytest.raises(RuntimeError, match="distribution"):
+        generate(session, [Request("a", (), 2)], OPEN)
+
+
+def test_beams_count_as_rows_and_wide_ones_wait_for_an_empty_engine(session):
+    wide = OPEN.model_copy(update={"beams": 4})
+    rows = [Row(k, (), [1, 2], 5, settings, k, session.base.tokenizer) for k, settings in enumerate((OPEN, wide, OPEN))]
+    engine = Engine(session, 2, 48)
+    for row in rows:
+        engine.submit(row)
+    largest = 0
+    while engine.is_busy:
+        engine.step()
+        largest = max(largest, engine.num_growing)
+    assert all(row.finish_reason for row in rows)
+    assert largest == 4, "alone"

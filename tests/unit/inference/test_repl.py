@@ -186,3 +186,22 @@ def test_the_record_can_be_declined_and_never_stops_the_work(repl, tmp_path, mon
     repl.run("more")
     assert len(said) == 1
     assert repl.text.startswith("the cat")
+
+
+def test_a_retry_that_cannot_be_made_loses_nothing(repl, tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text("a long story", encoding="utf-8")
+    repl.run(f"/load {path}")
+    with pytest.raises(UsageError, match="no continuation"):
+        repl.run("/retry")
+    assert repl.text == "a long story"
+    repl.run("/use law")
+    repl.run(" and")
+    text = repl.text
+    repl.session.store = None
+    repl.session._slots.clear()
+    with pytest.raises(UsageError):
+        repl.run("/retry")
+    assert repl.text == text
+    repl.run("/undo")
+    assert repl.text == "a long story"

@@ -57,10 +57,10 @@ def test_a_batch_keeps_what_it_needs_while_others_make_room(base, filled):
 def test_a_resolved_mix_stays_what_it_is_when_others_publish_and_roll_back(base, filled):
     session = Session(base, filled)
     mix = session.resolve((("a", 1.0),))
-    assert mix == (("a@1", 1.0),)
+    assert mix == ((f"a@1#{filled.read_manifest('a').digest[:16]}", 1.0),)
     before = compute_logits(base, session.for_rows(mix))
     publish_adapter(filled, "a", make_adapter(base.config, 9), base, Origin())
-    assert session.resolve((("a", 1.0),)) == (("a@2", 1.0),)
+    assert session.resolve((("a", 1.0),))[0][0].startswith("a@2#")
     newer = compute_logits(base, session.for_rows(session.resolve((("a", 1.0),))))
     collect_garbage(filled, keep=1)
     again = compute_logits(base, session.for_rows(mix))
@@ -70,7 +70,7 @@ def test_a_resolved_mix_stays_what_it_is_when_others_publish_and_roll_back(base,
         session.resolve((("nothing", 1.0),))
     publish_adapter(filled, "a", make_adapter(base.config, 8), base, Origin())
     roll_back(filled, "a", 2)
-    assert session.resolve((("a", 0.5),)) == (("a@2", 0.5),)
+    assert session.resolve((("a", 0.5),))[0][1] == 0.5
 
 
 def test_adapters_in_memory_go_by_their_own_names(base):
@@ -129,3 +129,41 @@ def test_an_adapter_that_is_removed_while_in_use_is_used_to_the_end(base, filled
 def make_row(base, name="a@1"):
     settings = GenerateSettings(temperature=0, logit_bias={base.tokenizer.eos_id: -100.0})
     return Row(0, ((name, 1.0),), [1, 2, 3], 12, settings, 0, base.tokenizer)
+
+
+def test_a_name_and_number_that_come_back_are_another_adapter(base, filled):
+    session = Session(base, filled)
+    old = session.resolve((("a", 1.0),))
+    before = compute_logits(base, session.for_rows(old))
+    remove_adapter(filled, "a")
+    with pytest.raises(NotFoundError):
+        session.resolve((("a", 1.0),))
+    with pytest.raises(NotFoundError):
+        session.resolve((("a@1", 1.0),))
+    publish_adapter(filled, "a", make_adapter(base.config, 77), base, Origin())
+    new = session.resolve((("a", 1.0),))
+    assert new != old
+    assert filled.read_manifest("a").version == 1, "numbers begin again"
+    after = compute_logits(base, session.for_rows(new))
+    assert (after - before).abs().max() > 0.1
+    assert torch.allclose(compute_logits(base, session.for_rows(old)), before, atol=1e-5), (
+        "who holds the old one keeps it"
+    )
+    with pytest.raises(NotFoundError, match="replaced"):
+        Session(base, filled).open([old[0][0]])
+
+
+def test_a_load_that_fails_leaves_no_slot_with_another_ones_weights(base, filled, monkeypatch):
+    session = Session(base, filled, max_slots=1)
+    session.open(["a"])
+    wanted = logits(Session(base, filled), "d")
+
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(session, "_build_bank", fail)
+    with pytest.raises(RuntimeError):
+        session.open(["d"])
+    monkeypatch.undo()
+    assert "d" not in session.loaded
+    assert torch.allclose(logits(session, "d"), wanted, atol=1e-5)
