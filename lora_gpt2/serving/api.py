@@ -117,7 +117,7 @@ class Server:
                 busy = ApiError(429, f"{error.message}; {error.hint}", None, "rate_limit_exceeded")
                 response = JSONResponse(busy.to_json(), 429, wait)
             except ApiError as error:
-                unread = {"Connection": "close"} if error.status in (408, 413, 415) else None  # the body may still come
+                unread = {"Connection": "close"} if error.status in (408, 413) else None  # the body may still come
                 response = JSONResponse(error.to_json(), error.status, unread)
             except EngineFailed as error:
                 response = JSONResponse(ApiError(500, f"{error.message}; {error.hint}").to_json(), 500)
@@ -136,8 +136,6 @@ class Server:
     async def read_body(self, request: Request) -> bytes:
         """Returns a JSON request's body; raises `ApiError` 408, 413 or 415."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, "the body must be application/json")
         limit, content = self.limits.max_body_bytes, bytearray()
         declared = request.headers.get("content-length", "0")
         too_large = ApiError(413, f"the body is larger than {limit} bytes")
@@ -155,6 +153,8 @@ class Server:
             raise ApiError(408, f"the body did not come within {self.limits.body_seconds:g} seconds") from error
         if size > limit:
             raise too_large
+        if kind != "application/json":
+            raise ApiError(415, "the body must be application/json")
         return bytes(content)
 
     async def complete(self, request: Request) -> Response:

@@ -82,7 +82,7 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Starts the clocks."""
         self._head_timer: asyncio.TimerHandle | None = None
-        self._unsent = 0
+        self._unsent, self._was_asked = 0, False
         super().connection_made(transport)
         self._send_timer = self.loop.call_later(self.send_seconds, self._check_sending)
         self._watch_head()
@@ -100,8 +100,11 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_head(self) -> None:
+        is_begun = not self._was_asked or bool(self.conn.trailing_data[0])
+        is_incomplete = self.conn.their_state is h11.IDLE and is_begun
         # a body that goes on after its answer is no request either
-        is_incomplete = self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
+        is_incomplete |= self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
+        self._was_asked |= self.conn.their_state is not h11.IDLE
         if is_incomplete and self._head_timer is None:
             self._head_timer = self.loop.call_later(self.header_seconds, self.transport.close)
         elif not is_incomplete and self._head_timer is not None:
