@@ -133,6 +133,30 @@ def decode(reporter: Reporter, base: str, tokens: int, rank: int, rounds: int, a
     emit(report, as_json, lambda: _render_decoding(report["sides"]))
 
 
+@command.command("swap")
+@click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank on all projections.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes of each side, in turn.")
+@json_option
+@click.pass_obj
+def swap(reporter: Reporter, base: str, rank: int, rounds: int, as_json: bool) -> None:
+    """Change adapters beside PEFT: to one that is loaded, and to one that comes from disk.
+
+    \b
+    Example:
+      lora-gpt2 bench swap --base M
+    """
+    from lora_gpt2.bench.decoding import measure_decoding
+
+    sides = measure_decoding(base, 2, rounds, rank, reporter)["sides"]
+    kept = [{key: side[key] for key in ("name", "swap_seconds", "load_seconds")} for side in sides]
+    shown = [
+        [side["name"], f"{1000 * side['swap_seconds']:.2f} ms", f"{1000 * side['load_seconds']:.1f} ms"]
+        for side in kept
+    ]
+    emit({"sides": kept}, as_json, lambda: format_table(["", "another that is loaded", "one from disk"], shown))
+
+
 def _compare_loss(nll: float, reference: float) -> str:
     return "" if math.isnan(nll) else f"{math.exp(nll - reference) - 1:+.3%}"
 
