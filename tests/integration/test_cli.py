@@ -41,7 +41,7 @@ def test_from_text_to_adapter_to_text_to_figures(run, base_folder, text_file):
     )
     assert code == 0
     (output,) = json.loads(out)["outputs"]
-    assert set(output) == {"prompt", "text", "adapter", "tokens", "finish_reason", "seed"}
+    assert set(output) == {"prompt", "text", "adapter", "tokens", "finish_reason", "seed", "provenance"}
     assert (output["prompt"], output["adapter"], output["seed"]) == ("the cat", "mine", 1)
     code, out, _ = run("evaluate", f"mine={text_file}", "--adapter", "mine", "--base", base_folder, "--json")
     assert code == 0
