@@ -360,7 +360,7 @@ def test_an_adapter_called_like_the_base_is_the_adapter(base, base_folder, store
 def test_a_reader_that_takes_nothing_is_cut_off(base, trained):
     limits = LIMITS.model_copy(update={"send_seconds": 1})
     server = Server(Session(base, trained), GREEDY, limits)
-    body = json.dumps({"model": "law", "prompt": ["the"] * 8, "max_tokens": 40, "logprobs": 20, "echo": True})
+    body = json.dumps({"model": "law", "prompt": ["the"] * 5, "max_tokens": 40, "logprobs": 20, "echo": True})
     with serving(server, send_buffer=4096) as port:
         stuck = []
         for _ in range(6):
@@ -370,7 +370,9 @@ def test_a_reader_that_takes_nothing_is_cut_off(base, trained):
             head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
             stuck.append(connection)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
+        while not server.worker.num_admitted and time.monotonic() < deadline:
+            time.sleep(0.01)
         held = server.runner.server_state.connections
         while (held or server.worker.num_admitted) and time.monotonic() < deadline:
             time.sleep(0.2)
