@@ -35,7 +35,7 @@ COMMANDS = {
     "audit": "Look for what is risky: whether a text carries the watermark.",
     "recipes": "List, show, copy and check recipes.",
     "bases": "List and show bases.",
-    "bench": "Measure this machine: quality over domains, start-up times.",
+    "bench": "Measure this machine: training, writing and serving, quality, start-up.",
 }
 
 

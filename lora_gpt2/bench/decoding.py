@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,9 +20,9 @@ from typing import Any
 
 import torch
 
+from lora_gpt2.bench.child import run_child
 from lora_gpt2.bench.training import SIZES, build_random_base
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.evaluation.general import read_general
 from lora_gpt2.inference.engine import Engine, Row
 from lora_gpt2.inference.open import load_for_inference
@@ -91,7 +90,7 @@ def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: R
         with reporter.task("measuring", rounds * len(names), "runs") as task:
             for _ in range(rounds):
                 for name in names:
-                    found[name].append(_run_child(name, spec))
+                    found[name].append(Decoding(**run_child(__name__, name, asdict(spec))))
                     task.advance(1, f"{name} {found[name][-1].single:,.1f} tokens/s")
     sides = [_summarise(runs) for runs in found.values()]
     shown = {"base": base, "tokens": tokens, "rank": rank, "precision": spec.precision}
@@ -116,16 +115,6 @@ def _write_adapter(config: GPT2Config, base: str, folder: Path, rank: int, seed:
     folder.mkdir()
     for name, content in to_peft(Adapter(updates), base, config).items():
         (folder / name).write_bytes(content)
-
-
-def _run_child(name: str, spec: Spec) -> Decoding:
-    code = "from lora_gpt2.bench.decoding import run_side; run_side()"
-    request = json.dumps({"name": name, "spec": asdict(spec)})
-    done = subprocess.run([sys.executable, "-c", code], input=request, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ResourceError(f"'{name}' failed: {last[0]}", "it may need less memory: use a smaller --base")
-    return Decoding(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def run_side() -> None:

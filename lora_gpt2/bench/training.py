@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_gpt2.bench.child import run_child
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import BUNDLED, find_base, load_base, load_base_tokenizer, read_config
@@ -135,7 +134,7 @@ def measure_training(
         with reporter.task("measuring", rounds * len(names), "runs") as task:
             for _ in range(rounds):
                 for name in names:
-                    found[name].append(_run_child(name, spec))
+                    found[name].append(Side(**run_child(__name__, name, asdict(spec))))
                     task.advance(1, f"{name} {found[name][-1].tokens_per_second:,.0f} tokens/s")
     sides = [_summarise(name, runs) for name, runs in found.items()]
     flops = count_flops_per_token(config, time_tokens, spec.lora)
@@ -195,16 +194,6 @@ def _write_lengths(spec: Spec, lines: Path) -> None:
     num_rows = (spec.warm_up + spec.steps) * spec.rows
     lengths = [min(spec.time, max(2, len(ids))) for ids in tokenizer.encode_batch(texts[:num_rows])]
     np.save(Path(spec.work) / "lengths.npy", np.resize(lengths, num_rows))
-
-
-def _run_child(name: str, spec: Spec) -> Side:
-    code = "from lora_gpt2.bench.training import run_side; run_side()"
-    request = json.dumps({"name": name, "spec": asdict(spec)})
-    done = subprocess.run([sys.executable, "-c", code], input=request, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ResourceError(f"'{name}' failed: {last[0]}", "it may need less memory: use a smaller --batch or base")
-    return Side(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def run_side() -> None:

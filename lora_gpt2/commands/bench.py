@@ -174,8 +174,9 @@ def _render_decoding(sides: list[dict[str, Any]]) -> str:
         "tokens/s", "one row", "merged", "8, one adapter", "8, eight adapters", "mixed / one", "swap", "load",
         "peak memory", "perplexity",
     ]  # fmt: skip
-    same = "the same" if all(side["ids"] == sides[0]["ids"] for side in sides) else "not the same"
-    return f"{format_table(header, rows)}\nthe first tokens of the mixed batch are {same} on every side"
+    others = [side["name"] for side in sides if side["ids"] != sides[0]["ids"]]
+    same = f"other tokens than ours: {', '.join(others)}" if others else "every side writes the same first tokens"
+    return f"{format_table(header, rows)}\nmixed batch: {same}"
 
 
 def _show_rate(rate: float) -> str:

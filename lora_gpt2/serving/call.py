@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -70,18 +70,11 @@ class Call:
 
     async def collect(self, request: Request) -> dict[str, Any]:
         """Returns the whole answer; ends the work if the client goes away meanwhile."""
-        gone = asyncio.ensure_future(_wait_for_disconnect(request.receive))
-        done = asyncio.ensure_future(self._finish())
         try:
-            await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
-            if not done.done():
-                raise ClientDisconnect
-            await done
-        finally:
-            gone.cancel()
-            if not done.done():
-                done.cancel()
-                self.cancel()
+            await run_until_gone(request.receive, self._finish())
+        except BaseException:
+            self.cancel()
+            raise
         choices = [choice.to_json(choice.row.text, len(choice.row.logprobs), True) for choice in self.choices]
         return self.build(choices, usage=self.count_usage(), provenance=self.origin)
 
@@ -114,9 +107,22 @@ class Call:
             yield self.build([], usage=self.count_usage())
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def run_until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Does some work; raises `ClientDisconnect`, and ends it, if the client goes away first."""
+
+    async def wait() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    gone, done = asyncio.ensure_future(wait()), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise ClientDisconnect
+        await done
+    finally:
+        gone.cancel()
+        done.cancel()
 
 
 class EventStream(Response):
@@ -129,15 +135,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends events until the rows have ended or the client has gone."""
-        gone = asyncio.ensure_future(_wait_for_disconnect(receive))
-        done = asyncio.ensure_future(self._send_all(send))
         try:
-            await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(ClientDisconnect, TimeoutError, OSError):
+                await run_until_gone(receive, self._send_all(send))
         finally:
-            for task in (gone, done):
-                task.cancel()
-            with suppress(asyncio.CancelledError, TimeoutError, OSError):
-                await done
             self.call.cancel()
 
     async def _send_all(self, send: Send) -> None:
