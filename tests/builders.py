@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_gpt2.data.tokenizer import _byte_alphabet
-from lora_gpt2.model.gpt2 import GPT2Config
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
 from lora_gpt2.recipe import LoraSettings
 

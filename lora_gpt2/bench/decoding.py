@@ -27,8 +27,9 @@ from lora_gpt2.evaluation.general import read_general
 from lora_gpt2.inference.engine import Engine, Row
 from lora_gpt2.inference.open import load_for_inference
 from lora_gpt2.inference.session import Mix, Session
-from lora_gpt2.model.base import Base, find_base, read_config
-from lora_gpt2.model.gpt2 import GPT2Config, parse_config
+from lora_gpt2.model.base import Base
+from lora_gpt2.model.config import GPT2Config, parse_config
+from lora_gpt2.model.locate import find_base, read_config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import GenerateSettings, LoraSettings

@@ -25,8 +25,9 @@ from lora_gpt2.bench.child import run_child
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.model.bank import AdapterBank
-from lora_gpt2.model.base import BUNDLED, find_base, load_base, load_base_tokenizer, read_config
-from lora_gpt2.model.gpt2 import GPT2Config, parse_config
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.config import GPT2Config, parse_config
+from lora_gpt2.model.locate import BUNDLED, find_base, load_base_tokenizer, read_config
 from lora_gpt2.model.lora import build_adapter, build_ranks
 from lora_gpt2.model.runtime import DTYPES, Runtime, choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import LoraSettings

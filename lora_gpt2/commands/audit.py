@@ -38,7 +38,7 @@ def watermark(file: Path, threshold: float, base: str | None, overrides: tuple[s
     """
     recipe = load_recipe(None, overrides, base=base)
     from lora_gpt2.evaluation.watermark import detect_watermark
-    from lora_gpt2.model.base import load_base_tokenizer
+    from lora_gpt2.model.locate import load_base_tokenizer
 
     with os_errors_as_ours(f"read {file}"):
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8", errors="replace")

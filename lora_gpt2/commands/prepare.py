@@ -32,7 +32,7 @@ def command(
     """
     recipe = load_recipe(None, overrides, data__sources=sources, base=base)
     from lora_gpt2.data.prepared import prepare_data
-    from lora_gpt2.model.base import load_base_tokenizer
+    from lora_gpt2.model.locate import load_base_tokenizer
 
     prepared = prepare_data(recipe.data, load_base_tokenizer(recipe.base), reporter, out)
     report = prepared.report

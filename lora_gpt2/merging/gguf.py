@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CheckFailed, MismatchError, ResourceError
 from lora_gpt2.model.base import TRANSPOSED, Base
-from lora_gpt2.model.gpt2 import GPT2Config
+from lora_gpt2.model.config import GPT2Config
 
 NAMES = {
     "transformer.wte.weight": "token_embd.weight",

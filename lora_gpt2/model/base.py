@@ -1,4 +1,4 @@
-"""Finding, loading and naming a base: the bundle, a folder, or the hub when its name is given.
+"""Loading and naming a base, wherever `locate` finds it.
 
 Only safetensors are read, never pickles, and no code from a checkpoint runs. The fingerprint covers the shape and
 every stored tensor's bytes, so an adapter is never applied to another base of the same shape; it is computed once per
@@ -12,7 +12,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,33 +19,14 @@ from torch import Tensor, nn
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
-from lora_gpt2.core.hub import download
 from lora_gpt2.core.paths import find_cache_dir, write_atomic
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
-from lora_gpt2.model.gpt2 import GPT2, GPT2Config, Linear, parse_config
+from lora_gpt2.model.config import GPT2Config, parse_config
+from lora_gpt2.model.gpt2 import GPT2, Linear
+from lora_gpt2.model.locate import find_base, list_bundled, read_config
 from lora_gpt2.model.quantize import QuantizedLinear, check_quantization
 from lora_gpt2.model.runtime import Runtime
 
-BUNDLED = Path(__file__).parent.parent / "bases"
-HUB_NAMES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = [
-    "config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-]
-OFFLINE_HINT = (
-    "use --base nano (bundled), or a folder with config.json and model.safetensors copied from another machine"
-)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 FINGERPRINT = re.compile(rb"[0-9a-f]{%d}" % FINGERPRINT_DIGITS)
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
@@ -63,43 +43,6 @@ class Base:
     tokenizer: Tokenizer
     fingerprint: str
     runtime: Runtime
-
-
-def list_bundled() -> list[str]:
-    """Returns the names of the bases in the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
-
-
-def find_base(name: str) -> Path:
-    """Returns the folder of a base; asks the hub only for the known names and `owner/name`.
-
-    Raises:
-        NotFoundError: nothing has that name.
-        ResourceError: it would have to come from the hub, and the hub cannot be reached.
-    """
-    if name in list_bundled():
-        return BUNDLED / name
-    if (Path(name) / "config.json").is_file() and name not in HUB_NAMES:
-        return Path(name)
-    if name in HUB_NAMES or (HUB_ID.fullmatch(name) and not Path(name).exists()):
-        return download(
-            HUB_NAMES.get(name, name), HUB_FILES, ("config.json", "*.safetensors"), "the base", OFFLINE_HINT
-        )
-    known = ", ".join([*list_bundled(), *HUB_NAMES])
-    raise NotFoundError(f"there is no base '{name}'", f"known are {known}; or give a hub id or a folder")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Returns the parsed `config.json` of a base's folder."""
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{folder} has no config.json", "give a Hugging Face GPT-2 folder") from error
-    except (OSError, ValueError) as error:
-        raise CorruptError(f"{folder / 'config.json'} is not JSON", "copy the checkpoint again") from error
-    if not isinstance(values, dict):
-        raise CorruptError(f"{folder / 'config.json'} is not a JSON object", "copy the checkpoint again")
-    return values
 
 
 def list_weight_files(folder: Path) -> list[Path]:
@@ -176,12 +119,6 @@ def _assign(model: GPT2, key: str, tensor: Tensor, quantize: str) -> None:
         setattr(model.get_submodule(parent), child, QuantizedLinear(tensor, module.bias, quantize))
     else:
         setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-
-
-def load_base_tokenizer(name: str) -> Tokenizer:
-    """Returns a base's tokenizer alone, without reading its weights; raises as `load_base`."""
-    folder = find_base(name)
-    return load_tokenizer(folder, parse_config(read_config(folder), str(folder / "config.json")).eos_id)
 
 
 def _read_state(files: list[Path], config: GPT2Config) -> list[tuple[str, Tensor]]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.model.gpt2 import TARGETS, GPT2Config
+from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.gpt2 import TARGETS
 from lora_gpt2.recipe import LoraSettings
 
 SLICES = ("c_attn.q", "c_attn.k", "c_attn.v")

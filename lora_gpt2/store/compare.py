@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lora_gpt2.model.gpt2 import GPT2Config
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter, list_sites
 from lora_gpt2.model.merge import measure_inner
 

@@ -24,7 +24,8 @@ from lora_gpt2.core.paths import (
     write_atomic,
     write_file,
 )
-from lora_gpt2.model.base import HUB_ID, HUB_NAMES, Base
+from lora_gpt2.model.base import Base
+from lora_gpt2.model.locate import HUB_ID, HUB_NAMES
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.store.archive import pack_archive, read_archive
 from lora_gpt2.store.catalog import Store

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_gpt2.core.errors import MismatchError
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import GPT2Config
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.interop import from_peft, to_peft

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.paths import os_errors_as_ours, read_regular
-from lora_gpt2.model.gpt2 import TARGETS, GPT2Config
+from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.gpt2 import TARGETS
 from lora_gpt2.model.lora import Adapter, LoraUpdate, list_sites, target_of
 from lora_gpt2.store.manifest import MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS
 from lora_gpt2.store.peft_config import MAX_CONFIG_BYTES, PeftSpec, parse_peft_config

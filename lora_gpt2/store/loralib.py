@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, UsageError
 from lora_gpt2.core.paths import os_errors_as_ours
-from lora_gpt2.model.gpt2 import GPT2Config
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import SLICES, Adapter, LoraUpdate
 
 KEY = re.compile(r"(?:module\.)?(?:lm_model\.)?(?:transformer\.)?(h\.\d{1,4}\.attn\.c_attn)\.lora_([AB])")

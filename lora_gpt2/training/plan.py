@@ -18,8 +18,9 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.data.blocks import TokenBlocks
 from lora_gpt2.data.prepared import PreparedData, prepare_data
-from lora_gpt2.model.base import Base, find_base, load_base, load_base_tokenizer, read_config
-from lora_gpt2.model.gpt2 import GPT2Config, parse_config
+from lora_gpt2.model.base import Base, load_base
+from lora_gpt2.model.config import GPT2Config, parse_config
+from lora_gpt2.model.locate import find_base, load_base_tokenizer, read_config
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.training.domain import Domain, check_together

@@ -10,7 +10,7 @@ from lora_gpt2.bench.grid import Point, find_best, rank_settings
 from lora_gpt2.bench.serving import measure_serving
 from lora_gpt2.bench.startup import measure_startup
 from lora_gpt2.bench.training import count_flops_per_token, measure_training
-from lora_gpt2.model.gpt2 import parse_config
+from lora_gpt2.model.config import parse_config
 from lora_gpt2.recipe import LoraSettings
 from tests.builders import make_text
 

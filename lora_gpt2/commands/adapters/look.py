@@ -171,8 +171,8 @@ def _verify_group(store: Store, manifests: list[Manifest], base_name: str) -> li
 def _compare_updates(store: Store, manifests: list[Manifest]) -> list[dict[str, Any]]:
     if manifests[0].base.fingerprint != manifests[1].base.fingerprint:
         return []
-    from lora_gpt2.model.base import find_base, read_config
-    from lora_gpt2.model.gpt2 import parse_config
+    from lora_gpt2.model.config import parse_config
+    from lora_gpt2.model.locate import find_base, read_config
     from lora_gpt2.store.compare import compare_adapters
     from lora_gpt2.store.files import read_version
 

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.model import runtime
-from lora_gpt2.model.base import find_base, fingerprint_base, list_bundled, load_base
+from lora_gpt2.model.base import fingerprint_base, load_base
+from lora_gpt2.model.locate import find_base, list_bundled
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from tests.builders import make_base_folder
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import MismatchError
-from lora_gpt2.model.gpt2 import GPT2, KVCache, parse_config
+from lora_gpt2.model.config import parse_config
+from lora_gpt2.model.gpt2 import GPT2, KVCache
 
 GOOD = {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 20, "n_positions": 8}
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lora_gpt2.model.gpt2 import parse_config
+from lora_gpt2.model.config import parse_config
 from lora_gpt2.model.lora import build_adapter, count_parameters, plan_targets
 from lora_gpt2.recipe import LoraSettings
 

@@ -8,7 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.model.base import load_base
-from lora_gpt2.model.gpt2 import GPT2, parse_config
+from lora_gpt2.model.config import parse_config
+from lora_gpt2.model.gpt2 import GPT2
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.training import memory
