@@ -20,6 +20,7 @@ Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "m
 MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
 Positive = Annotated[int, Field(gt=0)]
+Format = Literal["auto", "text", "html", "json", "jsonl", "csv", "tsv", "parquet"]
 
 
 class Section(BaseModel):
@@ -32,17 +33,53 @@ class DataSettings(Section):
     """Where the text is and how it becomes blocks of tokens."""
 
     sources: tuple[str, ...] = ()
-    """Files, folders or globs (.txt, .md, .json, .jsonl) of the domain's text."""
+    """Text of the domain: files (.txt .md .html .json .jsonl .csv .tsv .parquet, also .gz), folders, globs, - for stdin, hf:NAME for a data set of the hub."""  # noqa: E501
     validation: tuple[str, ...] = ()
     """Files to validate on; without them a share of the sources is held out."""
     test: tuple[str, ...] = ()
     """Files kept for the final measurement; without them a share of the sources is held out."""
-    profile: Literal["prose", "code", "raw"] = "prose"
-    """Cleaning: prose (line ends, control characters, spaces), code (line ends, NUL), raw (nothing)."""
-    text_field: str = "text"
-    """Field of a JSON object that holds the document."""
+    format: Format = "auto"
+    """What the sources are; auto goes by the file's name, and looks into stdin."""
+    unit: Literal["file", "paragraph", "line"] = "file"
+    """What one document of a text file is; lines of <|endoftext|> always separate documents."""
+    encoding: str = "auto"
+    """Encoding of text files; auto finds UTF-8, UTF-16, what an HTML page declares, and Windows-1252 by evidence."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not valid text: stop with file:offset, or replace them by U+FFFD."""
+    text_field: str = "text"
+    """Field or column that holds the document; dots lead into nested fields, and into each item of a list."""
+    template: str = ""
+    """Builds the document of several fields, such as "Q: {question}\\nA: {answer}"; item_template shows lists."""
+    item_template: str = "{role}: {content}"
+    """Builds a line of each item of a list that a template names, such as the messages of a chat."""
+    prompt: str = ""
+    """Template of what precedes the document and carries no loss, such as "Question: {question}\\nAnswer:"."""
+    separator: str = ""
+    """Text documents begin with a prompt, which carries no loss, up to the first occurrence of this."""
+    skip_bad: bool = False
+    """Set aside what cannot be read, with its place and the reason, instead of stopping."""
+    dataset_config: str = ""
+    """Configuration of a data set of the hub."""
+    dataset_split: str = "train"
+    """Split of a data set of the hub, or of a saved one that has several."""
+    max_documents: Annotated[int, Field(ge=0)] = 0
+    """Read at most so many documents; 0 reads all."""
+    profile: Literal["prose", "code", "raw"] = "prose"
+    """Which cleaning rules are on: prose (what running text needs), code (touches no spaces), raw (none)."""
+    rules: dict[str, bool | str] = {}
+    """Rules that differ from the profile: true, false or a mode, such as {urls: mask, personal: mask, emoji: drop}."""
+    min_characters: Annotated[int, Field(ge=0)] = 0
+    """Reject documents that are shorter."""
+    max_repetition: Annotated[float, Field(ge=0, le=1)] = 0.97
+    """Reject documents of which compression (DEFLATE) saves a larger share, such as one line repeated; 1 is off."""
+    languages: tuple[str, ...] = ()
+    """Reject documents in other languages than these (ISO 639-1, such as en), as py3langid finds them."""
+    near_duplicates: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Drop documents that share this part of their 5-word sequences with an earlier one (Jaccard); 0 is off."""
+    layout: Literal["concat", "packed"] = "concat"
+    """Blocks: documents joined by EOS and cut anywhere (concat), or whole documents that do not see each other (packed)."""  # noqa: E501
+    processes: Annotated[int, Field(ge=0, le=256)] = 0
+    """Processes that clean and tokenise; 0 takes one for each core when there is enough text."""
     block_size: Annotated[int, Field(ge=16, le=1024)] = 512
     """Tokens per block; at most the base's context."""
     validation_share: Share = 0.05
@@ -140,6 +177,10 @@ class TrainSettings(Section):
     """Numbers of the frozen base; auto takes the fastest that the device computes natively."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Keep the base's projections in 8 or 4 bits: less memory, a little slower, a slightly different base."""
+
+    def count_epochs(self, tokens: int) -> float:
+        """Returns how often the steps pass over so many tokens."""
+        return self.steps * self.batch_tokens / max(1, tokens) if self.steps else self.epochs
 
 
 class EvaluateSettings(Section):

@@ -18,8 +18,11 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise RecipeError(f"--set {text}: expected section.key=value", "for example --set train.steps=300")
+    path = key.strip().split(".")
+    if value.startswith(tuple("|>%@`")):  # marks of YAML that no setting needs: a separator, say
+        return path, value
     try:
-        return key.strip().split("."), yaml.safe_load(value)
+        return path, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RecipeError(
             f"--set {text}: the value is not valid YAML", "quote it, for example 'a.b=\"x: y\"'"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError
-from lora_gpt2.data.sources import SUFFIXES
+from lora_gpt2.data.sources import KINDS
 from lora_gpt2.evaluation.matrix import Cell, measure_matrix, read_sources
 from lora_gpt2.inference.session import BASE, Session, parse_mix
 from lora_gpt2.model.base import load_base
@@ -57,7 +57,7 @@ def build_recipe_for(folder: Path, overrides: Sequence[str]) -> Recipe:
     """Returns the recipe of a domain's folder; raises `NotFoundError` if a part is missing."""
     found = {}
     for stem, key in PARTS.items():
-        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix in SUFFIXES]
+        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix in KINDS]
         if not files:
             raise NotFoundError(f"{folder} has no {stem} file", "a domain's folder holds train.*, valid.* and test.*")
         found[f"data__{key}"] = (str(files[0]),)

@@ -22,6 +22,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import TrainingDiverged
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.data.blocks import Rows
 from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.fused import TrainingRows
@@ -142,9 +143,10 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
     domain = Domain(recipe.name, recipe, data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=recipe.train.weight_decay)
 
-    def forward(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = model(inputs.to(base.runtime.device)).logits.flatten(0, 1)
-        loss: torch.Tensor = torch.nn.functional.cross_entropy(logits, targets.to(base.runtime.device).flatten())
+    def forward(rows: Rows) -> torch.Tensor:
+        inputs, targets = (torch.from_numpy(side).to(base.runtime.device) for side in (rows.inputs, rows.targets))
+        logits = model(inputs).logits.flatten(0, 1)
+        loss: torch.Tensor = torch.nn.functional.cross_entropy(logits, targets.flatten())
         return loss
 
     @torch.no_grad()
@@ -153,9 +155,9 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
         count = blocks.num_blocks if limit is None else min(blocks.num_blocks, max(1, limit // blocks.block_size))
         total = seen = 0.0
         for index in range(count):
-            inputs, targets = map(torch.from_numpy, blocks.read([index]))
-            scored = int((targets >= 0).sum())
-            total, seen = total + forward(inputs, targets).item() * scored, seen + scored
+            rows = blocks.read([index])
+            scored = int((rows.targets >= 0).sum())
+            total, seen = total + forward(rows).item() * scored, seen + scored
         return total / seen
 
     best, best_step, best_state = math.inf, 0, model.state_dict()
@@ -163,7 +165,7 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
         for step in range(domain.num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * rate_share(step, domain.num_steps, recipe.train)
-            forward(*map(torch.from_numpy, domain.order.read(step))).backward()  # type: ignore[no-untyped-call]
+            forward(domain.order.read(step)).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""`lora-gpt2 prepare`: what `train` does with text before training, on its own."""
+"""`lora-gpt2 prepare`: what `train` does with text before training, on its own, with receipts."""
 
 from __future__ import annotations
 
@@ -7,48 +7,86 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import base_option, emit, json_option, set_option
+from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, skip_bad_option
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.paths import os_errors_as_ours
 from lora_gpt2.recipe_files import load_recipe
+
+KEYS = (
+    "documents_read", "documents_kept", "rejected", "tokens", "loss_tokens", "documents", "fill", "rules", "personal",
+    "tokens_per_document", "characters", "near_duplicates", "overlap_with_held_out",
+)  # fmt: skip
 
 
 @click.command("prepare")
-@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("sources", nargs=-1, metavar="SOURCE...")
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Take settings from a recipe.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the blocks; else the cache.")
+@click.option("--preview", type=click.IntRange(0, 100), default=0, metavar="N", help="Show N documents as tokens.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the receipts as a page.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="DIR", help="Write the clean text of each part.")
+@skip_bad_option
 @base_option
 @set_option
 @json_option
 @click.pass_obj
 def command(
-    reporter: Reporter, sources: tuple[str, ...], out: Path | None, base: str | None, overrides: tuple[str, ...],
-    as_json: bool,
+    reporter: Reporter, sources: tuple[str, ...], recipe: Path | None, out: Path | None, preview: int,
+    html: Path | None, text: Path | None, skip_bad: bool, base: str | None, overrides: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Read, clean, split and tokenise text, and say what each rule changed.
 
     \b
     Examples:
       lora-gpt2 prepare my_text.txt
+      lora-gpt2 prepare site/ --html receipts.html --preview 3
       lora-gpt2 prepare notes/ "more/*.jsonl" --set data.profile=code --json
+      lora-gpt2 prepare pairs.csv --set data.prompt='Q: {question}\nA:' --set data.text_field=answer
+      cat *.log | lora-gpt2 prepare - --set data.rules='{urls: mask, personal: mask}'
     """
-    recipe = load_recipe(None, overrides, data__sources=sources, base=base)
+    settings = load_recipe(recipe, overrides, data__sources=sources, base=base, data__skip_bad=skip_bad or None)
+    from lora_gpt2.data.documents import preview_documents, write_texts
     from lora_gpt2.data.prepared import prepare_data
+    from lora_gpt2.data.report import build_receipts_page
     from lora_gpt2.model.locate import load_base_tokenizer
 
-    prepared = prepare_data(recipe.data, load_base_tokenizer(recipe.base), reporter, out)
-    report = prepared.report
-    keys = ("documents_read", "documents_kept", "rejected", "tokens", "documents", "rules")
-    result = {key: report[key] for key in keys}
+    tokenizer = load_base_tokenizer(settings.base)
+    prepared = prepare_data(settings.data, tokenizer, reporter, out)
+    result = {key: prepared.report[key] for key in KEYS}
+    result["epochs"] = settings.train.count_epochs(prepared.train.num_tokens)
     result |= {"fingerprint": prepared.fingerprint, "path": str(prepared.path)}
-    emit(result, as_json, lambda: _render(result))
-    reporter.message(f"next: lora-gpt2 train --data {sources[0]} --name NAME")
+    if preview:
+        result["preview"] = preview_documents(prepared.train, tokenizer, preview)
+    with os_errors_as_ours("write the page or the text"):
+        if html:
+            html.write_text(build_receipts_page(prepared.report), encoding="utf-8")
+        if text:
+            write_texts(prepared, tokenizer, text)
+    emit(result, as_json, lambda: _render(result, prepared.report, str(prepared.rejected)))
+    shown = sources[0] if sources else settings.data.sources[0]
+    reporter.message(f"next: lora-gpt2 train --data {shown} --name NAME")
 
 
-def _render(result: dict[str, Any]) -> str:
-    lines = [f"documents   {result['documents_read']:,} read, {result['documents_kept']:,} kept"]
-    lines += [f"rejected    {count:,} {reason}" for reason, count in result["rejected"].items()]
-    for part, count in result["tokens"].items():
-        lines.append(f"{part:<11} {count:,} tokens in {result['documents'][part]:,} documents")
+def _render(result: dict[str, Any], report: dict[str, Any], rejected: str) -> str:
+    from lora_gpt2.data.report import list_receipts
+
+    lines = [f"{value:>20}  {label}" for value, label in list_receipts(report)]
+    lines.append(f"{result['epochs']:>20.1f}  epochs with the steps of the recipe")
     for name, rule in result["rules"].items():
         lines.append(f"rule {name}: {rule['documents']:,} documents, {rule['characters_removed']:,} characters removed")
         lines += [f"    {example['before']!r} -> {example['after']!r}" for example in rule["examples"]]
-    return "\n".join([*lines, f"written to  {result['path']}"])
+    lines += [f"rejected: {count:,} {reason}" for reason, count in result["rejected"].items()]
+    for entry in result["near_duplicates"]:
+        lines.append(f"    {entry['origin']} is {entry['likeness']:.0%} like {entry['of']}")
+    lines += [f"looks like personal data: {kind} in {n:,} documents" for kind, n in result["personal"].items()]
+    for document in result.get("preview", []):
+        lines.append("document: " + "".join(_show_token(token) for token in document))
+    if result["rejected"]:
+        lines.append(f"rejected documents and reasons: {rejected}")
+    return "\n".join([*lines, f"written to {result['path']}"])
+
+
+def _show_token(token: dict[str, Any]) -> str:
+    """Shows a token between bars; one without loss in brackets."""
+    shown = repr(token["text"])[1:-1]
+    return f"{shown}|" if token["loss"] else f"({shown})|"

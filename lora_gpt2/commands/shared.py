@@ -19,12 +19,17 @@ MEMORY_UNITS = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one JSON document on stdout.")
 recipes_argument = click.argument("recipes", nargs=-1, type=click.Path(path_type=Path), metavar="[RECIPE]...")
-data_option = click.option("--data", multiple=True, metavar="SOURCE", help="File, folder or glob of text; repeatable.")
+data_option = click.option(
+    "--data", multiple=True, metavar="SOURCE", help="File, folder, glob, - or hf:NAME; repeatable."
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting, such as train.steps=300."
 )
 base_option = click.option("--base", metavar="B", help="Base: nano, gpt2, gpt2-medium, …, a hub id or a folder.")
 seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes the run repeatable.")
+
+
+skip_bad_option = click.option("--skip-bad", is_flag=True, help="Set aside what cannot be read, instead of stopping.")
 
 
 def _open_store(ctx: click.Context, param: click.Parameter, value: str | None) -> Store:

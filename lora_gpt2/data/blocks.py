@@ -1,50 +1,107 @@
-"""Blocks of tokens: documents joined by EOS, cut into rows, read from a memory map.
+"""Blocks of tokens, read from memory maps, in two layouts.
 
-A stream is EOS, document, EOS, document, EOS: every token, and every document's end, is a target exactly once per
-pass, and the first token of a document is predicted from EOS as in GPT-2's pre-training. The last block may be
-partial; its missing targets are `IGNORE`.
+`concat`: a stream is EOS, document, EOS, document, EOS, cut into blocks anywhere; documents see what stands before
+them, as in GPT-2's pre-training. `packed`: a block holds whole documents, which do not see each other and whose
+positions begin anew, so each is computed as if it were alone; only a document longer than a block is cut. In both,
+every token and every document's end is a target exactly once per pass, the first token of a document is predicted from
+EOS, and targets that are no text, or a prompt, are `IGNORE`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 IGNORE = -100
+Tokens = NDArray[np.unsignedinteger]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document as tokens, without EOS; the first `prompt` of them carry no loss."""
+
+    ids: Sequence[int] | NDArray[Any]
+    prompt: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a pass: `inputs`, `targets` `[rows, time]`; `positions` begin anew with each document, or are None."""
+
+    inputs: Ints
+    targets: Ints
+    positions: Ints | None
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """Returns some of the rows."""
+        places = list(indices)
+        positions = None if self.positions is None else self.positions[places]
+        return Rows(self.inputs[places], self.targets[places], positions)
 
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """A stream of tokens `[num_tokens + 1]`, the first of which is never a target, seen as blocks."""
+    """Tokens seen as blocks.
 
-    stream: NDArray[np.unsignedinteger]
+    `stream` holds runs of tokens, of each of which the first is never a target; `loss`, as long, is 0 where a target
+    carries none. In layout concat there is one run; in layout packed `starts` are the runs' places in the stream,
+    `[runs + 1]`, and `rows` the first run of each block, `[blocks + 1]`.
+    """
+
+    stream: Tokens
     block_size: int
+    loss: NDArray[np.uint8] | None = None
+    starts: Ints | None = None
+    rows: Ints | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Targets: what is trained on or scored in one pass."""
-        return max(0, len(self.stream) - 1)
+        """Tokens predicted in one pass, with or without loss."""
+        return max(0, len(self.stream) - (1 if self.starts is None else len(self.starts) - 1))
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens predicted in one pass that carry loss."""
+        return self.num_tokens if self.loss is None else int(np.count_nonzero(self.loss))
 
     @property
     def num_blocks(self) -> int:
-        """Rows, the last of which may be partial."""
-        return math.ceil(self.num_tokens / self.block_size)
+        """Blocks, the last of which may be partial."""
+        return math.ceil(self.num_tokens / self.block_size) if self.rows is None else len(self.rows) - 1
 
-    def read(self, indices: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns inputs and targets `[len(indices), block_size]`; targets past the end are `IGNORE`."""
-        inputs = np.zeros((len(indices), self.block_size), dtype=np.int64)
-        targets = np.full((len(indices), self.block_size), IGNORE, dtype=np.int64)
+    def read(self, indices: Sequence[int]) -> Rows:
+        """Returns some blocks; what fills them up has the target `IGNORE`."""
+        shape = (len(indices), self.block_size)
+        inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
+        positions = None if self.rows is None else np.zeros(shape, dtype=np.int64)
         for row, index in enumerate(indices):
+            place = 0
+            for start, end in self._iter_runs(index):
+                piece = np.asarray(self.stream[start:end], dtype=np.int64)
+                here = slice(place, place + len(piece) - 1)
+                inputs[row, here], targets[row, here] = piece[:-1], piece[1:]
+                if self.loss is not None:
+                    targets[row, here][np.asarray(self.loss[start + 1 : end]) == 0] = IGNORE
+                if positions is not None:
+                    positions[row, here] = np.arange(len(piece) - 1)
+                place = here.stop
+        return Rows(inputs, targets, positions)
+
+    def _iter_runs(self, index: int) -> Iterator[tuple[int, int]]:
+        """Yields where the runs of a block begin and end in the stream."""
+        if self.rows is None or self.starts is None:
             start = index * self.block_size
-            piece = np.asarray(self.stream[start : start + self.block_size + 1], dtype=np.int64)
-            inputs[row, : len(piece) - 1] = piece[:-1]
-            targets[row, : len(piece) - 1] = piece[1:]
-        return inputs, targets
+            yield start, min(start + self.block_size + 1, len(self.stream))
+            return
+        for run in range(int(self.rows[index]), int(self.rows[index + 1])):
+            yield int(self.starts[run]), int(self.starts[run + 1])
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -52,22 +109,90 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_stream(path: Path, documents: Iterable[Sequence[int]], eos_id: int, vocab_size: int) -> int:
-    """Writes a stream of tokenised documents; returns the number of targets in it (0 if there is no document)."""
-    dtype = token_dtype(vocab_size)
-    written = 0
-    with path.open("wb") as file:
-        for ids in documents:
-            if not written:
-                file.write(np.array([eos_id], dtype=dtype).tobytes())
-            file.write(np.array([*ids, eos_id], dtype=dtype).tobytes())
-            written += len(ids) + 1
-    return written
+def write_blocks(
+    folder: Path, part: str, documents: Iterable[Encoded], eos_id: int, vocab_size: int, has_prompts: bool = False
+) -> None:
+    """Writes the stream of a part, `[EOS, document, EOS, document, EOS]`, and its loss where there are prompts."""
+    dtype, is_first = token_dtype(vocab_size), True
+    with (folder / f"{part}.bin").open("wb") as file, (folder / f"{part}.loss.bin").open("wb") as loss:
+        for document in documents:
+            head = [eos_id] if is_first else []
+            is_first = False
+            file.write(np.array([*head, *document.ids, eos_id], dtype=dtype).tobytes())
+            if has_prompts:
+                carries = np.ones(len(head) + len(document.ids) + 1, dtype=np.uint8)
+                carries[: len(head) + document.prompt] = 0  # nothing predicts the first EOS
+                loss.write(carries.tobytes())
+    if not has_prompts:
+        (folder / f"{part}.loss.bin").unlink()
 
 
-def open_stream(path: Path, vocab_size: int) -> NDArray[np.unsignedinteger]:
-    """Returns a stream as a read-only memory map."""
-    dtype = token_dtype(vocab_size)
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+def pack_blocks(folder: Path, part: str, block_size: int, eos_id: int, vocab_size: int) -> None:
+    """Turns a part's stream into whole documents, best-fit into blocks: `.starts.npy` and `.rows.npy` beside it.
+
+    Each document gets the fullest block that still has room, longest first (best-fit decreasing; Ding et al. 2024,
+    arXiv:2404.10830), in time linear in the number of documents.
+    """
+    concat = open_blocks(folder, part, block_size, vocab_size)
+    ends = np.flatnonzero(np.asarray(concat.stream) == eos_id)
+    runs = [
+        (place, min(place + block_size, end))
+        for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+        for place in range(begin, end, block_size)
+    ]
+    order = sorted(range(len(runs)), key=lambda run: runs[run][0] - runs[run][1])
+    bins = fit_best([runs[run][1] - runs[run][0] for run in order], block_size)
+    dtype, starts, rows = token_dtype(vocab_size), [0], [0]
+    with (folder / f"{part}.packed").open("wb") as file, (folder / f"{part}.packed_loss").open("wb") as loss:
+        for members in bins:
+            for member in members:
+                begin, end = runs[order[member]]
+                file.write(np.asarray(concat.stream[begin : end + 1], dtype=dtype).tobytes())
+                if concat.loss is not None:
+                    loss.write(b"\0" + np.asarray(concat.loss[begin + 1 : end + 1]).tobytes())
+                starts.append(starts[-1] + end + 1 - begin)
+            rows.append(len(starts) - 1)
+    np.save(folder / f"{part}.starts.npy", np.array(starts, dtype=np.int64))
+    np.save(folder / f"{part}.rows.npy", np.array(rows, dtype=np.int64))
+    has_loss = concat.loss is not None
+    del concat
+    (folder / f"{part}.packed").replace(folder / f"{part}.bin")
+    if has_loss:
+        (folder / f"{part}.packed_loss").replace(folder / f"{part}.loss.bin")
+    else:
+        (folder / f"{part}.packed_loss").unlink()
+
+
+def fit_best(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Returns bins of indices, each of at most `size` in all; `lengths` come longest first."""
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(size + 1)]
+    rooms = 0  # bit r is set if a bin has room r
+    for index, length in enumerate(lengths):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            place = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            place, room = len(bins), size
+            bins.append([])
+        bins[place].append(index)
+        if left := room - length:
+            with_room[left].append(place)
+            rooms |= 1 << left
+    return bins
+
+
+def open_blocks(folder: Path, part: str, block_size: int, vocab_size: int) -> TokenBlocks:
+    """Returns the blocks of a part as read-only memory maps."""
+    loss, starts, rows = (folder / f"{part}.{name}" for name in ("loss.bin", "starts.npy", "rows.npy"))
+    return TokenBlocks(
+        _open(folder / f"{part}.bin", token_dtype(vocab_size)), block_size,
+        _open(loss, np.uint8) if loss.exists() else None, *(np.load(p) if p.exists() else None for p in (starts, rows)),
+    )  # fmt: skip
+
+
+def _open(path: Path, dtype: type[Any]) -> NDArray[Any]:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)

@@ -1,57 +1,293 @@
-"""Cleaning rules: each one a function from text to text, idempotent and linear in its length.
+"""Cleaning rules: each one a function from text to text, idempotent, in linear time.
 
-A profile is the list of rules that a domain gets: `prose`, `code` (touches no spaces), `raw` (nothing).
+A profile says which rules are on, and the recipe changes that rule by rule. Expressions that could take longer are
+RE2's, and so are searches that usually find nothing; it is slow only where it replaces much. Where removing something
+can make the same thing anew (`{{ {{x}} }}`), a rule goes on until nothing changes, a limited number of rounds, and then
+drops the characters that would feed it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import html
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.suggest import suggest
+from lora_gpt2.data.html import extract_text
+from lora_gpt2.data.personal import find_personal, mask_personal
 
 MAX_EXAMPLES = 3
-EXAMPLE_WIDTH = 40
+EXAMPLE_WIDTH = 60
+MAX_ROUNDS = 8
 LINE_ENDS = ("\r\n", "\r", "\u2028", "\u2029", "\u0085")
-CONTROL = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160), 0xFEFF])
+SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+INVISIBLE_PATTERN = (
+    r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u180e\u200b\u200c\u200e\u200f\u202a-\u202e"
+    r"\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
+)
+INVISIBLE = re.compile(INVISIBLE_PATTERN)
+HAS_INVISIBLE = re2.compile(
+    re.sub(r"\\[xu]([0-9a-f]{2,4})", r"\\x{\1}", INVISIBLE_PATTERN)
+)  # much faster where none is
+PICTURES = "\u231a-\u23ff\u2600-\u27bf\u2b05-\u2b55\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+LONE_JOINER = re.compile(f"(?<![{PICTURES}\ufe0f\u200d\u2190-\u21ff])\u200d|\u200d(?=\u200d)")
+PICTURE = re.compile(
+    f"(?:[0-9#*]\ufe0f?\u20e3|[{PICTURES}](?:[\ufe0f\U0001f3fb-\U0001f3ff]|[\U000e0020-\U000e007f]|\u200d[{PICTURES}"
+    "\u2190-\u21ff])*)"
+)
+ODD_LINE = re.compile("[^\x00-\x7f]{2}|[\u00c2\u00c3\u00e2]|[\x80-\x9f]")
+ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+FRONT_MATTER = re2.compile(
+    r"\A\s*(?:---|\+\+\+)[ \t]*\n\s*[\w.-]+[ \t]*[:=](?:[^\n]*\n)+?(?:---|\+\+\+)[ \t]*(?:\n|\z)"
+)
+TEMPLATE = re.compile(r"\{\{[^{}]*\}\}|\{%[^{}]*%\}|\{#[^{}]*#\}")
+LINK_TO_NOTHING = re.compile(r"!?\[([^\[\]\n]*)\]\(\s*\)")
+NAMES = (
+    "a|abbr|acronym|address|article|aside|b|big|blockquote|body|br|caption|center|cite|code|col|colgroup|dd|del|details|dfn"
+    "|div|dl|dt|em|figcaption|figure|font|footer|h[1-6]|head|header|hr|html|i|iframe|img|input|ins|kbd|li|link|main|mark"
+    "|meta|nav|ol|p|picture|pre|q|s|samp|section|small|source|span|strike|strong|sub|summary|sup|table|tbody|td|tfoot|th"
+    "|thead|title|tr|tt|u|ul|var|video|wbr"
+)
+HIDDEN = re2.compile(r"(?is)<!--.*?-->|<script\b[^<>]*>.*?</script\s*>|<style\b[^<>]*>.*?</style\s*>")
+BREAK = re.compile(r"(?i)<(?:br|hr)\s*/?>|</(?:p|div|li|tr|h[1-6]|table|ul|ol|dl|blockquote|pre|section|article)\s*>")
+TAG = re.compile(rf"(?i)</?(?:{NAMES})(?:\s[^<>]*)?/?>")
+LICENCE_BEGIN = re2.compile(
+    r"(?im)^[ \t]*(?:\*{3}[ ]?START OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*|\*END\*? ?THE SMALL PRINT![^\n]*"
+    r"|\*\*\* START: FULL LICENSE[^\n]*)\n?"
+)
+LICENCE_END = re2.compile(
+    r"(?im)^[ \t]*(?:\*{3}[ ]?END OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*"
+    r"|End of (?:the |this )?Project Gutenberg[^\n]*)\n?"
+)
+CREDITS = re2.compile(
+    r"(?i)\A\s*(?:Produced by|E-?text prepared by|This e-?text was (?:produced|prepared) by)[^\n]*\n(?:[^\n]+\n)*"
+)
+URL = re.compile(r"""(?i)\b(?:https?://|ftp://|www\.)[^\s<>"`\[\](){}]*[^\s<>"`\[\](){}.,;:!?']""")
+LINK = re.compile(r"(!?)\[([^\[\]\n]*)\]\([^()\s]+(?:\s+\"[^\"\n]*\")?\)")
+LONG_WORD, LONGISH_WORD = re.compile(r"(?<!\S)\S{1001,}"), re2.compile(r"\S{100}")
+LINE_END_BLANKS, BLANKS = re.compile(r"(?<![ \t])[ \t]++(?=\n|\Z)"), re.compile(r"(?<=\S)(?:[ \t]{2,}|\t)")
+HAS_ODD_BLANKS, GAP = re2.compile(r"[ \t]\n|[^\s][ \t]{2}|[^\s]\t"), re.compile(r"\n{3,}")
 
 
-def mend_line_ends(text: str) -> str:
+def _until_stable(step: Callable[[str], str], text: str, feed: str) -> str:
+    """Returns what `step` makes of a text when it changes nothing more; after `MAX_ROUNDS`, without `feed`."""
+    for _ in range(MAX_ROUNDS):
+        changed = step(text)
+        if changed == text:
+            return text
+        text = changed
+    for character in feed:
+        text = text.replace(character, "")
+    return text
+
+
+def read_page(text: str, _mode: str = "on") -> str:
+    """Returns the text of a web page: paragraphs and `<pre>`, without navigation, scripts and styles."""
+    return extract_text(text)
+
+
+def mend_line_ends(text: str, _mode: str = "on") -> str:
     """Returns the text with every line end as a line feed."""
     for end in LINE_ENDS:
         text = text.replace(end, "\n")
     return text
 
 
-def drop_nul(text: str) -> str:
+def drop_nul(text: str, _mode: str = "on") -> str:
     """Returns the text without NUL characters."""
     return text.replace("\0", "")
 
 
-def drop_control(text: str) -> str:
-    """Returns the text without control characters and byte-order marks; tabs and line feeds stay."""
-    return text.translate(CONTROL)
+def mend_mojibake(text: str, _mode: str = "on") -> str:
+    """Returns the text with what was decoded wrongly decoded again, line by line, where `ftfy` is sure."""
+    if text.isascii():
+        return text
+    import ftfy
+
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if not line.isascii() and ODD_LINE.search(line):
+            lines[number] = _until_stable(ftfy.fix_encoding, line, "")
+    return "\n".join(lines)
 
 
-def mend_spaces(text: str) -> str:
-    """Returns the text without spaces at line ends, blank lines in a row or blank space around it."""
-    lines: list[str] = []
-    for line in text.split("\n"):
-        stripped = line.rstrip()
-        if stripped or (lines and lines[-1]):
-            lines.append(stripped)
-    return "\n".join(lines).strip()
+def drop_control(text: str, _mode: str = "on") -> str:
+    """Returns the text without control and invisible characters; what joins emoji, tabs and line feeds stay."""
+    if HAS_INVISIBLE.search(text):
+        text = _until_stable(lambda text: INVISIBLE.sub("", text), text, "\x1b")
+    return _until_stable(lambda text: LONE_JOINER.sub("", text), text, "\u200d") if "\u200d" in text else text
 
 
-RULES: dict[str, Callable[[str], str]] = {
-    "line_ends": mend_line_ends,
-    "nul": drop_nul,
-    "control": drop_control,
-    "spaces": mend_spaces,
-}
+def normalise(text: str, mode: str = "nfc") -> str:
+    """Returns the text in Unicode normal form C, or KC, which also makes full-width letters and ligatures plain."""
+    return unicodedata.normalize("NFKC" if mode == "nfkc" else "NFC", text)
+
+
+def uncurl_quotes(text: str, _mode: str = "on") -> str:
+    """Returns the text with straight quotation marks."""
+    import ftfy.fixes
+
+    return ftfy.fixes.uncurl_quotes(text)
+
+
+def decode_entities(text: str, _mode: str = "on") -> str:
+    """Returns the text with `&#8217;` and `&amp;` as the characters they stand for."""
+    if "&" not in text:
+        return text
+    return _until_stable(lambda text: ENTITY.sub(lambda match: html.unescape(match[0]), text), text, "&")
+
+
+def drop_front_matter(text: str, _mode: str = "on") -> str:
+    """Returns the text without the settings that static site generators keep at its top."""
+    if not text.lstrip().startswith(("---", "+++")):
+        return text
+    return _until_stable(lambda text: str(FRONT_MATTER.sub("", text, count=1)), text, "")
+
+
+def drop_template_tags(text: str, _mode: str = "on") -> str:
+    """Returns the text without template tags such as `{{< ref >}}`, and links that led only to one as their text."""
+    if "{" not in text:
+        return text
+    return _until_stable(lambda text: LINK_TO_NOTHING.sub(r"\1", TEMPLATE.sub("", text)), text, "{")
+
+
+def drop_tags(text: str, _mode: str = "on") -> str:
+    """Returns the text without HTML tags and comments; where a block or line ended, a line ends."""
+    if "<" not in text:
+        return text
+    return _until_stable(lambda text: TAG.sub("", BREAK.sub("\n", _drop_hidden(text))), text, "<")
+
+
+def _drop_hidden(text: str) -> str:
+    return str(HIDDEN.sub("", text)) if "<!--" in text or "</" in text else text
+
+
+def drop_licence(text: str, _mode: str = "on") -> str:
+    """Returns a Project Gutenberg book without the licence around it."""
+    if "Gutenberg" not in text and "GUTENBERG" not in text:
+        return text
+    return _until_stable(_cut_licence, text, "")
+
+
+def _cut_licence(text: str) -> str:
+    begin = LICENCE_BEGIN.search(text)
+    if begin and begin.start() < len(text) / 2:
+        text = text[begin.end() :]
+        text = str(CREDITS.sub("", text, count=1))
+    end = LICENCE_END.search(text)
+    return text[: end.start()] if end else text
+
+
+def change_emoji(text: str, mode: str = "drop") -> str:
+    """Returns the text without emoji and pictographs, or with their names, as in `:grinning_face:`."""
+    if text.isascii():
+        return text
+    return PICTURE.sub((lambda match: _name_picture(match[0])) if mode == "name" else "", text)
+
+
+@lru_cache(maxsize=4096)
+def _name_picture(picture: str) -> str:
+    names = [unicodedata.name(c, "") for c in picture if not ("\U0001f3fb" <= c <= "\U0001f3ff" or c in "\ufe0f\u200d")]
+    shown = "_".join(re.sub(r"[^a-z0-9]+", "_", name.lower()) for name in names if name and "TAG " not in name)
+    return f":{shown}:" if shown else ""
+
+
+def change_urls(text: str, mode: str = "mask") -> str:
+    """Returns the text with web addresses dropped or masked as `<url>`, and Markdown links as their text."""
+    if "](" not in text and "://" not in text and "www." not in text.lower():
+        return text
+    mask = "<url>" if mode == "mask" else ""
+
+    def change(text: str) -> str:
+        text = LINK.sub(lambda match: "" if match[1] else match[2], text)
+        return URL.sub(mask, text)
+
+    return _until_stable(change, text, "[/")
+
+
+def change_personal(text: str, mode: str = "report") -> str:
+    """Returns the text with personal data masked, as in `<email>`; with `report`, as it is."""
+    return _until_stable(mask_personal, text, "") if mode == "mask" else text
+
+
+def drop_long_words(text: str, _mode: str = "on") -> str:
+    """Returns the text without runs of more than 1,000 characters that no space interrupts, such as base64."""
+    return LONG_WORD.sub("", text) if LONGISH_WORD.search(text) else text
+
+
+def mend_spaces(text: str, _mode: str = "on") -> str:
+    """Returns the text with plain single spaces between words, one blank line between paragraphs, indents as they are.
+
+    Nothing stands at line ends, at the beginning or at the end.
+    """
+    text = text if text.isascii() else SPACES.sub(" ", text)
+    if HAS_ODD_BLANKS.search(text):
+        text = BLANKS.sub(" ", LINE_END_BLANKS.sub("", text))
+    return GAP.sub("\n\n", text).strip()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule and its modes, the first of which is what `true` means."""
+
+    apply: Callable[[str, str], str]
+    modes: tuple[str, ...] = ("on",)
+
+
+RULES: dict[str, Rule] = {
+    "html": Rule(read_page),
+    "entities": Rule(decode_entities),
+    "line_ends": Rule(mend_line_ends),
+    "nul": Rule(drop_nul),
+    "mojibake": Rule(mend_mojibake),
+    "control": Rule(drop_control),
+    "unicode": Rule(normalise, ("nfc", "nfkc")),
+    "quotes": Rule(uncurl_quotes),
+    "front_matter": Rule(drop_front_matter),
+    "template_tags": Rule(drop_template_tags),
+    "tags": Rule(drop_tags),
+    "licence": Rule(drop_licence),
+    "emoji": Rule(change_emoji, ("drop", "name")),
+    "urls": Rule(change_urls, ("mask", "drop")),
+    "personal": Rule(change_personal, ("report", "mask")),
+    "long_words": Rule(drop_long_words),
+    "spaces": Rule(mend_spaces),
+}  # in the order in which they are applied
+BOILERPLATE = "boilerplate"  # lines that most documents begin or end with; needs to have seen them, see `boilerplate`
 PROFILES: dict[str, tuple[str, ...]] = {
-    "prose": ("line_ends", "control", "spaces"),
-    "code": ("line_ends", "nul"),
+    "prose": (
+        "html", "entities", "line_ends", "mojibake", "control", "unicode", "front_matter", "template_tags", "tags",
+        "licence", "personal", "long_words", "spaces", BOILERPLATE,
+    ),
+    "code": ("line_ends", "nul", "personal"),
     "raw": (),
-}
+}  # fmt: skip
+
+
+def choose_rules(profile: str, changes: Mapping[str, bool | str]) -> dict[str, str]:
+    """Returns the rules that are on, in order, with their modes; raises `UsageError` for one that does not exist."""
+    known = {**{name: rule.modes for name, rule in RULES.items()}, BOILERPLATE: ("on",)}
+    chosen = {name: known[name][0] for name in known if name in PROFILES[profile]}
+    for name, wanted in changes.items():
+        if name not in known:
+            raise UsageError(f"data.rules: there is no rule '{name}'", suggest(name, known))
+        off = wanted in (False, "off", "keep")
+        mode = known[name][0] if wanted is True or wanted == "on" else str(wanted)
+        if not off and mode not in known[name]:
+            modes = ", ".join((*known[name], "off"))
+            raise UsageError(f"data.rules.{name}: there is no mode '{mode}'", f"its modes are {modes}")
+        chosen.pop(name, None)
+        if not off:
+            chosen[name] = mode
+    return {name: chosen[name] for name in known if name in chosen}
 
 
 @dataclass
@@ -62,30 +298,60 @@ class RuleReport:
     characters_removed: int = 0
     examples: list[dict[str, str]] = field(default_factory=list)
 
+    def add(self, other: RuleReport) -> None:
+        """Adds what the rule did elsewhere."""
+        self.documents += other.documents
+        self.characters_removed += other.characters_removed
+        self.examples = [*self.examples, *other.examples][:MAX_EXAMPLES]
+
 
 @dataclass
 class CleaningReport:
-    """What cleaning did to a set of documents."""
+    """What cleaning did to a set of documents; `personal` counts the documents in which each kind was found."""
 
     rules: dict[str, RuleReport] = field(default_factory=dict)
+    personal: Counter[str] = field(default_factory=Counter)
 
-    def clean(self, text: str, profile: str) -> str:
+    def clean(self, text: str, rules: Mapping[str, str]) -> str:
         """Returns the cleaned text and takes note of what each rule changed."""
-        for name in PROFILES[profile]:
-            cleaned = RULES[name](text)
-            if cleaned != text:
-                report = self.rules.setdefault(name, RuleReport())
-                report.documents += 1
-                report.characters_removed += len(text) - len(cleaned)
-                if len(report.examples) < MAX_EXAMPLES:
-                    report.examples.append(_show_change(text, cleaned))
-            text = cleaned
+        for name, mode in rules.items():
+            if name == BOILERPLATE:
+                continue
+            if name == "personal":
+                self.personal.update({finding.kind for finding in find_personal(text)})
+            text = self.note(name, text, RULES[name].apply(text, mode))
         return text
+
+    def note(self, name: str, before: str, after: str) -> str:
+        """Takes note of what a rule changed; returns `after`."""
+        if before != after:
+            report = self.rules.setdefault(name, RuleReport())
+            report.documents += 1
+            report.characters_removed += len(before) - len(after)
+            if len(report.examples) < MAX_EXAMPLES:
+                report.examples.append(_show_change(before, after))
+        return after
+
+    def add(self, other: CleaningReport) -> None:
+        """Adds what was done elsewhere."""
+        for name, rule in other.rules.items():
+            self.rules.setdefault(name, RuleReport()).add(rule)
+        self.personal.update(other.personal)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        return {"rules": {name: asdict(rule) for name, rule in self.rules.items()}, "personal": dict(self.personal)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CleaningReport:
+        """Returns the report that `to_json` wrote."""
+        rules = {name: RuleReport(**rule) for name, rule in values["rules"].items()}
+        return cls(rules, Counter(values["personal"]))
 
 
 def _show_change(before: str, after: str) -> dict[str, str]:
     start = next(
         (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(map(len, (before, after)))
     )
-    start = max(0, start - EXAMPLE_WIDTH // 2)
+    start = max(0, start - EXAMPLE_WIDTH // 3)
     return {"before": before[start : start + EXAMPLE_WIDTH], "after": after[start : start + EXAMPLE_WIDTH]}

@@ -1,36 +1,43 @@
 """Read, clean, split, tokenise: from sources to blocks in a folder named after their content.
 
-The folder's name is a fingerprint of the files' bytes, the settings that matter, the tokenizer and the format, so
-`train` finds what an earlier run prepared, and a changed byte prepares anew. Folders are immutable.
+The folder's name is a fingerprint of the sources' bytes, the settings that matter, the tokenizer and the format, so
+`train` finds what an earlier run prepared, and a changed byte prepares anew. Folders are immutable. Work that was
+interrupted is kept beside the folder's place and goes on from there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import DataError
-from lora_gpt2.core.fingerprint import fingerprint_json, hash_file
-from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, sync_tree, temporary_dir
-from lora_gpt2.data.blocks import TokenBlocks, open_stream, token_dtype, write_stream
-from lora_gpt2.data.cleaning import CleaningReport
-from lora_gpt2.data.sources import find_files, read_file
-from lora_gpt2.data.split import FEW_DOCUMENTS, choose_section_size, content_key, iter_sections, split_documents
+from lora_gpt2.core.errors import DataError, Interrupted, LoraGpt2Error
+from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, sync_tree
+from lora_gpt2.data.blocks import Encoded, TokenBlocks, open_blocks, pack_blocks, write_blocks
+from lora_gpt2.data.dedup import count_copies
+from lora_gpt2.data.intake import load_batch
+from lora_gpt2.data.reading import Intake, process_sources
+from lora_gpt2.data.selection import Selection, select_documents
+from lora_gpt2.data.sources import Source, find_sources
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 2
+FORMAT = 3
 PARTS = ("train", "validation", "test")
-ENCODE_BATCH = 256
+HELD_OUT_FIRST = ("test", "validation", "train")
+MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
+UNIMPORTANT = {"sources", "validation", "test", "processes"}
+FEW_TOKENS, COMFORTABLE_TOKENS = 50_000, 200_000
 
 
 @dataclass(frozen=True)
@@ -44,42 +51,10 @@ class PreparedData:
     test: TokenBlocks
     report: dict[str, Any]
 
-
-class _Intake:
-    """Collects the documents of one preparation: cleaned, without empty ones and exact copies."""
-
-    def __init__(self, profile: str) -> None:
-        self.profile = profile
-        self.cleaning = CleaningReport()
-        self.rejected: Counter[str] = Counter()
-        self.read = 0
-        self.seen: set[bytes] = set()
-
-    def take(self, paths: Sequence[Path], settings: DataSettings) -> Iterator[str]:
-        """Yields the documents of some files that are worth keeping."""
-        for document in (document for path in paths for document in read_file(path, settings)):
-            self.read += 1
-            text = self.cleaning.clean(document.text, self.profile)
-            if not text.strip():
-                self.rejected["empty"] += 1
-            elif self._is_new(text):
-                yield text
-            else:
-                self.rejected["duplicate"] += 1
-
-    def cut_if_few(self, texts: list[str]) -> list[str]:
-        """Returns the documents, or their sections where they are too few to be split."""
-        if len(texts) >= FEW_DOCUMENTS:
-            return texts
-        size = choose_section_size(sum(map(len, texts)))
-        sections = [section for text in texts for section in iter_sections(text, size) if section.strip()]
-        return list(dict.fromkeys(sections))
-
-    def _is_new(self, text: str) -> bool:
-        key = content_key(text)
-        is_new = key not in self.seen
-        self.seen.add(key)
-        return is_new
+    @property
+    def rejected(self) -> Path:
+        """The file with every rejected document's origin, beginning and reason, one JSON object per line."""
+        return self.path / REJECTED
 
 
 def prepare_data(
@@ -88,94 +63,198 @@ def prepare_data(
     """Returns the blocks of the sources, from the cache if they are there.
 
     Raises:
-        NotFoundError, DataError: see `sources`; also where there is nothing to train or validate on.
-        ResourceError: the folder cannot be written.
+        NotFoundError, DataError: see `sources` and `formats`; also where there is nothing to train or validate on.
+        UsageError: a rule or an encoding does not exist.
+        ResourceError: the folder cannot be written, a package is missing, or the hub cannot be reached.
     """
     if not settings.sources:
         raise DataError("there is no text to train on", "name some with --data FILE, or data.sources in the recipe")
-    files = {part: find_files(getattr(settings, key)) for part, key in zip(PARTS, ("sources", *PARTS[1:]), strict=True)}
-    relevant = settings.model_dump(exclude={"sources", "validation", "test"})
-    hashes = {part: [hash_file(path) for path in paths] for part, paths in files.items()}
+    given = {"train": settings.sources, "validation": settings.validation, "test": settings.test}
+    sources = {part: find_sources(given[part], settings) for part in HELD_OUT_FIRST}
+    with os_errors_as_ours("read the sources"):
+        hashes = {part: [source.fingerprint() for source in found] for part, found in sorted(sources.items())}
+    relevant = settings.model_dump(exclude=UNIMPORTANT)
     fingerprint = fingerprint_json([FORMAT, hashes, relevant, tokenizer.fingerprint])
     folder = (cache or find_cache_dir() / "prepared") / fingerprint
-    report = _read_report(folder, tokenizer)
+    report = _read_report(folder)
     if report is None:
-        with os_errors_as_ours(f"write prepared data to {folder}"):
-            shutil.rmtree(folder, ignore_errors=True)
-            report = _build(folder, files, settings, tokenizer, reporter)
-    train, validation, test = (
-        TokenBlocks(open_stream(folder / f"{part}.bin", tokenizer.vocab_size), settings.block_size) for part in PARTS
-    )
+        with os_errors_as_ours(f"write prepared data to {folder}"), _hold_work(folder) as work:
+            report = _read_report(folder)  # another process may have made it meanwhile
+            if report is None:
+                report = _build(folder, work, sources, settings, tokenizer, reporter)
+    train, validation, test = (open_blocks(folder, part, settings.block_size, tokenizer.vocab_size) for part in PARTS)
     return PreparedData(folder, fingerprint, train, validation, test, report)
 
 
-def _read_report(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Returns the manifest of a prepared folder, or None if it is missing or its streams are not what it says."""
-    item = np.dtype(token_dtype(tokenizer.vocab_size)).itemsize
+def _read_report(folder: Path) -> dict[str, Any] | None:
+    """Returns the manifest of a prepared folder, or None if it is missing or its files are not what it says."""
     try:
-        report = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for part, count in report["tokens"].items():
-            if (folder / f"{part}.bin").stat().st_size != (count + 1) * item * bool(count):
-                return None
-    except (OSError, ValueError, KeyError, AttributeError):
+        report = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if any((folder / name).stat().st_size != size for name, size in report["files"].items()):
+            return None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     assert isinstance(report, dict)
     return report
 
 
+@contextlib.contextmanager
+def _hold_work(folder: Path) -> Iterator[Path]:
+    """Yields the folder for unfinished work, held against other processes, which wait.
+
+    It is removed when the work is done or cannot be; an interruption leaves it for the next time.
+    """
+    work = folder.with_name(f".{folder.name}.partial")
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if work.stat().st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)  # the one who held it has finished and removed it
+    try:
+        yield work
+    except Interrupted:
+        raise
+    except (LoraGpt2Error, OSError):
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
 def _build(
-    folder: Path, files: dict[str, list[Path]], settings: DataSettings, tokenizer: Tokenizer, reporter: Reporter
+    folder: Path,
+    work: Path,
+    sources: Mapping[str, Sequence[Source]],
+    settings: DataSettings,
+    tokenizer: Tokenizer,
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    intake = _Intake(settings.profile)
-    parts: dict[str, list[str]] = {part: [] for part in PARTS}
-    for part in ("test", "validation"):  # first, so that copies of them are dropped from training
-        parts[part] = list(intake.take(files[part], settings))
-    held_out = len(intake.seen), intake.rejected["duplicate"]
-    texts = list(intake.take(files["train"], settings))
-    overlap = intake.rejected["duplicate"] - held_out[1] if held_out[0] else 0
-    kept = len(texts) + held_out[0]
-    shares = [0.0 if files[p] else getattr(settings, f"{p}_share") for p in ("validation", "test")]
-    texts = intake.cut_if_few(texts) if any(shares) else texts
-    for text, part in zip(texts, split_documents(texts, *shares), strict=True):
-        parts[part].append(text)
-    _check(parts, kept, intake)
-    if overlap:
-        reporter.message(f"{overlap} training documents were copies of held-out or other documents and were dropped")
-    with temporary_dir(folder.parent, folder.name) as work:
-        tokens, documents = {}, {}
-        total = sum(len(texts) for texts in parts.values())
-        with reporter.task("tokenising", total, "documents") as task:
-            for part in PARTS:
-                encoded = _encode(parts[part], tokenizer, task.advance)
-                tokens[part] = write_stream(work / f"{part}.bin", encoded, tokenizer.eos_id, tokenizer.vocab_size)
-                documents[part] = len(parts[part])
-        manifest = {
-            "format": FORMAT, "documents_read": intake.read, "documents_kept": kept, "documents": documents,
-            "rejected": dict(intake.rejected), "tokens": tokens, "settings": settings.model_dump(mode="json"),
-            "rules": {name: asdict(rule) for name, rule in intake.cleaning.rules.items()},
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-        }  # fmt: skip
-        (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        sync_tree(work)
-        if not folder.exists():
-            os.rename(work, folder)
-    return manifest
+    batches = work / "batches"
+    batches.mkdir(exist_ok=True)
+    if found := len(list(batches.glob("*.json"))):
+        reporter.message(f"going on with the {found} batches that are done")
+    intake = process_sources(sources, settings, tokenizer, batches, reporter)
+    given = [part for part in PARTS if sources[part]]
+    selection = select_documents(batches, intake.num_batches, settings, given, intake.is_cut)
+    selection.rejected = [*intake.bad, *selection.rejected]
+    _check(selection)
+    _warn(selection, reporter)
+    made = work / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    _write_parts(made, batches, intake, selection, settings, tokenizer)
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in selection.rejected]
+    (made / REJECTED).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    report = _build_report(made, selection, settings, tokenizer)
+    (made / MANIFEST).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    sync_tree(made)
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    os.rename(made, folder)
+    return report
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer, advance: Any) -> Iterator[list[int]]:
-    for start in range(0, len(texts), ENCODE_BATCH):
-        batch = texts[start : start + ENCODE_BATCH]
-        yield from tokenizer.encode_batch(batch)
-        advance(len(batch))
+def _write_parts(
+    made: Path, batches: Path, intake: Intake, selection: Selection, settings: DataSettings, tokenizer: Tokenizer
+) -> None:
+    names = np.array(selection.parts, dtype=object)
+    for part in PARTS:
+        documents = _iter_encoded(batches, intake.num_batches, selection.parts, part)
+        write_blocks(made, part, documents, tokenizer.eos_id, tokenizer.vocab_size, selection.has_prompts)
+        if settings.layout == "packed":
+            pack_blocks(made, part, settings.block_size, tokenizer.eos_id, tokenizer.vocab_size)
+        np.save(made / f"{part}.signatures.npy", selection.signatures[names == part])
 
 
-def _check(parts: dict[str, list[str]], kept: int, intake: _Intake) -> None:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in intake.rejected.items() if count) or "none rejected"
-    counts = f"{intake.read} documents read, {kept} kept ({reasons})"
-    if not parts["train"]:
+def _iter_encoded(folder: Path, num_batches: int, parts: Sequence[str], wanted: str) -> Iterator[Encoded]:
+    index = 0
+    for number in range(num_batches):
+        batch, _ = load_batch(folder, number)
+        place = 0
+        for length, prompt in zip(batch.lengths.tolist(), batch.prompts.tolist(), strict=True):
+            if parts[index] == wanted:
+                yield Encoded(batch.ids[place : place + length], prompt)
+            index, place = index + 1, place + length
+
+
+def _build_report(made: Path, selection: Selection, settings: DataSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    blocks = {part: open_blocks(made, part, settings.block_size, tokenizer.vocab_size) for part in PARTS}
+    lengths = selection.lengths[np.array(selection.parts, dtype=object) != ""]
+    cells = {part: blocks[part].num_blocks * settings.block_size for part in PARTS}
+    return {
+        "format": FORMAT, "documents_read": selection.read, "documents_kept": selection.kept,
+        "documents": {part: selection.parts.count(part) for part in PARTS},
+        "rejected": selection.count_rejected(),
+        "tokens": {part: blocks[part].num_tokens for part in PARTS},
+        "loss_tokens": {part: blocks[part].num_targets for part in PARTS},
+        "fill": {part: blocks[part].num_tokens / cells[part] if cells[part] else 0.0 for part in PARTS},
+        "tokens_per_document": {
+            "median": float(np.median(lengths)),
+            "p95": float(np.percentile(lengths, 95)),
+            "longest": int(lengths.max()),
+        },
+        "characters": {
+            "distinct_beyond_ascii": len(selection.characters),
+            "most_frequent": dict(selection.characters.most_common(20)),
+        },
+        "overlap_with_held_out": selection.overlap,
+        "near_duplicates": selection.near, **selection.cleaning.to_json(),
+        "settings": settings.model_dump(mode="json"), "tokenizer_fingerprint": tokenizer.fingerprint,
+        "files": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
+    }  # fmt: skip
+
+
+def _check(selection: Selection) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in selection.count_rejected().items()) or "none rejected"
+    counts = f"{selection.read} documents read, {selection.kept} kept ({reasons})"
+    if "train" not in selection.parts:
         raise DataError(f"0 usable documents to train on: {counts}", "give more text, or check data.profile")
-    if not parts["validation"]:
+    if "validation" not in selection.parts:
         raise DataError(
             f"no document is left to validate on: {counts}",
             "give more text, or a file of its own: --set data.validation=[FILE]",
         )
+
+
+def _warn(selection: Selection, reporter: Reporter) -> None:
+    if selection.overlap:
+        reporter.message(f"{selection.overlap} training documents were copies of held-out ones and were dropped")
+    if unread := selection.count_rejected().get("unreadable"):
+        reporter.message(f"{unread} records could not be read and were set aside")
+    for kind, count in selection.cleaning.personal.most_common():
+        reporter.detail(f"{count} documents hold what looks like personal data: {kind}")
+    tokens = int(selection.lengths[np.array(selection.parts, dtype=object) == "train"].sum())
+    if advice := describe_amount(tokens):
+        reporter.message(advice)
+
+
+def describe_amount(tokens: int) -> str:
+    """Returns a plain warning where there is too little text to learn a domain from, or nothing."""
+    if tokens >= COMFORTABLE_TOKENS:
+        return ""
+    comfort = f"{COMFORTABLE_TOKENS // 1000}k or more is comfortable"
+    shown = f"{tokens / 1000:.0f}k" if tokens >= 1000 else f"{tokens}"
+    if tokens < FEW_TOKENS:
+        return f"{shown} tokens to train on: expect memorisation, watch the validation; {comfort}"
+    return f"{shown} tokens to train on: enough for the manner, little for the matter; {comfort}"
+
+
+def measure_overlaps(domains: Mapping[str, PreparedData], threshold: float) -> list[tuple[str, str, int, int]]:
+    """Returns (held-out of, training part of, copies, documents) for domains of which one trains on another's test."""
+    held_out = {name: [_load_signatures(data, p) for p in ("validation", "test")] for name, data in domains.items()}
+    found = []
+    for name, parts in held_out.items():
+        of = np.concatenate(parts)
+        for other, data in domains.items():
+            copies = count_copies(of, _load_signatures(data, "train"), threshold) if other != name and len(of) else 0
+            if copies:
+                found.append((name, other, copies, len(of)))
+    return found
+
+
+def _load_signatures(data: PreparedData, part: str) -> Any:
+    return np.load(data.path / f"{part}.signatures.npy")

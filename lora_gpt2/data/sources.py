@@ -1,193 +1,148 @@
-"""Reads documents from files, folders and globs, and says file:line:field where that fails.
+"""What `data.sources` names: files, folders, globs, stdin, saved data sets and data sets of the hub.
 
-.txt and .md: one document per file, or several separated by lines that hold only `<|endoftext|>`. .jsonl: one object
-per line; .json: a list, an object with one list in it, or one object; the text is in `text_field`, or the item is a
-string. Files are read whole (JSON lines one by one), up to the limits below.
+A source knows its kind and its fingerprint; `formats` reads it. Nothing is opened before it has proved to be a
+regular file, and the network is asked for `hf:` alone.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
 import stat
-from collections.abc import Iterator, Sequence
+import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from lora_gpt2.core.errors import DataError, NotFoundError
-from lora_gpt2.data.tokenizer import EOS
+from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
+from lora_gpt2.core.fingerprint import hash_file
 from lora_gpt2.recipe import DataSettings
 
-SUFFIXES = (".txt", ".md", ".json", ".jsonl")
-MAX_FILE_BYTES = 512 * 2**20
-MAX_LINE_BYTES = 64 * 2**20
-SIGNATURES = (b"\x89PNG", b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"\x7fELF", b"GIF8", b"\xff\xd8\xff", b"PAR1")
-BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+KINDS = {
+    ".txt": "text", ".md": "text", ".html": "html", ".htm": "html", ".json": "json", ".jsonl": "jsonl", ".csv": "csv",
+    ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
+SHOWN = ", ".join(KINDS)
+HUB = "hf:"
+STDIN = "-"
 
 
 @dataclass(frozen=True)
-class Document:
-    """One piece of text and where it stood, such as `a.jsonl:12`."""
+class Source:
+    """One thing to read; `path` is a file or a saved data set's folder, and None for the hub."""
 
-    text: str
-    origin: str
+    name: str
+    kind: str
+    path: Path | None
+
+    @property
+    def is_gzip(self) -> bool:
+        """True for a file that is unpacked while it is read."""
+        return self.path is not None and self.path.suffix.lower() == ".gz"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk; 0 for the hub."""
+        return sum(file.stat().st_size for file in self._files())
+
+    def fingerprint(self) -> list[str]:
+        """Returns what names the content: a sha256 for each file, or the commit of a data set."""
+        if self.path is None:
+            from lora_gpt2.data.rows import find_commit
+
+            return [self.name, find_commit(self.name.removeprefix(HUB))]
+        return [hash_file(file) for file in self._files()]
+
+    def _files(self) -> list[Path]:
+        if self.path is None:
+            return []
+        return sorted(p for p in self.path.rglob("*") if p.is_file()) if self.path.is_dir() else [self.path]
 
 
-def find_files(sources: Sequence[str]) -> list[Path]:
-    """Returns the files of the sources, sorted within each; a folder gives every file in it that we can read.
+def find_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
+    """Returns what some sources name, sorted within each; a folder gives every file in it that we can read.
 
     Raises:
         NotFoundError: a source names nothing.
         DataError: it is a device, a pipe, or of a kind that we do not read.
     """
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
-            found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            if not found:
-                raise DataError(f"{source} holds no {', '.join(SUFFIXES)} file", "name the files, or another folder")
+    found: list[Source] = []
+    for spec in specs:
+        path = Path(spec)
+        if spec == STDIN:
+            found.append(_spool_stdin(settings.format))
+        elif spec.startswith(HUB):
+            found.append(Source(spec, "hub", None))
+        elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            found.append(Source(str(path), "saved", path))
+        elif path.is_dir():
+            found += _list_folder(path, settings)
         elif path.exists():
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise DataError(f"{source} is not a regular file", "write its content to a file first")
-            if path.suffix.lower() not in SUFFIXES:
-                hint = f"supported are {', '.join(SUFFIXES)}; rename the file if it is one of them"
-                raise DataError(f"{source}: files of kind '{path.suffix}' are not read", hint)
-            found = [path]
+            found.append(_name_file(path, settings))
         else:
-            found = _glob(source)
-        files += found
-    return files
-
-
-def _glob(source: str) -> list[Path]:
-    path = Path(source)
-    root = Path(path.anchor) if path.is_absolute() else Path()
-    pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else source
-    found = []
-    if any(c in source for c in "*?["):
-        try:
-            found = [p for p in sorted(root.glob(pattern)) if p.is_file() and p.suffix.lower() in SUFFIXES]
-        except ValueError as error:
-            raise DataError(f"'{source}' is not a pattern: {error}", "** stands alone, as in texts/**/*.txt") from error
-    if not found:
-        raise NotFoundError(f"there is no file, folder or match for '{source}'", "check the path")
+            found += _glob(spec, settings)
     return found
 
 
-def read_documents(sources: Sequence[str], settings: DataSettings) -> Iterator[Document]:
-    """Yields the documents of all sources in order; raises `DataError` at the first one that cannot be read."""
-    for path in find_files(sources):
-        yield from read_file(path, settings)
+def _find_kind(path: Path, settings: DataSettings) -> str | None:
+    """Returns how a file is read: as the settings say, or by its name, with or without .gz."""
+    inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return KINDS.get(inner.suffix.lower()) if settings.format == "auto" else settings.format
 
 
-def read_file(path: Path, settings: DataSettings) -> Iterator[Document]:
-    """Yields the documents of one file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(8)
-        if head.startswith(SIGNATURES):
-            raise DataError(f"{path} is a binary file, not text", "convert it to text first")
-        suffix = path.suffix.lower()
-        if suffix == ".jsonl":
-            yield from _read_json_lines(path, settings)
-            return
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB", "split it, or use .jsonl")
-        text = decode(path.read_bytes(), str(path), settings.encoding_errors)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
-    if suffix == ".json":
-        yield from _read_json(text, path, settings)
-    else:
-        for number, part in enumerate(_split_at_eos(text)):
-            yield Document(part, str(path) if number == 0 else f"{path}#{number + 1}")
+def _name_file(path: Path, settings: DataSettings) -> Source:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(f"{path} is not a regular file", "write its content to a file, or pipe it in: --data -")
+    kind = _find_kind(path, settings)
+    if kind is None:
+        hint = f"read by name are {SHOWN}, also .gz; say what it is with --set data.format=text"
+        raise DataError(f"{path}: files of kind '{path.suffix}' are not read", hint)
+    return Source(str(path), kind, path)
 
 
-def _split_at_eos(text: str) -> Iterator[str]:
-    if EOS not in text:
-        yield text
-        return
-    lines: list[str] = []
-    for line in text.splitlines(keepends=True):
-        if line.strip() == EOS:
-            yield "".join(lines).strip("\r\n")
-            lines = []
-        else:
-            lines.append(line)
-    if rest := "".join(lines).strip("\r\n"):
-        yield rest
+def _list_folder(folder: Path, settings: DataSettings) -> list[Source]:
+    paths = [path for path in sorted(folder.rglob("*")) if _find_kind(path, settings) and path.is_file()]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not paths:
+        raise DataError(f"{folder} holds no {SHOWN} file", "name the files, or another folder")
+    return [_name_file(path, settings) for path in paths]
 
 
-def decode(content: bytes, where: str, errors: str) -> str:
-    """Returns the text of bytes in UTF-8, or in UTF-16 if they begin so; raises `DataError` with file:offset."""
-    encoding = "utf-8"
-    for bom, name in BOMS:
-        if content.startswith(bom):
-            content, encoding = content[len(bom) :], name
-            break
-    try:
-        return content.decode(encoding, errors)
-    except UnicodeDecodeError as error:
-        found = content[error.start : error.start + 4].hex(" ")
-        raise DataError(
-            f"{where}: byte {error.start} is not valid {encoding.upper()} (found {found})",
-            "convert the file to UTF-8, or use --set data.encoding_errors=replace",
-        ) from error
+def _glob(spec: str, settings: DataSettings) -> list[Source]:
+    path = Path(spec)
+    root = Path(path.anchor) if path.is_absolute() else Path()
+    pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else spec
+    paths: list[Path] = []
+    if any(c in spec for c in "*?["):
+        try:
+            paths = [p for p in sorted(root.glob(pattern)) if p.is_file() and _find_kind(p, settings)]
+        except ValueError as error:
+            raise DataError(f"'{spec}' is not a pattern: {error}", "** stands alone, as in texts/**/*.txt") from error
+    if not paths:
+        raise NotFoundError(f"there is no file, folder or match for '{spec}'", f"check the path; read are {SHOWN}")
+    return [_name_file(path, settings) for path in paths]
 
 
-def _read_json_lines(path: Path, settings: DataSettings) -> Iterator[Document]:
+@lru_cache(maxsize=1)
+def _spool_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="lora-gpt2-stdin-")  # removed when the process ends
+
+
+def _spool_stdin(wanted: str) -> Source:
+    """Keeps stdin in a file, because it is read twice: for its fingerprint and for its text."""
+    path = Path(_spool_folder().name) / "stdin"
+    if not path.exists():
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("there is nothing on stdin", "pipe text in, as in: cat my_text.txt | lora-gpt2 prepare -")
+        with path.open("wb") as file:
+            while piece := sys.stdin.buffer.read(1 << 20):
+                file.write(piece)
     with path.open("rb") as file:
-        number = 0
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(raw) > MAX_LINE_BYTES:
-                raise DataError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB", "split the document")
-            line = decode(raw, where, settings.encoding_errors).strip()
-            if line:
-                yield Document(_get_text(_parse_json(line, where), where, settings), where)
-
-
-def _read_json(text: str, path: Path, settings: DataSettings) -> Iterator[Document]:
-    value = _parse_json(text, str(path))
-    if isinstance(value, dict) and settings.text_field not in value:
-        lists = [item for item in value.values() if isinstance(item, list)]
-        if len(lists) == 1:
-            value = lists[0]
-    for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
-        where = f"{path}:[{number}]" if isinstance(value, list) else str(path)
-        yield Document(_get_text(item, where, settings), where)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        place = f"{where}:{error.lineno}" if error.lineno > 1 else where
-        raise DataError(f"{place}: not JSON: {error.msg}, column {error.colno}", "mend or remove the line") from error
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise DataError(f"{where}: not JSON: {reason}", "mend or remove it") from error
-
-
-def _get_text(item: Any, where: str, settings: DataSettings) -> str:
-    field = settings.text_field
-    if isinstance(item, dict):
-        if field not in item:
-            known = ", ".join(sorted(map(str, item))[:8]) or "none"
-            raise DataError(f"{where}: no field '{field}' (found: {known})", "name it with --set data.text_field=NAME")
-        item, where = item[field], f"{where}:{field}"
-    if not isinstance(item, str):
-        raise DataError(f"{where}: expected text, found {type(item).__name__}", "every document is a string")
-    try:
-        item.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: character {error.start} is half of a surrogate pair", "mend the escape") from error
-    return item
+        head = file.read(4096)
+    if wanted == "auto":
+        start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        kinds = {b"{": "jsonl", b"[": "json", b"<!doctype html": "html", b"<html": "html"}
+        wanted = next((kind for mark, kind in kinds.items() if start.startswith(mark)), "text")
+    if head.startswith(b"\x1f\x8b"):
+        path = path.rename(path.with_suffix(".gz")) if path.exists() else path
+    return Source("<stdin>", wanted, path)

@@ -6,7 +6,6 @@ book in one file), they are first cut into sections, because one document cannot
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 FEW_DOCUMENTS = 20
@@ -47,27 +46,22 @@ def _iter_parts(text: str, size: int) -> Iterator[tuple[str, str]]:
         yield lines[-1], "\n\n"
 
 
-def content_key(text: str) -> bytes:
-    """Returns a document's identity: 16 bytes of its sha256."""
-    return hashlib.sha256(text.encode()).digest()[:16]
+def split_keys(keys: Sequence[bytes], validation_share: float, test_share: float) -> list[str]:
+    """Returns `train`, `validation` or `test` for each document, given by a hash of its content.
 
-
-def split_documents(texts: Sequence[str], validation_share: float, test_share: float) -> list[str]:
-    """Returns `train`, `validation` or `test` for each text.
-
-    A share is the part of the hash space, so the parts have about that size. A part with a positive share that came
-    out empty gets the document whose hash lies nearest to it, if there are at least three documents.
+    A share is the part of the hash space, so the parts have about that size, and equal keys have one part. A part with
+    a positive share that came out empty gets the key that lies nearest to it, if there are at least three.
     """
-    places = [int.from_bytes(content_key(text)[:8]) / 2**64 for text in texts]
-    parts = []
-    for place in places:
+    places = {key: int.from_bytes(key[:8]) / 2**64 for key in keys}
+    parts = {}
+    for key, place in places.items():
         is_test = place < test_share
         is_validation = not is_test and place < test_share + validation_share
-        parts.append("test" if is_test else "validation" if is_validation else "train")
-    order = sorted(range(len(texts)), key=lambda i: places[i])
+        parts[key] = "test" if is_test else "validation" if is_validation else "train"
+    order = sorted(places, key=lambda key: places[key])
     for part, share in (("validation", validation_share), ("test", test_share)):
-        if share and part not in parts and len(texts) >= 3:
-            nearest = next((i for i in order if parts[i] == "train"), None)
+        if share and part not in parts.values() and len(parts) >= 3:
+            nearest = next((key for key in order if parts[key] == "train"), None)
             if nearest is not None:
                 parts[nearest] = part
-    return parts
+    return [parts[key] for key in keys]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.data.sources import read_documents
+from lora_gpt2.data.formats import read_documents
 from lora_gpt2.evaluation.perplexity import Score, choose_window, measure_perplexity
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.probe import AdaptersForRows

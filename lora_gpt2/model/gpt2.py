@@ -210,6 +210,7 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
         noise: Float[Tensor, "rows time width"] | None = None,
         checkpoint_blocks: bool = False,
+        positions: Int[Tensor, "rows time"] | None = None,
     ) -> Float[Tensor, "rows time width"]:
         """Returns the hidden states after the last norm.
 
@@ -218,13 +219,17 @@ class GPT2(nn.Module):
         With a cache the tokens continue each row at its own length; the caller sets the lengths afterwards
         (`generate` does), because rows padded on the right grow by less than `time`. Positions beyond the
         context are the caller's error and raise `IndexError`.
+        `positions` that begin anew at 0 within a row mark documents that do not see each other (no cache then).
         """
         time = tokens.shape[1]
         steps = torch.arange(time, device=tokens.device)
         if cache is None:
             if time > self.config.context:
                 raise IndexError(f"{time} tokens exceed the context of {self.config.context}")
-            context = Context(adapters, None, steps[None].expand(tokens.shape[0], -1), None)
+            if positions is None:
+                context = Context(adapters, None, steps[None].expand(tokens.shape[0], -1), None)
+            else:
+                context = Context(adapters, None, positions, _mask_documents(positions))
         else:
             context = self._continue(steps, adapters, cache)
         x = self.wte(tokens) + self.wpe(context.positions)
@@ -252,6 +257,12 @@ class GPT2(nn.Module):
     def logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape vocab"]:
         """Returns the scores of the next token for each hidden state."""
         return F.linear(hidden, self.head) if self.packed_head is None else self.packed_head(hidden)
+
+
+def _mask_documents(positions: Int[Tensor, "rows time"]) -> Tensor:
+    """Returns `[rows, 1, time, time]`: each token sees those before it that belong to its own document."""
+    document = (positions == 0).cumsum(1)
+    return ((document[:, :, None] == document[:, None, :]).tril())[:, None]
 
 
 def apply_before(before: Before, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:

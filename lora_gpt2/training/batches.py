@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_gpt2.data.blocks import TokenBlocks
+from lora_gpt2.data.blocks import Rows, TokenBlocks
 
 
 class BlockOrder:
@@ -26,8 +26,8 @@ class BlockOrder:
         count = self.blocks.num_blocks
         return [int(self._permutation(place // count)[place % count]) for place in places]
 
-    def read(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns inputs and targets `[rows, block_size]` of one step."""
+    def read(self, step: int) -> Rows:
+        """Returns the rows of one step."""
         return self.blocks.read(self.indices(step))
 
     def num_steps(self, epochs: float) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.data.sources import MAX_FILE_BYTES
+from lora_gpt2.data.formats import MAX_FILE_BYTES
 from lora_gpt2.data.tokenizer import EOS
 from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
 from lora_gpt2.inference.generate import Output, Request, generate

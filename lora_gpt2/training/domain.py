@@ -15,7 +15,7 @@ from lora_gpt2.training.batches import BlockOrder
 
 LEAST_VALIDATION = 4096
 SHARED_SETTINGS = ("lora.dropout", "train.label_smoothing", "train.neftune_alpha", "train.gradient_checkpointing")
-ONE_FOR_ALL = ("base", "data.block_size", "train.precision", "train.quantize")
+ONE_FOR_ALL = ("base", "data.block_size", "data.layout", "train.precision", "train.quantize")
 
 
 def check_together(recipes: Sequence[Recipe]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_gpt2.data.blocks import IGNORE
+from lora_gpt2.data.blocks import IGNORE, Rows
 from lora_gpt2.training.domain import Domain, group_recipes
 from lora_gpt2.training.step import Pass
 from lora_gpt2.training.world import World
@@ -29,10 +29,10 @@ class PassBuilder:
         self.domains, self.device, self.world = domains, device, world
         self.block_size = domains[0].recipe.data.block_size
 
-    def read(self, active: Sequence[int], step: int) -> tuple[dict[int, tuple[_Array, _Array]], list[int]]:
-        """Returns inputs and targets of a step's whole batches, and the number of targets per slot."""
+    def read(self, active: Sequence[int], step: int) -> tuple[dict[int, Rows], list[int]]:
+        """Returns the rows of a step's whole batches, and the number of targets per slot."""
         batches = {slot: self.domains[slot].order.read(step) for slot in active}
-        counts = [int((batches[k][1] != IGNORE).sum()) if k in batches else 0 for k in range(len(self.domains))]
+        counts = [int((batches[k].targets != IGNORE).sum()) if k in batches else 0 for k in range(len(self.domains))]
         return batches, counts
 
     def build(self, active: Sequence[int], step: int) -> tuple[list[Pass], list[int]]:
@@ -45,7 +45,7 @@ class PassBuilder:
         places = {id(self.domains[slot].recipe): slot for slot in batches}
         for recipes in group_recipes([self.domains[slot].recipe for slot in batches]).values():
             group = [places[id(recipe)] for recipe in recipes]
-            shares = {slot: list(self.world.share(len(batches[slot][0]))) for slot in group}
+            shares = {slot: list(self.world.share(len(batches[slot].inputs))) for slot in group}
             limit = min(self.domains[slot].recipe.train.micro_batch_tokens for slot in group)
             width = max(1, limit // self.block_size // len(group))
             for start in range(0, max(len(shares[slot]) for slot in group), width):
@@ -56,17 +56,20 @@ class PassBuilder:
     def _build_pass(
         self,
         pieces: dict[int, list[int]],
-        batches: dict[int, tuple[_Array, _Array]],
+        batches: dict[int, Rows],
         counts: Sequence[int],
         step: int,
     ) -> Pass:
         """Puts rows of several slots together; a slot with fewer rows gets empty ones."""
         slots, rows = list(pieces), max(map(len, pieces.values()))
         inputs = np.zeros((len(slots), rows, self.block_size), dtype=np.int64)
-        targets = np.full_like(inputs, IGNORE)
+        targets, positions = np.full_like(inputs, IGNORE), np.zeros_like(inputs)
         seeds = [0] * (len(slots) * rows)
         for place, (slot, indices) in enumerate(pieces.items()):
-            inputs[place, : len(indices)], targets[place, : len(indices)] = (side[indices] for side in batches[slot])
+            taken = batches[slot].take(indices)
+            inputs[place, : len(indices)], targets[place, : len(indices)] = taken.inputs, taken.targets
+            if taken.positions is not None:
+                positions[place, : len(indices)] = taken.positions
             for row, index in enumerate(indices):
                 seed = f"{self.domains[slot].recipe.train.seed} {step} {index}"
                 seeds[place * rows + row] = zlib.crc32(seed.encode())
@@ -76,6 +79,7 @@ class PassBuilder:
             slots, torch.tensor(slots).to(self.device), self._to_device(inputs), self._to_device(targets),
             weights.to(self.device), settings.lora.dropout, settings.train.label_smoothing, seeds,
             settings.train.neftune_alpha, settings.train.gradient_checkpointing,
+            self._to_device(positions) if settings.data.layout == "packed" else None,
         )  # fmt: skip
 
     def _to_device(self, array: _Array) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_gpt2.core.page import build_cards, build_page, build_table
 from lora_gpt2.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -20,24 +21,6 @@ if TYPE_CHECKING:
 CURVE, REPORT = "curve.png", "report.html"
 TRAIN, VALIDATION, FAINT, INK = "#4c78a8", "#e4572e", "#b8cce4", "#333333"
 Records = Sequence[Mapping[str, Any]]
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fafafa; margin: 0 auto; max-width: 60rem;
-       padding: 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-.lead { color: #555; margin: .2rem 0 1rem }
-.verdict { background: #fff; border-left: 4px solid #4c78a8; padding: .6rem 1rem; margin: 1rem 0 }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem }
-.figures div { background: #fff; border: 1px solid #e3e3e3; border-radius: 6px; padding: .5rem .8rem }
-.figures b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums }
-.figures span { color: #666; font-size: .85rem }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: .8rem }
-.charts svg { width: 100%; height: auto; background: #fff; border: 1px solid #e3e3e3; border-radius: 6px }
-table { border-collapse: collapse; width: 100%; background: #fff } td, th { text-align: left; vertical-align: top;
-       padding: .35rem .7rem; border-bottom: 1px solid #e8e8e8; font-size: .92rem }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.sample { white-space: pre-wrap; overflow-wrap: anywhere } details { margin-top: 1rem }
-"""
 
 
 def draw_pages(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any]) -> dict[str, bytes]:
@@ -124,18 +107,17 @@ def _smooth(values: Sequence[float]) -> list[float]:
 def _build_html(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any]) -> str:
     charts = "".join(f"<figure style='margin:0'>{_to_svg(plot)}</figure>" for plot in _list_charts(records))
     title = html.escape(name)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title} · lora-gpt2</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
-<h1>{title}</h1>
+    return build_page(
+        name,
+        f"""<h1>{title}</h1>
 <p class="lead">{html.escape(recipe.description or "A LoRA adapter")} · base {html.escape(recipe.base)}</p>
 <div class="verdict">{html.escape(figures["verdict"])}<br>{html.escape(figures["forgetting"])}</div>
-<div class="figures">{_build_figures(figures)}</div>
+{_build_figures(figures)}
 <h2>Curves</h2><div class="charts">{charts}</div>
 {_build_samples(records)}
 <details><summary>Settings</summary>{_build_settings(recipe)}</details>
-</body></html>
-"""
+""",
+    )
 
 
 def _list_charts(records: Records) -> list[Callable[[Axes], None]]:
@@ -170,7 +152,7 @@ def _build_figures(figures: Mapping[str, Any]) -> str:
         (f"{figures['trained_parameters']:,}", "trained parameters"),
         (f"{figures['seconds'] / 60:,.1f} min", "training time"),
     ]
-    return "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for value, label in cards)
+    return build_cards(cards)
 
 
 def _build_samples(records: Records) -> str:
@@ -186,8 +168,6 @@ def _build_samples(records: Records) -> str:
 
 
 def _build_settings(recipe: Recipe) -> str:
-    rows = []
-    for section in ("data", "lora", "train", "generate"):
-        for key, value in getattr(recipe, section).model_dump(mode="json").items():
-            rows.append(f"<tr><td>{section}.{key}</td><td>{html.escape(str(value))}</td></tr>")
-    return f"<table>{''.join(rows)}</table>"
+    sections = ("data", "lora", "train", "generate")
+    values = [(s, getattr(recipe, s).model_dump(mode="json")) for s in sections]
+    return build_table([(f"{s}.{key}", str(value)) for s, settings in values for key, value in settings.items()])

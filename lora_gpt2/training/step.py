@@ -29,8 +29,8 @@ WARM_UP = 3
 class Pass:
     """Rows that go through the network at once: the same number for each of `slots`, in order.
 
-    `inputs`, `targets` `[rows, time]`; `weights` `[rows * time]` sum to a slot's share of its batch; `row_seeds` decide
-    dropout and noise.
+    `inputs`, `targets`, `positions` `[rows, time]` (see `blocks.Rows`); `weights` `[rows * time]` sum to a slot's share
+    of its batch; `row_seeds` decide dropout and noise.
     """
 
     slots: Sequence[int]
@@ -43,6 +43,7 @@ class Pass:
     row_seeds: Sequence[int]
     noise_alpha: float
     checkpointing: bool
+    positions: Tensor | None = None
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -129,7 +130,9 @@ class StepRunner:
                 )
             rows = TrainingRows(self.bank, each.slots, each.places, each.dropout, each.row_seeds)
             noise = draw_noise(each, self.model.config.width)
-            hidden = self.model(each.inputs, rows, noise=noise, checkpoint_blocks=each.checkpointing)
+            hidden = self.model(
+                each.inputs, rows, noise=noise, checkpoint_blocks=each.checkpointing, positions=each.positions
+            )
             loss, nll = chunked_cross_entropy(
                 hidden.flatten(0, 1), self.model.head, each.targets.flatten(), weights, each.smoothing
             )

@@ -247,9 +247,10 @@ class Trainer:
         rows = max(1, batch_tokens // size)
         total, targets_seen = 0.0, 0
         for start in range(0, count, rows):
-            inputs, targets = map(torch.from_numpy, blocks.read(range(start, min(start + rows, count))))
-            inputs, targets = inputs.to(self.device), targets.to(self.device)
-            hidden = self.base.model(inputs, adapters).flatten(0, 1)
+            read = blocks.read(range(start, min(start + rows, count)))
+            inputs, targets = (torch.from_numpy(side).to(self.device) for side in (read.inputs, read.targets))
+            positions = None if read.positions is None else torch.from_numpy(read.positions).to(self.device)
+            hidden = self.base.model(inputs, adapters, positions=positions).flatten(0, 1)
             total += measure_nll(hidden, self.base.model.head, targets.flatten()).double().sum().item()
             targets_seen += int((targets != IGNORE).sum())
         return total / targets_seen

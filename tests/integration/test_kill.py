@@ -129,8 +129,8 @@ def test_a_run_killed_at_any_moment_resumes_bit_equal(recipes, reporter, tmp_pat
 def test_the_sweep_would_see_a_lost_step(recipes, reporter, tmp_path, monkeypatch):
     """The positive control: a resumed run that forgets AdamW's moments must not pass."""
     monkeypatch.setenv("LORA_GPT2_CACHE", "")
-    in_child(tmp_path, trainer_of(recipes, reporter), "whole")
-    status, _ = in_child(tmp_path, trainer_of(recipes, reporter, kill_at=60), "killed")
+    _, moments = in_child(tmp_path, trainer_of(recipes, reporter), "whole")
+    status, _ = in_child(tmp_path, trainer_of(recipes, reporter, kill_at=moments * 2 // 3), "killed")
     assert os.WIFSIGNALED(status)
     restored = Trainer.restore
 

@@ -1,15 +1,18 @@
 """Properties of the path from text to blocks, on text that hypothesis makes up."""
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.data.blocks import IGNORE, TokenBlocks, open_stream, write_stream
-from lora_gpt2.data.cleaning import PROFILES, RULES
-from lora_gpt2.data.sources import decode, read_documents
-from lora_gpt2.data.split import iter_sections, split_documents
+from lora_gpt2.data.blocks import IGNORE, Encoded, open_blocks, pack_blocks, write_blocks
+from lora_gpt2.data.cleaning import BOILERPLATE, PROFILES, RULES, choose_rules
+from lora_gpt2.data.dedup import content_key
+from lora_gpt2.data.encoding import decode
+from lora_gpt2.data.formats import read_source
+from lora_gpt2.data.records import Document
+from lora_gpt2.data.sources import KINDS, find_sources
+from lora_gpt2.data.split import iter_sections, split_keys
 from lora_gpt2.data.tokenizer import TextStream, load_tokenizer
 from lora_gpt2.recipe import DataSettings
 
@@ -41,20 +44,32 @@ def test_any_tokens_stream_to_what_they_decode_to_without_half_characters(tokeni
     assert "".join(pieces) == raw.decode("utf-8", "replace")
 
 
-@relaxed
-@given(value=messy, rule=st.sampled_from(sorted(RULES)))
-def test_every_rule_is_idempotent_and_adds_nothing(value, rule):
-    once = RULES[rule](value)
-    assert RULES[rule](once) == once
-    assert len(once) <= len(value)
+SCRAPS = [
+    "&amp;", "&lt;b&gt;", "&#38;", "amp;", "<", ">", "</p>", "<br", "<b>", "<!--", "-->", "<script>", "{{", "}}",
+    "{%", "%}", "[a](", ")", "](x)", "![", "http://a.b", "www.", "://", "---\n", "k: v\n", "a@b.org",
+    "4111 1111 1111 1111", "\x1b[3", "1m", "\u200d", "👩", "🏽", "\ufe0f", "1\u20e3", "Ã©", "â€™", "\x80",
+    "*** START OF THE PROJECT GUTENBERG EBOOK ***\n",
+    "*** END OF THE PROJECT GUTENBERG EBOOK ***\n", "<html>", "<!doctype html>", "&lt;html&gt;", "+1 202 555 0199",
+    " ", "\n", "\t", "\r", "x", "\u2028", "\xa0", "\0", "\ufeff", "e\u0301", "ﬁ", "GB82 WEST 1234 5698 7654 32",
+]  # fmt: skip
+scraps = st.lists(st.sampled_from(SCRAPS) | st.text(max_size=3), max_size=14).map("".join)
+modes = [(name, mode) for name, rule in RULES.items() for mode in rule.modes]
+
+
+@settings(deadline=None, max_examples=1500)
+@given(value=scraps, rule=st.sampled_from(modes))
+def test_every_rule_is_idempotent(value, rule):
+    name, mode = rule
+    once = RULES[name].apply(value, mode)
+    assert RULES[name].apply(once, mode) == once
 
 
 @relaxed
 @given(value=messy, profile=st.sampled_from(sorted(PROFILES)))
 def test_profiles_are_idempotent_and_keep_the_words(value, profile):
     def clean(text):
-        for name in PROFILES[profile]:
-            text = RULES[name](text)
+        for name, mode in choose_rules(profile, {BOILERPLATE: False}).items():
+            text = RULES[name].apply(text, mode)
         return text
 
     once = clean(value)
@@ -63,22 +78,36 @@ def test_profiles_are_idempotent_and_keep_the_words(value, profile):
 
 
 @relaxed
-@given(documents=st.lists(st.lists(st.integers(0, 8), max_size=9), max_size=8), block_size=st.integers(1, 7))
-def test_blocks_lose_no_token_and_score_each_once(tmp_path, documents, block_size):
-    count = write_stream(tmp_path / "s", documents, eos_id=9, vocab_size=10)
-    blocks = TokenBlocks(open_stream(tmp_path / "s", 10), block_size)
-    inputs, targets = blocks.read(range(blocks.num_blocks))
-    wanted = [token for document in documents for token in [*document, 9]]
-    assert targets[targets != IGNORE].tolist() == wanted
-    assert count == blocks.num_tokens == len(wanted)
-    kept = targets != IGNORE
-    assert np.array_equal(inputs[kept], np.array([9, *wanted][: len(wanted)]))
+@given(
+    documents=st.lists(st.tuples(st.lists(st.integers(0, 8), max_size=9), st.integers(0, 9)), max_size=8),
+    block_size=st.integers(1, 7), is_packed=st.booleans(),
+)  # fmt: skip
+def test_blocks_lose_no_token_and_score_each_once(tmp_path_factory, documents, block_size, is_packed):
+    tmp_path = tmp_path_factory.mktemp("blocks")
+    encoded = [Encoded(ids, min(prompt, len(ids))) for ids, prompt in documents]
+    write_blocks(tmp_path, "s", encoded, 9, 10, has_prompts=True)
+    if is_packed:
+        pack_blocks(tmp_path, "s", block_size, 9, 10)
+    blocks = open_blocks(tmp_path, "s", block_size, 10)
+    rows = blocks.read(range(blocks.num_blocks))
+    wanted = sorted(t for each in encoded for t in [*each.ids[each.prompt :], 9])
+    assert sorted(rows.targets[rows.targets != IGNORE].tolist()) == wanted
+    assert blocks.num_tokens == sum(len(each.ids) + 1 for each in encoded)
+    assert blocks.num_targets == len(wanted)
+    if not is_packed:
+        wanted = [t for each in encoded for t in [*each.ids, 9]]
+        inputs = rows.inputs.flatten()[: len(wanted)]
+        assert inputs.tolist() == [9, *wanted][: len(wanted)]
+
+
+def split_documents(texts, *shares):
+    return split_keys([content_key(text) for text in texts], *shares)
 
 
 @relaxed
-@given(texts=st.lists(text, unique=True, max_size=20), more=st.lists(text, unique=True, max_size=5))
+@given(texts=st.lists(text, unique_by=content_key, max_size=20), more=st.lists(text, unique_by=content_key, max_size=5))
 def test_splits_are_stable_when_text_is_added(texts, more):
-    more = [item for item in more if item not in texts]
+    more = [item for item in more if content_key(item) not in map(content_key, texts)]
     before = dict(zip(texts, split_documents(texts, 0.3, 0.2), strict=True))
     after = dict(zip([*more, *texts], split_documents([*more, *texts], 0.3, 0.2), strict=True))
     moved = [item for item in texts if before[item] != after[item]]
@@ -95,18 +124,32 @@ def test_sections_lose_nothing_but_the_line_ends_between_them(value, size):
         place = value.index(section, place) + len(section)
 
 
-@relaxed
-@given(content=st.binary(max_size=80), suffix=st.sampled_from([".txt", ".json", ".jsonl"]))
-def test_any_bytes_are_read_or_refused_by_name(tmp_path, content, suffix):
+pieces = st.sampled_from([
+    b'{"text": "x"}', b"[", b"]", b",", b'"', b"\n", b"\r\n", b"a,b\n", b"text\n", b"\x1f\x8b\x08",
+    b"\xff\xfe", b"PAR1", b"\xe9", b"\0",
+    b"<html>", b"{", b"}", b"null", b"NaN", b'{"prompt": "p", "completion": "c"}', b"<|endoftext|>", b"\xc3",
+    b";", b"\t",
+])  # fmt: skip
+
+
+@settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=80) | st.lists(pieces | st.binary(max_size=3), max_size=9).map(b"".join),
+    suffix=st.sampled_from([*KINDS, ".txt.gz", ".jsonl.gz", ".parquet.gz"]),
+    changes=st.sampled_from([{}, {"unit": "line"}, {"unit": "paragraph", "separator": ","}, {"template": "{text}{b}"},
+                             {"encoding": "shift_jis"}, {"encoding_errors": "replace"}, {"prompt": "{prompt}"}]),
+)  # fmt: skip
+def test_any_bytes_are_read_or_refused_by_name(tmp_path, content, suffix, changes):
     path = tmp_path / f"f{suffix}"
     path.write_bytes(content)
-    try:
-        documents = list(read_documents([str(path)], DataSettings()))
-    except DataError as error:
-        assert str(path) in error.message
-        assert error.hint
-    else:
-        assert all(isinstance(document.text, str) for document in documents)
+    for source in find_sources([str(path)], DataSettings()):
+        for item in read_source(source, DataSettings(**changes)):
+            if isinstance(item, DataError):
+                assert str(path) in item.message
+                assert item.hint
+            else:
+                assert isinstance(item, Document)
+                (item.text + item.prompt).encode()
 
 
 @relaxed

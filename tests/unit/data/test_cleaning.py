@@ -1,6 +1,7 @@
 import pytest
 
-from lora_gpt2.data.cleaning import PROFILES, RULES, CleaningReport
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.data.cleaning import BOILERPLATE, PROFILES, RULES, CleaningReport, choose_rules
 
 
 @pytest.mark.parametrize(
@@ -9,18 +10,18 @@ from lora_gpt2.data.cleaning import PROFILES, RULES, CleaningReport
         ("raw", " a\r\n\0\n\n\n", " a\r\n\0\n\n\n"),
         ("code", "def f():\r\n\tx = 1  \r\n\0", "def f():\n\tx = 1  \n"),
         ("prose", "\ufeff a\r\rb  \u2028c\x07\x85\n\n\n\nd \n", "a\n\nb\nc\n\nd"),
-        ("prose", "tabs\tand\u00a0non-breaking stay", "tabs\tand\u00a0non-breaking stay"),
+        ("prose", "tabs\tand\u00a0non-breaking  spaces\n\tindent", "tabs and non-breaking spaces\n\tindent"),
         ("prose", " \n\t\n ", ""),
     ],
 )
 def test_each_profile_does_what_it_says(profile, before, after):
-    assert CleaningReport().clean(before, profile) == after
+    assert CleaningReport().clean(before, choose_rules(profile, {})) == after
 
 
 def test_the_report_counts_and_shows_changes():
     report = CleaningReport()
     for text in ("a\0b", "c", "\0\0", "x\0", "y\0"):
-        report.clean(text, "code")
+        report.clean(text, choose_rules("code", {}))
     rule = report.rules["nul"]
     assert (rule.documents, rule.characters_removed, len(rule.examples)) == (4, 5, 3)
     assert rule.examples[0] == {"before": "a\0b", "after": "ab"}
@@ -28,4 +29,59 @@ def test_the_report_counts_and_shows_changes():
 
 
 def test_profiles_name_rules_that_exist():
-    assert {name for names in PROFILES.values() for name in names} == set(RULES)
+    assert {name for names in PROFILES.values() for name in names} <= {*RULES, BOILERPLATE}
+    assert all(rule.apply.__doc__.startswith("Returns ") for rule in RULES.values())
+
+
+@pytest.mark.parametrize(
+    ("rule", "mode", "before", "after"),
+    [
+        ("html", "on", "a < b", "a < b"),
+        ("html", "on", "<!DOCTYPE html><title>t</title><nav>menu</nav><p>one</p><p>two &amp; 3</p>", "one\n\ntwo & 3"),
+        ("html", "on", "<html><script>x()</script><style>y</style><pre>a\n  b</pre><svg><path d='M'/></svg>", "a\n  b"),
+        ("entities", "on", "It&#8217;s &amp;amp; &lt;b&gt; &nosuch; & &#x41;", "It\u2019s & <b> &nosuch; & A"),
+        ("line_ends", "on", "a\r\nb\rc\u2028d\x85e", "a\nb\nc\nd\ne"),
+        ("nul", "on", "a\0b", "ab"),
+        ("mojibake", "on", "dÃ©jÃ\xa0 vu \u2014 \u201cok\u201d\nschÃ¶n", "déjà vu \u2014 \u201cok\u201d\nschön"),
+        ("mojibake", "on", "Ãngström à la carte, naïve", "Ãngström à la carte, naïve"),
+        ("control", "on", "act\x03ress\x1b[31m red\u200b\ufeff\u00ad!\u202e", "actress red!"),
+        ("control", "on", "👩\u200d👩\u200d👧 a\u200db", "👩\u200d👩\u200d👧 ab"),
+        ("unicode", "nfc", "e\u0301 ﬁ Ａ", "é ﬁ Ａ"),
+        ("unicode", "nfkc", "e\u0301 ﬁ Ａ", "é fi A"),
+        ("quotes", "on", "\u201cit\u2019s\u201d", "\"it's\""),
+        ("front_matter", "on", "---\ntitle: x\ntags:\n- a\n---\n\nText\n---\nmore", "\nText\n---\nmore"),
+        ("front_matter", "on", "---\nA poem\n---\n", "---\nA poem\n---\n"),
+        ("template_tags", "on", 'see [us]({{< ref "a.md" >}}) {% if x %}y{% endif %}', "see us y"),
+        ("template_tags", "on", "{{ {{x}} }} {a}", " {a}"),
+        ("tags", "on", "a<br/>b <b class='x'>bold</b> <unk> 1 < 2 <!-- no --> <<b>b>", "a\nb bold <unk> 1 < 2  "),
+        ("licence", "on",
+         "The Project Gutenberg EBook\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\nProduced by A\nand B\n\nText\n"
+         "*** END OF THE PROJECT GUTENBERG EBOOK X ***\nlicence", "\nText\n"),
+        ("licence", "on", "about Gutenberg's press", "about Gutenberg's press"),
+        ("emoji", "drop", "hi 👩\u200d👧🏽!\u2122 1\ufe0f\u20e3", "hi !\u2122 "),
+        ("emoji", "name", "hi 😀", "hi :grinning_face:"),
+        ("urls", "mask", "see https://a.b/c?d=1, or [it](https://x.y \"t\") www.z.org.", "see <url>, or it <url>."),
+        ("urls", "drop", "![p](http://x/y.png)see http://a.b", "see "),
+        ("personal", "report", "a@b.org", "a@b.org"),
+        ("personal", "mask", "a@b.org, 4111 1111 1111 1111", "<email>, <card>"),
+        ("long_words", "on", "a " + "x" * 1000 + " " + "y" * 1001 + " b", "a " + "x" * 1000 + "  b"),
+        ("spaces", "on", " a  b\t c \n\n \n\n  d\u2003e\n", "a b c\n\n  d e"),
+    ],
+)  # fmt: skip
+def test_each_rule_does_what_it_says(rule, mode, before, after):
+    assert RULES[rule].apply(before, mode) == after
+    assert RULES[rule].apply(after, mode) == after
+
+
+def test_rules_are_switched_by_name_and_mode():
+    assert "emoji" not in choose_rules("prose", {})
+    changed = choose_rules("prose", {"emoji": True, "urls": "drop", "spaces": False, "unicode": "nfkc", "tags": "off"})
+    assert (changed["emoji"], changed["urls"], changed["unicode"]) == ("drop", "drop", "nfkc")
+    assert not {"spaces", "tags"} & set(changed)
+    assert list(changed) == [name for name in [*RULES, BOILERPLATE] if name in changed], "in their order"
+    assert choose_rules("raw", {"control": True}) == {"control": "on"}
+    for wrong, message in (({"emojis": True}, "no rule 'emojis'"), ({"urls": "hide"}, "no mode 'hide'")):
+        with pytest.raises(UsageError) as caught:
+            choose_rules("prose", wrong)
+        assert message in caught.value.message
+        assert caught.value.hint

@@ -1,11 +1,16 @@
 import errno
 import json
 import os
+import random
 
 import pytest
 
-from lora_gpt2.core.errors import DataError, ResourceError
-from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.core.errors import DataError, Interrupted, ResourceError
+from lora_gpt2.data import intake, reading
+from lora_gpt2.data.dedup import sign
+from lora_gpt2.data.documents import iter_documents, preview_documents, write_texts
+from lora_gpt2.data.prepared import describe_amount, measure_overlaps, prepare_data
+from lora_gpt2.data.report import build_receipts_page
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import DataSettings
 from tests.builders import make_text
@@ -48,12 +53,11 @@ def test_the_cache_is_found_and_anything_that_matters_makes_another(tokenizer, t
         patched.setattr("lora_gpt2.data.prepared._build", lambda *a: pytest.fail("prepared again"))
         assert prepare_data(settings_for(text_file), tokenizer, reporter).fingerprint == first.fingerprint
     seen = {first.fingerprint}
-    for changes in ({"profile": "raw"}, {"validation_share": 0.2}, {"test_share": 0.2}, {"text_field": "x"}):
-        if changes != {"text_field": "x"}:
-            seen.add(prepare_data(settings_for(text_file, **changes), tokenizer, reporter).fingerprint)
+    for changes in ({"profile": "raw"}, {"validation_share": 0.2}, {"test_share": 0.2}, {"layout": "packed"}):
+        seen.add(prepare_data(settings_for(text_file, **changes), tokenizer, reporter).fingerprint)
     text_file.write_text(text_file.read_text() + '{"text": "one more"}\n')
     seen.add(prepare_data(settings_for(text_file), tokenizer, reporter).fingerprint)
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_copies_and_empty_documents_are_rejected_and_counted(tokenizer, tmp_path, reporter):
@@ -146,3 +150,139 @@ def test_a_full_disk_leaves_nothing_behind(tokenizer, text_file, reporter, tmp_p
         prepare_data(settings_for(text_file), tokenizer, reporter, tmp_path / "out")
     assert fired, "the fault did not fire"
     assert not list((tmp_path / "out").iterdir())
+
+
+def words_of(path):
+    return {name: (path / name).read_bytes() for name in sorted(os.listdir(path)) if name != "manifest.json"}
+
+
+def make_long_text(documents, seed):
+    rng, words = random.Random(seed), "the cat and dog run in rain under sun".split()
+    texts = (" ".join(rng.choices([*words, str(rng.random())], k=60)) for _ in range(documents))
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(reading, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(reading, "SAMPLE_DOCUMENTS", 30)
+
+
+def test_several_processes_make_what_one_makes(tokenizer, text_file, reporter, tmp_path, small_batches):
+    one = prepare_data(settings_for(text_file, processes=1), tokenizer, reporter, tmp_path / "one")
+    two = prepare_data(settings_for(text_file, processes=2), tokenizer, reporter, tmp_path / "two")
+    assert one.fingerprint == two.fingerprint
+    assert words_of(one.path) == words_of(two.path)
+    drop = {"processes"}
+    assert {k: v for k, v in one.report["settings"].items() if k not in drop} == {
+        k: v for k, v in two.report["settings"].items() if k not in drop
+    }
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Interrupted])
+def test_interrupted_work_goes_on_where_it_was(
+    tokenizer, text_file, reporter, tmp_path, small_batches, monkeypatch, kind
+):
+    whole = prepare_data(settings_for(text_file), tokenizer, reporter, tmp_path / "whole")
+    done = []
+    process = reading.process_batch
+
+    def stop_at_the_fifth(batch, job):
+        if len(done) == 4:
+            raise kind("stopped", "") if kind is Interrupted else kind
+        process(batch, job)
+        done.append(batch.number)
+
+    monkeypatch.setattr(reading, "process_batch", stop_at_the_fifth)
+    with pytest.raises(kind):
+        prepare_data(settings_for(text_file), tokenizer, reporter, tmp_path / "cut")
+    assert done == [0, 1, 2, 3]
+    (work,) = (tmp_path / "cut").iterdir()
+    counted = [len(intake.load_batch(work / "batches", number)[0].origins) for number in done]
+    monkeypatch.setattr(reading, "process_batch", process)
+    made = []
+    monkeypatch.setattr(intake, "sign", lambda texts: made.append(len(texts)) or sign(texts))
+    again = prepare_data(settings_for(text_file), tokenizer, reporter, tmp_path / "cut")
+    assert words_of(again.path) == words_of(whole.path)
+    assert not work.exists()
+    assert 0 < sum(made) == sum(whole.report["documents"].values()) - sum(counted)
+
+
+def test_no_near_copy_is_in_another_part_and_each_is_named(tokenizer, tmp_path, reporter):
+    texts = [json.loads(line)["text"] for line in make_long_text(300, 5).splitlines()]
+    copies = [text.upper() if i % 2 else f"{text} end" for i, text in enumerate(texts[:100])]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *copies]))
+    prepared = prepare_data(settings_for(path), tokenizer, reporter)
+    rejected = [json.loads(line) for line in prepared.rejected.read_text().splitlines()]
+    assert {entry["origin"] for entry in rejected} >= {f"{path}:{i}" for i in range(301, 401)}
+    assert all(entry["reason"] in ("duplicate", "near duplicate") and entry["of"] for entry in rejected)
+    assert sum(prepared.report["documents"].values()) == prepared.report["documents_kept"] == 400 - len(rejected)
+    kept = prepare_data(settings_for(path, near_duplicates=0.0), tokenizer, reporter)
+    assert kept.report["documents_kept"] == 350
+
+
+def test_prompts_carry_no_loss_and_one_prompt_is_in_one_part(tokenizer, tmp_path, reporter):
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"the {i // 3} cat:", "completion": f" dog {i} and {i * i}"} for i in range(150)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for layout in ("concat", "packed"):
+        prepared = prepare_data(settings_for(path, layout=layout, validation_share=0.2), tokenizer, reporter)
+        found = {}
+        for part in ("train", "validation", "test"):
+            for ids, carries in iter_documents(getattr(prepared, part), tokenizer.eos_id):
+                assert (tokenizer.decode(ids[: carries.index(True)]), all(carries[carries.index(True) :])) == (
+                    tokenizer.decode(ids).partition(":")[0] + ":", True)  # fmt: skip
+                found.setdefault(part, set()).add(tokenizer.decode(ids).partition(":")[0])
+        assert not found["train"] & (found["validation"] | found["test"])
+        assert prepared.report["loss_tokens"]["train"] < prepared.report["tokens"]["train"]
+        assert prepared.train.num_targets == prepared.report["loss_tokens"]["train"]
+    first = preview_documents(prepared.train, tokenizer, 1)[0]
+    assert {token["loss"] for token in first} == {True, False}
+
+
+def test_clean_text_is_written_and_prepares_to_itself(tokenizer, text_file, tmp_path, reporter):
+    prepared = prepare_data(settings_for(text_file), tokenizer, reporter)
+    write_texts(prepared, tokenizer, tmp_path / "clean")
+    paths = {part: (str(tmp_path / "clean" / f"{part}.jsonl"),) for part in ("train", "validation", "test")}
+    given = DataSettings(sources=paths["train"], validation=paths["validation"], test=paths["test"], block_size=32)
+    again = prepare_data(given, tokenizer, reporter)
+    assert list(again.train.stream) == list(prepared.train.stream)
+    assert list(again.test.stream) == list(prepared.test.stream)
+
+
+def test_bad_records_are_set_aside_and_counted(tokenizer, tmp_path, reporter):
+    path = tmp_path / "a.jsonl"
+    path.write_text(make_text(40) + "{broken\n" + '{"no": 1}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:41"):
+        prepare_data(settings_for(path), tokenizer, reporter)
+    prepared = prepare_data(settings_for(path, skip_bad=True), tokenizer, reporter)
+    assert prepared.report["rejected"] == {"unreadable": 2}
+    messages = [json.loads(line)["text"] for line in prepared.rejected.read_text().splitlines()]
+    assert ["a.jsonl:41" in messages[0], "a.jsonl:42: no field 'text'" in messages[1]] == [True, True]
+    page = build_receipts_page(prepared.report)
+    assert "unreadable" in page
+    assert "<script" not in page
+
+
+def test_a_domain_that_trains_on_anothers_test_is_found(tokenizer, tmp_path, reporter):
+    (tmp_path / "a.jsonl").write_text(make_long_text(60, 1))
+    (tmp_path / "b.jsonl").write_text(make_long_text(60, 2))
+    one, two = (prepare_data(settings_for(tmp_path / f"{n}.jsonl", test_share=0.2), tokenizer, reporter) for n in "ab")
+    assert measure_overlaps({"one": one, "two": two}, 0.8) == []
+    texts = [tokenizer.decode(ids) for ids, _ in iter_documents(one.test, tokenizer.eos_id)]
+    leak = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "c.jsonl").write_text(make_long_text(60, 2) + leak)
+    given = settings_for(tmp_path / "c.jsonl", validation=(str(tmp_path / "b.jsonl"),), test_share=0.0)
+    leaky = prepare_data(given.model_copy(update={"near_duplicates": 0.0}), tokenizer, reporter)
+    ((of, among, copies, documents),) = measure_overlaps({"one": one, "leaky": leaky}, 0.8)
+    assert (of, among, copies) == ("one", "leaky", len(texts))
+    assert documents == one.report["documents"]["test"] + one.report["documents"]["validation"]
+
+
+def test_too_little_text_is_said_plainly():
+    assert describe_amount(12_000) == (
+        "12k tokens to train on: expect memorisation, watch the validation; 200k or more is comfortable"
+    )
+    assert "little for the matter" in describe_amount(100_000)
+    assert describe_amount(200_000) == ""

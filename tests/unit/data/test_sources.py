@@ -4,8 +4,9 @@ import os
 import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError
-from lora_gpt2.data import sources
-from lora_gpt2.data.sources import find_files, read_documents
+from lora_gpt2.data import encoding, formats
+from lora_gpt2.data.formats import read_documents
+from lora_gpt2.data.sources import find_sources
 from lora_gpt2.recipe import DataSettings
 
 STRICT = DataSettings()
@@ -75,9 +76,9 @@ def test_bad_bytes_may_be_replaced_and_the_field_renamed(tmp_path):
 
 
 def test_lines_and_files_have_limits(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 10)
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
-    for name in ("a.jsonl", "a.txt"):
+    monkeypatch.setattr(encoding, "MAX_LINE_BYTES", 10)
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 10)
+    for name in ("a.jsonl", "a.txt", "a.json"):
         with pytest.raises(DataError) as caught:
             texts(write(tmp_path / name, json.dumps({"text": "x" * 50})))
         assert "than 0 MiB" in caught.value.message
@@ -88,9 +89,9 @@ def test_folders_and_globs_give_files_in_order_and_skip_hidden_ones(tmp_path):
     (tmp_path / ".git").mkdir()
     for name in ("b.txt", "a.md", "sub/c.json", ".git/d.txt", "e.png"):
         write(tmp_path / name, "x")
-    names = [path.name for path in find_files([str(tmp_path)])]
+    names = [source.path.name for source in find_sources([str(tmp_path)], STRICT)]
     assert names == ["a.md", "b.txt", "c.json"]
-    assert [path.name for path in find_files([str(tmp_path / "*.txt")])] == ["b.txt"]
+    assert [source.path.name for source in find_sources([str(tmp_path / "*.txt")], STRICT)] == ["b.txt"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,16 @@
-from lora_gpt2.data.split import choose_section_size, iter_sections, split_documents
+from lora_gpt2.data.dedup import content_key
+from lora_gpt2.data.split import choose_section_size, iter_sections, split_keys
 
 TEXTS = [f"document {i}" for i in range(2000)]
+
+
+def split_documents(texts, *shares):
+    return split_keys([content_key(text) for text in texts], *shares)
+
+
+def test_equal_keys_have_one_part():
+    parts = split_keys([b"prompt 1........"] * 3 + [b"prompt 2........", b"prompt 3........"], 0.3, 0.3)
+    assert len(set(parts[:3])) == 1
 
 
 def test_parts_have_about_their_share_and_do_not_depend_on_order_or_additions():

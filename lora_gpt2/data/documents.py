@@ -1,0 +1,59 @@
+"""From blocks back to documents: for a look at what training sees, and for the clean text itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.data.blocks import TokenBlocks
+from lora_gpt2.data.prepared import PARTS, PreparedData
+from lora_gpt2.data.tokenizer import Tokenizer
+
+PREVIEW_TOKENS = 200
+
+
+def iter_documents(blocks: TokenBlocks, eos_id: int) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yields the documents of a part: tokens without EOS, and which of them carry loss; of a packed part, the runs."""
+    if blocks.starts is not None:
+        bounds = [(begin, end - 1) for begin, end in pairwise(blocks.starts.tolist())]
+    else:
+        ends = np.flatnonzero(np.asarray(blocks.stream) == eos_id).tolist()
+        bounds = list(pairwise(ends))
+    for begin, end in bounds:
+        ids = blocks.stream[begin + 1 : end].tolist()
+        carries = [True] * len(ids) if blocks.loss is None else (blocks.loss[begin + 1 : end] > 0).tolist()
+        yield ids, carries
+
+
+def preview_documents(blocks: TokenBlocks, tokenizer: Tokenizer, count: int) -> list[list[dict[str, Any]]]:
+    """Returns the first documents as tokens: `text`, `id`, and whether it carries `loss`; at most `PREVIEW_TOKENS`."""
+    return [
+        [
+            {"text": tokenizer.decode([token]), "id": token, "loss": loss}
+            for token, loss in islice(zip(ids, carries, strict=True), PREVIEW_TOKENS)
+        ]
+        for ids, carries in islice(iter_documents(blocks, tokenizer.eos_id), count)
+    ]
+
+
+def write_texts(prepared: PreparedData, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the clean documents of each part to `train.jsonl`, `validation.jsonl` and `test.jsonl`.
+
+    Raises `UsageError` for packed blocks, which may have cut a document.
+    """
+    if prepared.train.starts is not None:
+        raise UsageError("packed blocks have no whole documents to write", "use --set data.layout=concat with --text")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        with (folder / f"{part}.jsonl").open("w", encoding="utf-8") as file:
+            for ids, carries in iter_documents(getattr(prepared, part), tokenizer.eos_id):
+                prompt = carries.index(True) if True in carries else len(ids)
+                record = {"prompt": tokenizer.decode(ids[:prompt]), "completion": tokenizer.decode(ids[prompt:])}
+                shown = record if prompt else {"text": record["completion"]}
+                file.write(json.dumps(shown, ensure_ascii=False) + "\n")

@@ -1,0 +1,258 @@
+"""Reads a source, format by format, into documents; what cannot be read is yielded as an error with its place.
+
+Text, JSON lines, tables and data sets stream, so a source may be larger than memory; .json and .html are read whole,
+up to a limit.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from io import BufferedReader
+from itertools import chain
+from typing import Any, BinaryIO, cast
+
+from lora_gpt2.core.errors import DataError
+from lora_gpt2.data.encoding import MAX_LINE_BYTES, check_is_text, decode, find_declared, iter_lines, raise_errors
+from lora_gpt2.data.records import FIELD_HINT, MEND, Document, Reading, build_documents, is_pair, parse_json
+from lora_gpt2.data.sources import HUB, Source, find_sources
+from lora_gpt2.data.tokenizer import EOS
+from lora_gpt2.recipe import DataSettings
+
+MAX_FILE_BYTES = 512 * 2**20
+DELIMITERS = ",;\t|"
+PAGE_MARK = "<!doctype html>"
+
+
+class Meter:
+    """How many bytes of the sources have been read, for progress."""
+
+    def __init__(self) -> None:
+        self.finished = 0
+        self.open: set[BinaryIO] = set()
+
+    def place(self) -> int:
+        """Returns the bytes read so far, as they lie on disk."""
+        return self.finished + sum(file.tell() for file in self.open)
+
+
+def read_documents(specs: Sequence[str], settings: DataSettings) -> Iterator[Document]:
+    """Yields the documents of all sources in order; raises `DataError` at the first one that cannot be read."""
+    for source in find_sources(specs, settings):
+        for item in read_source(source, settings):
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+
+def read_source(source: Source, settings: DataSettings, meter: Meter | None = None, piece: int = 0) -> Reading:
+    """Yields the documents of one source, or the error in the place of one.
+
+    Documents of running text longer than `piece` characters come in several, cut between paragraphs (0: never).
+    """
+    try:
+        if source.kind in ("saved", "hub"):
+            from lora_gpt2.data.rows import iter_rows
+
+            for where, row in iter_rows(source.name.removeprefix(HUB), source.path, settings):
+                yield from build_documents(row, where, settings)
+            return
+        with _open(source, meter or Meter()) as file:
+            if source.kind != "parquet":
+                check_is_text(file.peek(8192)[:8192], source.name)
+            if source.kind == "text":
+                yield from _split_prompts(_read_text(file, source.name, settings, piece), settings)
+            else:
+                yield from READERS[source.kind](file, source.name, settings)
+    except DataError as error:
+        yield error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield DataError(f"{source.name} is damaged: {error}", "unpack it with gunzip to see, or fetch it again")
+    except OSError as error:
+        yield DataError(f"{source.name} cannot be read: {error.strerror or error}", "check its permissions")
+
+
+@contextmanager
+def _open(source: Source, meter: Meter) -> Iterator[BufferedReader]:
+    assert source.path is not None
+    with source.path.open("rb") as raw:
+        meter.open.add(raw)
+        try:
+            yield BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw))) if source.is_gzip else raw
+        finally:
+            meter.finished += raw.tell()
+            meter.open.discard(raw)
+
+
+def _read_whole(file: BufferedReader, where: str) -> bytes:
+    content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise DataError(f"{where} is larger than {MAX_FILE_BYTES >> 20} MiB", "split it, or use .jsonl or .txt")
+    return content
+
+
+def _read_text(file: BufferedReader, where: str, settings: DataSettings, piece: int) -> Iterator[Document]:
+    """Yields what stands between lines of `EOS`: whole, or as paragraphs or lines."""
+    lines = raise_errors(iter_lines(file, where, settings.encoding_errors, settings.encoding))
+    number, has_mark = 0, False
+    run: list[str] = []
+    length, continues = 0, False
+    for line in chain(lines, [None]):
+        is_mark = line is not None and line.strip() == EOS
+        has_mark = has_mark or is_mark
+        too_long = bool(piece) and length > piece and line is not None and (not line.strip() or length > 2 * piece)
+        if line is None or is_mark or too_long:
+            text = "".join(run)
+            if is_mark or (line is None and has_mark):
+                text = text.strip("\r\n")
+            if text or is_mark or (line is None and not number):
+                for part in _cut(text, settings.unit):
+                    number += 1
+                    yield Document(
+                        part,
+                        where if number == 1 else f"{where}#{number}",
+                        continues=continues and settings.unit == "file",
+                    )
+            run, length, continues = [], 0, too_long
+        if line is not None and not is_mark:
+            run.append(line)
+            length += len(line)
+
+
+def _cut(text: str, unit: str) -> Iterable[str]:
+    if unit == "file":
+        return [text]
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if unit == "line":
+        return [line for line in lines if line.strip()]
+    paragraphs = "\n".join(line if line.strip() else "" for line in lines).split("\n\n")
+    return [paragraph.strip("\n") for paragraph in paragraphs if paragraph.strip()]
+
+
+def _split_prompts(documents: Iterable[Document], settings: DataSettings) -> Reading:
+    for document in documents:
+        head, found, rest = document.text.partition(settings.separator) if settings.separator else ("",) * 3
+        if not settings.separator:
+            yield document
+        elif found:
+            yield replace(document, text=rest, prompt=head + found)
+        elif document.text.strip():
+            shown = f"{document.origin}: the separator '{settings.separator}' is not in it"
+            yield DataError(shown, "check data.separator and data.unit, or set it aside with --skip-bad")
+
+
+def _read_page(file: BufferedReader, where: str, settings: DataSettings) -> Reading:
+    content = _read_whole(file, where)
+    text = decode(content, where, settings.encoding_errors, settings.encoding, find_declared(content[:4096]))
+    is_marked = text.lstrip("\ufeff \t\r\n")[: len(PAGE_MARK)].lower() == PAGE_MARK
+    yield Document(text if is_marked else f"{PAGE_MARK}\n{text}", where)
+
+
+def _read_json(file: BufferedReader, where: str, settings: DataSettings) -> Reading:
+    text = decode(_read_whole(file, where), where, settings.encoding_errors, settings.encoding)
+    try:
+        value = parse_json(text, where)
+    except DataError:
+        lines = text.strip().splitlines()
+        if len(lines) < 2 or not all(line.lstrip().startswith(("{", '"')) for line in lines if line.strip()):
+            raise
+        yield from _read_lines(lines, where, settings)  # JSON lines in a .json file
+        return
+    yield from _read_value(value, where, settings)
+
+
+def _read_value(value: Any, where: str, settings: DataSettings) -> Reading:
+    first = settings.text_field.partition(".")[0]
+    is_record = settings.template or settings.prompt or (isinstance(value, dict) and (first in value or is_pair(value)))
+    if isinstance(value, dict) and not is_record:
+        lists = [key for key, item in value.items() if isinstance(item, list)]
+        if len(lists) != 1:
+            known = ", ".join(sorted(value)[:8]) or "none"
+            raise DataError(f"{where}: no field '{settings.text_field}' (found: {known})", FIELD_HINT)
+        value = value[lists[0]]
+    if isinstance(value, list):
+        for number, item in enumerate(value, start=1):
+            yield from build_documents(item, f"{where}:[{number}]", settings)
+    else:
+        yield from build_documents(value, where, settings)
+
+
+def _read_json_lines(file: BufferedReader, where: str, settings: DataSettings) -> Reading:
+    if file.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _read_json(file, where, settings)  # an array in a .jsonl file
+        return
+    yield from _read_lines(iter_lines(file, where, settings.encoding_errors, settings.encoding), where, settings)
+
+
+def _read_lines(lines: Iterable[str | DataError], where: str, settings: DataSettings) -> Reading:
+    for number, line in enumerate(lines, start=1):
+        if isinstance(line, DataError):
+            yield line
+        elif line.strip():
+            try:
+                yield from build_documents(parse_json(line.strip(), f"{where}:{number}"), f"{where}:{number}", settings)
+            except DataError as error:
+                yield error
+
+
+def _read_table(file: BufferedReader, where: str, settings: DataSettings, tabs: bool = False) -> Reading:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = raise_errors(iter_lines(file, where, settings.encoding_errors, settings.encoding))
+    head = next(lines, "")
+    delimiter = "\t" if tabs else max(DELIMITERS, key=lambda mark: (head.count(mark), mark == ","))
+    rows = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield DataError(f"{where}:{rows.line_num}: not a row of the table: {error}", MEND)
+            continue
+        if row is None:
+            return
+        if header is None:
+            header = [name.strip() for name in row]
+            _check_columns(header, where, settings)
+            only = header[0] if len(header) == 1 and settings.text_field not in header else ""
+        elif len(row) == len(header):
+            record: Any = row[0] if only else dict(zip(header, row, strict=True))
+            yield from build_documents(record, f"{where}:{rows.line_num}", settings)
+        elif row:
+            yield DataError(f"{where}:{rows.line_num}: {len(row)} cells, expected {len(header)}", MEND)
+
+
+def _check_columns(header: list[str], where: str, settings: DataSettings) -> None:
+    is_built = settings.template or settings.prompt or {"prompt", "completion"} <= set(header)
+    if len(header) > 1 and settings.text_field not in header and not is_built:
+        columns = ", ".join(name for name in header[:20])
+        raise DataError(f"{where}: no column '{settings.text_field}' (columns: {columns})", FIELD_HINT)
+
+
+def _read_tabs(file: BufferedReader, where: str, settings: DataSettings) -> Reading:
+    return _read_table(file, where, settings, tabs=True)
+
+
+def _read_parquet(file: BufferedReader, where: str, settings: DataSettings) -> Reading:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{where}: Parquet needs the package pyarrow", "pip install pyarrow") from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+            for record in batch.to_pylist():
+                number += 1
+                yield from build_documents(record, f"{where}:{number}", settings)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{where} is not a Parquet file: {str(error)[:200]}", "write it again") from error
+
+
+READERS: dict[str, Callable[[BufferedReader, str, DataSettings], Reading]] = {
+    "html": _read_page, "json": _read_json, "jsonl": _read_json_lines, "csv": _read_table, "tsv": _read_tabs,
+    "parquet": _read_parquet,
+}  # fmt: skip

@@ -1,0 +1,194 @@
+"""One batch of documents: cleaned, judged, signed and tokenised, by one process, into files that outlive it.
+
+A batch is a pure function of its documents and the job, and is written whole or not at all, so work that was
+interrupted goes on where it was. A document that takes too long is set aside, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_gpt2.core.paths import write_atomic
+from lora_gpt2.data.boilerplate import drop_edges
+from lora_gpt2.data.cleaning import BOILERPLATE, CleaningReport
+from lora_gpt2.data.dedup import NUM_HASHES, Signatures, content_key, sign
+from lora_gpt2.data.quality import find_reason
+from lora_gpt2.data.records import Document
+from lora_gpt2.data.split import iter_sections
+from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.recipe import DataSettings
+
+LEAST_SECONDS, SECONDS_PER_MEGABYTE = 2.0, 4.0
+SHOWN_CHARACTERS = 200
+EDGES = re.compile(r"\A\s*|\s*\Z")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every batch of a preparation has in common; `section` is the length to cut documents to, 0 for not."""
+
+    settings: DataSettings
+    rules: dict[str, str]
+    tokenizer: Tokenizer
+    boilerplate: frozenset[str]
+    section: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents of one part, in reading order; a list of the numbers of all batches is a list of files."""
+
+    number: int
+    part: str
+    documents: Sequence[Document]
+
+
+@dataclass
+class Kept:
+    """What became of the documents of one batch that were kept; arrays are in their order."""
+
+    part: str
+    origins: list[str]
+    shown: list[str]
+    lengths: NDArray[np.int64]
+    prompts: NDArray[np.int64]
+    keys: NDArray[np.void]
+    groups: NDArray[np.void]
+    signatures: Signatures
+    ids: NDArray[Any]
+
+
+@dataclass
+class BatchReport:
+    """What happened to the documents of one batch; `characters` counts those that are not ASCII."""
+
+    read: int = 0
+    kept: int = 0
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    cleaning: CleaningReport = field(default_factory=CleaningReport)
+    characters: Counter[str] = field(default_factory=Counter)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        counted = {"cleaning": self.cleaning.to_json(), "characters": dict(self.characters)}
+        return {"read": self.read, "kept": self.kept, "rejected": self.rejected, **counted}
+
+
+class _TooSlowError(Exception):
+    """A document exceeds its time."""
+
+
+@contextmanager
+def _limit_seconds(seconds: float) -> Iterator[None]:
+    """Interrupts what runs too long, where a process can: in its main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooSlowError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def clean_document(document: Document, job: Job, report: CleaningReport) -> Document:
+    """Returns a document with text and prompt cleaned; where a prompt stands before it, the space between stays."""
+    if not document.prompt:
+        return replace(document, text=_clean(document.text, job, report))
+    parts = []
+    for text in (document.prompt, document.text):
+        begin, end = (match[0] for match in list(EDGES.finditer(text))[:2]) if text.strip() else (text, "")
+        parts.append(f"{begin}{_clean(text.strip(), job, report)}{end}")
+    return replace(document, prompt=parts[0], text=parts[1])
+
+
+def _clean(text: str, job: Job, report: CleaningReport) -> str:
+    text = report.clean(text, job.rules)
+    return report.note(BOILERPLATE, text, drop_edges(text, job.boilerplate)) if BOILERPLATE in job.rules else text
+
+
+def process_batch(batch: Batch, job: Job) -> None:
+    """Writes what becomes of a batch to the job's folder; does nothing if it is there."""
+    done = job.folder / f"{batch.number:06d}.json"
+    if done.exists():
+        return
+    report, kept = BatchReport(), list[Document]()
+    for document in batch.documents:
+        report.read += not document.continues
+        cleaning = CleaningReport()
+        try:
+            with _limit_seconds(LEAST_SECONDS + SECONDS_PER_MEGABYTE * len(document.text) / 1e6):
+                cleaned = clean_document(document, job, cleaning)
+            reason = find_reason(cleaned.text, job.settings)
+        except _TooSlowError:
+            cleaned, reason = document, "too slow to clean"
+        if reason:
+            shown = document.text[:SHOWN_CHARACTERS]
+            report.rejected.append({"origin": document.origin, "reason": reason, "text": shown})
+            continue
+        report.kept += not document.continues
+        report.cleaning.add(cleaning)
+        report.characters.update(c for c in cleaned.text if c > "\x7f") if not cleaned.text.isascii() else None
+        kept += _cut(cleaned, job.section)
+    arrays = _measure(kept, job.tokenizer)
+    content = {
+        "part": batch.part, "origins": [document.origin for document in kept],
+        "shown": [document.text[:SHOWN_CHARACTERS] for document in kept], "report": report.to_json(),
+    }  # fmt: skip
+    with (job.folder / f"{batch.number:06d}.npz").open("wb") as file:
+        np.savez(file, **arrays)
+    write_atomic(done, json.dumps(content).encode())
+
+
+def _cut(document: Document, section: int) -> list[Document]:
+    if not section or document.prompt:
+        return [document]
+    sections = [text for text in iter_sections(document.text, section) if text.strip()]
+    return [replace(document, text=text, origin=f"{document.origin}§{i}") for i, text in enumerate(sections, start=1)]
+
+
+def _measure(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns tokens, lengths, identities and signatures; documents with one prompt are one group."""
+    wholes = [document.prompt + document.text for document in documents]
+    prompts = tokenizer.encode_batch([document.prompt for document in documents])
+    texts = tokenizer.encode_batch([document.text for document in documents])
+    keys = [content_key(whole) for whole in wholes]
+    groups = [content_key(d.prompt) if d.prompt else k for d, k in zip(documents, keys, strict=True)]
+    runs = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+    return {
+        "ids": np.array([token for run in runs for token in run], dtype=np.uint32),
+        "lengths": np.array([len(run) for run in runs], dtype=np.int64),
+        "prompts": np.array([len(prompt) for prompt in prompts], dtype=np.int64),
+        "keys": np.frombuffer(b"".join(keys), dtype="V16"), "groups": np.frombuffer(b"".join(groups), dtype="V16"),
+        "signatures": sign(wholes) if wholes else np.zeros((0, NUM_HASHES), dtype=np.uint32),
+    }  # fmt: skip
+
+
+def load_batch(folder: Path, number: int) -> tuple[Kept, BatchReport]:
+    """Returns what `process_batch` wrote."""
+    content = json.loads((folder / f"{number:06d}.json").read_bytes())
+    report = content["report"]
+    report["cleaning"] = CleaningReport.from_json(report["cleaning"])
+    report["characters"] = Counter(report["characters"])
+    with np.load(folder / f"{number:06d}.npz", allow_pickle=False) as arrays:
+        kept = Kept(content["part"], content["origins"], content["shown"], **{name: arrays[name] for name in arrays})
+    return kept, BatchReport(**report)

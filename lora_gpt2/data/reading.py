@@ -1,0 +1,178 @@
+"""From sources to finished batches: reads ahead, decides what the whole set needs, and deals the work out.
+
+One process reads; the others clean and tokenise. Only a few batches are under way at a time, so memory does not grow
+with the text.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+from lora_gpt2.core.console import Reporter, Task
+from lora_gpt2.core.errors import DataError, ResourceError
+from lora_gpt2.data.boilerplate import find_boilerplate
+from lora_gpt2.data.cleaning import BOILERPLATE, CleaningReport, choose_rules
+from lora_gpt2.data.formats import Meter, read_source
+from lora_gpt2.data.intake import Batch, Job, clean_document, process_batch
+from lora_gpt2.data.records import Document
+from lora_gpt2.data.sources import Source
+from lora_gpt2.data.split import FEW_DOCUMENTS, choose_section_size
+from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.recipe import DataSettings
+
+PIECE_CHARACTERS = 4 * 2**20
+BATCH_CHARACTERS = 2**20
+SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 200, 4 * 2**20
+WORTH_PROCESSES_BYTES = 8_000_000
+_job: Job | None = None
+
+
+@dataclass
+class Intake:
+    """What reading found besides documents: what could not be read, and the batches there are."""
+
+    bad: list[dict[str, str]] = field(default_factory=list)
+    num_batches: int = 0
+    is_cut: bool = False
+
+
+def process_sources(
+    parts: Mapping[str, Sequence[Source]], settings: DataSettings, tokenizer: Tokenizer, folder: Path,
+    reporter: Reporter,
+) -> Intake:  # fmt: skip
+    """Cleans and tokenises all sources into batch files in a folder; batches that are there are kept.
+
+    Raises:
+        DataError: a source cannot be read, and bad ones are not to be set aside.
+        ResourceError: a process died.
+    """
+    intake, meter = Intake(), Meter()
+    total = sum(source.num_bytes for sources in parts.values() for source in sources)
+    held_out = chain.from_iterable(
+        _iter_documents(parts[part], settings, intake, meter, part) for part in parts if part != "train"
+    )
+    training = _iter_documents(parts["train"], settings, intake, meter, "train")
+    rules = choose_rules(settings.profile, settings.rules)
+    job = Job(settings, rules, tokenizer, frozenset(), 0, folder)
+    ahead = _read_ahead(training)
+    if BOILERPLATE in rules:
+        cleaned = (clean_document(document, job, CleaningReport()).text for _, document in ahead)
+        job = replace(job, boilerplate=find_boilerplate(list(cleaned)))
+    wants_split = any(not parts[p] and getattr(settings, f"{p}_share") for p in ("validation", "test"))
+    is_few = sum(not document.continues for _, document in ahead) < FEW_DOCUMENTS
+    intake.is_cut = is_few and wants_split
+    if intake.is_cut:
+        job = replace(job, section=choose_section_size(sum(len(document.text) for _, document in ahead)))
+    batches = _iter_batches(chain(held_out, ahead, training))
+    processes = settings.processes or (len(os.sched_getaffinity(0)) if total > WORTH_PROCESSES_BYTES else 1)
+    with reporter.task("cleaning", max(1, total // 1000), "kB") as task:
+        _run(batches, job, processes, _Progress(task, meter), intake)
+    return intake
+
+
+def _iter_documents(
+    sources: Sequence[Source], settings: DataSettings, intake: Intake, meter: Meter, part: str
+) -> Iterator[tuple[str, Document]]:
+    count = 0
+    for item in chain.from_iterable(read_source(source, settings, meter, PIECE_CHARACTERS) for source in sources):
+        if isinstance(item, DataError):
+            if not settings.skip_bad:
+                raise item
+            intake.bad.append({"origin": "", "reason": "unreadable", "text": item.message})
+            continue
+        count += not item.continues
+        if settings.max_documents and count > settings.max_documents:
+            return
+        yield part, item
+
+
+def _read_ahead(documents: Iterator[tuple[str, Document]]) -> list[tuple[str, Document]]:
+    """Returns the first documents, from which boilerplate is known, and whether there are only a few."""
+    ahead, characters = [], 0
+    for part, document in documents:
+        ahead.append((part, document))
+        characters += len(document.text)
+        if len(ahead) >= SAMPLE_DOCUMENTS or (characters >= SAMPLE_CHARACTERS and len(ahead) >= FEW_DOCUMENTS):
+            break
+        if characters >= 4 * SAMPLE_CHARACTERS:
+            break
+    return ahead
+
+
+def _iter_batches(documents: Iterable[tuple[str, Document]]) -> Iterator[Batch]:
+    """Yields documents in batches of about the same size, each of one part."""
+    number, characters, run, current = 0, 0, list[Document](), ""
+    for part, document in documents:
+        if run and (part != current or characters >= BATCH_CHARACTERS):
+            yield Batch(number, current, run)
+            number, characters, run = number + 1, 0, []
+        current = part
+        run.append(document)
+        characters += len(document.text) + len(document.prompt)
+    if run:
+        yield Batch(number, current, run)
+
+
+@dataclass
+class _Progress:
+    task: Task
+    meter: Meter
+    shown: int = 0
+
+    def update(self) -> None:
+        now = self.meter.place() // 1000
+        self.task.advance(now - self.shown)
+        self.shown = now
+
+
+def _run(batches: Iterator[Batch], job: Job, processes: int, progress: _Progress, intake: Intake) -> None:
+    if processes == 1:
+        for batch in batches:
+            process_batch(batch, job)
+            intake.num_batches += 1
+            progress.update()
+        return
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (job,))
+    try:
+        waiting: set[Future[None]] = set()
+        for batch in batches:
+            waiting.add(pool.submit(_work, batch))
+            intake.num_batches += 1
+            if len(waiting) > 2 * processes:
+                waiting = _collect(waiting)
+            progress.update()
+        while waiting:
+            waiting = _collect(waiting)
+    except BrokenProcessPool as error:
+        hint = "use --set data.processes=1; a script needs: if __name__ == '__main__'"
+        raise ResourceError("a process that prepares text died", hint) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    progress.update()
+
+
+def _collect(waiting: set[Future[None]]) -> set[Future[None]]:
+    done, rest = wait(waiting, return_when=FIRST_COMPLETED)
+    for future in done:
+        future.result()
+    return rest
+
+
+def _start_worker(job: Job) -> None:
+    global _job  # noqa: PLW0603 - the one thing a worker keeps
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _job = job
+
+
+def _work(batch: Batch) -> None:
+    assert _job is not None
+    process_batch(batch, _job)

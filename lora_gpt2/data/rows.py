@@ -1,0 +1,61 @@
+"""Rows of a data set saved by `datasets`, or of one on the hub, which is streamed and asked for only by `hf:NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_gpt2.core.errors import DataError, ResourceError
+from lora_gpt2.core.hub import hub_errors_as_ours
+from lora_gpt2.recipe import DataSettings
+
+OFFLINE_HINT = "without the hub, use files, or a folder written by datasets' save_to_disk"
+
+
+def find_commit(name: str) -> str:
+    """Returns the commit of a data set on the hub; raises as `hub_errors_as_ours`."""
+    from huggingface_hub import HfApi
+
+    with hub_errors_as_ours(name, f"fetch the data set '{name}'", OFFLINE_HINT):
+        return str(HfApi().dataset_info(name, timeout=10).sha)
+
+
+def iter_rows(name: str, folder: Path | None, settings: DataSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the rows of a data set, and their places; without a folder it is the hub's, and streamed.
+
+    Raises:
+        DataError, NotFoundError: it has no such split, or cannot be read.
+        ResourceError: the hub cannot be reached, or `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ResourceError(f"{name} needs the package datasets", "pip install datasets") from error
+    rows: Iterable[Mapping[str, Any]]
+    if folder is None:
+        with hub_errors_as_ours(name, f"fetch the data set '{name}'", OFFLINE_HINT):
+            rows = datasets.load_dataset(
+                name, settings.dataset_config or None, split=settings.dataset_split, revision=find_commit(name),
+                streaming=True,
+            )  # fmt: skip
+    else:
+        rows = _load_saved(name, folder, settings.dataset_split)
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}:{number}", row
+
+
+def _load_saved(name: str, folder: Path, split: str) -> Iterable[Mapping[str, Any]]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{name} is not a saved data set: {error}", "save it again with save_to_disk") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            hint = f"it has {', '.join(saved)}: --set data.dataset_split=NAME"
+            raise DataError(f"{name} has no split '{split}'", hint)
+        saved = saved[split]
+    rows: Iterable[Mapping[str, Any]] = saved
+    return rows

@@ -1,0 +1,176 @@
+"""Formats and encodings beyond plain text and JSON lines: see also test_sources."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
+from lora_gpt2.data import rows, sources
+from lora_gpt2.data.formats import read_documents, read_source
+from lora_gpt2.data.sources import find_sources
+from lora_gpt2.recipe import DataSettings
+
+KOREAN = "<!DOCTYPE html><meta charset=euc-kr>한국"
+GERMAN = "Käse, Öl und Brötchen – „gut“ für 3 €"
+
+
+def read(path, **settings):
+    chosen = DataSettings(**settings)
+    return [document.prompt + "|" + document.text if document.prompt else document.text
+            for document in read_documents([str(path)], chosen)]  # fmt: skip
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "expected"),
+    [
+        ("a.csv", "text,n\r\n\"a, \"\"b\"\"\nc\",1\r\nd,2\r\n", {}, ['a, "b"\nc', "d"]),
+        ("a.csv", "text;n\na;1\n", {}, ["a"]),
+        ("a.csv", "body\nx\ny\n", {}, ["x", "y"]),
+        ("a.tsv", "text\tn\na, b\t1\n", {}, ["a, b"]),
+        ("a.csv", "q,a\n1+1,2\n", {"prompt": "Q: {q}\nA:", "text_field": "a"}, ["Q: 1+1\nA:|2"]),
+        ("a.csv", "prompt,completion\np,c\n", {}, ["p|c"]),
+        ("a.jsonl", '{"prompt": "p", "completion": "c"}', {}, ["p|c"]),
+        ("a.jsonl", '{"q": "x", "n": 3}', {"template": "{q} {n}"}, ["x 3"]),
+        ("a.jsonl", '{"a": {"b": [{"t": "x"}, {"t": "y"}]}}', {"text_field": "a.b.t"}, ["x", "y"]),
+        ("a.jsonl", '{"a.b": "x"}', {"text_field": "a.b"}, ["x"]),
+        ("a.jsonl", '{"m": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "ho"}]}', {"template": "{m}"},
+         ["user: hi\nbot: ho"]),
+        ("a.jsonl", '[{"text": "x"}, {"text": "y"}]', {}, ["x", "y"]),
+        ("a.json", '{"text": "x"}\n{"text": "y"}\n', {}, ["x", "y"]),
+        ("a.txt", "p||c\nq||d\n", {"unit": "line", "separator": "||"}, ["p|||c", "q|||d"]),
+        ("a.txt", "one\ntwo\r\n\n \n\nthree\n", {"unit": "paragraph"}, ["one\ntwo", "three"]),
+        ("a.txt", "one\n\ntwo", {"unit": "line"}, ["one", "two"]),
+        ("a.py", "x = 1\n", {"format": "text"}, ["x = 1\n"]),
+        ("a.txt", GERMAN.encode("cp1252"), {}, [GERMAN]),
+        ("a.txt", f"{GERMAN}\n".encode() + GERMAN.encode("cp1252"), {}, [f"{GERMAN}\n{GERMAN}"]),
+        ("a.txt", GERMAN.encode("utf-16-le"), {}, [GERMAN]),
+        ("a.txt", "Привет".encode("cp1251"), {"encoding": "cp1251"}, ["Привет"]),
+        ("a.txt", "cut off é".encode()[:-1], {}, ["cut off "]),
+        ("a.html", "<p>x</p>", {}, ["<!doctype html>\n<p>x</p>"]),
+        ("a.htm", KOREAN.encode("euc-kr"), {}, [KOREAN]),
+        ("a.txt.gz", gzip.compress(b"packed"), {}, ["packed"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "packed"}'), {}, ["packed"]),
+    ],
+)  # fmt: skip
+def test_every_format_and_form_reads(tmp_path, name, content, settings, expected):
+    assert read(write(tmp_path / name, content), **settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "message"),
+    [
+        ("a.csv", "a,b\n1,2\n", {}, "a.csv: no column 'text' (columns: a, b)"),
+        ("a.csv", "text,b\n1\n", {}, "a.csv:2: 1 cells, expected 2"),
+        ("a.csv", 'text,b\n"1,2\n', {}, "not a row of the table"),
+        ("a.txt", "Привет, мир".encode("cp1251"), {}, "a.txt:1: byte 0 is not valid UTF-8"),
+        ("a.txt", "p c", {"separator": "||"}, "the separator '||' is not in it"),
+        ("a.txt.gz", gzip.compress(b"x" * 1000)[:-20], {}, "a.txt.gz is damaged"),
+        ("a.parquet", b"no", {}, "is not a Parquet file"),
+        ("a.jsonl", '{"q": "x"}', {"template": "{q} {z}"}, "a.jsonl:1: no field 'z' (found: q)"),
+        ("a.json", '{"a": [1], "b": [2]}', {}, "no field 'text' (found: a, b)"),
+        ("a.txt", b"\1\2\3\4 ab", {}, "is a binary file"),
+        ("a.pdf", b"%PDF", {}, "files of kind '.pdf' are not read"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, settings, message):
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / name, content), **settings)
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_an_encoding_that_does_not_exist_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="no text encoding 'klingon'"):
+        read(write(tmp_path / "a.txt", "x"), encoding="klingon")
+
+
+def test_bad_rows_are_yielded_where_they_stand_and_the_others_are_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": "\xff\xff\xff"}\n{no\n{"text": 3}\n{"text": "b"}\n')
+    (source,) = find_sources([str(path)], DataSettings())
+    items = list(read_source(source, DataSettings()))
+    assert [getattr(item, "text", None) for item in items] == ["a", None, None, None, "b"]
+    for item, place in zip(items[1:4], ("a.jsonl:2: byte 24", "a.jsonl:3: not JSON", "a.jsonl:4:text"), strict=True):
+        assert place in item.message
+
+
+def test_long_documents_come_in_pieces_that_lose_nothing(tmp_path):
+    text = "\n\n".join(f"paragraph {i} " + "x" * 50 for i in range(200))
+    (source,) = find_sources([str(write(tmp_path / "a.txt", text))], DataSettings())
+    pieces = list(read_source(source, DataSettings(), piece=1000))
+    assert "".join(piece.text for piece in pieces) == text
+    assert len(pieces) > 8
+    assert [piece.continues for piece in pieces] == [False] + [True] * (len(pieces) - 1)
+
+
+def test_a_line_of_a_gigabyte_is_refused_without_reading_it_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    with path.open("wb") as file:
+        file.truncate(2**30)
+    with path.open("r+b") as file:
+        file.write(b"x" * 10_000)
+    code = (
+        "import sys, resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))\n"
+        "from lora_gpt2.data.formats import read_documents; from lora_gpt2.recipe import DataSettings\n"
+        "list(read_documents([sys.argv[1]], DataSettings()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert "a line is longer than 64 MiB" in done.stderr
+
+
+def test_stdin_is_read_once_and_looked_into(monkeypatch, tmp_path):
+    for content, kind in (("plain", "text"), ('{"text": "plain"}', "jsonl"), ("<html>plain", "html")):
+        sources._spool_folder.cache_clear()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        (source,) = find_sources(["-"], DataSettings())
+        assert (source.kind, source.name) == (kind, "<stdin>")
+        assert len({*find_sources(["-"], DataSettings())[0].fingerprint(), *source.fingerprint()}) == 1
+        assert "plain" in read("-")[0]
+    sources._spool_folder.cache_clear()
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="nothing on stdin"):
+        find_sources(["-"], DataSettings())
+
+
+def test_parquet_and_saved_data_sets_are_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": "a", "n": 1}, {"text": "b", "n": 2}])
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"dev": rows}).save_to_disk(str(tmp_path / "several"))
+    assert read(tmp_path / "a.parquet") == ["a", "b"]
+    assert read(tmp_path / "saved") == ["a", "b"]
+    assert read(tmp_path / "several", dataset_split="dev", template="{text}{n}") == ["a1", "b2"]
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "several")
+    assert "no split 'train'" in caught.value.message
+    assert "dev" in caught.value.hint
+
+
+def test_the_hub_is_asked_by_name_alone_and_its_absence_is_said(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((ResourceError, NotFoundError)) as caught:
+        read("hf:someone/nothing")
+    assert "someone/nothing" in caught.value.message
+    assert caught.value.hint
+    asked = []
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(rows, "find_commit", lambda name: asked.append(name) or "abc")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"text": "x"}]))
+    assert read("hf:someone/small", dataset_config="en") == ["x"]
+    assert asked[0] == "someone/small"
+    assert asked[1] == (("someone/small", "en"), {"split": "train", "revision": "abc", "streaming": True})
+
+
+def test_a_json_bomb_is_refused(tmp_path):
+    with pytest.raises(DataError, match="nested too deeply"):
+        read(write(tmp_path / "a.json", "[" * 100_000 + "]" * 100_000))
+    assert json.loads("[]") == []
