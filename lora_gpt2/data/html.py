@@ -84,14 +84,14 @@ def _find_boilerplate(body: Any) -> list[Any]:
     link_letters, num_links = Counter[Any](), Counter[Any]()
     level = [(link.parent, len(link.text), 1) for link in body.get_elements_by_tag_name("a")[:]]
     for _ in range(MAX_CLIMB):  # from the links upwards, siblings together
-        letters, links = Counter[Any](), Counter[Any]()
+        lengths, counts = Counter[Any](), Counter[Any]()
         for node, length, count in level:
             if node is not None and node != body:
-                letters[node] += length
-                links[node] += count
-        link_letters.update(letters)
-        num_links.update(links)
-        level = [(node.parent, letters[node], links[node]) for node in letters]
+                lengths[node] += length
+                counts[node] += count
+        link_letters.update(lengths)
+        num_links.update(counts)
+        level = [(node.parent, lengths[node], counts[node]) for node in lengths]
     found = []
     for element in body.query_selector_all(SUSPECT)[:]:
         is_named = element.tag == "footer" or BOILERPLATE.search(f"{element.id} {element.getattr('class') or ''}")

@@ -6,6 +6,8 @@ regular file, and the network is asked for `hf:` alone.
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import stat
 import sys
 import tempfile
@@ -124,25 +126,21 @@ def _glob(spec: str, settings: DataSettings) -> list[Source]:
 
 
 @lru_cache(maxsize=1)
-def _spool_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="lora-gpt2-stdin-")  # removed when the process ends
-
-
 def _spool_stdin(wanted: str) -> Source:
-    """Keeps stdin in a file, because it is read twice: for its fingerprint and for its text."""
-    path = Path(_spool_folder().name) / "stdin"
-    if not path.exists():
-        if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError("there is nothing on stdin", "pipe text in, as in: cat my_text.txt | lora-gpt2 prepare -")
-        with path.open("wb") as file:
-            while piece := sys.stdin.buffer.read(1 << 20):
-                file.write(piece)
-    with path.open("rb") as file:
-        head = file.read(4096)
+    """Keeps stdin in a file until the process ends, because it is read twice: for its fingerprint and its text."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("there is nothing on stdin", "pipe text in, as in: cat my_text.txt | lora-gpt2 prepare -")
+    folder = Path(tempfile.mkdtemp(prefix="lora-gpt2-stdin-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    head = sys.stdin.buffer.read(4096)
+    path = folder / ("stdin.gz" if head.startswith(b"\x1f\x8b") else "stdin")
+    with path.open("wb") as file:
+        piece = head
+        while piece:
+            file.write(piece)
+            piece = sys.stdin.buffer.read(1 << 20)
     if wanted == "auto":
         start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         kinds = {b"{": "jsonl", b"[": "json", b"<!doctype html": "html", b"<html": "html"}
         wanted = next((kind for mark, kind in kinds.items() if start.startswith(mark)), "text")
-    if head.startswith(b"\x1f\x8b"):
-        path = path.rename(path.with_suffix(".gz")) if path.exists() else path
     return Source("<stdin>", wanted, path)

@@ -128,13 +128,13 @@ def test_a_line_of_a_gigabyte_is_refused_without_reading_it_whole(tmp_path):
 
 def test_stdin_is_read_once_and_looked_into(monkeypatch, tmp_path):
     for content, kind in (("plain", "text"), ('{"text": "plain"}', "jsonl"), ("<html>plain", "html")):
-        sources._spool_folder.cache_clear()
+        sources._spool_stdin.cache_clear()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
         (source,) = find_sources(["-"], DataSettings())
         assert (source.kind, source.name) == (kind, "<stdin>")
         assert len({*find_sources(["-"], DataSettings())[0].fingerprint(), *source.fingerprint()}) == 1
         assert "plain" in read("-")[0]
-    sources._spool_folder.cache_clear()
+    sources._spool_stdin.cache_clear()
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(UsageError, match="nothing on stdin"):
         find_sources(["-"], DataSettings())

@@ -157,7 +157,7 @@ def words_of(path):
 
 
 def make_long_text(documents, seed):
-    rng, words = random.Random(seed), "the cat and dog run in rain under sun".split()
+    rng, words = random.Random(seed), ["the", "cat", "and", "dog", "run", "in", "rain", "under", "sun"]
     texts = (" ".join(rng.choices([*words, str(rng.random())], k=60)) for _ in range(documents))
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
