@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from lora_gpt2.cli import COMMANDS, cli
+from lora_gpt2.data.cleaning import PROFILES, RULES
+from lora_gpt2.data.report import DESCRIPTIONS
 from lora_gpt2.recipe import describe_key, list_keys
 from lora_gpt2.recipe_files import load_recipe
 
@@ -54,6 +56,16 @@ def write_settings() -> str:
     return "\n".join(rows) + "\n"
 
 
+def write_rules() -> str:
+    """Returns a table of the cleaning rules: modes, profiles that have them on, and what each gives."""
+    rows = ["| rule | modes | on in | gives |", "|---|---|---|---|"]
+    for name, meaning in DESCRIPTIONS.items():
+        modes = ", ".join(RULES[name].modes) if name in RULES else "on"
+        profiles = ", ".join(profile for profile, names in PROFILES.items() if name in names)
+        rows.append(f"| `{name}` | {modes} | {profiles} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """Returns the text with what stands between a marker's two comments replaced."""
     begin, end = f"<!-- {marker}: written by 'make docs' -->\n", f"<!-- end of {marker} -->"
@@ -67,6 +79,7 @@ def main() -> None:
     """Writes README.md, or with --check exits with 1 if it would change."""
     old = README.read_text(encoding="utf-8")
     new = fill(fill(old, "commands", write_commands()), "settings", write_settings())
+    new = fill(new, "rules", write_rules())
     if "--check" in sys.argv:
         if new != old:
             sys.exit("README.md is not up to date: run 'make docs'")

@@ -281,3 +281,34 @@ def startup(reporter: Reporter, base: str, runs: int, as_json: bool) -> None:
     medians = measure_startup(base, runs, reporter)
     rows = [[name, f"{seconds:.2f}"] for name, seconds in medians.items()]
     emit({"seconds": medians}, as_json, lambda: format_table(["", "seconds"], rows))
+
+
+@command.command("prepare")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--processes", type=click.IntRange(1, 256), default=2, show_default=True)
+@click.option("--planted", type=click.IntRange(1), default=1000, show_default=True, help="Near copies to plant.")
+@set_option
+@json_option
+@click.pass_obj
+def prepare(
+    reporter: Reporter, sources: tuple[str, ...], processes: int, planted: int, overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Time the preparation of text, weigh it, and look for near copies planted in it.
+
+    \b
+    Example:
+      lora-gpt2 bench prepare corpus.txt.gz
+    """
+    from lora_gpt2.bench.preparing import measure_preparing
+
+    found = measure_preparing(sources, processes, planted, overrides, reporter)
+    result = {**asdict(found), "megabytes_per_second": found.megabytes_per_second}
+    rows = [
+        ["text", f"{found.text_megabytes:,.1f} MB, {found.tokens:,} tokens"],
+        ["time", f"{found.seconds:,.1f} s with {processes} processes: {found.megabytes_per_second:.2f} MB/s"],
+        ["peak memory, all processes", format_bytes(found.peak_memory_bytes)],
+        ["tokenising beside tokenizers alone", f"{found.tokenisation_share:.2f}x"],
+        ["planted near copies found", f"{found.found:,} of {found.planted:,}; {found.false_pairs} taken for another's"],
+    ]
+    emit(result, as_json, lambda: format_table(["", ""], rows).lstrip())

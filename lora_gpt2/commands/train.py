@@ -20,6 +20,7 @@ from lora_gpt2.commands.shared import (
     name_store,
     recipes_argument,
     set_option,
+    skip_bad_option,
     store_option,
 )
 from lora_gpt2.core.console import Reporter
@@ -34,6 +35,7 @@ from lora_gpt2.store.catalog import Store
 @click.option("--name", metavar="N", help="Name of the adapter; else the recipe's, else the first file's.")
 @base_option
 @set_option
+@skip_bad_option
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run of the same recipes.")
 @click.option("--fit", is_flag=True, help="Change settings so that it fits into memory; see 'plan'.")
 @memory_option
@@ -43,8 +45,8 @@ from lora_gpt2.store.catalog import Store
 @click.pass_obj
 def command(
     reporter: Reporter, recipes: tuple[Path, ...], data: tuple[str, ...], name: str | None, base: str | None,
-    overrides: tuple[str, ...], resume: bool, fit: bool, gpu_memory: int | None, dry_run: bool, store: Store,
-    as_json: bool,
+    overrides: tuple[str, ...], skip_bad: bool, resume: bool, fit: bool, gpu_memory: int | None, dry_run: bool,
+    store: Store, as_json: bool,
 ) -> None:  # fmt: skip
     """Train one adapter, or several recipes together over one base.
 
@@ -57,7 +59,9 @@ def command(
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
     chosen = [
-        name_recipe(load_recipe(path, overrides, data__sources=data, name=name, base=base))
+        name_recipe(
+            load_recipe(path, overrides, data__sources=data, name=name, base=base, data__skip_bad=skip_bad or None)
+        )
         for path in recipes or [None]
     ]
     if dry_run:

@@ -27,18 +27,18 @@ class Tokenizer:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self.backend = backend
         self.eos_id = eos_id
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, EOS included."""
-        return max(self._backend.get_vocab_size(with_added_tokens=True), self.eos_id + 1)
+        return max(self.backend.get_vocab_size(with_added_tokens=True), self.eos_id + 1)
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the vocabulary, the merges and EOS; adapters are bound to it."""
-        model = json.loads(self._backend.to_str())["model"]
+        model = json.loads(self.backend.to_str())["model"]
         return fingerprint_json({"vocab": model["vocab"], "merges": model["merges"], "eos": self.eos_id})
 
     def encode(self, text: str) -> list[int]:
@@ -48,7 +48,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text; raises `DataError` for lone surrogates, which no UTF-8 text has."""
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise DataError("the text holds a lone surrogate, which is not Unicode text", "remove it") from error
         return [encoding.ids for encoding in encodings]
@@ -63,16 +63,16 @@ class Tokenizer:
         """The bytes of each token id; EOS and unknown ids have none."""
         alphabet = _byte_alphabet()
         table = [b""] * self.vocab_size
-        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+        for token, index in self.backend.get_vocab(with_added_tokens=False).items():
             if index != self.eos_id:
                 table[index] = bytes(alphabet[c] for c in token if c in alphabet)
         return table
 
     def list_vocabulary(self) -> tuple[list[str], list[str]]:
         """Returns the tokens by id, in GPT-2's printable letters, and the merges as `left right`."""
-        model = json.loads(self._backend.to_str())["model"]
+        model = json.loads(self.backend.to_str())["model"]
         tokens = [""] * self.vocab_size
-        for token, index in {EOS: self.eos_id, **self._backend.get_vocab(with_added_tokens=True)}.items():
+        for token, index in {EOS: self.eos_id, **self.backend.get_vocab(with_added_tokens=True)}.items():
             tokens[index] = token
         return tokens, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 

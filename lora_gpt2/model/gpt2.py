@@ -229,7 +229,7 @@ class GPT2(nn.Module):
             if positions is None:
                 context = Context(adapters, None, steps[None].expand(tokens.shape[0], -1), None)
             else:
-                context = Context(adapters, None, positions, _mask_documents(positions))
+                context = Context(adapters, None, positions, mask_documents(positions, self.wpe.weight.dtype))
         else:
             context = self._continue(steps, adapters, cache)
         x = self.wte(tokens) + self.wpe(context.positions)
@@ -259,10 +259,14 @@ class GPT2(nn.Module):
         return F.linear(hidden, self.head) if self.packed_head is None else self.packed_head(hidden)
 
 
-def _mask_documents(positions: Int[Tensor, "rows time"]) -> Tensor:
-    """Returns `[rows, 1, time, time]`: each token sees those before it that belong to its own document."""
+def mask_documents(positions: Int[Tensor, "rows time"], dtype: torch.dtype) -> Float[Tensor, "rows 1 time time"]:
+    """Returns what is added to the attention's scores: each token sees those before it in its own document.
+
+    It is made once for all layers; a mask of booleans would be turned into this one in each.
+    """
     document = (positions == 0).cumsum(1)
-    return ((document[:, :, None] == document[:, None, :]).tril())[:, None]
+    seen = (document[:, :, None] == document[:, None, :]).tril_()
+    return torch.zeros(seen.shape, dtype=dtype, device=positions.device).masked_fill_(~seen, -math.inf)[:, None]
 
 
 def apply_before(before: Before, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:

@@ -66,6 +66,8 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
         tokens = count_pass_tokens(group)
         kept, backward = _measure_token(config, group[0], ranks, item)
         noise = 4 * config.width * tokens if group[0].train.neftune_alpha else 0
+        if group[0].data.layout == "packed":
+            noise += tokens * group[0].data.block_size * item  # what hides other documents from each
         chunk = min(rows_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
         largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + dense)), key=sum)
     parts = {

@@ -142,5 +142,8 @@ def build_random_data(recipe: Recipe, vocab_size: int) -> PreparedData:
     """Returns random tokens, enough for one step, in the place of text."""
     tokens = recipe.train.batch_tokens + recipe.data.block_size
     stream = np.random.default_rng(0).integers(0, vocab_size, tokens + 1).astype(np.uint32)
-    blocks = TokenBlocks(stream, recipe.data.block_size)
+    size = recipe.data.block_size
+    bounds = np.arange(0, len(stream) + 1, size + 1) if recipe.data.layout == "packed" else None
+    rows = None if bounds is None else np.arange(len(bounds))
+    blocks = TokenBlocks(stream, size, None, bounds, rows)
     return PreparedData(Path(), "", blocks, blocks, blocks, {})

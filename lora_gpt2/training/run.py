@@ -13,7 +13,7 @@ from lora_gpt2.core.console import Reporter, SilentReporter
 from lora_gpt2.core.errors import TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.paths import check_name, hold_lock, os_errors_as_ours
-from lora_gpt2.data.prepared import PreparedData, prepare_data
+from lora_gpt2.data.prepared import PreparedData, measure_overlaps, prepare_data
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import to_perplexity
 from lora_gpt2.inference.session import Session
@@ -106,6 +106,7 @@ def _train_locked(
     )
     prepared = world.in_turn(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
     domains = [Domain(recipe.name, recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
+    _warn_of_overlaps(domains, reporter)
     identity = _identify_run(base, domains, world)
     resume = world.agree(resume and world.is_first and _can_resume(run, identity, reporter))
     if resume and (published := world.agree(run.read_published())):
@@ -130,6 +131,13 @@ def _train_locked(
         raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
     run.finish([f"{report.name}@{report.version}" for report in reports])
     return TrainReport(reports)
+
+
+def _warn_of_overlaps(domains: Sequence[Domain], reporter: Reporter) -> None:
+    threshold = max(domain.recipe.data.near_duplicates for domain in domains)
+    prepared = {domain.name: domain.data for domain in domains}
+    for of, among, copies, documents in measure_overlaps(prepared, threshold) if threshold else ():
+        reporter.message(f"'{among}' trains on near copies of {copies} of the {documents} documents held out of '{of}'")
 
 
 def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) -> bool:

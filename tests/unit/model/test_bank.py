@@ -123,6 +123,32 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(base):
     assert torch.equal(bank.flat, before)
 
 
+def test_a_document_in_a_packed_row_is_computed_as_if_it_were_alone(base):
+    """The law "packed equals alone": the logits, and the gradient of an adapter summed over the documents."""
+    documents = [torch.randint(0, base.config.vocab_size, (length,)) for length in (6, 2, 10, 5)]
+    filling = torch.zeros(3, dtype=torch.long)
+    row = torch.cat([*(d[:-1] for d in documents), filling])[None]
+    positions = torch.cat([*(torch.arange(len(d) - 1) for d in documents), filling])[None]
+    adapter = make_adapter(base.config)
+
+    def compute(tokens, targets, **options):
+        bank = open_bank(base, [adapter], "training")
+        buffer = bank.enable_gradients()
+        hidden = base.model(tokens, TrainingRows(bank, [0]), **options)
+        nll = torch.nn.functional.cross_entropy(base.model.logits(hidden).flatten(0, 1), targets, reduction="sum")
+        nll.backward()
+        return base.model.logits(hidden)[0], buffer
+
+    packed, gradient = compute(row, torch.cat([*(d[1:] for d in documents), filling - 100]), positions=positions)
+    alone = [compute(d[None, :-1], d[1:]) for d in documents]
+    together = torch.cat([logits for logits, _ in alone])
+    assert torch.allclose(packed[:-3], together, atol=1e-5)
+    wanted = sum(buffer for _, buffer in alone)
+    assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
+    causal, _ = compute(row, torch.cat([*(d[1:] for d in documents), filling - 100]))
+    assert not torch.allclose(causal[5:-3], together[5:], atol=1e-2), "the comparison can fail"
+
+
 def gradients(base, adapters, slots, tokens_by_slot):
     """Returns the gradient rows of `slots` when they train together on their tokens `[rows, time]`."""
     bank = open_bank(base, adapters, "training")

@@ -35,9 +35,9 @@ def wide_folder(tmp_path_factory):
     return make_base_folder(tmp_path_factory.mktemp("bases") / "wide", layers=4, width=128, heads=4, context=256)
 
 
-def make_recipe(folder, name="one", rank=8, quantize="none", lora=None, **train):
+def make_recipe(folder, name="one", rank=8, quantize="none", lora=None, data=None, **train):
     return build_recipe(
-        {"name": name, "base": str(folder), "data": {"block_size": 128}, "lora": {"rank": rank, **(lora or {})},
+        {"name": name, "base": str(folder), "data": data or {"block_size": 128}, "lora": {"rank": rank, **(lora or {})},
          "train": {"steps": 3, "batch_tokens": 4096, "precision": "float32", "quantize": quantize, **train}}, "test",
     )  # fmt: skip
 
@@ -80,6 +80,7 @@ def measure_peak(base, recipes):
         (1, torch.float32, {"lora": {"first_layer": 2}}),
         (1, torch.float32, {"lora": {"targets": ["c_attn.q", "c_attn.v"]}}),
         (1, torch.float32, {"batch_tokens": 128, "rank": 64}),
+        (1, torch.float32, {"data": {"block_size": 128, "layout": "packed"}}),
     ],
 )
 def test_the_estimate_is_within_a_tenth_of_the_allocators_peak(wide_folder, num_slots, dtype, train):
