@@ -20,6 +20,7 @@ Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "m
 MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
 Positive = Annotated[int, Field(gt=0)]
+RATE_TIMES_WIDTH = 1.4
 Format = Literal["auto", "text", "html", "json", "jsonl", "csv", "tsv", "parquet"]
 
 
@@ -131,8 +132,8 @@ class TrainSettings(Section):
     """Optimizer steps; overrides epochs."""
     epochs: Annotated[float, Field(gt=0, le=1000)] = 3.0
     """Passes over the training blocks, when steps is not given."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    """Peak learning rate of AdamW."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of AdamW; unset, it is 1.4 over the base's width: 1.8e-3 for gpt2, 0.9e-3 for gpt2-xl."""
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354, suggests 16); 1 is off."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -177,6 +178,13 @@ class TrainSettings(Section):
     """Numbers of the frozen base; auto takes the fastest that the device computes natively."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Keep the base's projections in 8 or 4 bits: less memory, a little slower, a slightly different base."""
+
+    def rate_for(self, width: int) -> float:
+        """Returns the peak learning rate for a base of this width.
+
+        What is best falls as the width grows (Yang et al. 2022, arXiv:2203.03466); the factor was tuned on nano.
+        """
+        return self.learning_rate or RATE_TIMES_WIDTH / width
 
     def count_epochs(self, tokens: int) -> float:
         """Returns how often the steps pass over so many tokens."""

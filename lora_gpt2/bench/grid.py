@@ -128,7 +128,7 @@ def _train_shape(
         perplexity = math.inf
         if not domain.failure:
             perplexity = math.exp(trainer.measure_blocks(domain.data.test, TrainingRows(trainer.bank, [slot])))
-        rate = domain.recipe.train.learning_rate
+        rate = domain.recipe.train.rate_for(base.config.width)
         yield Point(
             setups[domain.name], domain.name, name, rank, rate, base_figures[domain.name], perplexity, domain.best_step
         )

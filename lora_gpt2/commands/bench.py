@@ -285,7 +285,7 @@ def startup(reporter: Reporter, base: str, runs: int, as_json: bool) -> None:
 
 @command.command("prepare")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--processes", type=click.IntRange(1, 256), default=2, show_default=True)
+@click.option("--processes", type=click.IntRange(1, 256), default=2, show_default=True, help="Processes that clean.")
 @click.option("--planted", type=click.IntRange(1), default=1000, show_default=True, help="Near copies to plant.")
 @set_option
 @json_option

@@ -20,7 +20,7 @@ h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5re
 table { border-collapse: collapse; width: 100%; background: #fff } td, th { text-align: left; vertical-align: top;
        padding: .35rem .7rem; border-bottom: 1px solid #e8e8e8; font-size: .92rem }
 td.number { width: 1%; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.sample { white-space: pre-wrap; overflow-wrap: anywhere } details { margin-top: 1rem }
+.word { white-space: nowrap } .sample { white-space: pre-wrap; overflow-wrap: anywhere } details { margin-top: 1rem }
 """
 
 
@@ -44,9 +44,12 @@ def build_table(rows: Sequence[Sequence[str | int]], header: Sequence[str] = ())
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     lines = [f"<tr>{head}</tr>"] if header else []
     for row in rows:
-        cells = (
-            f"<td class=number>{cell:,}</td>" if isinstance(cell, int) else f"<td class=sample>{html.escape(cell)}</td>"
-            for cell in row
-        )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
+        lines.append(f"<tr>{''.join(map(_build_cell, row))}</tr>")
     return f"<table>{''.join(lines)}</table>"
+
+
+def _build_cell(cell: str | int) -> str:
+    if isinstance(cell, int):
+        return f"<td class=number>{cell:,}</td>"
+    kind = "word" if cell.isidentifier() else "sample"
+    return f"<td class={kind}>{html.escape(cell)}</td>"

@@ -113,16 +113,15 @@ def write_blocks(
     folder: Path, part: str, documents: Iterable[Encoded], eos_id: int, vocab_size: int, has_prompts: bool = False
 ) -> None:
     """Writes the stream of a part, `[EOS, document, EOS, document, EOS]`, and its loss where there are prompts."""
-    dtype, is_first = token_dtype(vocab_size), True
+    dtype = token_dtype(vocab_size)
+    eos, is_first = np.array([eos_id], dtype=dtype).tobytes(), True
     with (folder / f"{part}.bin").open("wb") as file, (folder / f"{part}.loss.bin").open("wb") as loss:
         for document in documents:
-            head = [eos_id] if is_first else []
+            file.write((eos if is_first else b"") + np.asarray(document.ids, dtype=dtype).tobytes() + eos)
+            if has_prompts:  # nothing predicts the first EOS
+                silent = document.prompt + is_first
+                loss.write(b"\0" * silent + b"\1" * (len(document.ids) + 1 + is_first - silent))
             is_first = False
-            file.write(np.array([*head, *document.ids, eos_id], dtype=dtype).tobytes())
-            if has_prompts:
-                carries = np.ones(len(head) + len(document.ids) + 1, dtype=np.uint8)
-                carries[: len(head) + document.prompt] = 0  # nothing predicts the first EOS
-                loss.write(carries.tobytes())
     if not has_prompts:
         (folder / f"{part}.loss.bin").unlink()
 

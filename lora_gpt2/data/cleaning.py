@@ -307,10 +307,14 @@ class RuleReport:
 
 @dataclass
 class CleaningReport:
-    """What cleaning did to a set of documents; `personal` counts the documents in which each kind was found."""
+    """What cleaning did to a set of documents; `personal` counts the documents in which each kind was found.
+
+    `whole` is the report that this one will be added to, whose examples need no more.
+    """
 
     rules: dict[str, RuleReport] = field(default_factory=dict)
     personal: Counter[str] = field(default_factory=Counter)
+    whole: CleaningReport | None = None
 
     def clean(self, text: str, rules: Mapping[str, str]) -> str:
         """Returns the cleaned text and takes note of what each rule changed."""
@@ -328,7 +332,8 @@ class CleaningReport:
             report = self.rules.setdefault(name, RuleReport())
             report.documents += 1
             report.characters_removed += len(before) - len(after)
-            if len(report.examples) < MAX_EXAMPLES:
+            shown = self.whole.rules.get(name, report) if self.whole else report
+            if len(shown.examples) < MAX_EXAMPLES:
                 report.examples.append(_show_change(before, after))
         return after
 
@@ -350,8 +355,9 @@ class CleaningReport:
 
 
 def _show_change(before: str, after: str) -> dict[str, str]:
-    start = next(
-        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(map(len, (before, after)))
-    )
-    start = max(0, start - EXAMPLE_WIDTH // 3)
+    same, differs = 0, min(len(before), len(after)) + 1  # halved: comparing slices is much faster than characters
+    while differs - same > 1:
+        middle = (same + differs) // 2
+        same, differs = (middle, differs) if before[:middle] == after[:middle] else (same, middle)
+    start = max(0, same - EXAMPLE_WIDTH // 3)
     return {"before": before[start : start + EXAMPLE_WIDTH], "after": after[start : start + EXAMPLE_WIDTH]}

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from lora_gpt2.core.paths import write_atomic
 from lora_gpt2.data.boilerplate import drop_edges
 from lora_gpt2.data.cleaning import BOILERPLATE, CleaningReport
-from lora_gpt2.data.dedup import NUM_HASHES, Signatures, content_key, sign
+from lora_gpt2.data.dedup import Signatures, content_key, sign
 from lora_gpt2.data.quality import find_reason
 from lora_gpt2.data.records import Document
 from lora_gpt2.data.split import iter_sections
@@ -32,6 +33,7 @@ from lora_gpt2.recipe import DataSettings
 
 LEAST_SECONDS, SECONDS_PER_MEGABYTE = 2.0, 4.0
 SHOWN_CHARACTERS = 200
+BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 EDGES = re.compile(r"\A\s*|\s*\Z")
 
 
@@ -134,7 +136,7 @@ def process_batch(batch: Batch, job: Job) -> None:
     report, kept = BatchReport(), list[Document]()
     for document in batch.documents:
         report.read += not document.continues
-        cleaning = CleaningReport()
+        cleaning = CleaningReport(whole=report.cleaning)
         try:
             with _limit_seconds(LEAST_SECONDS + SECONDS_PER_MEGABYTE * len(document.text) / 1e6):
                 cleaned = clean_document(document, job, cleaning)
@@ -147,7 +149,7 @@ def process_batch(batch: Batch, job: Job) -> None:
             continue
         report.kept += not document.continues
         report.cleaning.add(cleaning)
-        report.characters.update(c for c in cleaned.text if c > "\x7f") if not cleaned.text.isascii() else None
+        report.characters.update(BEYOND_ASCII.findall(cleaned.text))
         kept += _cut(cleaned, job.section)
     arrays = _measure(kept, job.tokenizer)
     content = {
@@ -173,13 +175,13 @@ def _measure(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, A
     texts = tokenizer.encode_batch([document.text for document in documents])
     keys = [content_key(whole) for whole in wholes]
     groups = [content_key(d.prompt) if d.prompt else k for d, k in zip(documents, keys, strict=True)]
-    runs = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+    lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
+    tokens = chain.from_iterable(chain.from_iterable(zip(prompts, texts, strict=True)))
     return {
-        "ids": np.array([token for run in runs for token in run], dtype=np.uint32),
-        "lengths": np.array([len(run) for run in runs], dtype=np.int64),
+        "ids": np.fromiter(tokens, np.uint32, sum(lengths)), "lengths": np.array(lengths, dtype=np.int64),
         "prompts": np.array([len(prompt) for prompt in prompts], dtype=np.int64),
         "keys": np.frombuffer(b"".join(keys), dtype="V16"), "groups": np.frombuffer(b"".join(groups), dtype="V16"),
-        "signatures": sign(wholes) if wholes else np.zeros((0, NUM_HASHES), dtype=np.uint32),
+        "signatures": sign(wholes),
     }  # fmt: skip
 
 

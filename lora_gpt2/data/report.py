@@ -34,8 +34,9 @@ def list_receipts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def build_receipts_page(report: Mapping[str, Any]) -> str:
     """Returns the page."""
     rules = [
-        (name, DESCRIPTIONS[name], rule["documents"], rule["characters_removed"])
-        for name, rule in report["rules"].items()
+        (name, DESCRIPTIONS[name], done["documents"], done["characters_removed"])
+        for name in DESCRIPTIONS
+        if (done := report["rules"].get(name))
     ]
     examples = [
         (name, repr(example["before"]), repr(example["after"]))
@@ -43,7 +44,7 @@ def build_receipts_page(report: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     near = [(entry["text"], entry["text_of"], f"{entry['likeness']:.2f}") for entry in report["near_duplicates"]]
     sections = [
-        ("What each rule did", build_table(rules, ("rule", "returns", "documents", "characters removed"))),
+        ("What each rule did", build_table(rules, ("rule", "leaves", "documents", "characters removed"))),
         ("Before and after", build_table(examples, ("rule", "before", "after"))),
         ("Rejected", build_table(list(report["rejected"].items()), ("reason", "documents"))),
         ("Near copies that were dropped", build_table(near, ("dropped", "because of", "likeness"))),

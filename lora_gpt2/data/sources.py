@@ -25,6 +25,7 @@ KINDS = {
     ".tsv": "tsv", ".parquet": "parquet",
 }  # fmt: skip
 SHOWN = ", ".join(KINDS)
+DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub")
 HUB = "hf:"
 STDIN = "-"
 
@@ -98,6 +99,8 @@ def _name_file(path: Path, settings: DataSettings) -> Source:
     kind = _find_kind(path, settings)
     if kind is None:
         hint = f"read by name are {SHOWN}, also .gz; say what it is with --set data.format=text"
+        if path.suffix.lower() in DOCUMENTS:
+            hint = "convert it first: pdftotext file.pdf, or pandoc -t plain -o file.txt file.docx"
         raise DataError(f"{path}: files of kind '{path.suffix}' are not read", hint)
     return Source(str(path), kind, path)
 

@@ -105,6 +105,7 @@ def _train_locked(
         f"base {base.name} on {runtime.device.type} in {numbers}; training {', '.join(r.name for r in recipes)}"
     )
     prepared = world.in_turn(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
+    recipes = [settle_rate(recipe, base.config.width) for recipe in recipes]
     domains = [Domain(recipe.name, recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
     _warn_of_overlaps(domains, reporter)
     identity = _identify_run(base, domains, world)
@@ -131,6 +132,12 @@ def _train_locked(
         raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
     run.finish([f"{report.name}@{report.version}" for report in reports])
     return TrainReport(reports)
+
+
+def settle_rate(recipe: Recipe, width: int) -> Recipe:
+    """Returns the recipe with the learning rate that it has on a base of this width, to be recorded."""
+    train = recipe.train.model_copy(update={"learning_rate": recipe.train.rate_for(width)})
+    return recipe.model_copy(update={"train": train})
 
 
 def _warn_of_overlaps(domains: Sequence[Domain], reporter: Reporter) -> None:

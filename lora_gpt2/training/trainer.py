@@ -155,9 +155,10 @@ class Trainer:
         self._settle(0)
 
     def _launch(self, active: list[int]) -> None:
-        settings = [domain.recipe.train for domain in self.domains]
+        settings, width = [domain.recipe.train for domain in self.domains], self.base.config.width
         rates = [
-            s.learning_rate * rate_share(self.step, d.num_steps, s) for s, d in zip(settings, self.domains, strict=True)
+            s.rate_for(width) * rate_share(self.step, d.num_steps, s)
+            for s, d in zip(settings, self.domains, strict=True)
         ]
         flags = [slot in active for slot in range(len(self.domains))]
         passes, counts = self.passes.build(active, self.step)
@@ -209,7 +210,8 @@ class Trainer:
 
     def _fail(self, slot: int, what: str) -> None:
         domain = self.domains[slot]
-        domain.failure = f"{what}, peak learning rate {domain.recipe.train.learning_rate:.3g}"
+        rate = domain.recipe.train.rate_for(self.base.config.width)
+        domain.failure = f"{what}, peak learning rate {rate:.3g}"
         if len(self.domains) > 1:
             self.reporter.message(f"'{domain.name}' diverged at {domain.failure}; the others go on")
 
