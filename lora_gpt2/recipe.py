@@ -20,7 +20,7 @@ Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "m
 MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
 Positive = Annotated[int, Field(gt=0)]
-RATE_TIMES_WIDTH = 1.4
+RATE_TIMES_WIDTH = 1.344
 Format = Literal["auto", "text", "html", "json", "jsonl", "csv", "tsv", "parquet"]
 
 
@@ -92,7 +92,7 @@ class DataSettings(Section):
 class LoraSettings(Section):
     """Shape and scale of the adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
     """Rank of each update."""
     alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
     """Updates are scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
@@ -133,7 +133,7 @@ class TrainSettings(Section):
     epochs: Annotated[float, Field(gt=0, le=1000)] = 3.0
     """Passes over the training blocks, when steps is not given."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of AdamW; unset, it is 1.4 over the base's width: 1.8e-3 for gpt2, 0.9e-3 for gpt2-xl."""
+    """Peak learning rate of AdamW; unset, it is 1.344 over the base's width: 1.8e-3 for gpt2, 0.8e-3 for gpt2-xl."""
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354, suggests 16); 1 is off."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -46,7 +46,7 @@ def read_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
             label = path = spec
         if label in (source.label for source in sources):
             raise UsageError(f"two sources are called '{label}'", "give each a label of its own: label=path")
-        sources.append(Source(label, [document.text for document in read_documents([path], settings)]))
+        sources.append(Source(label, [d.prompt + d.text for d in read_documents([path], settings)]))
     return sources
 
 
