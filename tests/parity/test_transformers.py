@@ -21,9 +21,11 @@ FLOAT32 = choose_runtime("float32", torch.device("cpu"))
 EXACT = {
     "gpt2": {},
     "distilgpt2": {"n_layer": 6},
-    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
 }
-LARGE = {"gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20}}
+LARGE = {
+    "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
+}
 
 
 def copy_weights(theirs):
