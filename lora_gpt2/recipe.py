@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from lora_gpt2.core.errors import RecipeError, UsageError
 from lora_gpt2.core.suggest import suggest
@@ -364,18 +365,28 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: {key or 'recipe'}: {reason}{given}", describe_key(key)) from error
 
 
-def describe_key(key: str) -> str:
-    """Returns the help text of a dotted key as a hint."""
+def _find_field(key: str) -> FieldInfo | None:
     model: type[BaseModel] = Recipe
-    text = "see 'lora-gpt2 recipes show'"
+    field = None
     for part in key.split("."):
         field = model.model_fields.get(part)
         if field is None:
-            break
-        text = f"{key}: {field.description}"
+            return None
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             model = field.annotation
-    return text
+    return field
+
+
+def describe_key(key: str) -> str:
+    """Returns the help text of a dotted key as a hint."""
+    field = _find_field(key)
+    return f"{key}: {field.description}" if field else "see 'lora-gpt2 recipes show'"
+
+
+def is_text(key: str) -> bool:
+    """True if the setting is a free text."""
+    field = _find_field(key)
+    return field is not None and field.annotation is str
 
 
 def name_recipe(recipe: Recipe) -> Recipe:

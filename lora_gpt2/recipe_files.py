@@ -10,17 +10,17 @@ import yaml
 
 from lora_gpt2.core.errors import NotFoundError, RecipeError
 from lora_gpt2.core.suggest import suggest
-from lora_gpt2.recipe import SECTIONS, Recipe, build_recipe, list_keys
+from lora_gpt2.recipe import SECTIONS, Recipe, build_recipe, is_text, list_keys
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """Splits `section.key=value` into path and value; the value is read as YAML."""
+    """Splits `section.key=value` into path and value: YAML, or for a free text as it is, with `\\n` for line ends."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise RecipeError(f"--set {text}: expected section.key=value", "for example --set train.steps=300")
     path = key.strip().split(".")
-    if value.startswith(tuple("|>%@`")):  # marks of YAML that no setting needs: a separator, say
-        return path, value
+    if is_text(key.strip()) and not value.startswith(('"', "'")):
+        return path, value.replace("\\n", "\n").replace("\\t", "\t")
     try:
         return path, yaml.safe_load(value)
     except yaml.YAMLError as error:

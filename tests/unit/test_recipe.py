@@ -104,3 +104,11 @@ def test_missing_and_broken_recipe_files(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError):
         load_recipe(binary)
+
+
+def test_a_text_is_taken_as_it_is_typed():
+    data = load_recipe(None, [r"data.prompt=Q: {question}\nA:", "data.separator=||", 'data.template="{a}: {b}"']).data
+    assert (data.prompt, data.separator, data.template) == ("Q: {question}\nA:", "||", "{a}: {b}")
+    assert load_recipe(None, ["name=007"]).name == "007"
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(None, ["data.rules={a: "])
