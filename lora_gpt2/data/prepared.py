@@ -1,6 +1,6 @@
 """Read, clean, split, tokenise: from sources to blocks in a folder named after their content.
 
-The folder's name is a fingerprint of the sources' bytes, the settings that matter, the tokenizer and the format, so
+The folder's name is a fingerprint of the sources' bytes, the settings that matter, the tokenizer and our version, so
 `train` finds what an earlier run prepared, and a changed byte prepares anew. Folders are immutable. Work that was
 interrupted is kept beside the folder's place and goes on from there.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_gpt2 import __version__
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import DataError, Interrupted, LoraGpt2Error
 from lora_gpt2.core.fingerprint import fingerprint_json
@@ -74,7 +75,7 @@ def prepare_data(
     with os_errors_as_ours("read the sources"):
         hashes = {part: [source.fingerprint() for source in found] for part, found in sorted(sources.items())}
     relevant = settings.model_dump(exclude=UNIMPORTANT)
-    fingerprint = fingerprint_json([FORMAT, hashes, relevant, tokenizer.fingerprint])
+    fingerprint = fingerprint_json([FORMAT, __version__, hashes, relevant, tokenizer.fingerprint])
     folder = (cache or find_cache_dir() / "prepared") / fingerprint
     report = _read_report(folder)
     if report is None:
