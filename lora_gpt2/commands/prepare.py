@@ -59,7 +59,7 @@ def command(
         result["preview"] = preview_documents(prepared.train, tokenizer, preview)
     with os_errors_as_ours("write the page or the text"):
         if html:
-            html.write_text(build_receipts_page(prepared.report), encoding="utf-8")
+            html.write_text(build_receipts_page(prepared.report), encoding="utf-8", errors="replace")
         if text:
             write_texts(prepared, tokenizer, text)
     emit(result, as_json, lambda: _render(result, prepared.report, str(prepared.rejected)))

@@ -33,6 +33,10 @@ class LoraGpt2Error(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[LoraGpt2Error], tuple[str, str], dict[str, object]]:
+        """Comes whole from another process."""
+        return type(self), (self.message, self.hint), self.__dict__
+
 
 class UsageError(LoraGpt2Error):
     """An option, parameter or combination that cannot be carried out."""

@@ -56,7 +56,10 @@ NAMES = (
     "|meta|nav|ol|p|picture|pre|q|s|samp|section|small|source|span|strike|strong|sub|summary|sup|table|tbody|td|tfoot|th"
     "|thead|title|tr|tt|u|ul|var|video|wbr"
 )
-HIDDEN = re2.compile(r"(?is)<!--.*?-->|<script\b[^<>]*>.*?</script\s*>|<style\b[^<>]*>.*?</style\s*>")
+HIDDEN = [  # one by one: together, one that is never closed would be looked for again after each of the others
+    re2.compile(p)
+    for p in (r"(?s)<!--.*?-->", r"(?is)<script\b[^<>]*>.*?</script\s*>", r"(?is)<style\b[^<>]*>.*?</style\s*>")
+]
 BREAK = re.compile(r"(?i)<(?:br|hr)\s*/?>|</(?:p|div|li|tr|h[1-6]|table|ul|ol|dl|blockquote|pre|section|article)\s*>")
 TAG = re.compile(rf"(?i)</?(?:{NAMES})(?:\s[^<>]*)?/?>")
 LICENCE_BEGIN = re2.compile(
@@ -167,7 +170,10 @@ def drop_tags(text: str, _mode: str = "on") -> str:
 
 
 def _drop_hidden(text: str) -> str:
-    return str(HIDDEN.sub("", text)) if "<!--" in text or "</" in text else text
+    if "<!--" in text or "</" in text:
+        for pattern in HIDDEN:
+            text = str(pattern.sub("", text))
+    return text
 
 
 def drop_licence(text: str, _mode: str = "on") -> str:

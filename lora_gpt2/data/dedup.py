@@ -63,6 +63,8 @@ def find_near_copies(signatures: Signatures, threshold: float) -> dict[int, tupl
 
     Signatures are in order of precedence; a document is a copy only of one that is not a copy itself.
     """
+    if len(signatures) < 2:
+        return {}
     neighbours: dict[int, dict[int, float]] = {}
     for first, second, likeness in _iter_pairs(signatures, threshold):
         neighbours.setdefault(second, {})[first] = likeness

@@ -35,10 +35,11 @@ PLAUSIBLE_SHARE = 0.9
 Lines = Iterator[str | DataError]
 
 
-def check_is_text(head: bytes, where: str) -> None:
+def check_is_text(head: bytes, where: str, encoding: str = "auto") -> None:
     """Raises `DataError` if the first bytes of a file are those of a binary format, or mostly control characters."""
     control = sum(byte < 9 or 13 < byte < 27 or 27 < byte < 32 for byte in head)
-    if head.startswith(SIGNATURES) or (control > len(head) * 0.1 and not _find_wide(head)):
+    is_known = encoding != "auto" or find_mark(head)[0] is not None
+    if head.startswith(SIGNATURES) or (control > len(head) * 0.1 and not is_known):
         raise DataError(f"{where} is a binary file, not text", "convert it to text first")
 
 
@@ -91,7 +92,7 @@ def decode(content: bytes, where: str, errors: str, encoding: str = "auto", decl
     if chosen is None and declared is not None:
         for name in (declared,) if declared in SEVEN_BITS else ("utf-8", declared):  # pages lie about it
             with contextlib.suppress(UnicodeDecodeError):
-                return content.decode(name)
+                return content.decode(name).encode("utf-8", "replace").decode()  # UTF-7 may hold half characters
     if chosen is not None:
         return _decode_as(content[length if mark == chosen else 0 :], chosen, where, errors, length)
     return "".join(raise_errors(_decode_lines(content.splitlines(keepends=True), where, errors)))
@@ -119,6 +120,8 @@ def iter_lines(file: BufferedReader, where: str, errors: str, encoding: str = "a
             pending += decoder.decode(piece)
         except UnicodeDecodeError as error:
             raise _refuse(where, place + error.start, chosen, piece[error.start : error.start + 4]) from error
+        except UnicodeError as error:  # UTF-16 without the mark it should begin with
+            raise _refuse(where, place, chosen, piece[:4]) from error
         place += len(piece)
         *lines, pending = pending.split("\n")
         yield from (f"{line}\n" for line in lines)

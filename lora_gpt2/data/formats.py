@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any, BinaryIO, cast
 
 from lora_gpt2.core.errors import DataError
+from lora_gpt2.data.cleaning import choose_rules
 from lora_gpt2.data.encoding import MAX_LINE_BYTES, check_is_text, decode, find_declared, iter_lines, raise_errors
 from lora_gpt2.data.records import FIELD_HINT, MEND, Document, Reading, build_documents, is_pair, parse_json
 from lora_gpt2.data.sources import HUB, Source, find_sources
@@ -63,7 +64,7 @@ def read_source(source: Source, settings: DataSettings, meter: Meter | None = No
             return
         with _open(source, meter or Meter()) as file:
             if source.kind != "parquet":
-                check_is_text(file.peek(8192)[:8192], source.name)
+                check_is_text(file.peek(8192)[:8192], source.name, settings.encoding)
             if source.kind == "text":
                 yield from _split_prompts(_read_text(file, source.name, settings, piece), settings)
             else:
@@ -95,9 +96,11 @@ def _read_whole(file: BufferedReader, where: str) -> bytes:
     return content
 
 
-def _read_text(file: BufferedReader, where: str, settings: DataSettings, piece: int) -> Iterator[Document]:
+def _read_text(file: BufferedReader, where: str, settings: DataSettings, piece: int) -> Reading:
     """Yields what stands between lines of `EOS`: whole, or as paragraphs or lines."""
-    lines = raise_errors(iter_lines(file, where, settings.encoding_errors, settings.encoding))
+    bad: list[DataError] = []
+    lines = iter_lines(file, where, settings.encoding_errors, settings.encoding)
+    lines = _set_aside(lines, bad) if settings.unit == "line" else raise_errors(lines)
     number, has_mark = 0, False
     run: list[str] = []
     length, continues = 0, False
@@ -117,6 +120,8 @@ def _read_text(file: BufferedReader, where: str, settings: DataSettings, piece: 
                         where if number == 1 else f"{where}#{number}",
                         continues=continues and settings.unit == "file",
                     )
+            yield from bad
+            bad.clear()
             run, length, continues = [], 0, too_long
         if line is not None and not is_mark:
             run.append(line)
@@ -133,10 +138,13 @@ def _cut(text: str, unit: str) -> Iterable[str]:
     return [paragraph.strip("\n") for paragraph in paragraphs if paragraph.strip()]
 
 
-def _split_prompts(documents: Iterable[Document], settings: DataSettings) -> Reading:
+def _split_prompts(documents: Reading, settings: DataSettings) -> Reading:
     for document in documents:
+        if isinstance(document, DataError):
+            yield document
+            continue
         head, found, rest = document.text.partition(settings.separator) if settings.separator else ("",) * 3
-        if not settings.separator:
+        if not settings.separator or document.continues:
             yield document
         elif found:
             yield replace(document, text=rest, prompt=head + found)
@@ -148,8 +156,9 @@ def _split_prompts(documents: Iterable[Document], settings: DataSettings) -> Rea
 def _read_page(file: BufferedReader, where: str, settings: DataSettings) -> Reading:
     content = _read_whole(file, where)
     text = decode(content, where, settings.encoding_errors, settings.encoding, find_declared(content[:4096]))
+    is_cleaned = "html" in choose_rules(settings.profile, settings.rules)
     is_marked = text.lstrip("\ufeff \t\r\n")[: len(PAGE_MARK)].lower() == PAGE_MARK
-    yield Document(text if is_marked else f"{PAGE_MARK}\n{text}", where)
+    yield Document(f"{PAGE_MARK}\n{text}" if is_cleaned and not is_marked else text, where)  # the rule looks for it
 
 
 def _read_json(file: BufferedReader, where: str, settings: DataSettings) -> Reading:
@@ -157,7 +166,7 @@ def _read_json(file: BufferedReader, where: str, settings: DataSettings) -> Read
     try:
         value = parse_json(text, where)
     except DataError:
-        lines = text.strip().splitlines()
+        lines = text.strip().split("\n")
         if len(lines) < 2 or not all(line.lstrip().startswith(("{", '"')) for line in lines if line.strip()):
             raise
         yield from _read_lines(lines, where, settings)  # JSON lines in a .json file
@@ -201,7 +210,8 @@ def _read_lines(lines: Iterable[str | DataError], where: str, settings: DataSett
 
 def _read_table(file: BufferedReader, where: str, settings: DataSettings, tabs: bool = False) -> Reading:
     csv.field_size_limit(MAX_LINE_BYTES)
-    lines = raise_errors(iter_lines(file, where, settings.encoding_errors, settings.encoding))
+    bad: list[DataError] = []
+    lines = _set_aside(iter_lines(file, where, settings.encoding_errors, settings.encoding), bad)
     head = next(lines, "")
     delimiter = "\t" if tabs else max(DELIMITERS, key=lambda mark: (head.count(mark), mark == ","))
     rows = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
@@ -212,6 +222,8 @@ def _read_table(file: BufferedReader, where: str, settings: DataSettings, tabs: 
         except csv.Error as error:
             yield DataError(f"{where}:{rows.line_num}: not a row of the table: {error}", MEND)
             continue
+        yield from bad
+        bad.clear()
         if row is None:
             return
         if header is None:
@@ -223,6 +235,14 @@ def _read_table(file: BufferedReader, where: str, settings: DataSettings, tabs: 
             yield from build_documents(record, f"{where}:{rows.line_num}", settings)
         elif row:
             yield DataError(f"{where}:{rows.line_num}: {len(row)} cells, expected {len(header)}", MEND)
+
+
+def _set_aside(lines: Iterable[str | DataError], bad: list[DataError]) -> Iterator[str]:
+    for line in lines:
+        if isinstance(line, DataError):
+            bad.append(line)
+        else:
+            yield line
 
 
 def _check_columns(header: list[str], where: str, settings: DataSettings) -> None:
@@ -248,7 +268,7 @@ def _read_parquet(file: BufferedReader, where: str, settings: DataSettings) -> R
             for record in batch.to_pylist():
                 number += 1
                 yield from build_documents(record, f"{where}:{number}", settings)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{where} is not a Parquet file: {str(error)[:200]}", "write it again") from error
 
 

@@ -34,7 +34,6 @@ from lora_gpt2.recipe import DataSettings
 LEAST_SECONDS, SECONDS_PER_MEGABYTE = 2.0, 4.0
 SHOWN_CHARACTERS = 200
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
-EDGES = re.compile(r"\A\s*|\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -112,20 +111,32 @@ def _limit_seconds(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def clean_in_time(document: Document, job: Job, report: CleaningReport) -> Document | None:
+    """Returns a document cleaned, or None if that takes too long."""
+    try:
+        with _limit_seconds(LEAST_SECONDS + SECONDS_PER_MEGABYTE * len(document.text) / 1e6):
+            return clean_document(document, job, report)
+    except _TooSlowError:
+        return None
+
+
 def clean_document(document: Document, job: Job, report: CleaningReport) -> Document:
     """Returns a document with text and prompt cleaned; where a prompt stands before it, the space between stays."""
     if not document.prompt:
         return replace(document, text=_clean(document.text, job, report))
     parts = []
     for text in (document.prompt, document.text):
-        begin, end = (match[0] for match in list(EDGES.finditer(text))[:2]) if text.strip() else (text, "")
-        parts.append(f"{begin}{_clean(text.strip(), job, report)}{end}")
+        core = text.strip()
+        begin = len(text) - len(text.lstrip())
+        parts.append(f"{text[:begin]}{report.clean(core, job.rules)}{text[begin + len(core) :]}")
     return replace(document, prompt=parts[0], text=parts[1])
 
 
 def _clean(text: str, job: Job, report: CleaningReport) -> str:
     text = report.clean(text, job.rules)
-    return report.note(BOILERPLATE, text, drop_edges(text, job.boilerplate)) if BOILERPLATE in job.rules else text
+    if BOILERPLATE not in job.rules or job.settings.template:  # a template's own lines are meant
+        return text
+    return report.note(BOILERPLATE, text, drop_edges(text, job.boilerplate))
 
 
 def process_batch(batch: Batch, job: Job) -> None:
@@ -137,15 +148,11 @@ def process_batch(batch: Batch, job: Job) -> None:
     for document in batch.documents:
         report.read += not document.continues
         cleaning = CleaningReport(whole=report.cleaning)
-        try:
-            with _limit_seconds(LEAST_SECONDS + SECONDS_PER_MEGABYTE * len(document.text) / 1e6):
-                cleaned = clean_document(document, job, cleaning)
-            reason = find_reason(cleaned.text, job.settings)
-        except _TooSlowError:
-            cleaned, reason = document, "too slow to clean"
-        if reason:
+        cleaned = clean_in_time(document, job, cleaning)
+        reason = find_reason(cleaned.text, job.settings) if cleaned else "too slow to clean"
+        if reason or cleaned is None:
             shown = document.text[:SHOWN_CHARACTERS]
-            report.rejected.append({"origin": document.origin, "reason": reason, "text": shown})
+            report.rejected.append({"origin": document.origin, "reason": str(reason), "text": shown})
             continue
         report.kept += not document.continues
         report.cleaning.add(cleaning)
@@ -185,12 +192,13 @@ def _measure(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, A
     }  # fmt: skip
 
 
-def load_batch(folder: Path, number: int) -> tuple[Kept, BatchReport]:
-    """Returns what `process_batch` wrote."""
+def load_batch(folder: Path, number: int, with_ids: bool = True) -> tuple[Kept, BatchReport]:
+    """Returns what `process_batch` wrote; without the tokens, all batches fit into memory."""
     content = json.loads((folder / f"{number:06d}.json").read_bytes())
     report = content["report"]
     report["cleaning"] = CleaningReport.from_json(report["cleaning"])
     report["characters"] = Counter(report["characters"])
     with np.load(folder / f"{number:06d}.npz", allow_pickle=False) as arrays:
-        kept = Kept(content["part"], content["origins"], content["shown"], **{name: arrays[name] for name in arrays})
+        found = {name: arrays[name] for name in arrays if name != "ids" or with_ids}
+        kept = Kept(content["part"], content["origins"], content["shown"], **{"ids": np.zeros(0), **found})
     return kept, BatchReport(**report)

@@ -33,7 +33,7 @@ from lora_gpt2.data.sources import Source, find_sources
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 3
+FORMAT = 4
 PARTS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
 MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
@@ -149,7 +149,7 @@ def _build(
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     _write_parts(made, batches, intake, selection, settings, tokenizer)
-    lines = [json.dumps(entry, ensure_ascii=False) for entry in selection.rejected]
+    lines = [json.dumps(entry) for entry in selection.rejected]  # ASCII: names of files may be no Unicode
     (made / REJECTED).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     report = _build_report(made, selection, settings, tokenizer)
     (made / MANIFEST).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from lora_gpt2.core.console import Reporter, Task
@@ -21,7 +22,7 @@ from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.data.boilerplate import find_boilerplate
 from lora_gpt2.data.cleaning import BOILERPLATE, CleaningReport, choose_rules
 from lora_gpt2.data.formats import Meter, read_source
-from lora_gpt2.data.intake import Batch, Job, clean_document, process_batch
+from lora_gpt2.data.intake import Batch, Job, clean_in_time, process_batch
 from lora_gpt2.data.records import Document
 from lora_gpt2.data.sources import Source
 from lora_gpt2.data.split import FEW_DOCUMENTS, choose_section_size
@@ -64,8 +65,8 @@ def process_sources(
     job = Job(settings, rules, tokenizer, frozenset(), 0, folder)
     ahead = _read_ahead(training)
     if BOILERPLATE in rules:
-        cleaned = (clean_document(document, job, CleaningReport()).text for _, document in ahead)
-        job = replace(job, boilerplate=find_boilerplate(list(cleaned)))
+        cleaned = (clean_in_time(document, job, CleaningReport()) for _, document in ahead)
+        job = replace(job, boilerplate=find_boilerplate([document.text for document in cleaned if document]))
     wants_split = any(not parts[p] and getattr(settings, f"{p}_share") for p in ("validation", "test"))
     is_few = sum(not document.continues for _, document in ahead) < FEW_DOCUMENTS
     intake.is_cut = is_few and wants_split
@@ -170,7 +171,16 @@ def _start_worker(job: Job) -> None:
     global _job  # noqa: PLW0603 - the one thing a worker keeps
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _job = job
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that reads has gone, however it went."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(batch: Batch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_gpt2.data.cleaning import CleaningReport
-from lora_gpt2.data.dedup import Signatures, find_near_copies
+from lora_gpt2.data.dedup import NUM_HASHES, Signatures, find_near_copies
 from lora_gpt2.data.intake import load_batch
 from lora_gpt2.data.split import split_keys
 from lora_gpt2.recipe import DataSettings
@@ -48,12 +48,12 @@ def select_documents(
 
     Where two are copies, the one that comes first stays, and held-out parts come before the training part.
     """
-    batches = [load_batch(folder, number) for number in range(num_batches)]
+    batches = [load_batch(folder, number, with_ids=False) for number in range(num_batches)]
     kept = [batch for batch, _ in batches]
     origins = [origin for batch in kept for origin in batch.origins]
     shown = [text for batch in kept for text in batch.shown]
     parts = [batch.part for batch in kept for _ in batch.origins]
-    signatures = np.concatenate([batch.signatures for batch in kept]) if kept else np.zeros((0, 1), np.uint32)
+    signatures = np.concatenate([batch.signatures for batch in kept]) if kept else np.zeros((0, NUM_HASHES), np.uint32)
     lengths = np.concatenate([batch.lengths for batch in kept]) if kept else np.zeros(0, np.int64)
     result = Selection(parts, lengths, signatures, has_prompts=any(batch.prompts.any() for batch in kept))
     for _, report in batches:

@@ -49,12 +49,13 @@ class Source:
         return sum(file.stat().st_size for file in self._files())
 
     def fingerprint(self) -> list[str]:
-        """Returns what names the content: a sha256 for each file, or the commit of a data set."""
+        """Returns what names the content: how it is read and a sha256 for each file, or the commit of a data set."""
         if self.path is None:
             from lora_gpt2.data.rows import find_commit
 
             return [self.name, find_commit(self.name.removeprefix(HUB))]
-        return [hash_file(file) for file in self._files()]
+        kind = f"{self.kind}{'.gz' * self.is_gzip}"
+        return [kind, *(hash_file(file) for file in self._files())]
 
     def _files(self) -> list[Path]:
         if self.path is None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -29,6 +30,10 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.eos_id = eos_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Goes to another process as its vocabulary alone: how special tokens are read does not survive a copy."""
+        return _rebuild, (self.backend.to_str(), self.eos_id)
 
     @property
     def vocab_size(self) -> int:
@@ -75,6 +80,10 @@ class Tokenizer:
         for token, index in {EOS: self.eos_id, **self.backend.get_vocab(with_added_tokens=True)}.items():
             tokens[index] = token
         return tokens, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+
+
+def _rebuild(backend: str, eos_id: int) -> Tokenizer:
+    return Tokenizer(BackendTokenizer.from_str(backend), eos_id)
 
 
 class TextStream:

@@ -54,8 +54,10 @@ def write(path, content):
         ("a.txt", f"{GERMAN}\n".encode() + GERMAN.encode("cp1252"), {}, [f"{GERMAN}\n{GERMAN}"]),
         ("a.txt", GERMAN.encode("utf-16-le"), {}, [GERMAN]),
         ("a.txt", "Привет".encode("cp1251"), {"encoding": "cp1251"}, ["Привет"]),
+        ("a.txt", ("Привет мир\n" * 50).encode("utf-16"), {}, ["Привет мир\n" * 50]),
         ("a.txt", "cut off é".encode()[:-1], {}, ["cut off "]),
         ("a.html", "<p>x</p>", {}, ["<!doctype html>\n<p>x</p>"]),
+        ("a.html", "<p>x</p>", {"profile": "raw"}, ["<p>x</p>"]),
         ("a.htm", KOREAN.encode("euc-kr"), {}, [KOREAN]),
         ("a.txt.gz", gzip.compress(b"packed"), {}, ["packed"]),
         ("a.jsonl.gz", gzip.compress(b'{"text": "packed"}'), {}, ["packed"]),
@@ -102,6 +104,15 @@ def test_bad_rows_are_yielded_where_they_stand_and_the_others_are_read(tmp_path)
         assert place in item.message
 
 
+def test_one_bad_line_of_a_table_or_of_lines_costs_no_other(tmp_path):
+    table = b"text,n\n" + b"".join(b"row %d,1\n" % i for i in range(9)) + b"\x81\x81\x8d bad,1\n" + b"last,1\n"
+    for name, settings in (("a.csv", {}), ("a.txt", {"unit": "line"})):
+        (source,) = find_sources([str(write(tmp_path / name, table))], DataSettings())
+        items = list(read_source(source, DataSettings(**settings)))
+        assert sum(isinstance(item, DataError) for item in items) == 1
+        assert [item.text for item in items if not isinstance(item, DataError)][-1].startswith("last")
+
+
 def test_long_documents_come_in_pieces_that_lose_nothing(tmp_path):
     text = "\n\n".join(f"paragraph {i} " + "x" * 50 for i in range(200))
     (source,) = find_sources([str(write(tmp_path / "a.txt", text))], DataSettings())
@@ -132,7 +143,7 @@ def test_stdin_is_read_once_and_looked_into(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
         (source,) = find_sources(["-"], DataSettings())
         assert (source.kind, source.name) == (kind, "<stdin>")
-        assert len({*find_sources(["-"], DataSettings())[0].fingerprint(), *source.fingerprint()}) == 1
+        assert find_sources(["-"], DataSettings())[0].fingerprint() == source.fingerprint()
         assert "plain" in read("-")[0]
     sources._spool_stdin.cache_clear()
     monkeypatch.setattr(sys, "stdin", None)

@@ -280,6 +280,39 @@ def test_a_domain_that_trains_on_anothers_test_is_found(tokenizer, tmp_path, rep
     assert documents == one.report["documents"]["test"] + one.report["documents"]["validation"]
 
 
+def test_eos_in_a_text_is_ordinary_characters_in_every_process(tokenizer, tmp_path, reporter, small_batches):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"the <|endoftext|> cat {i} and {i * i}"} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [prepare_data(settings_for(path, processes=n), tokenizer, reporter, tmp_path / str(n)) for n in (1, 2)]
+    assert words_of(found[0].path) == words_of(found[1].path)
+    assert list(found[0].train.stream).count(tokenizer.eos_id) == found[0].report["documents"]["train"] + 1
+
+
+def test_the_same_bytes_under_another_name_are_read_anew(tokenizer, tmp_path, reporter):
+    text = make_text(30)
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text(text)
+    reports = [prepare_data(settings_for(tmp_path / n), tokenizer, reporter).report for n in ("a.txt", "a.jsonl")]
+    assert [report["documents_read"] for report in reports] == [1, 30]
+
+
+def test_nothing_at_all_is_said_with_counts(tokenizer, tmp_path, reporter):
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(DataError, match="0 usable documents to train on: 0 documents read"):
+        prepare_data(settings_for(tmp_path / "a.jsonl"), tokenizer, reporter)
+
+
+def test_a_template_keeps_its_own_lines(tokenizer, tmp_path, reporter):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"q": f"say {i}", "a": f"{i} {i * i}"}) + "\n" for i in range(60)))
+    settings = settings_for(path, template="### Instruction:\n{q}\n\n### Response:\n{a}\nEnd")
+    prepared = prepare_data(settings, tokenizer, reporter)
+    first = tokenizer.decode(next(iter_documents(prepared.train, tokenizer.eos_id))[0])
+    assert first.startswith("### Instruction:\nsay ")
+    assert first.endswith("\nEnd")
+
+
 def test_too_little_text_is_said_plainly():
     assert describe_amount(12_000) == (
         "12k tokens to train on: expect memorisation, watch the validation; 200k or more is comfortable"
