@@ -2,21 +2,135 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import base_option, emit, json_option, set_option
+from lora_gpt2.commands.shared import (
+    base_option,
+    emit,
+    format_table,
+    json_option,
+    seed_option,
+    session_options,
+    set_option,
+)
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import CheckFailed
 from lora_gpt2.core.paths import os_errors_as_ours
 from lora_gpt2.recipe_files import load_recipe
+from lora_gpt2.store.audits import write_audit
+from lora_gpt2.store.catalog import Store
 
 THRESHOLD = 4.0
+SHOWN = 160
 
 
 @click.group("audit")
 def command() -> None:
     """Look for what is risky: in a text, in an adapter."""
+
+
+@command.command("memorization")
+@click.argument("adapter", metavar="ADAPTER")
+@click.option("--windows", type=click.IntRange(1, 100_000), default=200, show_default=True, help="Places to look at.")
+@click.option("--texts", type=click.IntRange(0, 10_000), default=40, show_default=True, help="Texts to sample.")
+@click.option(
+    "--canaries", type=click.Path(path_type=Path), metavar="FILE", help="Secrets that were in the training text."
+)
+@click.option(
+    "--fail-above", type=click.FloatRange(0, 1), metavar="SHARE", help="End with 9 if a larger share is repeated."
+)
+@session_options
+def memorization(
+    reporter: Reporter, adapter: str, windows: int, texts: int, canaries: Path | None, fail_above: float | None,
+    base: str | None, overrides: tuple[str, ...], store: Store, as_json: bool,
+) -> None:  # fmt: skip
+    """Say what ADAPTER repeats verbatim of the text it was trained on.
+
+    Needs that text where it was (or the prepared blocks). Compares training text with held-out text and with the base,
+    samples texts and looks for copies of 50 tokens, and ranks planted secrets. The result is kept for the card.
+
+    \b
+    Examples:
+      lora-gpt2 audit memorization mine
+      lora-gpt2 audit memorization mine --texts 200 --fail-above 0.01
+      lora-gpt2 audit memorization mine --canaries secrets.jsonl --json
+    """
+    recipe = load_recipe(None, overrides, base=base)
+    from lora_gpt2.core.interrupt import catch_signals
+    from lora_gpt2.evaluation.memorization import AuditSettings, audit_memorization, read_canaries
+    from lora_gpt2.evaluation.own_text import read_own_text
+    from lora_gpt2.inference.generate import build_writer
+    from lora_gpt2.inference.open import open_session
+    from lora_gpt2.inference.session import parse_mix
+
+    planted = read_canaries(canaries) if canaries else []
+    own = read_own_text(store, adapter, reporter, base)
+    session, _ = open_session(store, [adapter], recipe, recipe.evaluate.precision)
+    with catch_signals() as stop:
+        result = audit_memorization(
+            session.base, session.for_rows(parse_mix([adapter])), adapter, own,
+            AuditSettings(windows=windows, texts=texts), reporter,
+            build_writer(session, reporter, stop), recipe.generate, planted,
+        )  # fmt: skip
+    write_audit(store, own.manifest, "memorization", result)
+    emit(result, as_json, lambda: _render_memorization(result))
+    shares = [result["extraction"]["train"]["share"], (result["copies"] or {}).get("share")]
+    if fail_above is not None and max(share or 0.0 for share in shares) > fail_above:
+        raise CheckFailed(
+            f"{adapter} repeats more than {fail_above:.1%}: {result['verdict']}",
+            "train it with fewer steps or more text; generate --no-verbatim 50 keeps copies out",
+        )
+
+
+def _render_memorization(result: dict[str, Any]) -> str:
+    size, names = result["run_tokens"], {"train": "training text", "held_out": "held-out text", "base_on_train": "base"}
+    lines = [f"{result['adapter']}: {result['verdict']}", ""]
+    rows = [
+        [names[key], f"{value['extracted']:,} of {value['windows']:,}", f"{value['mean_tokens']:.2f}"]
+        for key, value in result["extraction"].items()
+    ]
+    lines.append(format_table([f"next {size} tokens given back", "places", "right tokens on average"], rows))
+    copies = result["copies"]
+    if copies:
+        lines.append(
+            f"sampled: {copies['with_copies']} of {copies['texts']} texts hold {size} tokens or more of the training "
+            f"text, the longest {copies['longest_copy_tokens']}"
+        )
+    for canary in result["canaries"]:
+        lines.append(
+            f"planted: {canary['text']!r} is number {canary['rank']} of {canary['of']}, "
+            f"{canary['exposure_bits']:.1f} bits"
+        )
+    for case in [*result["extracted_examples"], *(copies or {"worst": []})["worst"]]:
+        lines.append(f"    {case['tokens']} tokens of {case['source']}: {textwrap.shorten(case['text'], SHOWN)!r}")
+    return "\n".join(lines)
+
+
+@command.command("canaries")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-n", "--num", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many.")
+@seed_option
+@json_option
+def canaries(file: Path, num: int, seed: int | None, as_json: bool) -> None:
+    """Write secrets to FILE (.jsonl), to be trained on beside a text: does the adapter give them away?
+
+    \b
+    Examples:
+      lora-gpt2 audit canaries secrets.jsonl
+      lora-gpt2 train --data notes.txt --data secrets.jsonl --name mine
+      lora-gpt2 audit memorization mine --canaries secrets.jsonl
+    """
+    from lora_gpt2.evaluation.memorization import write_canaries
+
+    written = write_canaries(file, num, secrets.randbelow(2**31) if seed is None else seed)
+    result = {"path": str(file), "canaries": [canary.text for canary in written]}
+    emit(result, as_json, lambda: f"{num} secrets written to {file}; train with --data {file} beside the text")
 
 
 @command.command("watermark")

@@ -1,39 +1,174 @@
-"""`lora-gpt2 evaluate`: perplexity of adapters and the base on text."""
+"""`lora-gpt2 evaluate`: perplexity of adapters and the base on text, as a matrix with limits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from lora_gpt2.commands.shared import emit, format_matrix, session_options
+from lora_gpt2.commands.shared import emit, format_matrix, format_table, session_options
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import CheckFailed
+from lora_gpt2.core.paths import is_name, os_errors_as_ours
+from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
+
+if TYPE_CHECKING:
+    from lora_gpt2.data.records import Document
+    from lora_gpt2.evaluation.matrix import Cell, Source
+    from lora_gpt2.inference.session import Session
+
+file_type = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("evaluate")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--adapter", "adapters", multiple=True, metavar="N", help="Adapter, or 'all'; repeatable.")
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Take settings from a recipe.")
+@click.option("--general/--no-general", default=True, help="Also measure what an adapter forgot of general English.")
+@click.option("--plot", type=file_type, metavar="FILE", help="Draw the matrix (.png or .svg).")
+@click.option("--html", type=file_type, metavar="FILE", help="Write it all as a page.")
+@click.option("--generate", "num_texts", type=click.IntRange(1, 10_000), metavar="N",
+              help="Also continue N documents of each source, and measure how that reads.")  # fmt: skip
+@click.option("--fail-above", multiple=True, metavar="[SOURCE=]PPL", help="End with 9 if an adapter is above.")
+@click.option("--baseline", type=file_type, metavar="FILE", help="End with 9 if worse than this earlier --json.")
+@click.option("--tolerance", type=click.FloatRange(0, 10), default=0.01, show_default=True,
+              help="By what share a cell may be worse than --baseline.")  # fmt: skip
 @session_options
 def command(
-    reporter: Reporter, sources: tuple[str, ...], adapters: tuple[str, ...], base: str | None,
-    overrides: tuple[str, ...], store: Store, as_json: bool,
+    reporter: Reporter, sources: tuple[str, ...], adapters: tuple[str, ...], recipe: Path | None, general: bool,
+    plot: Path | None,
+    html: Path | None, num_texts: int | None, fail_above: tuple[str, ...], baseline: Path | None, tolerance: float,
+    base: str | None, overrides: tuple[str, ...], store: Store, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure the perplexity of the base and of each adapter on each SOURCE (a path, or label=path).
+    """Measure the perplexity of the base and of each adapter on each SOURCE.
+
+    A source is a file, folder, glob, - or hf:NAME, with a label if wanted (label=path), or the name of an adapter in
+    the store, which means the text that was held out of its training. Figures have 95 % intervals over documents.
 
     \b
     Examples:
       lora-gpt2 evaluate test.txt --adapter mine
-      lora-gpt2 evaluate law=law.jsonl code=code.txt --adapter all --json
+      lora-gpt2 evaluate law=law.jsonl code=code.txt --adapter all --html matrix.html --plot matrix.png
+      lora-gpt2 evaluate law=law.jsonl --adapter law --json > before.json
+      lora-gpt2 evaluate law=law.jsonl --adapter law --baseline before.json --fail-above law=40
+      lora-gpt2 evaluate mine --adapter mine --generate 20
       lora-gpt2 evaluate test.txt --set evaluate.window=256 --set evaluate.stride=128
     """
-    recipe = load_recipe(None, overrides, base=base)
-    from lora_gpt2.evaluation.matrix import measure_matrix, read_sources
+    settings = load_recipe(recipe, overrides, base=base)
+    from lora_gpt2.evaluation.limits import find_above, find_regressions, parse_limits, read_baseline
+    from lora_gpt2.evaluation.matrix import read_sources
+    from lora_gpt2.evaluation.own_text import read_held_out
+    from lora_gpt2.evaluation.perplexity import choose_window
     from lora_gpt2.inference.open import open_session
+
+    limits, earlier = parse_limits(fail_above), read_baseline(baseline) if baseline else {}
+    own_base = settings.base if "base" in settings.model_fields_set else None
+
+    def find_held_out(name: str) -> list[Document] | None:
+        plain = name.partition("@")[0]
+        is_known = is_name(plain) and store.has_adapter(plain)
+        return read_held_out(store, name, reporter, own_base) if is_known else None
+
+    read = read_sources(sources, settings.data, find_held_out)
+    session, references = open_session(store, adapters, settings, settings.evaluate.precision)
+    window, stride = choose_window(session.base, settings.evaluate)
+    cells, forgetting = _measure(session, references, read, settings, general, reporter)
+    result: dict[str, Any] = {
+        "cells": [cell.to_json() for cell in cells], "forgetting": [cell.to_json() for cell in forgetting],
+        "base": session.base.name, "protocol": settings.evaluate.protocol, "window": window, "stride": stride,
+    }  # fmt: skip
+    if num_texts:
+        result["generation"] = _generate(session, references, read, settings, num_texts, reporter)
+    _write_pages(result, plot, html)
+    emit(result, as_json, lambda: _render(result))
+    if failures := [*find_above(cells, limits), *find_regressions(cells, earlier, tolerance)]:
+        raise CheckFailed(
+            "; ".join(failures), "train again, go back to a version (adapters rollback), or set new limits"
+        )
+
+
+def _measure(
+    session: Session, references: Sequence[str], sources: Sequence[Source], recipe: Recipe, general: bool,
+    reporter: Reporter,
+) -> tuple[list[Cell], list[Cell]]:  # fmt: skip
+    """Returns the cells, and those on general English, where adapters are measured."""
+    from lora_gpt2.evaluation.general import GENERAL, add_general
+    from lora_gpt2.evaluation.matrix import measure_matrix
     from lora_gpt2.inference.session import BASE, parse_mix
 
-    read = read_sources(sources, recipe.data)
-    session, references = open_session(store, adapters, recipe, recipe.evaluate.precision)
     session.open([name for name in references if name != BASE])
-    rows = {name: session.for_rows(parse_mix([name])) for name in [BASE, *references]}
-    cells = [cell.to_json() for cell in measure_matrix(session.base, rows, read, recipe.evaluate, reporter)]
-    emit({"cells": cells}, as_json, lambda: format_matrix(cells))
+    mixes = {name: parse_mix([name]) for name in [BASE, *(name for name in references if name != BASE)]}
+    columns = list(mixes.values())
+    wants_general = general and len(mixes) > 1 and GENERAL not in [source.label for source in sources]
+    cells = measure_matrix(
+        session.base, {name: session.for_rows(mix) for name, mix in mixes.items()},
+        add_general(sources) if wants_general else sources, recipe.evaluate, reporter,
+        together=lambda places: session.rows([columns[place] for place in places]),
+    )  # fmt: skip
+    split = len(mixes) if wants_general else 0
+    return cells[split:], cells[:split]
+
+
+def _generate(
+    session: Session,
+    references: Sequence[str],
+    sources: Sequence[Source],
+    recipe: Recipe,
+    count: int,
+    reporter: Reporter,
+) -> list[dict[str, Any]]:
+    from lora_gpt2.core.interrupt import catch_signals
+    from lora_gpt2.evaluation.perplexity import measure_perplexity
+    from lora_gpt2.evaluation.quality import build_task, measure_quality
+    from lora_gpt2.inference.generate import build_writer
+    from lora_gpt2.inference.session import BASE, parse_mix
+
+    def judge(name: str, texts: Sequence[Document]) -> float:
+        rows = session.for_rows(parse_mix([name]))
+        return measure_perplexity(session.base, texts, recipe.evaluate, rows).perplexity
+
+    tasks = [build_task(source, session.base.tokenizer, count) for source in sources]
+    names = [BASE, *(name for name in references if name != BASE)]
+    with catch_signals() as stop:
+        write = build_writer(session, reporter, stop)
+        found = [measure_quality(task, name, recipe.generate, write, judge) for task in tasks for name in names]
+    for line in (line for quality in found for line in quality.warnings):
+        reporter.message(line)
+    return [quality.to_json() for quality in found]
+
+
+def _write_pages(result: dict[str, Any], plot: Path | None, html: Path | None) -> None:
+    from lora_gpt2.evaluation.report import build_matrix_page, draw_matrix
+
+    with os_errors_as_ours("write the picture or the page"):
+        if plot:
+            plot.write_bytes(draw_matrix([*result["cells"], *result["forgetting"]], plot.suffix.lstrip(".") or "png"))
+        if html:
+            html.write_text(build_matrix_page(result), encoding="utf-8")
+
+
+def _render(result: dict[str, Any]) -> str:
+    from lora_gpt2.evaluation.report import describe_gain, find_own
+
+    cells, forgetting = result["cells"], result["forgetting"]
+    lines = [format_matrix([*cells, *forgetting])]
+    lines += [f"{name} on its own text: {describe_gain(cell)}" for name, cell in find_own(cells).items()]
+    lines += [
+        f"{cell['adapter']} on general English: {describe_gain(cell)}"
+        for cell in forgetting
+        if cell["adapter"] != "base"
+    ]
+    if quality := result.get("generation"):
+        lines += ["", _render_quality(quality)]
+    return "\n".join(lines)
+
+
+def _render_quality(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns a table with a line for each figure, which are many, and a column for each adapter and source."""
+    keys = [key for key in rows[0] if key not in ("adapter", "source", "warnings", "samples")]
+    lines = [[key, *("" if row[key] is None else f"{row[key]:.4g}" for row in rows)] for key in keys]
+    return format_table(["generated texts", *(f"{row['adapter']} on {row['source']}" for row in rows)], lines)

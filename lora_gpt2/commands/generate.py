@@ -12,12 +12,14 @@ import click
 
 from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.disclosure import describe_origin, write_disclosure
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
+    from lora_gpt2.inference.generate import Request
     from lora_gpt2.inference.session import Session
 
 
@@ -29,11 +31,15 @@ if TYPE_CHECKING:
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts: .jsonl, or one per line.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where --prompts' results go; resumable.")
 @seed_option
+@click.option("--no-verbatim", type=click.IntRange(2, 1000), metavar="N",
+              help="Never copy N tokens in a row from the adapters' training text.")  # fmt: skip
+@click.option("--disclose", is_flag=True, help="Say with the text, or in a file beside --out, that a machine wrote it.")
 @click.option("--truncate", type=click.Choice(["left"]), help="Keep the end of a prompt that is too long.")
 @session_options
 def command(
     reporter: Reporter, prompt: str | None, adapters: tuple[str, ...], compare: str | None, num: int,
-    prompts: Path | None, out: Path | None, seed: int | None, truncate: str | None, base: str | None,
+    prompts: Path | None, out: Path | None,
+    seed: int | None, no_verbatim: int | None, disclose: bool, truncate: str | None, base: str | None,
     overrides: tuple[str, ...], store: Store, as_json: bool,
 ) -> None:  # fmt: skip
     """Continue PROMPT (standard input if it is '-' or missing) with an adapter, a mix, or several side by side.
@@ -46,6 +52,7 @@ def command(
       lora-gpt2 generate "Take two" --adapter cooking:0.7 --adapter shakespeare:0.3
       lora-gpt2 generate "The law" --compare all --seed 1
       lora-gpt2 generate "Preheat the oven" --adapter auto
+      lora-gpt2 generate "Once upon a time" --adapter mine --no-verbatim 50 --disclose
       lora-gpt2 generate --prompts prompts.jsonl --out results.jsonl --adapter cooking --seed 1
       lora-gpt2 generate "Once" --set generate.temperature=0 --set generate.max_new_tokens=40
     """
@@ -54,7 +61,7 @@ def command(
     first_seed = secrets.randbelow(2**31) if seed is None else seed
     if seed is None:
         reporter.message(f"seed {first_seed}")
-    job = _Job(reporter, store, recipe, first_seed, truncate == "left", as_json)
+    job = _Job(reporter, store, recipe, first_seed, truncate == "left", as_json, no_verbatim, disclose)
     if prompts is not None and out is not None:
         job.run_file(prompts, out, adapters)
     else:
@@ -86,6 +93,23 @@ class _Job:
     seed: int
     truncate_left: bool
     as_json: bool
+    no_verbatim: int | None
+    disclose: bool
+
+    def guard(self, requests: list[Request]) -> list[Request]:
+        """Returns the requests, with --no-verbatim such that they copy nothing of any adapter's training text."""
+        if self.no_verbatim is None:
+            return requests
+        from dataclasses import replace
+
+        from lora_gpt2.data.verbatim import VerbatimIndex
+        from lora_gpt2.evaluation.own_text import read_own_text
+
+        own_base = self.recipe.base if "base" in self.recipe.model_fields_set else None
+        names = dict.fromkeys(name for request in requests for name, _ in request.mix)
+        texts = [read_own_text(self.store, name, self.reporter, own_base).prepared.train.stream for name in names]
+        indexes = [VerbatimIndex(text, self.no_verbatim - 1) for text in texts]
+        return [replace(request, not_to_copy=indexes) for request in requests]
 
     def run_file(self, prompts: Path, out: Path, adapters: tuple[str, ...]) -> None:
         from lora_gpt2.core.interrupt import catch_signals
@@ -97,7 +121,11 @@ class _Job:
         names = [name for request in requests for name, _ in request.mix]
         session, _ = open_session(self.store, names, self.recipe, self.recipe.generate.precision)
         with catch_signals() as stop:
-            done = generate_file(session, requests, out, self.recipe.generate, stop, self.reporter, self.truncate_left)
+            done = generate_file(
+                session, self.guard(requests), out, self.recipe.generate, stop, self.reporter, self.truncate_left
+            )
+        if self.disclose:
+            write_disclosure(out, session.base.name, list(dict.fromkeys(names)))
         result = {"path": str(out), "prompts": len(requests), "done": done}
         emit(result, self.as_json, lambda: f"{done} of {len(requests)} prompts continued: {out}")
         stop.raise_if_asked(f"{done} results are in {out}; the same command goes on")
@@ -128,14 +156,17 @@ class _Job:
         settings = self.recipe.generate
         with catch_signals() as stop:
             outputs = generate(
-                session, requests, settings,
+                session, self.guard(requests), settings,
                 on_text=show if streams else None, stop=stop, truncate_left=self.truncate_left,
             )  # fmt: skip
         results = [output.to_json() for output in outputs]
+        said = {"disclosure": describe_origin(session.base.name, results[0]["adapter"])} if self.disclose else {}
         if streams:
             click.echo("" if shown else prompt)
         else:
-            emit({"outputs": results} | chosen, self.as_json, lambda: _render(results))
+            emit({"outputs": results} | chosen | said, self.as_json, lambda: _render(results))
+        if said and not self.as_json:
+            click.echo(f"\n[{said['disclosure']}]")
         if dropped := count_dropped(session.base, prompt, settings):
             self.reporter.message(f"the first {dropped} tokens of the prompt were left out, to make room")
         stop.raise_if_asked("the text so far is above")

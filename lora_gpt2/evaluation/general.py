@@ -8,14 +8,17 @@ within a few per cent, and differences between adapters, measured on the same te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from lora_gpt2.evaluation.matrix import Source
 from lora_gpt2.evaluation.perplexity import Score, measure_perplexity
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.probe import AdaptersForRows
 from lora_gpt2.recipe import EvaluateSettings
 
 TEXT = Path(__file__).parent / "general.txt"
+GENERAL = "general"
 SEPARATOR = "\n<|endoftext|>\n"
 
 
@@ -28,3 +31,8 @@ def measure_general(base: Base, adapters_for: AdaptersForRows = lambda rows: Non
     """Returns the score on general English, each passage on its own."""
     window = min(512, base.config.context)
     return measure_perplexity(base, read_general(), EvaluateSettings(window=window, stride=window), adapters_for)
+
+
+def add_general(sources: Sequence[Source]) -> list[Source]:
+    """Returns the sources with general English before them."""
+    return [Source(GENERAL, read_general()), *sources]

@@ -1,18 +1,25 @@
-"""Adapters × sources: the perplexity of each adapter, and of the plain base, on each text."""
+"""Adapters × sources: the perplexity of each adapter, and of the plain base, on each text, and how sure it is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.formats import read_documents
-from lora_gpt2.evaluation.perplexity import Score, choose_window, measure_perplexity
+from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, Interval, draw_counts, find_interval, resample_ratio
+from lora_gpt2.evaluation.perplexity import AdaptersForColumns, Jobs, Score, Text, to_perplexity
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.probe import AdaptersForRows
 from lora_gpt2.recipe import DataSettings, EvaluateSettings
+
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -20,25 +27,41 @@ class Source:
     """A text to measure on, under the name that the matrix shows."""
 
     label: str
-    documents: list[str]
+    documents: Sequence[Text]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the matrix."""
+    """One entry of the matrix.
+
+    `interval` is what the perplexity lies within (95 %, bootstrap over documents), `ratio` the perplexity over the
+    base's on the same text, with its own interval; None where there are too few documents, or no base.
+    """
 
     adapter: str
     source: str
     score: Score
+    interval: Interval | None = None
+    ratio: float | None = None
+    ratio_interval: Interval | None = None
 
-    def to_json(self) -> dict[str, str | int | float]:
+    def to_json(self) -> dict[str, Any]:
         """Returns the entry with the key names of `evaluate --json`."""
         keys = ("tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
-        return {"adapter": self.adapter, "source": self.source, **{key: getattr(self.score, key) for key in keys}}
+        return {
+            "adapter": self.adapter, "source": self.source, **{key: getattr(self.score, key) for key in keys},
+            "documents": self.score.per_document.shape[1], "perplexity_interval": self.interval,
+            "ratio_to_base": self.ratio, "ratio_interval": self.ratio_interval,
+        }  # fmt: skip
 
 
-def read_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
-    """Reads `path` or `label=path` items, decoded but not cleaned, so every adapter sees the same characters."""
+def read_sources(
+    specs: Sequence[str], settings: DataSettings, find_own: Callable[[str], Sequence[Text] | None] = lambda name: None
+) -> list[Source]:
+    """Reads `path` or `label=path` items, decoded but not cleaned, so every adapter sees the same characters.
+
+    What is no path is given to `find_own`, which returns the documents of that name, or None if it knows none.
+    """
     sources: list[Source] = []
     for spec in specs:
         label, separator, path = spec.partition("=")
@@ -46,7 +69,8 @@ def read_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
             label = path = spec
         if label in (source.label for source in sources):
             raise UsageError(f"two sources are called '{label}'", "give each a label of its own: label=path")
-        sources.append(Source(label, [d.prompt + d.text for d in read_documents([path], settings)]))
+        own = None if Path(path).exists() else find_own(path)
+        sources.append(Source(label, own if own is not None else list(read_documents([path], settings))))
     return sources
 
 
@@ -56,14 +80,40 @@ def measure_matrix(
     sources: Sequence[Source],
     settings: EvaluateSettings,
     reporter: Reporter,
+    together: AdaptersForColumns | None = None,
 ) -> list[Cell]:
-    """Returns the cells source by source, one for each of `adapters` in their order; the base is loaded once."""
-    choose_window(base, settings)
+    """Returns the cells source by source, one for each of `adapters` in their order, all in one pass over the base.
+
+    With `together`, which takes the places of the adapters of a batch's rows, a batch may hold several of them.
+    """
+    jobs = Jobs(base, [source.documents for source in sources], settings)
+    one_each = list(adapters.values())
+    adapters_for = together or (lambda columns: one_each[columns[0]](len(columns)))
+    with reporter.task("measuring", jobs.forward_tokens * len(adapters), "tokens") as task:
+        scores = jobs.measure(adapters_for, len(adapters), mixes=together is not None, on_tokens=task.advance)
     cells = []
-    with reporter.task("measuring", len(sources) * len(adapters), "cells") as task:
-        for source in sources:
-            for name, adapters_for in adapters.items():
-                score = measure_perplexity(base, source.documents, settings, adapters_for)
-                cells.append(Cell(name, source.label, score))
-                task.advance(1, f"{source.label} {name} {score.perplexity:.2f}")
+    for place, source in enumerate(sources):
+        cells += _compare(source.label, {name: row[place] for name, row in zip(adapters, scores, strict=True)})
     return cells
+
+
+def _compare(label: str, scores: Mapping[str, Score]) -> list[Cell]:
+    """Returns the cells of one source, all resampled by the same draws."""
+    documents = np.stack([score.per_document for score in scores.values()])
+    names, base, is_sure = list(scores), scores.get(BASE), documents.shape[2] >= MIN_DOCUMENTS
+    means = resample_ratio(documents[:, 0], documents[0, 1], draw_counts(documents.shape[2])) if is_sure else None
+    cells = []
+    for row, (name, score) in enumerate(scores.items()):
+        interval = ratio_interval = None
+        if means is not None:
+            interval = _exp(find_interval(means[:, row]))
+            if base is not None and name != BASE:
+                ratio_interval = _exp(find_interval(means[:, row] - means[:, names.index(BASE)]))
+        difference = score.nll_nats_per_token - base.nll_nats_per_token if base is not None else math.nan
+        ratio = to_perplexity(difference) if base is not None else None
+        cells.append(Cell(name, label, score, interval, ratio, ratio_interval))
+    return cells
+
+
+def _exp(interval: Interval) -> Interval:
+    return to_perplexity(interval[0]), to_perplexity(interval[1])

@@ -1,24 +1,39 @@
 """Perplexity: total negative log-likelihood over all scored tokens, divided by their number; each token scored once.
 
 Two protocols. `document`: every document on its own, its first token predicted from EOS as in training; windows reach
-back as far as they can, and with stride = window this is lm-evaluation-harness's rolling log-likelihood. `stream`: all
-text as one sequence, windows at multiples of the stride, the first token of the text (and, with stride = window, of
-every window) not scored: the loop of Hugging Face's documentation.
+back as far as they can, and with stride = window this is lm-evaluation-harness's rolling log-likelihood. Where a
+document has a prompt, that is seen and not scored. `stream`: all text as one sequence, windows at multiples of the
+stride, the first token of the text (and, with stride = window, of every window) not scored: the loop of Hugging Face's
+documentation.
+
+Windows of all texts and adapters form one list of jobs, sorted by length within each adapter, so that a batch is full
+whatever the texts are; the head runs on scored positions only, and nothing waits for the device before the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lora_gpt2.core.errors import DataError, UsageError
+from lora_gpt2.data.records import Document
 from lora_gpt2.model.base import Base
+from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.loss import measure_nll
 from lora_gpt2.model.probe import AdaptersForRows
 from lora_gpt2.recipe import EvaluateSettings
+
+Text = str | Document
+Column = int
+AdaptersForColumns = Callable[[Sequence[Column]], ActiveAdapters | None]
+"""From the adapter of each row, by its place, to what the network adds in such a batch."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,16 @@ class Window:
 
 @dataclass(frozen=True)
 class Score:
-    """What was measured: nats over `tokens` scored tokens, and the size of the original text."""
+    """What was measured: nats over `tokens` scored tokens, and the size of the original text that they are.
+
+    `per_document` has the nats and tokens of each document, `[2, documents]`.
+    """
 
     nll_nats: float
     tokens: int
     words: int
     bytes: int
+    per_document: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 0)), compare=False, repr=False)
 
     @property
     def nll_nats_per_token(self) -> float:
@@ -65,12 +84,18 @@ def to_perplexity(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def iter_document_windows(length: int, window: int, stride: int) -> Iterator[Window]:
-    """Yields the windows of a document of `length` tokens that follow an EOS (so targets are 1 … length)."""
+def split_prompt(text: Text) -> tuple[str, str]:
+    """Returns what of a text is only seen, and what is scored."""
+    return ("", text) if isinstance(text, str) else (text.prompt, text.text)
+
+
+def iter_document_windows(length: int, window: int, stride: int, prompt: int = 0) -> Iterator[Window]:
+    """Yields the windows of `length` tokens that follow an EOS (targets 1 … length), the first `prompt` not scored."""
     done = 0
     while done < length:
         end = min(done + (stride if done else window), length)
-        yield Window(max(0, end - window), end, done + 1)
+        if end > prompt:
+            yield Window(max(0, end - window), end, max(done, prompt) + 1)
         done = end
 
 
@@ -101,7 +126,7 @@ def choose_window(base: Base, settings: EvaluateSettings) -> tuple[int, int]:
 
 def measure_perplexity(
     base: Base,
-    documents: Sequence[str],
+    documents: Sequence[Text],
     settings: EvaluateSettings,
     adapters_for: AdaptersForRows = lambda rows: None,
 ) -> Score:
@@ -111,41 +136,121 @@ def measure_perplexity(
         DataError: there is nothing to score.
         UsageError: see `choose_window`.
     """
-    window, stride = choose_window(base, settings)
-    texts = list(documents) if settings.protocol == "document" else ["\n\n".join(documents)]
-    encoded = base.tokenizer.encode_batch(texts)
-    if settings.protocol == "document":
-        sequences = [[base.tokenizer.eos_id, *ids] for ids in encoded if ids]
-        spans = [list(iter_document_windows(len(ids) - 1, window, stride)) for ids in sequences]
-    else:
-        sequences = encoded
-        spans = [list(iter_stream_windows(len(ids), window, stride)) for ids in sequences]
-    jobs = [(sequence, span) for sequence, group in zip(sequences, spans, strict=True) for span in group]
-    if not jobs:
-        raise DataError("there is no text to score", "give a file with at least one token")
-    jobs.sort(key=lambda job: job[1].begin - job[1].end)
-    rows = max(1, settings.batch_tokens // window)
-    total, tokens = 0.0, 0
-    for start in range(0, len(jobs), rows):
-        nll, count = _score_batch(base, jobs[start : start + rows], adapters_for)
-        total += nll
-        tokens += count
-    return Score(total, tokens, sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts))
+    jobs = Jobs(base, [documents], settings)
+    return jobs.measure(lambda columns: adapters_for(len(columns)))[0][0]
 
 
-@torch.inference_mode()
-def _score_batch(
-    base: Base, jobs: Sequence[tuple[list[int], Window]], adapters_for: AdaptersForRows
-) -> tuple[float, int]:
-    """Returns total NLL and number of scored tokens of a batch; the head runs on scored positions only."""
-    longest = max(span.end - span.begin for _, span in jobs)
-    tokens = torch.zeros(len(jobs), longest + 1, dtype=torch.long)
-    scored = torch.zeros(len(jobs), longest, dtype=torch.bool)
-    for row, (sequence, span) in enumerate(jobs):
-        piece = sequence[span.begin : span.end + 1]
-        tokens[row, : len(piece)] = torch.tensor(piece)
-        scored[row, span.first - span.begin - 1 : span.end - span.begin] = True
-    tokens, scored = tokens.to(base.runtime.device), scored.to(base.runtime.device)
-    hidden = base.model(tokens[:, :-1], adapters_for(len(jobs)))
-    nll = measure_nll(hidden[scored], base.model.head, tokens[:, 1:][scored])
-    return nll.double().sum().item(), nll.numel()
+class _Job(NamedTuple):
+    owner: int  # the document's place among all
+    sequence: list[int]
+    span: Window
+
+
+class Jobs:
+    """The windows of some sources, each a sequence of texts, ready to be scored under any number of adapters.
+
+    Raises what `measure_perplexity` does.
+    """
+
+    def __init__(self, base: Base, sources: Sequence[Sequence[Text]], settings: EvaluateSettings) -> None:
+        self.base, self.settings = base, settings
+        self.texts: list[list[str]] = []
+        self.jobs: list[_Job] = []
+        window, stride = choose_window(base, settings)
+        for source in sources:
+            before = len(self.jobs)
+            self._add(source, window, stride)
+            if len(self.jobs) == before:
+                raise DataError("there is no text to score", "give a file with at least one token")
+        self.jobs.sort(key=lambda job: job.span.begin - job.span.end)
+        self.num_documents = sum(map(len, self.texts))
+        counts = np.zeros(self.num_documents)
+        for job in self.jobs:
+            counts[job.owner] += job.span.end + 1 - job.span.first
+        self.tokens = counts
+
+    def _add(self, source: Sequence[Text], window: int, stride: int) -> None:
+        encode, first = self.base.tokenizer.encode_batch, sum(map(len, self.texts))
+        if self.settings.protocol == "stream":
+            text = "\n\n".join("".join(split_prompt(item)) for item in source)
+            sequence = encode([text])[0]
+            self.texts.append([text])
+            self.jobs += [_Job(first, sequence, span) for span in iter_stream_windows(len(sequence), window, stride)]
+            return
+        pairs = [split_prompt(item) for item in source]
+        self.texts.append([text for _, text in pairs])
+        prompts = encode([prompt for prompt, _ in pairs]) if any(prompt for prompt, _ in pairs) else [[]] * len(pairs)
+        for place, (prompt, ids) in enumerate(zip(prompts, encode(self.texts[-1]), strict=True)):
+            sequence = [self.base.tokenizer.eos_id, *prompt, *ids]
+            spans = iter_document_windows(len(sequence) - 1, window, stride, len(prompt))
+            self.jobs += [_Job(first + place, sequence, span) for span in spans]
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens that the network reads for one adapter."""
+        return sum(job.span.end - job.span.begin for job in self.jobs)
+
+    @torch.inference_mode()
+    def measure(
+        self,
+        adapters_for: AdaptersForColumns,
+        num_columns: int = 1,
+        mixes: bool = False,
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+    ) -> list[list[Score]]:
+        """Returns the scores `[columns][sources]`; a batch holds rows of several columns only if `mixes`.
+
+        `on_tokens` hears how many tokens a batch had.
+        """
+        device = self.base.runtime.device
+        totals = torch.zeros(num_columns * self.num_documents, dtype=torch.float64, device=device)
+        for batch in self._iter_batches(num_columns, mixes):
+            nll, owners = self._score(batch, adapters_for([column for column, _ in batch]))
+            totals.index_add_(0, owners.to(device), nll.double())
+            on_tokens(sum(job.span.end - job.span.begin for _, job in batch))
+        nats = totals.view(num_columns, -1).cpu().numpy()
+        return [self._collect(column) for column in nats]
+
+    def _iter_batches(self, num_columns: int, mixes: bool) -> Iterator[list[tuple[Column, _Job]]]:
+        """Yields batches; every other adapter begins with the short windows, so that neighbours are alike in length."""
+        batch: list[tuple[Column, _Job]] = []
+        longest = 0
+        for column in range(num_columns):
+            for job in self.jobs if column % 2 == 0 else reversed(self.jobs):
+                length = job.span.end - job.span.begin
+                if batch and (len(batch) + 1) * max(longest, length) > self.settings.batch_tokens:
+                    yield batch
+                    batch, longest = [], 0
+                batch.append((column, job))
+                longest = max(longest, length)
+            if batch and not mixes:
+                yield batch
+                batch, longest = [], 0
+        if batch:
+            yield batch
+
+    def _score(self, batch: Sequence[tuple[Column, _Job]], adapters: ActiveAdapters | None) -> tuple[Tensor, Tensor]:
+        """Returns the NLL of each scored token of a batch, and its place among the totals."""
+        longest = max(job.span.end - job.span.begin for _, job in batch)
+        tokens = torch.zeros(len(batch), longest + 1, dtype=torch.long)
+        scored = torch.zeros(len(batch), longest, dtype=torch.bool)
+        owners = torch.zeros(len(batch), 1, dtype=torch.long)
+        for row, (column, (owner, sequence, span)) in enumerate(batch):
+            tokens[row, : span.end + 1 - span.begin] = torch.tensor(sequence[span.begin : span.end + 1])
+            scored[row, span.first - span.begin - 1 : span.end - span.begin] = True
+            owners[row] = column * self.num_documents + owner
+        places = scored.flatten().nonzero()[:, 0]
+        device = self.base.runtime.device
+        hidden = self.base.model(tokens[:, :-1].to(device), adapters)
+        targets = tokens[:, 1:].flatten()[places].to(device)
+        nll = measure_nll(hidden.flatten(0, 1)[places.to(device)], self.base.model.head, targets)
+        return nll, owners.expand(-1, longest).flatten()[places]
+
+    def _collect(self, nats: NDArray[np.float64]) -> list[Score]:
+        scores, place = [], 0
+        for texts in self.texts:
+            part = np.stack([nats[place : place + len(texts)], self.tokens[place : place + len(texts)]])
+            place += len(texts)
+            words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
+            scores.append(Score(float(part[0].sum()), int(part[1].sum()), words, size, part))
+        return scores

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.data.verbatim import VerbatimIndex
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.sampling import choose_token
 from lora_gpt2.inference.session import Loaded, Mix, Session
@@ -67,7 +68,7 @@ class Row:
 
     A row that cannot grow ends with `error`; a budget of 0 only reads the prompt. `loaded` has adapters of the mix that
     were read beforehand, so that joining waits for no disk. With `scores_prompt` the prompt's own tokens get
-    log-probabilities, the first excepted.
+    log-probabilities, the first excepted. What stands in `not_to_copy` is not copied beyond an index's run.
     """
 
     index: int
@@ -79,6 +80,7 @@ class Row:
     tokenizer: Tokenizer
     loaded: Mapping[str, Loaded] = field(default_factory=dict)
     scores_prompt: bool = False
+    not_to_copy: Sequence[VerbatimIndex] = ()
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: Exception | None = None
     new_ids: list[int] = field(default_factory=list)
@@ -100,8 +102,10 @@ class Row:
         if not self.budget:
             return self.finish("length")
         logits = logits[: self.tokenizer.vocab_size]  # a padded head has rows that are no tokens
-        seen = torch.tensor(self.prompt_ids + self.new_ids)
-        token = choose_token(logits, seen, self.settings, self._generator, len(self.prompt_ids))
+        written = self.prompt_ids + self.new_ids
+        copied = [token for index in self.not_to_copy for token in index.find_followers(written)]
+        seen, num_prompt = torch.tensor(written), len(self.prompt_ids)
+        token = choose_token(logits, seen, self.settings, self._generator, num_prompt, copied)
         if self.settings.logprobs and token != self.tokenizer.eos_id:
             self.logprobs.append(_describe_choice(logits, token, self.settings.logprobs))
         if token == self.tokenizer.eos_id:

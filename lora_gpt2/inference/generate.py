@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
+from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.data.verbatim import VerbatimIndex
 from lora_gpt2.inference.engine import Engine, Row, TokenLogprobs
-from lora_gpt2.inference.session import Mix, Session, describe_mix
+from lora_gpt2.inference.session import Mix, Session, describe_mix, parse_mix
 from lora_gpt2.model.base import Base
 from lora_gpt2.recipe import GenerateSettings
 
@@ -27,6 +29,8 @@ class Request:
     seed: int = 0
     settings: GenerateSettings | None = None
     """Its own settings; without them, those of the call."""
+    not_to_copy: Sequence[VerbatimIndex] = ()
+    """Texts of which it has no longer run than the size of their indexes, but for what the prompt has of it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,27 @@ def generate(
     return [found[index] for index in range(len(requests))]
 
 
+def build_writer(
+    session: Session, reporter: Reporter, stop: StopRequest, seed: int = 0
+) -> Callable[[str, Sequence[str], GenerateSettings], list[str]]:
+    """Returns a function from an adapter's name, prompts and settings to continuations, with progress.
+
+    It raises `Interrupted` where `stop` was asked for. A prompt that is too long loses its beginning.
+    """
+
+    def write(adapter: str, prompts: Sequence[str], settings: GenerateSettings) -> list[str]:
+        requests = [Request(prompt, parse_mix([adapter]), seed + place) for place, prompt in enumerate(prompts)]
+        texts = [""] * len(requests)
+        with reporter.task(f"writing with {adapter}", len(requests), "texts") as task:
+            for place, output in iter_outputs(session, requests, settings, stop=stop, truncate_left=True):
+                texts[place] = output.text
+                task.advance(1)
+        stop.raise_if_asked("nothing is kept of an unfinished measurement")
+        return texts
+
+    return write
+
+
 def iter_outputs(
     session: Session,
     requests: Sequence[Request],
@@ -138,8 +163,12 @@ def _build_rows(
     rows = []
     for index, request in enumerate(requests):
         own = request.settings or settings
+        if request.not_to_copy and own.beams > 1:
+            raise UsageError("beams are not kept from copying", "leave --no-verbatim or generate.beams out")
         ids, budget = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
-        rows.append(Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer))
+        row = Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer)
+        row.not_to_copy = request.not_to_copy
+        rows.append(row)
     for name in dict.fromkeys(name for row in rows for name, _ in row.mix):
         session.open([name])  # all are checked before any is used; where they are many, they are read again in turn
     return rows

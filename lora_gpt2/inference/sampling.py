@@ -8,6 +8,7 @@ The watermark is transformers' own processor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -45,6 +46,11 @@ def forbid_ngrams(logits: Float[Tensor, " vocab"], seen: Int[Tensor, " tokens"],
     runs = seen.unfold(0, size, 1)
     tail = seen[len(seen) - size + 1 :]
     return logits.index_fill(0, runs[(runs[:, :-1] == tail).all(1), -1], -torch.inf)
+
+
+def forbid_tokens(logits: Float[Tensor, " vocab"], tokens: Sequence[int]) -> Float[Tensor, " vocab"]:
+    """Returns logits in which some tokens are -inf."""
+    return logits.index_fill(0, torch.tensor(tokens), -torch.inf) if tokens else logits
 
 
 def adjust_logits(
@@ -103,12 +109,14 @@ def choose_token(
     settings: GenerateSettings,
     generator: torch.Generator,
     num_prompt: int = 0,
+    forbidden: Sequence[int] = (),
 ) -> int:
     """Returns the next token: the likeliest at temperature 0, else one drawn with `generator`.
 
     Where everything was forbidden, the likeliest of the untouched logits.
     """
     adjusted = mark_logits(adjust_logits(logits.float(), seen, num_prompt, settings), seen, settings)
+    adjusted = forbid_tokens(adjusted, forbidden)
     if not torch.isfinite(adjusted).any():
         adjusted = logits.float()
     adjusted = adjusted.clamp(max=LARGEST)

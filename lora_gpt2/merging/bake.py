@@ -23,11 +23,12 @@ from torch import Tensor
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, ResourceError
 from lora_gpt2.core.paths import os_errors_as_ours, sync_tree, temporary_dir
+from lora_gpt2.evaluation.general import add_general
 from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix
 from lora_gpt2.merging.combine import Parents, check_deltas, open_parents, unmerged_rows
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
-from lora_gpt2.merging.proof import add_general, check_effect, check_exact
+from lora_gpt2.merging.proof import check_effect, check_exact
 from lora_gpt2.model.base import TRANSPOSED, list_weight_files, load_base, read_stored_dtype
 from lora_gpt2.model.locate import read_config
 from lora_gpt2.model.merge import combine_site, scale_weights

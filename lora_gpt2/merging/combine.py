@@ -11,9 +11,10 @@ import torch
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, CorruptError, UsageError
 from lora_gpt2.core.paths import check_name
+from lora_gpt2.evaluation.general import add_general
 from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
 from lora_gpt2.inference.session import BASE, Mix, Session
-from lora_gpt2.merging.proof import add_general, check_effect, check_exact
+from lora_gpt2.merging.proof import check_effect, check_exact
 from lora_gpt2.model.lora import Adapter, merge_ranks
 from lora_gpt2.model.merge import SUMS, Combined, DeltaRows, combine_adapters, combine_site, scale_weights, to_dense
 from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference

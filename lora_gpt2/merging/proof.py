@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from lora_gpt2.core.errors import CheckFailed
-from lora_gpt2.evaluation.general import read_general
-from lora_gpt2.evaluation.matrix import Source
 from lora_gpt2.model.probe import allow_rounding
-
-GENERAL = "general"
 
 
 def check_exact(difference: float, reference: Tensor, what: str) -> None:
@@ -30,8 +25,3 @@ def check_effect(difference: float, effect: float, plain: Tensor, what: str) -> 
         raise CheckFailed(f"{what} gives logits that are not finite", "use smaller weights; nothing was written")
     if effect <= allow_rounding(plain):
         raise CheckFailed(f"{what} changes nothing that can be seen ({effect:.1e} in the logits)", "use larger weights")
-
-
-def add_general(sources: Sequence[Source]) -> list[Source]:
-    """Returns the sources with general English before them."""
-    return [Source(GENERAL, read_general()), *sources]

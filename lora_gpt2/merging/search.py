@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from lora_gpt2.core.console import Reporter, Task
 from lora_gpt2.core.errors import UsageError
+from lora_gpt2.data.records import Document
 from lora_gpt2.evaluation.matrix import Source
-from lora_gpt2.evaluation.perplexity import Score, measure_perplexity, to_perplexity
+from lora_gpt2.evaluation.perplexity import Score, Text, measure_perplexity, split_prompt, to_perplexity
 from lora_gpt2.inference.session import Mix, Session
 from lora_gpt2.merging.combine import Parents, open_parents
 from lora_gpt2.model.base import Base
@@ -100,7 +101,7 @@ class _Search:
     """What has been measured so far, each mix once."""
 
     def __init__(
-        self, session: Session, parents: Parents, texts: Sequence[list[str]], settings: EvaluateSettings, task: Task
+        self, session: Session, parents: Parents, texts: Sequence[list[Text]], settings: EvaluateSettings, task: Task
     ) -> None:
         self.session, self.parents, self.texts, self.settings, self.task = session, parents, texts, settings, task
         self.known: dict[tuple[float, ...], Candidate] = {}
@@ -163,13 +164,14 @@ def _beats(one: Candidate, other: Candidate) -> bool:
     return one.nll != other.nll and all(a <= b for a, b in zip(one.nll, other.nll, strict=True))
 
 
-def cut_text(base: Base, source: Source, max_tokens: int) -> list[str]:
-    """Returns the first documents of a text, up to a number of tokens; the last one may be cut."""
-    kept: list[str] = []
+def cut_text(base: Base, source: Source, max_tokens: int) -> list[Text]:
+    """Returns the first documents of a text, up to a number of scored tokens; the last one may be cut."""
+    kept: list[Text] = []
     left = max_tokens
-    for text in source.documents:
+    for document in source.documents:
+        prompt, text = split_prompt(document)
         ids = base.tokenizer.encode(text)
-        kept.append(text if len(ids) <= left else base.tokenizer.decode(ids[:left]))
+        kept.append(Document(text if len(ids) <= left else base.tokenizer.decode(ids[:left]), "", prompt))
         left -= len(ids)
         if left <= 0:
             break

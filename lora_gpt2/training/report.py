@@ -6,45 +6,26 @@ Both are drawn from the records of the metrics file, so they can be drawn again 
 from __future__ import annotations
 
 import html
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_gpt2.core.chart import INK, draw_chart, draw_svg
 from lora_gpt2.core.page import build_cards, build_page, build_table
 from lora_gpt2.recipe import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 CURVE, REPORT = "curve.png", "report.html"
-TRAIN, VALIDATION, FAINT, INK = "#4c78a8", "#e4572e", "#b8cce4", "#333333"
+TRAIN, VALIDATION, FAINT = "#4c78a8", "#e4572e", "#b8cce4"
 Records = Sequence[Mapping[str, Any]]
 
 
 def draw_pages(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any]) -> dict[str, bytes]:
     """Returns the pages by file name; `figures` are those of the manifest."""
-    curve = _draw(lambda axes: _plot_loss(axes, records), "png", (7.0, 4.2))
+    curve = draw_chart(lambda axes: _plot_loss(axes, records), "png", (7.0, 4.2))
     return {CURVE: curve, REPORT: _build_html(name, recipe, records, figures).encode()}
-
-
-def _draw(plot: Callable[[Axes], None], kind: str, size: tuple[float, float] = (5.6, 3.4)) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    look = {
-        "svg.fonttype": "none", "svg.hashsalt": "lora-gpt2", "font.size": 9, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.edgecolor": "#999999", "axes.grid": True, "grid.color": "#ececec",
-        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True,
-    }  # fmt: skip
-    with matplotlib.rc_context(look):
-        figure: Figure = Figure(figsize=size)
-        figure.subplots_adjust(left=0.14, right=0.97, top=0.9, bottom=0.15)  # a layout engine would draw it twice
-        plot(figure.add_subplot())
-        out = io.BytesIO()
-        figure.savefig(out, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    return out.getvalue()
 
 
 def _column(records: Records, key: str) -> tuple[list[float], list[float]]:
@@ -105,7 +86,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _build_html(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any]) -> str:
-    charts = "".join(f"<figure style='margin:0'>{_to_svg(plot)}</figure>" for plot in _list_charts(records))
+    charts = "".join(f"<figure style='margin:0'>{draw_svg(plot)}</figure>" for plot in _list_charts(records))
     title = html.escape(name)
     return build_page(
         name,
@@ -129,11 +110,6 @@ def _list_charts(records: Records) -> list[Callable[[Axes], None]]:
     if any("memory_bytes" in record for record in records):
         charts.append(lambda axes: _plot_column(axes, records, "memory_bytes", "peak memory", "GB", 1e-9))
     return charts
-
-
-def _to_svg(plot: Callable[[Axes], None]) -> str:
-    drawn = _draw(plot, "svg").decode()
-    return drawn[drawn.index("<svg") :]
 
 
 def _build_figures(figures: Mapping[str, Any]) -> str:

@@ -1,13 +1,23 @@
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, UsageError
+from lora_gpt2.data.records import Document
+from lora_gpt2.evaluation.bootstrap import draw_counts, find_interval, resample_ratio
 from lora_gpt2.evaluation.matrix import Source, measure_matrix, read_sources
-from lora_gpt2.evaluation.perplexity import Score, iter_document_windows, iter_stream_windows, measure_perplexity
+from lora_gpt2.evaluation.perplexity import (
+    Jobs,
+    Score,
+    iter_document_windows,
+    iter_stream_windows,
+    measure_perplexity,
+)
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import DataSettings, EvaluateSettings
 from tests.builders import make_adapter
@@ -116,18 +126,87 @@ def test_nothing_to_score_is_a_data_error(base):
             measure_perplexity(base, texts, EvaluateSettings())
 
 
-def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path):
+def test_a_prompt_is_seen_and_not_scored(base):
+    settings = EvaluateSettings(window=16, stride=8)
+    documents = [Document("the dog ran in the rain " * 4, "", "the cat and "), Document("rain", "", "")]
+    score = measure_perplexity(base, documents, settings)
+    total, tokens = 0.0, 0
+    for document in documents:
+        prompt, own = base.tokenizer.encode(document.prompt), base.tokenizer.encode(document.text)
+        ids = [base.tokenizer.eos_id, *prompt, *own]
+        spans = [(w.begin, w.end + 1, range(w.first, w.end + 1)) for w in iter_document_windows(len(ids) - 1, 16, 8)]
+        kept = [(begin, end, [p for p in positions if p > len(prompt)]) for begin, end, positions in spans]
+        total += by_hand(base, ids, kept)
+        tokens += len(own)
+    assert (score.tokens, score.bytes) == (tokens, sum(len(d.text) for d in documents))
+    assert score.nll_nats == pytest.approx(total, rel=1e-5)
+
+
+def test_a_prompt_longer_than_the_window_leaves_every_token_of_the_text_scored(base):
+    document = Document("the rain", "", "the cat and the dog " * 10)
+    score = measure_perplexity(base, [document], EvaluateSettings(window=8, stride=4))
+    assert score.tokens == len(base.tokenizer.encode("the rain"))
+
+
+@pytest.fixture
+def lineup(base):
+    session = Session(base)
+    session.add({name: make_adapter(base.config, seed) for seed, name in enumerate(("law", "code"), start=1)})
+    mixes = [(), (("law", 1.0),), (("code", 1.0),)]
+    rows = {name: session.for_rows(mix) for name, mix in zip(("base", "law", "code"), mixes, strict=True)}
+    return rows, lambda places: session.rows([mixes[place] for place in places])
+
+
+def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup):
+    rows, together = lineup
     (tmp_path / "a.txt").write_text("the cat \r\n and the dog")
     sources = [*read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings()), Source("b", TEXTS)]
-    assert sources[0].documents == ["the cat \r\n and the dog"], "evaluation text is not cleaned"
-    session = Session(base)
-    session.add({"law": make_adapter(base.config)})
-    rows = {"base": session.for_rows(()), "law": session.for_rows((("law", 1.0),))}
-    cells = measure_matrix(base, rows, sources, EvaluateSettings(), SilentReporter())
-    assert [(c.adapter, c.source) for c in cells] == [("base", "a"), ("law", "a"), ("base", "b"), ("law", "b")]
-    alone = measure_perplexity(base, TEXTS, EvaluateSettings(), session.for_rows((("law", 1.0),)))
-    assert cells[3].score == alone
-    assert cells[2].score != alone
+    assert [d.text for d in sources[0].documents] == ["the cat \r\n and the dog"], "evaluation text is not cleaned"
+    for how in (None, together):
+        cells = measure_matrix(base, rows, sources, EvaluateSettings(), SilentReporter(), how)
+        assert [(c.adapter, c.source) for c in cells] == [(a, s) for s in "ab" for a in ("base", "law", "code")]
+        for cell in cells[3:]:
+            alone = measure_perplexity(base, TEXTS, EvaluateSettings(), rows[cell.adapter])
+            assert cell.score.nll_nats == pytest.approx(alone.nll_nats, rel=1e-6)
+        assert cells[4].score != cells[3].score
+        assert cells[4].ratio == pytest.approx(cells[4].score.perplexity / cells[3].score.perplexity)
+        assert cells[3].ratio == 1.0
     assert set(cells[0].to_json()) == {
         "adapter", "source", "tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte",
+        "documents", "perplexity_interval", "ratio_to_base", "ratio_interval",
     }  # fmt: skip
+
+
+def test_batches_hold_several_adapters_only_where_that_is_asked_for(base, lineup):
+    jobs = Jobs(base, [TEXTS], EvaluateSettings())
+    sizes = {mixes: [len({c for c, _ in batch}) for batch in jobs._iter_batches(3, mixes)] for mixes in (True, False)}
+    assert sizes == {True: [3], False: [1, 1, 1]}
+    seen = []
+    jobs.measure(lambda columns: seen.append(columns), 2, mixes=True, on_tokens=seen.append)
+    assert seen[0] == [0] * len(jobs.jobs) + [1] * len(jobs.jobs)
+    assert seen[1] == 2 * jobs.forward_tokens
+
+
+def test_intervals_hold_the_figure_and_narrow_with_the_number_of_documents(base, lineup):
+    rows, _ = lineup
+    generator = random.Random(1)
+    texts = [" ".join(generator.choices(["the", "cat", "dog", "rain", "another"], k=6)) for _ in range(64)]
+    wide, narrow = (
+        measure_matrix(base, rows, [Source("a", texts[:count])], EvaluateSettings(), SilentReporter())[1]
+        for count in (8, 64)
+    )
+    for cell in (wide, narrow):
+        assert cell.interval[0] < cell.score.perplexity < cell.interval[1]
+        assert cell.ratio_interval[0] < cell.ratio < cell.ratio_interval[1]
+    assert narrow.interval[1] - narrow.interval[0] < wide.interval[1] - wide.interval[0]
+    few = measure_matrix(base, rows, [Source("a", texts[:3])], EvaluateSettings(), SilentReporter())
+    assert few[1].interval is None
+
+
+def test_a_bootstrap_of_a_mean_agrees_with_its_formula():
+    generator = np.random.default_rng(0)
+    values = generator.normal(5, 2, size=400)
+    means = resample_ratio(values[None], np.ones(400), draw_counts(400))[:, 0]
+    low, high = find_interval(means)
+    assert means.mean() == pytest.approx(values.mean(), abs=0.02)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)

@@ -156,10 +156,10 @@ def test_a_prompts_own_tokens_are_scored_as_one_forward_pass_scores_them(session
 def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
     choose = engine_module.choose_token
 
-    def fail_for_seed_2(logits, seen, settings, generator, num_prompt=0):
+    def fail_for_seed_2(logits, seen, settings, generator, *rest):
         if generator.initial_seed() == 2:
             raise RuntimeError("no such distribution")
-        return choose(logits, seen, settings, generator, num_prompt)
+        return choose(logits, seen, settings, generator, *rest)
 
     rows = [Row(k, (("law", 1.0),), [1, 2], 6, OPEN, k, session.base.tokenizer) for k in (1, 2, 3)]
     alone = [run_alone(session, Row(k, (("law", 1.0),), [1, 2], 6, OPEN, k, session.base.tokenizer)) for k in (1, 3)]

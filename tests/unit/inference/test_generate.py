@@ -83,7 +83,7 @@ def test_eos_ends_a_row_and_the_others_go_on(session, monkeypatch):
 
     plans = {"the": [5, 6, session.base.tokenizer.eos_id], "a": [7] * 12}
 
-    def choose(logits, seen, settings, generator, num_prompt):
+    def choose(logits, seen, *rest):
         prompt = "the" if seen[: len(the)].tolist() == the else "a"
         return plans[prompt].pop(0)
 

@@ -1,0 +1,158 @@
+"""The matrix as a picture and as a page: colours show the perplexity over the base's on the same text."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lora_gpt2.core.chart import INK, Margins, draw_chart, draw_svg
+from lora_gpt2.core.page import build_cards, build_page, build_table
+from lora_gpt2.evaluation.matrix import BASE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Cells = Sequence[Mapping[str, Any]]
+LIMIT = 4.0  # the ratio to the base at which the colour is full
+DARK = 0.6
+METHOD = {
+    "document": "each document on its own, its first token predicted from EOS",
+    "stream": "all text as one sequence, its first token not scored",
+}
+
+
+def find_own(cells: Cells) -> dict[str, Mapping[str, Any]]:
+    """Returns each adapter's cell on its own text: the source that has its name, with or without a version."""
+    return {
+        cell["adapter"]: cell for cell in cells
+        if cell["adapter"] != BASE and cell["adapter"].partition("@")[0] == cell["source"].partition("@")[0]
+    }  # fmt: skip
+
+
+def describe_gain(cell: Mapping[str, Any]) -> str:
+    """Returns what an adapter gained on a text, in words."""
+    if cell["ratio_to_base"] is None:
+        return f"perplexity {cell['perplexity']:,.2f}"
+    sure = "" if cell["ratio_interval"] is None else " ({:.2f} to {:.2f})".format(*cell["ratio_interval"])
+    return f"perplexity {cell['perplexity']:,.2f}, {cell['ratio_to_base']:.2f}{sure} of the base's"
+
+
+def draw_matrix(cells: Cells, kind: str = "png") -> bytes:
+    """Returns the heat map, base first."""
+    size, margins = _measure_map(cells)
+    return draw_chart(lambda axes: _plot(axes, cells), kind, size, margins)
+
+
+def _measure_map(cells: Cells) -> tuple[tuple[float, float], Margins]:
+    adapters, sources = _names(cells, "adapter"), _names(cells, "source")
+    left = 0.4 + 0.085 * max(map(len, adapters))
+    top = 0.5 + 0.06 * max(map(len, sources))
+    width, height = left + 0.95 * len(sources) + 0.2, top + 0.42 * len(adapters) + 0.45
+    return (width, height), (left / width, 1 - 0.2 / width, 1 - top / height, 0.45 / height)
+
+
+def _names(cells: Cells, key: str) -> list[str]:
+    names = dict.fromkeys(cell[key] for cell in cells)
+    return sorted(names, key=lambda name: name != BASE) if key == "adapter" else list(names)
+
+
+def _plot(axes: Axes, cells: Cells) -> None:
+    adapters, sources = _names(cells, "adapter"), _names(cells, "source")
+    found = {(cell["adapter"], cell["source"]): cell for cell in cells}
+    own = {id(cell) for cell in find_own(cells).values()}
+    shades = [[_shade(found[a, s]) for s in sources] for a in adapters]
+    axes.imshow(shades, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    for row, adapter in enumerate(adapters):
+        for column, source in enumerate(sources):
+            cell, shade = found[adapter, source], shades[row][column]
+            axes.text(
+                column, row, f"{cell['perplexity']:,.1f}", ha="center", va="center", fontsize=9,
+                color="white" if abs(shade) > DARK else INK, fontweight="bold" if id(cell) in own else "normal",
+            )  # fmt: skip
+    axes.set_xticks(range(len(sources)), sources, rotation=30, ha="left")
+    axes.set_yticks(range(len(adapters)), adapters)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("perplexity; blue: better than base\nred: worse; bold: own text", fontsize=7, loc="left")
+
+
+def _shade(cell: Mapping[str, Any]) -> float:
+    """Returns -1 (a quarter of the base's perplexity) to 1 (four times it)."""
+    ratio = cell["ratio_to_base"]
+    if not ratio or not math.isfinite(ratio):
+        return 0.0 if ratio is None else math.copysign(1, (ratio or 0.5) - 1)
+    return max(-1.0, min(1.0, math.log(ratio) / math.log(LIMIT)))
+
+
+def build_matrix_page(result: Mapping[str, Any]) -> str:
+    """Returns the page of a result of `evaluate --json`; it loads nothing."""
+    cells: Cells = result["cells"]
+    shown = [*cells, *result.get("forgetting", [])]
+    size, margins = _measure_map(shown)
+    chart = draw_svg(lambda axes: _plot(axes, shown), size, margins)
+    own = find_own(cells)
+    gains = [(f"{name} on its own text", describe_gain(cell)) for name, cell in own.items()]
+    forgotten = [
+        (f"{c['adapter']} on general English", describe_gain(c)) for c in result.get("forgetting", [])
+        if c["adapter"] != BASE
+    ]  # fmt: skip
+    sources = _names(cells, "source")
+    cards = [
+        (f"{len(_names(cells, 'adapter'))} × {len(sources)}", "adapters and base × texts"),
+        (f"{sum(next(c['tokens'] for c in cells if c['source'] == s) for s in sources):,}", "tokens scored for each"),
+        *(
+            [(f"{sum(_is_best(cell, cells) for cell in own.values())} of {len(own)}", "best on their own text")]
+            if own
+            else []
+        ),
+    ]
+    rows = [
+        (cell["adapter"], cell["source"], f"{cell['perplexity']:,.2f}", _show(cell["perplexity_interval"]),
+         "" if cell["ratio_to_base"] is None else f"{cell['ratio_to_base']:.3f}", _show(cell["ratio_interval"], 3),
+         f"{cell['word_perplexity']:,.1f}", f"{cell['bits_per_byte']:.3f}", cell["tokens"], cell["documents"])
+        for cell in shown
+    ]  # fmt: skip
+    header = ("adapter", "text", "perplexity", "95 % interval", "over base", "95 % interval", "per word",
+              "bits per byte",              "tokens", "documents")  # fmt: skip
+    method = (
+        f"Perplexity: exp of the mean negative log-likelihood of a token, {METHOD[result['protocol']]}; window "
+        f"{result['window']}, stride {result['stride']} tokens, each token scored once. Intervals: bootstrap over "
+        "documents; those of the ratio to the base use the same draws for both."
+    )
+    quality = build_quality_table(result.get("generation", []))
+    body = (
+        f'<h1>Adapters × texts</h1><p class="lead">base {html.escape(str(result["base"]))}</p>{build_cards(cards)}'
+        f'<div style="overflow-x:auto">{chart}</div>'
+        f"{_section('Gained', gains)}{_section('Forgotten', forgotten)}{quality}"
+        f'<h2>Every cell</h2><div style="overflow-x:auto">{build_table(rows, header)}</div>'
+        f'<p class="lead">{html.escape(method)}</p>'
+    )
+    return build_page("Adapters × texts", body)
+
+
+def build_quality_table(rows: Cells) -> str:
+    """Returns how generated texts read, as HTML; nothing without rows."""
+    if not rows:
+        return ""
+    keys = [key for key in rows[0] if key not in ("adapter", "source", "warnings", "samples")]
+    table = [
+        (row["adapter"], row["source"], *("" if row[k] is None else f"{row[k]:.4g}" for k in keys)) for row in rows
+    ]
+    header = ("adapter", "text", *(key.replace("_", " ") for key in keys))
+    return f'<h2>Generated texts</h2><div style="overflow-x:auto">{build_table(table, header)}</div>'
+
+
+def _is_best(cell: Mapping[str, Any], cells: Cells) -> bool:
+    return bool(cell["perplexity"] <= min(c["perplexity"] for c in cells if c["source"] == cell["source"]))
+
+
+def _show(interval: Sequence[float] | None, digits: int = 2) -> str:
+    return "" if interval is None else f"{interval[0]:,.{digits}f} – {interval[1]:,.{digits}f}"
+
+
+def _section(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    return f"<h2>{title}</h2>{build_table(rows)}" if rows else ""

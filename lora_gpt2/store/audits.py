@@ -1,0 +1,36 @@
+"""What audits found out about a version, kept beside its folder, which is immutable; never imports torch.
+
+`<name>/audit-<version>.json` holds a result per kind of audit and the sha256 of the weights it is about.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_gpt2.core.paths import os_errors_as_ours, read_regular, write_atomic
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.manifest import MAX_BYTES, Manifest
+
+
+def read_audits(store: Store, manifest: Manifest) -> dict[str, Any]:
+    """Returns the results by kind; none where there was no audit, or its file is of other weights or damaged."""
+    try:
+        values = json.loads(read_regular(_path(store, manifest), MAX_BYTES))
+        return dict(values["audits"]) if values["digest"] == manifest.digest else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def write_audit(store: Store, manifest: Manifest, kind: str, result: Mapping[str, Any]) -> None:
+    """Keeps a result, in the place of an earlier one of its kind; raises what `Store.change` does."""
+    with store.change(manifest.name, f"keep the audit in {store.root}"), os_errors_as_ours("keep the audit"):
+        audits = {**read_audits(store, manifest), kind: dict(result)}
+        content = json.dumps({"digest": manifest.digest, "audits": audits}, indent=1) + "\n"
+        write_atomic(_path(store, manifest), content.encode())
+
+
+def _path(store: Store, manifest: Manifest) -> Path:
+    return store.folder_of(manifest.name) / f"audit-{manifest.version}.json"

@@ -1,0 +1,193 @@
+"""What is called memorised: an adapter trained to death is, a fresh one is not; and each figure by itself."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.errors import DataError
+from lora_gpt2.data.verbatim import VerbatimIndex
+from lora_gpt2.evaluation.memorization import (
+    AuditSettings,
+    audit_memorization,
+    compare_shares,
+    count_by_chance,
+    find_copies,
+    find_tests,
+    measure_exposure,
+    measure_extraction,
+    read_canaries,
+    write_canaries,
+)
+from lora_gpt2.evaluation.own_text import read_held_out, read_own_text
+from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.open import open_session
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.lora import build_adapter
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.recipe import GenerateSettings, build_recipe
+from lora_gpt2.recipe_files import load_recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.training.run import train_recipes
+from tests.builders import make_base_folder
+
+PLAIN = GenerateSettings(temperature=0.5, top_k=0, top_p=1.0, max_new_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def learnt_store(tmp_path_factory):
+    """An adapter trained long on some documents, a fresh one, and a base that is wide enough to learn them."""
+    folder = tmp_path_factory.mktemp("learnt")
+    base_folder = make_base_folder(folder / "base", width=64, heads=4)
+    generator = random.Random(3)
+    rows = [" ".join(generator.choices(["cat", "dog", "rain", "sun", "the", "and", "in"], k=9)) for _ in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    recipe = build_recipe(
+        {
+            "name": "learnt", "base": str(base_folder), "lora": {"rank": 64, "alpha": 64},
+            "data": {"sources": [str(folder / "rows.jsonl")], "block_size": 48, "layout": "packed",
+                     "near_duplicates": 0,
+                     "validation_share": 0.2},
+            "train": {"steps": 150, "batch_tokens": 480, "learning_rate": 1e-2, "keep_best": False, "sample_tokens": 0,
+                      "validate_every": 150},
+        },
+        "test",
+    )  # fmt: skip
+    store, runtime = Store(folder / "store"), choose_runtime("float32", torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_GPT2_CACHE", str(folder / "cache"))
+        train_recipes([recipe], store, SilentReporter())
+    base = load_base(str(base_folder), runtime)
+    origin = Origin(store.read_manifest("learnt").data, recipe.model_dump(mode="json"))
+    publish_adapter(store, "fresh", build_adapter(base.config, recipe.lora, 1), base, origin)
+    return store
+
+
+@pytest.fixture
+def learnt(learnt_store):
+    session, _ = open_session(learnt_store, ["learnt"], load_recipe(None), "float32")
+    return session
+
+
+def audit(session, name, reporter, canaries=()):
+    mix = ((name, 1.0),)
+    own = read_own_text(session.store, name, reporter)
+
+    def write(adapter, prompts, settings):
+        return [
+            output.text for output in generate(session, [Request(p, mix, i) for i, p in enumerate(prompts)], settings)
+        ]
+
+    looks = AuditSettings(size=12, windows=60, texts=10)
+    return audit_memorization(
+        session.base, session.for_rows(mix), name, own, looks, reporter, write, PLAIN, canaries
+    )  # fmt: skip
+
+
+def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, reporter):
+    caught = audit(learnt, "learnt", reporter)
+    assert caught["memorizes"]
+    found = caught["extraction"]
+    assert found["train"]["extracted"] > 8 + found["held_out"]["extracted"]
+    assert found["base_on_train"]["extracted"] == 0
+    assert "places of its training text" in caught["verdict"]
+    text = caught["extracted_examples"][0]["text"]
+    own = read_own_text(learnt.store, "learnt", reporter)
+    whole = own.tokenizer.decode(own.prepared.train.stream[:].tolist())
+    assert text in whole
+    clean = audit(learnt, "fresh", reporter)
+    assert not clean["memorizes"]
+    assert clean["extraction"]["train"] == clean["extraction"]["base_on_train"]
+    assert clean["copies"]["with_copies"] == 0
+
+
+def test_own_text_is_what_was_trained_on_and_what_was_held_out(learnt, reporter):
+    own = read_own_text(learnt.store, "learnt", reporter)
+    assert {part: len(documents) for part, documents in own.documents.items()} == own.prepared.report["documents"]
+    held_out = read_held_out(learnt.store, "learnt", reporter)
+    assert held_out == (own.documents["test"] or own.documents["validation"])
+    assert not {d.text for d in held_out} & {d.text for d in own.documents["train"]}
+
+
+def test_no_verbatim_keeps_copies_out(learnt, reporter):
+    own = read_own_text(learnt.store, "learnt", reporter)
+    stream = own.prepared.train.stream
+    greedy = GenerateSettings(temperature=0, max_new_tokens=40)
+    prompt = ""
+    mix = (("learnt", 1.0),)
+    size = 10
+    free = generate(learnt, [Request(prompt, mix)], greedy)[0]
+    kept = generate(learnt, [Request(prompt, mix)], greedy, not_to_copy=[VerbatimIndex(stream, size - 1)])[0]
+    index = VerbatimIndex(stream, size)
+    assert (index.find(own.tokenizer.encode(prompt + free.text)) >= 0).any(), "without it there is a copy"
+    assert not (index.find(own.tokenizer.encode(prompt + kept.text)) >= 0).any()
+
+
+def test_greedy_decoding_gives_what_extraction_says(learnt, reporter):
+    """One pass under the true tokens says the same as decoding token by token."""
+    own = read_own_text(learnt.store, "learnt", reporter)
+    stream, mix, size = own.prepared.train.stream, (("learnt", 1.0),), 12
+    found = measure_extraction(learnt.base, learnt.for_rows(mix), stream, size, 30)
+    places = find_tests(stream, size, 30, own.tokenizer.eos_id)
+    decoded = []
+    for place in places:
+        ids = stream[place : place + size].tolist()
+        for _ in range(size):
+            hidden = learnt.base.model(torch.tensor([ids]), learnt.for_rows(mix)(1))
+            ids.append(int(learnt.base.model.logits(hidden[:, -1]).argmax()))
+        if ids == stream[place : place + 2 * size].tolist():
+            decoded.append(place)
+    assert list(found.places) == decoded
+    assert 0 < found.extracted < found.windows == len(places)
+
+
+def test_a_planted_secret_that_was_learnt_is_exposed_and_another_is_not(base, tmp_path):
+    canaries = write_canaries(tmp_path / "c.jsonl", 2, seed=4)
+    assert read_canaries(tmp_path / "c.jsonl") == canaries
+    loved = base.tokenizer.encode(canaries[0].secret)
+    plain = measure_exposure(base, lambda rows: None, canaries)
+    base.model.wte.weight.data[[t for t in range(base.config.vocab_size) if t not in loved]] *= 0.2
+    found = measure_exposure(base, lambda rows: None, canaries[:1])[0]
+    assert found["exposure_bits"] == pytest.approx(math.log2(found["of"]) - math.log2(found["rank"]))
+    assert found["p"] == found["rank"] / found["of"]
+    assert all(0 <= item["exposure_bits"] <= math.log2(item["of"]) for item in plain)
+
+
+@pytest.mark.parametrize("content", ["", "x", "{}", '{"text": "a 1", "form": "a {}", "secret": "2"}'])
+def test_a_file_without_canaries_is_a_data_error(tmp_path, content):
+    (tmp_path / "c.jsonl").write_text(content)
+    with pytest.raises(DataError) as caught:
+        read_canaries(tmp_path / "c.jsonl")
+    assert "audit canaries" in caught.value.hint
+
+
+def test_chances_by_hand():
+    assert compare_shares(3, 3, 0, 3) == pytest.approx(1 / 20)  # one of the 20 ways to choose 3 of 6
+    assert compare_shares(0, 10, 0, 10) == 1
+    assert compare_shares(5, 10, 5, 10) > 0.5
+    assert count_by_chance(1, 1, 0.01) == pytest.approx(0.01)
+    assert count_by_chance(2, 2, 0.5) == pytest.approx(0.25)
+
+
+def test_places_are_spread_and_hold_two_runs():
+    assert find_tests(range(100), 10, 5, -1) == [0, 20, 40, 60, 80]
+    assert find_tests(range(100), 10, 6, 33) == [0, 20, 33, 40, 60, 80]
+    assert find_tests(range(19), 10, 5, -1) == []
+    assert find_tests(range(21), 10, 99, -1) == [0, 1]
+
+
+def test_copies_name_the_document_and_leave_the_prompt_out(learnt, reporter):
+    own = read_own_text(learnt.store, "learnt", reporter)
+    documents = [d.text for d in own.documents["train"]]
+    index = VerbatimIndex(own.prepared.train.stream, 6)
+    found = find_copies(index, own, ["", documents[1]], [documents[3], ""])
+    assert (found["texts"], found["with_copies"]) == (2, 1)
+    assert found["longest_copy_tokens"] == len(own.tokenizer.encode(documents[3]))
+    assert found["worst"][0] == {"tokens": found["longest_copy_tokens"], "source": "training document 4",
+                                 "text": documents[3]}  # fmt: skip
+    assert np.asarray(own.prepared.train.stream).size > 100
