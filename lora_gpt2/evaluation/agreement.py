@@ -1,0 +1,116 @@
+"""Statistics of ratings: do people agree, who is preferred, and how many more ratings would tell.
+
+Krippendorff's alpha (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"), the Bradley-Terry model by
+Hunter's MM steps (Hunter 2004, Annals of Statistics 32, section 3), and a normal approximation for what is missing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Metric = Literal["nominal", "ordinal", "interval"]
+Floats = NDArray[np.float64]
+Z95 = 1.959964
+MAX_STEPS = 10_000
+PRECISION = 1e-10
+
+
+def measure_alpha(units: Sequence[Sequence[float]], metric: Metric) -> float | None:
+    """Returns Krippendorff's alpha of the values that each unit was given: 1 agreement, 0 chance.
+
+    Missing values are left out; nominal values are any numbers that differ. None where no unit has two values, or
+    all values are the same.
+    """
+    paired = [values for values in units if len(values) > 1]
+    levels = sorted({value for values in paired for value in values})
+    if len(levels) < 2:
+        return None
+    place = {value: index for index, value in enumerate(levels)}
+    coincidences = np.zeros((len(levels), len(levels)))
+    for values in paired:
+        counts = np.bincount([place[value] for value in values], minlength=len(levels)).astype(np.float64)
+        coincidences += (np.outer(counts, counts) - np.diag(counts)) / (len(values) - 1)
+    totals = coincidences.sum(axis=1)
+    distances = _measure_distances(np.array(levels), totals, metric)
+    expected = (np.outer(totals, totals) - np.diag(totals)) / (totals.sum() - 1)
+    return float(1 - (coincidences * distances).sum() / (expected * distances).sum())
+
+
+def _measure_distances(levels: Floats, totals: Floats, metric: Metric) -> Floats:
+    """Returns the squared difference of each two levels."""
+    if metric == "nominal":
+        return 1.0 - np.eye(len(levels))
+    if metric == "interval":
+        return np.subtract.outer(levels, levels) ** 2
+    middles = np.cumsum(totals) - totals / 2  # ranks: all values between, and half of both ends
+    distances: Floats = np.subtract.outer(middles, middles) ** 2
+    return distances
+
+
+def fit_bradley_terry(wins: Floats) -> Floats:
+    """Returns log-strengths that sum to 0, such that i beats j with probability 1 / (1 + exp(s_j - s_i)).
+
+    `wins[i, j]` is how often i beat j; a tie is half a win for both. Where one won or lost everything, whose strength
+    would be infinite, half a tie is added to every pair that met; who met nobody has strength 0.
+    """
+    strengths = np.zeros(len(wins))
+    played = np.flatnonzero((wins + wins.T).any(axis=1))
+    if len(played):
+        strengths[played] = _fit_played(wins[np.ix_(played, played)])
+    return strengths
+
+
+def _fit_played(wins: Floats) -> Floats:
+    """Returns the log-strengths of adapters that have all met some other."""
+    if not _is_connected(wins):
+        wins = wins + 0.25 * (wins + wins.T > 0)
+    met, logs = wins + wins.T, np.zeros(len(wins))
+    for _ in range(MAX_STEPS):
+        strengths = np.exp(logs)
+        fresh = np.log(wins.sum(axis=1) / (met / np.add.outer(strengths, strengths)).sum(axis=1))
+        fresh -= fresh.mean()
+        change, logs = np.abs(fresh - logs).max(), fresh
+        if change < PRECISION:
+            break
+    return logs
+
+
+def _is_connected(wins: Floats) -> bool:
+    """True if everyone can be reached from everyone over wins, which the estimate needs to be finite."""
+    reach = (wins > 0) | np.eye(len(wins), dtype=bool)
+    for _ in range(len(wins)):
+        reach = (reach.astype(int) @ reach.astype(int)) > 0
+    return bool(reach.all())
+
+
+def count_wins(outcomes: Mapping[tuple[int, int], Sequence[float]], number: int) -> Floats:
+    """Returns wins `[number, number]` from outcomes of pairs: 1 the first is better, 0 the second, 0.5 a tie."""
+    wins = np.zeros((number, number))
+    for (first, second), values in outcomes.items():
+        wins[first, second] += sum(values)
+        wins[second, first] += len(values) - sum(values)
+    return wins
+
+
+def count_missing(outcomes: Sequence[float]) -> int | None:
+    """Returns how many more outcomes (1, 0, or between) would settle which is better, 0 if it is settled already.
+
+    Settled is a mean whose 95 % interval leaves 0.5 out; None where no difference is seen, or nothing was judged.
+    """
+    number, mean = len(outcomes), float(np.mean(outcomes)) if len(outcomes) else 0.5
+    if abs(mean - 0.5) < 1e-9:
+        return None
+    shrunk = (sum(outcomes) + 1) / (number + 2)  # a few that agree prove little
+    spread = max(float(np.std(outcomes)), math.sqrt(shrunk * (1 - shrunk)))
+    return max(0, math.ceil((Z95 * spread / (mean - 0.5)) ** 2) - number)
+
+
+def list_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
+    """Returns the places of every two names."""
+    return list(combinations(range(len(names)), 2))

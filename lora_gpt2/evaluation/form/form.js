@@ -1,0 +1,149 @@
+"use strict";
+// Shows the tasks of a round one by one, in an order of this rater's own; answers stay in the browser until they are
+// saved to a file, or go to the server that the page came from.
+const round = JSON.parse(document.getElementById("round").textContent);
+const main = document.querySelector("main");
+const isServed = location.protocol.startsWith("http");
+const storageKey = "lora-gpt2 rating " + round.id;
+let state = load();
+
+function load() {
+  try {
+    const kept = JSON.parse(localStorage.getItem(storageKey));
+    if (kept && Array.isArray(kept.order)) return kept;
+  } catch (error) { /* storage may be forbidden: the page then forgets when it is closed */ }
+  return { rater: "", order: shuffle(round.tasks.map((_, place) => place)), answers: {} };
+}
+
+function keep() {
+  try { localStorage.setItem(storageKey, JSON.stringify(state)); } catch (error) { /* as above */ }
+}
+
+function shuffle(items) {
+  for (let last = items.length - 1; last > 0; last -= 1) {
+    const place = Math.floor(Math.random() * (last + 1));
+    [items[last], items[place]] = [items[place], items[last]];
+  }
+  return items;
+}
+
+function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+const isPair = round.mode === "pairwise";
+const choices = isPair ? [["left", "Text 1"], ["tie", "equally good"], ["right", "Text 2"]] : [1, 2, 3, 4, 5].map((n) => [String(n), String(n)]);
+
+// Sides are swapped for every other task of the order, so that no side is favoured.
+function isSwapped(task) { return isPair && state.order.indexOf(task) % 2 === 1; }
+
+function toValue(task, choice) {
+  if (!isPair) return Number(choice);
+  if (choice === "tie") return "tie";
+  return (choice === "left") !== isSwapped(task) ? "first" : "second";
+}
+
+function countDone() {
+  return round.tasks.filter((_, task) => round.criteria.every((c) => state.answers[task] && state.answers[task][c])).length;
+}
+
+function list() {
+  const found = [];
+  for (const [task, given] of Object.entries(state.answers)) {
+    for (const [criterion, choice] of Object.entries(given)) {
+      found.push({ rater: state.rater, task: round.tasks[task].number, criterion, value: toValue(Number(task), choice) });
+    }
+  }
+  return found;
+}
+
+function save() {
+  const blob = new Blob([JSON.stringify({ round: round.id, answers: list() }, null, 1)], { type: "application/json" });
+  const link = element("a", { href: URL.createObjectURL(blob), download: `answers-${state.rater.replace(/[^\w-]+/g, "-")}.json` });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+async function send(answers) {
+  if (!isServed) return;
+  const response = await fetch("answers", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ answers }) });
+  if (!response.ok) throw new Error((await response.json()).error.message);
+}
+
+function heading() {
+  const done = countDone();
+  const bar = element("progress", { max: round.tasks.length, value: done });
+  bar.setAttribute("aria-label", "tasks done");
+  return [element("h1", { textContent: "Which text is better?" }), element("p", { className: "quiet", textContent: `${done} of ${round.tasks.length} done. Who wrote what is hidden, and the order is random.` }), bar];
+}
+
+function showStart() {
+  const name = element("input", { type: "text", id: "rater", maxLength: 60, value: state.rater, autocomplete: "off" });
+  const begin = element("button", { className: "main", textContent: "Begin" });
+  const form = element("form", { className: "card" }, element("label", { htmlFor: "rater", textContent: "Your name or a sign of your own: " }), name, element("p", { className: "quiet", textContent: `You will judge ${round.criteria.join(", ")}. You can stop at any time and go on later in this browser.` }), element("div", { className: "actions" }, begin));
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    state.rater = name.value.trim();
+    if (state.rater) { keep(); showNext(); }
+  });
+  main.replaceChildren(...heading(), form);
+  name.focus();
+}
+
+function showNext(from = 0) {
+  const open = state.order.slice(from).find((task) => !round.criteria.every((c) => state.answers[task] && state.answers[task][c]));
+  if (open === undefined) showEnd(); else showTask(open);
+}
+
+function showTask(place) {
+  const task = round.tasks[place];
+  const texts = isSwapped(place) ? [...task.texts].reverse() : task.texts;
+  const cards = texts.map((text, number) => element("section", { className: "card" }, element("h2", { textContent: isPair ? `Text ${number + 1}` : "Text" }), element("div", { className: "text" }, element("span", { className: "prompt", textContent: task.prompt }), text)));
+  const given = { ...state.answers[place] };
+  const fields = round.criteria.map((criterion) => {
+    const field = element("fieldset", {}, element("legend", { textContent: criterion }));
+    for (const [value, label] of choices) {
+      const input = element("input", { type: "radio", name: criterion, value, checked: given[criterion] === value });
+      input.addEventListener("change", () => { given[criterion] = value; next.disabled = !round.criteria.every((c) => given[c]); });
+      field.append(element("label", {}, input, label));
+    }
+    return field;
+  });
+  const next = element("button", { className: "main", textContent: "Next", disabled: !round.criteria.every((c) => given[c]) });
+  const later = element("button", { textContent: "Skip for now" });
+  const stop = element("button", { textContent: isServed ? "Stop" : "Save and stop" });
+  const problem = element("p", { className: "quiet" });
+  problem.setAttribute("role", "alert");
+  next.addEventListener("click", async () => {
+    next.disabled = true;
+    state.answers[place] = given;
+    keep();
+    try {
+      await send(round.criteria.map((criterion) => ({ rater: state.rater, task: task.number, criterion, value: toValue(place, given[criterion]) })));
+      showNext();
+    } catch (error) {
+      problem.textContent = `Not sent: ${error.message}. It is kept here; press Next again.`;
+      next.disabled = false;
+    }
+  });
+  later.addEventListener("click", () => showNext(state.order.indexOf(place) + 1));
+  stop.addEventListener("click", () => { if (!isServed) save(); showEnd(); });
+  const hint = element("p", { className: "quiet", textContent: isPair ? "" : "1 is bad, 5 is very good." });
+  main.replaceChildren(...heading(), element("div", { className: "texts" }, ...cards), ...fields, hint, problem, element("div", { className: "actions" }, next, later, stop));
+  window.scrollTo(0, 0);
+}
+
+function showEnd() {
+  const left = round.tasks.length - countDone();
+  const text = left ? `${left} are left; you can go on later.` : "All done. Thank you.";
+  const advice = isServed ? "Your answers have arrived." : "Save your answers and send the file back: rate --import FILE.";
+  const again = element("button", { textContent: "Go on", disabled: !left });
+  again.addEventListener("click", () => showNext());
+  const file = element("button", { className: "main", textContent: "Save answers" });
+  file.addEventListener("click", save);
+  main.replaceChildren(...heading(), element("p", { textContent: text }), element("p", { textContent: advice }), element("div", { className: "actions" }, file, again));
+}
+
+if (state.rater) showNext(); else showStart();

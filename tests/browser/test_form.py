@@ -1,0 +1,91 @@
+"""The rating form in a real browser, sent around as a file and served; slow, as the other pages are."""
+
+import json
+import os
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from lora_gpt2.evaluation.form import build_form
+from lora_gpt2.evaluation.rating import Round, import_answers, read_answers, read_round, write_round
+from lora_gpt2.serving.rating import build_rating_app
+from tests.browser.test_page import browser, shoot  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.slow
+MADE = Round(
+    "nano",
+    ("secretone", "secrettwo"),
+    ("Take two eggs ", "The <king> "),
+    (("and beat", "in hand"), ("is dead", "lives")),
+)
+
+
+def answer(page, side):
+    """Judges the task that is shown: on every criterion the text that `side` picks."""
+    texts = page.locator(".text").all_inner_texts()
+    label = "Text 1" if side(texts) == 0 else "Text 2"
+    for field in page.locator("fieldset").all():
+        field.get_by_text(label, exact=True).click()
+    page.get_by_role("button", name="Next").click()
+
+
+def begin(page):
+    page.get_by_label("Your name").fill("anna")
+    page.get_by_role("button", name="Begin").click()
+    page.wait_for_selector(".text")
+
+
+def prefers_first_adapter(texts):
+    return next(place for place, text in enumerate(texts) if "beat" in text or "dead" in text)
+
+
+def test_a_form_that_was_sent_gives_answers_that_can_be_imported(browser, tmp_path):  # noqa: F811
+    folder = tmp_path / "r"
+    write_round(folder, MADE)
+    (tmp_path / "form.html").write_text(build_form(MADE), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
+    page.goto(f"file://{tmp_path}/form.html")
+    begin(page)
+    shoot(page, "form-pair")
+    answer(page, prefers_first_adapter)
+    page.reload()
+    page.wait_for_selector(".text")
+    assert "1 of 2 done" in page.inner_text("main"), "it goes on after it was closed"
+    answer(page, prefers_first_adapter)
+    assert "All done" in page.inner_text("main")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save answers").click()
+    download.value.save_as(tmp_path / "answers.json")
+    page.close()
+    assert import_answers(folder, MADE, [tmp_path / "answers.json"]) == 8
+    assert {found.value for found in read_answers(folder, read_round(folder))} == {"first"}
+    assert json.loads((tmp_path / "answers.json").read_text())["answers"][0]["rater"] == "anna"
+
+
+def test_the_served_form_works_under_its_content_security_policy(browser, tmp_path):  # noqa: F811
+    folder = tmp_path / "r"
+    write_round(folder, MADE)
+    bound = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(build_rating_app(folder), lifespan="off", log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.goto(f"http://127.0.0.1:{bound.getsockname()[1]}/")
+    begin(page)
+    shoot(page, "form-phone")
+    answer(page, prefers_first_adapter)
+    page.wait_for_selector("text=1 of 2 done")
+    page.close()
+    server.should_exit = True
+    thread.join(10)
+    assert [p for p in problems if "favicon" not in p and "404" not in p] == []
+    assert {(found.rater, found.value) for found in read_answers(folder, MADE)} == {("anna", "first")}
+    assert os.path.getsize(folder / "answers.jsonl") > 0

@@ -1,0 +1,131 @@
+"""Rating from the command line and through the form's server."""
+
+import io
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import uvicorn
+
+from lora_gpt2.evaluation.rating import Round, read_answers, read_round, write_round
+from lora_gpt2.serving.rating import build_rating_app
+
+
+@pytest.fixture
+def begin(run, trained, base_folder, tmp_path, monkeypatch):
+    """Begins a round with what a rater types."""
+    (tmp_path / "prompts.txt").write_text("the cat\nthe dog\n")
+    monkeypatch.chdir(tmp_path)
+
+    def call(typed, *more):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        return run("rate", *more, "--base", base_folder, "--set", "generate.max_new_tokens=12", "--json")
+
+    return call
+
+
+START = ("--adapter", "law", "--adapter", "code", "--adapter", "base", "--prompts", "prompts.txt")
+
+
+def test_a_round_in_the_terminal_hides_names_stops_and_goes_on(begin, tmp_path):
+    code, out, err = begin("1\n2 1 0 1\ns\nwhat\nq\n", *START)
+    assert code == 0, err
+    report = json.loads(out)
+    assert (report["tasks"], report["answers"], report["raters"]) == (6, 8, ["me"])
+    assert set(report) >= {"ranking", "agreement", "missing", "by_criterion"}
+    assert "6 tasks for me" in err
+    assert "type 4 marks" in err
+    shown = err[err.index("=====") :]
+    assert not any(name in shown for name in ("law", "code", "base"))
+    code, out, err = begin("0\n" * 9)
+    assert json.loads(out)["answers"] == 24
+    assert "4 tasks for me" in err, "the skipped one and the rest"
+    code, out, _ = begin("", "--report")
+    assert code == 0
+    assert sum(row["judgements"] for row in json.loads(out)["ranking"]) == 12
+
+
+def test_what_a_rater_says_of_sides_reaches_the_right_adapter(begin, tmp_path):
+    folder = tmp_path / "ratings"
+    write_round(folder, Round("x", ("good", "poor"), tuple("abcdefgh"), (("alpha", "omega"),) * 8, criteria=("style",)))
+    for _ in range(8):  # the rater looks which side is the good one, then types it
+        _, _, err = begin("q\n")
+        side = "1" if err.index("alpha") < err.index("omega") else "2"
+        begin(f"{side}\nq\n")
+    answers = read_answers(folder, read_round(folder))
+    assert {answer.value for answer in answers} == {"first"}
+    assert len(answers) == 8
+
+
+def test_wrong_beginnings_are_usage_errors(begin):
+    for wrong in (
+        ["--adapter", "law", "--prompts", "prompts.txt"],
+        ["--adapter", "law", "--adapter", "law", *START[6:]],
+    ):
+        code, out, _ = begin("", *wrong)
+        assert (code, json.loads(out)["error"]["type"]) == (2, "UsageError")
+    code, out, _ = begin("")
+    assert (code, json.loads(out)["error"]["type"]) == (4, "NotFoundError")
+    assert "--prompts" in json.loads(out)["error"]["hint"]
+    assert begin("q\n", *START)[0] == 0
+    assert begin("q\n", *START)[0] == 6, "a second round does not overwrite the first"
+
+
+def test_a_form_goes_out_and_its_answers_come_back(begin, tmp_path):
+    begin("q\n", *START)
+    code, _, err = begin("", "--export", "form.html")
+    page = (tmp_path / "form.html").read_text()
+    assert code == 0
+    assert "rate --import" in err
+    assert "<script>" in page
+    (tmp_path / "a.json").write_text(
+        json.dumps({"answers": [{"rater": "ben", "task": 0, "criterion": "style", "value": "first"}]})
+    )
+    code, out, err = begin("", "--import", "a.json")
+    assert (json.loads(out)["raters"], json.loads(out)["answers"]) == (["ben"], 1)
+    assert "1 answers added" in err
+
+
+@pytest.fixture
+def served(tmp_path):
+    folder = tmp_path / "ratings"
+    write_round(folder, Round("x", ("good", "poor"), ("a", "b"), (("x", "y"),) * 2))
+    bound = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(build_rating_app(folder), lifespan="off", log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield folder, f"http://127.0.0.1:{bound.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(10)
+
+
+def ask(url, body=None, **headers):
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, answer.read().decode(), answer.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode(), error.headers
+
+
+def test_the_served_form_keeps_answers_and_refuses_what_is_none(served):
+    folder, url = served
+    status, page, headers = ask(url)
+    assert (status, "good" in page) == (200, False)
+    assert "default-src 'self'" in headers["Content-Security-Policy"]
+    assert ask(url + "form.js")[0] == ask(url + "form.css")[0] == 200
+    answer = {"rater": "anna", "task": 0, "criterion": "style", "value": "second"}
+    assert ask(url + "answers", json.dumps({"answers": [answer]}).encode())[0] == 200
+    wrong = [b"", b"x", b"[]", b'{"answers": 3}', json.dumps({"answers": [{**answer, "task": 9}]}).encode()]
+    assert [ask(url + "answers", body)[0] for body in wrong] == [400] * 5
+    assert ask(url + "answers", b"x" * (2**20 + 1))[0] == 413
+    assert ask(url + "answers", b"{}", **{"Content-Type": "text/plain"})[0] == 415
+    assert ask(url, None, Host="evil.example")[0] == 403
+    assert [vars(found) for found in read_answers(folder, read_round(folder))] == [answer]

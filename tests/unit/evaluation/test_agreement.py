@@ -1,0 +1,78 @@
+"""Statistics of ratings, against published worked examples."""
+
+import numpy as np
+import pytest
+
+from lora_gpt2.evaluation.agreement import count_missing, count_wins, fit_bradley_terry, measure_alpha
+
+# Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C: four observers, twelve units
+OBSERVERS = (
+    (1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None),
+    (1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3),
+    (None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None),
+    (1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None),
+)
+UNITS = [[float(v) for v in unit if v is not None] for unit in zip(*OBSERVERS, strict=True)]
+
+
+@pytest.mark.parametrize(("metric", "alpha"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
+def test_alpha_of_krippendorffs_example(metric, alpha):
+    assert measure_alpha(UNITS, metric) == pytest.approx(alpha, abs=5e-4)
+
+
+def test_alpha_of_agreement_chance_and_nothing():
+    assert measure_alpha([[1.0, 1.0], [2.0, 2.0]], "nominal") == 1
+    generator = np.random.default_rng(0)
+    assert abs(measure_alpha(generator.integers(0, 2, size=(4000, 2)).astype(float).tolist(), "nominal")) < 0.05
+    assert measure_alpha([[1.0, 2.0], [2.0, 1.0]], "nominal") < 0
+    assert measure_alpha([[1.0], [2.0]], "nominal") is None
+    assert measure_alpha([[1.0, 1.0]], "nominal") is None
+
+
+# Agresti, Categorical Data Analysis, table 10.10: American League East 1987, home and away together
+TEAMS = ("Milwaukee", "Detroit", "Toronto", "New York", "Boston", "Cleveland", "Baltimore")
+BASEBALL = np.array(
+    [
+        [0, 7, 9, 7, 7, 9, 11],
+        [6, 0, 7, 5, 11, 9, 9],
+        [4, 6, 0, 7, 7, 8, 12],
+        [6, 8, 6, 0, 6, 7, 10],
+        [6, 2, 6, 7, 0, 7, 12],
+        [4, 4, 5, 6, 6, 0, 6],
+        [2, 4, 1, 3, 1, 7, 0],
+    ],
+    dtype=float,
+)
+
+
+def test_bradley_terry_of_agrestis_baseball():
+    assert (BASEBALL + BASEBALL.T)[np.triu_indices(7, 1)].tolist() == [13.0] * 21
+    strengths = fit_bradley_terry(BASEBALL)
+    published = [1.5814, 1.4364, 1.2945, 1.2476, 1.1077, 0.6839, 0.0]
+    assert strengths - strengths[-1] == pytest.approx(published, abs=1e-3)
+    assert strengths.sum() == pytest.approx(0)
+
+
+def test_two_who_met_have_the_odds_of_their_wins():
+    strengths = fit_bradley_terry(np.array([[0, 3.0], [1.0, 0]]))
+    assert strengths[0] - strengths[1] == pytest.approx(np.log(3))
+
+
+def test_one_who_won_everything_has_a_finite_strength():
+    strengths = fit_bradley_terry(np.array([[0, 5.0, 5.0], [0, 0, 3.0], [0, 2.0, 0]]))
+    assert np.isfinite(strengths).all()
+    assert strengths[0] > strengths[1] > strengths[2]
+    assert fit_bradley_terry(np.zeros((2, 2))).tolist() == [0, 0]
+
+
+def test_wins_are_counted_with_ties_as_halves():
+    assert count_wins({(0, 1): [1.0, 1.0, 0.0, 0.5]}, 2).tolist() == [[0, 2.5], [1.5, 0]]
+
+
+def test_what_is_missing():
+    assert count_missing([]) is None
+    assert count_missing([1.0, 0.0]) is None
+    assert count_missing([1.0] * 30) == 0
+    outcomes = [1.0] * 12 + [0.0] * 8  # 60 %: (1.96 * 0.49 / 0.1)^2 = 92.2 in all
+    assert count_missing(outcomes) == pytest.approx(93 - 20, abs=2)
+    assert count_missing(outcomes * 10) == 0

@@ -1,0 +1,157 @@
+"""A round: what raters see, what is kept, and what comes out."""
+
+import json
+
+import pytest
+
+from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, UsageError
+from lora_gpt2.evaluation.form import build_form
+from lora_gpt2.evaluation.rating import (
+    ANSWERS,
+    Answer,
+    Round,
+    add_answers,
+    check_answer,
+    find_open,
+    import_answers,
+    measure_round,
+    order_tasks,
+    read_answers,
+    read_round,
+    write_round,
+)
+
+TEXTS = tuple((f"good {n}", f"fair {n}", f"poor {n}") for n in range(12))
+ROUND = Round(
+    "nano", ("secretgood", "secretfair", "secretpoor"), tuple(f"p{n}" for n in range(12)), TEXTS, "pairwise", ("style",)
+)
+SCALE = Round("nano", ROUND.adapters, ROUND.prompts, TEXTS, "scale", ("style", "fluency"))
+WORTH = {"good": 5, "fair": 3, "poor": 1}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_round(tmp_path / "r", ROUND)
+    return tmp_path / "r"
+
+
+def judge(made, rater, right=lambda task: True):
+    """Answers as one who prefers good to fair to poor, where `right`; the other way where not."""
+    found = []
+    for task in made.list_tasks():
+        worth = [WORTH[text.split()[0]] for text in task.texts]
+        for criterion in made.criteria:
+            value = worth[0] if made.mode == "scale" else ("second", "first")[(worth[0] > worth[1]) == right(task)]
+            found.append(Answer(rater, task.number, criterion, value))
+    return found
+
+
+def test_a_round_is_read_as_it_was_written_and_not_overwritten(folder):
+    assert read_round(folder) == ROUND
+    with pytest.raises(ConflictError):
+        write_round(folder, ROUND)
+    with pytest.raises(NotFoundError, match="has no round"):
+        read_round(folder.parent / "none")
+    (folder / "round.json").write_text("{}")
+    with pytest.raises(DataError, match="damaged"):
+        read_round(folder)
+
+
+def test_every_pair_of_every_prompt_is_a_task_but_equal_texts():
+    assert len(ROUND.list_tasks()) == 12 * 3
+    same = Round("nano", ("a", "b"), ("p",), (("x", "x"),))
+    assert same.list_tasks() == []
+    assert [task.number for task in ROUND.list_tasks()] == list(range(36))
+
+
+def test_orders_are_a_raters_own_and_sides_are_mixed():
+    anna, ben = order_tasks(ROUND, "anna"), order_tasks(ROUND, "ben")
+    assert anna == order_tasks(ROUND, "anna")
+    assert [t.number for t, _ in anna] != [t.number for t, _ in ben]
+    assert sorted(t.number for t, _ in anna) == list(range(36))
+    assert 8 < sum(swapped for _, swapped in anna) < 28
+
+
+def test_a_round_goes_on_where_it_was_left_and_the_newest_answer_counts(folder):
+    answers = judge(ROUND, "anna")
+    add_answers(folder, answers[:5])
+    add_answers(folder, [Answer("anna", answers[0].task, "style", "tie")])
+    with (folder / ANSWERS).open("a") as file:
+        file.write('{"rater": "anna", "ta')
+    found = read_answers(folder, ROUND)
+    assert len(found) == 5
+    assert found[0].value == "tie"
+    assert len(find_open(ROUND, found, "anna")) == 31
+    assert len(find_open(ROUND, found, "ben")) == 36
+
+
+def test_the_ranking_is_that_of_the_judgements():
+    answers = judge(ROUND, "anna", lambda t: t.number % 6 != 5) + judge(ROUND, "ben")
+    report = measure_round(ROUND, answers)
+    assert [row["adapter"] for row in report["ranking"]] == list(ROUND.adapters)
+    best = report["ranking"][0]
+    assert best["interval"][0] < best["strength"] < best["interval"][1]
+    assert (best["preferred"], best["judgements"]) == (1.0, 48)
+    assert 0 < report["agreement"]["style"] < 1
+    assert {(row["a"], row["b"]): row["more"] for row in report["missing"]}["secretgood", "secretfair"] == 0
+    assert report["by_criterion"]["style"] == report["ranking"]
+
+
+def test_a_scale_has_means_and_pairs_of_the_same_prompt():
+    report = measure_round(SCALE, judge(SCALE, "anna") + judge(SCALE, "ben"))
+    assert [(row["adapter"], row["mean"]) for row in report["ranking"]] == [
+        ("secretgood", 5.0), ("secretfair", 3.0), ("secretpoor", 1.0)
+    ]  # fmt: skip
+    assert report["agreement"]["overall"] == 1
+    assert [row["a_preferred"] for row in report["missing"]] == [1.0, 1.0, 1.0]
+
+
+def test_without_answers_nothing_is_claimed():
+    report = measure_round(ROUND, [])
+    assert {row["preferred"] for row in report["ranking"]} == {None}
+    assert all(row["more"] is None for row in report["missing"])
+    assert set(report["agreement"].values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {}, [], {"rater": "a", "task": 99, "criterion": "style", "value": "tie"},
+        {"rater": "a", "task": True, "criterion": "style", "value": "tie"},
+        {"rater": "a", "task": 0, "criterion": "taste", "value": "tie"},
+        {"rater": "a", "task": 0, "criterion": "style", "value": 3},
+        {"rater": "a", "task": 0, "criterion": "style", "value": ["tie"]},
+    ],
+)  # fmt: skip
+def test_answers_of_another_round_are_refused(values):
+    with pytest.raises(DataError):
+        check_answer(ROUND, values)
+
+
+def test_a_rater_needs_a_name():
+    with pytest.raises(UsageError):
+        check_answer(ROUND, {"rater": " ", "task": 0, "criterion": "style", "value": "tie"})
+    with pytest.raises(DataError):
+        check_answer(SCALE, {"rater": "a", "task": 0, "criterion": "style", "value": True})
+
+
+def test_saved_answers_are_imported_once(folder, tmp_path):
+    answers = judge(ROUND, "anna")[:4]
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps({"round": "x", "answers": [vars(a) for a in answers]}))
+    assert import_answers(folder, ROUND, [path]) == 4
+    assert import_answers(folder, ROUND, [path]) == 0
+    assert read_answers(folder, ROUND) == answers
+    path.write_text("[]")
+    with pytest.raises(DataError, match="holds no answers"):
+        import_answers(folder, ROUND, [path])
+
+
+def test_the_form_names_no_adapter_and_lets_no_text_out_of_its_place():
+    evil = Round("nano", ("secretgood", "b"), ("</script><b>",), (("<!--script--> x", "y"),))
+    for linked in (False, True):
+        page = build_form(evil, linked)
+        assert "secretgood" not in page
+        assert page.count("</script>") == 2
+        assert "\\u003c/script>" in page
+        assert ("<style>" in page) != linked
