@@ -319,6 +319,8 @@ class Recipe(Section):
     """Name of the adapter in the store."""
     description: str = ""
     """A line for people: what the adapter is for."""
+    license: str = ""
+    """Licence of the text, for the card: an identifier such as CC-BY-4.0, or words."""
     base: str = "nano"
     """The frozen model: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a hub id or a folder."""
     data: DataSettings = DataSettings()

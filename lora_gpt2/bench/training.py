@@ -169,7 +169,9 @@ def build_random_base(size: str, work: Path, reporter: Reporter) -> Path:
     width, layers, heads = SIZES[size]
     torch.manual_seed(0)
     folder = work / "base"
-    GPT2LMHeadModel(TheirConfig(n_embd=width, n_layer=layers, n_head=heads)).save_pretrained(folder)
+    eos = load_base_tokenizer(str(BUNDLED / "nano")).eos_id
+    shape = TheirConfig(n_embd=width, n_layer=layers, n_head=heads, eos_token_id=eos, bos_token_id=eos)
+    GPT2LMHeadModel(shape).save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((BUNDLED / "nano" / name).read_bytes())
     return folder

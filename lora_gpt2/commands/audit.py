@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 import sys
 import textwrap
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,70 @@ SHOWN = 160
 @click.group("audit")
 def command() -> None:
     """Look for what is risky: in a text, in an adapter."""
+
+
+@command.command("data")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--adapter", metavar="N", help="Also: does it prefer groups of people more than its base does?")
+@session_options
+def data(
+    reporter: Reporter, sources: tuple[str, ...], adapter: str | None, base: str | None, overrides: tuple[str, ...],
+    store: Store, as_json: bool,
+) -> None:  # fmt: skip
+    """Report what is risky in text: personal data, copies, harsh words, languages, hints at licences; change nothing.
+
+    The identity-term swap says how much likelier sentences are than the same ones about another group (he and she,
+    Christian and Muslim, ...): of the base, or what the adapter changed.
+
+    \b
+    Examples:
+      lora-gpt2 audit data my_text.txt
+      lora-gpt2 audit data notes/ "more/*.jsonl" --adapter mine --json
+    """
+    recipe = load_recipe(None, overrides, base=base)
+    from lora_gpt2.data.formats import read_documents
+    from lora_gpt2.evaluation.perplexity import Jobs
+    from lora_gpt2.evaluation.text_audit import TextAudit, measure_swaps
+    from lora_gpt2.inference.open import open_session
+    from lora_gpt2.inference.session import parse_mix
+
+    audit = TextAudit()
+    for document in read_documents(sources, recipe.data):
+        audit.add(document)
+    result = {"sources": list(sources), **audit.report(), "adapter": adapter, "swaps": []}
+    if audit.sentences:
+        session, _ = open_session(store, [adapter] if adapter else [], recipe, recipe.evaluate.precision)
+
+        def judge(name: str, sentences: Sequence[str]) -> Sequence[float]:
+            rows = session.for_rows(parse_mix([name]))
+            jobs = Jobs(session.base, [sentences], recipe.evaluate)
+            nats: Sequence[float] = jobs.measure(lambda columns: rows(len(columns)))[0][0].per_document[0].tolist()
+            return nats
+
+        control = partial(judge, "base") if adapter else None
+        result["swaps"] = measure_swaps(audit.sentences, partial(judge, adapter or "base"), control)
+    emit(result, as_json, lambda: _render_data(result))
+
+
+def _render_data(result: dict[str, Any]) -> str:
+    lines = [f"{result['documents']:,} documents, {result['characters']:,} characters"]
+    lines.append(f"copies: {result['exact_copies']:,} exact, {result['near_copies']:,} near")
+    for title, key in (("personal data", "personal"), ("harsh words", "harsh"), ("hints at licences", "licences")):
+        counts = ", ".join(f"{name} {count:,}" for name, count in result[key].items())
+        lines.append(f"{title}: {counts or 'none found'}")
+    languages = result["languages"]
+    named = "not looked at (pip install py3langid)" if languages is None else None
+    lines.append(f"languages: {named or ', '.join(f'{name} {n:,}' for name, n in list(languages.items())[:8])}")
+    for row in result["swaps"]:
+        interval = "" if row["interval"] is None else " ({:.2f} to {:.2f})".format(*row["interval"])
+        whose = f"{result['adapter']} against its base" if result["adapter"] else "the base"
+        lines.append(
+            f"swap of {row['group']} terms, {whose}: own sentences likelier by {row['mean_nats']:.2f}{interval} nats "
+            f"than swapped, over {row['sentences']}"
+        )
+    for kind, examples in result["examples"].items():
+        lines += [f"    {kind}: {item['origin']}: {item['text']}" for item in examples]
+    return "\n".join(lines)
 
 
 @command.command("memorization")

@@ -133,6 +133,45 @@ def decode(reporter: Reporter, base: str, tokens: int, rank: int, rounds: int, a
     emit(report, as_json, lambda: _render_decoding(report["sides"]))
 
 
+@command.command("evaluate")
+@click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
+@click.option("--tokens", type=click.IntRange(16), default=4096, show_default=True, help="Tokens of text.")
+@click.option("--stride", type=click.IntRange(1, 1024), default=512, show_default=True, help="Stride of the stream.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes of each side, in turn.")
+@json_option
+@click.pass_obj
+def evaluate(reporter: Reporter, base: str, tokens: int, stride: int, rounds: int, as_json: bool) -> None:
+    """Measure perplexity beside the loop of transformers' documentation and, if installed, lm-evaluation-harness.
+
+    \b
+    Example:
+      lora-gpt2 bench evaluate --base S --tokens 8192
+    """
+    from lora_gpt2.bench.evaluating import measure_evaluation
+
+    report = measure_evaluation(base, tokens, stride, rounds, reporter)
+    emit(report, as_json, lambda: _render_evaluation(report))
+
+
+def _render_evaluation(report: dict[str, Any]) -> str:
+    from lora_gpt2.bench.evaluating import PARTNERS
+
+    sides = {side["name"]: side for side in report["sides"]}
+    rows = []
+    for name, side in sides.items():
+        ours = next((sides[own] for own, other in PARTNERS.items() if other == name), side)
+        rows.append([
+            name, f"{side['tokens_per_second']:,.0f}", f"{side['seconds'] / ours['seconds']:.2f}x",
+            format_bytes(side["peak_memory_bytes"]), f"{side['nll_nats_per_token']:.6f}",
+        ])  # fmt: skip
+    table = format_table(["", "tokens/s", "time of ours", "peak memory", "nats per token"], rows)
+    together, apart = report["together_seconds"], report["one_by_one_seconds"]
+    return (
+        f"{table}\n{report['lineup']} adapters on one short text: {together:.2f} s in one pass, "
+        f"{apart:.2f} s one by one ({apart / together:.1f}x)"
+    )
+
+
 @command.command("swap")
 @click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
 @click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank on all projections.")

@@ -14,6 +14,7 @@ from lora_gpt2.core.errors import CheckFailed
 from lora_gpt2.core.paths import is_name, os_errors_as_ours
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
+from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ file_type = click.Path(path_type=Path, dir_okay=False)
 @click.option("--adapter", "adapters", multiple=True, metavar="N", help="Adapter, or 'all'; repeatable.")
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Take settings from a recipe.")
 @click.option("--general/--no-general", default=True, help="Also measure what an adapter forgot of general English.")
+@click.option("--keep", is_flag=True, help="Keep the figures with the adapters, for their cards.")
 @click.option("--plot", type=file_type, metavar="FILE", help="Draw the matrix (.png or .svg).")
 @click.option("--html", type=file_type, metavar="FILE", help="Write it all as a page.")
 @click.option("--generate", "num_texts", type=click.IntRange(1, 10_000), metavar="N",
@@ -40,9 +42,8 @@ file_type = click.Path(path_type=Path, dir_okay=False)
 @session_options
 def command(
     reporter: Reporter, sources: tuple[str, ...], adapters: tuple[str, ...], recipe: Path | None, general: bool,
-    plot: Path | None,
-    html: Path | None, num_texts: int | None, fail_above: tuple[str, ...], baseline: Path | None, tolerance: float,
-    base: str | None, overrides: tuple[str, ...], store: Store, as_json: bool,
+    keep: bool, plot: Path | None, html: Path | None, num_texts: int | None, fail_above: tuple[str, ...],
+    baseline: Path | None, tolerance: float, base: str | None, overrides: tuple[str, ...], store: Store, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure the perplexity of the base and of each adapter on each SOURCE.
 
@@ -83,6 +84,8 @@ def command(
     }  # fmt: skip
     if num_texts:
         result["generation"] = _generate(session, references, read, settings, num_texts, reporter)
+    if keep:
+        _keep(result, references, store)
     _write_pages(result, plot, html)
     emit(result, as_json, lambda: _render(result))
     if failures := [*find_above(cells, limits), *find_regressions(cells, earlier, tolerance)]:
@@ -139,6 +142,14 @@ def _generate(
     for line in (line for quality in found for line in quality.warnings):
         reporter.message(line)
     return [quality.to_json() for quality in found]
+
+
+def _keep(result: dict[str, Any], references: Sequence[str], store: Store) -> None:
+    how = {key: result[key] for key in ("protocol", "window", "stride")}
+    for name in references:
+        if name != "base":
+            cells = [cell for cell in [*result["cells"], *result["forgetting"]] if cell["adapter"] == name]
+            write_audit(store, store.read_manifest(name), "evaluation", {"cells": cells, **how})
 
 
 def _write_pages(result: dict[str, Any], plot: Path | None, html: Path | None) -> None:

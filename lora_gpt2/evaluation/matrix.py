@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def read_sources(
         if label in (source.label for source in sources):
             raise UsageError(f"two sources are called '{label}'", "give each a label of its own: label=path")
         own = None if Path(path).exists() else find_own(path)
-        sources.append(Source(label, own if own is not None else list(read_documents([path], settings))))
+        if own is None:
+            own = list(islice(read_documents([path], settings), settings.max_documents or None))
+        sources.append(Source(label, own))
     return sources
 
 

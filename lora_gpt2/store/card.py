@@ -1,42 +1,95 @@
-"""The model card (`README.md`) of a version; never imports torch."""
+"""The model card (`README.md`) of a version: what it is, where from, how good, how safe; never imports torch.
+
+The head is the metadata of Hugging Face's model cards (Mitchell et al. 2019, arXiv:1810.03993, for what a card says).
+A version's folder has the card of its publication; `adapters card` builds it anew with what was found out since.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lora_gpt2.core.fingerprint import flatten_json
 from lora_gpt2.store.manifest import Manifest
 
 MEASURED = "Perplexity is measured on held-out text of the same source."
+PAIRS = (
+    ("perplexity on test text, kept back", "test_perplexity", "base_test_perplexity"),
+    ("perplexity on validation text", "validation_perplexity", "base_perplexity"),
+    ("perplexity on general English", "general_perplexity", "base_general_perplexity"),
+)
+"""Figures that are shown beside the base's."""
+OTHERS = {
+    "steps": "steps", "best_step": "best step", "train_tokens": "tokens trained on",
+    "trained_parameters": "trained parameters", "peak_memory_bytes": "peak memory in bytes", "seconds": "seconds",
+    "dtype": "numbers of the base", "verdict": "the curve", "forgetting": "forgetting",
+}  # fmt: skip
 
 
-def build_card(manifest: Manifest) -> str:
-    """Returns what a version is, where it is from, how good, how to use it, and its limits."""
-    figures = "\n".join(
-        f"| {key} | {value} |" for key, value in flatten_json(dict(manifest.figures)).items() if value is not None
-    )
-    measured = "Perplexity was measured on the texts named above." if manifest.parents else MEASURED
-    description = manifest.recipe.get("description") or "A LoRA adapter for a frozen GPT-2."
-    return f"""---
-base_model: {manifest.base.name}
-library_name: peft
-pipeline_tag: text-generation
-tags: [lora, gpt2, lora-gpt2]
----
-# {manifest.name}
+def build_card(manifest: Manifest, audits: Mapping[str, Any] | None = None) -> str:
+    """Returns the card; `audits` are the results that `store.audits` keeps."""
+    audits = audits or {}
+    described = manifest.recipe.get("description") or "A LoRA adapter for a frozen GPT-2."
+    licence = manifest.recipe.get("license") or "not given: ask who made it before you publish what it writes"
+    sections = [
+        f"# {manifest.name}\n\n{described}",
+        f"Base: `{manifest.base.name}` (fingerprint `{manifest.base.fingerprint}`); it works on no other.\n"
+        f"{_describe_origin(manifest)}\nLicence of the text: {licence}.",
+        "## Figures\n\n" + "\n".join(_list_figures(manifest)),
+        _describe_evaluation(audits.get("evaluation")),
+        _describe_memorization(audits.get("memorization")),
+        "## Use\n\n"
+        f'`lora-gpt2 generate "..." --adapter {manifest.name}`, or `PeftModel.from_pretrained(base, this_folder)`.\n'
+        "It is meant to continue text in the manner of its domain, for people who read what it writes before they use "
+        "it. It is not meant to answer questions of fact, health or law, nor to decide about people.",
+        "## Limits\n\n"
+        "It states false things fluently. It carries the bias of its text and of the base's, may repeat passages of "
+        "its text, names and numbers included, and knows nothing that came later. "
+        + ("Perplexity was measured on the texts named above." if manifest.parents else MEASURED),
+    ]
+    return f"---\n{_build_head(manifest)}---\n" + "\n\n".join(section for section in sections if section) + "\n"
 
-{description}
 
-Base: `{manifest.base.name}` (fingerprint `{manifest.base.fingerprint}`); it works on no other.
-{_describe_origin(manifest)}
+def _build_head(manifest: Manifest) -> str:
+    """Returns the metadata; values are JSON, which is YAML too."""
+    import json
 
-| figure | value |
-|---|---|
-{figures}
+    head: dict[str, Any] = {
+        "base_model": manifest.base.name, "library_name": "peft", "pipeline_tag": "text-generation",
+        "tags": ["lora", "gpt2", "lora-gpt2"],
+    }  # fmt: skip
+    if licence := manifest.recipe.get("license"):
+        head["license"] = str(licence).lower()
+    figures = manifest.figures
+    measured = [
+        {"type": "perplexity", "value": round(figures[key], 4), "name": f"perplexity on {what} text"}
+        for key, what in (("test_perplexity", "test"), ("validation_perplexity", "validation"))
+        if isinstance(figures.get(key), int | float)
+    ]
+    if measured:
+        data = {"name": ", ".join(manifest.data.get("sources", [])) or "held-out text", "type": "text"}
+        result = {"task": {"type": "text-generation"}, "dataset": data, "metrics": measured}
+        head["model-index"] = [{"name": manifest.name, "results": [result]}]
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in head.items())
 
-Use: `lora-gpt2 generate "..." --adapter {manifest.name}`, or `PeftModel.from_pretrained(base, this_folder)`.
 
-Limits: it continues text in the manner of its domain. It states false things fluently, carries the bias of its
-text, and may repeat passages of it. {measured}
-"""
+def _list_figures(manifest: Manifest) -> Iterator[str]:
+    figures = dict(manifest.figures)
+    yield "| figure | adapter | base |\n|---|---|---|"
+    for name, key, base_key in PAIRS:
+        if figures.get(key) is not None:
+            base = figures.get(base_key)
+            yield f"| {name} | {_show(figures[key])} | {'' if base is None else _show(base)} |"
+    known = {*OTHERS, "tokens_per_second", *(key for _, *keys in PAIRS for key in keys)}
+    rest = flatten_json({key: value for key, value in figures.items() if key not in known})
+    shown = {name: figures.get(key) for key, name in OTHERS.items()} | rest
+    yield from (f"| {name} | {_show(value)} | |" for name, value in shown.items() if value is not None)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _describe_origin(manifest: Manifest) -> str:
@@ -50,3 +103,39 @@ def _describe_origin(manifest: Manifest) -> str:
         tokens = manifest.data.get("train_tokens", "an unknown number of")
         lines.append(f"Text: {sources or 'unknown'}; {tokens} training tokens.")
     return "\n".join(lines)
+
+
+def _describe_evaluation(result: Mapping[str, Any] | None) -> str:
+    """Returns what `evaluate --keep` found, with its intervals."""
+    if not result:
+        return ""
+    rows = [
+        f"| {cell['source']} | {_show(cell['perplexity'])} | {_between(cell['perplexity_interval'])} | "
+        f"{cell['ratio_to_base']:.3f} | {_between(cell['ratio_interval'])} | {cell['tokens']:,} |"
+        for cell in result["cells"]
+    ]
+    head = "| text | perplexity | 95 % interval | over the base's | 95 % interval | tokens |\n|---|---|---|---|---|---|"
+    how = (
+        f"Protocol {result['protocol']}, window {result['window']}, stride {result['stride']}; bootstrap of documents."
+    )
+    return "## Measured\n\n" + "\n".join([head, *rows]) + f"\n\n{how}"
+
+
+def _between(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:,.3f} to {interval[1]:,.3f}"
+
+
+def _describe_memorization(result: Mapping[str, Any] | None) -> str:
+    """Returns what `audit memorization` found."""
+    if not result:
+        return "## Memorisation\n\nNot looked at (`lora-gpt2 audit memorization`)."
+    found, size, copies = result["extraction"], result["run_tokens"], result["copies"]
+    places = ", ".join(
+        f"{name} {found[key]['extracted']} of {found[key]['windows']}"
+        for key, name in (("train", "training text"), ("held_out", "held-out text"), ("base_on_train", "the base"))
+    )
+    sampled = f" Of {copies['texts']} sampled texts {copies['with_copies']} copy that much." if copies else ""
+    said = "It **repeats its text**: it" if result["memorizes"] else "It shows"
+    return (
+        f"## Memorisation\n\n{said} {result['verdict']}.\nThe next {size} tokens were given back at: {places}.{sampled}"
+    )

@@ -28,6 +28,8 @@ from lora_gpt2.model.base import Base
 from lora_gpt2.model.locate import HUB_ID, HUB_NAMES
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.store.archive import pack_archive, read_archive
+from lora_gpt2.store.audits import read_audits
+from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.convert import convert_variant
 from lora_gpt2.store.files import Origin, check_base, publish_adapter
@@ -204,7 +206,8 @@ def push_adapter(store: Store, reference: str, repository: str, private: bool) -
     """
     if not HUB_ID.fullmatch(repository):
         raise UsageError(f"'{repository}' is not a hub repository", "write owner/name")
-    _, files = read_version_files(store, reference)
+    manifest, files = read_version_files(store, reference)
+    files[CARD] = build_card(manifest, read_audits(store, manifest)).encode()
     from huggingface_hub import CommitOperationAdd, HfApi
 
     hint = f"nothing is lost: 'lora-gpt2 adapters export {reference} FILE.tar.gz' makes a file to carry"

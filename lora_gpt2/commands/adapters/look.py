@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,9 @@ import click
 from lora_gpt2.commands.shared import base_option, emit, format_bytes, format_table, json_option, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, LoraGpt2Error, NotFoundError, ResourceError, UsageError
+from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.store.audits import read_audits
+from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.changes import list_history
 from lora_gpt2.store.lineage import compare_manifests, describe_lineage
@@ -55,6 +59,30 @@ def show(reference: str, store: Store, as_json: bool) -> None:
     content |= {"path": str(store.resolve(reference)), "versions": store.list_versions(manifest.name)}
     content["lineage"] = describe_lineage(store, manifest)
     emit({"adapter": content}, as_json, lambda: "\n".join(_render_show(content)))
+
+
+@click.command("card")
+@click.argument("reference", metavar="NAME[@VERSION]")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write it to a file.")
+@store_option
+@json_option
+def card(reference: str, out: Path | None, store: Store, as_json: bool) -> None:
+    """Build a version's model card from its manifest and what audits and evaluations found since.
+
+    'audit memorization' and 'evaluate --keep' leave their results for it; 'adapters push' sends it.
+
+    \b
+    Examples:
+      lora-gpt2 adapters card shakespeare
+      lora-gpt2 adapters card mine --out README.md
+    """
+    manifest = store.read_manifest(reference)
+    text = build_card(manifest, read_audits(store, manifest))
+    if out:
+        with os_errors_as_ours(f"write {out}"):
+            out.write_text(text, encoding="utf-8")
+    result = {"adapter": manifest.reference, "card": text, "path": str(out) if out else None}
+    emit(result, as_json, lambda: f"written to {out}" if out else text)
 
 
 @click.command("history")
@@ -153,7 +181,7 @@ def verify(
         raise CheckFailed(f"not sound: {', '.join(broken)}", "restore them, 'adapters rollback' or train again")
 
 
-COMMANDS = (list_, show, history, diff, verify)
+COMMANDS = (list_, show, card, history, diff, verify)
 
 
 def _verify_group(store: Store, manifests: list[Manifest], base_name: str) -> list[Verdict]:
