@@ -320,7 +320,7 @@ class Recipe(Section):
     description: str = ""
     """A line for people: what the adapter is for."""
     license: str = ""
-    """Licence of the text, for the card: an identifier such as CC-BY-4.0, or words."""
+    """Licence of the text, for the card, such as CC-BY-4.0."""
     base: str = "nano"
     """The frozen model: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a hub id or a folder."""
     data: DataSettings = DataSettings()
@@ -381,8 +381,7 @@ def _find_field(key: str) -> FieldInfo | None:
 
 def describe_key(key: str) -> str:
     """Returns the help text of a dotted key as a hint."""
-    field = _find_field(key)
-    return f"{key}: {field.description}" if field else "see 'lora-gpt2 recipes show'"
+    return f"{key}: {field.description}" if (field := _find_field(key)) else "see 'lora-gpt2 recipes show'"
 
 
 def is_text(key: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,14 +27,37 @@ def measure_nll(
     hidden: Float[Tensor, "tokens width"], head: Float[Tensor, "vocab width"], targets: Int[Tensor, " tokens"]
 ) -> Float[Tensor, " tokens"]:
     """Returns the negative log-likelihood of each target in nats, float32; 0 where the target is `IGNORE`."""
-    result = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     with torch.no_grad():
-        step = rows_per_chunk(hidden.device)
+        step = min(rows_per_chunk(hidden.device), len(targets))
+        chunk = _Chunk(hidden, head, step)
         for start in range(0, len(targets), step):
-            logits = F.linear(hidden[start : start + step], head).float()
-            wanted = targets[start : start + step]
-            result[start : start + step] = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
-    return result
+            rows = slice(start, start + step)
+            wanted = targets[rows].clamp_min(0)[:, None]
+            logits = chunk.compute(hidden[rows])
+            chosen = logits.gather(1, wanted)[:, 0]
+            nll[rows] = (logits.exp_().sum(1).log() - chosen) * (targets[rows] != IGNORE)
+    return nll
+
+
+class _Chunk:
+    """Room for the logits of `rows` rows, used again for each chunk, because fresh memory costs as much as sums."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, rows: int) -> None:
+        self.head, self.narrow = head, hidden.new_empty(rows, len(head))
+        self.wide = self.narrow if self.narrow.dtype == torch.float32 else self.narrow.to(torch.float32)
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """Returns the logits of some rows in float32, less the largest of each; valid until the next call."""
+        scores, logits = self.narrow[: len(hidden)], self.wide[: len(hidden)]
+        torch.mm(hidden, self.head.T, out=scores)
+        if self.wide is not self.narrow:
+            logits.copy_(scores)
+        return logits.sub_(logits.amax(1, keepdim=True))
+
+    def to_narrow(self, slope: Tensor) -> Tensor:
+        """Returns what stands in the logits' place in the numbers of the head."""
+        return slope if self.wide is self.narrow else self.narrow[: len(slope)].copy_(slope)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -47,18 +69,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         step = min(rows_per_chunk(hidden.device), len(targets))
-        narrow = hidden.new_empty(step, len(head))
-        wide = narrow if narrow.dtype == torch.float32 else narrow.to(torch.float32)
+        chunk = _Chunk(hidden, head, step)
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
             kept = targets[rows] != IGNORE
             wanted = targets[rows].clamp_min(0)[:, None]
             factor = weights[rows] * kept
-            scores, logits = narrow[: len(wanted)], wide[: len(wanted)]
-            torch.mm(hidden[rows], head.T, out=scores)
-            if wide is not narrow:
-                logits.copy_(scores)
-            logits.sub_(logits.amax(1, keepdim=True))
+            logits = chunk.compute(hidden[rows])
             chosen, mean = logits.gather(1, wanted)[:, 0], logits.mean(1) if smoothing else None
             total = logits.exp_().sum(1)
             nll[rows] = (total.log() - chosen) * kept
@@ -68,9 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if mean is not None:
                 loss += smoothing * ((total.log() - mean) * factor).sum()
                 slope.sub_((factor * (smoothing / logits.shape[1]))[:, None])
-            if wide is not narrow:
-                scores.copy_(slope)
-            torch.mm(scores, head, out=gradient[rows])
+            torch.mm(chunk.to_narrow(slope), head, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return loss, nll
 
