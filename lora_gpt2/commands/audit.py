@@ -15,6 +15,7 @@ import click
 from lora_gpt2.commands.shared import (
     base_option,
     emit,
+    end_as_failed,
     format_table,
     json_option,
     seed_option,
@@ -22,7 +23,6 @@ from lora_gpt2.commands.shared import (
     set_option,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import CheckFailed
 from lora_gpt2.core.paths import os_errors_as_ours
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.audits import write_audit
@@ -148,10 +148,8 @@ def memorization(
     emit(result, as_json, lambda: _render_memorization(result))
     shares = [result["extraction"]["train"]["share"], (result["copies"] or {}).get("share")]
     if fail_above is not None and max(share or 0.0 for share in shares) > fail_above:
-        raise CheckFailed(
-            f"{adapter} repeats more than {fail_above:.1%}: {result['verdict']}",
-            "train it with fewer steps or more text; generate --no-verbatim 50 keeps copies out",
-        )
+        hint = "train it with fewer steps or more text; generate --no-verbatim 50 keeps copies out"
+        end_as_failed(f"{adapter} repeats more than {fail_above:.1%}: {result['verdict']}", hint, as_json)
 
 
 def _render_memorization(result: dict[str, Any]) -> str:

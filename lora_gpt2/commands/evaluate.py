@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_gpt2.commands.shared import emit, format_matrix, format_table, session_options
+from lora_gpt2.commands.shared import emit, end_as_failed, format_matrix, format_table, session_options
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import CheckFailed
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.paths import is_name, os_errors_as_ours
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_gpt2.evaluation.matrix import Cell, Source
     from lora_gpt2.inference.session import Session
 
+PICTURES = (".png", ".svg")
 file_type = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -59,6 +60,8 @@ def command(
       lora-gpt2 evaluate mine --adapter mine --generate 20
       lora-gpt2 evaluate test.txt --set evaluate.window=256 --set evaluate.stride=128
     """
+    if plot and plot.suffix.lower() not in PICTURES:
+        raise UsageError(f"--plot {plot}: pictures are {', '.join(PICTURES)}", "name the file matrix.png, for example")
     settings = load_recipe(recipe, overrides, base=base)
     from lora_gpt2.evaluation.limits import find_above, find_regressions, parse_limits, read_baseline
     from lora_gpt2.evaluation.matrix import read_sources
@@ -87,11 +90,11 @@ def command(
     if keep:
         _keep(result, references, store)
     _write_pages(result, plot, html)
+    result["failures"] = [*find_above(cells, limits), *find_regressions(cells, earlier, tolerance)]
     emit(result, as_json, lambda: _render(result))
-    if failures := [*find_above(cells, limits), *find_regressions(cells, earlier, tolerance)]:
-        raise CheckFailed(
-            "; ".join(failures), "train again, go back to a version (adapters rollback), or set new limits"
-        )
+    if result["failures"]:
+        hint = "train again, go back to a version (adapters rollback), or set new limits"
+        end_as_failed("; ".join(result["failures"]), hint, as_json)
 
 
 def _measure(
@@ -157,7 +160,7 @@ def _write_pages(result: dict[str, Any], plot: Path | None, html: Path | None) -
 
     with os_errors_as_ours("write the picture or the page"):
         if plot:
-            plot.write_bytes(draw_matrix([*result["cells"], *result["forgetting"]], plot.suffix.lstrip(".") or "png"))
+            plot.write_bytes(draw_matrix([*result["cells"], *result["forgetting"]], plot.suffix.lower().lstrip(".")))
         if html:
             html.write_text(build_matrix_page(result), encoding="utf-8")
 

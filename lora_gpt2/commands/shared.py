@@ -8,11 +8,11 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import CheckFailed, UsageError
 from lora_gpt2.store.catalog import Store
 
 MEMORY_UNITS = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
@@ -73,6 +73,13 @@ def name_store(store: Store) -> str:
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[], str]) -> None:
     """Writes a result on stdout: as JSON, in which what is not finite is null, or as `render` shows it."""
     click.echo(json.dumps(_finite(result), indent=1, allow_nan=False) if as_json else render())
+
+
+def end_as_failed(message: str, hint: str, as_json: bool) -> NoReturn:
+    """Ends the command as `CheckFailed` does; quietly with --json, where the one document has said it."""
+    if as_json:
+        raise click.exceptions.Exit(CheckFailed.exit_code)
+    raise CheckFailed(message, hint)
 
 
 def _finite(value: Any) -> Any:

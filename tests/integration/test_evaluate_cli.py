@@ -64,6 +64,10 @@ def test_limits_and_baselines_end_with_nine_and_name_the_cells(run, own, text_fi
     assert code == 9
     assert "mine on mine: perplexity" in err
     assert "perplexity" in out, "the table is printed first"
+    code, out, _ = run("evaluate", *spec, "--base", base_folder, "--fail-above", "mine=2", "--json")
+    assert (code, len(json.loads(out)["failures"])) == (9, 1), "one document, which says it"
+    code, out, _ = run("evaluate", *spec, "--base", base_folder, "--plot", "x.docx", "--json")
+    assert (code, json.loads(out)["error"]["type"]) == (2, "UsageError")
     result["cells"][1]["perplexity"] *= 0.9
     before.write_text(json.dumps(result))
     code, _, err = run("evaluate", *spec, "--base", base_folder, "--baseline", before)

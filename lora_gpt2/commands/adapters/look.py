@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_gpt2.commands.shared import base_option, emit, format_bytes, format_table, json_option, store_option
+from lora_gpt2.commands.shared import (
+    base_option,
+    emit,
+    end_as_failed,
+    format_bytes,
+    format_table,
+    json_option,
+    store_option,
+)
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import CheckFailed, LoraGpt2Error, NotFoundError, ResourceError, UsageError
+from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError, ResourceError, UsageError
 from lora_gpt2.core.paths import os_errors_as_ours
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
@@ -175,10 +183,8 @@ def verify(
     verdicts.sort(key=lambda verdict: order.index(verdict.reference.partition("@")[0]))
     rows = [vars(verdict) | {"sound": verdict.is_sound} for verdict in verdicts]
     emit({"adapters": rows}, as_json, lambda: _render_verdicts(verdicts, store))
-    if as_json and not all(verdict.is_sound for verdict in verdicts):
-        click.get_current_context().exit(CheckFailed.exit_code)  # the one document has said it
     if broken := [verdict.reference for verdict in verdicts if not verdict.is_sound]:
-        raise CheckFailed(f"not sound: {', '.join(broken)}", "restore them, 'adapters rollback' or train again")
+        end_as_failed(f"not sound: {', '.join(broken)}", "restore them, 'adapters rollback' or train again", as_json)
 
 
 COMMANDS = (list_, show, card, history, diff, verify)
