@@ -71,7 +71,7 @@ def data(
 
         def judge(name: str, sentences: Sequence[str]) -> Sequence[float]:
             rows = session.for_rows(parse_mix([name]))
-            jobs = Jobs(session.base, [sentences], recipe.evaluate)
+            jobs = Jobs(session.base, [sentences], recipe.evaluate.model_copy(update={"protocol": "document"}))
             nats: Sequence[float] = jobs.measure(lambda columns: rows(len(columns)))[0][0].per_document[0].tolist()
             return nats
 
@@ -163,8 +163,8 @@ def _render_memorization(result: dict[str, Any]) -> str:
     copies = result["copies"]
     if copies:
         lines.append(
-            f"sampled: {copies['with_copies']} of {copies['texts']} texts hold {size} tokens or more of the training "
-            f"text, the longest {copies['longest_copy_tokens']}"
+            f"sampled: {copies['with_copies']} of {copies['texts']} texts hold {copies['run_tokens']} tokens or more of "
+            f"the training text, the longest {copies['longest_copy_tokens']}"
         )
     for canary in result["canaries"]:
         lines.append(

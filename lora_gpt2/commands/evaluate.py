@@ -11,7 +11,7 @@ import click
 from lora_gpt2.commands.shared import emit, end_as_failed, format_matrix, format_table, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.core.paths import is_name, os_errors_as_ours
+from lora_gpt2.core.paths import check_writable, is_name, os_errors_as_ours
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.audits import write_audit
@@ -20,6 +20,7 @@ from lora_gpt2.store.catalog import Store
 if TYPE_CHECKING:
     from lora_gpt2.data.records import Document
     from lora_gpt2.evaluation.matrix import Cell, Source
+    from lora_gpt2.evaluation.quality import Task
     from lora_gpt2.inference.session import Session
 
 PICTURES = (".png", ".svg")
@@ -63,13 +64,17 @@ def command(
     if plot and plot.suffix.lower() not in PICTURES:
         raise UsageError(f"--plot {plot}: pictures are {', '.join(PICTURES)}", "name the file matrix.png, for example")
     settings = load_recipe(recipe, overrides, base=base)
-    from lora_gpt2.evaluation.limits import find_above, find_regressions, parse_limits, read_baseline
+    from lora_gpt2.evaluation.general import GENERAL
+    from lora_gpt2.evaluation.limits import check_limits, find_above, find_regressions, parse_limits, read_baseline
     from lora_gpt2.evaluation.matrix import read_sources
     from lora_gpt2.evaluation.own_text import read_held_out
     from lora_gpt2.evaluation.perplexity import choose_window
+    from lora_gpt2.evaluation.quality import build_task
     from lora_gpt2.inference.open import open_session
 
-    limits, earlier = parse_limits(fail_above), read_baseline(baseline) if baseline else {}
+    limits, earlier = parse_limits(fail_above), read_baseline(baseline) if baseline else None
+    for page in (plot, html):
+        check_writable(page)
     own_base = settings.base if "base" in settings.model_fields_set else None
 
     def find_held_out(name: str) -> list[Document] | None:
@@ -78,19 +83,24 @@ def command(
         return read_held_out(store, name, reporter, own_base) if is_known else None
 
     read = read_sources(sources, settings.data, find_held_out)
+    check_limits(limits, [GENERAL, *(source.label for source in read)])
     session, references = open_session(store, adapters, settings, settings.evaluate.precision)
     window, stride = choose_window(session.base, settings.evaluate)
+    tasks = [build_task(source, session.base.tokenizer, num_texts) for source in read] if num_texts else []
     cells, forgetting = _measure(session, references, read, settings, general, reporter)
     result: dict[str, Any] = {
         "cells": [cell.to_json() for cell in cells], "forgetting": [cell.to_json() for cell in forgetting],
         "base": session.base.name, "protocol": settings.evaluate.protocol, "window": window, "stride": stride,
     }  # fmt: skip
-    if num_texts:
-        result["generation"] = _generate(session, references, read, settings, num_texts, reporter)
+    if tasks:
+        result["generation"] = _generate(session, references, tasks, settings, reporter)
     if keep:
         _keep(result, references, store)
     _write_pages(result, plot, html)
-    result["failures"] = [*find_above(cells, limits), *find_regressions(cells, earlier, tolerance)]
+    measured = [*cells, *forgetting]
+    result["failures"] = find_above(measured, limits)
+    if earlier:
+        result["failures"] += find_regressions(measured, result, earlier, tolerance)
     emit(result, as_json, lambda: _render(result))
     if result["failures"]:
         hint = "train again, go back to a version (adapters rollback), or set new limits"
@@ -122,14 +132,13 @@ def _measure(
 def _generate(
     session: Session,
     references: Sequence[str],
-    sources: Sequence[Source],
+    tasks: Sequence[Task],
     recipe: Recipe,
-    count: int,
     reporter: Reporter,
 ) -> list[dict[str, Any]]:
     from lora_gpt2.core.interrupt import catch_signals
     from lora_gpt2.evaluation.perplexity import measure_perplexity
-    from lora_gpt2.evaluation.quality import build_task, measure_quality
+    from lora_gpt2.evaluation.quality import measure_quality
     from lora_gpt2.inference.generate import build_writer
     from lora_gpt2.inference.session import BASE, parse_mix
 
@@ -137,7 +146,6 @@ def _generate(
         rows = session.for_rows(parse_mix([name]))
         return measure_perplexity(session.base, texts, recipe.evaluate, rows).perplexity
 
-    tasks = [build_task(source, session.base.tokenizer, count) for source in sources]
     names = [BASE, *(name for name in references if name != BASE)]
     with catch_signals() as stop:
         write = build_writer(session, reporter, stop)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts: .jsonl, or one per line.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where --prompts' results go; resumable.")
 @seed_option
-@click.option("--no-verbatim", type=click.IntRange(2, 1000), metavar="N",
+@click.option("--no-verbatim", type=click.IntRange(8, 1000), metavar="N",
               help="Never copy N tokens in a row from the adapters' training text.")  # fmt: skip
 @click.option("--disclose", is_flag=True, help="Say with the text, or in a file beside --out, that a machine wrote it.")
 @click.option("--truncate", type=click.Choice(["left"]), help="Keep the end of a prompt that is too long.")
@@ -160,7 +160,8 @@ class _Job:
                 on_text=show if streams else None, stop=stop, truncate_left=self.truncate_left,
             )  # fmt: skip
         results = [output.to_json() for output in outputs]
-        said = {"disclosure": describe_origin(session.base.name, results[0]["adapter"])} if self.disclose else {}
+        named = ", ".join(dict.fromkeys(item["adapter"] for item in results))
+        said = {"disclosure": describe_origin(session.base.name, named)} if self.disclose else {}
         if streams:
             click.echo("" if shown else prompt)
         else:

@@ -19,6 +19,7 @@ from lora_gpt2.evaluation.rating import (
     Round,
     Task,
     add_answers,
+    check_free,
     check_rater,
     find_open,
     import_answers,
@@ -75,6 +76,7 @@ def command(
     """
     check_rater(rater)
     if adapters or prompts:
+        check_free(folder)
         recipe = load_recipe(None, overrides, base=base)
         made = _begin(adapters, prompts, mode, criteria or CRITERIA, seed or 0, (reporter, store, recipe))
         write_round(folder, made)
@@ -86,13 +88,17 @@ def command(
 
         with os_errors_as_ours(f"write {export}"):
             export.write_text(build_form(made), encoding="utf-8")
-        reporter.message(f"form for {len(made.list_tasks())} tasks written: {export}; next: rate --import ANSWERS")
+        reporter.message(f"form for {len(made.tasks)} tasks written: {export}; next: rate --import ANSWERS")
     if serve:
         _serve(folder, port, reporter)
     elif not (files or export or report):
         _ask(folder, made, rater)
-    result = measure_round(made, read_answers(folder, made))
-    emit(result, as_json, lambda: _render(result))
+    answers = read_answers(folder, made)
+    result = measure_round(made, answers)
+    is_rating = not (files or export or report or serve)
+    left = len(find_open(made, answers, rater)) if is_rating else 0
+    hidden = f"{left} tasks are left for {rater}; who wrote what stays hidden until then (--report shows it)"
+    emit(result, as_json, lambda: hidden if left else _render(result))
 
 
 def _begin(

@@ -29,6 +29,7 @@ def draw_chart(
         "svg.fonttype": "none", "svg.hashsalt": "lora-gpt2", "font.size": 9, "axes.spines.top": False,
         "axes.spines.right": False, "axes.edgecolor": "#999999", "axes.grid": True, "grid.color": "#ececec",
         "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True,
+        "text.parse_math": False,
     }  # fmt: skip
     with matplotlib.rc_context(look):
         figure: Figure = Figure(figsize=size)

@@ -21,7 +21,8 @@ PREVIEW_TOKENS = 200
 def iter_documents(blocks: TokenBlocks, eos_id: int) -> Iterator[tuple[list[int], list[bool]]]:
     """Yields the documents of a part: tokens without EOS, and which of them carry loss; of a packed part, the runs."""
     if blocks.starts is not None:
-        bounds = [(begin, end - 1) for begin, end in pairwise(blocks.starts.tolist())]
+        runs = pairwise(blocks.starts.tolist())
+        bounds = [(begin, end - int(blocks.stream[end - 1] == eos_id)) for begin, end in runs]  # a cut one has no EOS
     else:
         ends = np.flatnonzero(np.asarray(blocks.stream) == eos_id).tolist()
         bounds = list(pairwise(ends))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Metric = Literal["nominal", "ordinal", "interval"]
 Floats = NDArray[np.float64]
 Z95 = 1.959964
+SETTLED = 0.05
 MAX_STEPS = 10_000
 PRECISION = 1e-10
 
@@ -99,16 +100,27 @@ def count_wins(outcomes: Mapping[tuple[int, int], Sequence[float]], number: int)
 
 
 def count_missing(outcomes: Sequence[float]) -> int | None:
-    """Returns how many more outcomes (1, 0, or between) would settle which is better, 0 if it is settled already.
+    """Returns about how many more outcomes (1, 0, or between) would settle which is better, 0 if it is settled already.
 
-    Settled is a mean whose 95 % interval leaves 0.5 out; None where no difference is seen, or nothing was judged.
+    Settled is p < 0.05 of the two-sided sign test, ties left out; how many are needed is a normal approximation. None
+    where no difference is seen, or nothing was judged.
     """
-    number, mean = len(outcomes), float(np.mean(outcomes)) if len(outcomes) else 0.5
-    if abs(mean - 0.5) < 1e-9:
+    wins, losses = sum(value > 0.5 for value in outcomes), sum(value < 0.5 for value in outcomes)
+    if wins == losses:
         return None
-    shrunk = (sum(outcomes) + 1) / (number + 2)  # a few that agree prove little
-    spread = max(float(np.std(outcomes)), math.sqrt(shrunk * (1 - shrunk)))
-    return max(0, math.ceil((Z95 * spread / (mean - 0.5)) ** 2) - number)
+    if compare_signs(wins, losses) < SETTLED:
+        return 0
+    number = wins + losses
+    share = (max(wins, losses) + 1) / (number + 2)  # a few that agree prove little
+    needed = Z95**2 * share * (1 - share) / (share - 0.5) ** 2
+    return max(1, math.ceil(needed * len(outcomes) / number) - len(outcomes))
+
+
+def compare_signs(wins: int, losses: int) -> float:
+    """Returns the two-sided p of the sign test: how likely so uneven an outcome is if both are equally good."""
+    number, most = wins + losses, max(wins, losses)
+    tail: float = sum(math.comb(number, k) for k in range(most, number + 1)) / 2**number
+    return min(1.0, 2 * tail)
 
 
 def list_pairs(names: Sequence[str]) -> list[tuple[int, int]]:

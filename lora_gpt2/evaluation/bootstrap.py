@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 ROUNDS = 1000
+AT_ONCE = 20_000_000
 MIN_DOCUMENTS = 5  # fewer cannot show how much documents differ
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -25,10 +26,18 @@ def draw_counts(num_documents: int, rounds: int = ROUNDS, seed: int = 0) -> Floa
     return np.stack([np.bincount(draw, minlength=num_documents) for draw in draws]).astype(np.float64)
 
 
-def resample_ratio(totals: Floats, sizes: Floats, counts: Floats) -> Floats:
-    """Returns sum of totals over sum of sizes on each draw, `[rounds, rows]`; totals `[rows, documents]`."""
-    denominator = counts @ sizes
-    return (counts @ totals.T) / np.where(denominator == 0, np.nan, denominator)[:, None]
+def resample_ratio(totals: Floats, sizes: Floats) -> Floats:
+    """Returns sum of totals over sum of sizes on each draw, `[rounds, rows]`; totals `[rows, documents]`.
+
+    Rounds are drawn some at a time, so that a million documents take no more memory than twenty thousand.
+    """
+    at_once = max(1, AT_ONCE // max(1, len(sizes)))
+    parts = []
+    for start in range(0, ROUNDS, at_once):
+        counts = draw_counts(len(sizes), min(at_once, ROUNDS - start), seed=start)
+        denominator = counts @ sizes
+        parts.append((counts @ totals.T) / np.where(denominator == 0, np.nan, denominator)[:, None])
+    return np.concatenate(parts)
 
 
 def find_interval(values: Floats | Sequence[float], level: float = LEVEL) -> Interval:

@@ -14,7 +14,7 @@ import numpy as np
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.formats import read_documents
-from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, Interval, draw_counts, find_interval, resample_ratio
+from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, Interval, find_interval, resample_ratio
 from lora_gpt2.evaluation.perplexity import AdaptersForColumns, Jobs, Score, Text, to_perplexity
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.probe import AdaptersForRows
@@ -103,8 +103,10 @@ def measure_matrix(
 def _compare(label: str, scores: Mapping[str, Score]) -> list[Cell]:
     """Returns the cells of one source, all resampled by the same draws."""
     documents = np.stack([score.per_document for score in scores.values()])
-    names, base, is_sure = list(scores), scores.get(BASE), documents.shape[2] >= MIN_DOCUMENTS
-    means = resample_ratio(documents[:, 0], documents[0, 1], draw_counts(documents.shape[2])) if is_sure else None
+    names, base = list(scores), scores.get(BASE)
+    scored = documents[0, 1] > 0
+    is_sure = np.count_nonzero(scored) >= MIN_DOCUMENTS
+    means = resample_ratio(documents[:, 0, scored], documents[0, 1, scored]) if is_sure else None
     cells = []
     for row, (name, score) in enumerate(scores.items()):
         interval = ratio_interval = None

@@ -40,6 +40,8 @@ BATCH_TOKENS = 8192
 CANDIDATES = 512
 WORST = 5
 CODE_LENGTH = 9
+MIN_CONTROL = 20  # places, for a share to compare with
+MIN_RUN, MIN_COPY = 8, 12  # tokens, where documents are short
 BOXES = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "islet", "jetty")
 
 
@@ -107,6 +109,25 @@ def measure_extraction(base: Base, adapters_for: AdaptersForRows, stream: Stream
     return Extraction(len(places), len(whole), float(np.mean(matched)) if matched else 0.0, whole)
 
 
+def choose_control(*controls: Extraction) -> Extraction:
+    """Returns the control that gives back most, of those with enough places; else the one with most places."""
+    enough = [control for control in controls if control.windows >= MIN_CONTROL]
+    if not enough:
+        return max(controls, key=lambda control: control.windows)
+    return max(enough, key=lambda control: (control.extracted / control.windows, control.windows))
+
+
+def choose_sizes(own: OwnText, most: int, context: int) -> tuple[int, int]:
+    """Returns how long runs are: for extraction, two of which fit the usual document, and for copies.
+
+    Documents of a packed text do not see each other, so longer runs would find nothing in short ones.
+    """
+    lengths = [len(own.tokenizer.encode(d.prompt + d.text)) for d in own.documents["train"][:1000]]
+    usual = int(np.median(lengths)) if lengths else most
+    size = min(most, context // 2)
+    return max(min(size, usual // 2), min(size, MIN_RUN)), max(min(size, usual), min(size, MIN_COPY))
+
+
 def compare_shares(hits: int, number: int, control_hits: int, control_number: int) -> float:
     """Returns Fisher's exact one-sided p: how likely so many more hits than in the control are by chance."""
     total, all_hits = number + control_number, hits + control_hits
@@ -140,9 +161,14 @@ def read_canaries(path: Path) -> list[Canary]:
     try:
         found = [json.loads(line) for line in content.splitlines() if line.strip()]
         canaries = [Canary(str(v["text"]), str(v["form"]), str(v["secret"])) for v in found]
+        has_codes = all(len(c.secret) == CODE_LENGTH and c.secret.isdecimal() for c in canaries)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no canaries", "write them with: lora-gpt2 audit canaries FILE") from error
-    if not canaries or any(canary.form.replace("{}", canary.secret) != canary.text for canary in canaries):
+    if (
+        not canaries
+        or not has_codes
+        or any(canary.form.replace("{}", canary.secret) != canary.text for canary in canaries)
+    ):
         raise DataError(f"{path} holds no canaries, or changed ones", "write them with: lora-gpt2 audit canaries FILE")
     return canaries
 
@@ -167,18 +193,21 @@ def measure_exposure(base: Base, adapters_for: AdaptersForRows, canaries: Sequen
     return found
 
 
-def find_copies(index: VerbatimIndex, own: OwnText, prompts: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
-    """Returns how many texts hold a copy of the training text, the longest, and the worst with their sources."""
+def find_copies(index: VerbatimIndex, held_out: VerbatimIndex, own: OwnText, texts: Sequence[str]) -> dict[str, Any]:
+    """Returns how many texts hold a copy of the training text, the longest, and the worst with their sources.
+
+    What stands in held-out text as well is common, and no copy; prompts do not count.
+    """
     copies = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        new, whole = own.tokenizer.encode(text), own.tokenizer.encode(prompt + text)
-        tokens = whole[max(0, len(whole) - len(new) - index.size + 1) :]
+    for text in texts:
+        tokens = own.tokenizer.encode(text)
         length, place = index.find_longest(tokens)
-        if length:
+        if length > held_out.find_longest(tokens)[0]:
             copies.append((length, place))
     worst = [{"tokens": n, **describe_place(own, place, n)} for n, place in sorted(set(copies), reverse=True)[:WORST]]
     return {
-        "texts": len(texts), "with_copies": len(copies), "share": len(copies) / len(texts) if texts else None,
+        "run_tokens": index.size, "texts": len(texts), "with_copies": len(copies),
+        "share": len(copies) / len(texts) if texts else None,
         "longest_copy_tokens": max(copies)[0] if copies else 0, "worst": worst,
     }  # fmt: skip
 
@@ -199,7 +228,7 @@ def audit_memorization(
     write: Write, sampling: GenerateSettings, canaries: Sequence[Canary] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Returns what an adapter repeats, with a verdict; the keys are those of `audit memorization --json`."""
-    size = min(settings.size, base.config.context // 2)
+    size, copied = choose_sizes(own, settings.size, base.config.context)
     train, held_out = own.prepared.train.stream, [own.prepared.test.stream, own.prepared.validation.stream]
     reporter.message(f"looking at {settings.windows} places of {len(train):,} training tokens")
     extraction = {
@@ -207,11 +236,11 @@ def audit_memorization(
         "held_out": measure_extraction(base, adapters_for, np.concatenate(held_out), size, settings.windows),
         "base_on_train": measure_extraction(base, lambda rows: None, train, size, settings.windows),
     }
-    index = VerbatimIndex(train, size)
     prompts = _choose_prompts(own, settings.texts)
-    copies = find_copies(index, own, prompts, write(name, prompts, sampling)) if prompts else None
+    indexes = VerbatimIndex(train, copied), VerbatimIndex(np.concatenate(held_out), copied)
+    copies = find_copies(*indexes, own, write(name, prompts, sampling)) if prompts else None
     exposure = measure_exposure(base, adapters_for, canaries)
-    control = max(extraction["held_out"], extraction["base_on_train"], key=lambda e: e.extracted / max(1, e.windows))
+    control = choose_control(extraction["held_out"], extraction["base_on_train"])
     own_hits = extraction["train"]
     chance = compare_shares(own_hits.extracted, own_hits.windows, control.extracted, control.windows)
     reasons = _judge(own_hits, control, chance, copies, exposure, size)
@@ -222,8 +251,14 @@ def audit_memorization(
         "adapter": own.manifest.reference, "run_tokens": size,
         "extraction": {key: value.to_json() for key, value in extraction.items()}, "chance": chance,
         "extracted_examples": worst, "copies": copies, "canaries": exposure,
-        "memorizes": bool(reasons), "verdict": "; ".join(reasons) or "no sign of memorisation in what was looked at",
+        "same_text": own.is_same, "memorizes": bool(reasons),
+        "verdict": _say(reasons, own, extraction["train"].windows),
     }  # fmt: skip
+
+
+def _say(reasons: Sequence[str], own: OwnText, windows: int) -> str:
+    said = "; ".join(reasons) or f"no sign of memorisation at the {windows} places and in the texts looked at"
+    return said if own.is_same else f"{said} (but the text may not be that of training: it is prepared otherwise)"
 
 
 def _choose_prompts(own: OwnText, count: int) -> list[str]:
@@ -248,8 +283,8 @@ def _judge(
         )
     if copies and copies["with_copies"]:
         reasons.append(
-            f"{copies['with_copies']} of {copies['texts']} sampled texts copy {size} tokens or more, the longest "
-            f"{copies['longest_copy_tokens']}"
+            f"{copies['with_copies']} of {copies['texts']} sampled texts copy {copies['run_tokens']} tokens or more, "
+            f"the longest {copies['longest_copy_tokens']}"
         )
     known = [canary for canary in exposure if canary["p"] < SIGNIFICANT]
     if known and count_by_chance(len(known), len(exposure), SIGNIFICANT) <= SIGNIFICANT:

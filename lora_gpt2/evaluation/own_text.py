@@ -25,6 +25,11 @@ class OwnText:
     tokenizer: Tokenizer
     documents: dict[str, list[Document]]
 
+    @property
+    def is_same(self) -> bool:
+        """True if it is prepared exactly as it was for training; else it changed, or our version did."""
+        return self.prepared.fingerprint == self.manifest.data.get("fingerprint")
+
 
 def read_held_out(store: Store, reference: str, reporter: Reporter, base: str | None = None) -> list[Document]:
     """Returns what was held out of an adapter's training: the test part, or without one what it was validated on."""
@@ -50,8 +55,6 @@ def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | 
             f"the text of {manifest.reference} is not where it was: {error.message}",
             "run this in the folder of training",
         ) from error
-    if prepared.fingerprint != manifest.data.get("fingerprint"):
-        reporter.message(f"the text of {manifest.reference} is not prepared as it was for training (changed, or by us)")
     found: dict[str, list[Document]] = {}
     for part in PARTS:
         documents = enumerate(iter_documents(getattr(prepared, part), tokenizer.eos_id), start=1)
@@ -60,4 +63,7 @@ def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | 
             for number, (ids, carries) in documents
             for prompt in [carries.index(True) if True in carries else len(ids)]
         ]
-    return OwnText(manifest, prepared, tokenizer, found)
+    own = OwnText(manifest, prepared, tokenizer, found)
+    if not own.is_same:
+        reporter.message(f"the text of {manifest.reference} is not prepared as it was: it was changed, or our version")
+    return own

@@ -86,7 +86,7 @@ class Quality:
 
 
 def build_task(source: Source, tokenizer: Tokenizer, count: int) -> Task:
-    """Returns `count` prompts of a source, spread over it; fewer if it has fewer."""
+    """Returns `count` prompts of a source, spread over it; fewer if it has fewer, `DataError` if it has none."""
     pairs = [split_prompt(document) for document in source.documents]
     domain = "\n".join(text for _, text in pairs)
     grouped: dict[str, list[str]] = {}
@@ -98,17 +98,17 @@ def build_task(source: Source, tokenizer: Tokenizer, count: int) -> Task:
         beginnings = (tokenizer.decode(ids[:PROMPT_TOKENS]) for ids in encoded if len(ids) > PROMPT_TOKENS)
         grouped = {prompt: [] for prompt in beginnings}
     prompts = list(grouped)
-    places = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int).tolist() if prompts else []
+    if not prompts:
+        raise DataError(
+            f"{source.label} has no document of more than {PROMPT_TOKENS} tokens to continue", "give longer documents"
+        )
+    places = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int).tolist()
     chosen = [prompts[place] for place in places]
     return Task(source.label, chosen, [grouped[prompt] for prompt in chosen], domain)
 
 
 def measure_quality(task: Task, adapter: str, settings: GenerateSettings, write: Write, judge: Judge) -> Quality:
-    """Returns what an adapter makes of a task's prompts; raises `DataError` if there are none."""
-    if not task.prompts:
-        raise DataError(
-            f"{task.source} has no document of more than {PROMPT_TOKENS} tokens to continue", "give longer documents"
-        )
+    """Returns what an adapter makes of a task's prompts."""
     texts = write(adapter, task.prompts, settings)
     figures = describe_texts(texts, task)
     warnings = find_causes(task, adapter, settings, write, figures["repetition_4"], figures["domain_repetition_4"])

@@ -7,10 +7,12 @@ a rater sees, in a terminal or a form, names no adapter.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from lora_gpt2.evaluation.agreement import (
     list_pairs,
     measure_alpha,
 )
-from lora_gpt2.evaluation.bootstrap import draw_counts, find_interval
+from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, draw_counts, find_interval
 
 ROUND, ANSWERS = "round.json", "answers.jsonl"
 CRITERIA = ("coherence", "relevance", "fluency", "style")
@@ -66,8 +68,9 @@ class Round:
     mode: Mode = "pairwise"
     criteria: tuple[str, ...] = CRITERIA
 
-    def list_tasks(self) -> list[Task]:
-        """Returns every task, numbered; pairs of equal texts are none."""
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """Every task, numbered; pairs of equal texts are none."""
         singles = [(place,) for place in range(len(self.adapters))]
         groups: Sequence[tuple[int, ...]] = list_pairs(self.adapters) if self.mode == "pairwise" else singles
         tasks: list[Task] = []
@@ -78,13 +81,24 @@ class Round:
                     tasks.append(Task(len(tasks), prompt, shown, tuple(self.adapters[a] for a in group)))
         return tasks
 
+    @cached_property
+    def identity(self) -> str:
+        """What tells the round from others: its tasks, mode and criteria."""
+        shown = [[(task.prompt, task.texts) for task in self.tasks], self.mode, self.criteria]
+        return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def check_free(folder: Path) -> None:
+    """Raises `ConflictError` if the folder has a round."""
+    if (folder / ROUND).exists():
+        raise ConflictError(f"{folder} has a round already", "go on with it without --adapter, or choose --out DIR")
+
 
 def write_round(folder: Path, made: Round) -> None:
     """Writes a new round; raises `ConflictError` if the folder has one."""
     with os_errors_as_ours(f"write {folder}"):
+        check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / ROUND).exists():
-            raise ConflictError(f"{folder} has a round already", "go on with it without --adapter, or choose --out DIR")
         write_atomic(folder / ROUND, (json.dumps(asdict(made), indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -93,7 +107,7 @@ def read_round(folder: Path) -> Round:
     try:
         with os_errors_as_ours(f"read {folder}"):
             values = json.loads((folder / ROUND).read_text(encoding="utf-8"))
-        return Round(
+        made = Round(
             str(values["base"]), tuple(values["adapters"]), tuple(values["prompts"]),
             tuple(tuple(texts) for texts in values["texts"]), values["mode"], tuple(values["criteria"]),
         )  # fmt: skip
@@ -103,12 +117,16 @@ def read_round(folder: Path) -> Round:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / ROUND} is damaged", "restore it, or begin anew with another --out") from error
+    is_whole = len(made.prompts) == len(made.texts) and {len(texts) for texts in made.texts} == {len(made.adapters)}
+    if not is_whole or made.mode not in ("pairwise", "scale"):
+        raise DataError(f"{folder / ROUND} is damaged", "restore it, or begin anew with another --out")
+    return made
 
 
 def order_tasks(made: Round, rater: str) -> list[tuple[Task, bool]]:
     """Returns the tasks in this rater's order, and whether the second text stands first."""
     generator = random.Random(f"{rater}/{len(made.prompts)}")  # noqa: S311 - an order, no secret
-    tasks = made.list_tasks()
+    tasks = list(made.tasks)
     generator.shuffle(tasks)
     return [(task, len(task.texts) == 2 and generator.random() < 0.5) for task in tasks]
 
@@ -127,7 +145,7 @@ def check_answer(made: Round, values: Any) -> Answer:
     except (KeyError, TypeError) as error:
         raise DataError("an answer has rater, task, criterion and value", "use what the form saved") from error
     allowed: tuple[Any, ...] = tuple(SIDES) if made.mode == "pairwise" else (1, 2, 3, 4, 5)
-    numbers = range(len(made.list_tasks()))
+    numbers = range(len(made.tasks))
     is_right = isinstance(answer.task, int) and not isinstance(answer.task, bool) and answer.task in numbers
     if not (is_right and answer.criterion in made.criteria and answer.value in allowed) or answer.value is True:
         raise DataError(f"an answer to task {str(answer.task)[:20]} is not of this round", "use the form of this round")
@@ -136,17 +154,20 @@ def check_answer(made: Round, values: Any) -> Answer:
 
 
 def add_answers(folder: Path, answers: Iterable[Answer]) -> None:
-    """Appends answers, each a line."""
-    lines = "".join(json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers)
-    with os_errors_as_ours(f"write {folder / ANSWERS}"), (folder / ANSWERS).open("a", encoding="utf-8") as file:
-        file.write(lines)
+    """Appends answers, each a line; a half line that an interruption left goes."""
+    lines = "".join(json.dumps(vars(answer)) + "\n" for answer in answers)
+    with os_errors_as_ours(f"write {folder / ANSWERS}"), (folder / ANSWERS).open("a+b") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(lines.encode())
 
 
 def read_answers(folder: Path, made: Round) -> list[Answer]:
     """Returns the answers, the newest of each rater to each question; a half line at the end is none."""
     try:
         with os_errors_as_ours(f"read {folder / ANSWERS}"):
-            content = (folder / ANSWERS).read_text(encoding="utf-8")
+            content = (folder / ANSWERS).read_text(encoding="utf-8", errors="replace")
     except NotFoundError:
         return []
     found: dict[tuple[str, int, str], Answer] = {}
@@ -165,14 +186,23 @@ def import_answers(folder: Path, made: Round, paths: Sequence[Path]) -> int:
     fresh: list[Answer] = []
     for path in paths:
         with os_errors_as_ours(f"read {path}"):
-            content = path.read_text(encoding="utf-8-sig")
-        try:
-            values = json.loads(content)["answers"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} holds no answers", "import the file that the form saves") from error
+            content = path.read_text(encoding="utf-8-sig", errors="replace")
+        values = check_saved(made, content, str(path))
         fresh += [answer for answer in (check_answer(made, item) for item in values) if answer not in known]
     add_answers(folder, fresh)
     return len(fresh)
+
+
+def check_saved(made: Round, content: str | bytes, where: str) -> list[Any]:
+    """Returns the answers in what a form saved or sent; raises `DataError` if it is none, or of another round."""
+    try:
+        saved = json.loads(content)
+        identity, values = saved["round"], saved["answers"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{where} holds no answers", "give the file that the form saves") from error
+    if identity != made.identity or not isinstance(values, list):
+        raise DataError(f"{where} is of another round", "give it with --out DIR of its own round")
+    return values
 
 
 def find_open(made: Round, answers: Sequence[Answer], rater: str) -> list[tuple[Task, bool]]:
@@ -188,7 +218,7 @@ def measure_round(made: Round, answers: Sequence[Answer]) -> dict[str, Any]:
     """Returns ranking, agreement and what is missing; the keys are those of `rate --json`."""
     report: dict[str, Any] = {
         "mode": made.mode, "criteria": list(made.criteria), "raters": sorted({a.rater for a in answers}),
-        "tasks": len(made.list_tasks()), "answers": len(answers),
+        "tasks": len(made.tasks), "answers": len(answers),
         "agreement": measure_agreement(made, answers),
     }  # fmt: skip
     rank = _rank_pairs if made.mode == "pairwise" else _rank_scales
@@ -232,7 +262,7 @@ def _collect(made: Round, answers: Sequence[Answer]) -> dict[int, list[float]]:
 
 def _rank_pairs(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over tasks."""
-    tasks, judged = {task.number: task for task in made.list_tasks()}, _collect(made, answers)
+    tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
     place = {name: index for index, name in enumerate(made.adapters)}
     number = len(made.adapters)
     table = np.array(
@@ -240,7 +270,7 @@ def _rank_pairs(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     ).reshape(-1, number, number)
     wins = table.sum(axis=0)
     strengths = fit_bradley_terry(wins)
-    draws = draw_counts(len(table), ROUNDS) if len(table) > 1 else np.zeros((0, len(table)))
+    draws = draw_counts(len(table), ROUNDS) if is_varied(table) else np.zeros((0, len(table)))
     resampled = [fit_bradley_terry(np.tensordot(counts, table, axes=1)) for counts in draws]
     rows = []
     for index, name in enumerate(made.adapters):
@@ -253,13 +283,18 @@ def _rank_pairs(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["strength"])
 
 
+def is_varied(values: np.ndarray) -> bool:
+    """True if a bootstrap over tasks says something: there are some, and not all the same."""
+    return len(values) >= MIN_DOCUMENTS and bool((values != values[:1]).any())
+
+
 def _rank_scales(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Returns the adapters by their mean, with intervals from a bootstrap over tasks."""
-    tasks, judged = {task.number: task for task in made.list_tasks()}, _collect(made, answers)
+    tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
     rows: list[dict[str, Any]] = []
     for name in made.adapters:
         means = np.array([np.mean(v) for t, v in judged.items() if tasks[t].adapters[0] == name])
-        draws = draw_counts(len(means), ROUNDS) @ means / len(means) if len(means) > 1 else None
+        draws = draw_counts(len(means), ROUNDS) @ means / len(means) if is_varied(means) else None
         rows.append({
             "adapter": name, "mean": float(means.mean()) if len(means) else None,
             "interval": find_interval(draws) if draws is not None else None,
@@ -271,7 +306,8 @@ def _rank_scales(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]
 def find_missing(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Returns for each two adapters how often the first is preferred, and about how many more ratings would settle it.
 
-    On a scale, two texts of one prompt are compared that the same rater has judged.
+    A rating is the mean of all raters on one task: raters of one text are not independent of each other. On a scale,
+    two texts of one prompt are compared that the same rater has judged.
     """
     rows = []
     for first, second in list_pairs(made.adapters):
@@ -283,14 +319,19 @@ def find_missing(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]
 
 
 def _compare(made: Round, answers: Sequence[Answer], a: str, b: str) -> list[float]:
-    tasks = {task.number: task for task in made.list_tasks()}
+    tasks = {task.number: task for task in made.tasks}
     if made.mode == "pairwise":
-        return [v for t, values in _collect(made, answers).items() if tasks[t].adapters == (a, b) for v in values]
+        judged = _collect(made, answers)
+        return [float(np.mean(values)) for t, values in judged.items() if tasks[t].adapters == (a, b)]
     given: dict[tuple[str, str], Mapping[str, list[float]]] = {}
     for answer in answers:
         task = tasks[answer.task]
         marks = given.setdefault((answer.rater, task.prompt), {a: [], b: []})
         if task.adapters[0] in marks:
             marks[task.adapters[0]].append(float(answer.value))
-    pairs = [(np.mean(m[a]), np.mean(m[b])) for m in given.values() if m[a] and m[b]]
-    return [0.5 + 0.5 * float(np.sign(x - y)) for x, y in pairs]
+    found: dict[str, list[float]] = {}
+    for (_, prompt), marks in given.items():
+        if marks[a] and marks[b]:
+            outcome = 0.5 + 0.5 * float(np.sign(np.mean(marks[a]) - np.mean(marks[b])))
+            found.setdefault(prompt, []).append(outcome)
+    return [float(np.mean(outcomes)) for outcomes in found.values()]

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import re2
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
+SENTENCE_END = re2.compile(r"[.!?]+(?:\s|$)")  # linear time, whatever the text
 CHUNK_WORDS = 500
 FUNCTION_WORDS = [  # frequent grammatical words of English, those of verse and drama among them
     "the", "of", "and", "to", "a", "in", "that", "it", "is", "was", "i", "for", "on", "you", "he", "be", "with",

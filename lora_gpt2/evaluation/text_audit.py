@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import re2
 
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.data.dedup import content_key, find_near_copies, sign
@@ -30,8 +31,7 @@ NEAR = 0.8
 EXAMPLES = 5
 CONTEXT = 30
 MAX_SENTENCES = 200
-MAX_SENTENCE = 300
-SENTENCE = re.compile(r"[^.!?\n]{15,}[.!?]")
+SENTENCE = re2.compile(r"[^.!?\n]{15,300}[.!?]")  # linear time, whatever the text
 LICENCES = {
     "creative commons": r"\bCC[ -]?BY(?:-[A-Z]{2})*(?:[ -]\d\.\d)?\b|creative commons",
     "public domain": r"\bpublic domain\b|\bCC0\b",
@@ -82,7 +82,7 @@ class TextAudit:
         self._texts.append((document.origin, text))
         for finding in find_personal(text):
             self.personal[finding.kind] += 1
-            self._show(f"personal: {finding.kind}", document.origin, text, finding.start, finding.end, hides=True)
+            self._show(f"personal: {finding.kind}", document.origin, text, finding.start, finding.end)
         harsh = self._find_harsh(document.origin, text)
         self.harsh.update(harsh)
         self.harsh_documents += bool(harsh)
@@ -96,7 +96,7 @@ class TextAudit:
             except ResourceError:
                 self._can_tell_language = False
         if len(self.sentences) < MAX_SENTENCES:
-            found = (match.group().strip() for match in SENTENCE.finditer(text) if len(match.group()) <= MAX_SENTENCE)
+            found = (match.group().strip() for match in SENTENCE.finditer(text))
             self.sentences += [sentence for sentence in found if swap_terms(sentence)][: max(1, MAX_SENTENCES // 20)]
 
     def _find_harsh(self, origin: str, text: str) -> Counter[str]:
@@ -107,12 +107,16 @@ class TextAudit:
                 self._show(f"harsh: {category}", origin, text, match.start(), match.end())
         return found
 
-    def _show(self, kind: str, origin: str, text: str, start: int, end: int, hides: bool = False) -> None:
+    def _show(self, kind: str, origin: str, text: str, start: int, end: int) -> None:
         shown = self.examples.setdefault(kind, [])
         if len(shown) < EXAMPLES:
-            middle = "…" * hides or text[start:end]
-            around = f"{text[max(0, start - CONTEXT) : start]}[{middle}]{text[end : end + CONTEXT]}"
-            shown.append({"origin": origin, "text": " ".join(around.split())})
+            first, last = max(0, start - CONTEXT), end + CONTEXT
+            pieces, place = [], first
+            for finding in find_personal(text):  # of which nothing is repeated, wherever it stands
+                if finding.end > place and finding.start < last:
+                    pieces += [text[place : max(place, finding.start)], f"<{finding.kind}>"]
+                    place = max(place, finding.end)
+            shown.append({"origin": origin, "text": " ".join("".join([*pieces, text[place:last]]).split())})
 
     def report(self) -> dict[str, Any]:
         """Returns the findings; the keys are those of `audit data --json`."""

@@ -106,7 +106,9 @@ def build_writer(
     """
 
     def write(adapter: str, prompts: Sequence[str], settings: GenerateSettings) -> list[str]:
-        requests = [Request(prompt, parse_mix([adapter]), seed + place) for place, prompt in enumerate(prompts)]
+        requests = [
+            Request(prompt, parse_mix(adapter.split("+")), seed + place) for place, prompt in enumerate(prompts)
+        ]
         texts = [""] * len(requests)
         with reporter.task(f"writing with {adapter}", len(requests), "texts") as task:
             for place, output in iter_outputs(session, requests, settings, stop=stop, truncate_left=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.evaluation.form import FOLDER, SCRIPT, STYLE, build_form
-from lora_gpt2.evaluation.rating import add_answers, check_answer, read_round
+from lora_gpt2.evaluation.rating import add_answers, check_answer, check_saved, read_round
 from lora_gpt2.serving.guard import Guard
 from lora_gpt2.serving.http import PatientProtocol, describe_url
 
@@ -46,12 +45,10 @@ def build_rating_app(folder: Path) -> ASGIApp:
             if len(body) > MAX_BODY_BYTES:
                 return _refuse(413, "that is too much at once")
         try:
-            answers = [check_answer(made, item) for item in json.loads(body)["answers"]]
+            answers = [check_answer(made, item) for item in check_saved(made, body, "the request")]
             add_answers(folder, answers)
         except LoraGpt2Error as error:
             return _refuse(400, error.message)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return _refuse(400, "send {answers: [...]}")
         return JSONResponse({"kept": len(answers)})
 
     routes = [Route("/", show), Route("/answers", take, methods=["POST"])]

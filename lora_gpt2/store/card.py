@@ -136,6 +136,8 @@ def _describe_memorization(result: Mapping[str, Any] | None) -> str:
     )
     sampled = f" Of {copies['texts']} sampled texts {copies['with_copies']} copy that much." if copies else ""
     said = "It **repeats its text**: it" if result["memorizes"] else "It shows"
+    if not result.get("same_text", True):
+        sampled += " The text it was compared with may not be that of training."
     return (
         f"## Memorisation\n\n{said} {result['verdict']}.\nThe next {size} tokens were given back at: {places}.{sampled}"
     )

@@ -151,7 +151,7 @@ def test_a_share_above_the_limit_ends_with_nine(run, own, base_folder, monkeypat
 
 def test_data_is_reported_on_and_not_changed(run, base_folder, tmp_path):
     rows = [
-        "He said to his wife that the man was an idiot, and wrote to anna@example.org about it.",
+        "He said to his wife that the man was an idiot, and wrote to anna@example.org, ben@example.org about it.",
         "The cat sat on the mat and looked at the rain for a long time, until the sun came out again over town.",
         "The cat sat on the mat and looked at the rain for a long time, until the sun came out again over Town.",
         "This text is licensed under CC BY-SA 4.0. All rights reserved? The young man did not know it.",
@@ -164,18 +164,35 @@ def test_data_is_reported_on_and_not_changed(run, base_folder, tmp_path):
     assert code == 0, err
     assert path.read_bytes() == before
     assert (found["documents"], found["exact_copies"]) == (4, 1)
-    assert found["personal"] == {"email": 1}
+    assert found["personal"] == {"email": 2}
     assert found["harsh"] == {"insult": 1}
     assert set(found["licences"]) == {"creative commons", "all rights reserved"}
-    assert "anna@example.org" not in out, "what is personal is not repeated"
+    assert "@example.org" not in out, "what is personal is not repeated"
     assert {row["group"] for row in found["swaps"]} == {"gender", "age"}
     code, out, _ = run("audit", "data", path, "--base", base_folder)
-    assert "personal data: email 1" in out
+    assert "personal data: email 2" in out
+
+
+def test_long_lines_without_an_end_take_no_time(run, base_folder, tmp_path):
+    (tmp_path / "d.txt").write_text("he saw the man " * 20_000 + "." * 50_000)
+    code, out, err = run("audit", "data", tmp_path / "d.txt", "--base", base_folder, "--json")
+    assert code == 0, err
+    assert json.loads(out)["documents"] == 1
+
+
+def test_a_changed_text_is_said_in_the_verdict(run, own, text_file, base_folder):
+    text_file.write_text(text_file.read_text().replace("cat", "cow"))
+    quick = ("--texts", "2", "--windows", "20", "--set", "generate.max_new_tokens=4", "--json")
+    code, out, _ = run("audit", "memorization", "mine", "--base", base_folder, *quick)
+    found = json.loads(out)
+    assert (code, found["same_text"]) == (0, False)
+    assert "may not be that of training" in found["verdict"]
+    assert "may not be that of training" in run("adapters", "card", "mine")[1]
 
 
 def test_no_verbatim_and_disclosure_from_the_command_line(run, own, base_folder, tmp_path):
     common = ("--adapter", "mine", "--base", base_folder, "--seed", "1", "--set", "generate.max_new_tokens=8")
-    code, out, err = run("generate", "the", *common, "--no-verbatim", "4", "--disclose")
+    code, out, err = run("generate", "the", *common, "--no-verbatim", "8", "--disclose")
     assert code == 0, err
     assert "Written by the language model" in out
     code, out, _ = run("generate", "the", *common, "--disclose", "--json")
@@ -184,5 +201,5 @@ def test_no_verbatim_and_disclosure_from_the_command_line(run, own, base_folder,
     done = tmp_path / "done.jsonl"
     assert run("generate", "--prompts", tmp_path / "p.txt", "--out", done, *common, "--disclose")[0] == 0
     assert "with adapter mine" in (tmp_path / "done.jsonl.disclosure.txt").read_text()
-    code, out, _ = run("generate", "the", *common, "--no-verbatim", "4", "--set", "generate.beams=2", "--json")
+    code, out, _ = run("generate", "the", *common, "--no-verbatim", "8", "--set", "generate.beams=2", "--json")
     assert (code, json.loads(out)["error"]["type"]) == (2, "UsageError")

@@ -21,8 +21,10 @@ def begin(run, trained, base_folder, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("the cat\nthe dog\n")
     monkeypatch.chdir(tmp_path)
 
-    def call(typed, *more):
+    def call(typed, *more, json_too=True):
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        if not json_too:
+            return run("rate", *more, "--base", base_folder)
         return run("rate", *more, "--base", base_folder, "--set", "generate.max_new_tokens=12", "--json")
 
     return call
@@ -41,6 +43,9 @@ def test_a_round_in_the_terminal_hides_names_stops_and_goes_on(begin, tmp_path):
     assert "type 4 marks" in err
     shown = err[err.index("=====") :]
     assert not any(name in shown for name in ("law", "code", "base"))
+    said = begin("q\n", json_too=False)[1]
+    assert "4 tasks are left for me" in said
+    assert not any(name in said for name in ("law", "code", "base")), "the ranking would tell who wrote what"
     code, out, err = begin("0\n" * 9)
     assert json.loads(out)["answers"] == 24
     assert "4 tasks for me" in err, "the skipped one and the rest"
@@ -59,6 +64,12 @@ def test_what_a_rater_says_of_sides_reaches_the_right_adapter(begin, tmp_path):
     answers = read_answers(folder, read_round(folder))
     assert {answer.value for answer in answers} == {"first"}
     assert len(answers) == 8
+
+
+def test_mixes_can_be_rated(begin):
+    code, out, err = begin("q\n", "--adapter", "law:0.6+code:0.4", "--adapter", "base", "--prompts", "prompts.txt")
+    assert code == 0, err
+    assert {row["adapter"] for row in json.loads(out)["ranking"]} == {"law:0.6+code:0.4", "base"}
 
 
 def test_wrong_beginnings_are_usage_errors(begin):
@@ -83,7 +94,12 @@ def test_a_form_goes_out_and_its_answers_come_back(begin, tmp_path):
     assert "rate --import" in err
     assert "<script>" in page
     (tmp_path / "a.json").write_text(
-        json.dumps({"answers": [{"rater": "ben", "task": 0, "criterion": "style", "value": "first"}]})
+        json.dumps(
+            {
+                "round": read_round(tmp_path / "ratings").identity,
+                "answers": [{"rater": "ben", "task": 0, "criterion": "style", "value": "first"}],
+            }
+        )
     )
     code, out, err = begin("", "--import", "a.json")
     assert (json.loads(out)["raters"], json.loads(out)["answers"]) == (["ben"], 1)
@@ -122,9 +138,14 @@ def test_the_served_form_keeps_answers_and_refuses_what_is_none(served):
     assert "default-src 'self'" in headers["Content-Security-Policy"]
     assert ask(url + "form.js")[0] == ask(url + "form.css")[0] == 200
     answer = {"rater": "anna", "task": 0, "criterion": "style", "value": "second"}
-    assert ask(url + "answers", json.dumps({"answers": [answer]}).encode())[0] == 200
-    wrong = [b"", b"x", b"[]", b'{"answers": 3}', json.dumps({"answers": [{**answer, "task": 9}]}).encode()]
-    assert [ask(url + "answers", body)[0] for body in wrong] == [400] * 5
+    mark = {"round": read_round(folder).identity}
+    assert ask(url + "answers", json.dumps({**mark, "answers": [answer]}).encode())[0] == 200
+    wrong = [b"", b"x", b"[]", b'{"answers": 3}', json.dumps({**mark, "answers": [{**answer, "task": 9}]}).encode()]
+    wrong += [
+        json.dumps({"round": "another", "answers": [answer]}).encode(),
+        json.dumps({**mark, "answers": 3}).encode(),
+    ]
+    assert [ask(url + "answers", body)[0] for body in wrong] == [400] * 7
     assert ask(url + "answers", b"x" * (2**20 + 1))[0] == 413
     assert ask(url + "answers", b"{}", **{"Content-Type": "text/plain"})[0] == 415
     assert ask(url, None, Host="evil.example")[0] == 403

@@ -5,7 +5,6 @@ It names no adapter: tasks are numbered, and which text is whose stays in the ro
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -17,9 +16,8 @@ STYLE, SCRIPT = "form.css", "form.js"
 
 def build_form(made: Round, linked: bool = False) -> str:
     """Returns the page: whole in itself, or with its style and script `linked` from beside it."""
-    tasks = [{"number": task.number, "prompt": task.prompt, "texts": task.texts} for task in made.list_tasks()]
-    digest = hashlib.sha256(json.dumps([tasks, made.criteria, made.mode]).encode()).hexdigest()[:16]
-    shown = {"id": digest, "mode": made.mode, "criteria": made.criteria, "tasks": tasks}
+    tasks = [{"number": task.number, "prompt": task.prompt, "texts": task.texts} for task in made.tasks]
+    shown = {"id": made.identity, "mode": made.mode, "criteria": made.criteria, "tasks": tasks, "served": linked}
     data = json.dumps(shown).replace("<", "\\u003c")
     page, style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("form.html", STYLE, SCRIPT))
     style = f'<link rel="stylesheet" href="{STYLE}">' if linked else f"<style>\n{style}</style>"

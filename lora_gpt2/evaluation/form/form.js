@@ -3,7 +3,7 @@
 // saved to a file, or go to the server that the page came from.
 const round = JSON.parse(document.getElementById("round").textContent);
 const main = document.querySelector("main");
-const isServed = location.protocol.startsWith("http");
+const isServed = round.served;
 const storageKey = "lora-gpt2 rating " + round.id;
 let state = load();
 
@@ -12,7 +12,12 @@ function load() {
     const kept = JSON.parse(localStorage.getItem(storageKey));
     if (kept && Array.isArray(kept.order)) return kept;
   } catch (error) { /* storage may be forbidden: the page then forgets when it is closed */ }
-  return { rater: "", order: shuffle(round.tasks.map((_, place) => place)), answers: {} };
+  return begin();
+}
+
+function begin() {
+  const places = round.tasks.map((_, place) => place);
+  return { rater: "", order: shuffle([...places]), swaps: places.map(() => Math.random() < 0.5), answers: {}, unsent: [] };
 }
 
 function keep() {
@@ -36,8 +41,7 @@ function element(tag, properties, ...children) {
 const isPair = round.mode === "pairwise";
 const choices = isPair ? [["left", "Text 1"], ["tie", "equally good"], ["right", "Text 2"]] : [1, 2, 3, 4, 5].map((n) => [String(n), String(n)]);
 
-// Sides are swapped for every other task of the order, so that no side is favoured.
-function isSwapped(task) { return isPair && state.order.indexOf(task) % 2 === 1; }
+function isSwapped(task) { return isPair && state.swaps[task]; }
 
 function toValue(task, choice) {
   if (!isPair) return Number(choice);
@@ -66,10 +70,16 @@ function save() {
   URL.revokeObjectURL(link.href);
 }
 
+// What could not be sent waits, and goes with the next answer or at the end.
 async function send(answers) {
   if (!isServed) return;
-  const response = await fetch("answers", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ answers }) });
+  state.unsent.push(...answers);
+  keep();
+  const body = JSON.stringify({ round: round.id, answers: state.unsent });
+  const response = await fetch("answers", { method: "POST", headers: { "Content-Type": "application/json" }, body });
   if (!response.ok) throw new Error((await response.json()).error.message);
+  state.unsent = [];
+  keep();
 }
 
 function heading() {
@@ -116,7 +126,7 @@ function showTask(place) {
   const stop = element("button", { textContent: isServed ? "Stop" : "Save and stop" });
   const problem = element("p", { className: "quiet" });
   problem.setAttribute("role", "alert");
-  next.addEventListener("click", async () => {
+  next.onclick = async () => {
     next.disabled = true;
     state.answers[place] = given;
     keep();
@@ -124,10 +134,12 @@ function showTask(place) {
       await send(round.criteria.map((criterion) => ({ rater: state.rater, task: task.number, criterion, value: toValue(place, given[criterion]) })));
       showNext();
     } catch (error) {
-      problem.textContent = `Not sent: ${error.message}. It is kept here; press Next again.`;
+      problem.textContent = `Not sent: ${error.message}. It is kept here and sent again with the next one.`;
+      next.textContent = "Go on";
       next.disabled = false;
+      next.onclick = () => showNext();
     }
-  });
+  };
   later.addEventListener("click", () => showNext(state.order.indexOf(place) + 1));
   stop.addEventListener("click", () => { if (!isServed) save(); showEnd(); });
   const hint = element("p", { className: "quiet", textContent: isPair ? "" : "1 is bad, 5 is very good." });
@@ -135,15 +147,25 @@ function showTask(place) {
   window.scrollTo(0, 0);
 }
 
-function showEnd() {
+async function showEnd() {
+  let advice = "Save your answers and send the file back: rate --import FILE.";
+  if (isServed) {
+    try {
+      if (state.unsent.length) await send([]);
+      advice = "Your answers have arrived.";
+    } catch (error) {
+      advice = `${state.unsent.length} answers are not sent: ${error.message}. Save them to a file instead.`;
+    }
+  }
   const left = round.tasks.length - countDone();
   const text = left ? `${left} are left; you can go on later.` : "All done. Thank you.";
-  const advice = isServed ? "Your answers have arrived." : "Save your answers and send the file back: rate --import FILE.";
   const again = element("button", { textContent: "Go on", disabled: !left });
   again.addEventListener("click", () => showNext());
+  const other = element("button", { textContent: "Another rater" });
+  other.addEventListener("click", () => { state = begin(); keep(); showStart(); });
   const file = element("button", { className: "main", textContent: "Save answers" });
   file.addEventListener("click", save);
-  main.replaceChildren(...heading(), element("p", { textContent: text }), element("p", { textContent: advice }), element("div", { className: "actions" }, file, again));
+  main.replaceChildren(...heading(), element("p", { textContent: text }), element("p", { textContent: advice }), element("div", { className: "actions" }, file, again, other));
 }
 
 if (state.rater) showNext(); else showStart();

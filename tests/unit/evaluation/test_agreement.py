@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_gpt2.evaluation.agreement import count_missing, count_wins, fit_bradley_terry, measure_alpha
+from lora_gpt2.evaluation.agreement import compare_signs, count_missing, count_wins, fit_bradley_terry, measure_alpha
 
 # Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C: four observers, twelve units
 OBSERVERS = (
@@ -72,7 +72,15 @@ def test_wins_are_counted_with_ties_as_halves():
 def test_what_is_missing():
     assert count_missing([]) is None
     assert count_missing([1.0, 0.0]) is None
-    assert count_missing([1.0] * 30) == 0
-    outcomes = [1.0] * 12 + [0.0] * 8  # 60 %: (1.96 * 0.49 / 0.1)^2 = 92.2 in all
-    assert count_missing(outcomes) == pytest.approx(93 - 20, abs=2)
+    assert count_missing([1.0] * 3) > 0, "three who agree settle nothing"
+    assert count_missing([1.0] * 6) == 0, "p = 2 / 64"
+    outcomes = [1.0] * 12 + [0.0] * 8  # (1.96 / 0.091)^2 * 0.59 * 0.41 = 112 in all
+    assert count_missing(outcomes) == pytest.approx(112 - 20, abs=3)
     assert count_missing(outcomes * 10) == 0
+    assert count_missing([0.5] * 9 + [1.0] * 6) == 0, "ties are left out"
+
+
+def test_the_sign_test_by_hand():
+    assert compare_signs(5, 0) == pytest.approx(2 / 32)
+    assert compare_signs(1, 8) == pytest.approx(2 * (9 + 1) / 512)
+    assert compare_signs(3, 3) == 1

@@ -13,7 +13,10 @@ from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.verbatim import VerbatimIndex
 from lora_gpt2.evaluation.memorization import (
     AuditSettings,
+    Extraction,
     audit_memorization,
+    choose_control,
+    choose_sizes,
     compare_shares,
     count_by_chance,
     find_copies,
@@ -122,7 +125,7 @@ def test_no_verbatim_keeps_copies_out(learnt, reporter):
     mix = (("learnt", 1.0),)
     size = 10
     free = generate(learnt, [Request(prompt, mix)], greedy)[0]
-    kept = generate(learnt, [Request(prompt, mix)], greedy, not_to_copy=[VerbatimIndex(stream, size - 1)])[0]
+    kept = generate(learnt, [Request(prompt, mix, not_to_copy=[VerbatimIndex(stream, size - 1)])], greedy)[0]
     index = VerbatimIndex(stream, size)
     assert (index.find(own.tokenizer.encode(prompt + free.text)) >= 0).any(), "without it there is a copy"
     assert not (index.find(own.tokenizer.encode(prompt + kept.text)) >= 0).any()
@@ -149,16 +152,30 @@ def test_greedy_decoding_gives_what_extraction_says(learnt, reporter):
 def test_a_planted_secret_that_was_learnt_is_exposed_and_another_is_not(base, tmp_path):
     canaries = write_canaries(tmp_path / "c.jsonl", 2, seed=4)
     assert read_canaries(tmp_path / "c.jsonl") == canaries
-    loved = base.tokenizer.encode(canaries[0].secret)
-    plain = measure_exposure(base, lambda rows: None, canaries)
-    base.model.wte.weight.data[[t for t in range(base.config.vocab_size) if t not in loved]] *= 0.2
-    found = measure_exposure(base, lambda rows: None, canaries[:1])[0]
-    assert found["exposure_bits"] == pytest.approx(math.log2(found["of"]) - math.log2(found["rank"]))
-    assert found["p"] == found["rank"] / found["of"]
-    assert all(0 <= item["exposure_bits"] <= math.log2(item["of"]) for item in plain)
+    ids = torch.tensor([[base.tokenizer.eos_id, *base.tokenizer.encode(canaries[0].text)]])[:, :48]
+    base.model.requires_grad_()
+    optimizer = torch.optim.Adam(base.model.parameters(), lr=0.01)
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(base.model.logits(base.model(ids[:, :-1]))[0], ids[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learnt_one, other = measure_exposure(base, lambda rows: None, canaries)
+    assert (learnt_one["rank"], learnt_one["exposure_bits"]) == (1, math.log2(learnt_one["of"]))
+    assert other["rank"] > 1
+    assert other["p"] == other["rank"] / other["of"]
 
 
-@pytest.mark.parametrize("content", ["", "x", "{}", '{"text": "a 1", "form": "a {}", "secret": "2"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "x",
+        "{}",
+        '{"text": "a 1", "form": "a {}", "secret": "2"}',
+        '{"text": "a 42", "form": "a {}", "secret": "42"}',
+    ],
+)
 def test_a_file_without_canaries_is_a_data_error(tmp_path, content):
     (tmp_path / "c.jsonl").write_text(content)
     with pytest.raises(DataError) as caught:
@@ -181,13 +198,31 @@ def test_places_are_spread_and_hold_two_runs():
     assert find_tests(range(21), 10, 99, -1) == [0, 1]
 
 
-def test_copies_name_the_document_and_leave_the_prompt_out(learnt, reporter):
+def test_copies_name_the_document_and_leave_common_runs_out(learnt, reporter):
     own = read_own_text(learnt.store, "learnt", reporter)
     documents = [d.text for d in own.documents["train"]]
     index = VerbatimIndex(own.prepared.train.stream, 6)
-    found = find_copies(index, own, ["", documents[1]], [documents[3], ""])
-    assert (found["texts"], found["with_copies"]) == (2, 1)
+    found = find_copies(index, VerbatimIndex(np.zeros(0), 6), own, [documents[3], "", "x y z"])
+    assert (found["texts"], found["with_copies"]) == (3, 1)
+    common = VerbatimIndex(np.array(own.tokenizer.encode(documents[3])), 6)
+    assert find_copies(index, common, own, [documents[3]])["with_copies"] == 0, "held-out text has it too"
     assert found["longest_copy_tokens"] == len(own.tokenizer.encode(documents[3]))
     assert found["worst"][0] == {"tokens": found["longest_copy_tokens"], "source": "training document 4",
                                  "text": documents[3]}  # fmt: skip
     assert np.asarray(own.prepared.train.stream).size > 100
+
+
+def test_a_control_without_places_does_not_hide_what_is_memorised():
+    none, some, base = Extraction(0, 0, 0.0), Extraction(5, 0, 0.0), Extraction(200, 0, 0.0)
+    assert choose_control(none, base) == choose_control(some, base) == base
+    assert choose_control(Extraction(100, 30, 0.0), base).extracted == 30
+    assert choose_control(none, some) == some
+
+
+def test_runs_fit_short_documents(learnt, reporter):
+    own = read_own_text(learnt.store, "learnt", reporter)
+    lengths = sorted(len(own.tokenizer.encode(d.text)) for d in own.documents["train"])
+    extraction, copies = choose_sizes(own, 50, 1024)
+    assert 8 <= extraction <= lengths[-1] // 2
+    assert 12 <= copies <= lengths[-1]
+    assert choose_sizes(own, 50, 16)[0] == 8

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.data.records import Document
-from lora_gpt2.evaluation.bootstrap import draw_counts, find_interval, resample_ratio
+from lora_gpt2.evaluation.bootstrap import find_interval, resample_ratio
 from lora_gpt2.evaluation.matrix import Source, measure_matrix, read_sources
 from lora_gpt2.evaluation.perplexity import (
     Jobs,
@@ -206,7 +206,7 @@ def test_intervals_hold_the_figure_and_narrow_with_the_number_of_documents(base,
 def test_a_bootstrap_of_a_mean_agrees_with_its_formula():
     generator = np.random.default_rng(0)
     values = generator.normal(5, 2, size=400)
-    means = resample_ratio(values[None], np.ones(400), draw_counts(400))[:, 0]
+    means = resample_ratio(values[None], np.ones(400))[:, 0]
     low, high = find_interval(means)
     assert means.mean() == pytest.approx(values.mean(), abs=0.02)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)

@@ -60,7 +60,7 @@ def test_the_cause_of_repetition_is_found_by_sampling_plainly(plain, says):
     assert find_causes(task, "law", SETTINGS, write, 0.5, 0.4) == [], "a domain that repeats itself"
 
 
-def test_quality_has_every_figure_and_asks_the_judge_about_the_continuations():
+def test_quality_has_every_figure_and_asks_the_judge_about_the_continuations(base):
     task = Task("a", ["once ", "twice "], [["the cat sat on the mat"]] * 2, "the cat and the dog. " * 300)
     judged = []
 
@@ -74,4 +74,4 @@ def test_quality_has_every_figure_and_asks_the_judge_about_the_continuations():
     assert judged[0] == ("law", [("once ", "the cat sat on the mat")])
     assert all(value is not None for key, value in found.to_json().items() if key not in ("self_bleu", "delta"))
     with pytest.raises(DataError, match="no document of more than"):
-        measure_quality(Task("a", [], [], ""), "law", SETTINGS, lambda *_: [], judge)
+        build_task(Source("a", ["short"]), base.tokenizer, 3)

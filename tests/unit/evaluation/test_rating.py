@@ -38,7 +38,7 @@ def folder(tmp_path):
 def judge(made, rater, right=lambda task: True):
     """Answers as one who prefers good to fair to poor, where `right`; the other way where not."""
     found = []
-    for task in made.list_tasks():
+    for task in made.tasks:
         worth = [WORTH[text.split()[0]] for text in task.texts]
         for criterion in made.criteria:
             value = worth[0] if made.mode == "scale" else ("second", "first")[(worth[0] > worth[1]) == right(task)]
@@ -52,16 +52,20 @@ def test_a_round_is_read_as_it_was_written_and_not_overwritten(folder):
         write_round(folder, ROUND)
     with pytest.raises(NotFoundError, match="has no round"):
         read_round(folder.parent / "none")
+    short = json.loads((folder / "round.json").read_text()) | {"texts": [["a"]]}
+    (folder / "round.json").write_text(json.dumps(short))
+    with pytest.raises(DataError, match="damaged"):
+        read_round(folder)
     (folder / "round.json").write_text("{}")
     with pytest.raises(DataError, match="damaged"):
         read_round(folder)
 
 
 def test_every_pair_of_every_prompt_is_a_task_but_equal_texts():
-    assert len(ROUND.list_tasks()) == 12 * 3
+    assert len(ROUND.tasks) == 12 * 3
     same = Round("nano", ("a", "b"), ("p",), (("x", "x"),))
-    assert same.list_tasks() == []
-    assert [task.number for task in ROUND.list_tasks()] == list(range(36))
+    assert same.tasks == []
+    assert [task.number for task in ROUND.tasks] == list(range(36))
 
 
 def test_orders_are_a_raters_own_and_sides_are_mixed():
@@ -78,7 +82,10 @@ def test_a_round_goes_on_where_it_was_left_and_the_newest_answer_counts(folder):
     add_answers(folder, [Answer("anna", answers[0].task, "style", "tie")])
     with (folder / ANSWERS).open("a") as file:
         file.write('{"rater": "anna", "ta')
-    found = read_answers(folder, ROUND)
+    assert len(read_answers(folder, ROUND)) == 5
+    add_answers(folder, [Answer("zoe", 3, "style", "first")])
+    assert read_answers(folder, ROUND)[-1] == Answer("zoe", 3, "style", "first"), "a half line takes no other with it"
+    found = [answer for answer in read_answers(folder, ROUND) if answer.rater == "anna"]
     assert len(found) == 5
     assert found[0].value == "tie"
     assert len(find_open(ROUND, found, "anna")) == 31
@@ -104,6 +111,17 @@ def test_a_scale_has_means_and_pairs_of_the_same_prompt():
     ]  # fmt: skip
     assert report["agreement"]["overall"] == 1
     assert [row["a_preferred"] for row in report["missing"]] == [1.0, 1.0, 1.0]
+
+
+def test_few_or_equal_judgements_have_no_interval():
+    sure = measure_round(ROUND, judge(ROUND, "anna"))
+    assert sure["ranking"][0]["interval"] is not None
+    same = Round("x", ("a", "b"), tuple("pqrstu"), (("x", "y"),) * 6, criteria=("style",))
+    report = measure_round(same, [Answer("anna", n, "style", "first") for n in range(6)])
+    assert report["ranking"][0]["interval"] is None, "six that are equal do not say how far chance goes"
+    one = Round("x", ("a", "b"), ("p",), (("x", "y"),), criteria=("style",))
+    crowd = measure_round(one, [Answer(f"rater {n}", 0, "style", "first") for n in range(9)])
+    assert crowd["missing"][0]["more"] > 0, "nine raters of one text settle nothing about others"
 
 
 def test_without_answers_nothing_is_claimed():
@@ -138,12 +156,16 @@ def test_a_rater_needs_a_name():
 def test_saved_answers_are_imported_once(folder, tmp_path):
     answers = judge(ROUND, "anna")[:4]
     path = tmp_path / "answers.json"
-    path.write_text(json.dumps({"round": "x", "answers": [vars(a) for a in answers]}))
+    path.write_text(json.dumps({"round": ROUND.identity, "answers": [vars(a) for a in answers]}))
     assert import_answers(folder, ROUND, [path]) == 4
     assert import_answers(folder, ROUND, [path]) == 0
     assert read_answers(folder, ROUND) == answers
-    path.write_text("[]")
-    with pytest.raises(DataError, match="holds no answers"):
+    for content in ("[]", "null", '{"answers": 3}', "\xff\xfe", '{"round": 1, "answers": []}'):
+        path.write_text(content)
+        with pytest.raises(DataError, match=r"holds no answers|another round"):
+            import_answers(folder, ROUND, [path])
+    path.write_text(json.dumps({"round": SCALE.identity, "answers": []}))
+    with pytest.raises(DataError, match="another round"):
         import_answers(folder, ROUND, [path])
 
 
