@@ -163,8 +163,8 @@ def _render_memorization(result: dict[str, Any]) -> str:
     copies = result["copies"]
     if copies:
         lines.append(
-            f"sampled: {copies['with_copies']} of {copies['texts']} texts hold {copies['run_tokens']} tokens or more of "
-            f"the training text, the longest {copies['longest_copy_tokens']}"
+            f"sampled: {copies['with_copies']} of {copies['texts']} texts hold {copies['run_tokens']} tokens or more "
+            f"of the training text, the longest {copies['longest_copy_tokens']}"
         )
     for canary in result["canaries"]:
         lines.append(

@@ -66,8 +66,6 @@ def command(
     settings = load_recipe(recipe, overrides, base=base)
     from lora_gpt2.evaluation.general import GENERAL
     from lora_gpt2.evaluation.limits import check_limits, find_above, find_regressions, parse_limits, read_baseline
-    from lora_gpt2.evaluation.matrix import read_sources
-    from lora_gpt2.evaluation.own_text import read_held_out
     from lora_gpt2.evaluation.perplexity import choose_window
     from lora_gpt2.evaluation.quality import build_task
     from lora_gpt2.inference.open import open_session
@@ -75,14 +73,7 @@ def command(
     limits, earlier = parse_limits(fail_above), read_baseline(baseline) if baseline else None
     for page in (plot, html):
         check_writable(page)
-    own_base = settings.base if "base" in settings.model_fields_set else None
-
-    def find_held_out(name: str) -> list[Document] | None:
-        plain = name.partition("@")[0]
-        is_known = is_name(plain) and store.has_adapter(plain)
-        return read_held_out(store, name, reporter, own_base) if is_known else None
-
-    read = read_sources(sources, settings.data, find_held_out)
+    read = _read(sources, settings, store, reporter)
     check_limits(limits, [GENERAL, *(source.label for source in read)])
     session, references = open_session(store, adapters, settings, settings.evaluate.precision)
     window, stride = choose_window(session.base, settings.evaluate)
@@ -105,6 +96,20 @@ def command(
     if result["failures"]:
         hint = "train again, go back to a version (adapters rollback), or set new limits"
         end_as_failed("; ".join(result["failures"]), hint, as_json)
+
+
+def _read(sources: Sequence[str], settings: Recipe, store: Store, reporter: Reporter) -> list[Source]:
+    from lora_gpt2.evaluation.matrix import read_sources
+    from lora_gpt2.evaluation.own_text import read_held_out
+
+    own_base = settings.base if "base" in settings.model_fields_set else None
+
+    def find_held_out(name: str) -> list[Document] | None:
+        plain = name.partition("@")[0]
+        is_known = is_name(plain) and store.has_adapter(plain)
+        return read_held_out(store, name, reporter, own_base) if is_known else None
+
+    return read_sources(sources, settings.data, find_held_out)
 
 
 def _measure(

@@ -1,7 +1,7 @@
 """Statistics of ratings: do people agree, who is preferred, and how many more ratings would tell.
 
 Krippendorff's alpha (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"), the Bradley-Terry model by
-Hunter's MM steps (Hunter 2004, Annals of Statistics 32, section 3), and a normal approximation for what is missing.
+Newton's method (Hunter 2004, Annals of Statistics 32, for the model and when it has an estimate), and a sign test.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ Metric = Literal["nominal", "ordinal", "interval"]
 Floats = NDArray[np.float64]
 Z95 = 1.959964
 SETTLED = 0.05
-MAX_STEPS = 10_000
-PRECISION = 1e-10
+MAX_STEPS = 100
+LARGEST_STEP = 1.0
+PRECISION = 1e-9
 
 
 def measure_alpha(units: Sequence[Sequence[float]], metric: Metric) -> float | None:
@@ -71,14 +72,17 @@ def _fit_played(wins: Floats) -> Floats:
     """Returns the log-strengths of adapters that have all met some other."""
     if not _is_connected(wins):
         wins = wins + 0.25 * (wins + wins.T > 0)
-    met, logs = wins + wins.T, np.zeros(len(wins))
+    met, logs, one = wins + wins.T, np.zeros(len(wins)), np.ones((len(wins), len(wins)))
     for _ in range(MAX_STEPS):
-        strengths = np.exp(logs)
-        fresh = np.log(wins.sum(axis=1) / (met / np.add.outer(strengths, strengths)).sum(axis=1))
-        fresh -= fresh.mean()
-        change, logs = np.abs(fresh - logs).max(), fresh
-        if change < PRECISION:
+        likely = 1 / (1 + np.exp(np.subtract.outer(logs, logs).T))
+        slope = (wins - met * likely).sum(axis=1)
+        spread = met * likely * (1 - likely)
+        curvature = np.diag(spread.sum(axis=1)) - spread
+        step = np.clip(np.linalg.solve(curvature + one, slope), -LARGEST_STEP, LARGEST_STEP)  # one: they sum to 0
+        logs = logs + step
+        if np.abs(step).max() < PRECISION:
             break
+    logs -= logs.mean()
     return logs
 
 
