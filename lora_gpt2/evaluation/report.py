@@ -126,7 +126,7 @@ def build_matrix_page(result: Mapping[str, Any]) -> str:
     quality = build_quality_table(result.get("generation", []))
     body = (
         f'<h1>Adapters × texts</h1><p class="lead">base {html.escape(str(result["base"]))}</p>{build_cards(cards)}'
-        f'<div style="overflow-x:auto">{chart}</div>'
+        f'<div class="charts" style="display:block;max-width:{96 * size[0]:.0f}px">{chart}</div>'
         f"{_section('Gained', gains)}{_section('Forgotten', forgotten)}{quality}"
         f'<h2>Every cell</h2><div style="overflow-x:auto">{build_table(rows, header)}</div>'
         f'<p class="lead">{html.escape(method)}</p>'
