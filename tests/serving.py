@@ -10,6 +10,8 @@ import threading
 import time
 from contextlib import contextmanager
 
+import uvicorn
+
 from lora_gpt2.model.runtime import raise_file_limit
 from lora_gpt2.serving.api import Server
 from lora_gpt2.serving.http import bind, build_http
@@ -19,11 +21,21 @@ from lora_gpt2.serving.http import bind, build_http
 def serving(server: Server, send_buffer: int = 0):
     """Answers requests while the block runs; yields the port. What is sent waits in so small a buffer of the system."""
     raise_file_limit()
-    bound, runner = bind("127.0.0.1", 0), build_http(server)
-    server.runner = runner
+    server.runner = build_http(server)
+    server.worker.start()
+    try:
+        with running(server.runner, send_buffer) as port:
+            yield port
+    finally:
+        server.worker.close()
+
+
+@contextmanager
+def running(runner: uvicorn.Server, send_buffer: int = 0):
+    """Runs an HTTP server in a thread while the block runs; yields the port."""
+    bound = bind("127.0.0.1", 0)
     if send_buffer:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    server.worker.start()
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not runner.started:
@@ -33,7 +45,6 @@ def serving(server: Server, send_buffer: int = 0):
     finally:
         runner.should_exit = True
         thread.join(timeout=20)
-        server.worker.close()
         assert not thread.is_alive()
 
 

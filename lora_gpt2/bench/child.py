@@ -5,9 +5,28 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError
+
+
+def run_in_turn(
+    module: str, names: Sequence[str], spec: dict[str, Any], rounds: int, reporter: Reporter,
+    describe: Callable[[dict[str, Any]], str],
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Returns each side's figures of every round, the sides run in turn: what slows the machine down slows them all.
+
+    Raises what `run_child` does.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with reporter.task("measuring", rounds * len(names), "runs") as task:
+        for _ in range(rounds):
+            for name in names:
+                found[name].append(run_child(module, name, spec))
+                task.advance(1, f"{name} {describe(found[name][-1])}")
+    return found
 
 
 def run_child(module: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lora_gpt2.bench.child import run_child
+from lora_gpt2.bench.child import run_in_turn
 from lora_gpt2.bench.training import SIZES, build_random_base
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.evaluation.general import read_general
@@ -87,13 +87,10 @@ def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: R
         for place in range(ROWS):
             _write_adapter(config, str(folder), Path(work) / str(place), rank, place)
         spec = Spec(str(folder), work, tokens, runtime.dtype_name)
-        found: dict[str, list[Decoding]] = {name: [] for name in names}
-        with reporter.task("measuring", rounds * len(names), "runs") as task:
-            for _ in range(rounds):
-                for name in names:
-                    found[name].append(Decoding(**run_child(__name__, name, asdict(spec))))
-                    task.advance(1, f"{name} {found[name][-1].single:,.1f} tokens/s")
-    sides = [_summarise(runs) for runs in found.values()]
+        found = run_in_turn(
+            __name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['single']:,.1f} tokens/s"
+        )
+    sides = [_summarise([Decoding(**run) for run in runs]) for runs in found.values()]
     shown = {"base": base, "tokens": tokens, "rank": rank, "precision": spec.precision}
     return shown | {"sides": [asdict(side) for side in sides]}
 

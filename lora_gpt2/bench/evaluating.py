@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lora_gpt2.bench.child import run_child
+from lora_gpt2.bench.child import run_in_turn
 from lora_gpt2.bench.training import SIZES, build_random_base
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.evaluation.general import read_general
@@ -69,14 +69,9 @@ def measure_evaluation(base: str, tokens: int, stride: int, rounds: int, reporte
     with tempfile.TemporaryDirectory() as work:
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
         spec = Spec(str(folder), tokens, stride)
-        found: dict[str, list[Evaluation]] = {name: [] for name in names}
-        with reporter.task("measuring", rounds * len(names), "runs") as task:
-            for _ in range(rounds):
-                for name in names:
-                    found[name].append(Evaluation(**run_child(__name__, name, asdict(spec))))
-                    task.advance(1, f"{name} {found[name][-1].seconds:.1f} s")
+        found = run_in_turn(__name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['seconds']:.1f} s")
         together, apart = _measure_lineup(str(folder))
-    sides = [_summarise(runs) for runs in found.values()]
+    sides = [_summarise([Evaluation(**run) for run in runs]) for runs in found.values()]
     return {
         "base": base, "stride": stride, "sides": sides, "lineup": LINEUP, "together_seconds": together,
         "one_by_one_seconds": apart,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_gpt2.bench.child import run_child
+from lora_gpt2.bench.child import run_in_turn
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.model.bank import AdapterBank
@@ -131,13 +131,10 @@ def measure_training(
             _write_lengths(spec, lines)
         joint, notebook = ["ours together"] * (slots > 1), ["notebook"] * (lines is not None)
         names = ["ours", *joint, *PEERS[runtime.dtype_name], *notebook]
-        found: dict[str, list[Side]] = {name: [] for name in names}
-        with reporter.task("measuring", rounds * len(names), "runs") as task:
-            for _ in range(rounds):
-                for name in names:
-                    found[name].append(Side(**run_child(__name__, name, asdict(spec))))
-                    task.advance(1, f"{name} {found[name][-1].tokens_per_second:,.0f} tokens/s")
-    sides = [_summarise(name, runs) for name, runs in found.items()]
+        found = run_in_turn(
+            __name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['tokens_per_second']:,.0f} tokens/s"
+        )
+    sides = [_summarise(name, [Side(**run) for run in runs]) for name, runs in found.items()]
     flops = count_flops_per_token(config, time_tokens, spec.lora)
     return {
         "spec": asdict(spec) | {"folder": base, "work": None}, "flops_per_token": flops,

@@ -23,7 +23,6 @@ from lora_gpt2.evaluation.rating import (
     check_rater,
     find_open,
     import_answers,
-    measure_round,
     read_answers,
     read_round,
     write_round,
@@ -93,6 +92,8 @@ def command(
         _serve(folder, port, reporter)
     elif not (files or export or report):
         _ask(folder, made, rater)
+    from lora_gpt2.evaluation.preferences import measure_round
+
     answers = read_answers(folder, made)
     result = measure_round(made, answers)
     is_rating = not (files or export or report or serve)

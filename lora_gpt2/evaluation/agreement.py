@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -125,8 +124,3 @@ def compare_signs(wins: int, losses: int) -> float:
     number, most = wins + losses, max(wins, losses)
     tail: float = sum(math.comb(number, k) for k in range(most, number + 1)) / 2**number
     return min(1.0, 2 * tail)
-
-
-def list_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
-    """Returns the places of every two names."""
-    return list(combinations(range(len(names)), 2))

@@ -10,29 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, UsageError
 from lora_gpt2.core.paths import os_errors_as_ours, write_atomic
-from lora_gpt2.evaluation.agreement import (
-    count_missing,
-    count_wins,
-    fit_bradley_terry,
-    list_pairs,
-    measure_alpha,
-)
-from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, draw_counts, find_interval
 
 ROUND, ANSWERS = "round.json", "answers.jsonl"
 CRITERIA = ("coherence", "relevance", "fluency", "style")
-SIDES = {"first": 1.0, "second": 0.0, "tie": 0.5}
-ROUNDS = 300
+SIDES = ("first", "second", "tie")
 MAX_RATER = 60
 Mode = Literal["pairwise", "scale"]
 
@@ -71,8 +61,7 @@ class Round:
     @cached_property
     def tasks(self) -> list[Task]:
         """Every task, numbered; pairs of equal texts are none."""
-        singles = [(place,) for place in range(len(self.adapters))]
-        groups: Sequence[tuple[int, ...]] = list_pairs(self.adapters) if self.mode == "pairwise" else singles
+        groups = list(combinations(range(len(self.adapters)), 2 if self.mode == "pairwise" else 1))
         tasks: list[Task] = []
         for prompt, texts in zip(self.prompts, self.texts, strict=True):
             for group in groups:
@@ -144,7 +133,7 @@ def check_answer(made: Round, values: Any) -> Answer:
         answer = Answer(str(values["rater"]), values["task"], str(values["criterion"]), values["value"])
     except (KeyError, TypeError) as error:
         raise DataError("an answer has rater, task, criterion and value", "use what the form saved") from error
-    allowed: tuple[Any, ...] = tuple(SIDES) if made.mode == "pairwise" else (1, 2, 3, 4, 5)
+    allowed: tuple[Any, ...] = SIDES if made.mode == "pairwise" else (1, 2, 3, 4, 5)
     numbers = range(len(made.tasks))
     is_right = isinstance(answer.task, int) and not isinstance(answer.task, bool) and answer.task in numbers
     if not (is_right and answer.criterion in made.criteria and answer.value in allowed) or answer.value is True:
@@ -212,126 +201,3 @@ def find_open(made: Round, answers: Sequence[Answer], rater: str) -> list[tuple[
         (task, swapped) for task, swapped in order_tasks(made, rater)
         if any((task.number, criterion) not in done for criterion in made.criteria)
     ]  # fmt: skip
-
-
-def measure_round(made: Round, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Returns ranking, agreement and what is missing; the keys are those of `rate --json`."""
-    report: dict[str, Any] = {
-        "mode": made.mode, "criteria": list(made.criteria), "raters": sorted({a.rater for a in answers}),
-        "tasks": len(made.tasks), "answers": len(answers),
-        "agreement": measure_agreement(made, answers),
-    }  # fmt: skip
-    rank = _rank_pairs if made.mode == "pairwise" else _rank_scales
-    report["ranking"] = rank(made, answers)
-    report["by_criterion"] = {c: rank(made, [a for a in answers if a.criterion == c]) for c in made.criteria}
-    report["missing"] = find_missing(made, answers)
-    return report
-
-
-def measure_agreement(made: Round, answers: Sequence[Answer]) -> dict[str, float | None]:
-    """Returns Krippendorff's alpha for each criterion and over all: nominal for pairs, ordinal for 1 to 5.
-
-    Of every other task the sides are turned round: if one adapter were always named first, and were the better, chance
-    alone would seem to agree.
-    """
-    units: dict[tuple[int, str], list[float]] = {}
-    for answer in answers:
-        value = _to_number(answer)
-        value = 1 - value if made.mode == "pairwise" and answer.task % 2 else value
-        units.setdefault((answer.task, answer.criterion), []).append(value)
-    metric: Literal["nominal", "ordinal"] = "nominal" if made.mode == "pairwise" else "ordinal"
-    found = {c: measure_alpha([v for (_, name), v in units.items() if name == c], metric) for c in made.criteria}
-    return {**found, "overall": measure_alpha(list(units.values()), metric)}
-
-
-def _to_number(answer: Answer) -> float:
-    """Returns 1 for the first of a pair, 0 for the second, or the mark."""
-    return SIDES[answer.value] if isinstance(answer.value, str) else float(answer.value)
-
-
-def _collect(made: Round, answers: Sequence[Answer]) -> dict[int, list[float]]:
-    """Returns for each task its judgements, the mean over the criteria of each rater: 1 is the first adapter."""
-    judged: dict[tuple[int, str], list[float]] = {}
-    for answer in answers:
-        judged.setdefault((answer.task, answer.rater), []).append(_to_number(answer))
-    found: dict[int, list[float]] = {}
-    for (task, _), values in judged.items():
-        found.setdefault(task, []).append(float(np.mean(values)))
-    return found
-
-
-def _rank_pairs(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over tasks."""
-    tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
-    place = {name: index for index, name in enumerate(made.adapters)}
-    number = len(made.adapters)
-    table = np.array(
-        [count_wins({(place[tasks[t].adapters[0]], place[tasks[t].adapters[1]]): v}, number) for t, v in judged.items()]
-    ).reshape(-1, number, number)
-    wins = table.sum(axis=0)
-    strengths = fit_bradley_terry(wins)
-    draws = draw_counts(len(table), ROUNDS) if is_varied(table) else np.zeros((0, len(table)))
-    resampled = [fit_bradley_terry(np.tensordot(counts, table, axes=1)) for counts in draws]
-    rows = []
-    for index, name in enumerate(made.adapters):
-        games = wins[index].sum() + wins[:, index].sum()
-        rows.append({
-            "adapter": name, "strength": float(strengths[index]),
-            "interval": find_interval([s[index] for s in resampled]) if resampled else None,
-            "preferred": float(wins[index].sum() / games) if games else None, "judgements": round(float(games)),
-        })  # fmt: skip
-    return sorted(rows, key=lambda row: -row["strength"])
-
-
-def is_varied(values: np.ndarray) -> bool:
-    """True if a bootstrap over tasks says something: there are some, and not all the same."""
-    return len(values) >= MIN_DOCUMENTS and bool((values != values[:1]).any())
-
-
-def _rank_scales(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Returns the adapters by their mean, with intervals from a bootstrap over tasks."""
-    tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
-    rows: list[dict[str, Any]] = []
-    for name in made.adapters:
-        means = np.array([np.mean(v) for t, v in judged.items() if tasks[t].adapters[0] == name])
-        draws = draw_counts(len(means), ROUNDS) @ means / len(means) if is_varied(means) else None
-        rows.append({
-            "adapter": name, "mean": float(means.mean()) if len(means) else None,
-            "interval": find_interval(draws) if draws is not None else None,
-            "judgements": sum(len(v) for t, v in judged.items() if tasks[t].adapters[0] == name),
-        })  # fmt: skip
-    return sorted(rows, key=lambda row: -(row["mean"] or 0.0))
-
-
-def find_missing(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Returns for each two adapters how often the first is preferred, and about how many more ratings would settle it.
-
-    A rating is the mean of all raters on one task: raters of one text are not independent of each other. On a scale,
-    two texts of one prompt are compared that the same rater has judged.
-    """
-    rows = []
-    for first, second in list_pairs(made.adapters):
-        a, b = made.adapters[first], made.adapters[second]
-        outcomes = _compare(made, answers, a, b)
-        share = float(np.mean(outcomes)) if outcomes else None
-        rows.append({"a": a, "b": b, "ratings": len(outcomes), "a_preferred": share, "more": count_missing(outcomes)})
-    return rows
-
-
-def _compare(made: Round, answers: Sequence[Answer], a: str, b: str) -> list[float]:
-    tasks = {task.number: task for task in made.tasks}
-    if made.mode == "pairwise":
-        judged = _collect(made, answers)
-        return [float(np.mean(values)) for t, values in judged.items() if tasks[t].adapters == (a, b)]
-    given: dict[tuple[str, str], Mapping[str, list[float]]] = {}
-    for answer in answers:
-        task = tasks[answer.task]
-        marks = given.setdefault((answer.rater, task.prompt), {a: [], b: []})
-        if task.adapters[0] in marks:
-            marks[task.adapters[0]].append(float(answer.value))
-    found: dict[str, list[float]] = {}
-    for (_, prompt), marks in given.items():
-        if marks[a] and marks[b]:
-            outcome = 0.5 + 0.5 * float(np.sign(np.mean(marks[a]) - np.mean(marks[b])))
-            found.setdefault(prompt, []).append(outcome)
-    return [float(np.mean(outcomes)) for outcomes in found.values()]

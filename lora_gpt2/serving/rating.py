@@ -10,7 +10,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error
@@ -18,14 +17,15 @@ from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.evaluation.form import FOLDER, SCRIPT, STYLE, build_form
 from lora_gpt2.evaluation.rating import add_answers, check_answer, check_saved, read_round
 from lora_gpt2.serving.guard import Guard
-from lora_gpt2.serving.http import PatientProtocol, describe_url
+from lora_gpt2.serving.http import PatientProtocol, build_config, describe_url
 
 MAX_BODY_BYTES = 2**20
+DRAIN_SECONDS = 2
 KINDS = {STYLE: "text/css", SCRIPT: "text/javascript"}
 
 
-def build_rating_app(folder: Path) -> ASGIApp:
-    """Returns the application over a round's folder; raises what `read_round` does."""
+def build_rating_server(folder: Path) -> uvicorn.Server:
+    """Returns what gives out the form of a round's folder and takes answers; raises what `read_round` does."""
     made = read_round(folder)
     page = build_form(made, linked=True)
 
@@ -51,8 +51,8 @@ def build_rating_app(folder: Path) -> ASGIApp:
             return _refuse(400, error.message)
         return JSONResponse({"kept": len(answers)})
 
-    routes = [Route("/", show), Route("/answers", take, methods=["POST"])]
-    return Guard(Starlette(routes=[*routes, *(Route(f"/{name}", give) for name in KINDS)]), (), None, None)
+    routes = [Route("/", show), Route("/answers", take, methods=["POST"]), *(Route(f"/{name}", give) for name in KINDS)]
+    return uvicorn.Server(build_config(Guard(Starlette(routes=routes), (), None, None), PatientProtocol, DRAIN_SECONDS))
 
 
 def _refuse(status: int, message: str) -> JSONResponse:
@@ -61,10 +61,7 @@ def _refuse(status: int, message: str) -> JSONResponse:
 
 def serve_rating(folder: Path, bound: socket.socket, reporter: Reporter) -> None:
     """Gives out the form and takes answers until a signal comes; raises what `read_round` does."""
-    config = uvicorn.Config(
-        build_rating_app(folder), http=PatientProtocol, loop="asyncio", lifespan="off", log_level="warning",
-        access_log=False, ws="none", server_header=False, proxy_headers=False, timeout_graceful_shutdown=2,
-    )  # fmt: skip
+    server = build_rating_server(folder)
     reporter.message(f"rate at {describe_url(bound)} (Ctrl-C ends it and shows the result)")
     with catch_signals():
-        uvicorn.Server(config).run(sockets=[bound])
+        server.run(sockets=[bound])

@@ -2,17 +2,14 @@
 
 import json
 import os
-import socket
-import threading
-import time
 
 import pytest
-import uvicorn
 
 from lora_gpt2.evaluation.form import build_form
 from lora_gpt2.evaluation.rating import Round, import_answers, read_answers, read_round, write_round
-from lora_gpt2.serving.rating import build_rating_app
+from lora_gpt2.serving.rating import build_rating_server
 from tests.browser.test_page import browser, shoot  # noqa: F401 - a fixture
+from tests.serving import running
 
 pytestmark = pytest.mark.slow
 MADE = Round(
@@ -68,24 +65,17 @@ def test_a_form_that_was_sent_gives_answers_that_can_be_imported(browser, tmp_pa
 def test_the_served_form_works_under_its_content_security_policy(browser, tmp_path):  # noqa: F811
     folder = tmp_path / "r"
     write_round(folder, MADE)
-    bound = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(build_rating_app(folder), lifespan="off", log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
     page = browser.new_page(viewport={"width": 390, "height": 800})
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.goto(f"http://127.0.0.1:{bound.getsockname()[1]}/")
-    begin(page)
-    shoot(page, "form-phone")
-    answer(page, prefers_first_adapter)
-    page.wait_for_selector("text=1 of 2 done")
-    page.close()
-    server.should_exit = True
-    thread.join(10)
+    with running(build_rating_server(folder)) as port:
+        page.goto(f"http://127.0.0.1:{port}/")
+        begin(page)
+        shoot(page, "form-phone")
+        answer(page, prefers_first_adapter)
+        page.wait_for_selector("text=1 of 2 done")
+        page.close()
     assert [p for p in problems if "favicon" not in p and "404" not in p] == []
     assert {(found.rater, found.value) for found in read_answers(folder, MADE)} == {("anna", "first")}
     assert os.path.getsize(folder / "answers.jsonl") > 0

@@ -2,17 +2,12 @@
 
 import io
 import json
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
 
 import pytest
-import uvicorn
 
 from lora_gpt2.evaluation.rating import Round, read_answers, read_round, write_round
-from lora_gpt2.serving.rating import build_rating_app
+from lora_gpt2.serving.rating import build_rating_server
+from tests.serving import ask, running
 
 
 @pytest.fixture
@@ -110,43 +105,23 @@ def test_a_form_goes_out_and_its_answers_come_back(begin, tmp_path):
 def served(tmp_path):
     folder = tmp_path / "ratings"
     write_round(folder, Round("x", ("good", "poor"), ("a", "b"), (("x", "y"),) * 2))
-    bound = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(build_rating_app(folder), lifespan="off", log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield folder, f"http://127.0.0.1:{bound.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(10)
-
-
-def ask(url, body=None, **headers):
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.status, answer.read().decode(), answer.headers
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode(), error.headers
+    with running(build_rating_server(folder)) as port:
+        yield folder, port
 
 
 def test_the_served_form_keeps_answers_and_refuses_what_is_none(served):
-    folder, url = served
-    status, page, headers = ask(url)
-    assert (status, "good" in page) == (200, False)
+    folder, port = served
+    status, headers, page = ask(port, "/")
+    assert (status, b"good" in page) == (200, False)
     assert "default-src 'self'" in headers["Content-Security-Policy"]
-    assert ask(url + "form.js")[0] == ask(url + "form.css")[0] == 200
+    assert ask(port, "/form.js")[0] == ask(port, "/form.css")[0] == 200
     answer = {"rater": "anna", "task": 0, "criterion": "style", "value": "second"}
     mark = {"round": read_round(folder).identity}
-    assert ask(url + "answers", json.dumps({**mark, "answers": [answer]}).encode())[0] == 200
-    wrong = [b"", b"x", b"[]", b'{"answers": 3}', json.dumps({**mark, "answers": [{**answer, "task": 9}]}).encode()]
-    wrong += [
-        json.dumps({"round": "another", "answers": [answer]}).encode(),
-        json.dumps({**mark, "answers": 3}).encode(),
-    ]
-    assert [ask(url + "answers", body)[0] for body in wrong] == [400] * 7
-    assert ask(url + "answers", b"x" * (2**20 + 1))[0] == 413
-    assert ask(url + "answers", b"{}", **{"Content-Type": "text/plain"})[0] == 415
-    assert ask(url, None, Host="evil.example")[0] == 403
+    assert ask(port, "/answers", {**mark, "answers": [answer]})[0] == 200
+    wrong = [b"", b"x", [], {"answers": 3}, {**mark, "answers": [{**answer, "task": 9}]}]
+    wrong += [{"round": "another", "answers": [answer]}, {**mark, "answers": 3}]
+    assert [ask(port, "/answers", body, method="POST")[0] for body in wrong] == [400] * 7
+    assert ask(port, "/answers", b"x" * (2**20 + 1))[0] == 413
+    assert ask(port, "/answers", b"{}", {"Content-Type": "text/plain"}.items())[0] == 415
+    assert ask(port, "/", headers=[("Host", "evil.example")])[0] == 403
     assert [vars(found) for found in read_answers(folder, read_round(folder))] == [answer]

@@ -6,6 +6,7 @@ import pytest
 
 from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, UsageError
 from lora_gpt2.evaluation.form import build_form
+from lora_gpt2.evaluation.preferences import measure_round
 from lora_gpt2.evaluation.rating import (
     ANSWERS,
     Answer,
@@ -14,7 +15,6 @@ from lora_gpt2.evaluation.rating import (
     check_answer,
     find_open,
     import_answers,
-    measure_round,
     order_tasks,
     read_answers,
     read_round,
