@@ -158,7 +158,7 @@ def _summarise(name: str, runs: Sequence[Side]) -> Side:
 
 
 def build_random_base(size: str, work: Path, reporter: Reporter) -> Path:
-    """Saves a GPT-2 with random weights, and nano's tokenizer, which it will not need."""
+    """Saves a GPT-2 with random weights, and nano's tokenizer, filled up so that every row of the head is a token."""
     from transformers import GPT2Config as TheirConfig
     from transformers import GPT2LMHeadModel
 
@@ -169,8 +169,10 @@ def build_random_base(size: str, work: Path, reporter: Reporter) -> Path:
     eos = load_base_tokenizer(str(BUNDLED / "nano")).eos_id
     shape = TheirConfig(n_embd=width, n_layer=layers, n_head=heads, eos_token_id=eos, bos_token_id=eos)
     GPT2LMHeadModel(shape).save_pretrained(folder)
-    for name in ("vocab.json", "merges.txt"):
-        (folder / name).write_bytes((BUNDLED / "nano" / name).read_bytes())
+    vocabulary = json.loads((BUNDLED / "nano" / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary |= {f"<{index}>": index for index in range(len(vocabulary), shape.vocab_size)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_bytes((BUNDLED / "nano" / "merges.txt").read_bytes())
     return folder
 
 

@@ -192,6 +192,7 @@ class InferenceRows:
             used = weights.any(0).nonzero()
             span = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
         self.bank, self.weights, self.span = bank, weights[:, span].to(bank.flat), span
+        self._parts: dict[str, tuple[Tensor, Tensor, Tensor | float]] = {}
 
     def project(
         self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
@@ -199,12 +200,24 @@ class InferenceRows:
         """Returns the projection of `before(x)` with the weighted updates of each row added."""
         h = apply_before(before, x)
         y: Tensor = linear(h)
-        place = self.bank.sites.get(site)
-        if place is None:
+        if site not in self.bank.sites:
             return y
-        a, bt = place.a[self.span], place.bt[self.span]
-        slots, rank, _ = a.shape
-        z = F.linear(h, a.view(slots * rank, -1))
-        z = z.view(*h.shape[:2], slots, rank) * (self.weights * place.scale[self.span])[:, None, :, None]
-        update = torch.addmm(y.flatten(0, 1), z.view(-1, slots * rank), bt.view(slots * rank, -1))
-        return update.view(y.shape)
+        a, bt, factors = self._parts.get(site) or self._find_parts(site)
+        z = F.linear(h, a)
+        if isinstance(factors, Tensor):
+            z.view(*h.shape[:2], factors.shape[2], -1).mul_(factors)
+            factors = 1.0
+        y.view(-1, y.shape[-1]).addmm_(z.view(-1, a.shape[0]), bt, alpha=factors)
+        return y
+
+    def _find_parts(self, site: str) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Returns A and B transposed of the span, `[slots * rank, ...]`, and the factors `[rows, 1, slots, 1]`.
+
+        On a CPU a factor that all rows share is a number: it costs no operation of its own.
+        """
+        place = self.bank.sites[site]
+        a, bt = place.a[self.span].flatten(0, 1), place.bt[self.span].flatten(0, 1)
+        factors = (self.weights * place.scale[self.span])[:, None, :, None]
+        is_shared = factors.device.type == "cpu" and factors.shape[2] == 1 and bool((factors == factors[0]).all())
+        parts = self._parts[site] = a, bt, float(factors[0]) if is_shared else factors
+        return parts

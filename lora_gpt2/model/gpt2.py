@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,24 +82,26 @@ class KVCache:
         shape = (config.layers, 2, rows, config.heads, max_tokens, config.head_dim)
         self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
+        self.places = torch.arange(rows, device=like.device)[:, None]
         self.used = 0
 
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores `[rows, heads, time, head_dim]` at `positions` `[rows, time]`; returns all keys and values so far."""
-        store, rows = self.buffer[layer], torch.arange(positions.shape[0], device=positions.device)[:, None]
-        store[0][rows, :, positions] = keys.transpose(1, 2)
-        store[1][rows, :, positions] = values.transpose(1, 2)
-        return store[0][:, :, : self.used], store[1][:, :, : self.used]
+    def write(self, layer: int, positions: Tensor, fresh: Float[Tensor, "rows time 2 heads head_dim"]) -> Tensor:
+        """Stores keys and values at `positions` `[rows, time]`; returns all, `[2, rows, heads, used, head_dim]`."""
+        store = self.buffer[layer]
+        store[:, self.places, :, positions] = fresh
+        return store[:, :, :, : self.used]
 
     def view(self, begin: int, end: int, used: int) -> KVCache:
         """Returns the rows from `begin` to `end` in the same memory; `used` is the largest of their lengths."""
         part = copy.copy(self)
         part.buffer, part.lengths, part.used = self.buffer[:, :, begin:end], self.lengths[begin:end], used
+        part.places = self.places[: end - begin]
         return part
 
     def keep_rows(self, rows: Tensor) -> None:
         """Makes these rows, in this order and perhaps more than once, the cache."""
         self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
+        self.places = torch.arange(len(rows), device=rows.device)[:, None]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Puts a row, of which `length` tokens count, into another one's place."""
@@ -133,11 +135,12 @@ class Attention(nn.Module):
         """Returns the attention's contribution to the residual stream `x`."""
         rows, time, width = x.shape
         fused = project(self.c_attn, f"h.{self.layer}.attn.c_attn", norm, x, context.adapters)
-        q, k, v = fused.view(rows, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        parts = fused.view(rows, time, 3, self.heads, width // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
         if context.cache is not None:
-            cached_k, cached_v = context.cache.write(self.layer, context.positions, k, v)
+            cached = context.cache.write(self.layer, context.positions, parts[:, :, 1:])
             if context.mask is not None:
-                k, v = cached_k, cached_v
+                k, v = cached
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
         )
@@ -252,7 +255,8 @@ class GPT2(nn.Module):
         if fresh:
             return Context(adapters, cache, positions, None)
         keys = torch.arange(cache.used, device=steps.device)
-        return Context(adapters, cache, positions, (keys[None, None] <= positions[:, :, None])[:, None])
+        mask = build_mask(keys[None, None] <= positions[:, :, None], self.wpe.weight.dtype)
+        return Context(adapters, cache, positions, mask)
 
     def logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape vocab"]:
         """Returns the scores of the next token for each hidden state."""
@@ -260,13 +264,17 @@ class GPT2(nn.Module):
 
 
 def mask_documents(positions: Int[Tensor, "rows time"], dtype: torch.dtype) -> Float[Tensor, "rows 1 time time"]:
-    """Returns what is added to the attention's scores: each token sees those before it in its own document.
+    """Returns what is added to the attention's scores: each token sees those before it in its own document."""
+    document = (positions == 0).cumsum(1)
+    return build_mask((document[:, :, None] == document[:, None, :]).tril_(), dtype)
+
+
+def build_mask(seen: Bool[Tensor, "rows time keys"], dtype: torch.dtype) -> Float[Tensor, "rows 1 time keys"]:
+    """Returns what is added to the attention's scores so that each token sees what it may.
 
     It is made once for all layers; a mask of booleans would be turned into this one in each.
     """
-    document = (positions == 0).cumsum(1)
-    seen = (document[:, :, None] == document[:, None, :]).tril_()
-    return torch.zeros(seen.shape, dtype=dtype, device=positions.device).masked_fill_(~seen, -math.inf)[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
 
 
 def apply_before(before: Before, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
