@@ -36,6 +36,7 @@ STREAM, DOCUMENT = "ours, stream", "ours, document"
 LOOP, HARNESS = "documentation's loop", "lm-evaluation-harness"
 PARTNERS = {STREAM: LOOP, DOCUMENT: HARNESS}
 LINEUP = 16
+LENGTHS = (30, 60, 120, 600)  # characters of one text under all of them
 WARM_UP = 2000  # characters, measured before the clock starts
 
 
@@ -70,12 +71,9 @@ def measure_evaluation(base: str, tokens: int, stride: int, rounds: int, reporte
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
         spec = Spec(str(folder), tokens, stride)
         found = run_in_turn(__name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['seconds']:.1f} s")
-        together, apart = _measure_lineup(str(folder))
+        lineup = _measure_lineup(str(folder))
     sides = [_summarise([Evaluation(**run) for run in runs]) for runs in found.values()]
-    return {
-        "base": base, "stride": stride, "sides": sides, "lineup": LINEUP, "together_seconds": together,
-        "one_by_one_seconds": apart,
-    }  # fmt: skip
+    return {"base": base, "stride": stride, "sides": sides, "adapters": LINEUP, "lineup": lineup}
 
 
 def _summarise(runs: list[Evaluation]) -> dict[str, Any]:
@@ -175,21 +173,25 @@ SIDES: dict[str, Callable[[Spec], Measure]] = {
 }  # fmt: skip
 
 
-def _measure_lineup(folder: str) -> tuple[float, float]:
-    """Returns the seconds for `LINEUP` adapters on one short text: in one pass, and one after another."""
+def _measure_lineup(folder: str) -> list[dict[str, float]]:
+    """Returns the seconds for `LINEUP` adapters on one text of each length: in one pass, and one after another."""
     base = load_base(folder, choose_runtime("float32"))
     session = Session(base)
     names = [f"a{place}" for place in range(LINEUP)]
     session.add({name: build_adapter(base.config, LoraSettings(rank=8), place) for place, name in enumerate(names)})
     mixes = [((name, 1.0),) for name in names]
-    jobs = Jobs(base, [[read_general()[0][:120]]], EvaluateSettings())
-    together, apart = [], []
-    for _ in range(5):
-        started = time.perf_counter()
-        jobs.measure(lambda columns: session.rows([mixes[c] for c in columns]), LINEUP, mixes=True)
-        together.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        for mix in mixes:
-            jobs.measure(lambda columns, mix=mix: session.rows([mix] * len(columns)))  # type: ignore[misc]
-        apart.append(time.perf_counter() - started)
-    return statistics.median(together), statistics.median(apart)
+    found = []
+    for length in LENGTHS:
+        jobs = Jobs(base, [[" ".join(read_general())[:length]]], EvaluateSettings())
+        together, apart = [], []
+        for _ in range(5):
+            started = time.perf_counter()
+            jobs.measure(lambda columns: session.rows([mixes[c] for c in columns]), LINEUP, mixes=True)
+            together.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            for mix in mixes:
+                jobs.measure(lambda columns, mix=mix: session.rows([mix] * len(columns)))  # type: ignore[misc]
+            apart.append(time.perf_counter() - started)
+        seconds = {"together_seconds": statistics.median(together), "one_by_one_seconds": statistics.median(apart)}
+        found.append({"tokens": jobs.forward_tokens, **seconds})
+    return found
