@@ -18,6 +18,7 @@ from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.evaluation.matrix import BASE, Source
 from lora_gpt2.evaluation.perplexity import split_prompt
 from lora_gpt2.evaluation.style import (
+    cut_pieces,
     measure_delta,
     measure_distinct,
     measure_divergence,
@@ -122,10 +123,12 @@ def measure_quality(task: Task, adapter: str, settings: GenerateSettings, write:
 def describe_texts(texts: Sequence[str], task: Task) -> dict[str, Any]:
     """Returns the figures of continuations of a task's prompts."""
     whole = "\n".join(texts)
+    words = float(np.mean([len(split_words(text)) for text in texts])) if texts else 0.0
     return {
-        "words": float(np.mean([len(split_words(text)) for text in texts])) if texts else 0.0,
+        "words": words,
         "distinct_1": measure_distinct(texts, 1), "distinct_2": measure_distinct(texts, 2),
-        "repetition_4": measure_repetition(texts), "domain_repetition_4": measure_repetition([task.domain[:100_000]]),
+        "repetition_4": measure_repetition(texts),
+        "domain_repetition_4": measure_repetition(cut_pieces(task.domain, round(words))),
         "self_bleu": measure_self_bleu(texts), "readability": measure_readability(whole),
         "domain_readability": measure_readability(task.domain), "divergence": measure_divergence(whole, task.domain),
         "delta": measure_delta(whole, task.domain), **compare_references(texts, task.references),

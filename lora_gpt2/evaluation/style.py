@@ -16,6 +16,7 @@ import re2
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 SENTENCE_END = re2.compile(r"[.!?]+(?:\s|$)")  # linear time, whatever the text
 CHUNK_WORDS = 500
+MAX_WORDS = 20_000
 FUNCTION_WORDS = [  # frequent grammatical words of English, those of verse and drama among them
     "the", "of", "and", "to", "a", "in", "that", "it", "is", "was", "i", "for", "on", "you", "he", "be", "with",
     "as", "by", "at", "have", "are", "this", "not", "but", "had", "his", "they", "from", "she", "which", "or",
@@ -30,6 +31,12 @@ FUNCTION_WORDS = [  # frequent grammatical words of English, those of verse and 
 def split_words(text: str) -> list[str]:
     """Returns the words of a text in small letters, without punctuation."""
     return WORD.findall(text.lower())
+
+
+def cut_pieces(text: str, words: int) -> list[str]:
+    """Returns the text, at most its first 20,000 words, in pieces of so many words, to compare like with like."""
+    split = text.split()[:MAX_WORDS]
+    return [" ".join(split[place : place + words]) for place in range(0, len(split), words)] if words else []
 
 
 def count_ngrams(items: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
@@ -51,7 +58,8 @@ def measure_distinct(texts: Sequence[str], size: int) -> float | None:
 def measure_repetition(texts: Sequence[str], size: int = 4) -> float | None:
     """Returns seq-rep-n: the mean share of a text's runs of words that it has already had (Welleck et al. 2019).
 
-    arXiv:1908.04319, section 6: 1 - different runs / all runs, within each text. None if no text has a run.
+    arXiv:1908.04319, section 6: 1 - different runs / all runs, within each text. It rises with a text's length:
+    compare equal ones. None if no text has a run.
     """
     counts = [found for text in texts if (found := count_ngrams(split_words(text), size))]
     return float(np.mean([1 - len(found) / found.total() for found in counts])) if counts else None

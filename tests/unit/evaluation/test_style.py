@@ -6,6 +6,7 @@ import pytest
 
 from lora_gpt2.evaluation.style import (
     FUNCTION_WORDS,
+    cut_pieces,
     measure_delta,
     measure_distinct,
     measure_divergence,
@@ -29,6 +30,13 @@ def test_repetition_is_within_a_text():
     assert measure_repetition(["a b c d a b c d a b c d"]) == pytest.approx(1 - 4 / 9)
     assert measure_repetition(["a b c d e", "a b c d e"]) == 0
     assert measure_repetition(["a b c"]) is None
+
+
+def test_a_domains_repetition_is_that_of_pieces_as_long_as_the_texts():
+    assert cut_pieces("a b c d e", 2) == ["a b", "c d", "e"]
+    assert cut_pieces("a b", 0) == []
+    domain = "once upon a time there was one. " * 20
+    assert measure_repetition(cut_pieces(domain, 7)) == 0 < measure_repetition([domain])
 
 
 def test_readability_by_its_formula():
