@@ -68,10 +68,10 @@ def test_quality_has_every_figure_and_asks_the_judge_about_the_continuations(bas
         judged.append((name, [(d.prompt, d.text) for d in documents]))
         return 7.0 if name == "law" else 9.0
 
-    found = measure_quality(task, "law", SETTINGS, lambda *_: ["the cat sat on the mat", ""], judge)
-    assert (found.texts, found.words) == (2, 3.0)
+    found = measure_quality(task, "law", SETTINGS, lambda *_: ["the cat sat on the mat again today", ""], judge)
+    assert (found.texts, found.words) == (2, 4.0)
     assert (found.perplexity_under_adapter, found.perplexity_under_base) == (7.0, 9.0)
-    assert judged[0] == ("law", [("once ", "the cat sat on the mat")])
+    assert judged[0] == ("law", [("once ", "the cat sat on the mat again today")])
     assert all(value is not None for key, value in found.to_json().items() if key not in ("self_bleu", "delta"))
     with pytest.raises(DataError, match="no document of more than"):
         build_task(Source("a", ["short"]), base.tokenizer, 3)
