@@ -11,7 +11,9 @@ import click
 from lora_gpt2.commands.shared import emit, format_table, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.core.log import find_choices, find_log, read_log
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.evaluation.choices import find_texts, read_choices
 from lora_gpt2.evaluation.rating import (
     CRITERIA,
     Answer,
@@ -27,6 +29,7 @@ from lora_gpt2.evaluation.rating import (
     read_round,
     write_round,
 )
+from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
@@ -51,13 +54,19 @@ QUESTION = {"pairwise": "better is 1, 2, or 0 for equally good", "scale": "1 is 
 @click.option("--import", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Add a form's answers.")  # fmt: skip  # noqa: E501
 @click.option("--serve", is_flag=True, help="Rate in the browser, on this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="For --serve; 0: any.")
+@click.option(
+    "--recorded",
+    type=click.Choice(["repl", "page"]),
+    help="Rate what 'repl' wrote, instead of --prompts; or show whom people chose blind on 'serve's page.",
+)
 @click.option("--report", is_flag=True, help="Only show what is known so far.")
 @seed_option
 @session_options
 def command(
     reporter: Reporter, adapters: tuple[str, ...], prompts: Path | None, folder: Path, mode: Mode,
     criteria: tuple[str, ...], rater: str, export: Path | None, files: tuple[Path, ...], serve: bool, port: int,
-    report: bool, seed: int | None, base: str | None, overrides: tuple[str, ...], store: Store, as_json: bool,
+    recorded: str | None, report: bool, seed: int | None, base: str | None, overrides: tuple[str, ...], store: Store,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Let people compare what adapters write, without knowing which is which; say who is preferred, and how surely.
 
@@ -72,13 +81,26 @@ def command(
       lora-gpt2 rate --export form.html
       lora-gpt2 rate --import answers-anna.json --import answers-ben.json
       lora-gpt2 rate --report --json
+      lora-gpt2 rate --adapter law --adapter base --recorded repl --out from-repl
+      lora-gpt2 rate --recorded page
     """
     check_rater(rater)
-    if adapters or prompts:
+    from lora_gpt2.evaluation.preferences import measure_choices, measure_round
+
+    if recorded == "page":
+        chosen = measure_choices(read_choices(read_log(find_choices())))
+        emit(chosen, as_json, lambda: _render(chosen))
+        return
+    if adapters or prompts or recorded:
         check_free(folder)
-        recipe = load_recipe(None, overrides, base=base)
-        made = _begin(adapters, prompts, mode, criteria or CRITERIA, seed or 0, (reporter, store, recipe))
-        write_round(folder, made)
+        if len(set(adapters)) < 2 or len(set(adapters)) < len(adapters) or (prompts is None) is (recorded is None):
+            raise UsageError("a round needs two different adapters or more, and prompts", "--adapter a --adapter base --prompts FILE, or --recorded repl")  # fmt: skip  # noqa: E501
+        if prompts:
+            recipe = load_recipe(None, overrides, base=base)
+            name, asked, texts = _write_texts(adapters, prompts, seed or 0, reporter, store, recipe)
+        else:
+            name, (asked, texts) = "recorded", find_texts(read_log(find_log()), adapters)
+        write_round(folder, Round(name, adapters, asked, texts, mode, criteria or CRITERIA))
     made = read_round(folder)
     if files:
         reporter.message(f"{import_answers(folder, made, files)} answers added")
@@ -92,8 +114,6 @@ def command(
         _serve(folder, port, reporter)
     elif not (files or export or report):
         _ask(folder, made, rater)
-    from lora_gpt2.evaluation.preferences import measure_round
-
     answers = read_answers(folder, made)
     result = measure_round(made, answers)
     is_rating = not (files or export or report or serve)
@@ -102,13 +122,10 @@ def command(
     emit(result, as_json, lambda: hidden if left else _render(result))
 
 
-def _begin(
-    adapters: Sequence[str], prompts: Path | None, mode: Mode, criteria: Sequence[str], seed: int, where: Any
-) -> Round:
-    """Writes the texts of a new round."""
-    if len(set(adapters)) < 2 or len(set(adapters)) < len(adapters) or prompts is None:
-        raise UsageError("a round needs two different adapters or more, and prompts", "--adapter a --adapter base --prompts FILE")  # fmt: skip  # noqa: E501
-    reporter, store, recipe = where
+def _write_texts(
+    adapters: Sequence[str], prompts: Path, seed: int, reporter: Reporter, store: Store, recipe: Recipe
+) -> tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Returns the base's name, the prompts, and what the adapters write, `[prompts][adapters]`."""
     from lora_gpt2.core.interrupt import catch_signals
     from lora_gpt2.inference.batch import read_prompts
     from lora_gpt2.inference.generate import build_writer
@@ -123,8 +140,7 @@ def _begin(
     with catch_signals() as stop:
         write = build_writer(session, reporter, stop, seed)
         columns = [write(spec, asked, recipe.generate) for spec in adapters]
-    texts = tuple(zip(*columns, strict=True))
-    return Round(session.base.name, tuple(adapters), tuple(asked), texts, mode, tuple(criteria))
+    return session.base.name, tuple(asked), tuple(zip(*columns, strict=True))
 
 
 def _ask(folder: Path, made: Round, rater: str) -> None:

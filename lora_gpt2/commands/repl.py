@@ -42,7 +42,7 @@ def command(
       printf 'ROMEO:\\n/stats\\n' | lora-gpt2 repl --adapter shakespeare --seed 1
     """
     recipe = load_recipe(None, overrides, base=base)
-    from lora_gpt2.inference.log import GenerationLog, find_log
+    from lora_gpt2.core.log import LocalLog, find_log
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.repl import Repl
     from lora_gpt2.inference.session import parse_mix
@@ -50,7 +50,7 @@ def command(
     mix = parse_mix(adapters)
     session, _ = open_session(store, [name for name, _ in mix], recipe, recipe.generate.precision)
     session.open([name for name, _ in session.resolve(mix)])
-    log = GenerationLog(None if no_log else find_log(), reporter)
+    log = LocalLog(None if no_log else find_log(), reporter)
     first = (secrets.randbelow(2**31) if seed is None else seed) - 1
     repl = Repl(session, recipe.generate, first, log, lambda _, piece: click.echo(piece, nl=False), mix)
     if log.path:

@@ -51,8 +51,10 @@ def command(
     if not is_loopback(host) and key is None:
         raise UsageError(f"{host} can be reached from other machines", "set LORA_GPT2_API_KEY to a secret first")
     bound = bind(host, port)
+    from lora_gpt2.core.log import LocalLog, find_choices
     from lora_gpt2.inference.open import open_store
 
     session = open_store(store, recipe)
     access = Access(key, admin_key, (*hosts, host), origins)
-    serve(Server(session, recipe.generate, recipe.serve, access), bound, reporter)
+    choices = LocalLog(find_choices(), reporter)
+    serve(Server(session, recipe.generate, recipe.serve, access, choices), bound, reporter)

@@ -15,6 +15,7 @@ from lora_gpt2.evaluation.agreement import (
     measure_alpha,
 )
 from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, draw_counts, find_interval
+from lora_gpt2.evaluation.choices import Choice
 from lora_gpt2.evaluation.rating import Answer, Round
 
 VALUES = {"first": 1.0, "second": 0.0, "tie": 0.5}
@@ -33,6 +34,28 @@ def measure_round(made: Round, answers: Sequence[Answer]) -> dict[str, Any]:
     report["by_criterion"] = {c: rank(made, [a for a in answers if a.criterion == c]) for c in made.criteria}
     report["missing"] = find_missing(made, answers)
     return report
+
+
+def measure_choices(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Returns the ranking of models by blind choices, with the keys of `measure_round`.
+
+    Who was chosen is preferred to each other model of the same page; a choice is one draw of the bootstrap.
+    """
+    names = sorted({model for choice in choices for model in choice.models})
+    outcomes: list[dict[tuple[int, int], list[float]]] = [
+        {(names.index(choice.chosen), names.index(other)): [1.0] for other in choice.models if other != choice.chosen}
+        for choice in choices
+    ]
+    missing = []
+    for (first, a), (second, b) in combinations(enumerate(names), 2):
+        values = [1.0 for found in outcomes if (first, second) in found]
+        values += [0.0 for found in outcomes if (second, first) in found]
+        missing.append(_describe_pair(a, b, values))
+    return {
+        "mode": "pairwise", "criteria": ["best"], "raters": ["the web page"], "tasks": len(choices),
+        "answers": len(choices), "agreement": {}, "ranking": _rank_wins(names, outcomes), "by_criterion": {},
+        "missing": missing,
+    }  # fmt: skip
 
 
 def measure_agreement(made: Round, answers: Sequence[Answer]) -> dict[str, float | None]:
@@ -71,16 +94,22 @@ def _rank_pairs(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over tasks."""
     tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
     place = {name: index for index, name in enumerate(made.adapters)}
-    number = len(made.adapters)
-    table = np.array(
-        [count_wins({(place[tasks[t].adapters[0]], place[tasks[t].adapters[1]]): v}, number) for t, v in judged.items()]
-    ).reshape(-1, number, number)
+    outcomes = [{(place[tasks[t].adapters[0]], place[tasks[t].adapters[1]]): values} for t, values in judged.items()]
+    return _rank_wins(made.adapters, outcomes)
+
+
+def _rank_wins(
+    names: Sequence[str], outcomes: Sequence[Mapping[tuple[int, int], Sequence[float]]]
+) -> list[dict[str, Any]]:
+    """Returns names by strength from the outcomes of each task, by the places of two names."""
+    number = len(names)
+    table = np.array([count_wins(found, number) for found in outcomes]).reshape(-1, number, number)
     wins = table.sum(axis=0)
     strengths = fit_bradley_terry(wins)
     draws = draw_counts(len(table), ROUNDS) if is_varied(table) else np.zeros((0, len(table)))
     resampled = [fit_bradley_terry(np.tensordot(counts, table, axes=1)) for counts in draws]
     rows = []
-    for index, name in enumerate(made.adapters):
+    for index, name in enumerate(names):
         games = wins[index].sum() + wins[:, index].sum()
         rows.append({
             "adapter": name, "strength": float(strengths[index]),
@@ -119,9 +148,13 @@ def find_missing(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]
     rows = []
     for a, b in combinations(made.adapters, 2):
         outcomes = _compare(made, answers, a, b)
-        share = float(np.mean(outcomes)) if outcomes else None
-        rows.append({"a": a, "b": b, "ratings": len(outcomes), "a_preferred": share, "more": count_missing(outcomes)})
+        rows.append(_describe_pair(a, b, outcomes))
     return rows
+
+
+def _describe_pair(a: str, b: str, outcomes: Sequence[float]) -> dict[str, Any]:
+    share = float(np.mean(outcomes)) if outcomes else None
+    return {"a": a, "b": b, "ratings": len(outcomes), "a_preferred": share, "more": count_missing(outcomes)}
 
 
 def _compare(made: Round, answers: Sequence[Answer], a: str, b: str) -> list[float]:

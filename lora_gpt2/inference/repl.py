@@ -17,10 +17,10 @@ import torch
 
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.log import LocalLog
 from lora_gpt2.core.paths import os_errors_as_ours, write_file
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate
-from lora_gpt2.inference.log import GenerationLog
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix, parse_mix
 from lora_gpt2.model.loss import measure_nll
 from lora_gpt2.recipe import GenerateSettings, build_recipe
@@ -64,7 +64,7 @@ class Repl:
     session: Session
     settings: GenerateSettings
     seed: int
-    log: GenerationLog
+    log: LocalLog
     on_text: OnText
     mix: Mix = ()
     text: str = ""
@@ -133,7 +133,7 @@ class Repl:
         self.seconds += time.monotonic() - started
         for output in outputs:
             self.num_tokens += output.tokens
-            self.log.add(output)
+            self.log.add(output.to_json())
         return outputs
 
     def _do_use(self, rest: str) -> str:

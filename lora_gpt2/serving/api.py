@@ -25,8 +25,10 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.log import LocalLog
+from lora_gpt2.evaluation.choices import check_choice
 from lora_gpt2.inference.generate import describe_provenance
-from lora_gpt2.inference.session import BASE, Loaded, Mix, Session, show_name
+from lora_gpt2.inference.session import BASE, Loaded, Mix, Session, describe_mix, show_name
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.call import Call, EventStream
 from lora_gpt2.serving.guard import Guard, has_key
@@ -62,12 +64,13 @@ class Access:
 
 @dataclass
 class Server:
-    """A session, the worker that grows its rows, and what is counted."""
+    """A session, the worker that grows its rows, what is counted, and where blind choices are recorded."""
 
     session: Session
     defaults: GenerateSettings
     limits: ServeSettings
     access: Access = Access()
+    choices: LocalLog | None = None
     metrics: Metrics = field(default_factory=Metrics)
     is_draining: bool = False
 
@@ -81,6 +84,7 @@ class Server:
         """Returns the ASGI application; the worker must be started."""
         routes = [
             Route("/v1/completions", self._answer("completions", self.complete), methods=["POST"]),
+            Route("/v1/choices", self._answer("choices", self.keep_choice), methods=["POST"]),
             Route("/v1/models", self._answer("models", self.list_models)),
             Route("/v1/models/{model:path}", self._answer("models", self.show_model)),
             Route("/v1/adapters", self._answer("adapters", self.list_adapters)),
@@ -173,6 +177,20 @@ class Server:
         if body.stream:
             return EventStream(call, self.limits.send_seconds)
         return JSONResponse(await call.collect(request))
+
+    async def keep_choice(self, request: Request) -> Response:
+        """POST /v1/choices: records what was chosen while the names were hidden, each held to its version."""
+        choice = check_choice(parse_json(await self.read_body(request)))
+        if self.choices is None or self.choices.path is None:
+            return JSONResponse({"kept": False})
+
+        def pin(model: str) -> str:
+            return describe_mix(tuple((show_name(name), weight) for name, weight in parse_model(model, self.session)))
+
+        pinned = {model: await run_in_threadpool(pin, model) for model in choice.models}
+        record = {**vars(choice), "models": list(pinned.values()), "chosen": pinned[choice.chosen]}
+        await run_in_threadpool(self.choices.add, {**record, "base": self.session.base.name})
+        return JSONResponse({"kept": self.choices.path is not None})
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models: the base, then the adapters of this base."""

@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.log import LocalLog, read_log
+from lora_gpt2.evaluation.choices import read_choices
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.api import Server
@@ -30,12 +33,13 @@ def browser():
 
 
 @pytest.fixture
-def port(base, store):
+def port(base, store, tmp_path):
     for seed, name in enumerate(("law", "code", "prose", "verse"), start=1):
         figures = {"base_perplexity": 300.0, "validation_perplexity": 100.0 + seed}
         recipe = {"description": "<b>Laws</b> & orders"}
         publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(figures=figures, recipe=recipe))
-    with serving(Server(Session(base, store), GenerateSettings(), ServeSettings())) as number:
+    choices = LocalLog(tmp_path / "choices.jsonl", SilentReporter())
+    with serving(Server(Session(base, store), GenerateSettings(), ServeSettings(), choices=choices)) as number:
         yield number
 
 
@@ -95,7 +99,7 @@ def test_a_seed_repeats_and_colours_show_perplexity(page):
     assert page.locator("#legend").is_visible()
 
 
-def test_blind_mode_hides_names_until_one_is_chosen(page):
+def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_path):
     page.click("summary")
     page.check("#blind")
     page.click("#go")
@@ -107,6 +111,11 @@ def test_blind_mode_hides_names_until_one_is_chosen(page):
     page.locator("article button").nth(1).click()
     assert sorted(names.all_inner_texts()) == ["base", "code", "law"]
     assert page.locator("article.best").count() == 1
+    page.wait_for_selector("#status:has-text('rate --recorded page')")
+    (choice,) = read_choices(read_log(tmp_path / "choices.jsonl"))
+    best = page.locator("article.best h2 span:first-child").inner_text()
+    assert choice.chosen == ("base" if best == "base" else f"{best}@1")
+    assert sorted(choice.models) == ["base", "code@1", "law@1"]
 
 
 def test_a_mix_and_what_is_wrong_with_one(page):

@@ -101,6 +101,22 @@ def test_a_form_goes_out_and_its_answers_come_back(begin, tmp_path):
     assert "1 answers added" in err
 
 
+def test_what_the_repl_recorded_is_rated_without_writing_it_again(begin, tmp_path):
+    log = tmp_path / "state" / "lora-gpt2" / "generations.jsonl"
+    log.parent.mkdir(parents=True)
+    records = [{"prompt": "the cat", "adapter": name, "text": f" by {name}"} for name in ("law", "base")]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    code, out, err = begin("1\n", "--adapter", "law", "--adapter", "base", "--recorded", "repl")
+    assert code == 0, err
+    assert "the cat by law" in err
+    assert "the cat by base" in err
+    assert json.loads(out)["answers"] == 4
+    assert begin("", "--adapter", "law", "--adapter", "base", "--recorded", "repl", "--prompts", "prompts.txt",
+                 "--out", "other")[0] == 2  # fmt: skip
+    assert begin("", "--adapter", "law", "--adapter", "code", "--recorded", "repl", "--out", "other")[0] == 3
+    assert begin("", "--recorded", "page")[0] == 4
+
+
 @pytest.fixture
 def served(tmp_path):
     folder = tmp_path / "ratings"

@@ -20,7 +20,9 @@ import pytest
 import torch
 from openai import NotFoundError, OpenAI
 
+from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.core.log import LocalLog
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
@@ -235,6 +237,26 @@ def test_bodies_that_are_no_requests_are_refused(port, content, headers, status)
     assert found == status
     assert status == 400 or answer["error"]["message"]
     assert ask_completion(port)[0] == 200
+
+
+def test_a_blind_choice_is_kept_with_its_versions_and_nothing_else_is(base, trained, run, tmp_path):
+    log = LocalLog(tmp_path / "state" / "lora-gpt2" / "choices.jsonl", SilentReporter())
+    choice = {"prompt": "the cat", "models": ["base", "law", "law:0.6+code:0.4"], "chosen": "law", "seed": 3}
+    with serving(Server(Session(base, trained), GREEDY, LIMITS, choices=log)) as port:
+        assert ask(port, "/v1/choices", choice)[::2] == (200, {"kept": True})
+        for wrong in ({**choice, "chosen": "x"}, {**choice, "models": ["law"]}, {}, b"x"):
+            assert ask(port, "/v1/choices", wrong)[0] == 400
+        assert ask(port, "/v1/choices", {**choice, "models": ["law", "nobody"]})[0] == 404
+        assert ask(port, "/v1/choices", choice, [("Content-Type", "text/plain")])[0] == 415
+    (line,) = log.path.read_text(encoding="utf-8").splitlines()
+    kept = json.loads(line)
+    assert kept["models"] == ["base", "law@1", "law@1:0.6+code@1:0.4"]
+    assert (kept["chosen"], kept["prompt"], kept["seed"], kept["base"]) == ("law@1", "the cat", 3, base.name)
+    with serving(Server(Session(base, trained), GREEDY, LIMITS)) as port:
+        assert ask(port, "/v1/choices", choice)[2] == {"kept": False}
+    code, out, _ = run("rate", "--recorded", "page", "--json")
+    assert code == 0
+    assert json.loads(out)["ranking"][0]["adapter"] == "law@1"
 
 
 def test_routes_health_metrics_and_admin(port, server):

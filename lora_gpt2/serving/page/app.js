@@ -79,8 +79,8 @@ function colourOf(logprob) {
 }
 
 class Result {
-  constructor(model, prompt, isBlind, place) {
-    this.model = model;
+  constructor(model, prompt, seed, isBlind, place) {
+    Object.assign(this, { model, prompt, seed });
     this.count = 0;
     this.nats = 0;
     this.name = element("span", { textContent: isBlind ? `Text ${"ABCD"[place]}` : model });
@@ -149,13 +149,24 @@ async function write(result, prompt, settings, colours, signal) {
   result.end(origin, reason);
 }
 
+async function keepChoice(results, best) {
+  const models = results.map((result) => result.model);
+  const body = JSON.stringify({ prompt: best.prompt, models, chosen: best.model, seed: best.seed });
+  try {
+    const answer = await fetch("v1/choices", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    return answer.ok && (await answer.json()).kept ? "; kept for 'lora-gpt2 rate --recorded page'" : "; not kept";
+  } catch {
+    return "; not kept";
+  }
+}
+
 function offerChoice(results) {
   for (const result of results) {
     const button = element("button", { type: "button", textContent: "This is the best" });
     button.addEventListener("click", () => {
       result.card.classList.add("best");
       for (const each of results) each.reveal();
-      say(`${result.model} was chosen`);
+      keepChoice(results, result).then((kept) => say(`${result.model} was chosen${kept}`));
       result.card.focus?.();
     });
     result.card.append(button);
@@ -179,7 +190,7 @@ async function run(event) {
   $("stop").disabled = false;
   say("writing…");
   const started = performance.now();
-  const results = (isBlind ? shuffle(models) : models).map((model, place) => new Result(model, prompt, isBlind, place));
+  const results = (isBlind ? shuffle(models) : models).map((model, place) => new Result(model, prompt, settings.seed, isBlind, place));
   const writing = results.map((result) => write(result, prompt, settings, colours, control.signal));
   const outcomes = await Promise.allSettled(writing);
   if (running !== control) return;

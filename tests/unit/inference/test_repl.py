@@ -8,9 +8,9 @@ import pytest
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, LoraGpt2Error, NotFoundError, RecipeError, UsageError
+from lora_gpt2.core.log import LocalLog, find_log
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.inference.generate import Request, generate
-from lora_gpt2.inference.log import GenerationLog, find_log
 from lora_gpt2.inference.repl import HELP, Repl
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import EvaluateSettings, GenerateSettings
@@ -24,7 +24,7 @@ SETTINGS = GenerateSettings(max_new_tokens=6, temperature=1.0, top_k=0)
 def repl(base, store, tmp_path):
     for seed, name in enumerate(("law", "code"), start=1):
         publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(figures={"test_perplexity": 9.5}))
-    log = GenerationLog(tmp_path / "log.jsonl", SilentReporter())
+    log = LocalLog(tmp_path / "log.jsonl", SilentReporter())
     pieces = []
     found = Repl(Session(base, store), SETTINGS, 10, log, lambda _, piece: pieces.append(piece))
     found.pieces = pieces
@@ -181,7 +181,7 @@ def test_the_record_can_be_declined_and_never_stops_the_work(repl, tmp_path, mon
     said = []
     reporter = SilentReporter()
     reporter.message = said.append
-    repl.log = GenerationLog(tmp_path, reporter)  # a folder is no file
+    repl.log = LocalLog(tmp_path, reporter)  # a folder is no file
     repl.run("the cat")
     repl.run("more")
     assert len(said) == 1

@@ -1,0 +1,78 @@
+"""Local records, a JSON line each: of what was written, and of what was chosen blind; for `rate` and for looking back.
+
+They stay on this machine, readable by their owner only: `$LORA_GPT2_LOG` (`off` for none), else `generations.jsonl` in
+the user's state folder; choices are in `choices.jsonl` beside it. A record that cannot be written is said once and
+never stops the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import NotFoundError
+from lora_gpt2.core.paths import find_state_dir, os_errors_as_ours
+
+CHOICES = "choices.jsonl"
+
+
+def find_log() -> Path | None:
+    """Returns where continuations are recorded; None where the user wants none."""
+    configured = os.environ.get("LORA_GPT2_LOG")
+    if configured == "off":
+        return None
+    return Path(configured) if configured else find_state_dir() / "generations.jsonl"
+
+
+def find_choices() -> Path | None:
+    """Returns where blind choices are recorded; None where the user wants no records."""
+    log = find_log()
+    return log.with_name(CHOICES) if log else None
+
+
+class LocalLog:
+    """Appends records to a file, or to none."""
+
+    def __init__(self, path: Path | None, reporter: Reporter) -> None:
+        self.path, self._reporter = path, reporter
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Writes a record, with the time."""
+        if self.path is None:
+            return
+        stamped = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **record}
+        line = json.dumps(stamped, ensure_ascii=False) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with open(descriptor, "ab") as file:
+                file.write(line.encode("utf-8", "surrogatepass"))
+        except OSError as error:
+            self._reporter.message(f"what is done is not recorded: {error}")
+            self.path = None
+
+
+def read_log(path: Path | None) -> list[dict[str, Any]]:
+    """Returns the records of a file, the oldest first; a line that an interruption left half is none.
+
+    Raises `NotFoundError` where nothing was recorded.
+    """
+    hint = "it comes with 'repl' and 'serve', unless LORA_GPT2_LOG is off"
+    if path is None or not path.is_file():
+        raise NotFoundError(f"nothing was recorded in {path or 'any file'}", hint)
+    with os_errors_as_ours(f"read {path}"):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
