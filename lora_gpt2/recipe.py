@@ -21,7 +21,6 @@ Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "m
 MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
 Positive = Annotated[int, Field(gt=0)]
-RATE_TIMES_WIDTH = 1.344
 Format = Literal["auto", "text", "html", "json", "jsonl", "csv", "tsv", "parquet"]
 
 
@@ -95,8 +94,8 @@ class LoraSettings(Section):
 
     rank: Annotated[int, Field(ge=1, le=512)] = 16
     """Rank of each update."""
-    alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
-    """Updates are scaled by alpha / rank (alpha / sqrt(rank) with rslora)."""
+    alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
+    """Updates are scaled by alpha / rank (alpha / sqrt(rank) with rslora); unset, alpha is twice the rank (8)."""
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     """Projections to adapt; c_attn.q, c_attn.k and c_attn.v adapt slices of c_attn."""
     ranks: dict[Target, Annotated[int, Field(ge=1, le=512)]] = {}
@@ -120,6 +119,10 @@ class LoraSettings(Section):
         if len({self.rank_of(t) for t in slices}) > 1:
             raise ValueError("the slices of c_attn share one rank; give them the same in ranks")
         return self
+
+    def alpha_of(self, target: Target) -> float:
+        """Returns the alpha of one target."""
+        return self.alpha or (8.0 if self.rslora else 2.0 * self.rank_of(target))
 
     def rank_of(self, target: Target) -> int:
         """Returns the rank of one target."""
@@ -181,11 +184,8 @@ class TrainSettings(Section):
     """Keep the base's projections in 8 or 4 bits: less memory, a little slower, a slightly different base."""
 
     def rate_for(self, width: int) -> float:
-        """Returns the peak learning rate for a base of this width.
-
-        What is best falls as the width grows (Yang et al. 2022, arXiv:2203.03466); the factor was tuned on nano.
-        """
-        return self.learning_rate or RATE_TIMES_WIDTH / width
+        """Returns the peak learning rate for a base's width, as it falls in Yang et al. 2022 (arXiv:2203.03466)."""
+        return self.learning_rate or 1.344 / width
 
     def count_epochs(self, tokens: int) -> float:
         """Returns how often the steps pass over so many tokens."""

@@ -104,7 +104,7 @@ def _summarise(runs: Sequence[Decoding]) -> Decoding:
 
 def _write_adapter(config: GPT2Config, base: str, folder: Path, rank: int, seed: int) -> None:
     """Saves a random adapter on all projections that has an effect, in PEFT's format."""
-    fresh, generator = build_adapter(config, LoraSettings(rank=rank, alpha=2.0 * rank), seed), torch.Generator()
+    fresh, generator = build_adapter(config, LoraSettings(rank=rank), seed), torch.Generator()
     generator.manual_seed(seed)
     updates = {
         site: LoraUpdate(u.a, 0.02 * torch.randn(u.b.shape, generator=generator), u.alpha, u.rslora)

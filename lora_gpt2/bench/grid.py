@@ -24,8 +24,8 @@ from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.data.blocks import Rows
 from lora_gpt2.data.prepared import PreparedData, prepare_data
+from lora_gpt2.evaluation.perplexity import to_perplexity
 from lora_gpt2.model.base import Base, load_base
-from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.training.domain import Domain
@@ -117,21 +117,18 @@ def _train_shape(
     """Trains every domain at every rate together and yields their points."""
     slots = []
     for recipe, rate in pairs:
-        lora = recipe.lora.model_copy(update={"rank": rank, "alpha": 2.0 * rank, "targets": TARGETS[name], "ranks": {}})
+        lora = recipe.lora.model_copy(update={"rank": rank, "alpha": None, "targets": TARGETS[name], "ranks": {}})
         train = recipe.train.model_copy(update={"learning_rate": rate, "sample_tokens": 0})
         slots.append(recipe.model_copy(update={"lora": lora, "train": train}))
     trainer = Trainer(base, [Domain(recipe.name, recipe, data[recipe.name]) for recipe in slots], reporter)
+    found: dict[int, tuple[float, float]] = {}
     with catch_signals() as stop, contextlib.suppress(TrainingDiverged):
-        trainer.train(stop)
-    base_figures = {key: math.exp(trainer.measure_blocks(each.test, None)) for key, each in data.items()}
-    for slot, domain in enumerate(trainer.domains):
-        perplexity = math.inf
-        if not domain.failure:
-            perplexity = math.exp(trainer.measure_blocks(domain.data.test, TrainingRows(trainer.bank, [slot])))
+        found = {id(trained.domain): trained.test_nll or (math.nan, math.nan) for trained in trainer.train(stop)}
+    for domain in trainer.domains:
+        before, after = found.get(id(domain)) or (trainer.measure_blocks(domain.data.test, None), math.inf)
         rate = domain.recipe.train.rate_for(base.config.width)
-        yield Point(
-            setups[domain.name], domain.name, name, rank, rate, base_figures[domain.name], perplexity, domain.best_step
-        )
+        figures = to_perplexity(before), to_perplexity(after), domain.best_step
+        yield Point(setups[domain.name], domain.name, name, rank, rate, *figures)
 
 
 def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate: float, reporter: Reporter) -> Point:

@@ -66,8 +66,8 @@ class Spec:
 
     @property
     def lora(self) -> LoraSettings:
-        """Rank on all projections, alpha twice the rank."""
-        return LoraSettings(rank=self.rank, alpha=2.0 * self.rank)
+        """Rank on all projections."""
+        return LoraSettings(rank=self.rank)
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,10 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
         name = "c_attn" if target == "attn.c_attn" else target
         if name in settings.targets:
             rank = settings.rank_of(name)
-            plans.append(TargetPlan(target, rank, settings.alpha, None))
+            plans.append(TargetPlan(target, rank, settings.alpha_of(name), None))
         elif name == "c_attn" and slices:
             rank, count, d = settings.rank_of(slices[0]), len(slices), config.width
-            alpha = settings.alpha * (math.sqrt(count) if settings.rslora else count)
+            alpha = settings.alpha_of(slices[0]) * (math.sqrt(count) if settings.rslora else count)
             blocks = tuple(
                 (slice(SLICES.index(s) * d, (SLICES.index(s) + 1) * d), slice(i * rank, (i + 1) * rank))
                 for i, s in enumerate(slices)

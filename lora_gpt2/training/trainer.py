@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,11 +128,7 @@ class Trainer:
         if not healthy:
             raise TrainingDiverged(f"{self.describe_failures()}; nothing was published", _SMALLER)
         self.save_checkpoint()  # so that a full disk while publishing costs no training
-        concluded = []
-        for slot in healthy:
-            concluded.append(self._conclude(slot))
-            stop.raise_if_asked("all steps are kept; 'train' with the same recipes and --resume publishes them")
-        return concluded
+        return list(self._conclude(healthy, stop))
 
     def describe_failures(self) -> str:
         """Returns what went wrong with the slots that failed, or nothing."""
@@ -241,9 +237,13 @@ class Trainer:
 
     @torch.no_grad()
     def measure_blocks(
-        self, blocks: TokenBlocks, adapters: ActiveAdapters | None, limit: int | None = None, batch_tokens: int = 4096
-    ) -> float:
-        """Returns the mean NLL in nats per target over the first `limit` tokens of the blocks (None: all)."""
+        self, blocks: TokenBlocks, adapters: ActiveAdapters | None, limit: int | None = None, batch_tokens: int = 4096,
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+    ) -> float:  # fmt: skip
+        """Returns the mean NLL in nats per target over the first `limit` tokens of the blocks (None: all).
+
+        `on_tokens` hears how many tokens a batch had.
+        """
         size = blocks.block_size
         count = blocks.num_blocks if limit is None else min(blocks.num_blocks, max(1, limit // size))
         rows = max(1, batch_tokens // size)
@@ -255,23 +255,33 @@ class Trainer:
             hidden = self.base.model(inputs, adapters, positions=positions).flatten(0, 1)
             total += measure_nll(hidden, self.base.model.head, targets.flatten()).double().sum().item()
             targets_seen += int((targets != IGNORE).sum())
+            on_tokens(inputs.numel())
         return total / targets_seen
 
-    def _conclude(self, slot: int) -> TrainedAdapter:
-        domain = self.domains[slot]
-        if domain.recipe.train.keep_best and domain.best_step:
-            self.bank.flat[slot] = self.best[slot]
-            self.bank.refresh()
-        adapter = self.bank.read(slot)
-        size, active = domain.recipe.train.micro_batch_tokens, TrainingRows(self.bank, [slot])
-
-        def measure(blocks: TokenBlocks) -> tuple[float, float]:
-            base, adapted = (self.measure_blocks(blocks, adapters, batch_tokens=size) for adapters in (None, active))
-            return base, adapted
-
-        test = domain.data.test
-        on_test = measure(test) if test.num_blocks else None
-        return TrainedAdapter(domain, adapter, *measure(domain.data.validation), on_test, self.seconds)
+    def _conclude(self, slots: Sequence[int], stop: StopRequest) -> Iterator[TrainedAdapter]:
+        """Yields the adapters with their figures on all held-out text; the base is measured once on the same text."""
+        plan = [(slot, part) for slot in slots for part in ("validation", "test")]
+        plan = [(slot, part) for slot, part in plan if getattr(self.domains[slot].data, part).num_blocks]
+        keys = [(self.domains[slot].data.fingerprint, part) for slot, part in plan]
+        sizes = [getattr(self.domains[slot].data, part).num_tokens for slot, part in plan]
+        base: dict[tuple[str, str], float] = {}
+        whole = sum(sizes) + sum(dict(zip(keys, sizes, strict=True)).values())
+        with self.reporter.task("measuring", whole, "tokens") as task:
+            for slot in slots:
+                domain, found = self.domains[slot], {}
+                size, active = domain.recipe.train.micro_batch_tokens, TrainingRows(self.bank, [slot])
+                if domain.recipe.train.keep_best and domain.best_step:
+                    self.bank.flat[slot] = self.best[slot]
+                    self.bank.refresh()
+                for part in (part for owner, part in plan if owner == slot):
+                    blocks, key = getattr(domain.data, part), (domain.data.fingerprint, part)
+                    if key not in base:
+                        base[key] = self.measure_blocks(blocks, None, None, size, task.advance)
+                    found[part] = base[key], self.measure_blocks(blocks, active, None, size, task.advance)
+                yield TrainedAdapter(
+                    domain, self.bank.read(slot), *found["validation"], found.get("test"), self.seconds
+                )
+                stop.raise_if_asked("all steps are kept; 'train' with the same recipes and --resume publishes them")
 
     def _note(self) -> str:
         parts = []

@@ -339,11 +339,12 @@ def test_slow_clients_are_let_go_and_stop_nobody(port):
         connection.close()
 
 
-def test_a_client_that_goes_frees_its_row(base, trained):
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_client_that_goes_frees_its_row(base, trained, count):
     server = Server(Session(base, trained), GREEDY, LIMITS.model_copy(update={"max_rows": 2}))
     body = json.dumps({"model": "law", "prompt": "the", "max_tokens": 40, "stream": True, "n": 4})
     with serving(server) as port:
-        for place in range(40):
+        for place in range(count):
             connection = socket.create_connection(("127.0.0.1", port))
             connection.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
