@@ -33,6 +33,15 @@ def test_the_papers_setting_has_the_published_codes_count(size):
     assert count_parameters(config_of(size), settings) == PAPER_QV_R4[size]
 
 
+@pytest.mark.parametrize(
+    ("given", "scale", "scale_at_4"),
+    [({}, 2, 2), ({"rank": 64}, 2, 2), ({"rslora": True}, 2, 4), ({"alpha": 4.0}, 0.25, 1)],
+)
+def test_an_unset_alpha_is_twice_the_rank_of_each_target(given, scale, scale_at_4):
+    updates = build_adapter(config_of("small"), LoraSettings(**given, ranks={"mlp.c_fc": 4}), 0).updates
+    assert (updates["h.0.attn.c_attn"].scale, updates["h.0.mlp.c_fc"].scale) == (scale, scale_at_4)
+
+
 def test_q_and_v_become_a_rank_8_adapter_with_alpha_64():
     (plan,) = plan_targets(config_of("medium"), LoraSettings(rank=4, alpha=32, targets=("c_attn.q", "c_attn.v")))
     assert (plan.target, plan.rank, plan.alpha) == ("attn.c_attn", 8, 64)
