@@ -99,6 +99,9 @@ def command(
             recipe = load_recipe(None, overrides, base=base)
             name, asked, texts = _write_texts(adapters, prompts, seed or 0, reporter, store, recipe)
         else:
+            from lora_gpt2.inference.session import describe_mix, parse_mix
+
+            adapters = tuple(describe_mix(parse_mix(spec.split("+"))) for spec in adapters)  # as they are recorded
             name, (asked, texts) = "recorded", find_texts(read_log(find_log()), adapters)
         write_round(folder, Round(name, adapters, asked, texts, mode, criteria or CRITERIA))
     made = read_round(folder)

@@ -32,19 +32,19 @@ def find_log() -> Path | None:
 def find_choices() -> Path | None:
     """Returns where blind choices are recorded; None where the user wants no records."""
     log = find_log()
-    return log.with_name(CHOICES) if log else None
+    return None if log is None or (log.exists() and not log.is_file()) else log.parent / CHOICES
 
 
 class LocalLog:
     """Appends records to a file, or to none."""
 
     def __init__(self, path: Path | None, reporter: Reporter) -> None:
-        self.path, self._reporter = path, reporter
+        self.path, self._reporter, self._has_failed = path, reporter, False
 
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Writes a record, with the time."""
+    def add(self, record: Mapping[str, Any]) -> bool:
+        """Writes a record, with the time; returns whether it is kept."""
         if self.path is None:
-            return
+            return False
         stamped = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **record}
         line = json.dumps(stamped, ensure_ascii=False) + "\n"
         try:
@@ -53,8 +53,12 @@ class LocalLog:
             with open(descriptor, "ab") as file:
                 file.write(line.encode("utf-8", "surrogatepass"))
         except OSError as error:
-            self._reporter.message(f"what is done is not recorded: {error}")
-            self.path = None
+            if not self._has_failed:
+                self._reporter.message(f"what is done is not recorded: {error}")
+            self._has_failed = True
+        else:
+            return True
+        return False
 
 
 def read_log(path: Path | None) -> list[dict[str, Any]]:
@@ -66,7 +70,7 @@ def read_log(path: Path | None) -> list[dict[str, Any]]:
     if path is None or not path.is_file():
         raise NotFoundError(f"nothing was recorded in {path or 'any file'}", hint)
     with os_errors_as_ours(f"read {path}"):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
     for line in lines:
         try:

@@ -58,18 +58,20 @@ def fit_bradley_terry(wins: Floats) -> Floats:
     """Returns log-strengths that sum to 0, such that i beats j with probability 1 / (1 + exp(s_j - s_i)).
 
     `wins[i, j]` is how often i beat j; a tie is half a win for both. Where one won or lost everything, whose strength
-    would be infinite, half a tie is added to every pair that met; who met nobody has strength 0.
+    would be infinite, half a tie is added to every pair that met. Those that met, also over others, are compared with
+    each other alone and sum to 0; who met nobody has strength 0.
     """
     strengths = np.zeros(len(wins))
-    played = np.flatnonzero((wins + wins.T).any(axis=1))
-    if len(played):
-        strengths[played] = _fit_played(wins[np.ix_(played, played)])
+    groups = _reach(wins + wins.T > 0)
+    for group in {tuple(np.flatnonzero(row).tolist()) for row in groups}:
+        if len(group) > 1:
+            strengths[list(group)] = _fit_played(wins[np.ix_(group, group)])
     return strengths
 
 
 def _fit_played(wins: Floats) -> Floats:
-    """Returns the log-strengths of adapters that have all met some other."""
-    if not _is_connected(wins):
+    """Returns the log-strengths of adapters that have all met, also over others."""
+    if not _reach(wins > 0).all():  # the estimate is finite if everyone can be reached from everyone over wins
         wins = wins + 0.25 * (wins + wins.T > 0)
     met, logs, one = wins + wins.T, np.zeros(len(wins)), np.ones((len(wins), len(wins)))
     for _ in range(MAX_STEPS):
@@ -85,12 +87,12 @@ def _fit_played(wins: Floats) -> Floats:
     return logs
 
 
-def _is_connected(wins: Floats) -> bool:
-    """True if everyone can be reached from everyone over wins, which the estimate needs to be finite."""
-    reach = (wins > 0) | np.eye(len(wins), dtype=bool)
-    for _ in range(len(wins)):
+def _reach(steps: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Returns who can be reached from whom, in any number of steps, `[number, number]`."""
+    reach = steps | np.eye(len(steps), dtype=bool)
+    for _ in range(len(steps)):
         reach = (reach.astype(int) @ reach.astype(int)) > 0
-    return bool(reach.all())
+    return reach
 
 
 def count_wins(outcomes: Mapping[tuple[int, int], Sequence[float]], number: int) -> Floats:

@@ -20,6 +20,7 @@ class Choice:
     models: tuple[str, ...]
     chosen: str
     seed: int = 0
+    base: str = ""
 
 
 def check_choice(values: Mapping[str, Any]) -> Choice:
@@ -30,7 +31,7 @@ def check_choice(values: Mapping[str, Any]) -> Choice:
         raise DataError(f"a choice is of 2 to {MOST} different models, one of them chosen", "send models and chosen")
     if not isinstance(prompt, str) or not isinstance(seed, int) or isinstance(seed, bool):
         raise DataError("a choice has a prompt and a seed", "send prompt, a text, and seed, a whole number")
-    return Choice(prompt, tuple(names), str(chosen), seed)
+    return Choice(prompt, tuple(names), str(chosen), seed, str(values.get("base", "")))
 
 
 def read_choices(records: Iterable[Mapping[str, Any]]) -> list[Choice]:
@@ -51,13 +52,21 @@ def find_texts(
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Returns the prompts that each of some adapters has continued, and their newest texts `[prompts][adapters]`.
 
-    Raises `DataError` where there is no such prompt.
+    Of each adapter only its newest weights count, and of all only the newest base; what was cut short does not. Raises
+    `DataError` where there is no such prompt.
     """
     found: dict[str, dict[str, str]] = {}
-    for record in records:
+    base, weights = None, dict[str, Any]()
+    for record in reversed(list(records)):  # the newest first
         prompt, adapter, text = (record.get(key) for key in ("prompt", "adapter", "text"))
-        if isinstance(prompt, str) and isinstance(text, str) and adapter in adapters:
-            found.setdefault(prompt, {})[str(adapter)] = text
+        if not isinstance(prompt, str) or not isinstance(text, str) or adapter not in adapters:
+            continue
+        origin = record.get("provenance")
+        origin = origin if isinstance(origin, dict) else {}
+        base = base or origin.get("base_fingerprint")
+        is_same = weights.setdefault(str(adapter), origin.get("adapters")) == origin.get("adapters")
+        if is_same and origin.get("base_fingerprint") == base and record.get("finish_reason") != "interrupted":
+            found.setdefault(prompt, {}).setdefault(str(adapter), text)
     whole = {prompt: texts for prompt, texts in found.items() if len(texts) == len(adapters)}
     if not whole:
         raise DataError(

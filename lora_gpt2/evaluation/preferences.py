@@ -41,11 +41,17 @@ def measure_choices(choices: Sequence[Choice]) -> dict[str, Any]:
 
     Who was chosen is preferred to each other model of the same page; a choice is one draw of the bootstrap.
     """
-    names = sorted({model for choice in choices for model in choice.models})
-    outcomes: list[dict[tuple[int, int], list[float]]] = [
-        {(names.index(choice.chosen), names.index(other)): [1.0] for other in choice.models if other != choice.chosen}
-        for choice in choices
-    ]
+    bases = {choice.base for choice in choices}
+
+    def label(choice: Choice, model: str) -> str:
+        return model if len(bases) == 1 else f"{model} on {choice.base}"
+
+    names = sorted({label(choice, model) for choice in choices for model in choice.models})
+    outcomes: list[dict[tuple[int, int], list[float]]] = []
+    for choice in choices:
+        best = names.index(label(choice, choice.chosen))
+        others = [names.index(label(choice, other)) for other in choice.models if other != choice.chosen]
+        outcomes.append({(best, other): [1.0] for other in others})
     missing = []
     for (first, a), (second, b) in combinations(enumerate(names), 2):
         values = [1.0 for found in outcomes if (first, second) in found]

@@ -34,8 +34,8 @@ def split_words(text: str) -> list[str]:
 
 
 def cut_pieces(text: str, words: int) -> list[str]:
-    """Returns the text, at most its first 20,000 words, in pieces of so many words, to compare like with like."""
-    split = text.split()[:MAX_WORDS]
+    """Returns the words of a text, at most 20,000, in pieces of so many, to compare like with like."""
+    split = split_words(text)[:MAX_WORDS]
     return [" ".join(split[place : place + words]) for place in range(0, len(split), words)] if words else []
 
 

@@ -181,7 +181,7 @@ class Server:
     async def keep_choice(self, request: Request) -> Response:
         """POST /v1/choices: records what was chosen while the names were hidden, each held to its version."""
         choice = check_choice(parse_json(await self.read_body(request)))
-        if self.choices is None or self.choices.path is None:
+        if self.choices is None:
             return JSONResponse({"kept": False})
 
         def pin(model: str) -> str:
@@ -189,8 +189,9 @@ class Server:
 
         pinned = {model: await run_in_threadpool(pin, model) for model in choice.models}
         record = {**vars(choice), "models": list(pinned.values()), "chosen": pinned[choice.chosen]}
-        await run_in_threadpool(self.choices.add, {**record, "base": self.session.base.name})
-        return JSONResponse({"kept": self.choices.path is not None})
+        record["base"] = self.session.base.name
+        check_choice(record)  # two names may be one model
+        return JSONResponse({"kept": await run_in_threadpool(self.choices.add, record)})
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models: the base, then the adapters of this base."""

@@ -263,7 +263,8 @@ class Trainer:
         plan = [(slot, part) for slot in slots for part in ("validation", "test")]
         plan = [(slot, part) for slot, part in plan if getattr(self.domains[slot].data, part).num_blocks]
         keys = [(self.domains[slot].data.fingerprint, part) for slot, part in plan]
-        sizes = [getattr(self.domains[slot].data, part).num_tokens for slot, part in plan]
+        parts = [getattr(self.domains[slot].data, part) for slot, part in plan]
+        sizes = [blocks.num_blocks * blocks.block_size for blocks in parts]
         base: dict[tuple[str, str], float] = {}
         whole = sum(sizes) + sum(dict(zip(keys, sizes, strict=True)).values())
         with self.reporter.task("measuring", whole, "tokens") as task:

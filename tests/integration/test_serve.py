@@ -247,6 +247,8 @@ def test_a_blind_choice_is_kept_with_its_versions_and_nothing_else_is(base, trai
         for wrong in ({**choice, "chosen": "x"}, {**choice, "models": ["law"]}, {}, b"x"):
             assert ask(port, "/v1/choices", wrong)[0] == 400
         assert ask(port, "/v1/choices", {**choice, "models": ["law", "nobody"]})[0] == 404
+        for same in ("law@1", "law:1"):
+            assert ask(port, "/v1/choices", {**choice, "models": ["law", same]})[0] == 400
         assert ask(port, "/v1/choices", choice, [("Content-Type", "text/plain")])[0] == 415
     (line,) = log.path.read_text(encoding="utf-8").splitlines()
     kept = json.loads(line)

@@ -108,6 +108,9 @@ class Result {
   end(origin, reason) {
     if (!this.note.textContent) this.note.textContent = reason === "length" ? "" : "ended";
     if (!origin) return;
+    const [only, ...more] = origin.adapters;  // the choice is of these versions, whatever is published later
+    this.pinned = !only ? "base" : !more.length && only.weight === 1 ? only.adapter
+      : origin.adapters.map((part) => `${part.adapter}:${part.weight}`).join("+");
     const parts = origin.adapters.map((part) => `${part.adapter} (${part.sha256.slice(0, 12)})`).join(" + ") || "no adapter";
     this.origin.textContent = `${parts}, seed ${origin.seed}`;
   }
@@ -150,8 +153,8 @@ async function write(result, prompt, settings, colours, signal) {
 }
 
 async function keepChoice(results, best) {
-  const models = results.map((result) => result.model);
-  const body = JSON.stringify({ prompt: best.prompt, models, chosen: best.model, seed: best.seed });
+  const models = results.map((result) => result.pinned);
+  const body = JSON.stringify({ prompt: best.prompt, models, chosen: best.pinned, seed: best.seed });
   try {
     const answer = await fetch("v1/choices", { method: "POST", headers: { "Content-Type": "application/json" }, body });
     return answer.ok && (await answer.json()).kept ? "; kept for 'lora-gpt2 rate --recorded page'" : "; not kept";

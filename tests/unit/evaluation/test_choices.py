@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, NotFoundError
-from lora_gpt2.core.log import read_log
+from lora_gpt2.core.log import LocalLog, find_choices, read_log
 from lora_gpt2.evaluation.choices import Choice, check_choice, find_texts, read_choices
 from lora_gpt2.evaluation.preferences import measure_choices
 
@@ -20,6 +21,24 @@ def test_who_is_chosen_is_preferred_to_each_other_of_the_page():
     assert rows["b"]["interval"] is None, "four choices say little"
     pairs = {(row["a"], row["b"]): (row["ratings"], row["a_preferred"]) for row in report["missing"]}
     assert pairs == {("a", "b"): (4, 0.25), ("a", "c"): (0, None), ("b", "c"): (3, 1.0)}
+
+
+def test_models_that_never_met_are_compared_only_with_those_they_met():
+    apart = measure_choices([Choice("p", ("a@1", "b@1"), "a@1"), Choice("q", ("a@2", "b@2"), "b@2")])
+    strengths = {row["adapter"]: row["strength"] for row in apart["ranking"]}
+    assert strengths["a@1"] == pytest.approx(-strengths["b@1"])
+    assert strengths["b@2"] == pytest.approx(-strengths["a@2"])
+    assert strengths["a@1"] > 0 < strengths["b@2"]
+    linked = [Choice("p", ("a", "b"), "ab"[n % 2]) for n in range(20)] + [Choice("p", ("a", "c"), "c")]
+    report = measure_choices([*linked, Choice("p", ("d", "c"), "d")])
+    assert len(report["ranking"]) == 4, "also where a draw of the bootstrap leaves the link out"
+
+
+def test_choices_under_two_bases_are_of_different_models():
+    report = measure_choices([Choice("p", ("base", "law"), "law", base=base) for base in ("gpt2", "nano")])
+    assert {row["adapter"] for row in report["ranking"]} == {
+        f"{m} on {b}" for m in ("base", "law") for b in ("gpt2", "nano")
+    }
 
 
 def test_many_choices_have_an_interval():
@@ -44,6 +63,17 @@ def test_what_is_no_choice_is_refused(change):
         check_choice({**GOOD, **change})
 
 
+def test_choices_lie_beside_the_record_where_that_is_a_file(tmp_path, monkeypatch):
+    for value, path in (
+        (tmp_path / "log", tmp_path / "choices.jsonl"),
+        ("off", None),
+        (tmp_path, None),
+        ("/dev/null", None),
+    ):
+        monkeypatch.setenv("LORA_GPT2_LOG", str(value))
+        assert find_choices() == path
+
+
 def test_records_are_read_past_damage(tmp_path):
     path = tmp_path / "log.jsonl"
     with pytest.raises(NotFoundError, match="nothing was recorded"):
@@ -56,6 +86,31 @@ def test_records_are_read_past_damage(tmp_path):
     assert read_choices(read_log(path)) == [Choice("p", ("a", "b", "c"), "b", 3)]
     with pytest.raises(DataError, match="no choice"):
         read_choices([{"prompt": "only"}])
+
+
+def test_a_record_with_any_line_separator_comes_back(tmp_path):
+    log = LocalLog(tmp_path / "x" / "log.jsonl", SilentReporter())
+    prompts = ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\nb", "a\rb"]
+    assert all(log.add({"prompt": prompt}) for prompt in prompts)
+    assert [record["prompt"] for record in read_log(log.path)] == prompts
+    assert not LocalLog(None, SilentReporter()).add({})
+
+
+def test_only_the_newest_weights_of_one_base_are_rated_and_nothing_cut_short():
+    def record(prompt, adapter, text, sha, base="nano", reason="length"):
+        origin = {"base_fingerprint": base, "adapters": [{"adapter": adapter, "sha256": sha}] if sha else []}
+        return {"prompt": prompt, "adapter": adapter, "text": text, "provenance": origin, "finish_reason": reason}
+
+    records = [
+        record("p", "law", "old", "1"), record("p", "base", "plain", ""), record("q", "law", "old", "1"),
+        record("q", "base", "plain", ""), record("p", "law", "new", "2"),
+        record("p", "law", "half", "2", "nano", "interrupted"),
+        record("r", "law", "x", "2", "gpt2x"), record("p", "base", "plain", ""),
+    ]  # fmt: skip
+    with pytest.raises(DataError):
+        find_texts([*records, record("z", "law", "x", "9", "gpt2")], ["law", "base"])
+    del records[6]
+    assert find_texts(records, ["law", "base"]) == (("p",), (("new", "plain"),))
 
 
 def test_a_round_takes_the_newest_text_of_prompts_that_all_have_continued():

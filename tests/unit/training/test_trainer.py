@@ -4,11 +4,14 @@ import errno
 import json
 import math
 import os
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load
 
+from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import (
     ConflictError,
     Interrupted,
@@ -170,6 +173,31 @@ def test_the_best_weights_are_published_unless_told_otherwise(base_folder, text_
     assert best.validation_nll == pytest.approx(min(measured), abs=1e-5)
     assert last.validation_nll == pytest.approx(measured[-1], abs=1e-5)
     assert last.validation_nll > best.validation_nll
+
+
+def test_the_end_of_a_run_counts_to_its_total_and_measures_the_base_once(base_folder, text_file, monkeypatch):
+    done = {}
+
+    class Counting(SilentReporter):
+        @contextmanager
+        def task(self, title, total, unit):
+            done[title] = [total, 0]
+            yield SimpleNamespace(advance=lambda amount, note="": done[title].__setitem__(1, done[title][1] + amount))
+
+    recipes = [make_recipe(base_folder, text_file, name=name, steps=2) for name in ("one", "two")]
+    trainer, plain = make_trainer(recipes, Counting()), []
+    measure = trainer.measure_blocks
+
+    def note(blocks, rows, *more):
+        plain.append(rows is None)
+        return measure(blocks, rows, *more)
+
+    monkeypatch.setattr(trainer, "measure_blocks", note)
+    one, two = trainer.train(StopRequest())
+    assert done["measuring"][0] == done["measuring"][1] > 0
+    assert plain.count(True) == 2, "validation and test text, for both adapters"
+    assert one.base_nll == two.base_nll
+    assert one.test_nll is not None
 
 
 def test_a_diverging_run_stops_within_a_step_and_publishes_nothing(base_folder, text_file, store, reporter):
