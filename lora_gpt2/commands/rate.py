@@ -99,10 +99,7 @@ def command(
             recipe = load_recipe(None, overrides, base=base)
             name, asked, texts = _write_texts(adapters, prompts, seed or 0, reporter, store, recipe)
         else:
-            from lora_gpt2.inference.session import describe_mix, parse_mix
-
-            adapters = tuple(describe_mix(parse_mix(spec.split("+"))) for spec in adapters)  # as they are recorded
-            name, (asked, texts) = "recorded", find_texts(read_log(find_log()), adapters)
+            name, adapters, (asked, texts) = _read_texts(adapters)
         write_round(folder, Round(name, adapters, asked, texts, mode, criteria or CRITERIA))
     made = read_round(folder)
     if files:
@@ -144,6 +141,16 @@ def _write_texts(
         write = build_writer(session, reporter, stop, seed)
         columns = [write(spec, asked, recipe.generate) for spec in adapters]
     return session.base.name, tuple(asked), tuple(zip(*columns, strict=True))
+
+
+def _read_texts(
+    adapters: Sequence[str],
+) -> tuple[str, tuple[str, ...], tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
+    """Returns what stands for the base, the adapters as the REPL names them, and what it recorded of them."""
+    from lora_gpt2.inference.session import describe_mix, parse_mix
+
+    named = tuple(describe_mix(parse_mix(spec.split("+"))) for spec in adapters)
+    return "recorded", named, find_texts(read_log(find_log()), named)
 
 
 def _ask(folder: Path, made: Round, rater: str) -> None:
