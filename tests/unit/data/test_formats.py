@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import datasets
 import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
@@ -152,7 +153,6 @@ def test_stdin_is_read_once_and_looked_into(monkeypatch, tmp_path):
 
 
 def test_parquet_and_saved_data_sets_are_read(tmp_path):
-    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"text": "a", "n": 1}, {"text": "b", "n": 2}])
     rows.to_parquet(tmp_path / "a.parquet")
     rows.save_to_disk(str(tmp_path / "saved"))
@@ -173,7 +173,6 @@ def test_the_hub_is_asked_by_name_alone_and_its_absence_is_said(monkeypatch):
     assert "someone/nothing" in caught.value.message
     assert caught.value.hint
     asked = []
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(rows, "find_commit", lambda name: asked.append(name) or "abc")
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or iter([{"text": "x"}]))
     assert read("hf:someone/small", dataset_config="en") == ["x"]
