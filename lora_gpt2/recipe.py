@@ -6,18 +6,17 @@ are refused with the nearest valid one. Precedence: command line, recipe file, d
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from lora_gpt2.core.errors import RecipeError, UsageError
+from lora_gpt2.core.errors import RecipeError
 from lora_gpt2.core.suggest import suggest
 
-Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head"]
+BLOCKS: tuple[Target, ...] = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
 Positive = Annotated[int, Field(gt=0)]
@@ -96,8 +95,8 @@ class LoraSettings(Section):
     """Rank of each update."""
     alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
     """Updates are scaled by alpha / rank (alpha / sqrt(rank) with rslora); unset, alpha is twice the rank (8)."""
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    """Projections to adapt; c_attn.q, c_attn.k and c_attn.v adapt slices of c_attn."""
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = (*BLOCKS, "lm_head")
+    """Projections to adapt, and the head; c_attn.q, c_attn.k and c_attn.v adapt slices of c_attn."""
     ranks: dict[Target, Annotated[int, Field(ge=1, le=512)]] = {}
     """Ranks of single targets where they differ from `rank`."""
     rslora: bool = False
@@ -388,13 +387,3 @@ def is_text(key: str) -> bool:
     """True if the setting is a free text."""
     field = _find_field(key)
     return field is not None and field.annotation is str
-
-
-def name_recipe(recipe: Recipe) -> Recipe:
-    """Returns the recipe with a name: its own, or one made of its first source's."""
-    if recipe.name:
-        return recipe
-    if not recipe.data.sources:
-        raise UsageError("there is nothing to train on", "give a recipe, or text with --data FILE")
-    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
-    return recipe.model_copy(update={"name": stem[:64]})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_gpt2.core.errors import NotFoundError, RecipeError
+from lora_gpt2.core.errors import NotFoundError, RecipeError, UsageError
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.recipe import SECTIONS, Recipe, build_recipe, is_text, list_keys
 
@@ -105,3 +106,13 @@ def find_recipe(name: str) -> Path:
     if name not in known:
         raise NotFoundError(f"there is no recipe '{name}'", suggest(name, known))
     return known[name]
+
+
+def name_recipe(recipe: Recipe) -> Recipe:
+    """Returns the recipe with a name: its own, or one made of its first source's."""
+    if recipe.name:
+        return recipe
+    if not recipe.data.sources:
+        raise UsageError("there is nothing to train on", "give a recipe, or text with --data FILE")
+    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
+    return recipe.model_copy(update={"name": stem[:64]})

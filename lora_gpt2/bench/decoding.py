@@ -183,7 +183,7 @@ def _measure_loss(base: Base) -> float:
     time_tokens = min(256, base.config.context)
     rows = tokens[: (len(tokens) - 1) // time_tokens * time_tokens].view(-1, time_tokens)
     targets = tokens[1 : rows.numel() + 1].view_as(rows)
-    logits = base.model.logits(base.model(rows)).float()
+    logits = base.model.logits(base.model(rows), None).float()
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 

@@ -27,13 +27,14 @@ from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.evaluation.perplexity import to_perplexity
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.runtime import choose_runtime
-from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe import BLOCKS, Recipe
 from lora_gpt2.training.domain import Domain
 from lora_gpt2.training.schedule import rate_share
 from lora_gpt2.training.trainer import Trainer
 
 TARGETS: dict[str, tuple[str, ...]] = {
-    "all": ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "all": BLOCKS,
+    "all+head": (*BLOCKS, "lm_head"),
     "attention": ("c_attn", "attn.c_proj"),
     "c_attn": ("c_attn",),
     "q,v": ("c_attn.q", "c_attn.v"),

@@ -28,9 +28,9 @@ from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.config import GPT2Config, parse_config
 from lora_gpt2.model.locate import BUNDLED, find_base, load_base_tokenizer, read_config
-from lora_gpt2.model.lora import build_adapter, build_ranks
+from lora_gpt2.model.lora import build_adapter, build_ranks, target_of
 from lora_gpt2.model.runtime import DTYPES, Runtime, choose_runtime, measure_peak_memory
-from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.recipe import BLOCKS, LoraSettings
 from lora_gpt2.store.interop import to_peft
 from lora_gpt2.training.step import WARM_UP, Pass, Rates, StepRunner
 from lora_gpt2.training.world import World
@@ -66,8 +66,8 @@ class Spec:
 
     @property
     def lora(self) -> LoraSettings:
-        """Rank on all projections."""
-        return LoraSettings(rank=self.rank)
+        """Rank on all projections of the blocks, which is where both sides can put it."""
+        return LoraSettings(rank=self.rank, targets=BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def count_flops_per_token(config: GPT2Config, time_tokens: int, lora: LoraSettin
     """Returns the arithmetic of one training step per token: no gradients of frozen weights (FACTS, section 4)."""
     d, blocks = config.width, config.layers
     ranks = build_ranks(config, lora)
-    adapters = sum(rank * sum(config.shape_of(site.split(".", 2)[2])) for site, rank in ranks.items())
+    adapters = sum(rank * sum(config.shape_of(target_of(site))) for site, rank in ranks.items())
     return 4 * (12 * blocks * d * d + config.vocab_size * d) + 7 * blocks * time_tokens * d + 6 * adapters
 
 

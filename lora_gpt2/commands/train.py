@@ -24,8 +24,7 @@ from lora_gpt2.commands.shared import (
     store_option,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.recipe import name_recipe
-from lora_gpt2.recipe_files import load_recipe
+from lora_gpt2.recipe_files import load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
 
 

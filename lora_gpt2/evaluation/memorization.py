@@ -103,7 +103,7 @@ def measure_extraction(base: Base, adapters_for: AdaptersForRows, stream: Stream
         tokens = torch.from_numpy(batch).to(base.runtime.device)
         hidden = base.model(tokens[:, :-1], adapters_for(len(batch)))[:, size - 1 :]
         for row, states in enumerate(hidden):
-            is_right = base.model.logits(states).argmax(-1) == tokens[row, size:]
+            is_right = base.model.logits(states[None], adapters_for(1))[0].argmax(-1) == tokens[row, size:]
             matched.append(int(is_right.cumprod(0).sum()))
     whole = tuple(place for place, length in zip(places, matched, strict=True) if length == size)
     return Extraction(len(places), len(whole), float(np.mean(matched)) if matched else 0.0, whole)

@@ -84,9 +84,10 @@ class BeamSearch:
     def _read_logits(self) -> Tensor:
         """Returns the logits `[beams, vocab]` after the newest tokens `[beams, time]`, on the CPU."""
         model = self.session.base.model
-        hidden = model(self.tokens, self.session.rows([self.mix] * len(self.tokens)), self.cache)
+        adapters = self.session.rows([self.mix] * len(self.tokens))
+        hidden = model(self.tokens, adapters, self.cache)
         self.cache.lengths += self.tokens.shape[1]
-        return model.logits(hidden[:, -1])[:, : self.session.base.tokenizer.vocab_size].float().cpu()
+        return model.logits(hidden[:, -1:], adapters)[:, 0, : self.session.base.tokenizer.vocab_size].float().cpu()
 
     def _adjust(self, logprobs: Tensor) -> Tensor:
         rows = [

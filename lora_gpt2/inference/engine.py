@@ -270,9 +270,10 @@ class Engine:
         view = self.cache.view(0, len(self.rows), used)
         tokens = torch.tensor([[row.new_ids[-1]] for row in self.rows], device=self.device)
         model = self.session.base.model
-        hidden = model(tokens, self._find_adapters(self.rows), view)
+        adapters = self._find_adapters(self.rows)
+        hidden = model(tokens, adapters, view)
         view.lengths += 1
-        return model.logits(hidden[:, -1]).float().cpu()
+        return model.logits(hidden, adapters)[:, 0].float().cpu()
 
     def _read_prompts(self, rows: Sequence[Row]) -> Tensor:
         """Puts prompts into the cache behind the active rows; returns the logits `[rows, vocab]` that follow each."""
@@ -289,14 +290,16 @@ class Engine:
         view.lengths += lengths
         for row, states in zip(rows, hidden, strict=True):
             if row.scores_prompt:
-                self._score_prompt(row, states)
-        return model.logits(hidden[torch.arange(len(rows), device=self.device), lengths - 1]).float().cpu()
+                self._score_prompt(row, states[None])
+        last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        return model.logits(last[:, None], adapters)[:, 0].float().cpu()
 
     def _score_prompt(self, row: Row, states: Tensor) -> None:
-        """Gives each token of the prompt but the first its log-probability, from the states `[time, width]` before."""
+        """Gives each token of the prompt but the first its log-probability, from the states `[1, time, width]`."""
+        adapters = self.session.rows([row.mix])
         for start in range(0, len(row.prompt_ids) - 1, SCORED_ROWS):
             targets = row.prompt_ids[start + 1 : start + 1 + SCORED_ROWS]
-            logits = self.session.base.model.logits(states[start : start + len(targets)]).float().cpu()
+            logits = self.session.base.model.logits(states[:, start : start + len(targets)], adapters)[0].float().cpu()
             row.prompt_logprobs += [
                 _describe_choice(line, token, row.settings.logprobs)
                 for line, token in zip(logits, targets, strict=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_gpt2.core.errors import NotFoundError, UsageError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import Linear
+from lora_gpt2.model.gpt2 import HEAD, Linear
 from lora_gpt2.model.lora import Adapter, merge_ranks
 from lora_gpt2.model.merge import to_dense
 from lora_gpt2.model.packed import PackedLinear
@@ -241,6 +241,8 @@ class Session:
         for name, weight in mix:
             for site, update in self._slots[name].loaded.adapter.updates.items():
                 deltas[site] = deltas.get(site, torch.zeros(())) + weight * to_dense(update)
+        if (delta := deltas.pop(HEAD, None)) is not None:
+            model.add_to_head(delta)
         for site, delta in deltas.items():
             linear = model.get_submodule(site)
             assert isinstance(linear, Linear)

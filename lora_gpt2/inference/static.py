@@ -81,7 +81,7 @@ class StaticStep:
         if step.bank is not None and step.weights is not None:
             adapters = InferenceRows(step.bank, step.weights, slice(0, step.bank.num_slots))
         model = self.session.base.model
-        return model.logits(model(step.tokens, adapters, view)[:, -1]).float()
+        return model.logits(model(step.tokens, adapters, view), adapters)[:, -1].float()
 
     def _record(self, step: _Recorded) -> None:
         # the last place, which a row writes itself before it reads it: rows that grow are not disturbed

@@ -30,6 +30,7 @@ from lora_gpt2.merging.combine import Parents, check_deltas, open_parents, unmer
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
 from lora_gpt2.merging.proof import check_effect, check_exact
 from lora_gpt2.model.base import TRANSPOSED, list_weight_files, load_base, read_stored_dtype
+from lora_gpt2.model.gpt2 import HEAD
 from lora_gpt2.model.locate import read_config
 from lora_gpt2.model.merge import combine_site, scale_weights
 from lora_gpt2.model.probe import compute_logits, measure_difference
@@ -128,6 +129,8 @@ def build_state(session: Session, parents: Parents, how: MergeSettings, dtype: t
     factors = scale_weights(parents.weights, how)
     adapted = {site for adapter in parents.adapters for site in adapter.updates}
     tensors = session.base.model.state_dict()
+    if HEAD in adapted:  # which ends where the token embeddings stay
+        tensors.setdefault(f"{HEAD}.weight", tensors["wte.weight"])
     state = {}
     for key in list(tensors):
         tensor = tensors.pop(key).detach().to("cpu", torch.float32)
@@ -137,7 +140,7 @@ def build_state(session: Session, parents: Parents, how: MergeSettings, dtype: t
         if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
             raise CorruptError(f"{key} of the merged base does not fit {dtype}", "use --set merge.dtype=float32")
         tensor = tensor.mT if key.endswith(TRANSPOSED) else tensor
-        state[key if key == "lm_head.weight" else f"transformer.{key}"] = tensor.to(dtype).contiguous()
+        state[key if site == HEAD else f"transformer.{key}"] = tensor.to(dtype).contiguous()
     return state
 
 
@@ -155,6 +158,7 @@ def _write_folder(
     config: dict[str, Any] = read_config(source) | {"architectures": ["GPT2LMHeadModel"]}
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    config["tie_word_embeddings"] = f"{HEAD}.weight" not in state
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import MismatchError
 from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.gpt2 import Before, Linear, apply_before
+from lora_gpt2.model.gpt2 import HEAD, Before, HeadUpdate, Linear, apply_before
 from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
 
 Layout = Literal["training", "inference"]
@@ -200,15 +200,28 @@ class InferenceRows:
         """Returns the projection of `before(x)` with the weighted updates of each row added."""
         h = apply_before(before, x)
         y: Tensor = linear(h)
-        if site not in self.bank.sites:
-            return y
+        if site in self.bank.sites:
+            inner, outer, factor = self._shrink(site, h)
+            y.view(-1, y.shape[-1]).addmm_(inner, outer, alpha=factor)
+        return y
+
+    def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+        """Returns what the adapters add to the logits, or None if none of them changes the head."""
+        if HEAD not in self.bank.sites:
+            return None
+        inner, outer, factor = self._shrink(HEAD, hidden)
+        return HeadUpdate(inner if factor == 1 else inner.mul_(factor), outer[None])
+
+    def _shrink(
+        self, site: str, h: Float[Tensor, "rows time inputs"]
+    ) -> tuple[Float[Tensor, "tokens all_ranks"], Float[Tensor, "all_ranks outputs"], float]:
+        """Returns the product with A, B transposed, and a factor that is not yet in their product."""
         a, bt, factors = self._parts.get(site) or self._find_parts(site)
         z = F.linear(h, a)
         if isinstance(factors, Tensor):
             z.view(*h.shape[:2], factors.shape[2], -1).mul_(factors)
             factors = 1.0
-        y.view(-1, y.shape[-1]).addmm_(z.view(-1, a.shape[0]), bt, alpha=factors)
-        return y
+        return z.view(-1, len(bt)), bt, factors
 
     def _find_parts(self, site: str) -> tuple[Tensor, Tensor, Tensor | float]:
         """Returns A and B transposed of the span, `[slots * rank, ...]`, and the factors `[rows, 1, slots, 1]`.

@@ -34,9 +34,10 @@ class GPT2Config:
         return self.width // self.heads
 
     def shape_of(self, target: str) -> tuple[int, int]:
-        """Returns (inputs, outputs) of one of `TARGETS`."""
+        """Returns (inputs, outputs) of one of `TARGETS`, or of the head."""
         d, i = self.width, self.inner
-        return {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, i), "mlp.c_proj": (i, d)}[target]
+        blocks = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, i), "mlp.c_proj": (i, d)}
+        return (d, self.vocab_size) if target == "lm_head" else blocks[target]
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_gpt2.model.bank import AdapterBank, BankSite
-from lora_gpt2.model.gpt2 import Before, LayerNorm, Linear, apply_before
+from lora_gpt2.model.gpt2 import HEAD, Before, HeadUpdate, LayerNorm, Linear, apply_before
 
 
 class TrainingRows:
@@ -53,6 +53,22 @@ class TrainingRows:
             return frozen
         result: Tensor = _Projection.apply(x, self.bank.anchor, self, site, linear, before, place)  # type: ignore[no-untyped-call]
         return result
+
+    def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+        """Returns what each slot adds to the logits of its own rows, or None if none changes the head."""
+        place = self.bank.sites.get(HEAD)
+        if place is None:
+            return None
+        inner: Tensor = _HeadInput.apply(hidden, self.bank.anchor, self, place)  # type: ignore[no-untyped-call]
+
+        outer, total = place.bt_compute[self.slots], place.bt_gradient
+        if total is None:
+            return HeadUpdate(inner.flatten(0, 1), outer)
+
+        def add_gradient(gradient: Tensor) -> None:
+            total[self.slots] += gradient
+
+        return HeadUpdate(inner.flatten(0, 1), outer, add_gradient)
 
     def by_slot(self, x: Tensor) -> Tensor:
         """Returns `[rows, time, width]` as `[slots, rows / slots * time, width]`."""
@@ -125,6 +141,29 @@ class _Projection(torch.autograd.Function):
                 dh.addcmul_(torch.bmm(dz, place.a_compute[rows.slots]).view(dh.shape), mask)
             dx = _backward_before(before, dh, x, statistics)
         return dx, None, None, None, None, None, None
+
+
+class _HeadInput(torch.autograd.Function):
+    """The rank-wide product of the head's update, z = s · h Aᵀ; the loss has the rest (`loss.py`)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, anchor: Tensor, rows: TrainingRows, place: BankSite) -> Tensor:
+        """Returns `[slots, tokens, rank]`; `anchor` only makes autograd call `backward`."""
+        ctx.rows, ctx.place = rows, place
+        ctx.save_for_backward(hidden)
+        mask = rows.draw_mask(HEAD, hidden)
+        kept = rows.by_slot(hidden if mask is None else hidden * mask)
+        return rows.scaled(torch.bmm(kept, place.a_compute[rows.slots].mT), place)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Adds the gradient of A to the bank's; returns that of the hidden states."""
+        (hidden,), rows, place = ctx.saved_tensors, ctx.rows, ctx.place
+        dz, mask = rows.scaled(upstream[0], place), rows.draw_mask(HEAD, hidden)
+        kept = rows.by_slot(hidden if mask is None else hidden * mask)
+        place.a_gradient[rows.slots] += torch.bmm(dz.mT, kept)
+        dh = torch.bmm(dz, place.a_compute[rows.slots]).view(hidden.shape)
+        return dh if mask is None else dh.mul_(mask), None, None, None
 
 
 def _backward_before(before: Before, dh: Tensor, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:

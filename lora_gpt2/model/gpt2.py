@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_gpt2.model.config import GPT2Config
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+HEAD = "lm_head"
 
 
 class _Uninitialised:
@@ -61,6 +62,23 @@ class LayerNorm(_Uninitialised, nn.LayerNorm):
 Before = LayerNorm | nn.GELU | None
 
 
+@dataclass(frozen=True)
+class HeadUpdate:
+    """What adapters add to the logits, as factors, because the sum for a whole batch would not fit.
+
+    `inner` `[tokens, rank]` has the tokens of each group one after another, as many in each; `outer`
+    `[groups, rank, vocab]`. `add_gradient` takes in the gradient of `outer`, where that is trained.
+    """
+
+    inner: Float[Tensor, "tokens rank"]
+    outer: Float[Tensor, "groups rank vocab"]
+    add_gradient: Callable[[Tensor], None] | None = None
+
+    def pick(self, places: Int[Tensor, " picked"]) -> HeadUpdate:
+        """Returns the update of some tokens; there is one group."""
+        return HeadUpdate(self.inner[places], self.outer)
+
+
 @runtime_checkable
 class ActiveAdapters(Protocol):
     """What the network asks at each adapted projection."""
@@ -69,6 +87,9 @@ class ActiveAdapters(Protocol):
         self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
     ) -> Float[Tensor, "rows time outputs"]:
         """Returns the projection of `before(x)` plus the update of the adapters at `site`."""
+
+    def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+        """Returns what the adapters add to the logits of these hidden states."""
 
 
 class KVCache:
@@ -206,6 +227,14 @@ class GPT2(nn.Module):
         """The weight of the output projection: the token embeddings, unless the checkpoint unties them."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
+    def add_to_head(self, delta: Float[Tensor, "vocab width"]) -> None:
+        """Changes the head; the token embeddings stay as they are, also where they were the head."""
+        weight = self.head.float() + delta.to(self.head.device)
+        self.lm_head = Linear(delta.shape[1], delta.shape[0], bias=False, device="meta")
+        self.lm_head.weight = nn.Parameter(weight.to(self.wte.weight.dtype), requires_grad=False)
+        if self.packed_head is not None:
+            self.packed_head = self.packed_head.with_weight(weight)
+
     def forward(
         self,
         tokens: Int[Tensor, "rows time"],
@@ -258,9 +287,20 @@ class GPT2(nn.Module):
         mask = build_mask(keys[None, None] <= positions[:, :, None], self.wpe.weight.dtype)
         return Context(adapters, cache, positions, mask)
 
-    def logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape vocab"]:
-        """Returns the scores of the next token for each hidden state."""
-        return F.linear(hidden, self.head) if self.packed_head is None else self.packed_head(hidden)
+    def logits(
+        self, hidden: Float[Tensor, "rows time width"], adapters: ActiveAdapters | None
+    ) -> Float[Tensor, "rows time vocab"]:
+        """Returns the scores of the next token for each hidden state, under the adapters that it was computed with."""
+        scores = F.linear(hidden, self.head) if self.packed_head is None else self.packed_head(hidden)
+        if (update := update_head(adapters, hidden)) is not None:
+            groups = scores.view(len(update.outer), -1, scores.shape[-1])
+            groups.baddbmm_(update.inner.view(*groups.shape[:2], -1), update.outer)
+        return scores
+
+
+def update_head(adapters: ActiveAdapters | None, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+    """Returns what the adapters, if there are any, add to the logits of these hidden states."""
+    return None if adapters is None else adapters.update_head(hidden)
 
 
 def mask_documents(positions: Int[Tensor, "rows time"], dtype: torch.dtype) -> Float[Tensor, "rows 1 time time"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.gpt2 import TARGETS
+from lora_gpt2.model.gpt2 import HEAD, TARGETS
 from lora_gpt2.recipe import LoraSettings
 
 SLICES = ("c_attn.q", "c_attn.k", "c_attn.v")
@@ -45,7 +45,7 @@ class LoraUpdate:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The updates of one adapter by site, such as `h.0.attn.c_attn`."""
+    """The updates of one adapter by site, such as `h.0.attn.c_attn`, or `lm_head`."""
 
     updates: Mapping[str, LoraUpdate]
 
@@ -57,7 +57,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """How one of `TARGETS` is adapted: PEFT's rank and alpha, and the non-zero blocks of B (None: all of it)."""
+    """How one target is adapted: PEFT's rank and alpha, and the non-zero blocks of B (None: all of it)."""
 
     target: str
     rank: int
@@ -65,18 +65,24 @@ class TargetPlan:
     blocks: tuple[tuple[slice, slice], ...] | None
 
 
-def list_sites(config: GPT2Config, targets: tuple[str, ...] = TARGETS) -> list[str]:
-    """Returns the site names of the targets, layer by layer."""
-    return [f"h.{layer}.{target}" for layer in range(config.layers) for target in targets]
+def list_sites(config: GPT2Config, targets: tuple[str, ...] = (*TARGETS, HEAD)) -> list[str]:
+    """Returns the site names of the targets, layer by layer, and last the head."""
+    sites = [f"h.{layer}.{target}" for layer in range(config.layers) for target in targets if target != HEAD]
+    return [*sites, HEAD] if HEAD in targets else sites
 
 
 def target_of(site: str) -> str:
-    """Returns the target of a site: `h.3.mlp.c_fc` → `mlp.c_fc`."""
-    return site.split(".", 2)[2]
+    """Returns the target of a site: `h.3.mlp.c_fc` → `mlp.c_fc`; the head is its own."""
+    return site if site == HEAD else site.split(".", 2)[2]
+
+
+def layer_of(site: str) -> int | None:
+    """Returns the block of a site: `h.3.mlp.c_fc` → 3; the head is in none."""
+    return None if site == HEAD else int(site.split(".", 2)[1])
 
 
 def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]:
-    """Returns how each adapted projection is built, in the order of `TARGETS`.
+    """Returns how each adapted projection is built, in the order of `TARGETS`, and last the head.
 
     Raises `UsageError` if `first_layer` leaves no block to adapt.
     """
@@ -87,7 +93,7 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
         )
     plans = []
     slices = [s for s in SLICES if s in settings.targets]
-    for target in TARGETS:
+    for target in (*TARGETS, HEAD):
         name = "c_attn" if target == "attn.c_attn" else target
         if name in settings.targets:
             rank = settings.rank_of(name)
@@ -141,5 +147,5 @@ def count_parameters(config: GPT2Config, settings: LoraSettings) -> int:
             trained = outputs * plan.rank
         else:
             trained = sum((r.stop - r.start) * (c.stop - c.start) for r, c in plan.blocks)
-        total += inputs * plan.rank + trained
-    return total * (config.layers - settings.first_layer)
+        total += (inputs * plan.rank + trained) * (1 if plan.target == HEAD else config.layers - settings.first_layer)
+    return total

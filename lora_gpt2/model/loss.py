@@ -2,11 +2,13 @@
 
 The logits of a whole batch never exist: each chunk's are computed, scored in float32, overwritten by their gradient
 and folded into the gradient of the hidden states. The head gets no gradient, so nothing is computed twice and the
-extra memory is one chunk, `rows * vocabulary` numbers, whatever the batch is.
+extra memory is one chunk, `rows * vocabulary` numbers, whatever the batch is. What adapters add to the head is a
+product of two factors, added to each chunk, and both get their gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE
+from lora_gpt2.model.gpt2 import HeadUpdate
 
 CPU_ROWS, DEVICE_ROWS = 256, 1024
 
@@ -24,33 +27,53 @@ def rows_per_chunk(device: torch.device) -> int:
 
 
 def measure_nll(
-    hidden: Float[Tensor, "tokens width"], head: Float[Tensor, "vocab width"], targets: Int[Tensor, " tokens"]
+    hidden: Float[Tensor, "tokens width"],
+    head: Float[Tensor, "vocab width"],
+    targets: Int[Tensor, " tokens"],
+    update: HeadUpdate | None,
 ) -> Float[Tensor, " tokens"]:
-    """Returns the negative log-likelihood of each target in nats, float32; 0 where the target is `IGNORE`."""
+    """Returns the negative log-likelihood of each target in nats, float32; 0 where the target is `IGNORE`.
+
+    `update` is what the adapters add to the head for these hidden states.
+    """
     nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     with torch.no_grad():
-        step = min(rows_per_chunk(hidden.device), len(targets))
-        chunk = _Chunk(hidden, head, step)
-        for start in range(0, len(targets), step):
-            rows = slice(start, start + step)
+        chunk = _Chunk(hidden, head, update or _build_empty(hidden, head))
+        for group, rows in chunk.split():
             wanted = targets[rows].clamp_min(0)[:, None]
-            logits = chunk.compute(hidden[rows])
+            logits = chunk.compute(group, rows)
             chosen = logits.gather(1, wanted)[:, 0]
             nll[rows] = (logits.exp_().sum(1).log() - chosen) * (targets[rows] != IGNORE)
     return nll
 
 
+def _build_empty(hidden: Tensor, head: Tensor) -> HeadUpdate:
+    """Returns an update of rank 0."""
+    return HeadUpdate(hidden.new_empty(len(hidden), 0), head.new_empty(1, 0, len(head)))
+
+
 class _Chunk:
     """Room for the logits of `rows` rows, used again for each chunk, because fresh memory costs as much as sums."""
 
-    def __init__(self, hidden: Tensor, head: Tensor, rows: int) -> None:
-        self.head, self.narrow = head, hidden.new_empty(rows, len(head))
+    def __init__(self, hidden: Tensor, head: Tensor, update: HeadUpdate) -> None:
+        self.hidden, self.head, self.update = hidden, head, update
+        self.group_rows = len(hidden) // len(update.outer)
+        self.rows = min(rows_per_chunk(hidden.device), self.group_rows)
+        self.narrow = hidden.new_empty(self.rows, len(head))
         self.wide = self.narrow if self.narrow.dtype == torch.float32 else self.narrow.to(torch.float32)
 
-    def compute(self, hidden: Tensor) -> Tensor:
+    def split(self) -> Iterator[tuple[int, slice]]:
+        """Yields the chunks: the group of the update, and the rows, which are all of that group."""
+        for first in range(0, len(self.hidden), self.group_rows):
+            for start in range(first, first + self.group_rows, self.rows):
+                yield first // self.group_rows, slice(start, min(start + self.rows, first + self.group_rows))
+
+    def compute(self, group: int, rows: slice) -> Tensor:
         """Returns the logits of some rows in float32, less the largest of each; valid until the next call."""
-        scores, logits = self.narrow[: len(hidden)], self.wide[: len(hidden)]
-        torch.mm(hidden, self.head.T, out=scores)
+        count = rows.stop - rows.start
+        scores, logits = self.narrow[:count], self.wide[:count]
+        torch.mm(self.hidden[rows], self.head.T, out=scores)
+        scores.addmm_(self.update.inner[rows], self.update.outer[group])
         if self.wide is not self.narrow:
             logits.copy_(scores)
         return logits.sub_(logits.amax(1, keepdim=True))
@@ -63,19 +86,20 @@ class _Chunk:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, smoothing: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, inner: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
+        smoothing: float, update: HeadUpdate,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
-        step = min(rows_per_chunk(hidden.device), len(targets))
-        chunk = _Chunk(hidden, head, step)
-        for start in range(0, len(targets), step):
-            rows = slice(start, start + step)
+        inner_gradient = torch.empty_like(inner)
+        outer_gradient = torch.zeros_like(update.outer, dtype=torch.float32)
+        chunk = _Chunk(hidden, head, update)
+        for group, rows in chunk.split():
             kept = targets[rows] != IGNORE
             wanted = targets[rows].clamp_min(0)[:, None]
             factor = weights[rows] * kept
-            logits = chunk.compute(hidden[rows])
+            logits = chunk.compute(group, rows)
             chosen, mean = logits.gather(1, wanted)[:, 0], logits.mean(1) if smoothing else None
             total = logits.exp_().sum(1)
             nll[rows] = (total.log() - chosen) * kept
@@ -85,14 +109,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if mean is not None:
                 loss += smoothing * ((total.log() - mean) * factor).sum()
                 slope.sub_((factor * (smoothing / logits.shape[1]))[:, None])
-            torch.mm(chunk.to_narrow(slope), head, out=gradient[rows])
-        ctx.save_for_backward(gradient)
+            slope = chunk.to_narrow(slope)
+            torch.mm(slope, head, out=gradient[rows])
+            torch.mm(slope, update.outer[group].T, out=inner_gradient[rows])
+            outer_gradient[group] += torch.mm(inner[rows].T, slope)
+        ctx.update = update
+        ctx.save_for_backward(gradient, inner_gradient, outer_gradient)
         return loss, nll
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, inner_gradient, outer_gradient = ctx.saved_tensors
+        factor = upstream[0].to(gradient.dtype)
+        if ctx.update.add_gradient is not None:
+            ctx.update.add_gradient(outer_gradient * upstream[0])
+        return gradient * factor, inner_gradient * factor, None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -100,14 +131,17 @@ def chunked_cross_entropy(
     head: Float[Tensor, "vocab width"],
     targets: Int[Tensor, " tokens"],
     weights: Float[Tensor, " tokens"],
-    smoothing: float = 0.0,
+    smoothing: float,
+    update: HeadUpdate | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
     """Returns (sum of weight × loss, NLL per token), in nats; differentiable in `hidden` through the first.
 
     The loss is the NLL, with label smoothing ε the cross-entropy to (1 - ε) of the target and ε of all words alike.
 
+    `update` is what the adapters add to the head for these hidden states; it gets its gradients too.
     Targets equal to `IGNORE` count nothing. With weights 1/n_k on the tokens of domain k, the sum is the sum over the
     domains of their mean NLL, so each domain's gradient is what it would be alone.
     """
-    loss, nll = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, smoothing)  # type: ignore[no-untyped-call]
+    update = update or _build_empty(hidden, head)
+    loss, nll = _ChunkedCrossEntropy.apply(hidden, update.inner, head, targets, weights, smoothing, update)  # type: ignore[no-untyped-call]
     return loss, nll.detach()

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.model.gpt2 import Before, Linear, apply_before
+from lora_gpt2.model.gpt2 import HEAD, Before, HeadUpdate, Linear, apply_before
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.recipe import MergeMethod, MergeSettings
 
@@ -204,3 +204,8 @@ class DeltaRows:
         y: Tensor = linear(h)
         delta = self.delta_of(site)
         return y if delta is None else y + F.linear(h, delta.to(h))
+
+    def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+        """Returns the change of the head, as factors of which one is the hidden states."""
+        delta = self.delta_of(HEAD)
+        return None if delta is None else HeadUpdate(hidden.flatten(0, 1), delta.to(hidden).mT[None])

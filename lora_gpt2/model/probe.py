@@ -29,7 +29,8 @@ def build_probe(base: Base) -> Int[Tensor, "rows time"]:
 def compute_logits(base: Base, adapters_for: AdaptersForRows = lambda rows: None) -> Tensor:
     """Returns the logits `[rows, time, vocab]` on the probe, in float32."""
     probe = build_probe(base)
-    return base.model.logits(base.model(probe, adapters_for(len(probe)))).float()
+    adapters = adapters_for(len(probe))
+    return base.model.logits(base.model(probe, adapters), adapters).float()
 
 
 def measure_difference(one: Tensor, other: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import Linear
+from lora_gpt2.model.gpt2 import HEAD, Linear
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.model.merge import DeltaRows, approximate, concatenate, measure_norm, to_dense
 from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference
@@ -72,6 +72,8 @@ def _measure(base: Base, plain: Adapter, change_of: Callable[[str], Tensor]) -> 
 
 def weight_of(base: Base, site: str) -> Tensor:
     """Returns the weight `[out, in]` of a projection in float32 on the CPU."""
+    if site == HEAD:
+        return base.model.head.detach().to("cpu", torch.float32)
     module = base.model.get_submodule(site)
     assert isinstance(module, Linear)
     return module.dense(torch.float32).detach().cpu()

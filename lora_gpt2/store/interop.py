@@ -21,16 +21,19 @@ from torch import Tensor
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.paths import os_errors_as_ours, read_regular
 from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.gpt2 import TARGETS
+from lora_gpt2.model.gpt2 import HEAD, TARGETS
 from lora_gpt2.model.lora import Adapter, LoraUpdate, list_sites, target_of
 from lora_gpt2.store.manifest import MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS
-from lora_gpt2.store.peft_config import MAX_CONFIG_BYTES, PeftSpec, parse_peft_config
+from lora_gpt2.store.peft_config import MAX_CONFIG_BYTES, PeftSpec, module_of, parse_peft_config
 
-PREFIX = "base_model.model.transformer."
+PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
 TENSOR_NAME = re.compile(
-    r"base_model\.model\.transformer\.(h\.\d{1,4}\.[a-z_.]+)\.lora_(?:([AB])\.weight|(magnitude_vector)(?:\.weight)?)"
+    r"base_model\.model\.(?:transformer\.(h\.\d{1,4}\.[a-z_.]+)|(lm_head))"
+    r"\.lora_(?:([AB])\.weight|(magnitude_vector)(?:\.weight)?)"
 )
+FROZEN_HEAD = "base_model.model.lm_head.base_layer.weight"
+"""PEFT keeps the base's own head beside the factors; we have it."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -47,8 +50,8 @@ def to_peft(adapter: Adapter, base_name: str, config: GPT2Config) -> dict[str, b
     """Returns the two files that PEFT needs, by name."""
     tensors: dict[str, Tensor] = {}
     for site, update in adapter.updates.items():
-        tensors[f"{PREFIX}{site}.lora_A.weight"] = update.a.float().contiguous()
-        tensors[f"{PREFIX}{site}.lora_B.weight"] = update.b.float().contiguous()
+        tensors[f"{PREFIX}{module_of(site)}.lora_A.weight"] = update.a.float().contiguous()
+        tensors[f"{PREFIX}{module_of(site)}.lora_B.weight"] = update.b.float().contiguous()
     values = json.dumps(build_peft_config(adapter, base_name, config), indent=2) + "\n"
     return {WEIGHTS: save(tensors, metadata={"format": "pt"}), PEFT_CONFIG: values.encode()}
 
@@ -60,12 +63,12 @@ def build_peft_config(adapter: Adapter, base_name: str, config: GPT2Config) -> d
     """
     updates = adapter.updates
     (rank, alpha), _ = Counter((u.rank, u.alpha) for u in updates.values()).most_common(1)[0]
-    targets = [target for target in TARGETS if any(target_of(site) == target for site in updates)]
+    targets = [target for target in (*TARGETS, HEAD) if any(target_of(site) == target for site in updates)]
     if set(updates) != set(list_sites(config, tuple(targets))):
         targets = list(updates)
     whole = {
         target
-        for target in TARGETS
+        for target in (*TARGETS, HEAD)
         if len({(u.rank, u.alpha) for s, u in updates.items() if target_of(s) == target}) == 1
     }
     rank_pattern, alpha_pattern = {}, {}
@@ -107,12 +110,14 @@ def parse_peft(weights: bytes, config_bytes: bytes, config: GPT2Config, where: s
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = TENSOR_NAME.fullmatch(name)
-        if match is None or (match[3] == MAGNITUDE and not spec.dora):
+        if name == FROZEN_HEAD and tuple(tensor.shape) == (config.vocab_size, config.width):
+            continue
+        if match is None or (match[4] == MAGNITUDE and not spec.dora):
             raise MismatchError(
                 f"{where}: the tensor {name[:120]} is not part of a GPT-2 LoRA",
-                "adapters change c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj (README, Formats)",
+                "adapters change c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj and lm_head (README, Formats)",
             )
-        halves.setdefault(match[1], {})[match[2] or match[3]] = tensor
+        halves.setdefault(match[1] or match[2], {})[match[3] or match[4]] = tensor
     _check_sites(set(halves), spec, config, where)
     ordered = [site for site in list_sites(config) if site in halves]
     magnitudes = {site: _take_magnitude(site, halves[site], config, where) for site in ordered if spec.dora}

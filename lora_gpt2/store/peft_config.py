@@ -15,7 +15,8 @@ from typing import Any
 import re2
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
-from lora_gpt2.model.gpt2 import TARGETS
+from lora_gpt2.model.gpt2 import HEAD, TARGETS
+from lora_gpt2.model.lora import layer_of
 from lora_gpt2.store.manifest import PEFT_CONFIG
 
 MAX_CONFIG_BYTES = 2**20
@@ -39,7 +40,7 @@ OFF_VALUES: dict[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-OTHER_WEIGHTS = "it changes weights besides the four projections, which an adapter here cannot"
+OTHER_WEIGHTS = "it changes weights besides the projections and the head, which an adapter here cannot"
 REASONS = {
     "peft_type": "only LoRA is; export it with PEFT's convert_to_lora first",
     "bias": OTHER_WEIGHTS,
@@ -88,10 +89,10 @@ class PeftSpec:
 
     def is_target(self, site: str) -> bool:
         """True if the configuration names the site."""
-        name = f"transformer.{site}"
+        name = module_of(site)
         if _fits(self.excluded, name):
             return False
-        in_layers = self.layers is None or int(site.split(".")[1]) in self.layers
+        in_layers = self.layers is None or layer_of(site) in self.layers
         return _fits(self.targets, name) and (in_layers or not isinstance(self.targets, tuple))
 
 
@@ -108,7 +109,7 @@ def parse_peft_config(content: bytes, where: str) -> PeftSpec:
         if key in READ_KEYS or key in FREE_KEYS or (key in OFF_VALUES and value in OFF_VALUES[key]):
             continue
         if key in OFF_VALUES or value not in (None, False, {}, []):
-            reason = REASONS.get(key, "only plain LoRA, rsLoRA, DoRA and PiSSA on GPT-2's four projections are")
+            reason = REASONS.get(key, "only plain LoRA, rsLoRA, DoRA and PiSSA on GPT-2's projections and head are")
             raise MismatchError(f"{place}: {key[:60]} = {str(value)[:60]!r} is not supported", reason)
     return PeftSpec(
         rank=int(_number(values, "r", 8, place)), alpha=_number(values, "lora_alpha", 8, place),
@@ -213,7 +214,12 @@ def _compile(pattern: str, place: str) -> Any:
 
 
 def _lookup(patterns: Sequence[tuple[Any, float]], site: str, default: float) -> float:
-    return next((value for pattern, value in patterns if pattern.match(f"transformer.{site}")), default)
+    return next((value for pattern, value in patterns if pattern.match(module_of(site))), default)
+
+
+def module_of(site: str) -> str:
+    """Returns Hugging Face's name of the module at a site: `h.0.mlp.c_fc` → `transformer.h.0.mlp.c_fc`."""
+    return site if site == HEAD else f"transformer.{site}"
 
 
 def _fits(modules: Any, name: str) -> bool:

@@ -21,7 +21,8 @@ import torch
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.lora import build_ranks, merge_ranks, plan_targets, target_of
+from lora_gpt2.model.gpt2 import HEAD
+from lora_gpt2.model.lora import build_ranks, layer_of, merge_ranks, plan_targets, target_of
 from lora_gpt2.model.loss import rows_per_chunk
 from lora_gpt2.model.quantize import bytes_per_weight
 from lora_gpt2.model.runtime import Runtime
@@ -69,6 +70,7 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
         if group[0].data.layout == "packed":
             noise += tokens * group[0].data.block_size * item  # what hides other documents from each
         chunk = min(rows_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
+        chunk += ranks.get(HEAD, 0) * config.vocab_size * (4 * len(group) + item)  # the gradient of its update
         largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + dense)), key=sum)
     parts = {
         "weights": _count_weights(config, settings.quantize, item),
@@ -83,7 +85,9 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
 def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], item: int) -> tuple[int, int]:
     """Returns the bytes kept per token when the loss is computed, and what the backward pass adds at its peak."""
     width, inner = config.width * item, config.inner * item
-    live = config.layers - min(int(site.split(".")[1]) for site in ranks)
+    live = config.layers - min(
+        (layer for site in ranks if (layer := layer_of(site)) is not None), default=config.layers
+    )
     products = sum(ranks.values()) * item
     block = KEPT_WIDTHS * width + inner + 4 * config.heads  # the last for the attention's float32 normaliser
     backward = width + 2 * inner + (inner if recipe.lora.dropout else 0) - FREED_WIDTHS * width

@@ -133,8 +133,9 @@ class StepRunner:
             hidden = self.model(
                 each.inputs, rows, noise=noise, checkpoint_blocks=each.checkpointing, positions=each.positions
             )
+            update, targets = rows.update_head(hidden), each.targets.flatten()
             loss, nll = chunked_cross_entropy(
-                hidden.flatten(0, 1), self.model.head, each.targets.flatten(), weights, each.smoothing
+                hidden.flatten(0, 1), self.model.head, targets, weights, each.smoothing, update
             )
             loss.backward()  # type: ignore[no-untyped-call]
             self.losses.index_add_(0, each.places, (nll * each.weights).view(len(each.slots), -1).sum(1))

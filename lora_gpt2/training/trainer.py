@@ -24,7 +24,7 @@ from lora_gpt2.data.blocks import IGNORE, TokenBlocks
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingRows
-from lora_gpt2.model.gpt2 import ActiveAdapters
+from lora_gpt2.model.gpt2 import ActiveAdapters, update_head
 from lora_gpt2.model.lora import Adapter, build_adapter, merge_ranks, plan_targets
 from lora_gpt2.model.loss import measure_nll
 from lora_gpt2.model.runtime import measure_peak_memory
@@ -252,8 +252,9 @@ class Trainer:
             read = blocks.read(range(start, min(start + rows, count)))
             inputs, targets = (torch.from_numpy(side).to(self.device) for side in (read.inputs, read.targets))
             positions = None if read.positions is None else torch.from_numpy(read.positions).to(self.device)
-            hidden = self.base.model(inputs, adapters, positions=positions).flatten(0, 1)
-            total += measure_nll(hidden, self.base.model.head, targets.flatten()).double().sum().item()
+            hidden = self.base.model(inputs, adapters, positions=positions)
+            update, flat = update_head(adapters, hidden), hidden.flatten(0, 1)
+            total += measure_nll(flat, self.base.model.head, targets.flatten(), update).double().sum().item()
             targets_seen += int((targets != IGNORE).sum())
             on_tokens(inputs.numel())
         return total / targets_seen

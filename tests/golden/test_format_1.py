@@ -20,9 +20,10 @@ def test_the_golden_adapter_loads_with_its_logits():
     assert base.fingerprint == EXPECTED["base_fingerprint"]
     session = Session(base, Store(HERE / "store"))
     tokens = torch.tensor([EXPECTED["tokens"]])
-    logits = base.model.logits(base.model(tokens, session.rows([(("golden", 1.0),)])))[0, -1, :8]
+    rows = session.rows([(("golden", 1.0),)])
+    logits = base.model.logits(base.model(tokens, rows), rows)[0, -1, :8]
     assert logits.tolist() == pytest.approx(EXPECTED["last_logits"], abs=1e-4)
-    plain = base.model.logits(base.model(tokens))[0, -1, :8]
+    plain = base.model.logits(base.model(tokens), None)[0, -1, :8]
     assert not torch.allclose(plain, logits, atol=0.01)
 
 

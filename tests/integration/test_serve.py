@@ -105,8 +105,8 @@ def test_echo_and_logprobs(client, base, trained):
     scores, ids = answer.logprobs, base.tokenizer.encode(prompt)
     assert scores.tokens[: len(ids)] == [base.tokenizer.token_bytes[i].decode() for i in ids]
     assert scores.token_logprobs[0] is None
-    hidden = base.model(torch.tensor([ids]), Session(base, trained).rows([LAW]))
-    wanted = base.model.logits(hidden)[0].log_softmax(-1)
+    rows = Session(base, trained).rows([LAW])
+    wanted = base.model.logits(base.model(torch.tensor([ids]), rows), rows)[0].log_softmax(-1)
     given = scores.token_logprobs[1 : len(ids)]
     assert given == pytest.approx([float(wanted[k, token]) for k, token in enumerate(ids[1:])], abs=1e-4)
     assert all(top is None or len(top) == 2 for top in scores.top_logprobs)

@@ -13,6 +13,7 @@ from lora_gpt2.model.loss import chunked_cross_entropy
 from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.interop import from_peft, read_peft_files
+from lora_gpt2.store.peft_config import module_of
 from tests.builders import make_adapter, train_and_save
 
 with warnings.catch_warnings():
@@ -25,7 +26,13 @@ SETTINGS = {
     "qv": LoraSettings(rank=4, alpha=32, targets=("c_attn.q", "c_attn.v")),
     "per-target": LoraSettings(rank=2, ranks={"mlp.c_fc": 5}, targets=("mlp.c_fc", "mlp.c_proj", "attn.c_proj")),
     "k-and-mlp": LoraSettings(rank=2, targets=("c_attn.k", "mlp.c_fc")),
+    "head": LoraSettings(rank=3, targets=("lm_head",)),
 }
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings:UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning:peft"),
+]
 
 
 @pytest.fixture(params=SETTINGS)
@@ -47,7 +54,8 @@ def tokens(base):
 def our_logits(base, adapter, tokens):
     session = Session(base)
     session.add({"a": adapter})
-    return base.model.logits(base.model(tokens, session.rows([(("a", 1.0),)] * len(tokens))))
+    rows = session.rows([(("a", 1.0),)] * len(tokens))
+    return base.model.logits(base.model(tokens, rows), rows)
 
 
 def test_a_stored_adapter_runs_in_peft_unchanged(base, store, stored, theirs, tokens):
@@ -65,15 +73,18 @@ def test_adapter_gradients_equal_autograds_through_peft(base, store, stored, the
     bank = AdapterBank(base.config, stored.ranks, 1, "training", base.model.wte.weight)
     bank.load(0, stored)
     buffer = bank.enable_gradients()
-    hidden = base.model(tokens, TrainingRows(bank, [0]))[:, :-1].flatten(0, 1)
+    rows = TrainingRows(bank, [0])
+    hidden = base.model(tokens, rows)[:, :-1].contiguous()
     targets = tokens[:, 1:].flatten()
     weights = torch.full(targets.shape, 1 / len(targets))
-    chunked_cross_entropy(hidden, base.model.head, targets, weights)[0].backward()
+    chunked_cross_entropy(hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, rows.update_head(hidden))[
+        0
+    ].backward()
     gradients = bank.read(0, buffer)
     found = dict(wrapped.named_parameters())
     for site, update in gradients.updates.items():
         for half, ours in (("A", update.a), ("B", update.b)):
-            wanted = found[f"base_model.model.transformer.{site}.lora_{half}.default.weight"].grad
+            wanted = found[f"base_model.model.{module_of(site)}.lora_{half}.default.weight"].grad
             assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-8, (site, half)
 
 
@@ -86,6 +97,7 @@ def test_adapter_gradients_equal_autograds_through_peft(base, store, stored, the
         {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"mlp.c_proj": 2}, "alpha_pattern": {"c_attn": 3}},
         {"target_modules": ["c_fc"], "layers_to_transform": [1]},
         {"target_modules": r".*h\.0\.mlp\.c_fc"},
+        {"target_modules": ["c_fc", "lm_head"], "rank_pattern": {"lm_head": 3}},
     ],
 )
 def test_an_adapter_trained_in_peft_imports_with_equal_logits_and_goes_back(
@@ -101,7 +113,25 @@ def test_an_adapter_trained_in_peft_imports_with_equal_logits_and_goes_back(
     with torch.no_grad():
         again = PeftModel.from_pretrained(wrapped.unload(), store.resolve("back")).eval()(tokens).logits
     assert (again - wanted).abs().max() <= 2e-5
-    assert (wanted - base.model.logits(base.model(tokens))).abs().max() > 0.1
+    assert (wanted - base.model.logits(base.model(tokens), None)).abs().max() > 0.1
+
+
+def test_a_head_is_merged_rightly_by_us_and_in_peft_where_it_is_untied_first(base, store, theirs, tokens):
+    """PEFT itself merges the head's update into the tied embeddings too (its warning, peft#2777)."""
+    adapter = make_adapter(base.config, 1)
+    publish_adapter(store, "law", adapter, base, Origin())
+    wanted = our_logits(base, adapter, tokens)
+    tied = PeftModel.from_pretrained(theirs, store.resolve("law")).merge_and_unload().eval()
+    with torch.no_grad():
+        assert (tied(tokens).logits - wanted).abs().max() > 0.1, "PEFT merges a tied head rightly now: say so"
+    untied = GPT2LMHeadModel.from_pretrained(base.folder).eval()
+    untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.clone())
+    untied.config.tie_word_embeddings = False
+    merged = PeftModel.from_pretrained(untied, store.resolve("law")).merge_and_unload().eval()
+    folded = Session(base, store).fold((("law", 1.0),)).base.model
+    with torch.no_grad():
+        assert (merged(tokens).logits - wanted).abs().max() <= 2e-5
+        assert (folded.logits(folded(tokens), None) - wanted).abs().max() <= 2e-5
 
 
 def test_a_mixed_batch_equals_pefts(base, store, theirs, tokens):
@@ -114,4 +144,4 @@ def test_a_mixed_batch_equals_pefts(base, store, theirs, tokens):
     with torch.no_grad():
         wanted = wrapped(tokens, adapter_names=["law", "__base__", "code"]).logits
     rows = session.rows([(("law", 1.0),), (), (("code", 1.0),)])
-    assert (base.model.logits(base.model(tokens, rows)) - wanted).abs().max() <= 2e-5
+    assert (base.model.logits(base.model(tokens, rows), rows) - wanted).abs().max() <= 2e-5

@@ -52,7 +52,7 @@ def test_logits_of_the_exact_configurations_agree_within_2e_5(size):
         wanted = theirs(tokens).logits
         ours = copy_weights(theirs)
         del theirs
-        found = ours.logits(ours(tokens))
+        found = ours.logits(ours(tokens), None)
     difference = (found - wanted).abs().max().item()
     assert difference <= 2e-5
     assert wanted.std() > 0.1
@@ -66,7 +66,7 @@ def test_a_saved_checkpoint_gives_the_same_logits(tmp_path, options):
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
     tokens = torch.randint(0, base.config.vocab_size, (2, 30))
     with torch.no_grad():
-        difference = (base.model.logits(base.model(tokens)) - theirs(tokens).logits).abs().max()
+        difference = (base.model.logits(base.model(tokens), None) - theirs(tokens).logits).abs().max()
     assert difference <= 2e-5
 
 
@@ -85,7 +85,7 @@ def test_nano_is_an_ordinary_gpt2_for_transformers(nano):
     assert (tokenizer.eos_token_id, tokenizer.model_max_length) == (8191, 512)
     tokens = torch.randint(0, 8192, (2, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert (base.model.logits(base.model(tokens)) - theirs(tokens).logits).abs().max() <= 2e-5
+        assert (base.model.logits(base.model(tokens), None) - theirs(tokens).logits).abs().max() <= 2e-5
 
 
 def test_greedy_text_equals_transformers_generate(nano):

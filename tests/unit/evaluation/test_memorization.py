@@ -141,8 +141,10 @@ def test_greedy_decoding_gives_what_extraction_says(learnt, reporter):
     for place in places:
         ids = stream[place : place + size].tolist()
         for _ in range(size):
-            hidden = learnt.base.model(torch.tensor([ids]), learnt.for_rows(mix)(1))
-            ids.append(int(learnt.base.model.logits(hidden[:, -1]).argmax()))
+            rows = learnt.for_rows(mix)(1)
+            ids.append(
+                int(learnt.base.model.logits(learnt.base.model(torch.tensor([ids]), rows), rows)[0, -1].argmax())
+            )
         if ids == stream[place : place + 2 * size].tolist():
             decoded.append(place)
     assert list(found.places) == decoded
@@ -156,7 +158,7 @@ def test_a_planted_secret_that_was_learnt_is_exposed_and_another_is_not(base, tm
     base.model.requires_grad_()
     optimizer = torch.optim.Adam(base.model.parameters(), lr=0.01)
     for _ in range(30):
-        loss = torch.nn.functional.cross_entropy(base.model.logits(base.model(ids[:, :-1]))[0], ids[0, 1:])
+        loss = torch.nn.functional.cross_entropy(base.model.logits(base.model(ids[:, :-1]), None)[0], ids[0, 1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

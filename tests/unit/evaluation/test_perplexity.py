@@ -63,7 +63,7 @@ def by_hand(base, ids, spans):
     """NLL of the scored positions, one window at a time."""
     total = 0.0
     for begin, end, positions in spans:
-        logits = base.model.logits(base.model(torch.tensor([ids[begin : end - 1]])))[0]
+        logits = base.model.logits(base.model(torch.tensor([ids[begin : end - 1]])), None)[0]
         for position in positions:
             total += F.cross_entropy(logits[position - begin - 1], torch.tensor(ids[position])).item()
     return total

@@ -121,7 +121,8 @@ def test_the_likelihoods_are_those_of_one_row_alone(session):
     base = session.base
     ids = torch.tensor([[base.tokenizer.eos_id, *base.tokenizer.encode("the cat")]])
     for name, mix in (("law", (("law", 1.0),)), ("base", ())):
-        logits = base.model.logits(base.model(ids[:, :-1], session.rows([mix])))[0]
+        rows = session.rows([mix])
+        logits = base.model.logits(base.model(ids[:, :-1], rows), rows)[0]
         wanted = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
         assert choice.nll[name] == pytest.approx(float(wanted), rel=1e-4)
 

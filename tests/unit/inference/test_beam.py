@@ -42,12 +42,13 @@ def test_the_best_continuation_is_that_of_transformers(session, base_folder, bea
 
 def test_with_as_many_beams_as_continuations_the_best_of_all_is_found(session):
     base, mix = session.base, (("law", 1.0),)
-    logits = base.model.logits(base.model(torch.tensor([[7]]), session.rows([mix])))[0, -1]
+    rows = session.rows([mix])
+    logits = base.model.logits(base.model(torch.tensor([[7]]), rows), rows)[0, -1]
     first = logits.log_softmax(-1)
     best, vocab = (-torch.inf, ()), base.config.vocab_size
     for token in range(vocab - 1):
         ids = torch.tensor([[7, token]])
-        second = base.model.logits(base.model(ids, session.rows([mix])))[0, -1].log_softmax(-1)
+        second = base.model.logits(base.model(ids, rows), rows)[0, -1].log_softmax(-1)
         value, other = (first[token] + second).max(0)
         if float(value) > best[0]:
             best = (float(value), (token, int(other)))

@@ -123,8 +123,8 @@ def test_logprobs_are_those_of_the_network(session):
     ids = base.tokenizer.encode("the cat")
     assert len(output.logprobs) == output.tokens
     for item in output.logprobs:
-        hidden = base.model(torch.tensor([ids]), session.rows([mix]))
-        wanted = base.model.logits(hidden[0, -1]).log_softmax(0)
+        rows = session.rows([mix])
+        wanted = base.model.logits(base.model(torch.tensor([ids]), rows), rows)[0, -1].log_softmax(0)
         assert item.logprob == pytest.approx(float(wanted[item.token]), abs=1e-4)
         assert [token for token, _ in item.top] == wanted.topk(3).indices.tolist()
         ids.append(item.token)
@@ -146,7 +146,8 @@ def test_a_prompts_own_tokens_are_scored_as_one_forward_pass_scores_them(session
     row = Row(0, mix, ids, 0, OPEN.model_copy(update={"logprobs": 2}), 0, base.tokenizer, scores_prompt=True)
     run_alone(session, row)
     assert (row.new_ids, row.finish_reason, row.text) == ([], "length", "")
-    logits = base.model.logits(base.model(torch.tensor([ids]), session.rows([mix])))[0].log_softmax(-1)
+    rows = session.rows([mix])
+    logits = base.model.logits(base.model(torch.tensor([ids]), rows), rows)[0].log_softmax(-1)
     wanted = [float(logits[place, token]) for place, token in enumerate(ids[1:])]
     assert [item.logprob for item in row.prompt_logprobs] == pytest.approx(wanted, abs=1e-5)
     assert [item.token for item in row.prompt_logprobs] == ids[1:]

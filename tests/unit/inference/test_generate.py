@@ -32,8 +32,8 @@ def test_greedy_decoding_with_the_cache_equals_running_the_whole_text_each_time(
     ids = session.base.tokenizer.encode("the cat")
     expected = []
     for _ in range(12):
-        hidden = session.base.model(torch.tensor([ids]), session.rows([law()]))
-        token = int(session.base.model.logits(hidden[0, -1]).argmax())
+        rows = session.rows([law()])
+        token = int(session.base.model.logits(session.base.model(torch.tensor([ids]), rows), rows)[0, -1].argmax())
         if token == session.base.tokenizer.eos_id:
             break
         expected.append(token)

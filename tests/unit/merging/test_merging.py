@@ -163,7 +163,9 @@ def test_gguf_holds_the_merged_tensors_and_the_tokenizer(session, reporter, tmp_
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     assert torch.equal(found["blk.1.ffn_up.weight"], theirs["transformer.h.1.mlp.c_fc.weight"].mT)
-    assert torch.equal(found["output.weight"], theirs["transformer.wte.weight"])
+    assert torch.equal(found["output.weight"], theirs["lm_head.weight"])
+    assert torch.equal(found["token_embd.weight"], theirs["transformer.wte.weight"])
+    assert not torch.equal(found["output.weight"], found["token_embd.weight"])
     assert len(found) == 5 + 12 * base.config.layers
     expected = set(gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2])
     known = {gguf.TENSOR_NAMES[kind].replace("{bid}", str(layer)) for kind in expected for layer in range(2)}
@@ -181,7 +183,7 @@ def test_the_search_finds_the_mix_that_the_texts_came_from(session, reporter, ba
     tokens = torch.full((8, 1), base.config.eos_id)
     with torch.inference_mode():
         for _ in range(40):
-            probabilities = base.model.logits(base.model(tokens, rows))[:, -1, :200].softmax(-1)
+            probabilities = base.model.logits(base.model(tokens, rows), rows)[:, -1, :200].softmax(-1)
             tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
     texts = [base.tokenizer.decode(row[1:].tolist()).encode("ascii", "ignore").decode() for row in tokens]
     sources = [Source("one", texts[:4]), Source("two", texts[4:])]

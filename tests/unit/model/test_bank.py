@@ -21,7 +21,8 @@ def open_bank(base, adapters, layout="inference", num_slots=None):
 
 
 def run(base, tokens, bank, rows):
-    return base.model.logits(base.model(tokens, InferenceRows(bank, torch.tensor(rows))))
+    active = InferenceRows(bank, torch.tensor(rows))
+    return base.model.logits(base.model(tokens, active), active)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def tokens(base):
 
 
 def test_a_fresh_adapter_changes_nothing_bitwise(base, tokens):
-    plain = base.model.logits(base.model(tokens))
+    plain = base.model.logits(base.model(tokens), None)
     fresh = build_adapter(base.config, LoraSettings(), 0)
     assert torch.equal(run(base, tokens, open_bank(base, [fresh]), [[1.0]] * 3), plain)
     trained = make_adapter(base.config)
@@ -71,7 +72,7 @@ def test_a_mixed_batch_equals_one_by_one(base, tokens):
     alone = [
         run(base, tokens[:1], open_bank(base, [adapters[0]]), [[1.0]]),
         run(base, tokens[1:2], open_bank(base, [adapters[1]]), [[1.0]]),
-        base.model.logits(base.model(tokens[2:])),
+        base.model.logits(base.model(tokens[2:]), None),
     ]
     assert torch.allclose(mixed, torch.cat(alone), atol=1e-5)
     assert not torch.allclose(mixed, run(base, tokens, bank, [[0, 1.0], [1.0, 0], [0, 0]]), atol=0.05)
@@ -134,10 +135,13 @@ def test_a_document_in_a_packed_row_is_computed_as_if_it_were_alone(base):
     def compute(tokens, targets, **options):
         bank = open_bank(base, [adapter], "training")
         buffer = bank.enable_gradients()
-        hidden = base.model(tokens, TrainingRows(bank, [0]), **options)
-        nll = torch.nn.functional.cross_entropy(base.model.logits(hidden).flatten(0, 1), targets, reduction="sum")
-        nll.backward()
-        return base.model.logits(hidden)[0], buffer
+        rows = TrainingRows(bank, [0])
+        hidden = base.model(tokens, rows, **options)
+        weights = torch.ones(targets.shape)
+        update = rows.update_head(hidden)
+        chunked_cross_entropy(hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, update)[0].backward()
+        with torch.no_grad():
+            return base.model.logits(hidden, rows)[0], buffer
 
     packed, gradient = compute(row, torch.cat([*(d[1:] for d in documents), filling - 100]), positions=positions)
     alone = [compute(d[None, :-1], d[1:]) for d in documents]
@@ -154,10 +158,11 @@ def gradients(base, adapters, slots, tokens_by_slot):
     bank = open_bank(base, adapters, "training")
     buffer = bank.enable_gradients()
     tokens = torch.cat([tokens_by_slot[slot] for slot in slots])
-    hidden = base.model(tokens[:, :-1], TrainingRows(bank, slots)).flatten(0, 1)
-    targets = tokens[:, 1:].flatten()
+    rows = TrainingRows(bank, slots)
+    hidden, targets = base.model(tokens[:, :-1], rows), tokens[:, 1:].flatten()
     weights = torch.full(targets.shape, len(slots) / len(targets))
-    chunked_cross_entropy(hidden, base.model.head, targets, weights)[0].backward()
+    update = rows.update_head(hidden)
+    chunked_cross_entropy(hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, update)[0].backward()
     return bank, buffer
 
 

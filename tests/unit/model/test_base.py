@@ -17,7 +17,7 @@ FLOAT32 = choose_runtime("float32", torch.device("cpu"))
 
 def logits(folder):
     base = load_base(str(folder), FLOAT32)
-    return base.model.logits(base.model(torch.arange(10)[None]))
+    return base.model.logits(base.model(torch.arange(10)[None]), None)
 
 
 def test_shards_prefixes_and_buffers_load_the_same(tmp_path, base_folder):

@@ -5,7 +5,7 @@ import torch
 
 from lora_gpt2.model.config import parse_config
 from lora_gpt2.model.lora import build_adapter, count_parameters, plan_targets
-from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.recipe import BLOCKS, LoraSettings
 
 SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 20), "xl": (1600, 48, 25)}
 # FACTS, STACK section 1: exact counts by experiment with PEFT
@@ -23,7 +23,10 @@ def config_of(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_are_those_of_peft(size):
     config = config_of(size)
-    assert count_parameters(config, LoraSettings(rank=8)) == ALL_LINEAR_R8[size]
+    assert count_parameters(config, LoraSettings(rank=8, targets=BLOCKS)) == ALL_LINEAR_R8[size]
+    assert count_parameters(config, LoraSettings(rank=8)) == ALL_LINEAR_R8[size] + 8 * (50257 + config.width)
+    upper = LoraSettings(rank=8, first_layer=config.layers - 1)
+    assert count_parameters(config, upper) == ALL_LINEAR_R8[size] // config.layers + 8 * (50257 + config.width)
     assert count_parameters(config, LoraSettings(rank=16, targets=("c_attn",))) == C_ATTN_R16[size]
 
 
@@ -59,7 +62,7 @@ def test_slices_keep_the_scale_of_one_slice(rslora):
 def test_a_fresh_adapter_starts_as_pefts_do():
     config = config_of("small")
     adapter = build_adapter(config, LoraSettings(rank=8), 3)
-    assert len(adapter.updates) == 48
+    assert len(adapter.updates) == 49
     for update in adapter.updates.values():
         bound = 1 / math.sqrt(update.a.shape[1])
         assert not update.b.any()

@@ -24,7 +24,7 @@ def draw():
 def test_loss_and_gradient_equal_autograds():
     hidden, head, targets, weights = draw()
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    found, nll = chunked_cross_entropy(ours, head, targets, weights)
+    found, nll = chunked_cross_entropy(ours, head, targets, weights, 0.0, None)
     wanted = F.cross_entropy(theirs @ head.T, targets, reduction="none", ignore_index=IGNORE)
     (3 * found).backward()
     (3 * (wanted * weights).sum()).backward()
@@ -37,18 +37,20 @@ def test_loss_and_gradient_equal_autograds():
 @pytest.mark.usefixtures("rows")
 def test_scoring_equals_the_training_loss_per_token():
     hidden, head, targets, weights = draw()
-    _, nll = chunked_cross_entropy(hidden, head, targets, weights)
-    assert torch.allclose(measure_nll(hidden, head, targets), nll, atol=1e-6)
+    _, nll = chunked_cross_entropy(hidden, head, targets, weights, 0.0, None)
+    assert torch.allclose(measure_nll(hidden, head, targets, None), nll, atol=1e-6)
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():
-    nll = measure_nll(torch.randn(5, 4), torch.zeros(50257, 4), torch.arange(5))
+    nll = measure_nll(torch.randn(5, 4), torch.zeros(50257, 4), torch.arange(5), None)
     assert torch.allclose(nll.exp(), torch.full((5,), 50257.0), rtol=1e-5)
 
 
 def test_the_largest_logits_do_not_overflow():
     hidden = torch.tensor([[1e4]], requires_grad=True)
-    loss_value, _ = chunked_cross_entropy(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]), torch.ones(1))
+    loss_value, _ = chunked_cross_entropy(
+        hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]), torch.ones(1), 0.0, None
+    )
     loss_value.backward()
     assert loss_value.item() == 20000
     assert torch.isfinite(hidden.grad).all()

@@ -108,8 +108,8 @@ def test_dora_comes_in_as_its_best_approximation_with_the_error_stated(base, bas
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"bias": "all"}, "besides the four projections"),
-        ({"modules_to_save": ["wte"]}, "besides the four projections"),
+        ({"bias": "all"}, "besides the projections and the head"),
+        ({"modules_to_save": ["wte"]}, "besides the projections and the head"),
         ({"init_lora_weights": "olora"}, "wrongly"),
         ({"init_lora_weights": "pissa_niter_4"}, "random start"),
         ({"init_lora_weights": "loftq"}, "quantised base"),
