@@ -92,7 +92,7 @@ class LoraSettings(Section):
     """Shape and scale of the adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: Annotated[int, Field(ge=1, le=512)] = 16
-    """Rank of each update."""
+    """Rank of each update; that of the head is twice as large."""
     alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
     """Updates are scaled by alpha / rank (alpha / sqrt(rank) with rslora); unset, alpha is twice the rank (8)."""
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = (*BLOCKS, "lm_head")
@@ -125,7 +125,7 @@ class LoraSettings(Section):
 
     def rank_of(self, target: Target) -> int:
         """Returns the rank of one target."""
-        return self.ranks.get(target, self.rank)
+        return self.ranks.get(target, self.rank * (2 if target == "lm_head" else 1))
 
 
 class TrainSettings(Section):
@@ -136,7 +136,7 @@ class TrainSettings(Section):
     epochs: Annotated[float, Field(gt=0, le=1000)] = 3.0
     """Passes over the training blocks, when steps is not given."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of AdamW; unset, it is 1.344 over the base's width: 1.8e-3 for gpt2, 0.8e-3 for gpt2-xl."""
+    """Peak learning rate of AdamW; unset, it is 1.152 over the base's width: 1.5e-3 for gpt2, 0.72e-3 for gpt2-xl."""
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354, suggests 16); 1 is off."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -184,7 +184,7 @@ class TrainSettings(Section):
 
     def rate_for(self, width: int) -> float:
         """Returns the peak learning rate for a base's width, as it falls in Yang et al. 2022 (arXiv:2203.03466)."""
-        return self.learning_rate or 1.344 / width
+        return self.learning_rate or 1.152 / width
 
     def count_epochs(self, tokens: int) -> float:
         """Returns how often the steps pass over so many tokens."""

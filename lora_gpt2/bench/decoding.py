@@ -103,7 +103,7 @@ def _summarise(runs: Sequence[Decoding]) -> Decoding:
 
 
 def _write_adapter(config: GPT2Config, base: str, folder: Path, rank: int, seed: int) -> None:
-    """Saves a random adapter on all projections that has an effect, in PEFT's format."""
+    """Saves a random adapter of the default targets that has an effect, in PEFT's format."""
     fresh, generator = build_adapter(config, LoraSettings(rank=rank), seed), torch.Generator()
     generator.manual_seed(seed)
     updates = {

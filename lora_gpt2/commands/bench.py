@@ -115,7 +115,7 @@ def _render_training(report: dict[str, Any]) -> str:
 @command.command("decode")
 @click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
 @click.option("--tokens", type=click.IntRange(2, 512), default=64, show_default=True, help="Tokens of each row.")
-@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank on all projections.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank at each target.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes of each side, in turn.")
 @json_option
 @click.pass_obj
@@ -175,7 +175,7 @@ def _render_evaluation(report: dict[str, Any]) -> str:
 
 @command.command("swap")
 @click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
-@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank on all projections.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="Rank at each target.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes of each side, in turn.")
 @json_option
 @click.pass_obj
@@ -263,8 +263,8 @@ def _render_serving(report: dict[str, Any]) -> str:
 @click.option("--rate", "rates", multiple=True, type=float, default=(1e-3, 3e-3, 6e-3), help="Learning rates.")
 @click.option("--rank", "ranks", multiple=True, type=click.IntRange(1, 512), default=(4, 8, 16), help="Ranks.")
 @click.option(
-    "--targets", multiple=True, type=click.Choice(["all", "attention", "c_attn", "q,v"]), default=("all", "c_attn"),
-    help="Projections.",
+    "--targets", multiple=True, type=click.Choice(["all+head", "all", "attention", "c_attn", "q,v"]),
+    default=("all+head", "all", "c_attn"), help="Projections, with the head or without.",
 )  # fmt: skip
 @click.option("--full", is_flag=True, help="Also fine-tune all weights, at four learning rates.")
 @click.option("--keep", type=click.Path(path_type=Path), default=Path("grid.jsonl"), help="File of finished points.")

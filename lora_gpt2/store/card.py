@@ -40,6 +40,8 @@ def build_card(manifest: Manifest, audits: Mapping[str, Any] | None = None) -> s
         _describe_memorization(audits.get("memorization")),
         "## Use\n\n"
         f'`lora-gpt2 generate "..." --adapter {manifest.name}`, or `PeftModel.from_pretrained(base, this_folder)`.\n'
+        f"To write it into the base: `lora-gpt2 merge {manifest.name} --into-base DIR`. Where an adapter changes the "
+        "head (`lm_head`), PEFT's own merge would change GPT-2's token embeddings too, which are the same weights.\n"
         "It is meant to continue text in the manner of its domain, for people who read what it writes before they use "
         "it. It is not meant to answer questions of fact, health or law, nor to decide about people.",
         "## Limits\n\n"

@@ -25,12 +25,12 @@ def check_together(recipes: Sequence[Recipe]) -> None:
             raise UsageError(f"recipes trained together need one {key}", "make them equal, or train apart")
 
 
-def group_recipes(recipes: Sequence[Recipe]) -> dict[tuple[Any, ...], list[Recipe]]:
-    """Returns the recipes that may share passes, by what they share."""
-    groups: dict[tuple[Any, ...], list[Recipe]] = {}
-    for recipe in recipes:
-        groups.setdefault(tuple(_get(recipe, key) for key in SHARED_SETTINGS), []).append(recipe)
-    return groups
+def group_recipes(recipes: Sequence[Recipe]) -> list[list[int]]:
+    """Returns the places of those recipes that may share passes, group by group."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, recipe in enumerate(recipes):
+        groups.setdefault(tuple(_get(recipe, key) for key in SHARED_SETTINGS), []).append(place)
+    return list(groups.values())
 
 
 def _get(recipe: Recipe, key: str) -> Any:

@@ -63,7 +63,7 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     buffers += any(plan.blocks is not None for r in recipes for plan in plan_targets(config, r.lora))
     dense = config.width * config.inner * (item + 2) if settings.quantize != "none" else 0
     largest = (0, 0)
-    for group in group_recipes(recipes).values():
+    for group in _iter_groups(recipes):
         tokens = count_pass_tokens(group)
         kept, backward = _measure_token(config, group[0], ranks, item)
         noise = 4 * config.width * tokens if group[0].train.neftune_alpha else 0
@@ -80,6 +80,11 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     if runtime.device.type == "cuda":
         reserve = CUDA_RESERVE + int(FRAGMENTATION * sum(parts.values()))
     return Memory(**parts, reserve=reserve)
+
+
+def _iter_groups(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
+    for places in group_recipes(recipes):
+        yield [recipes[place] for place in places]
 
 
 def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], item: int) -> tuple[int, int]:
@@ -143,7 +148,7 @@ def fit_recipes(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime,
 def _iter_changes(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
     yield list(recipes)
     asked, size = recipes[0].train.quantize, recipes[0].data.block_size
-    sizes = [max(count_pass_tokens(group) for group in group_recipes(recipes).values())]
+    sizes = [max(map(count_pass_tokens, _iter_groups(recipes)))]
     while sizes[-1] > size:
         sizes.append(max(size, sizes[-1] // 2 // size * size))
     large = [s for s in sizes if s >= 2048] or sizes[:1]

@@ -41,10 +41,9 @@ class PassBuilder:
         Slots with different `SHARED_SETTINGS` do not share a pass.
         """
         batches, counts = self.read(active, step)
-        passes = []
-        places = {id(self.domains[slot].recipe): slot for slot in batches}
-        for recipes in group_recipes([self.domains[slot].recipe for slot in batches]).values():
-            group = [places[id(recipe)] for recipe in recipes]
+        passes, slots = [], list(batches)
+        for places in group_recipes([self.domains[slot].recipe for slot in slots]):
+            group = [slots[place] for place in places]
             shares = {slot: list(self.world.share(len(batches[slot].inputs))) for slot in group}
             limit = min(self.domains[slot].recipe.train.micro_batch_tokens for slot in group)
             width = max(1, limit // self.block_size // len(group))

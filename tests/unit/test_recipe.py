@@ -82,6 +82,8 @@ def test_bad_settings_name_the_key_and_the_next_step(override, message, hint):
 def test_a_target_may_have_its_own_rank():
     settings = load_recipe(None, ["lora.ranks={mlp.c_fc: 2}"]).lora
     assert (settings.rank_of("mlp.c_fc"), settings.rank_of("c_attn")) == (2, 16)
+    assert (settings.rank_of("lm_head"), settings.alpha_of("lm_head")) == (32, 64)
+    assert LoraSettings(ranks={"lm_head": 4}).rank_of("lm_head") == 4
 
 
 def test_ranks_must_belong_to_targets_and_slices_share_theirs():

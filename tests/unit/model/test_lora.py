@@ -24,9 +24,9 @@ def config_of(size):
 def test_parameter_counts_are_those_of_peft(size):
     config = config_of(size)
     assert count_parameters(config, LoraSettings(rank=8, targets=BLOCKS)) == ALL_LINEAR_R8[size]
-    assert count_parameters(config, LoraSettings(rank=8)) == ALL_LINEAR_R8[size] + 8 * (50257 + config.width)
+    assert count_parameters(config, LoraSettings(rank=8)) == ALL_LINEAR_R8[size] + 16 * (50257 + config.width)
     upper = LoraSettings(rank=8, first_layer=config.layers - 1)
-    assert count_parameters(config, upper) == ALL_LINEAR_R8[size] // config.layers + 8 * (50257 + config.width)
+    assert count_parameters(config, upper) == ALL_LINEAR_R8[size] // config.layers + 16 * (50257 + config.width)
     assert count_parameters(config, LoraSettings(rank=16, targets=("c_attn",))) == C_ATTN_R16[size]
 
 

@@ -65,6 +65,14 @@ def make_trainer(recipes, reporter, run=None):
     return Trainer(base, domains, reporter, run)
 
 
+def test_one_recipe_may_fill_two_slots(base_folder, text_file, reporter):
+    recipe = make_recipe(base_folder, text_file)
+    trainer = make_trainer([recipe, recipe], reporter)
+    trainer.run_step([0, 1])
+    first, second = (trainer.bank.read(slot).updates for slot in (0, 1))
+    assert all(update.b.any() and torch.equal(update.b, second[site].b) for site, update in first.items())
+
+
 def test_training_lowers_the_loss_and_leaves_the_base_untouched(base_folder, text_file, reporter):
     trainer = make_trainer([make_recipe(base_folder, text_file, steps=60)], reporter)
     before = {name: tensor.clone() for name, tensor in trainer.base.model.state_dict().items()}
