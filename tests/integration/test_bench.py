@@ -11,7 +11,7 @@ from lora_gpt2.bench.serving import measure_serving
 from lora_gpt2.bench.startup import measure_startup
 from lora_gpt2.bench.training import count_flops_per_token, measure_training
 from lora_gpt2.model.config import parse_config
-from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.recipe import BLOCKS, LoraSettings
 from tests.builders import make_text
 
 
@@ -36,7 +36,10 @@ def test_both_sides_learn_the_same_and_every_figure_is_there(base_folder, tmp_pa
 
 def test_the_arithmetic_of_gpt2_is_that_of_the_cost_model():
     config = parse_config({"model_type": "gpt2"}, "")
-    assert count_flops_per_token(config, 1024, LoraSettings(rank=16)) / 1e6 == pytest.approx(574, abs=1)
+    blocks, whole = LoraSettings(rank=16, targets=BLOCKS), LoraSettings(rank=16)
+    assert count_flops_per_token(config, 1024, blocks) / 1e6 == pytest.approx(574, abs=1)
+    head = 6 * 32 * (768 + 50257)
+    assert count_flops_per_token(config, 1024, whole) - count_flops_per_token(config, 1024, blocks) == head
 
 
 def test_a_grid_trains_every_setting_and_goes_on_where_it_stopped(base_folder, tmp_path, capsys):

@@ -84,9 +84,8 @@ def test_a_mix_is_the_weighted_sum_of_the_updates(base, tokens):
     updates = {}
     for site, u in one.updates.items():
         v = two.updates[site]
-        updates[site] = LoraUpdate(
-            torch.cat([u.a, v.a]), torch.cat([0.7 * u.scale * u.b, -0.3 * v.scale * v.b], 1), 8.0
-        )
+        b = torch.cat([0.7 * u.scale * u.b, -0.3 * v.scale * v.b], 1)
+        updates[site] = LoraUpdate(torch.cat([u.a, v.a]), b, float(u.rank + v.rank))
     assert torch.allclose(mixed, run(base, tokens, open_bank(base, [Adapter(updates)]), [[1.0]] * 3), atol=1e-5)
 
 

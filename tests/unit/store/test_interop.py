@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 
 from lora_gpt2.core.errors import CorruptError, IntegrityError, MismatchError, NotFoundError
 from lora_gpt2.model.lora import Adapter
-from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.recipe import BLOCKS, LoraSettings
 from lora_gpt2.store.interop import from_peft, read_peft_files, to_peft
 from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS
 from tests.builders import make_adapter
@@ -86,7 +86,8 @@ def test_the_same_adapter_gives_the_same_bytes(base):
     ],
 )
 def test_a_configuration_is_closed_and_nothing_in_it_runs(base, change, error, message):
-    files = to_peft(make_adapter(base.config), "tiny", base.config)
+    plain = make_adapter(base.config, settings=LoraSettings(rank=4, alpha=8, targets=BLOCKS))
+    files = to_peft(plain, "tiny", base.config)
     values = {**json.loads(files[PEFT_CONFIG]), **change}
     files[PEFT_CONFIG] = json.dumps(values).encode()
     started = time.monotonic()
