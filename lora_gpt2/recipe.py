@@ -6,6 +6,7 @@ are refused with the nearest valid one. Precedence: command line, recipe file, d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -92,7 +93,7 @@ class LoraSettings(Section):
     """Shape and scale of the adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: Annotated[int, Field(ge=1, le=512)] = 16
-    """Rank of each update; that of the head is twice as large."""
+    """Rank of each update; that of the head is twice as large, and so is its alpha."""
     alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
     """Updates are scaled by alpha / rank (alpha / sqrt(rank) with rslora); unset, alpha is twice the rank (8)."""
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = (*BLOCKS, "lm_head")
@@ -120,8 +121,11 @@ class LoraSettings(Section):
         return self
 
     def alpha_of(self, target: Target) -> float:
-        """Returns the alpha of one target."""
-        return self.alpha or (8.0 if self.rslora else 2.0 * self.rank_of(target))
+        """Returns the alpha of one target; the head, where it has its twofold rank, is scaled like the others."""
+        if self.alpha is None and not self.rslora:
+            return 2.0 * self.rank_of(target)
+        grown = 1 if target in self.ranks else self.rank_of(target) / self.rank
+        return (self.alpha or 8.0) * (math.sqrt(grown) if self.rslora else grown)
 
     def rank_of(self, target: Target) -> int:
         """Returns the rank of one target."""

@@ -183,15 +183,14 @@ class AdapterBank:
 class InferenceRows:
     """Adapters for inference: `weights` `[rows, slots]` says how much of each adapter a row gets.
 
-    One-hot picks an adapter, zero is the plain base, anything else mixes. Slots before the first and behind the last
-    that any row uses cost nothing.
+    One-hot picks an adapter, zero is the plain base, anything else mixes. Slots that no row uses cost nothing, but for
+    those between others that are: where these are fewer than the used ones, they are computed rather than skipped,
+    because skipping takes a copy of the others. `span` takes the slots as they are.
     """
 
     def __init__(self, bank: AdapterBank, weights: Float[Tensor, "rows slots"], span: slice | None = None) -> None:
-        if span is None:
-            used = weights.any(0).nonzero()
-            span = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
-        self.bank, self.weights, self.span = bank, weights[:, span].to(bank.flat), span
+        self.span = _find_span(weights) if span is None else span
+        self.bank, self.weights = bank, weights[:, self.span].to(bank.flat)
         self._parts: dict[str, tuple[Tensor, Tensor, Tensor | float]] = {}
 
     def project(
@@ -234,3 +233,12 @@ class InferenceRows:
         is_shared = factors.device.type == "cpu" and factors.shape[2] == 1 and bool((factors == factors[0]).all())
         parts = self._parts[site] = a, bt, float(factors[0]) if is_shared else factors
         return parts
+
+
+def _find_span(weights: Float[Tensor, "rows slots"]) -> slice | Tensor:
+    """Returns the slots that any row uses: a slice, or their numbers where as many between them or more are idle."""
+    used = weights.any(0).nonzero()[:, 0]
+    if not len(used):
+        return slice(0, 1)
+    whole = slice(int(used[0]), int(used[-1]) + 1)
+    return whole if whole.stop - whole.start < 2 * len(used) else used

@@ -217,7 +217,7 @@ class GPT2(nn.Module):
         self.packed_head: Linear | None = None
 
     def iter_projections(self) -> Iterator[Linear]:
-        """Yields every projection that an adapter may change."""
+        """Yields every projection of the blocks that an adapter may change."""
         for name, module in self.named_modules():
             if name.endswith(TARGETS) and isinstance(module, Linear):
                 yield module

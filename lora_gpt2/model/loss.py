@@ -122,7 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient, inner_gradient, outer_gradient = ctx.saved_tensors
         factor = upstream[0].to(gradient.dtype)
         if ctx.update.add_gradient is not None:
-            ctx.update.add_gradient(outer_gradient * upstream[0])
+            ctx.update.add_gradient(outer_gradient.mul_(upstream[0]))  # in place: there may be many slots
         return gradient * factor, inner_gradient * factor, None, None, None, None, None
 
 

@@ -92,6 +92,8 @@ class PeftSpec:
         name = module_of(site)
         if _fits(self.excluded, name):
             return False
+        if isinstance(self.targets, tuple) and name in self.targets:  # as PEFT: before it looks at the layers
+            return True
         in_layers = self.layers is None or layer_of(site) in self.layers
         return _fits(self.targets, name) and (in_layers or not isinstance(self.targets, tuple))
 

@@ -171,7 +171,8 @@ def _identify_run(base: Base, domains: Sequence[Domain], world: World) -> dict[s
             d.name: {
                 "data": d.data.fingerprint,
                 "lora": d.recipe.lora.model_dump(mode="json"),
-                "train": d.recipe.train.model_dump(mode="json", exclude=irrelevant),
+                "train": d.recipe.train.model_dump(mode="json", exclude=irrelevant)
+                | {"learning_rate": d.recipe.train.rate_for(base.config.width)},
             }
             for d in domains
         },

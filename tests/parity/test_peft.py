@@ -98,6 +98,7 @@ def test_adapter_gradients_equal_autograds_through_peft(base, store, stored, the
         {"target_modules": ["c_fc"], "layers_to_transform": [1]},
         {"target_modules": r".*h\.0\.mlp\.c_fc"},
         {"target_modules": ["c_fc", "lm_head"], "rank_pattern": {"lm_head": 3}},
+        {"target_modules": ["c_fc", "lm_head"], "layers_to_transform": [1]},
     ],
 )
 def test_an_adapter_trained_in_peft_imports_with_equal_logits_and_goes_back(

@@ -86,6 +86,16 @@ def test_a_target_may_have_its_own_rank():
     assert LoraSettings(ranks={"lm_head": 4}).rank_of("lm_head") == 4
 
 
+@pytest.mark.parametrize("given", [{}, {"alpha": 16}, {"rslora": True}, {"alpha": 3, "rslora": True}])
+def test_the_head_has_twice_the_rank_and_the_scale_of_the_others(given):
+    settings = LoraSettings(rank=8, **given)
+    scales = {
+        t: settings.alpha_of(t) / settings.rank_of(t) ** (0.5 if settings.rslora else 1) for t in settings.targets
+    }
+    assert settings.rank_of("lm_head") == 16
+    assert set(scales.values()) == {pytest.approx(scales["c_attn"])}
+
+
 def test_ranks_must_belong_to_targets_and_slices_share_theirs():
     with pytest.raises(ValueError, match="not among the targets"):
         LoraSettings(targets=("c_attn",), ranks={"mlp.c_fc": 2})

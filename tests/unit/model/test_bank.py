@@ -89,6 +89,18 @@ def test_a_mix_is_the_weighted_sum_of_the_updates(base, tokens):
     assert torch.allclose(mixed, run(base, tokens, open_bank(base, [Adapter(updates)]), [[1.0]] * 3), atol=1e-5)
 
 
+def test_idle_slots_between_used_ones_are_left_out(base, tokens):
+    adapters = [make_adapter(base.config, seed) for seed in range(8)]
+    weights = torch.zeros(3, 8)
+    weights[0, 1], weights[2, 7] = 1.0, 0.5
+    rows = InferenceRows(open_bank(base, adapters), weights)
+    assert rows.weights.shape == (3, 2)
+    found = base.model.logits(base.model(tokens, rows), rows)
+    assert torch.allclose(
+        found, run(base, tokens, open_bank(base, adapters[1::6]), weights[:, 1::6].tolist()), atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("layout", ["training", "inference"])
 def test_reading_a_slot_gives_back_what_was_loaded(base, layout):
     adapters = [make_adapter(base.config, 1), make_adapter(base.config, 2, LoraSettings(rank=2, rslora=True))]

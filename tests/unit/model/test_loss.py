@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_gpt2.model import loss
+from lora_gpt2.model.gpt2 import HeadUpdate
 from lora_gpt2.model.loss import IGNORE, chunked_cross_entropy, measure_nll
 
 
@@ -32,6 +33,26 @@ def test_loss_and_gradient_equal_autograds():
     assert torch.allclose(found, (wanted * weights).sum(), atol=1e-5)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
     assert not ours.grad[[2, 7]].any()
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_adapters_add_to_the_head_gets_autograds_gradients(groups):
+    _, head, targets, weights = draw()
+    generator = torch.Generator().manual_seed(1)
+    hidden, targets, weights = torch.randn(10, 6, generator=generator), targets[:10], weights[:10]
+    inner, outer = torch.randn(10, 3, generator=generator), torch.randn(groups, 3, 17, generator=generator)
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, inner, outer)]
+    logits = leaves[0] @ head.T + torch.bmm(leaves[1].view(groups, -1, 3), leaves[2]).view(10, 17)
+    wanted = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE)
+    (3 * (wanted * weights).sum()).backward()
+    ours, thin, found = hidden.clone().requires_grad_(), inner.clone().requires_grad_(), []
+    loss_value, nll = chunked_cross_entropy(ours, head, targets, weights, 0.0, HeadUpdate(thin, outer, found.append))
+    (3 * loss_value).backward()
+    assert torch.allclose(nll, wanted.detach(), atol=1e-5)
+    for mine, theirs in zip((ours.grad, thin.grad, found[0]), leaves, strict=True):
+        assert torch.allclose(mine, theirs.grad, atol=1e-5)
+    assert torch.allclose(measure_nll(hidden, head, targets, HeadUpdate(inner, outer)), nll, atol=1e-6)
 
 
 @pytest.mark.usefixtures("rows")
