@@ -25,8 +25,8 @@ from torch import Tensor
 from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.data.records import Document
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import ActiveAdapters, update_head
-from lora_gpt2.model.loss import measure_nll
+from lora_gpt2.model.gpt2 import ActiveAdapters
+from lora_gpt2.model.loss import score_tokens
 from lora_gpt2.model.probe import AdaptersForRows
 from lora_gpt2.recipe import EvaluateSettings
 
@@ -243,9 +243,7 @@ class Jobs:
         device = self.base.runtime.device
         hidden = self.base.model(tokens[:, :-1].to(device), adapters)
         targets = tokens[:, 1:].flatten()[places].to(device)
-        update, wanted = update_head(adapters, hidden), places.to(device)
-        picked = None if update is None else update.pick(wanted)
-        nll = measure_nll(hidden.flatten(0, 1)[wanted], self.base.model.head, targets, picked)
+        nll = score_tokens(self.base.model, hidden, adapters, targets, places.to(device))
         return nll, owners.expand(-1, longest).flatten()[places]
 
     def _collect(self, nats: NDArray[np.float64]) -> list[Score]:

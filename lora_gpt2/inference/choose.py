@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_gpt2.inference.session import BASE, Session, parse_mix
-from lora_gpt2.model.gpt2 import update_head
-from lora_gpt2.model.loss import measure_nll
+from lora_gpt2.model.loss import score_tokens
 
 SURE = 0.8
 BATCH = 16
@@ -47,8 +46,7 @@ def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
         mixes = [parse_mix([name]) for name in candidates[start : start + BATCH]]
         adapters = session.rows(mixes)
         hidden = base.model(tokens[:-1].expand(len(mixes), -1), adapters)
-        update, targets = update_head(adapters, hidden), tokens[1:].repeat(len(mixes))
-        nll = measure_nll(hidden.flatten(0, 1), base.model.head, targets, update)
+        nll = score_tokens(base.model, hidden, adapters, tokens[1:].repeat(len(mixes)))
         totals += nll.view(len(mixes), -1).double().sum(1).tolist()
     probabilities = torch.tensor(totals, dtype=torch.float64).neg().softmax(0).tolist()
     best = max(range(len(candidates)), key=lambda place: probabilities[place])

@@ -22,8 +22,7 @@ from lora_gpt2.core.paths import os_errors_as_ours, write_file
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix, parse_mix
-from lora_gpt2.model.gpt2 import update_head
-from lora_gpt2.model.loss import measure_nll
+from lora_gpt2.model.loss import score_tokens
 from lora_gpt2.recipe import GenerateSettings, build_recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.listing import list_current
@@ -268,8 +267,7 @@ class Repl:
             for mix in dict.fromkeys([self.mix, ()]):
                 adapters = self.session.rows([self.session.resolve(mix)])
                 hidden = base.model(tokens[None, :-1], adapters)
-                update = update_head(adapters, hidden)
-                nll = measure_nll(hidden[0], base.model.head, tokens[1:], update).double().mean()
+                nll = score_tokens(base.model, hidden, adapters, tokens[1:]).double().mean()
                 lines.append(
                     f"perplexity of the text under {describe_mix(mix)}: {math.exp(nll):.2f} ({len(ids)} tokens)"
                 )

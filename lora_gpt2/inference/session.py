@@ -20,7 +20,8 @@ from torch import Tensor
 from lora_gpt2.core.errors import NotFoundError, UsageError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import HEAD, Linear
+from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.gpt2 import Linear
 from lora_gpt2.model.lora import Adapter, merge_ranks
 from lora_gpt2.model.merge import to_dense
 from lora_gpt2.model.packed import PackedLinear

@@ -30,7 +30,7 @@ from lora_gpt2.merging.combine import Parents, check_deltas, open_parents, unmer
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
 from lora_gpt2.merging.proof import check_effect, check_exact
 from lora_gpt2.model.base import TRANSPOSED, list_weight_files, load_base, read_stored_dtype
-from lora_gpt2.model.gpt2 import HEAD
+from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.locate import read_config
 from lora_gpt2.model.merge import combine_site, scale_weights
 from lora_gpt2.model.probe import compute_logits, measure_difference

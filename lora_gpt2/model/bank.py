@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.core.errors import MismatchError
-from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.gpt2 import HEAD, Before, HeadUpdate, Linear, apply_before
+from lora_gpt2.model.config import HEAD, GPT2Config
+from lora_gpt2.model.gpt2 import Before, HeadUpdate, Linear, apply_before
 from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
 
 Layout = Literal["training", "inference"]

@@ -9,6 +9,7 @@ from typing import Any
 from lora_gpt2.core.errors import MismatchError
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
+HEAD = "lm_head"
 MAX_SIZE = 1_048_576  # beyond any GPT-2: a damaged or hostile configuration
 
 
@@ -37,7 +38,7 @@ class GPT2Config:
         """Returns (inputs, outputs) of one of `TARGETS`, or of the head."""
         d, i = self.width, self.inner
         blocks = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, i), "mlp.c_proj": (i, d)}
-        return (d, self.vocab_size) if target == "lm_head" else blocks[target]
+        return (d, self.vocab_size) if target == HEAD else blocks[target]
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_gpt2.model.bank import AdapterBank, BankSite
-from lora_gpt2.model.gpt2 import HEAD, Before, HeadUpdate, LayerNorm, Linear, apply_before
+from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.gpt2 import Before, HeadUpdate, LayerNorm, Linear, apply_before
 
 
 class TrainingRows:

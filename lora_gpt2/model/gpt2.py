@@ -23,10 +23,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.config import HEAD, GPT2Config
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-HEAD = "lm_head"
+ADAPTABLE = (*TARGETS, HEAD)
 
 
 class _Uninitialised:
@@ -292,15 +292,10 @@ class GPT2(nn.Module):
     ) -> Float[Tensor, "rows time vocab"]:
         """Returns the scores of the next token for each hidden state, under the adapters that it was computed with."""
         scores = F.linear(hidden, self.head) if self.packed_head is None else self.packed_head(hidden)
-        if (update := update_head(adapters, hidden)) is not None:
+        if adapters is not None and (update := adapters.update_head(hidden)) is not None:
             groups = scores.view(len(update.outer), -1, scores.shape[-1])
             groups.baddbmm_(update.inner.view(*groups.shape[:2], -1), update.outer)
         return scores
-
-
-def update_head(adapters: ActiveAdapters | None, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
-    """Returns what the adapters, if there are any, add to the logits of these hidden states."""
-    return None if adapters is None else adapters.update_head(hidden)
 
 
 def mask_documents(positions: Int[Tensor, "rows time"], dtype: torch.dtype) -> Float[Tensor, "rows 1 time time"]:

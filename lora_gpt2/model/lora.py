@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.gpt2 import HEAD, TARGETS
+from lora_gpt2.model.config import HEAD, GPT2Config
+from lora_gpt2.model.gpt2 import ADAPTABLE, TARGETS
 from lora_gpt2.recipe import LoraSettings
 
 SLICES = ("c_attn.q", "c_attn.k", "c_attn.v")
@@ -65,7 +65,7 @@ class TargetPlan:
     blocks: tuple[tuple[slice, slice], ...] | None
 
 
-def list_sites(config: GPT2Config, targets: tuple[str, ...] = (*TARGETS, HEAD)) -> list[str]:
+def list_sites(config: GPT2Config, targets: tuple[str, ...] = ADAPTABLE) -> list[str]:
     """Returns the site names of the targets, layer by layer, and last the head."""
     sites = [f"h.{layer}.{target}" for layer in range(config.layers) for target in targets if target != HEAD]
     return [*sites, HEAD] if HEAD in targets else sites
@@ -93,7 +93,7 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
         )
     plans = []
     slices = [s for s in SLICES if s in settings.targets]
-    for target in (*TARGETS, HEAD):
+    for target in ADAPTABLE:
         name = "c_attn" if target == "attn.c_attn" else target
         if name in settings.targets:
             rank = settings.rank_of(name)

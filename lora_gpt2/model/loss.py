@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE
-from lora_gpt2.model.gpt2 import HeadUpdate
+from lora_gpt2.model.gpt2 import GPT2, ActiveAdapters, HeadUpdate
 
 CPU_ROWS, DEVICE_ROWS = 256, 1024
 
@@ -45,6 +45,23 @@ def measure_nll(
             chosen = logits.gather(1, wanted)[:, 0]
             nll[rows] = (logits.exp_().sum(1).log() - chosen) * (targets[rows] != IGNORE)
     return nll
+
+
+def score_tokens(
+    model: GPT2,
+    hidden: Float[Tensor, "rows time width"],
+    adapters: ActiveAdapters | None,
+    targets: Int[Tensor, " tokens"],
+    places: Int[Tensor, " tokens"] | None = None,
+) -> Float[Tensor, " tokens"]:
+    """Returns `measure_nll` of hidden states under the adapters that they were computed with.
+
+    `places` picks some of the `rows * time` states, in any order; without it all of them are scored.
+    """
+    flat, update = hidden.flatten(0, 1), None if adapters is None else adapters.update_head(hidden)
+    if places is not None:
+        flat, update = flat[places], None if update is None else update.pick(places)
+    return measure_nll(flat, model.head, targets, update)
 
 
 def _build_empty(hidden: Tensor, head: Tensor) -> HeadUpdate:

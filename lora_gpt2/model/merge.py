@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.model.gpt2 import HEAD, Before, HeadUpdate, Linear, apply_before
+from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.gpt2 import Before, HeadUpdate, Linear, apply_before
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.recipe import MergeMethod, MergeSettings
 

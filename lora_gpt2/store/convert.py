@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.gpt2 import HEAD, Linear
+from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.gpt2 import Linear
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.model.merge import DeltaRows, approximate, concatenate, measure_norm, to_dense
 from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference

@@ -21,7 +21,7 @@ from torch import Tensor
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.paths import os_errors_as_ours, read_regular
 from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.gpt2 import HEAD, TARGETS
+from lora_gpt2.model.gpt2 import ADAPTABLE
 from lora_gpt2.model.lora import Adapter, LoraUpdate, list_sites, target_of
 from lora_gpt2.store.manifest import MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS
 from lora_gpt2.store.peft_config import MAX_CONFIG_BYTES, PeftSpec, module_of, parse_peft_config
@@ -63,12 +63,12 @@ def build_peft_config(adapter: Adapter, base_name: str, config: GPT2Config) -> d
     """
     updates = adapter.updates
     (rank, alpha), _ = Counter((u.rank, u.alpha) for u in updates.values()).most_common(1)[0]
-    targets = [target for target in (*TARGETS, HEAD) if any(target_of(site) == target for site in updates)]
+    targets = [target for target in ADAPTABLE if any(target_of(site) == target for site in updates)]
     if set(updates) != set(list_sites(config, tuple(targets))):
         targets = list(updates)
     whole = {
         target
-        for target in (*TARGETS, HEAD)
+        for target in ADAPTABLE
         if len({(u.rank, u.alpha) for s, u in updates.items() if target_of(s) == target}) == 1
     }
     rank_pattern, alpha_pattern = {}, {}

@@ -15,7 +15,8 @@ from typing import Any
 import re2
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
-from lora_gpt2.model.gpt2 import HEAD, TARGETS
+from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.gpt2 import TARGETS
 from lora_gpt2.model.lora import layer_of
 from lora_gpt2.store.manifest import PEFT_CONFIG
 

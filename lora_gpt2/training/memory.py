@@ -20,8 +20,7 @@ import torch
 
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.gpt2 import HEAD
+from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.lora import build_ranks, layer_of, merge_ranks, plan_targets, target_of
 from lora_gpt2.model.loss import rows_per_chunk
 from lora_gpt2.model.quantize import bytes_per_weight

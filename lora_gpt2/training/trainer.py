@@ -24,9 +24,9 @@ from lora_gpt2.data.blocks import IGNORE, TokenBlocks
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingRows
-from lora_gpt2.model.gpt2 import ActiveAdapters, update_head
+from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.lora import Adapter, build_adapter, merge_ranks, plan_targets
-from lora_gpt2.model.loss import measure_nll
+from lora_gpt2.model.loss import score_tokens
 from lora_gpt2.model.runtime import measure_peak_memory
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.domain import Domain, TrainedAdapter
@@ -253,8 +253,7 @@ class Trainer:
             inputs, targets = (torch.from_numpy(side).to(self.device) for side in (read.inputs, read.targets))
             positions = None if read.positions is None else torch.from_numpy(read.positions).to(self.device)
             hidden = self.base.model(inputs, adapters, positions=positions)
-            update, flat = update_head(adapters, hidden), hidden.flatten(0, 1)
-            total += measure_nll(flat, self.base.model.head, targets.flatten(), update).double().sum().item()
+            total += score_tokens(self.base.model, hidden, adapters, targets.flatten()).double().sum().item()
             targets_seen += int((targets != IGNORE).sum())
             on_tokens(inputs.numel())
         return total / targets_seen
