@@ -13,7 +13,7 @@ import click
 from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.disclosure import describe_origin, write_disclosure
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import CorruptError, UsageError
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -132,7 +132,7 @@ class _Job:
 
     def run_prompt(self, prompt: str, adapters: tuple[str, ...], compare: str | None, num: int) -> None:
         from lora_gpt2.core.interrupt import catch_signals
-        from lora_gpt2.inference.generate import Request, count_dropped, generate
+        from lora_gpt2.inference.generate import Request, count_dropped, generate_all, raise_first_error
         from lora_gpt2.inference.open import open_session
         from lora_gpt2.inference.session import parse_mix
 
@@ -155,7 +155,7 @@ class _Job:
 
         settings = self.recipe.generate
         with catch_signals() as stop:
-            outputs = generate(
+            outputs = generate_all(
                 session, self.guard(requests), settings,
                 on_text=show if streams else None, stop=stop, truncate_left=self.truncate_left,
             )  # fmt: skip
@@ -171,6 +171,9 @@ class _Job:
         if dropped := count_dropped(session.base, prompt, settings):
             self.reporter.message(f"the first {dropped} tokens of the prompt were left out, to make room")
         stop.raise_if_asked("the text so far is above")
+        if self.as_json and any(output.error for output in outputs):
+            raise click.exceptions.Exit(CorruptError.exit_code)  # the one document has said it
+        raise_first_error(outputs)
 
     def _choose(self, session: Session, prompt: str, names: list[str]) -> dict[str, Any]:
         from lora_gpt2.inference.choose import choose_adapter

@@ -109,7 +109,7 @@ def format_matrix(cells: Sequence[dict[str, Any]]) -> str:
     sources = list(dict.fromkeys(cell["source"] for cell in cells))
     adapters = list(dict.fromkeys(cell["adapter"] for cell in cells))
     values = {(cell["adapter"], cell["source"]): cell["perplexity"] for cell in cells}
-    best = {source: min(values[adapter, source] for adapter in adapters) for source in sources}
+    best = {source: min((v for a in adapters if not math.isnan(v := values[a, source])), default=0.0) for source in sources}
     rows = []
     for adapter in adapters:
         marks = ["*" if values[adapter, s] == best[s] and len(adapters) > 1 else " " for s in sources]

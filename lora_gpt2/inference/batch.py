@@ -16,7 +16,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, DataError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.paths import os_errors_as_ours
-from lora_gpt2.inference.generate import Request, iter_outputs
+from lora_gpt2.inference.generate import Output, Request, iter_outputs, raise_first_error
 from lora_gpt2.inference.session import Mix, Session, parse_mix
 from lora_gpt2.recipe import GenerateSettings
 
@@ -87,7 +87,8 @@ def generate_file(
 
     Raises:
         ConflictError: see `find_done`.
-        UsageError: a prompt does not fit; the results before it are kept.
+        UsageError: a prompt does not fit.
+        CorruptError: an adapter's logits are not finite after a prompt; all other results are kept.
     """  # fmt: skip
     done = find_done(out, requests)
     places = [place for place in range(len(requests)) if place not in done]
@@ -108,8 +109,12 @@ def _write_outputs(
     session: Session, requests: Sequence[Request], places: Sequence[int], file: IO[str], settings: GenerateSettings,
     stop: StopRequest, truncate_left: bool,
 ) -> Iterator[int]:  # fmt: skip
+    failed: list[Output] = []
     for index, output in iter_outputs(session, requests, settings, stop=stop, truncate_left=truncate_left):
-        if output.finish_reason != "interrupted":
+        if output.error is not None:
+            failed.append(output)
+        elif output.finish_reason != "interrupted":
             file.write(json.dumps({"index": places[index], **output.to_json()}, ensure_ascii=False) + "\n")
             file.flush()
             yield places[index]
+    raise_first_error(failed)

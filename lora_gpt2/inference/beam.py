@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.inference.sampling import adjust_logits
-from lora_gpt2.inference.session import Mix, Session
+from lora_gpt2.inference.session import Mix, Session, check_logits
 from lora_gpt2.model.gpt2 import KVCache
 from lora_gpt2.recipe import GenerateSettings
 
@@ -87,7 +87,9 @@ class BeamSearch:
         adapters = self.session.rows([self.mix] * len(self.tokens))
         hidden = model(self.tokens, adapters, self.cache)
         self.cache.lengths += self.tokens.shape[1]
-        return model.logits(hidden[:, -1:], adapters)[:, 0, : self.session.base.tokenizer.vocab_size].float().cpu()
+        logits = model.logits(hidden[:, -1:], adapters)[:, 0, : self.session.base.tokenizer.vocab_size].float().cpu()
+        check_logits(logits, self.mix)
+        return logits
 
     def _adjust(self, logprobs: Tensor) -> Tensor:
         rows = [

@@ -47,7 +47,8 @@ def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
         adapters = session.rows(mixes)
         hidden = base.model(tokens[:-1].expand(len(mixes), -1), adapters)
         nll = score_tokens(base.model, hidden, adapters, tokens[1:].repeat(len(mixes)))
-        totals += nll.view(len(mixes), -1).double().sum(1).tolist()
+        sums = nll.view(len(mixes), -1).double().sum(1)
+        totals += sums.where(sums.isfinite(), torch.inf).tolist()  # an adapter that fails here is not likely at all
     probabilities = torch.tensor(totals, dtype=torch.float64).neg().softmax(0).tolist()
     best = max(range(len(candidates)), key=lambda place: probabilities[place])
     sure = probabilities[best] >= SURE

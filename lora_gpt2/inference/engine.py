@@ -2,7 +2,8 @@
 
 Active rows are the first of the cache, so a pass computes no idle ones; when a row ends, the last one takes its place
 (one copy). A step first reads the prompts of those who join, together, then grows everybody else by one token. Each
-row draws with its own generator, so it writes the same in any company (to rounding of the logits).
+row draws with its own generator, so what it writes does not depend on the other rows (but for rounding of the logits),
+nor on what its part of the cache held before; a row whose logits are not finite ends alone, with an error.
 Gives up: paging of the cache (a sequence of GPT-2 S is 38 MB) and prompts in pieces.
 """
 
@@ -15,11 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.data.verbatim import VerbatimIndex
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.sampling import choose_token
-from lora_gpt2.inference.session import Loaded, Mix, Session
+from lora_gpt2.inference.session import Loaded, Mix, Session, check_logits
 from lora_gpt2.inference.static import StaticStep
 from lora_gpt2.model.bank import InferenceRows
 from lora_gpt2.model.gpt2 import KVCache
@@ -102,6 +104,7 @@ class Row:
         if not self.budget:
             return self.finish("length")
         logits = logits[: self.tokenizer.vocab_size]  # a padded head has rows that are no tokens
+        check_logits(logits, self.mix)
         written = self.prompt_ids + self.new_ids
         copied = [token for index in self.not_to_copy for token in index.find_followers(written)]
         seen, num_prompt = torch.tensor(written), len(self.prompt_ids)
@@ -150,7 +153,7 @@ def _grow(row: Row, logits: Tensor) -> str:
         return row.fail(error)
 
 
-ROW_ERRORS = (RuntimeError, ValueError, IndexError)
+ROW_ERRORS = (LoraGpt2Error, RuntimeError, ValueError, IndexError)
 SCORED_ROWS = 128
 """Positions of a prompt whose logits exist at the same time: 26 MB in float32 for GPT-2's vocabulary."""
 
@@ -202,8 +205,10 @@ class Engine:
         self._drop_finished()
         grown = [(row, _grow(row, logits)) for row, logits in zip(self.rows, self._decode(), strict=True)]
         grown += [(row, self._search(row, search)) for row, search in self.searches]
-        sampled, searched = self._admit()
-        grown += [(row, _grow(row, logits)) for row, logits in zip(sampled, self._read_prompts(sampled), strict=True)]
+        sampled, searched, refused = self._admit()
+        grown += [(row, "") for row in refused]
+        for row, logits in zip(sampled, self._read_prompts(sampled), strict=True):
+            grown.append((row, "" if row.finish_reason else _grow(row, logits)))
         self.rows += sampled
         for row in searched:
             search = BeamSearch(self.session, row.prompt_ids, row.mix, row.budget, row.settings)
@@ -215,14 +220,18 @@ class Engine:
         """Forgets every row, without a word to them; the memory of the cache is kept."""
         self.rows, self.searches, self._adapters = [], [], (None, None)
         self.waiting.clear()
+        for row in range(self.max_rows):
+            self.cache.truncate(row, 0)
 
-    def _admit(self) -> tuple[list[Row], list[Row]]:
+    def _admit(self) -> tuple[list[Row], list[Row], list[Row]]:
         """Takes those from the queue for whom there is room; returns the rows to sample and those to search for.
 
-        A search that is wider than the engine begins when nothing else grows.
+        The third list has those whose adapters cannot be loaded, which have ended with that error. A search that is
+        wider than the engine begins when nothing else grows.
         """
         sampled: list[Row] = []
         searched: list[Row] = []
+        refused: list[Row] = []
         num_growing = self.num_growing
         while self.waiting:
             row = self.waiting[0]
@@ -232,11 +241,16 @@ class Engine:
             self.waiting.popleft()
             if row.finish_reason:  # somebody stopped it while it waited
                 continue
-            self.session.put({name: row.loaded.get(name) or self.session.read(name) for name, _ in row.mix})
+            try:
+                self.session.put({name: row.loaded.get(name) or self.session.read(name) for name, _ in row.mix})
+            except ROW_ERRORS as error:
+                row.fail(error)
+                refused.append(row)
+                continue
             self.session.hold(row.mix)
             num_growing += width
             (sampled if width == 1 else searched).append(row)
-        return sampled, searched
+        return sampled, searched, refused
 
     def _search(self, row: Row, search: BeamSearch) -> str:
         """Makes a search one token longer; returns the text of the best continuation once there is one."""
@@ -288,7 +302,8 @@ class Engine:
         adapters = self.session.rows([row.mix for row in rows])
         hidden = model(torch.tensor(padded, device=self.device), adapters, view)
         view.lengths += lengths
-        for row, states in zip(rows, hidden, strict=True):
+        for place, (row, states) in enumerate(zip(rows, hidden, strict=True), start=first):
+            self.cache.truncate(place, len(row.prompt_ids))  # the padding, which another row's prompt made as long
             if row.scores_prompt:
                 self._score_prompt(row, states[None])
         last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
@@ -300,6 +315,11 @@ class Engine:
         for start in range(0, len(row.prompt_ids) - 1, SCORED_ROWS):
             targets = row.prompt_ids[start + 1 : start + 1 + SCORED_ROWS]
             logits = self.session.base.model.logits(states[:, start : start + len(targets)], adapters)[0].float().cpu()
+            try:
+                check_logits(logits, row.mix)
+            except ROW_ERRORS as error:
+                row.fail(error)
+                return
             row.prompt_logprobs += [
                 _describe_choice(line, token, row.settings.logprobs)
                 for line, token in zip(logits, targets, strict=True)
@@ -319,3 +339,5 @@ class Engine:
                 if place < len(self.rows):
                     self.rows[place] = last
                     self.cache.move(len(self.rows), place, last.num_cached)
+                else:
+                    self.cache.truncate(place, 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import LoraGpt2Error, ResourceError, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.data.verbatim import VerbatimIndex
@@ -35,7 +35,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Output:
-    """One continuation; `finish_reason` is `stop` (EOS or a stop text), `length`, or `interrupted`."""
+    """One continuation; `finish_reason` is `stop` (EOS or a stop text), `length`, `interrupted` or `error`.
+
+    `error` says why a continuation could not go on; the others of its batch are not touched.
+    """
 
     prompt: str
     text: str
@@ -45,11 +48,13 @@ class Output:
     seed: int
     provenance: dict[str, Any] = field(default_factory=dict)
     logprobs: tuple[TokenLogprobs, ...] = ()
+    error: LoraGpt2Error | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the continuation with the key names of `generate --json`; log-probabilities where they were asked."""
-        values = {key: value for key, value in vars(self).items() if key != "logprobs"}
-        return values | ({"logprobs": [vars(item) for item in self.logprobs]} if self.logprobs else {})
+        values = {key: value for key, value in vars(self).items() if key not in ("logprobs", "error")}
+        values |= {"logprobs": [vars(item) for item in self.logprobs]} if self.logprobs else {}
+        return values | ({"error": self.error.message} if self.error else {})
 
 
 def encode_prompt(
@@ -92,9 +97,28 @@ class Options(TypedDict, total=False):
 def generate(
     session: Session, requests: Sequence[Request], settings: GenerateSettings, **options: Unpack[Options]
 ) -> list[Output]:
-    """Returns one continuation per request, in their order; see `iter_outputs`."""
+    """Returns one continuation per request, in their order; see `iter_outputs`.
+
+    Raises the first continuation's error, if one failed, when all have ended.
+    """
+    outputs = generate_all(session, requests, settings, **options)
+    raise_first_error(outputs)
+    return outputs
+
+
+def generate_all(
+    session: Session, requests: Sequence[Request], settings: GenerateSettings, **options: Unpack[Options]
+) -> list[Output]:
+    """Returns one continuation per request, in their order, failed ones with their `error`; see `iter_outputs`."""
     found = dict(iter_outputs(session, requests, settings, **options))
     return [found[index] for index in range(len(requests))]
+
+
+def raise_first_error(outputs: Sequence[Output]) -> None:
+    """Raises the error of the first output that has one."""
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
 
 
 def build_writer(
@@ -112,6 +136,7 @@ def build_writer(
         texts = [""] * len(requests)
         with reporter.task(f"writing with {adapter}", len(requests), "texts") as task:
             for place, output in iter_outputs(session, requests, settings, stop=stop, truncate_left=True):
+                raise_first_error([output])
                 texts[place] = output.text
                 task.advance(1)
         stop.raise_if_asked("nothing is kept of an unfinished measurement")
@@ -130,7 +155,8 @@ def iter_outputs(
 ) -> Iterator[tuple[int, Output]]:
     """Yields each request's place and continuation as it ends; `on_text(place, piece)` gets the text as it grows.
 
-    When `stop` is asked for, what grows ends as it is, and what has not begun ends empty, as `interrupted`.
+    When `stop` is asked for, what grows ends as it is, and what has not begun ends empty, as `interrupted`. One that
+    fails ends with its `error`, alone.
 
     Raises:
         UsageError: a prompt does not fit.
@@ -153,8 +179,6 @@ def iter_outputs(
         if stop is not None and stop.signal_number:
             ended = engine.stop_all("interrupted") + ended
         for row in ended:
-            if row.error is not None:
-                raise row.error
             yield row.index, _to_output(requests[row.index], row, origins[row.index])
 
 
@@ -199,5 +223,13 @@ def describe_provenance(session: Session, row: Row) -> dict[str, Any]:
 def _to_output(request: Request, row: Row, origin: dict[str, Any]) -> Output:
     return Output(
         request.prompt, row.text, describe_mix(request.mix), len(row.new_ids), row.finish_reason, request.seed,
-        origin, tuple(row.logprobs),
+        origin, tuple(row.logprobs), _to_ours(row.error),
     )  # fmt: skip
+
+
+def _to_ours(error: Exception | None) -> LoraGpt2Error | None:
+    if error is None or isinstance(error, LoraGpt2Error):
+        return error
+    found = ResourceError(f"the continuation failed: {error}", "change its settings, or use fewer rows at once")
+    found.__cause__ = error
+    return found

@@ -20,7 +20,7 @@ from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.log import LocalLog
 from lora_gpt2.core.paths import os_errors_as_ours, write_file
 from lora_gpt2.core.suggest import suggest
-from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate
+from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all, raise_first_error
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix, parse_mix
 from lora_gpt2.model.loss import score_tokens
 from lora_gpt2.recipe import GenerateSettings, build_recipe
@@ -127,9 +127,11 @@ class Repl:
         started = time.monotonic()
         requests = [Request(prompt, mix, seed) for mix in mixes]
         with catch_signals() as stop:
-            outputs = generate(
+            outputs = generate_all(
                 self.session, requests, self.settings, on_text=on_text, stop=stop, truncate_left=True
-            )  # fmt: skip
+            )
+        if len(outputs) == 1:
+            raise_first_error(outputs)
         self.seconds += time.monotonic() - started
         for output in outputs:
             self.num_tokens += output.tokens
@@ -169,7 +171,7 @@ class Repl:
         mixes = [parse_mix(name.split("+")) for name in names]
         self.seed += 1
         outputs = self._write(self.text, mixes, self.seed, None)
-        return "\n\n".join(f"=== {output.adapter}\n{output.text}" for output in outputs)
+        return "\n\n".join(f"=== {output.adapter}\n{output.error or output.text}" for output in outputs)
 
     def _do_set(self, rest: str) -> str:
         if not rest:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_gpt2.core.errors import NotFoundError, UsageError
+from lora_gpt2.core.errors import CorruptError, NotFoundError, UsageError
 from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD
@@ -71,6 +71,15 @@ def describe_mix(mix: Mix) -> str:
 def show_name(reference: str) -> str:
     """Returns a resolved name without its digest."""
     return reference.partition("#")[0]
+
+
+def check_logits(logits: Float[Tensor, "*shape vocab"], mix: Mix) -> None:
+    """Raises `CorruptError`, which names the mix, if logits that it gave are not finite."""
+    smallest, largest = logits.aminmax()  # both are NaN if one value is
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        name = describe_mix(tuple((show_name(reference), weight) for reference, weight in mix))
+        hint = "see 'lora-gpt2 adapters verify', or use smaller weights" if mix else "copy the base again"
+        raise CorruptError(f"{name}: the logits after this text are not finite", hint)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class StaticStep:
         self.cache.lengths[:size].copy_(torch.tensor([*lengths, *[0] * (size - rows)]), non_blocking=True)
         if step.weights is not None and weights is not None:
             step.weights.copy_(weights, non_blocking=True)
+        self.cache.view(0, size, 0).note_written(self.cache.capacity)  # a replay runs no Python; see `_record`
         if step.graph is None:
             logits = self._compute(step)
         else:
@@ -68,7 +69,7 @@ class StaticStep:
             device = self.cache.buffer.device
             eos = self.session.base.tokenizer.eos_id
             tokens = torch.full((size, 1), eos, device=device)
-            fixed = None if weights is None or bank is None else weights.to(bank.flat)
+            fixed = None if weights is None or bank is None else weights.to(bank.flat.device)
             step = self._recorded[key] = _Recorded(bank, tokens, fixed)
             if device.type == "cuda":
                 self._record(step)
@@ -76,7 +77,7 @@ class StaticStep:
 
     def _compute(self, step: _Recorded) -> Tensor:
         size = len(step.tokens)
-        view = self.cache.view(0, size, self.cache.buffer.shape[4] - 1)
+        view = self.cache.view(0, size, self.cache.capacity - 1)
         adapters = None
         if step.bank is not None and step.weights is not None:
             adapters = InferenceRows(step.bank, step.weights, slice(0, step.bank.num_slots))
@@ -85,7 +86,7 @@ class StaticStep:
 
     def _record(self, step: _Recorded) -> None:
         # the last place, which a row writes itself before it reads it: rows that grow are not disturbed
-        self.cache.lengths[: len(step.tokens)] = self.cache.buffer.shape[4] - 1
+        self.cache.lengths[: len(step.tokens)] = self.cache.capacity - 1
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
             for _ in range(WARM_UP):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_gpt2.core.errors import MismatchError
+from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.gpt2 import Before, HeadUpdate, Linear, apply_before
 from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
@@ -77,7 +77,7 @@ class AdapterBank:
                 copies.append(self._view(self.compute, offset, rank, width))
                 self._spans.append((site, offset, width))
                 offset += rank * width
-            scale = torch.zeros(num_slots, dtype=dtype, device=like.device)
+            scale = torch.zeros(num_slots, device=like.device)
             self.sites[site] = BankSite(masters[0], masters[1], scale, copies[0], copies[1])
 
     def _view(self, flat: Tensor, offset: int, rank: int, width: int) -> Tensor:
@@ -87,7 +87,13 @@ class AdapterBank:
         return flat.as_strided(shape, (rank * width, width, 1), offset * self.num_slots)
 
     def load(self, slot: int, adapter: Adapter) -> None:
-        """Copies an adapter into a slot; raises `MismatchError` if its sites, shapes or ranks do not fit."""
+        """Copies an adapter into a slot.
+
+        Raises:
+            MismatchError: its sites, shapes or ranks do not fit.
+            CorruptError: a value is not finite in the bank's dtype; in a product with zero it would still reach the
+                rows that do not use it.
+        """
         for site, update in adapter.updates.items():
             place = self.sites.get(site)
             shapes = (tuple(update.a.shape), tuple(update.b.shape))
@@ -97,6 +103,7 @@ class AdapterBank:
                 )
             if shapes != ((update.rank, place.a.shape[2]), (place.bt.shape[2], update.rank)):
                 raise MismatchError(f"{site}: {shapes} does not fit this base", "use the base it was trained on")
+            self._check_finite(site, update)
         self.clear(slot)
         for site, update in adapter.updates.items():
             place = self.sites[site]
@@ -105,6 +112,12 @@ class AdapterBank:
             place.scale[slot] = update.scale
             self.updates[slot][site] = (update.rank, update.alpha, update.rslora)
         self.refresh()
+
+    def _check_finite(self, site: str, update: LoraUpdate) -> None:
+        dtype = self.flat.dtype
+        if not all(torch.isfinite(factor.to(dtype)).all() for factor in (update.a, update.b)):
+            name = str(dtype).removeprefix("torch.")
+            raise CorruptError(f"the values of {site} are not finite in {name}", "use float32, or train again")
 
     def clear(self, slot: int) -> None:
         """Empties a slot: it then changes nothing."""
@@ -183,15 +196,17 @@ class AdapterBank:
 class InferenceRows:
     """Adapters for inference: `weights` `[rows, slots]` says how much of each adapter a row gets.
 
-    One-hot picks an adapter, zero is the plain base, anything else mixes. Slots that no row uses cost nothing, but for
-    those between others that are: where these are fewer than the used ones, they are computed rather than skipped,
-    because skipping takes a copy of the others. `span` takes the slots as they are.
+    One-hot picks an adapter, zero is the plain base, anything else mixes. A slot with weight zero is masked, not
+    multiplied by zero, so a row does not depend on adapters that it does not use, whatever they compute (0 * inf is
+    NaN). Slots that no row uses cost nothing, but for those between others that are: where these are fewer than the
+    used ones, they are computed rather than skipped, because skipping takes a copy of the others. `span` takes the
+    slots as they are.
     """
 
     def __init__(self, bank: AdapterBank, weights: Float[Tensor, "rows slots"], span: slice | None = None) -> None:
         self.span = _find_span(weights) if span is None else span
-        self.bank, self.weights = bank, weights[:, self.span].to(bank.flat)
-        self._parts: dict[str, tuple[Tensor, Tensor, Tensor | float]] = {}
+        self.bank, self.weights = bank, weights[:, self.span].to(bank.flat.device, torch.float32)
+        self._parts: dict[str, _Factors] = {}
 
     def project(
         self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
@@ -200,39 +215,60 @@ class InferenceRows:
         h = apply_before(before, x)
         y: Tensor = linear(h)
         if site in self.bank.sites:
-            inner, outer, factor = self._shrink(site, h)
-            y.view(-1, y.shape[-1]).addmm_(inner, outer, alpha=factor)
+            factors = self._find_factors(site)
+            if factors.scale != 0:
+                y.view(-1, y.shape[-1]).addmm_(self._shrink(h, factors), factors.bt, alpha=factors.scale)
         return y
 
     def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
         """Returns what the adapters add to the logits, or None if none of them changes the head."""
-        if HEAD not in self.bank.sites:
+        if HEAD not in self.bank.sites or (factors := self._find_factors(HEAD)).scale == 0:
             return None
-        inner, outer, factor = self._shrink(HEAD, hidden)
-        return HeadUpdate(inner if factor == 1 else inner.mul_(factor), outer[None])
+        inner = self._shrink(hidden, factors)
+        return HeadUpdate(inner if factors.scale == 1 else inner.mul_(factors.scale), factors.bt[None])
 
-    def _shrink(
-        self, site: str, h: Float[Tensor, "rows time inputs"]
-    ) -> tuple[Float[Tensor, "tokens all_ranks"], Float[Tensor, "all_ranks outputs"], float]:
-        """Returns the product with A, B transposed, and a factor that is not yet in their product."""
-        a, bt, factors = self._parts.get(site) or self._find_parts(site)
-        z = F.linear(h, a)
-        if isinstance(factors, Tensor):
-            z.view(*h.shape[:2], factors.shape[2], -1).mul_(factors)
-            factors = 1.0
-        return z.view(-1, len(bt)), bt, factors
+    def _shrink(self, h: Float[Tensor, "rows time inputs"], factors: _Factors) -> Float[Tensor, "tokens all_ranks"]:
+        """Returns the product with A, weighted per row where rows differ; what a row does not use is exactly zero."""
+        z = F.linear(h, factors.a)
+        if factors.weights is not None:
+            grouped = z.view(*h.shape[:2], factors.weights.shape[2], -1).mul_(factors.weights)
+            if factors.unused is not None:
+                grouped.masked_fill_(factors.unused, 0)
+        return z.view(-1, len(factors.bt))
 
-    def _find_parts(self, site: str) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Returns A and B transposed of the span, `[slots * rank, ...]`, and the factors `[rows, 1, slots, 1]`.
+    def _find_factors(self, site: str) -> _Factors:
+        """Returns the factors of one projection, the same object each time.
 
-        On a CPU a factor that all rows share is a number: it costs no operation of its own.
+        On a CPU a weight that all rows share is a number: it costs no operation of its own.
         """
-        place = self.bank.sites[site]
-        a, bt = place.a[self.span].flatten(0, 1), place.bt[self.span].flatten(0, 1)
-        factors = (self.weights * place.scale[self.span])[:, None, :, None]
-        is_shared = factors.device.type == "cpu" and factors.shape[2] == 1 and bool((factors == factors[0]).all())
-        parts = self._parts[site] = a, bt, float(factors[0]) if is_shared else factors
-        return parts
+        if (found := self._parts.get(site)) is None:
+            views = self.bank.sites[site]
+            a, bt = views.a[self.span].flatten(0, 1), views.bt[self.span].flatten(0, 1)
+            scaled = (self.weights * views.scale[self.span]).masked_fill_(self.weights == 0, 0)
+            if self.weights.device.type == "cpu" and scaled.shape[1] == 1 and bool((scaled == scaled[0]).all()):
+                found = _Factors(a, bt, float(scaled[0]))
+            else:
+                weights = scaled.to(a.dtype)[:, None, :, None]
+                unused = weights == 0
+                is_masked = unused.device.type != "cpu" or bool(unused.any())  # to ask a GPU would be to wait for it
+                found = _Factors(a, bt, 1.0, weights, unused if is_masked else None)
+            self._parts[site] = found
+        return found
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What a batch multiplies with at one projection: A and B transposed of its slots, `[slots * rank, ...]`.
+
+    `weights` `[rows, 1, slots, 1]` differ between rows, `scale` is common to all; `unused` is where a row's weight is
+    zero, None where every row uses every slot.
+    """
+
+    a: Tensor
+    bt: Tensor
+    scale: float
+    weights: Tensor | None = None
+    unused: Tensor | None = None
 
 
 def _find_span(weights: Float[Tensor, "rows slots"]) -> slice | Tensor:

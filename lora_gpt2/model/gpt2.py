@@ -96,7 +96,8 @@ class KVCache:
     """Keys and values of a batch, allocated once, with a length per row.
 
     Rows may have different lengths: prompts are padded on the right, and what a row wrote beyond its length is
-    masked until its own later tokens overwrite it.
+    masked until its own later tokens overwrite it. A mask hides finite values only (0 * NaN is NaN), so a row that is
+    given up is zeroed, as far as it was written: whoever gets it next depends on nothing that was in it.
     """
 
     def __init__(self, config: GPT2Config, rows: int, max_tokens: int, like: Tensor) -> None:
@@ -105,6 +106,12 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
         self.places = torch.arange(rows, device=like.device)[:, None]
         self.used = 0
+        self.written, self.first = [0] * rows, 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens for which a row has room."""
+        return self.buffer.shape[4]
 
     def write(self, layer: int, positions: Tensor, fresh: Float[Tensor, "rows time 2 heads head_dim"]) -> Tensor:
         """Stores keys and values at `positions` `[rows, time]`; returns all, `[2, rows, heads, used, head_dim]`."""
@@ -112,22 +119,37 @@ class KVCache:
         store[:, self.places, :, positions] = fresh
         return store[:, :, :, : self.used]
 
+    def note_written(self, end: int) -> None:
+        """Takes note that each row was written up to position `end` at most."""
+        for row in range(self.first, self.first + self.buffer.shape[2]):
+            self.written[row] = max(self.written[row], end)
+
     def view(self, begin: int, end: int, used: int) -> KVCache:
         """Returns the rows from `begin` to `end` in the same memory; `used` is the largest of their lengths."""
         part = copy.copy(self)
         part.buffer, part.lengths, part.used = self.buffer[:, :, begin:end], self.lengths[begin:end], used
-        part.places = self.places[: end - begin]
+        part.places, part.first = self.places[: end - begin], self.first + begin
         return part
 
     def keep_rows(self, rows: Tensor) -> None:
         """Makes these rows, in this order and perhaps more than once, the cache."""
         self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
         self.places = torch.arange(len(rows), device=rows.device)[:, None]
+        self.written = [max(self.written)] * len(rows)
+
+    def truncate(self, row: int, length: int) -> None:
+        """Zeroes what a row wrote from position `length` on."""
+        if self.written[row] > length:
+            self.buffer[:, :, row, :, length : self.written[row]] = 0
+        self.written[row] = length
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Puts a row, of which `length` tokens count, into another one's place."""
+        """Moves a row, of which `length` tokens count, to another index; nothing of either row's past is left."""
+        self.truncate(target, 0)
         self.buffer[:, :, target, :, :length] = self.buffer[:, :, source, :, :length]
         self.lengths[target] = self.lengths[source]
+        self.written[target] = length
+        self.truncate(source, 0)
 
 
 @dataclass
@@ -279,8 +301,9 @@ class GPT2(nn.Module):
         positions = cache.lengths[:, None] + steps[None]
         fresh = cache.used == 0
         cache.used += steps.shape[0]
-        if cache.used > cache.buffer.shape[4]:
-            raise IndexError(f"{cache.used} tokens exceed the cache of {cache.buffer.shape[4]}")
+        if cache.used > cache.capacity:
+            raise IndexError(f"{cache.used} tokens exceed the cache of {cache.capacity}")
+        cache.note_written(cache.used)
         if fresh:
             return Context(adapters, cache, positions, None)
         keys = torch.arange(cache.used, device=steps.device)

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.serving.metrics import Metrics
-from lora_gpt2.serving.wire import ApiError, Choice, CompletionBody, build_answer, build_usage
+from lora_gpt2.serving.wire import ApiError, Choice, CompletionBody, build_answer, build_usage, translate_error
 from lora_gpt2.serving.worker import EngineFailed, Grown, Ticket, Worker
 
 
@@ -63,6 +63,8 @@ class Call:
                 self.metrics.first_token.observe(time.monotonic() - self.started)
             if failed := [grown.row.error for grown in item if grown.row.error is not None]:
                 self.cancel()
+                if isinstance(failed[0], LoraGpt2Error):
+                    raise failed[0]
                 raise EngineFailed(f"a continuation failed: {failed[0]}", "change its parameters") from failed[0]
             left -= sum(grown.is_end for grown in item)
             yield item
@@ -148,7 +150,8 @@ class EventStream(Response):
             async for event in self.call.iter_events():
                 await put(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
         except LoraGpt2Error as error:
-            await put(f"data: {json.dumps(ApiError(500, error.message).to_json())}\n\n")
+            ours = ApiError(500, error.message) if isinstance(error, EngineFailed) else translate_error(error)
+            await put(f"data: {json.dumps(ours.to_json())}\n\n")
         await put("data: [DONE]\n\n", is_last=True)
 
     async def _send(self, send: Send, text: str, is_last: bool = False) -> None:

@@ -16,6 +16,7 @@ from lora_gpt2.core.errors import MismatchError
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.probe import check_finite_logits
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.interop import from_peft, to_peft
 from lora_gpt2.store.manifest import METRICS, PEFT_CONFIG, WEIGHTS, BaseIdentity, Manifest, Parent
@@ -48,11 +49,13 @@ def publish_adapter(store: Store, name: str, adapter: Adapter, base: Base, origi
 
     Raises:
         UsageError: `name` is not a name.
+        CorruptError: its logits are not finite.
         ConflictError: another process is publishing the same adapter.
         ResourceError: the store cannot be written; what was there is untouched.
     """
     files = to_peft(adapter, base.name, base.config)
     from_peft(files[WEIGHTS], files[PEFT_CONFIG], base.config, name)  # what cannot be loaded is not published
+    check_finite_logits(base, adapter, name)
     files |= origin.pages
     if origin.metrics:
         files[METRICS] = "".join(json.dumps(record) + "\n" for record in origin.metrics).encode()
@@ -70,17 +73,19 @@ def publish_adapter(store: Store, name: str, adapter: Adapter, base: Base, origi
 
 
 def load_adapter(store: Store, reference: str, base: Base) -> tuple[Manifest, Adapter]:
-    """Returns a version's manifest and adapter after checking hashes, base, schema, shapes and finiteness.
+    """Returns a version's manifest and adapter after checking hashes, base, schema, shapes, values and logits.
 
     Raises:
         NotFoundError: see `Store.resolve`.
-        CorruptError: a byte, a shape or a value is not what it should be.
+        CorruptError: a byte, a shape or a value is not what it should be, or its logits are not finite.
         MismatchError: it was made for another base or tokenizer; both fingerprints are named.
     """
     with store.pin(reference) as folder:
         manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
         check_base(manifest, base)
-        return manifest, read_version(folder, manifest, base.config)
+        adapter = read_version(folder, manifest, base.config)
+    check_finite_logits(base, adapter, manifest.reference)
+    return manifest, adapter
 
 
 def check_base(manifest: Manifest, base: Base) -> None:

@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.errors import LoraGpt2Error, MismatchError
-from lora_gpt2.model.bank import AdapterBank, InferenceRows
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.lora import Adapter
-from lora_gpt2.model.probe import allow_rounding, build_probe, compute_logits, measure_difference
+from lora_gpt2.model.probe import (
+    allow_rounding,
+    bind_adapter,
+    build_probe,
+    check_finite_logits,
+    compute_logits,
+    measure_difference,
+)
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import check_base, read_version
 from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
@@ -79,7 +84,8 @@ def _verify_one(verdict: Verdict, folder: Path, manifest: Manifest, base: Base, 
     if not parse_peft_config(read_checked(folder, manifest, PEFT_CONFIG), manifest.reference).is_plain:
         raise MismatchError(f"{manifest.reference}: its configuration holds expressions", "import it again")
     verdict.passed.append("format")
-    ours = compute_logits(base, lambda rows: _one_adapter(adapter, base, rows))
+    check_finite_logits(base, adapter, manifest.reference)
+    ours = compute_logits(base, bind_adapter(base, adapter))
     verdict.max_logit_difference = measure_difference(ours, reference.compute(folder))
     limit = allow_rounding(ours)
     if not verdict.max_logit_difference <= limit:
@@ -91,12 +97,6 @@ def _verify_one(verdict: Verdict, folder: Path, manifest: Manifest, base: Base, 
         verdict.failure = "effect: it changes nothing"
         return
     verdict.passed.append("effect")
-
-
-def _one_adapter(adapter: Adapter, base: Base, rows: int) -> InferenceRows:
-    bank = AdapterBank(base.config, adapter.ranks, 1, "inference", base.model.wte.weight)
-    bank.load(0, adapter)
-    return InferenceRows(bank, torch.ones(rows, 1))
 
 
 class _Reference:

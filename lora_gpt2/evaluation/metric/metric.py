@@ -41,13 +41,11 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
     ) -> dict[str, float]:
         from pathlib import Path
 
-        import torch
-
         from lora_gpt2.data.records import Document
         from lora_gpt2.evaluation.matrix import Cell
         from lora_gpt2.evaluation.perplexity import measure_perplexity
-        from lora_gpt2.model.bank import AdapterBank, InferenceRows
         from lora_gpt2.model.base import load_base
+        from lora_gpt2.model.probe import bind_adapter
         from lora_gpt2.model.runtime import choose_runtime
         from lora_gpt2.recipe_files import load_recipe
         from lora_gpt2.store.catalog import Store
@@ -63,9 +61,6 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
             score = measure_perplexity(model, documents, recipe.evaluate)
         else:
             loaded = load_adapter(kept, adapter, model)[1]
-            bank = AdapterBank(model.config, loaded.ranks, 1, "inference", model.model.wte.weight)
-            bank.load(0, loaded)
-            rows = lambda count: InferenceRows(bank, torch.ones(count, 1))  # noqa: E731
-            score = measure_perplexity(model, documents, recipe.evaluate, rows)
+            score = measure_perplexity(model, documents, recipe.evaluate, bind_adapter(model, loaded))
         keys = ("tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
         return {key: Cell(adapter, "", score).to_json()[key] for key in keys}
