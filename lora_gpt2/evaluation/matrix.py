@@ -110,7 +110,7 @@ def _compare(label: str, scores: Mapping[str, Score]) -> list[Cell]:
     cells = []
     for row, (name, score) in enumerate(scores.items()):
         interval = ratio_interval = None
-        if means is not None:
+        if means is not None and math.isfinite(score.nll_nats):
             interval = _exp(find_interval(means[:, row]))
             if base is not None and name != BASE:
                 ratio_interval = _exp(find_interval(means[:, row] - means[:, names.index(BASE)]))

@@ -80,8 +80,8 @@ class Score:
 
 
 def to_perplexity(value: float) -> float:
-    """Returns exp of a mean in nats; infinity where no float holds it."""
-    return math.exp(value) if value < 700 else math.inf
+    """Returns exp of a mean in nats; infinity where no float holds it, NaN of NaN."""
+    return math.inf if value >= 700 else math.exp(value)
 
 
 def split_prompt(text: Text) -> tuple[str, str]:
