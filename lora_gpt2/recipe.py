@@ -49,6 +49,8 @@ class DataSettings(Section):
     """What to do with bytes that are not valid text: stop with file:offset, or replace them by U+FFFD."""
     text_field: str = "text"
     """Field or column that holds the document; dots lead into nested fields, and into each item of a list."""
+    header: bool = True
+    """The first row of a table (.csv, .tsv) names its columns; false: it is a record, and columns are 1, 2, 3, …"""
     template: str = ""
     """Builds the document of several fields, such as "Q: {question}\\nA: {answer}"; item_template shows lists."""
     item_template: str = "{role}: {content}"
@@ -57,6 +59,8 @@ class DataSettings(Section):
     """Template of what precedes the document and carries no loss, such as "Question: {question}\\nAnswer:"."""
     separator: str = ""
     """Text documents begin with a prompt, which carries no loss, up to the first occurrence of this."""
+    special_tokens: bool = False
+    """Special tokens that were added to the base are read as tokens in training text; else they are its characters."""
     skip_bad: bool = False
     """Set aside what cannot be read, with its place and the reason, instead of stopping."""
     dataset_config: str = ""
@@ -93,11 +97,11 @@ class LoraSettings(Section):
     """Shape and scale of the adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: Annotated[int, Field(ge=1, le=512)] = 16
-    """Rank of each update; that of the head is twice as large, and so is its alpha."""
+    """Rank of each update; that of lm_head, where it is a target, is twice as large, and so is its alpha."""
     alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
     """Updates are scaled by alpha / rank (alpha / sqrt(rank) with rslora); unset, alpha is twice the rank (8)."""
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = (*BLOCKS, "lm_head")
-    """Projections to adapt, and the head; c_attn.q, c_attn.k and c_attn.v adapt slices of c_attn."""
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = BLOCKS
+    """Projections to adapt; c_attn.q, c_attn.k and c_attn.v adapt slices of c_attn, lm_head the tied head too (PEFT has trouble with that)."""  # noqa: E501
     ranks: dict[Target, Annotated[int, Field(ge=1, le=512)]] = {}
     """Ranks of single targets where they differ from `rank`."""
     rslora: bool = False
@@ -140,7 +144,7 @@ class TrainSettings(Section):
     epochs: Annotated[float, Field(gt=0, le=1000)] = 3.0
     """Passes over the training blocks, when steps is not given."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of AdamW; unset, it is 1.152 over the base's width: 1.5e-3 for gpt2, 0.72e-3 for gpt2-xl."""
+    """Peak learning rate of AdamW; unset, it is 0.576 over the base's width: 7.5e-4 for gpt2, 3.6e-4 for gpt2-xl."""
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354, suggests 16); 1 is off."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -188,7 +192,7 @@ class TrainSettings(Section):
 
     def rate_for(self, width: int) -> float:
         """Returns the peak learning rate for a base's width, as it falls in Yang et al. 2022 (arXiv:2203.03466)."""
-        return self.learning_rate or 1.152 / width
+        return self.learning_rate or 0.576 / width
 
     def count_epochs(self, tokens: int) -> float:
         """Returns how often the steps pass over so many tokens."""

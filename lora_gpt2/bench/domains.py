@@ -49,7 +49,7 @@ def measure_domains(
     settings = recipes[0].evaluate
     session = Session(load_base(recipes[0].base, choose_runtime(settings.precision)), store)
     rows = {name: session.for_rows(parse_mix([name])) for name in [BASE, *(recipe.name for recipe in recipes)]}
-    sources = read_sources([f"{recipe.name}={recipe.data.test[0]}" for recipe in recipes], recipes[0].data)
+    sources = read_sources([f"{recipe.name}={recipe.data.test[0]}" for recipe in recipes], recipes[0].data, reporter)
     return DomainsReport(report.adapters, measure_matrix(session.base, rows, sources, settings, reporter))
 
 

@@ -56,14 +56,14 @@ def data(
       lora-gpt2 audit data notes/ "more/*.jsonl" --adapter mine --json
     """
     recipe = load_recipe(None, overrides, base=base)
-    from lora_gpt2.data.formats import read_documents
+    from lora_gpt2.data.reading import read_clean
     from lora_gpt2.evaluation.perplexity import Jobs
     from lora_gpt2.evaluation.text_audit import TextAudit, measure_swaps
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.session import parse_mix
 
     audit = TextAudit()
-    for document in read_documents(sources, recipe.data):
+    for document in read_clean(sources, recipe.data, reporter).documents:
         audit.add(document)
     result = {"sources": list(sources), **audit.report(), "adapter": adapter, "swaps": []}
     if audit.sentences:

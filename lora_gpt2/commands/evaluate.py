@@ -66,6 +66,7 @@ def command(
     settings = load_recipe(recipe, overrides, base=base)
     from lora_gpt2.evaluation.general import GENERAL
     from lora_gpt2.evaluation.limits import check_limits, find_above, find_regressions, parse_limits, read_baseline
+    from lora_gpt2.evaluation.own_text import list_differences
     from lora_gpt2.evaluation.perplexity import choose_window
     from lora_gpt2.evaluation.quality import build_task
     from lora_gpt2.inference.open import open_session
@@ -83,6 +84,8 @@ def command(
         "cells": [cell.to_json() for cell in cells], "forgetting": [cell.to_json() for cell in forgetting],
         "base": session.base.name, "protocol": settings.evaluate.protocol, "window": window, "stride": stride,
     }  # fmt: skip
+    for line in list_differences(store, references, read, cells, result | {"dtype": session.base.runtime.dtype_name}):
+        reporter.message(line)
     if tasks:
         result["generation"] = _generate(session, references, tasks, settings, reporter)
     if keep:
@@ -99,17 +102,19 @@ def command(
 
 
 def _read(sources: Sequence[str], settings: Recipe, store: Store, reporter: Reporter) -> list[Source]:
-    from lora_gpt2.evaluation.matrix import read_sources
-    from lora_gpt2.evaluation.own_text import read_held_out
+    from lora_gpt2.evaluation.matrix import Source, read_sources
+    from lora_gpt2.evaluation.own_text import read_own_text
 
     own_base = settings.base if "base" in settings.model_fields_set else None
 
-    def find_held_out(name: str) -> list[Document] | None:
+    def find_held_out(label: str, name: str) -> Source | None:
         plain = name.partition("@")[0]
-        is_known = is_name(plain) and store.has_adapter(plain)
-        return read_held_out(store, name, reporter, own_base) if is_known else None
+        if not (is_name(plain) and store.has_adapter(plain)):
+            return None
+        own = read_own_text(store, name, reporter, own_base)
+        return Source(label, own.held_out, own.manifest.recipe["data"].get("profile", ""), own.test_files)
 
-    return read_sources(sources, settings.data, find_held_out)
+    return read_sources(sources, settings.data, reporter, find_held_out)
 
 
 def _measure(
@@ -119,6 +124,7 @@ def _measure(
     """Returns the cells, and those on general English, where adapters are measured."""
     from lora_gpt2.evaluation.general import GENERAL, add_general
     from lora_gpt2.evaluation.matrix import measure_matrix
+    from lora_gpt2.evaluation.own_text import read_sketches
     from lora_gpt2.inference.session import BASE, parse_mix
 
     session.open([name for name in references if name != BASE])
@@ -129,6 +135,7 @@ def _measure(
         session.base, {name: session.for_rows(mix) for name, mix in mixes.items()},
         add_general(sources) if wants_general else sources, recipe.evaluate, reporter,
         together=lambda places: session.rows([columns[place] for place in places]),
+        sketches=read_sketches(session.store, [name for name in mixes if name != BASE]),
     )  # fmt: skip
     split = len(mixes) if wants_general else 0
     return cells[split:], cells[:split]
@@ -183,6 +190,12 @@ def _render(result: dict[str, Any]) -> str:
 
     cells, forgetting = result["cells"], result["forgetting"]
     lines = [format_matrix([*cells, *forgetting])]
+    lines += [
+        f"! {cell['adapter']} was trained on {cell['documents_trained_on']:,} of {cell['documents']:,} documents of "
+        f"{cell['source']}: that figure says nothing about new text"
+        for cell in cells
+        if cell["documents_trained_on"]
+    ]
     lines += [f"{name} on its own text: {describe_gain(cell)}" for name, cell in find_own(cells).items()]
     lines += [
         f"{cell['adapter']} on general English: {describe_gain(cell)}"

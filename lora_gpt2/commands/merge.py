@@ -65,7 +65,7 @@ def command(
     from lora_gpt2.merging.search import search_weights
 
     mix, how = parse_mix(adapters), recipe.merge
-    sources = read_sources([item for text in texts for item in text.split(",") if item], recipe.data)
+    sources = read_sources([item for text in texts for item in text.split(",") if item], recipe.data, reporter)
     session, _ = open_session(store, [reference for reference, _ in mix], recipe, "float32")
     result: dict[str, Any] = {"method": how.method}
     if search:

@@ -14,7 +14,7 @@ from lora_gpt2.recipe_files import load_recipe
 
 KEYS = (
     "documents_read", "documents_kept", "rejected", "tokens", "loss_tokens", "documents", "fill", "rules", "personal",
-    "tokens_per_document", "characters", "near_duplicates", "overlap_with_held_out",
+    "tokens_per_document", "characters", "near_duplicates", "overlap_with_held_out", "reading",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def command(
     """
     settings = load_recipe(recipe, overrides, data__sources=sources, base=base, data__skip_bad=skip_bad or None)
     from lora_gpt2.data.documents import preview_documents, write_texts
-    from lora_gpt2.data.prepared import prepare_data
+    from lora_gpt2.data.prepared import describe_amount, prepare_data
     from lora_gpt2.data.report import build_receipts_page
     from lora_gpt2.model.locate import load_base_tokenizer
 
@@ -63,6 +63,8 @@ def command(
         if text:
             write_texts(prepared, tokenizer, text)
     emit(result, as_json, lambda: _render(result, prepared.report, str(prepared.rejected)))
+    if advice := describe_amount(prepared.train.num_tokens):
+        reporter.message(advice)
     shown = sources[0] if sources else settings.data.sources[0]
     reporter.message(f"next: lora-gpt2 train --data {shown} --name NAME")
 
@@ -70,7 +72,7 @@ def command(
 def _render(result: dict[str, Any], report: dict[str, Any], rejected: str) -> str:
     from lora_gpt2.data.report import list_receipts
 
-    lines = [f"{value:>20}  {label}" for value, label in list_receipts(report)]
+    lines = [*report["reading"], *(f"{value:>20}  {label}" for value, label in list_receipts(report))]
     lines.append(f"{result['epochs']:>20.1f}  epochs with the steps of the recipe")
     for name, rule in result["rules"].items():
         lines.append(f"rule {name}: {rule['documents']:,} documents, {rule['characters_removed']:,} characters removed")

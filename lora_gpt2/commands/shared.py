@@ -105,14 +105,18 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_matrix(cells: Sequence[dict[str, Any]]) -> str:
-    """Returns perplexities as adapters × sources; `*` marks the best of each column."""
+    """Returns perplexities as adapters × sources; `*` marks the best of each column, `!` text that was trained on."""
     sources = list(dict.fromkeys(cell["source"] for cell in cells))
     adapters = list(dict.fromkeys(cell["adapter"] for cell in cells))
     values = {(cell["adapter"], cell["source"]): cell["perplexity"] for cell in cells}
-    best = {source: min((v for a in adapters if not math.isnan(v := values[a, source])), default=0.0) for source in sources}
+    trained = {(cell["adapter"], cell["source"]) for cell in cells if cell.get("documents_trained_on")}
+    best = {
+        source: min((v for a in adapters if not math.isnan(v := values[a, source])), default=0.0) for source in sources
+    }
     rows = []
     for adapter in adapters:
         marks = ["*" if values[adapter, s] == best[s] and len(adapters) > 1 else " " for s in sources]
+        marks = ["!" if (adapter, s) in trained else mark for s, mark in zip(sources, marks, strict=True)]
         rows.append([adapter, *(f"{values[adapter, s]:,.2f}{mark}" for s, mark in zip(sources, marks, strict=True))])
     return format_table(["perplexity", *(f"{source} " for source in sources)], rows)
 

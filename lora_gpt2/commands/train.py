@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lora_gpt2.commands.shared import (
     store_option,
 )
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.recipe_files import load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
 
@@ -36,6 +38,7 @@ from lora_gpt2.store.catalog import Store
 @set_option
 @skip_bad_option
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run of the same recipes.")
+@click.option("--fresh", is_flag=True, help="Begin anew; an interrupted run of the same adapters is set aside.")
 @click.option("--fit", is_flag=True, help="Change settings so that it fits into memory; see 'plan'.")
 @memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and train nothing.")
@@ -44,8 +47,8 @@ from lora_gpt2.store.catalog import Store
 @click.pass_obj
 def command(
     reporter: Reporter, recipes: tuple[Path, ...], data: tuple[str, ...], name: str | None, base: str | None,
-    overrides: tuple[str, ...], skip_bad: bool, resume: bool, fit: bool, gpu_memory: int | None, dry_run: bool,
-    store: Store, as_json: bool,
+    overrides: tuple[str, ...], skip_bad: bool, resume: bool, fresh: bool, fit: bool, gpu_memory: int | None,
+    dry_run: bool, store: Store, as_json: bool,
 ) -> None:  # fmt: skip
     """Train one adapter, or several recipes together over one base.
 
@@ -54,7 +57,7 @@ def command(
       lora-gpt2 train --data my_text.txt --name mine
       lora-gpt2 train prose --data notes/ --name mine --set train.steps=100
       lora-gpt2 train a.yaml b.yaml c.yaml        three adapters, one pass over the base
-      lora-gpt2 train a.yaml --resume             after an interruption
+      lora-gpt2 train a.yaml --resume             after an interruption; --fresh begins anew
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
     chosen = [
@@ -75,7 +78,15 @@ def command(
         chosen = fit_to_memory(chosen, gpu_memory, reporter)
     from lora_gpt2.training.run import train_recipes
 
-    report = train_recipes(chosen, store, reporter, resume)
+    if resume and fresh:
+        raise UsageError("--resume and --fresh exclude each other", "--resume goes on, --fresh begins anew")
+    try:
+        report = train_recipes(chosen, store, reporter, resume, fresh)
+    except ConflictError as error:
+        if "--resume" not in error.hint or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        goes_on = click.confirm(f"{error.message}: go on with it? (no begins anew)", default=True, err=True)
+        report = train_recipes(chosen, store, reporter, goes_on, not goes_on)
     if not report.adapters:  # another process of this launch speaks
         return
     emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))

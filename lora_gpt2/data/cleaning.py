@@ -75,7 +75,8 @@ CREDITS = re2.compile(
 )
 URL = re.compile(r"""(?i)\b(?:https?://|ftp://|www\.)[^\s<>"`\[\](){}]*[^\s<>"`\[\](){}.,;:!?']""")
 LINK = re.compile(r"(!?)\[([^\[\]\n]*)\]\([^()\s]+(?:\s+\"[^\"\n]*\")?\)")
-LONG_WORD, LONGISH_WORD = re.compile(r"(?<!\S)\S{1001,}"), re2.compile(r"\S{100}")
+LONG_WORD, HAS_LONG_WORD = re.compile(r"(?<!\S)[!-~]{1001,}(?!\S)"), re2.compile(r"[!-~]{1000}")
+HEX, LEAST_ENCODED = frozenset("0123456789abcdefABCDEF"), 40
 LINE_END_BLANKS, BLANKS = re.compile(r"(?<![ \t])[ \t]++(?=\n|\Z)"), re.compile(r"(?<=\S)(?:[ \t]{2,}|\t)")
 HAS_ODD_BLANKS, GAP = re2.compile(r"[ \t]\n|[^\s][ \t]{2}|[^\s]\t"), re.compile(r"\n{3,}")
 
@@ -225,8 +226,22 @@ def change_personal(text: str, mode: str = "report") -> str:
 
 
 def drop_long_words(text: str, _mode: str = "on") -> str:
-    """Returns the text without runs of more than 1,000 characters that no space interrupts, such as base64."""
-    return LONG_WORD.sub("", text) if LONGISH_WORD.search(text) else text
+    """Returns the text without encoded data: runs of over 1,000 ASCII characters that look like base64, hex or hashes.
+
+    Scripts without spaces, and sequences over a small alphabet (DNA, proteins, moves of a game), stay.
+    """
+    return LONG_WORD.sub(lambda match: "" if _is_encoded(match[0]) else match[0], text) if _has_long(text) else text
+
+
+def _has_long(text: str) -> bool:
+    return HAS_LONG_WORD.search(text) is not None
+
+
+def _is_encoded(run: str) -> bool:
+    """True for hexadecimal digits, and for a mixture of upper case, lower case and digits from most of the alphabet."""
+    used = set(run)
+    kinds = [any(low <= c <= high for c in used) for low, high in ("09", "az", "AZ")]
+    return (all(kinds) and len(used) >= LEAST_ENCODED) or (kinds[0] and used <= HEX and len(used) > len("ACGTN"))
 
 
 def mend_spaces(text: str, _mode: str = "on") -> str:
@@ -268,10 +283,12 @@ RULES: dict[str, Rule] = {
     "spaces": Rule(mend_spaces),
 }  # in the order in which they are applied
 BOILERPLATE = "boilerplate"  # lines that most documents begin or end with; needs to have seen them, see `boilerplate`
-PROFILES: dict[str, tuple[str, ...]] = {
+BOILERPLATE_MODES = ("all", "pages")
+"""Of all documents, or of those that were web pages."""
+PROFILES: dict[str, tuple[str, ...]] = {  # a rule, or rule:mode where it is not the first of its modes
     "prose": (
         "html", "entities", "line_ends", "mojibake", "control", "unicode", "front_matter", "template_tags", "tags",
-        "licence", "personal", "long_words", "spaces", BOILERPLATE,
+        "licence", "personal", "long_words", "spaces", f"{BOILERPLATE}:pages",
     ),
     "code": ("line_ends", "nul", "personal"),
     "raw": (),
@@ -280,8 +297,8 @@ PROFILES: dict[str, tuple[str, ...]] = {
 
 def choose_rules(profile: str, changes: Mapping[str, bool | str]) -> dict[str, str]:
     """Returns the rules that are on, in order, with their modes; raises `UsageError` for one that does not exist."""
-    known = {**{name: rule.modes for name, rule in RULES.items()}, BOILERPLATE: ("on",)}
-    chosen = {name: known[name][0] for name in known if name in PROFILES[profile]}
+    known = {**{name: rule.modes for name, rule in RULES.items()}, BOILERPLATE: BOILERPLATE_MODES}
+    chosen = {name: mode or known[name][0] for rule in PROFILES[profile] for name, _, mode in [rule.partition(":")]}
     for name, wanted in changes.items():
         if name not in known:
             raise UsageError(f"data.rules: there is no rule '{name}'", suggest(name, known))

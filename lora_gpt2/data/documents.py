@@ -13,6 +13,7 @@ import numpy as np
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.blocks import TokenBlocks
 from lora_gpt2.data.prepared import PARTS, PreparedData
+from lora_gpt2.data.records import Document
 from lora_gpt2.data.tokenizer import Tokenizer
 
 PREVIEW_TOKENS = 200
@@ -30,6 +31,15 @@ def iter_documents(blocks: TokenBlocks, eos_id: int) -> Iterator[tuple[list[int]
         ids = blocks.stream[begin + 1 : end].tolist()
         carries = [True] * len(ids) if blocks.loss is None else (blocks.loss[begin + 1 : end] > 0).tolist()
         yield ids, carries
+
+
+def list_documents(prepared: PreparedData, part: str, tokenizer: Tokenizer) -> list[Document]:
+    """Returns the documents of a part as text, each with what of it carries no loss as its prompt."""
+    found = []
+    for number, (ids, carries) in enumerate(iter_documents(getattr(prepared, part), tokenizer.eos_id), start=1):
+        prompt = carries.index(True) if True in carries else len(ids)
+        found.append(Document(tokenizer.decode(ids[prompt:]), f"{part}#{number}", tokenizer.decode(ids[:prompt])))
+    return found
 
 
 def preview_documents(blocks: TokenBlocks, tokenizer: Tokenizer, count: int) -> list[list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ from io import BufferedReader
 from lora_gpt2.core.errors import DataError, UsageError
 
 MAX_LINE_BYTES = 64 * 2**20
+PEEKED = 2**16
 BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 SIGNATURES = (b"\x89PNG", b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"\x7fELF", b"GIF8", b"\xff\xd8\xff", b"PAR1")
 DECLARED = re.compile(rb"""(?:charset\s*=|<\?xml[^>]{0,80}\sencoding\s*=)\s*["']?\s*([A-Za-z0-9_.:-]{2,40})""", re.I)
@@ -101,7 +102,8 @@ def decode(content: bytes, where: str, errors: str, encoding: str = "auto", decl
 def iter_lines(file: BufferedReader, where: str, errors: str, encoding: str = "auto") -> Lines:
     """Yields the lines of a file of any size, ends included; each may be UTF-8 or, by evidence, Windows-1252.
 
-    A line that can be read as neither is yielded as the error.
+    Lines end in a line feed, or, where the beginning of the file has none, in a carriage return. A line that can be
+    read as neither encoding is yielded as the error.
 
     Raises:
         DataError: a line is longer than `MAX_LINE_BYTES`, or not in the encoding that the file's mark or user names.
@@ -111,7 +113,9 @@ def iter_lines(file: BufferedReader, where: str, errors: str, encoding: str = "a
     if mark == chosen:
         file.read(length)
     if chosen in (None, "utf-8"):
-        yield from _decode_lines(_iter_raw_lines(file, where), where, errors, length)
+        head = file.peek(PEEKED)
+        raw = _iter_old_lines(file, where) if b"\r" in head and b"\n" not in head else _iter_raw_lines(file, where)
+        yield from _decode_lines(raw, where, errors, length)
         return
     decoder = codecs.getincrementaldecoder(chosen)(errors)
     place, pending = length, ""
@@ -135,6 +139,18 @@ def _iter_raw_lines(file: BufferedReader, where: str) -> Iterator[bytes]:
         if len(line) > MAX_LINE_BYTES:
             raise _refuse_line(where)
         yield line
+
+
+def _iter_old_lines(file: BufferedReader, where: str) -> Iterator[bytes]:
+    """Yields the lines of a file in which carriage returns end them, as on old Macs and in some exports."""
+    pending = b""
+    while piece := file.read(PEEKED):
+        *lines, pending = (pending + piece).split(b"\r")
+        if len(pending) > MAX_LINE_BYTES:
+            raise _refuse_line(where)
+        yield from (line + b"\n" for line in lines)
+    if pending:
+        yield pending
 
 
 def _decode_lines(lines: Iterable[bytes], where: str, errors: str, place: int = 0) -> Lines:

@@ -25,10 +25,12 @@ from lora_gpt2.core.paths import write_atomic
 from lora_gpt2.data.boilerplate import drop_edges
 from lora_gpt2.data.cleaning import BOILERPLATE, CleaningReport
 from lora_gpt2.data.dedup import Signatures, content_key, sign
+from lora_gpt2.data.html import looks_like_page
 from lora_gpt2.data.quality import find_reason
 from lora_gpt2.data.records import Document
 from lora_gpt2.data.split import iter_sections
 from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.data.training_text import hash_runs
 from lora_gpt2.recipe import DataSettings
 
 LEAST_SECONDS, SECONDS_PER_MEGABYTE = 2.0, 4.0
@@ -38,11 +40,15 @@ BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 
 @dataclass(frozen=True)
 class Job:
-    """What every batch of a preparation has in common; `section` is the length to cut documents to, 0 for not."""
+    """What every batch of a preparation has in common.
+
+    `section` is the length to cut documents to that have no split of their own, 0 for not. Without a tokenizer a job
+    only cleans.
+    """
 
     settings: DataSettings
     rules: dict[str, str]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     boilerplate: frozenset[str]
     section: int
     folder: Path
@@ -59,7 +65,10 @@ class Batch:
 
 @dataclass
 class Kept:
-    """What became of the documents of one batch that were kept; arrays are in their order."""
+    """What became of the documents of one batch that were kept; arrays are in their order.
+
+    `runs` are those of `training_text.hash_runs`, `num_runs` of each document.
+    """
 
     part: str
     origins: list[str]
@@ -69,6 +78,8 @@ class Kept:
     keys: NDArray[np.void]
     groups: NDArray[np.void]
     signatures: Signatures
+    runs: NDArray[np.uint32]
+    num_runs: NDArray[np.int64]
     ids: NDArray[Any]
 
 
@@ -133,10 +144,18 @@ def clean_document(document: Document, job: Job, report: CleaningReport) -> Docu
 
 
 def _clean(text: str, job: Job, report: CleaningReport) -> str:
+    takes_edges = has_boilerplate(text, job)
     text = report.clean(text, job.rules)
-    if BOILERPLATE not in job.rules or job.settings.template:  # a template's own lines are meant
-        return text
-    return report.note(BOILERPLATE, text, drop_edges(text, job.boilerplate))
+    return report.note(BOILERPLATE, text, drop_edges(text, job.boilerplate)) if takes_edges else text
+
+
+def has_boilerplate(text: str, job: Job) -> bool:
+    """True if the lines that documents have in common are looked for in one: by default in web pages alone.
+
+    A template's own lines are meant.
+    """
+    mode = "" if job.settings.template else job.rules.get(BOILERPLATE)
+    return mode == "all" or (mode == "pages" and looks_like_page(text))
 
 
 def process_batch(batch: Batch, job: Job) -> None:
@@ -157,7 +176,8 @@ def process_batch(batch: Batch, job: Job) -> None:
         report.kept += not document.continues
         report.cleaning.add(cleaning)
         report.characters.update(BEYOND_ASCII.findall(cleaned.text))
-        kept += _cut(cleaned, job.section)
+        kept += _cut(cleaned, job.section if batch.part == "train" else 0)
+    assert job.tokenizer is not None
     arrays = _measure(kept, job.tokenizer)
     content = {
         "part": batch.part, "origins": [document.origin for document in kept],
@@ -183,12 +203,14 @@ def _measure(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, A
     keys = [content_key(whole) for whole in wholes]
     groups = [content_key(d.prompt) if d.prompt else k for d, k in zip(documents, keys, strict=True)]
     lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
+    runs = [hash_runs(whole) for whole in wholes]
     tokens = chain.from_iterable(chain.from_iterable(zip(prompts, texts, strict=True)))
     return {
         "ids": np.fromiter(tokens, np.uint32, sum(lengths)), "lengths": np.array(lengths, dtype=np.int64),
         "prompts": np.array([len(prompt) for prompt in prompts], dtype=np.int64),
         "keys": np.frombuffer(b"".join(keys), dtype="V16"), "groups": np.frombuffer(b"".join(groups), dtype="V16"),
-        "signatures": sign(wholes),
+        "signatures": sign(wholes), "runs": np.concatenate([np.zeros(0, np.uint32), *runs]),
+        "num_runs": np.array([len(run) for run in runs], dtype=np.int64),
     }  # fmt: skip
 
 

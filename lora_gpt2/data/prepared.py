@@ -29,16 +29,18 @@ from lora_gpt2.data.dedup import count_copies
 from lora_gpt2.data.intake import load_batch
 from lora_gpt2.data.reading import Intake, process_sources
 from lora_gpt2.data.selection import Selection, select_documents
-from lora_gpt2.data.sources import Source, find_sources
+from lora_gpt2.data.sources import Source, find_sources, find_splits
 from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.data.training_text import TextSketch
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 4
+FORMAT = 5
 PARTS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
-MANIFEST, REJECTED = "manifest.json", "rejected.jsonl"
+MANIFEST, REJECTED, SKETCH = "manifest.json", "rejected.jsonl", "training_text.bin"
 UNIMPORTANT = {"sources", "validation", "test", "processes"}
 FEW_TOKENS, COMFORTABLE_TOKENS = 50_000, 200_000
+FEW_VALIDATION_TOKENS = 2_000
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class PreparedData:
     validation: TokenBlocks
     test: TokenBlocks
     report: dict[str, Any]
+
+    @property
+    def sketch(self) -> TextSketch:
+        """What tells whether a text was trained on."""
+        return TextSketch.from_bytes((self.path / SKETCH).read_bytes())
 
     @property
     def rejected(self) -> Path:
@@ -68,10 +75,10 @@ def prepare_data(
         UsageError: a rule or an encoding does not exist.
         ResourceError: the folder cannot be written, a package is missing, or the hub cannot be reached.
     """
+    tokenizer = tokenizer.with_special(settings.special_tokens)
     if not settings.sources:
         raise DataError("there is no text to train on", "name some with --data FILE, or data.sources in the recipe")
-    given = {"train": settings.sources, "validation": settings.validation, "test": settings.test}
-    sources = {part: find_sources(given[part], settings) for part in HELD_OUT_FIRST}
+    sources = _find_parts(settings)
     with os_errors_as_ours("read the sources"):
         hashes = {part: [source.fingerprint() for source in found] for part, found in sorted(sources.items())}
     relevant = settings.model_dump(exclude=UNIMPORTANT)
@@ -85,6 +92,14 @@ def prepare_data(
                 report = _build(folder, work, sources, settings, tokenizer, reporter)
     train, validation, test = (open_blocks(folder, part, settings.block_size, tokenizer.vocab_size) for part in PARTS)
     return PreparedData(folder, fingerprint, train, validation, test, report)
+
+
+def _find_parts(settings: DataSettings) -> dict[str, list[Source]]:
+    """Returns the sources of each part, held-out ones first: as the settings name them, or else their own names."""
+    if not (settings.validation or settings.test) and (splits := find_splits(settings.sources, settings)):
+        return {part: splits[part] for part in HELD_OUT_FIRST}
+    given = {"train": settings.sources, "validation": settings.validation, "test": settings.test}
+    return {part: find_sources(given[part], settings) for part in HELD_OUT_FIRST}
 
 
 def _read_report(folder: Path) -> dict[str, Any] | None:
@@ -144,7 +159,6 @@ def _build(
     selection = select_documents(batches, intake.num_batches, settings, given, intake.is_cut)
     selection.rejected = [*intake.bad, *selection.rejected]
     _check(selection)
-    _warn(selection, reporter)
     made = work / "made"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
@@ -152,11 +166,21 @@ def _build(
     lines = [json.dumps(entry) for entry in selection.rejected]  # ASCII: names of files may be no Unicode
     (made / REJECTED).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     report = _build_report(made, selection, settings, tokenizer)
+    report["reading"] = [*_describe_splits(sources, settings), *intake.notes]
+    report["test_files"] = [source.fingerprint() for source in sources["test"]]
     (made / MANIFEST).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     sync_tree(made)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     os.rename(made, folder)
     return report
+
+
+def _describe_splits(sources: Mapping[str, Sequence[Source]], settings: DataSettings) -> list[str]:
+    """Returns a line where the split was told by the names of files."""
+    if settings.validation or settings.test or not (sources["validation"] or sources["test"]):
+        return []
+    shown = {part: ", ".join(Path(source.name).name for source in sources[part][:3]) for part in PARTS}
+    return [f"split by names: {'; '.join(f'{part}: {files}' for part, files in shown.items() if files)}"]
 
 
 def _write_parts(
@@ -166,9 +190,11 @@ def _write_parts(
     for part in PARTS:
         documents = _iter_encoded(batches, intake.num_batches, selection.parts, part)
         write_blocks(made, part, documents, tokenizer.eos_id, tokenizer.vocab_size, selection.has_prompts)
-        if settings.layout == "packed":
+        if settings.layout == "packed" and part != "test":  # which is measured document by document, whole
             pack_blocks(made, part, settings.block_size, tokenizer.eos_id, tokenizer.vocab_size)
         np.save(made / f"{part}.signatures.npy", selection.signatures[names == part])
+    trained = [runs for runs, part in zip(selection.runs, selection.parts, strict=True) if part == "train"]
+    (made / SKETCH).write_bytes(TextSketch.build(trained).to_bytes())
 
 
 def _iter_encoded(folder: Path, num_batches: int, parts: Sequence[str], wanted: str) -> Iterator[Encoded]:
@@ -221,16 +247,26 @@ def _check(selection: Selection) -> None:
         )
 
 
-def _warn(selection: Selection, reporter: Reporter) -> None:
-    if selection.overlap:
-        reporter.message(f"{selection.overlap} training documents were copies of held-out ones and were dropped")
-    if unread := selection.count_rejected().get("unreadable"):
-        reporter.message(f"{unread} records could not be read and were set aside")
-    for kind, count in selection.cleaning.personal.most_common():
-        reporter.detail(f"{count} documents hold what looks like personal data: {kind}")
-    tokens = int(selection.lengths[np.array(selection.parts, dtype=object) == "train"].sum())
-    if advice := describe_amount(tokens):
-        reporter.message(advice)
+def describe_preparation(data: PreparedData) -> list[str]:
+    """Returns what a user should know of how a text was prepared: at most a line for each decision and each rule."""
+    report = data.report
+    lines = [*report["reading"]]
+    for name, rule in report["rules"].items():
+        removed = f"{rule['characters_removed']:,} characters removed" if rule["characters_removed"] else "changed"
+        lines.append(f"cleaning rule {name}: {rule['documents']:,} documents, {removed}")
+    if overlap := report["overlap_with_held_out"]:
+        lines.append(f"{overlap} training documents were copies of held-out ones and were dropped")
+    for reason, count in report["rejected"].items():
+        lines.append(f"set aside: {count:,} documents, {reason}")
+    if advice := describe_amount(report["tokens"]["train"]):
+        lines.append(advice)
+    if 0 < (tokens := report["tokens"]["validation"]) < FEW_VALIDATION_TOKENS:
+        documents = report["documents"]["validation"]
+        lines.append(
+            f"{tokens:,} tokens in {documents:,} documents to validate on: the choice of the best step is left to "
+            "chance; name more with data.validation"
+        )
+    return lines
 
 
 def describe_amount(tokens: int) -> str:

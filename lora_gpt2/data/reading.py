@@ -21,10 +21,11 @@ from lora_gpt2.core.console import Reporter, Task
 from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.data.boilerplate import find_boilerplate
 from lora_gpt2.data.cleaning import BOILERPLATE, CleaningReport, choose_rules
-from lora_gpt2.data.formats import Meter, read_source
-from lora_gpt2.data.intake import Batch, Job, clean_in_time, process_batch
+from lora_gpt2.data.formats import ReadingLog, read_source
+from lora_gpt2.data.intake import Batch, Job, clean_in_time, has_boilerplate, process_batch
+from lora_gpt2.data.quality import find_reason
 from lora_gpt2.data.records import Document
-from lora_gpt2.data.sources import Source
+from lora_gpt2.data.sources import Source, find_sources, find_splits
 from lora_gpt2.data.split import FEW_DOCUMENTS, choose_section_size
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
@@ -33,6 +34,7 @@ PIECE_CHARACTERS = 4 * 2**20
 BATCH_CHARACTERS = 2**20
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 200, 4 * 2**20
 WORTH_PROCESSES_BYTES = 8_000_000
+MENTIONED = 0.01
 _job: Job | None = None
 
 
@@ -43,6 +45,7 @@ class Intake:
     bad: list[dict[str, str]] = field(default_factory=list)
     num_batches: int = 0
     is_cut: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def process_sources(
@@ -55,18 +58,16 @@ def process_sources(
         DataError: a source cannot be read, and bad ones are not to be set aside.
         ResourceError: a process died.
     """
-    intake, meter = Intake(), Meter()
+    intake, log = Intake(), ReadingLog()
     total = sum(source.num_bytes for sources in parts.values() for source in sources)
     held_out = chain.from_iterable(
-        _iter_documents(parts[part], settings, intake, meter, part) for part in parts if part != "train"
+        _iter_documents(parts[part], settings, intake, log, part) for part in parts if part != "train"
     )
-    training = _iter_documents(parts["train"], settings, intake, meter, "train")
+    training = _iter_documents(parts["train"], settings, intake, log, "train")
     rules = choose_rules(settings.profile, settings.rules)
     job = Job(settings, rules, tokenizer, frozenset(), 0, folder)
     ahead = _read_ahead(training)
-    if BOILERPLATE in rules:
-        cleaned = (clean_in_time(document, job, CleaningReport()) for _, document in ahead)
-        job = replace(job, boilerplate=find_boilerplate([document.text for document in cleaned if document]))
+    job = replace(job, boilerplate=_find_boilerplate([document for _, document in ahead], job))
     wants_split = any(not parts[p] and getattr(settings, f"{p}_share") for p in ("validation", "test"))
     is_few = sum(not document.continues for _, document in ahead) < FEW_DOCUMENTS
     intake.is_cut = is_few and wants_split
@@ -75,15 +76,89 @@ def process_sources(
     batches = _iter_batches(chain(held_out, ahead, training))
     processes = settings.processes or (len(os.sched_getaffinity(0)) if total > WORTH_PROCESSES_BYTES else 1)
     with reporter.task("cleaning", max(1, total // 1000), "kB") as task:
-        _run(batches, job, processes, _Progress(task, meter), intake)
+        _run(batches, job, processes, _Progress(task, log), intake)
+    intake.notes = list_notes(log)
     return intake
 
 
+def _find_boilerplate(documents: Sequence[Document], job: Job) -> frozenset[str]:
+    """Returns the lines that the documents have in common at their edges, of those in which they are looked for."""
+    if BOILERPLATE not in job.rules:
+        return frozenset()
+    chosen = [document for document in documents if has_boilerplate(document.text, job)]
+    cleaned = (clean_in_time(document, job, CleaningReport()) for document in chosen)
+    return find_boilerplate([document.text for document in cleaned if document])
+
+
+def list_notes(log: ReadingLog) -> list[str]:
+    """Returns what reading decided by itself, a line each."""
+    return [f"{text} ({count:,} times)" if count > 1 else text for text, count in log.notes.items()]
+
+
+@dataclass(frozen=True)
+class CleanText:
+    """Documents as training would see them, and the sha256 of each file that they are from."""
+
+    documents: list[Document]
+    files: list[list[str]]
+
+
+def read_clean(specs: Sequence[str], settings: DataSettings, reporter: Reporter) -> CleanText:
+    """Returns documents to measure or look at: read, cleaned and set aside exactly as training does it.
+
+    Of sources that have splits, those of the test split, or without one of the validation split. Says what reading
+    decided by itself, and where cleaning changed more than a hundredth of the characters. Copies stay.
+
+    Raises:
+        DataError: a source cannot be read, and bad ones are not to be set aside.
+    """
+    log, intake = ReadingLog(), Intake()
+    splits = find_splits(specs, settings)
+    sources = splits.get("test") or splits.get("validation") or find_sources(specs, settings)
+    if splits:
+        log.note(f"{', '.join(specs)}: the {'test' if splits['test'] else 'validation'} split is measured")
+    documents = [document for _, document in _iter_documents(sources, settings, intake, log, "test")]
+    for line in list_notes(log):
+        reporter.message(line)
+    kept = clean_documents(documents, settings, reporter, len(intake.bad))
+    return CleanText(kept, [source.fingerprint() for source in sources])
+
+
+def clean_documents(
+    documents: Sequence[Document], settings: DataSettings, reporter: Reporter, unreadable: int = 0
+) -> list[Document]:
+    """Returns documents cleaned, without those that training sets aside; says what that changed; see `read_clean`."""
+    job = Job(settings, choose_rules(settings.profile, settings.rules), None, frozenset(), 0, Path())
+    job = replace(job, boilerplate=_find_boilerplate(documents[:SAMPLE_DOCUMENTS], job))
+    report, kept, rejected = CleaningReport(), list[Document](), unreadable
+    for document in documents:
+        cleaned = clean_in_time(document, job, report)
+        if cleaned is None or find_reason(cleaned.text, settings):
+            rejected += 1
+        else:
+            kept.append(cleaned)
+    for line in describe_cleaning(report, documents, rejected):
+        reporter.message(line)
+    return kept
+
+
+def describe_cleaning(report: CleaningReport, documents: Sequence[Document], rejected: int) -> list[str]:
+    """Returns a line where cleaning changed more than a hundredth of some documents, or set some of them aside."""
+    removed = sum(rule.characters_removed for rule in report.rules.values())
+    total = sum(len(document.text) + len(document.prompt) for document in documents)
+    lines = [f"{rejected:,} of {len(documents):,} documents were set aside, as training does"] if rejected else []
+    if abs(removed) > MENTIONED * total:
+        rules = ", ".join(report.rules)
+        hint = "--set data.profile=raw measures the text as it is"
+        lines.append(f"cleaning ({rules}) took {removed / total:.1%} of the characters away, as in training; {hint}")
+    return lines
+
+
 def _iter_documents(
-    sources: Sequence[Source], settings: DataSettings, intake: Intake, meter: Meter, part: str
+    sources: Sequence[Source], settings: DataSettings, intake: Intake, log: ReadingLog, part: str
 ) -> Iterator[tuple[str, Document]]:
     count = 0
-    for item in chain.from_iterable(read_source(source, settings, meter, PIECE_CHARACTERS) for source in sources):
+    for item in chain.from_iterable(read_source(source, settings, log, PIECE_CHARACTERS) for source in sources):
         if isinstance(item, DataError):
             if not settings.skip_bad:
                 raise item
@@ -125,11 +200,11 @@ def _iter_batches(documents: Iterable[tuple[str, Document]]) -> Iterator[Batch]:
 @dataclass
 class _Progress:
     task: Task
-    meter: Meter
+    log: ReadingLog
     shown: int = 0
 
     def update(self) -> None:
-        now = self.meter.place() // 1000
+        now = self.log.place() // 1000
         self.task.advance(now - self.shown)
         self.shown = now
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lora_gpt2.core.errors import DataError
+from lora_gpt2.data.layouts import Note, recognise_record
 from lora_gpt2.recipe import DataSettings
 
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
@@ -31,9 +33,12 @@ Reading = Iterator[Document | DataError]
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Returns a JSON value; raises `DataError` with file:line for anything else, NaN and deep nesting included."""
+    """Returns a JSON value; raises `DataError` with file:line for anything else, deep nesting included.
+
+    NaN and infinities, which pandas writes for what is missing, are numbers: only a field that is read is refused.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{where}:{error.lineno}" if error.lineno > 1 else where
         raise DataError(f"{place}: not JSON: {error.msg}, column {error.colno}", MEND) from error
@@ -42,12 +47,11 @@ def parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: not JSON: {reason}", MEND) from error
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def build_documents(record: Any, where: str, settings: DataSettings, note: Note = lambda text: None) -> Reading:
+    """Yields the documents of one record: one, or one for each item of a list that `text_field` leads through.
 
-
-def build_documents(record: Any, where: str, settings: DataSettings) -> Reading:
-    """Yields the documents of one record: one, or one for each item of a list that `text_field` leads through."""
+    `note` hears of a layout that was recognised without being named.
+    """
     try:
         if not isinstance(record, dict):
             yield Document(_check(record, where), where)
@@ -58,6 +62,10 @@ def build_documents(record: Any, where: str, settings: DataSettings) -> Reading:
             prompt = _fill(settings.prompt or "{prompt}", record, where, settings)
             field = settings.text_field if settings.prompt else "completion"
             yield Document(_check(_walk_one(record, field, where), f"{where}:{field}"), where, prompt)
+        elif is_free(settings) and settings.text_field not in record and (
+            usual := recognise_record(record, settings.item_template, where.rpartition(":")[0] or where, note)
+        ):  # fmt: skip
+            yield Document(_check(usual.text, where), where, _check(usual.prompt, where))
         else:
             found = list(_walk(record, settings.text_field.split("."), where))
             for number, (value, place) in enumerate(found, start=1):
@@ -65,6 +73,11 @@ def build_documents(record: Any, where: str, settings: DataSettings) -> Reading:
                 yield Document(_check(value, place), shown)
     except DataError as error:
         yield error
+
+
+def is_free(settings: DataSettings) -> bool:
+    """True if the settings do not say how a record becomes a document."""
+    return not settings.template and not settings.prompt and "text_field" not in settings.model_fields_set
 
 
 def is_pair(record: dict[str, Any]) -> bool:
@@ -95,7 +108,8 @@ def _walk_one(record: Any, field: str, where: str) -> Any:
 
 def _check(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: expected text, found {type(value).__name__}", FIELD_HINT)
+        found = "NaN" if isinstance(value, float) and math.isnan(value) else type(value).__name__
+        raise DataError(f"{where}: expected text, found {found}", FIELD_HINT)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -111,7 +125,7 @@ def _fill(template: str, record: Any, where: str, settings: DataSettings) -> str
         if isinstance(value, list):
             lines = [item if isinstance(item, str) else _fill_item(item, where, settings) for item in value]
             return "\n".join(_check(line, where) for line in lines)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return str(value)
         return _check(value, f"{where}:{match[1]}")
 

@@ -14,6 +14,7 @@ from lora_gpt2.data.cleaning import CleaningReport
 from lora_gpt2.data.dedup import NUM_HASHES, Signatures, find_near_copies
 from lora_gpt2.data.intake import load_batch
 from lora_gpt2.data.split import split_keys
+from lora_gpt2.data.training_text import Runs
 from lora_gpt2.recipe import DataSettings
 
 MAX_EXAMPLES = 3
@@ -27,6 +28,7 @@ class Selection:
     parts: list[str]
     lengths: NDArray[np.int64]
     signatures: Signatures
+    runs: list[Runs]
     read: int = 0
     kept: int = 0
     rejected: list[dict[str, str]] = field(default_factory=list)
@@ -46,7 +48,8 @@ def select_documents(
 ) -> Selection:
     """Decides over the documents of all batches; `given` are the parts that have sources of their own.
 
-    Where two are copies, the one that comes first stays, and held-out parts come before the training part.
+    Where two are copies, the one that comes first stays, and held-out parts come before the training part. Within a
+    part that was given as test or validation, all stay: what is measured is the text that was given.
     """
     batches = [load_batch(folder, number, with_ids=False) for number in range(num_batches)]
     kept = [batch for batch, _ in batches]
@@ -55,7 +58,8 @@ def select_documents(
     parts = [batch.part for batch in kept for _ in batch.origins]
     signatures = np.concatenate([batch.signatures for batch in kept]) if kept else np.zeros((0, NUM_HASHES), np.uint32)
     lengths = np.concatenate([batch.lengths for batch in kept]) if kept else np.zeros(0, np.int64)
-    result = Selection(parts, lengths, signatures, has_prompts=any(batch.prompts.any() for batch in kept))
+    runs = [run for batch in kept for run in np.split(batch.runs, np.cumsum(batch.num_runs)[:-1])]
+    result = Selection(parts, lengths, signatures, runs, has_prompts=any(batch.prompts.any() for batch in kept))
     for _, report in batches:
         result.read += report.read
         result.kept += report.kept
@@ -63,6 +67,7 @@ def select_documents(
         result.cleaning.add(report.cleaning)
         result.characters.update(report.characters)
     copies = _find_copies([key for batch in kept for key in batch.keys.tolist()], signatures, settings.near_duplicates)
+    copies = {i: copy for i, copy in copies.items() if parts[i] == "train" or parts[i] != parts[copy[0]]}
     for index, (first, likeness) in sorted(copies.items()):
         reason = DUPLICATE if likeness == 1 else NEAR_DUPLICATE
         entry = {"origin": origins[index], "reason": reason, "text": shown[index], "of": origins[first]}

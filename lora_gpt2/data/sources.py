@@ -7,6 +7,7 @@ regular file, and the network is asked for `hf:` alone.
 from __future__ import annotations
 
 import atexit
+import re
 import shutil
 import stat
 import sys
@@ -28,6 +29,14 @@ SHOWN = ", ".join(KINDS)
 DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub")
 HUB = "hf:"
 STDIN = "-"
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words that name a split, as `datasets` knows them; they stand alone in a file's name or in that of its folder."""
+ABOUT = ("readme", "license", "licence", "changelog", "notice", "citation")
+ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,38 @@ def find_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
     return found
 
 
+def find_splits(specs: Sequence[str], settings: DataSettings) -> dict[str, list[Source]]:
+    """Returns the sources of each split where their names say it: `train`, and `validation`, `test` or both.
+
+    That is so where every file is named for a split (`train.jsonl`, `dev/part-1.txt`), those about the data excepted
+    (README, LICENSE), and there is one to train on and one that is not. Else the result is empty.
+    """
+    sources = find_sources(specs, settings)
+    named = [(source, _find_split(source)) for source in sources if source.path is not None and source.kind != "saved"]
+    named = [(source, split) for source, split in named if split or not _is_about(source)]
+    splits: dict[str, list[Source]] = {name: [] for name in SPLIT_WORDS}
+    if len(named) < 2 or len(named) < sum(not _is_about(source) for source in sources) or not all(s for _, s in named):
+        return {}
+    for source, split in named:
+        splits[split].append(source)
+    return splits if splits["train"] and (splits["validation"] or splits["test"]) else {}
+
+
+def _find_split(source: Source) -> str:
+    """Returns the split that a file's name or its folder's names, the name first; "" if neither does."""
+    assert source.path is not None
+    for text in (source.path.name, source.path.parent.name):
+        words = re.split(r"[^a-z]+", text.lower())
+        found = [split for split, known in SPLIT_WORDS.items() if any(word in words for word in known)]
+        if len(found) == 1:
+            return found[0]
+    return ""
+
+
+def _is_about(source: Source) -> bool:
+    return source.path is not None and source.path.name.lower().startswith(ABOUT)
+
+
 def _find_kind(path: Path, settings: DataSettings) -> str | None:
     """Returns how a file is read: as the settings say, or by its name, with or without .gz."""
     inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
@@ -109,6 +150,7 @@ def _name_file(path: Path, settings: DataSettings) -> Source:
 def _list_folder(folder: Path, settings: DataSettings) -> list[Source]:
     paths = [path for path in sorted(folder.rglob("*")) if _find_kind(path, settings) and path.is_file()]
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths = [path for path in paths if not (path.parent / ADAPTER_FILE).exists()]  # a store is not text
     if not paths:
         raise DataError(f"{folder} holds no {SHOWN} file", "name the files, or another folder")
     return [_name_file(path, settings) for path in paths]

@@ -6,11 +6,19 @@ book in one file), they are first cut into sections, because one document cannot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 FEW_DOCUMENTS = 20
 WANTED_SECTIONS = 40
 SECTION_CHARACTERS = (256, 8_192)
+CUTS = (
+    re.compile(r"\n\n"),
+    re.compile(r"\n"),
+    re.compile(r"(?<=[.!?…][\"')\]”’»])\s+|(?<=[.!?…])\s+|(?<=[。！？｡])"),
+    re.compile(r"\s+"),
+)
+"""Where a text may be cut, the best place first: paragraphs, lines, sentences (also CJK), words."""
 
 
 def choose_section_size(num_characters: int) -> int:
@@ -23,11 +31,16 @@ def choose_section_size(num_characters: int) -> int:
 
 
 def iter_sections(text: str, size: int) -> Iterator[str]:
-    """Yields a text as runs of whole paragraphs of at least `size` characters; very long paragraphs, by lines."""
+    """Yields a text as runs of at least `size` characters of whole paragraphs.
+
+    Paragraphs longer than four sections are cut at line ends, such lines at sentence ends, such sentences between
+    words, and text without any of these (unspaced scripts, sequences) anywhere. Joined with what was between them, the
+    sections are the text.
+    """
     run, length = [], 0
-    for part, separator in _iter_parts(text, size):
-        run.append(part)
-        length += len(part) + len(separator)
+    for piece, separator in _iter_pieces(text, size, CUTS):
+        run.append(piece)
+        length += len(piece) + len(separator)
         if length >= size:
             yield "".join(run)
             run, length = [], 0
@@ -37,13 +50,25 @@ def iter_sections(text: str, size: int) -> Iterator[str]:
         yield "".join(run[:-1])  # without the separator that nothing follows
 
 
-def _iter_parts(text: str, size: int) -> Iterator[tuple[str, str]]:
-    """Yields paragraphs, or the lines of those longer than four sections, each with what follows it."""
-    for paragraph in text.split("\n\n"):
-        lines = paragraph.split("\n") if len(paragraph) > 4 * size else [paragraph]
-        for line in lines[:-1]:
-            yield line, "\n"
-        yield lines[-1], "\n\n"
+def _iter_pieces(text: str, size: int, cuts: Sequence[re.Pattern[str]]) -> Iterator[tuple[str, str]]:
+    """Yields pieces and what follows each; those longer than four sections are cut by the next of `cuts`."""
+    place = 0
+    while place < len(text) or not place:
+        match = cuts[0].search(text, place)
+        if match and match.end() == place:  # an empty match, behind the sentence before
+            match = cuts[0].search(text, place + 1)
+        end, after = match.span() if match else (len(text), len(text))
+        piece = text[place:end]
+        if len(piece) <= 4 * size:
+            yield piece, text[end:after]
+        elif len(cuts) > 1:
+            *inner, (last, _) = _iter_pieces(piece, size, cuts[1:])
+            yield from inner
+            yield last, text[end:after]
+        else:
+            for start in range(0, len(piece), size):
+                yield piece[start : start + size], text[end:after] if start + size >= len(piece) else ""
+        place = max(after, 1)
 
 
 def split_keys(keys: Sequence[bytes], validation_share: float, test_share: float) -> list[str]:

@@ -1,6 +1,7 @@
 """Byte-level BPE as GPT-2 has it, through the `tokenizers` library alone: no torch, no templates, ready in 50 ms.
 
-Special tokens inside text are ordinary characters; EOS is added only by us, as a number.
+Special tokens inside text are ordinary characters, unless a setting says otherwise for those that were added to a base;
+EOS is added only by us, as a number. Tokens that were added to a base decode to their text, as in transformers.
 """
 
 from __future__ import annotations
@@ -22,18 +23,24 @@ EOS = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Text to token ids and back, for one base."""
+    """Text to token ids and back, for one base; `reads_special` finds added special tokens, but EOS, in text."""
 
-    def __init__(self, backend: BackendTokenizer, eos_id: int) -> None:
-        backend.encode_special_tokens = True
+    def __init__(self, backend: BackendTokenizer, eos_id: int, reads_special: bool = False) -> None:
+        backend.encode_special_tokens = not reads_special
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self.eos_id = eos_id
+        self.eos_id, self.reads_special = eos_id, reads_special
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Goes to another process as its vocabulary alone: how special tokens are read does not survive a copy."""
-        return _rebuild, (self.backend.to_str(), self.eos_id)
+        return _rebuild, (self.backend.to_str(), self.eos_id, self.reads_special)
+
+    def with_special(self, reads_special: bool) -> Tokenizer:
+        """Returns a tokenizer of the same vocabulary that reads added special tokens in text as tokens, or as text."""
+        if reads_special == self.reads_special:
+            return self
+        return _rebuild(self.backend.to_str(), self.eos_id, reads_special)
 
     @property
     def vocab_size(self) -> int:
@@ -44,7 +51,15 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Names the vocabulary, the merges and EOS; adapters are bound to it."""
         model = json.loads(self.backend.to_str())["model"]
-        return fingerprint_json({"vocab": model["vocab"], "merges": model["merges"], "eos": self.eos_id})
+        named = {"vocab": model["vocab"], "merges": model["merges"], "eos": self.eos_id}
+        added = {text: index for index, text in self._added.items() if text not in model["vocab"]}
+        return fingerprint_json(named | ({"added": added} if added else {}))
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        """The text of each added token but EOS, by id."""
+        tokens = self.backend.get_added_tokens_decoder()
+        return {index: token.content for index, token in tokens.items() if index != self.eos_id}
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without EOS."""
@@ -52,11 +67,19 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text; raises `DataError` for lone surrogates, which no UTF-8 text has."""
+        if self.reads_special and any(EOS in text for text in texts):
+            return [self._encode_around_eos(text) for text in texts]
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise DataError("the text holds a lone surrogate, which is not Unicode text", "remove it") from error
         return [encoding.ids for encoding in encodings]
+
+    def _encode_around_eos(self, text: str) -> list[int]:
+        """Returns the token ids of a text in which EOS, which only we set, stays a text among special tokens."""
+        plain = self.with_special(False).encode(EOS)
+        first, *others = (self.encode_batch([part])[0] for part in text.split(EOS))
+        return [*first, *(token for ids in others for token in [*plain, *ids])]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -65,12 +88,14 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token id; EOS and unknown ids have none."""
+        """The bytes of each token id, added ones included; EOS and unknown ids have none."""
         alphabet = _byte_alphabet()
         table = [b""] * self.vocab_size
         for token, index in self.backend.get_vocab(with_added_tokens=False).items():
             if index != self.eos_id:
                 table[index] = bytes(alphabet[c] for c in token if c in alphabet)
+        for index, text in self._added.items():
+            table[index] = text.encode()
         return table
 
     def list_vocabulary(self) -> tuple[list[str], list[str]]:
@@ -82,8 +107,8 @@ class Tokenizer:
         return tokens, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
-def _rebuild(backend: str, eos_id: int) -> Tokenizer:
-    return Tokenizer(BackendTokenizer.from_str(backend), eos_id)
+def _rebuild(backend: str, eos_id: int, reads_special: bool) -> Tokenizer:
+    return Tokenizer(BackendTokenizer.from_str(backend), eos_id, reads_special)
 
 
 class TextStream:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError
-from lora_gpt2.data.documents import iter_documents
-from lora_gpt2.data.prepared import PARTS, PreparedData, prepare_data
+from lora_gpt2.data.documents import list_documents
+from lora_gpt2.data.prepared import PARTS, SKETCH, PreparedData, prepare_data
 from lora_gpt2.data.records import Document
 from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.data.training_text import TextSketch
+from lora_gpt2.evaluation.matrix import BASE, Cell, Source
 from lora_gpt2.model.locate import load_base_tokenizer
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.store.version import read_checked, read_manifest
+
+SAME_NATS = 1e-3
+COMPARED = ("documents", "profile", "protocol", "window", "stride", "dtype")
 
 
 @dataclass(frozen=True)
@@ -26,15 +35,32 @@ class OwnText:
     documents: dict[str, list[Document]]
 
     @property
+    def test_files(self) -> list[list[str]]:
+        """What names the files that the test part is from, where it has some of its own."""
+        return list(self.prepared.report["test_files"]) or [["test part", self.prepared.fingerprint]]
+
+    @property
+    def held_out(self) -> list[Document]:
+        """The test part, or without one what training was validated on."""
+        return self.documents["test"] or self.documents["validation"]
+
+    @property
     def is_same(self) -> bool:
         """True if it is prepared exactly as it was for training; else it changed, or our version did."""
         return self.prepared.fingerprint == self.manifest.data.get("fingerprint")
 
 
-def read_held_out(store: Store, reference: str, reporter: Reporter, base: str | None = None) -> list[Document]:
-    """Returns what was held out of an adapter's training: the test part, or without one what it was validated on."""
-    own = read_own_text(store, reference, reporter, base)
-    return own.documents["test"] or own.documents["validation"]
+def read_sketch(store: Store, reference: str) -> TextSketch | None:
+    """Returns what tells whether a text was trained on, or None where a version does not have it."""
+    with store.pin(reference) as folder:
+        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
+        return TextSketch.from_bytes(read_checked(folder, manifest, SKETCH)) if SKETCH in manifest.files else None
+
+
+def read_sketches(store: Store | None, references: Iterable[str]) -> dict[str, TextSketch]:
+    """Returns the sketches of those adapters that have one."""
+    found = {name: read_sketch(store, name) for name in references} if store is not None else {}
+    return {name: sketch for name, sketch in found.items() if sketch is not None}
 
 
 def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | None = None) -> OwnText:
@@ -55,15 +81,36 @@ def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | 
             f"the text of {manifest.reference} is not where it was: {error.message}",
             "run this in the folder of training",
         ) from error
-    found: dict[str, list[Document]] = {}
-    for part in PARTS:
-        documents = enumerate(iter_documents(getattr(prepared, part), tokenizer.eos_id), start=1)
-        found[part] = [
-            Document(tokenizer.decode(ids[prompt:]), f"{part}#{number}", tokenizer.decode(ids[:prompt]))
-            for number, (ids, carries) in documents
-            for prompt in [carries.index(True) if True in carries else len(ids)]
-        ]
+    found = {part: list_documents(prepared, part, tokenizer) for part in PARTS}
     own = OwnText(manifest, prepared, tokenizer, found)
     if not own.is_same:
         reporter.message(f"the text of {manifest.reference} is not prepared as it was: it was changed, or our version")
     return own
+
+
+def list_differences(
+    store: Store, references: Sequence[str], sources: Sequence[Source], cells: Sequence[Cell], how: Mapping[str, Any]
+) -> list[str]:
+    """Returns a line for each adapter whose figure on its own test text is not the one that training stored, and why.
+
+    `how` has protocol, window, stride and dtype of the cells.
+    """
+    lines = []
+    for source in sources:
+        for reference in references:
+            manifest = store.read_manifest(reference) if reference != BASE else None
+            stored = manifest.figures.get("test_perplexity") if manifest else None
+            then = manifest.figures.get("test") if manifest else None
+            if not stored or not isinstance(then, dict) or not source.files or manifest is None:
+                continue
+            own = then.get("files") or [["test part", manifest.data.get("fingerprint")]]
+            cell = next(c for c in cells if c.source == source.label and c.adapter == reference)
+            nats = cell.score.nll_nats_per_token - math.log(stored)
+            if list(map(list, source.files)) == own and not abs(nats) <= SAME_NATS:
+                now = {**how, "profile": source.profile, "documents": len(source.documents)}
+                changed = [f"{k} {then[k]} then, {now[k]} now" for k in COMPARED if then.get(k) != now.get(k)]
+                lines.append(
+                    f"{manifest.reference} on {source.label}: perplexity {cell.score.perplexity:.2f} here, "
+                    f"{stored:.2f} when it was trained ({'; '.join(changed) or 'rounding, or another version'})"
+                )
+    return lines

@@ -129,15 +129,18 @@ def measure_perplexity(
     documents: Sequence[Text],
     settings: EvaluateSettings,
     adapters_for: AdaptersForRows = lambda rows: None,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> Score:
     """Returns the score of documents; `adapters_for(rows)` gives the adapters of a batch of that many rows.
+
+    `on_tokens` hears how many tokens a batch had.
 
     Raises:
         DataError: there is nothing to score.
         UsageError: see `choose_window`.
     """
     jobs = Jobs(base, [documents], settings)
-    return jobs.measure(lambda columns: adapters_for(len(columns)))[0][0]
+    return jobs.measure(lambda columns: adapters_for(len(columns)), on_tokens=on_tokens)[0][0]
 
 
 class _Job(NamedTuple):

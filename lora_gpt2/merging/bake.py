@@ -25,6 +25,7 @@ from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, Mism
 from lora_gpt2.core.paths import os_errors_as_ours, sync_tree, temporary_dir
 from lora_gpt2.evaluation.general import add_general
 from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
+from lora_gpt2.evaluation.own_text import read_sketches
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix
 from lora_gpt2.merging.combine import Parents, check_deltas, open_parents, unmerged_rows
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
@@ -104,7 +105,8 @@ def bake_adapters(
         singles = {name: session.for_rows(((name, 1.0),)) for name, _ in mix}
         rows = {BASE: session.for_rows(()), **singles, describe_mix(mix): unmerged}
         texts = add_general(sources)
-        before = measure_matrix(base, rows, texts, settings, reporter)
+        known = read_sketches(session.store, [name for name, _ in mix])
+        before = measure_matrix(base, rows, texts, settings, reporter, sketches=known)
         after = measure_matrix(written, {"(merge)": lambda rows: None}, texts, settings, reporter)
         card = _build_card(session, parents, how, difference, [*before, *after])
         (work / "README.md").write_text(card, encoding="utf-8")

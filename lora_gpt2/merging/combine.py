@@ -11,8 +11,11 @@ import torch
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, CorruptError, UsageError
 from lora_gpt2.core.paths import check_name
+from lora_gpt2.data.prepared import SKETCH
+from lora_gpt2.data.training_text import TextSketch
 from lora_gpt2.evaluation.general import add_general
 from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
+from lora_gpt2.evaluation.own_text import read_sketches
 from lora_gpt2.inference.session import BASE, Mix, Session
 from lora_gpt2.merging.proof import check_effect, check_exact
 from lora_gpt2.model.lora import Adapter, merge_ranks
@@ -118,16 +121,18 @@ def merge_adapters(
     check_error(parents, combined, how)
     singles = {reference: session.for_rows(((reference, 1.0),)) for reference, _ in mix}
     rows = {BASE: session.for_rows(()), **singles, MERGED: merged_rows}
-    cells = measure_matrix(base, rows, add_general(sources), settings, reporter)
+    known = read_sketches(session.store, [reference for reference, _ in mix])
+    cells = measure_matrix(base, rows, add_general(sources), settings, reporter, sketches=known)
     factors = scale_weights(parents.weights, how)
     made = {"by": "merge", "relative_error": combined.relative_error, "max_logit_difference": difference}
     made |= how.model_dump(include={"method", *(set() if how.method in SUMS else {"density", "seed"})})
     figures = {"perplexity": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == MERGED}}
     figures |= {"base_perplexities": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == BASE}}
+    pages = _join_sketches(session, parents)
     origin = Origin(
         {"sources": sorted({s for m in parents.manifests for s in m.data.get("sources", [])})},
         {"description": f"Merged from {' and '.join(m.reference for m in parents.manifests)} by {how.method}."},
-        figures, parents.to_lineage(factors), made,
+        figures, parents.to_lineage(factors), made, pages=pages,
     )  # fmt: skip
     manifest = publish_adapter(session.store, name, combined.adapter, base, origin)
     largest = max(combined.adapter.ranks.values())
@@ -142,6 +147,15 @@ def merge_adapters(
         effect,
         cells,
     )
+
+
+def _join_sketches(session: Session, parents: Parents) -> dict[str, bytes]:
+    """Returns the file that tells whether a text was trained on by one of the parents; none where that is not known."""
+    references = [manifest.reference for manifest in parents.manifests]
+    found = read_sketches(session.store, references)
+    if len(found) < len(references):
+        return {}
+    return {SKETCH: TextSketch.build([sketch.runs for sketch in found.values()]).to_bytes()}
 
 
 def check_deltas(parents: Parents, how: MergeSettings) -> None:

@@ -61,6 +61,11 @@ def find_base(name: str) -> Path:
     raise NotFoundError(f"there is no base '{name}'", f"known are {known}; or give a hub id or a folder")
 
 
+def locate_for_peft(name: str) -> str:
+    """Returns what transformers and PEFT load a base by: a folder for a bundled one, the hub's id for a known name."""
+    return str(BUNDLED / name) if name in list_bundled() else HUB_NAMES.get(name, name)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Returns the parsed `config.json` of a base's folder."""
     try:

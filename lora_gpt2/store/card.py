@@ -82,7 +82,7 @@ def _list_figures(manifest: Manifest) -> Iterator[str]:
         if figures.get(key) is not None:
             base = figures.get(base_key)
             yield f"| {name} | {_show(figures[key])} | {'' if base is None else _show(base)} |"
-    known = {*OTHERS, "tokens_per_second", *(key for _, *keys in PAIRS for key in keys)}
+    known = {*OTHERS, "tokens_per_second", "test", *(key for _, *keys in PAIRS for key in keys)}
     rest = flatten_json({key: value for key, value in figures.items() if key not in known})
     shown = {name: figures.get(key) for key, name in OTHERS.items()} | rest
     yield from (f"| {name} | {_show(value)} | |" for name, value in shown.items() if value is not None)
@@ -104,6 +104,12 @@ def _describe_origin(manifest: Manifest) -> str:
     if sources or not manifest.parents:
         tokens = manifest.data.get("train_tokens", "an unknown number of")
         lines.append(f"Text: {sources or 'unknown'}; {tokens} training tokens.")
+    lines += [f"- {line}" for line in manifest.data.get("reading", [])]
+    lines += [
+        f"- cleaning rule {name}: {rule['documents']:,} documents, {rule['characters_removed']:,} characters removed"
+        for name, rule in manifest.data.get("rules", {}).items()
+    ]
+    lines += [f"- set aside: {count:,} documents, {why}" for why, count in manifest.data.get("set_aside", {}).items()]
     return "\n".join(lines)
 
 

@@ -7,9 +7,11 @@ that bringing it back is exact.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from lora_gpt2.core.paths import (
     write_file,
 )
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.locate import HUB_ID, HUB_NAMES
+from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.locate import HUB_ID, HUB_NAMES, locate_for_peft
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.store.archive import pack_archive, read_archive
 from lora_gpt2.store.audits import read_audits
@@ -33,16 +36,16 @@ from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.convert import convert_variant
 from lora_gpt2.store.files import Origin, check_base, publish_adapter
-from lora_gpt2.store.interop import parse_peft, read_peft_files
+from lora_gpt2.store.interop import from_peft, parse_peft, read_peft_files, to_peft
 from lora_gpt2.store.loralib import read_loralib
 from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS, Manifest, parse_manifest
 from lora_gpt2.store.peft_config import parse_peft_config
-from lora_gpt2.store.version import read_all_checked, read_manifest, verify_hashes
+from lora_gpt2.store.version import read_all_checked, read_checked, read_manifest, verify_hashes
 
 ARCHIVES = (".tar.gz", ".tgz")
 LORALIB = (".pt", ".bin", ".pth")
 REWRITTEN = (WEIGHTS, PEFT_CONFIG, CARD)
-HUB_FILES = (WEIGHTS, PEFT_CONFIG, MANIFEST, "metrics.jsonl", "report.html", "curve.png", CARD)
+HUB_FILES = (WEIGHTS, PEFT_CONFIG, MANIFEST, "metrics.jsonl", "report.html", "curve.png", "training_text.bin", CARD)
 
 
 @dataclass(frozen=True)
@@ -160,23 +163,35 @@ def import_source(
 
 
 def _convert(source: Source, base: Base, rank: int | None) -> tuple[Adapter, str, float, float]:
-    content = parse_peft(source.files[WEIGHTS], source.files[PEFT_CONFIG], base.config, source.where)
+    weights = {"head": lambda: base.model.head, "embeddings": lambda: base.model.wte.weight}
+    content = parse_peft(
+        source.files[WEIGHTS], source.files[PEFT_CONFIG], base.config, source.where, lambda name: weights[name]()
+    )
     if not (content.spec.dora or content.spec.pissa):
         return content.adapter, "lora", 0.0, 0.0
     found = convert_variant(content, base, rank)
     return found.adapter, found.variant, found.relative_error, found.max_logit_difference
 
 
-def export_adapter(store: Store, reference: str, out: Path) -> Manifest:
+def export_adapter(store: Store, reference: str, out: Path, without_head: Base | None = None) -> Manifest:
     """Writes a version, checked, to the new folder `out`, or to one file if that ends in `.tar.gz`.
+
+    In a folder the configuration names the base as transformers finds it on this machine, so that
+    `AutoPeftModelForCausalLM` loads it as it is. `without_head` is the base of an adapter whose change of the tied head
+    is left out, with our manifest, which is not of these weights.
 
     Raises:
         ConflictError: `out` exists.
         CorruptError: the version is damaged.
+        UsageError: nothing but the head is adapted.
     """
     if out.exists():
         raise ConflictError(f"{out} exists", "choose another name, or remove it first")
     manifest, files = read_version_files(store, reference)
+    if without_head is not None:
+        files = _leave_head_out(manifest, files, without_head)
+    if not out.name.endswith(ARCHIVES):
+        files |= _name_base(manifest, files)
     with os_errors_as_ours(f"write {out}"):
         if out.name.endswith(ARCHIVES):
             out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -188,6 +203,41 @@ def export_adapter(store: Store, reference: str, out: Path) -> Manifest:
                 sync_tree(work)
                 os.rename(work, out)
     return manifest
+
+
+def _name_base(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Returns the files in which the base is named as transformers finds it, where that is another name."""
+    config = json.loads(files[PEFT_CONFIG])
+    if (name := locate_for_peft(manifest.base.name)) == config.get("base_model_name_or_path"):
+        return {}
+    changed = {PEFT_CONFIG: (json.dumps(config | {"base_model_name_or_path": name}, indent=2) + "\n").encode()}
+    if MANIFEST in files:
+        hashes = {**manifest.files, PEFT_CONFIG: hashlib.sha256(changed[PEFT_CONFIG]).hexdigest()}
+        changed[MANIFEST] = replace(manifest, files=hashes).to_bytes()
+    return changed
+
+
+def has_head(store: Store, reference: str) -> bool:
+    """True if a version changes the head, which PEFT and lm-evaluation-harness cannot tie again over it."""
+    with store.pin(reference) as folder:
+        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
+        return HEAD in parse_peft_config(read_checked(folder, manifest, PEFT_CONFIG), reference).list_targets()
+
+
+def drop_head(adapter: Adapter) -> Adapter:
+    """Returns an adapter without its change of the head; raises `UsageError` if nothing is left."""
+    rest = {site: update for site, update in adapter.updates.items() if site != HEAD}
+    if not rest:
+        raise UsageError(
+            "the adapter changes nothing but the head", "write it into the base: merge NAME --into-base DIR"
+        )
+    return Adapter(rest)
+
+
+def _leave_head_out(manifest: Manifest, files: Mapping[str, bytes], base: Base) -> dict[str, bytes]:
+    adapter = drop_head(from_peft(files[WEIGHTS], files[PEFT_CONFIG], base.config, manifest.reference))
+    said = f"\n\nExported without its change of the head (`lm_head`) from `{manifest.reference}`.\n"
+    return {**to_peft(adapter, base.name, base.config), CARD: files[CARD] + said.encode()}
 
 
 def read_version_files(store: Store, reference: str) -> tuple[Manifest, dict[str, bytes]]:

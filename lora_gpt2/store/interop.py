@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lora_gpt2.core.paths import os_errors_as_ours, read_regular
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.gpt2 import ADAPTABLE
 from lora_gpt2.model.lora import Adapter, LoraUpdate, list_sites, target_of
+from lora_gpt2.store.loralib import load_tensors
 from lora_gpt2.store.manifest import MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS
 from lora_gpt2.store.peft_config import MAX_CONFIG_BYTES, PeftSpec, module_of, parse_peft_config
 
@@ -32,8 +33,14 @@ TENSOR_NAME = re.compile(
     r"base_model\.model\.(?:transformer\.(h\.\d{1,4}\.[a-z_.]+)|(lm_head))"
     r"\.lora_(?:([AB])\.weight|(magnitude_vector)(?:\.weight)?)"
 )
-FROZEN_HEAD = "base_model.model.lm_head.base_layer.weight"
-"""PEFT keeps the base's own head beside the factors; we have it."""
+PICKLED = "adapter_model.bin"
+FROZEN = {
+    f"{PREFIX}lm_head.base_layer.weight": "head", f"{PREFIX}lm_head.weight": "head",
+    f"{PREFIX}transformer.wte.weight": "embeddings",
+}  # fmt: skip
+"""Weights of the base that PEFT saves beside the factors where the head or the vocabulary was touched."""
+FrozenWeights = Callable[[str], Tensor]
+"""From `head` or `embeddings` to the base's own weight, which a saved one must equal."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -100,8 +107,13 @@ def from_peft(weights: bytes, config_bytes: bytes, config: GPT2Config, where: st
     return content.adapter
 
 
-def parse_peft(weights: bytes, config_bytes: bytes, config: GPT2Config, where: str) -> PeftContent:
-    """Returns what PEFT's two files hold, variants included; raises as `from_peft`."""
+def parse_peft(
+    weights: bytes, config_bytes: bytes, config: GPT2Config, where: str, frozen: FrozenWeights | None = None
+) -> PeftContent:
+    """Returns what PEFT's two files hold, variants included; raises as `from_peft`.
+
+    Weights of the base among them must be those of `frozen`; without it they are refused.
+    """
     spec = parse_peft_config(config_bytes, where)
     try:
         tensors = load(weights)
@@ -110,7 +122,8 @@ def parse_peft(weights: bytes, config_bytes: bytes, config: GPT2Config, where: s
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = TENSOR_NAME.fullmatch(name)
-        if name == FROZEN_HEAD and tuple(tensor.shape) == (config.vocab_size, config.width):
+        if name in FROZEN and frozen is not None:
+            _check_frozen(name, tensor, frozen(FROZEN[name]), where)
             continue
         if match is None or (match[4] == MAGNITUDE and not spec.dora):
             raise MismatchError(
@@ -126,20 +139,36 @@ def parse_peft(weights: bytes, config_bytes: bytes, config: GPT2Config, where: s
     )
 
 
+def _check_frozen(name: str, saved: Tensor, own: Tensor, where: str) -> None:
+    """Raises `MismatchError` unless a saved weight of the base is the base's, in the dtype in which it was saved."""
+    if saved.shape != own.shape or not torch.equal(saved, own.to("cpu", saved.dtype)):
+        raise MismatchError(
+            f"{where}: {name} is not that of this base: it was trained over other weights, or trained itself",
+            "use the base it was trained on: --base FOLDER",
+        )
+
+
 def read_peft_files(folder: Path) -> tuple[bytes, bytes]:
-    """Returns the weights and the configuration in a folder that PEFT saved; raises `NotFoundError` without them."""
-    for name in (WEIGHTS, PEFT_CONFIG):
+    """Returns the weights and the configuration in a folder that PEFT saved.
+
+    Older ones have the weights as a pickle, of which PyTorch's restricted reader takes tensors and runs nothing.
+
+    Raises:
+        NotFoundError: one of the two is missing.
+        CorruptError: the pickle holds anything but tensors.
+    """
+    is_pickled = not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file()
+    for name in (PICKLED if is_pickled else WEIGHTS, PEFT_CONFIG):
         if not (folder / name).is_file():
-            old = (
-                " (adapter_model.bin is a pickle, which may run code)"
-                if (folder / "adapter_model.bin").exists()
-                else ""
-            )
-            raise NotFoundError(f"{folder} has no {name}{old}", "save it with PEFT's save_pretrained")
+            raise NotFoundError(f"{folder} has no {name}", "save it with PEFT's save_pretrained")
     with os_errors_as_ours(f"read {folder}"):
-        limits = {WEIGHTS: MAX_FILE_BYTES, PEFT_CONFIG: MAX_CONFIG_BYTES}
-        weights, config = (read_regular((folder / name).resolve(), limit) for name, limit in limits.items())
-        return weights, config
+        config = read_regular((folder / PEFT_CONFIG).resolve(), MAX_CONFIG_BYTES)
+        if not is_pickled:
+            return read_regular((folder / WEIGHTS).resolve(), MAX_FILE_BYTES), config
+    tensors = load_tensors(folder / PICKLED)
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
+        raise CorruptError(f"{folder / PICKLED} holds more than tensors", "save it again with PEFT's save_pretrained")
+    return save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}), config
 
 
 def _check_sites(found: set[str], spec: PeftSpec, config: GPT2Config, where: str) -> None:

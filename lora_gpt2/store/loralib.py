@@ -40,7 +40,7 @@ def read_loralib(path: Path, config: GPT2Config, alpha: float | None) -> Adapter
     if alpha is None or not 0 < alpha < 1e6:
         raise UsageError(f"{path} does not say its alpha", "give --alpha (32 in microsoft/LoRA's GPT-2 example)")
     halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _load(path).items():
+    for name, tensor in load_tensors(path).items():
         match = KEY.fullmatch(str(name))
         if match is None or not isinstance(tensor, Tensor):
             raise MismatchError(
@@ -53,7 +53,11 @@ def read_loralib(path: Path, config: GPT2Config, alpha: float | None) -> Adapter
     return Adapter({site: _build_update(site, halves[site], config, alpha, str(path)) for site in sites})
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def load_tensors(path: Path) -> Mapping[str, Any]:
+    """Returns the state dictionary in a PyTorch file, read by the restricted reader, which runs nothing.
+
+    Raises `CorruptError` if it is none, or larger than any adapter.
+    """
     with os_errors_as_ours(f"read {path}"):
         size = path.stat().st_size
         try:
@@ -69,10 +73,12 @@ def _load(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on bytes that are no pickle the restricted reader raises whatever it stumbles over
         reason = str(error).split("\n")[0][:120]
-        raise CorruptError(f"{path} is not a file of tensors: {reason}", "save lora_state_dict again") from error
+        raise CorruptError(
+            f"{path} is not a file of tensors: {reason}", "save it again as a state dictionary"
+        ) from error
     content = content.get("model_state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, Mapping):
-        raise CorruptError(f"{path} is not a state dictionary", "save it again with lora_state_dict")
+        raise CorruptError(f"{path} is not a state dictionary", "save it again as a state dictionary")
     return content
 
 

@@ -88,6 +88,10 @@ class PeftSpec:
         """Returns alpha at a site, found like the rank."""
         return _lookup(self.alphas, site, self.alpha)
 
+    def list_targets(self) -> tuple[str, ...]:
+        """Returns the modules that the configuration lists; none where it has an expression."""
+        return self.targets if isinstance(self.targets, tuple) else ()
+
     def is_target(self, site: str) -> bool:
         """True if the configuration names the site."""
         name = module_of(site)

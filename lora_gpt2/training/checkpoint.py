@@ -59,6 +59,11 @@ class RunFolder:
                     os.replace(file, previous / file.name)
             write_atomic(self.path / "identity.json", json.dumps(identity).encode())
 
+    def find_last_step(self) -> int:
+        """Returns the step of the newest checkpoint that an unfinished run left, 0 if there is none."""
+        found = self.list_checkpoints()
+        return int(found[0].stem.removeprefix("step-")) if found and not self.read_published() else 0
+
     def exists(self) -> bool:
         """True if a run was begun here."""
         return (self.path / "identity.json").exists()

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_gpt2.core.console import Reporter, SilentReporter
-from lora_gpt2.core.errors import TrainingDiverged, UsageError
+from lora_gpt2.core.errors import ConflictError, TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.paths import check_name, hold_lock, os_errors_as_ours
-from lora_gpt2.data.prepared import PreparedData, measure_overlaps, prepare_data
+from lora_gpt2.data.prepared import SKETCH, PreparedData, describe_preparation, measure_overlaps, prepare_data
 from lora_gpt2.evaluation.general import measure_general
-from lora_gpt2.evaluation.perplexity import to_perplexity
+from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import count_parameters
@@ -68,12 +68,17 @@ class TrainReport:
     already_complete: bool = False
 
 
-def train_recipes(recipes: Sequence[Recipe], store: Store, reporter: Reporter, resume: bool = False) -> TrainReport:
+def train_recipes(
+    recipes: Sequence[Recipe], store: Store, reporter: Reporter, resume: bool = False, fresh: bool = False
+) -> TrainReport:
     """Trains one adapter per recipe, together, and publishes them; returns the report.
+
+    An interrupted run of the same adapters is gone on with (`resume`) or set aside (`fresh`), never overwritten.
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and precision.
-        ConflictError: the same adapters are being trained by another process.
+        ConflictError: the same adapters are being trained by another process, or an interrupted run is there and
+            neither `resume` nor `fresh` says what becomes of it.
         MismatchError: `resume` with other settings, data or base than the run on disk.
         ResourceError: it does not fit into memory; the last checkpoint is kept.
         TrainingDiverged: an adapter failed; the others of the run are published.
@@ -91,6 +96,11 @@ def train_recipes(recipes: Sequence[Recipe], store: Store, reporter: Reporter, r
             store.check_writable()
             with os_errors_as_ours(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
                 stack.enter_context(hold_lock(run.lock, f"the run of {', '.join(names)}"))
+            if not (resume or fresh) and (step := run.find_last_step()):
+                raise ConflictError(
+                    f"an interrupted run of {', '.join(names)} is kept, at step {step}",
+                    "--resume goes on with it, --fresh begins anew",
+                )
         return _train_locked(recipes, store, reporter, run, resume, world)
 
 
@@ -105,6 +115,9 @@ def _train_locked(
         f"base {base.name} on {runtime.device.type} in {numbers}; training {', '.join(r.name for r in recipes)}"
     )
     prepared = world.in_turn(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
+    for recipe, data in zip(recipes, prepared, strict=True):
+        for line in describe_preparation(data):
+            reporter.message(f"{recipe.name}: {line}")
     recipes = [settle_rate(recipe, base.config.width) for recipe in recipes]
     domains = [Domain(recipe.name, recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
     _warn_of_overlaps(domains, reporter)
@@ -125,7 +138,7 @@ def _train_locked(
             trained = trainer.train(stop, log)
         if not world.is_first:
             return TrainReport([])
-        general = measure_general(base).perplexity
+        general = measure_general(base)
         reports = [_publish(store, base, outcome, general, resume) for outcome in trained]
     if failures := trainer.describe_failures():
         kept = ", ".join(f"{report.name}@{report.version}" for report in reports)
@@ -179,33 +192,46 @@ def _identify_run(base: Base, domains: Sequence[Domain], world: World) -> dict[s
     }
 
 
-def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: float, resumed: bool) -> AdapterReport:
+def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Score, resumed: bool) -> AdapterReport:
     """Publishes an adapter, unless a run that was interrupted afterwards has done so already."""
     domain, adapter = outcome.domain, outcome.adapter
     if resumed and (version := _find_published(store, base, outcome)):
         return _report_published(store, f"{domain.name}@{version}")
     session = Session(base)
     session.add({domain.name: adapter})
-    general = measure_general(base, session.for_rows(((domain.name, 1.0),))).perplexity
+    general = measure_general(base, session.for_rows(((domain.name, 1.0),)))
+    passes = domain.train_tokens / max(1, domain.data.train.num_targets)
     report = AdapterReport(
         name=domain.name, version=0, steps=domain.last_step, best_step=domain.best_step,
         train_tokens=domain.train_tokens, base_perplexity=to_perplexity(outcome.base_nll),
         validation_perplexity=to_perplexity(outcome.validation_nll),
         base_test_perplexity=to_perplexity(outcome.test_nll[0]) if outcome.test_nll else None,
         test_perplexity=to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
-        base_general_perplexity=base_general, general_perplexity=general,
+        base_general_perplexity=base_general.perplexity, general_perplexity=general.perplexity,
         tokens_per_second=domain.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device), seconds=outcome.seconds,
-        verdict=judge_curve(domain.records, domain.num_steps),
+        verdict=judge_curve(domain.records, domain.num_steps, passes, domain.data.validation.num_targets),
         forgetting=judge_forgetting(base_general, general),
     )  # fmt: skip
     figures = {key: value for key, value in vars(report).items() if key not in ("name", "version")}
     figures["trained_parameters"] = count_parameters(base.config, domain.recipe.lora)
     figures["dtype"] = base.runtime.dtype_name
+    figures["test"] = _describe_test(base, domain)
     pages = draw_pages(domain.name, domain.recipe, domain.records, figures)
+    pages |= {SKETCH: domain.data.sketch.to_bytes()}
     recipe = domain.recipe.model_dump(mode="json")
     origin = Origin(_describe_data(domain.recipe, domain.data), recipe, figures, metrics=domain.records, pages=pages)
     return replace(report, version=publish_adapter(store, domain.name, adapter, base, origin).version)
+
+
+def _describe_test(base: Base, domain: Domain) -> dict[str, Any]:
+    """Returns how the test figure was measured, so that one that differs can be explained."""
+    settings, report = domain.recipe.evaluate, domain.data.report
+    window, stride = choose_window(base, settings)
+    return {
+        "documents": report["documents"]["test"], "files": report["test_files"], "profile": domain.recipe.data.profile,
+        "protocol": settings.protocol, "window": window, "stride": stride, "dtype": base.runtime.dtype_name,
+    }  # fmt: skip
 
 
 def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:
@@ -224,7 +250,12 @@ def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
         "sources": [Path(source).name for source in recipe.data.sources],
         "fingerprint": data.fingerprint,
         "train_tokens": data.train.num_tokens,
-        **{key: data.report[key] for key in ("documents_read", "documents_kept", "documents", "tokens")},
+        **{key: data.report[key] for key in ("documents_read", "documents_kept", "documents", "tokens", "reading")},
+        "rules": {
+            name: {key: rule[key] for key in ("documents", "characters_removed")}
+            for name, rule in data.report["rules"].items()
+        },
+        "set_aside": data.report["rejected"],
     }
 
 

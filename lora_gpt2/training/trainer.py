@@ -21,6 +21,8 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.blocks import IGNORE, TokenBlocks
+from lora_gpt2.data.documents import list_documents
+from lora_gpt2.evaluation.perplexity import choose_window, measure_perplexity
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingRows
@@ -58,7 +60,7 @@ class Trainer:
     with each validation. `lookahead` is how many steps Python may be ahead of the device.
 
     Raises:
-        UsageError: the block size exceeds the base's context, or there is nothing to adapt.
+        UsageError: the block size or the window of `evaluate` exceeds the base's context, or there is nothing to adapt.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class Trainer:
                 f"data.block_size {self.block_size} exceeds the context of '{base.name}', {base.config.context}",
                 f"use --set data.block_size={base.config.context}",
             )
+        for domain in domains:
+            choose_window(base, domain.recipe.evaluate)  # what is measured at the end shall not fail then
         plans = [plan_targets(base.config, domain.recipe.lora) for domain in domains]
         adapters = [build_adapter(base.config, d.recipe.lora, d.recipe.train.seed) for d in domains]
         ranks = merge_ranks(adapter.ranks for adapter in adapters)
@@ -260,28 +264,16 @@ class Trainer:
 
     def _conclude(self, slots: Sequence[int], stop: StopRequest) -> Iterator[TrainedAdapter]:
         """Yields the adapters with their figures on all held-out text; the base is measured once on the same text."""
-        plan = [(slot, part) for slot in slots for part in ("validation", "test")]
-        plan = [(slot, part) for slot, part in plan if getattr(self.domains[slot].data, part).num_blocks]
-        keys = [(self.domains[slot].data.fingerprint, part) for slot, part in plan]
-        parts = [getattr(self.domains[slot].data, part) for slot, part in plan]
-        sizes = [blocks.num_blocks * blocks.block_size for blocks in parts]
-        base: dict[tuple[str, str], float] = {}
-        whole = sum(sizes) + sum(dict(zip(keys, sizes, strict=True)).values())
-        with self.reporter.task("measuring", whole, "tokens") as task:
+        held_out = _HeldOut(self, slots)
+        with self.reporter.task("measuring", held_out.count_tokens(), "tokens") as task:
             for slot in slots:
-                domain, found = self.domains[slot], {}
-                size, active = domain.recipe.train.micro_batch_tokens, TrainingRows(self.bank, [slot])
+                domain = self.domains[slot]
                 if domain.recipe.train.keep_best and domain.best_step:
                     self.bank.flat[slot] = self.best[slot]
                     self.bank.refresh()
-                for part in (part for owner, part in plan if owner == slot):
-                    blocks, key = getattr(domain.data, part), (domain.data.fingerprint, part)
-                    if key not in base:
-                        base[key] = self.measure_blocks(blocks, None, None, size, task.advance)
-                    found[part] = base[key], self.measure_blocks(blocks, active, None, size, task.advance)
-                yield TrainedAdapter(
-                    domain, self.bank.read(slot), *found["validation"], found.get("test"), self.seconds
-                )
+                validation = held_out.measure_validation(slot, task.advance)
+                test = held_out.measure_test(slot, task.advance)
+                yield TrainedAdapter(domain, self.bank.read(slot), *validation, test, self.seconds)
                 stop.raise_if_asked("all steps are kept; 'train' with the same recipes and --resume publishes them")
 
     def _note(self) -> str:
@@ -341,6 +333,56 @@ class Trainer:
             if self.run is not None and self.world.is_first:
                 self.run.append_metrics(domain.name, domain.records, anew=True)
                 domain.num_written = len(domain.records)
+
+
+class _HeldOut:
+    """Figures on held-out text: validation by blocks, as during the run; test text as `evaluate` measures it."""
+
+    def __init__(self, trainer: Trainer, slots: Sequence[int]) -> None:
+        self.trainer, self.slots = trainer, slots
+        self.known: dict[tuple[Any, ...], float] = {}
+
+    def _key(self, slot: int, part: str) -> tuple[Any, ...]:
+        domain = self.trainer.domains[slot]
+        return domain.data.fingerprint, part, domain.recipe.evaluate if part == "test" else None
+
+    def count_tokens(self) -> int:
+        """Returns about how many tokens there are to measure: each text under its adapter, and once under the base."""
+        sizes = {
+            (slot, part): blocks.num_blocks * blocks.block_size
+            for slot in self.slots
+            for part in ("validation", "test")
+            for blocks in [getattr(self.trainer.domains[slot].data, part)]
+        }
+        once = {self._key(*place): size for place, size in sizes.items()}
+        return int(sum(sizes.values()) + sum(once.values()))
+
+    def measure_validation(self, slot: int, on_tokens: Callable[[int], None]) -> tuple[float, float]:
+        """Returns the base's and the adapter's mean NLL in nats per target over the validation blocks."""
+        trainer, domain = self.trainer, self.trainer.domains[slot]
+        blocks, size = domain.data.validation, domain.recipe.train.micro_batch_tokens
+        key = self._key(slot, "validation")
+        if key not in self.known:
+            self.known[key] = trainer.measure_blocks(blocks, None, None, size, on_tokens)
+        return self.known[key], trainer.measure_blocks(
+            blocks, TrainingRows(trainer.bank, [slot]), None, size, on_tokens
+        )
+
+    @torch.no_grad()
+    def measure_test(self, slot: int, on_tokens: Callable[[int], None]) -> tuple[float, float] | None:
+        """Returns both over the test documents by the protocol of `evaluate`, which gives the same number later."""
+        trainer, domain = self.trainer, self.trainer.domains[slot]
+        if not domain.data.test.num_targets:
+            return None
+        documents, settings = list_documents(domain.data, "test", trainer.base.tokenizer), domain.recipe.evaluate
+        key = self._key(slot, "test")
+        if key not in self.known:
+            score = measure_perplexity(trainer.base, documents, settings, on_tokens=on_tokens)
+            self.known[key] = score.nll_nats_per_token
+        score = measure_perplexity(
+            trainer.base, documents, settings, lambda rows: TrainingRows(trainer.bank, [slot]), on_tokens
+        )
+        return self.known[key], score.nll_nats_per_token
 
 
 _SMALLER = "use a smaller --set train.learning_rate"

@@ -65,21 +65,37 @@ def pull(reporter: Reporter, repository: str, name: str | None, base: str | None
 @click.command("export")
 @click.argument("reference", metavar="NAME[@VERSION]")
 @click.argument("target", type=click.Path(path_type=Path), metavar="TARGET")
+@click.option("--peft-safe", is_flag=True, help="Leave a change of the tied head out, and say what that costs.")
 @store_option
 @json_option
 @click.pass_obj
-def export(reporter: Reporter, reference: str, target: Path, store: Store, as_json: bool) -> None:
+def export(reporter: Reporter, reference: str, target: Path, peft_safe: bool, store: Store, as_json: bool) -> None:
     """Write a version to TARGET: a folder that PEFT loads, or one file if it ends in .tar.gz.
+
+    An adapter that changes the head (lm_head) runs in PeftModel, but what ties the head again, as
+    AutoPeftModelForCausalLM and lm-evaluation-harness do, fails over it: --peft-safe leaves that change out.
 
     \b
     Examples:
       lora-gpt2 adapters export law ./law-peft
       lora-gpt2 adapters export law@2 law-2.tar.gz
+      lora-gpt2 adapters export law ./law-peft --peft-safe
     """
-    from lora_gpt2.store.exchange import export_adapter
+    from lora_gpt2.store.exchange import export_adapter, has_head
 
-    manifest = export_adapter(store, reference, target)
-    emit({"adapter": summarise(manifest) | {"path": str(target)}}, as_json, lambda: f"wrote {target}")
+    price: dict[str, Any] = {}
+    if peft_safe and has_head(store, reference):
+        from lora_gpt2.evaluation.head import measure_head
+
+        head = measure_head(store, reference, reporter)
+        manifest, price = export_adapter(store, reference, target, head.base), head.to_json()
+        reporter.message(f"without the head: {head.describe()}")
+    else:
+        manifest = export_adapter(store, reference, target)
+        if has_head(store, reference):
+            reporter.message("it changes the tied head, which PEFT ties again wrongly in places: see --peft-safe")
+    row = summarise(manifest) | {"path": str(target)} | ({"perplexity": price} if price else {})
+    emit({"adapter": row}, as_json, lambda: f"wrote {target}")
     reporter.message(f"next: lora-gpt2 adapters import {target} --name {manifest.name} --store OTHER")
 
 

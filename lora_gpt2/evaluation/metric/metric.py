@@ -11,11 +11,14 @@ INPUTS = """
 Args:
     predictions: texts, each a document.
     prompts: what precedes each text and is not scored, if anything does.
-    base, adapter, store: as on the command line; without an adapter, the base is measured.
+    base, adapter, store: as on the command line; without an adapter, the base is measured; without a store, it is
+        $LORA_GPT2_STORE or ./adapters.
     window, stride, protocol: the settings `evaluate.*`; 0 is the default of each.
+    profile: how texts are cleaned first, as in `data.profile`; "raw" measures them as they are.
 
 Returns:
-    tokens, nll_nats_per_token, perplexity, word_perplexity, bits_per_byte: those of `lora-gpt2 evaluate --json`.
+    tokens, nll_nats_per_token, perplexity, word_perplexity, bits_per_byte, documents_trained_on: those of
+        `lora-gpt2 evaluate --json`.
 """
 
 
@@ -36,13 +39,17 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         prompts: list[str] | None = None,
         base: str | None = None,
         adapter: str = "base",
-        store: str = "adapters",
+        store: str | None = None,
         **settings: int | str,
-    ) -> dict[str, float]:
+    ) -> dict[str, float | int | None]:
+        import os
         from pathlib import Path
 
+        from lora_gpt2.core.console import SilentReporter
+        from lora_gpt2.data.reading import clean_documents
         from lora_gpt2.data.records import Document
         from lora_gpt2.evaluation.matrix import Cell
+        from lora_gpt2.evaluation.own_text import read_sketches
         from lora_gpt2.evaluation.perplexity import measure_perplexity
         from lora_gpt2.model.base import load_base
         from lora_gpt2.model.probe import bind_adapter
@@ -51,16 +58,24 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         from lora_gpt2.store.catalog import Store
         from lora_gpt2.store.files import load_adapter
 
-        kept = Store(Path(store))
-        recipe = load_recipe(None, [f"evaluate.{key}={value}" for key, value in settings.items()])
+        kept = Store(Path(store or os.environ.get("LORA_GPT2_STORE") or "adapters"))
+        profile = settings.pop("profile", "prose")
+        overrides = [f"evaluate.{key}={value}" for key, value in settings.items()]
+        recipe = load_recipe(None, [f"data.profile={profile}", *overrides])
         name = base or (recipe.base if adapter == "base" else kept.read_manifest(adapter).base.name)
         model = load_base(name, choose_runtime(recipe.evaluate.precision))
         pairs = zip(prompts or [""] * len(predictions), predictions, strict=True)
-        documents = [Document(text, "", prompt) for prompt, text in pairs]
+        given = [Document(text, f"[{number}]", prompt) for number, (prompt, text) in enumerate(pairs, start=1)]
+        documents = clean_documents(given, recipe.data, SilentReporter())
         if adapter == "base":
             score = measure_perplexity(model, documents, recipe.evaluate)
         else:
             loaded = load_adapter(kept, adapter, model)[1]
             score = measure_perplexity(model, documents, recipe.evaluate, bind_adapter(model, loaded))
+        sketch = read_sketches(kept, [adapter]).get(adapter) if adapter != "base" else None
+        seen = None if sketch is None else sketch.count_seen([d.prompt + d.text for d in documents])
         keys = ("tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
-        return {key: Cell(adapter, "", score).to_json()[key] for key in keys}
+        return {
+            **{key: Cell(adapter, "", score).to_json()[key] for key in keys},
+            "documents_trained_on": seen,
+        }

@@ -1,0 +1,70 @@
+"""Was a text trained on? A sketch of the training text that is kept with the adapter, and small.
+
+Runs of `WORDS` words, blind to case and punctuation, are hashed to 32 bits, and one in `ONE_IN` is kept: those whose
+hash is divisible by it, so the same runs are kept in every text ("mod p" sampling, Schleimer et al. 2003, section 2),
+but at least the smallest of each document. A document whose kept runs are mostly in the sketch was trained on, also
+where training cut it into sections or joined it with others, and where cleaning changed it here and there. It takes
+about an eighth of a byte per word. Nobody can read the text in it, but whoever guesses eight words can ask for them.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WORDS, ONE_IN = 8, 32
+SEEN_SHARE = 0.5  # of a document's kept runs
+UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, kana, ideographs: a character is a word here
+WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
+Runs = NDArray[np.uint32]
+
+
+def hash_runs(text: str) -> Runs:
+    """Returns the hashes that are kept of a text: at least one, unless it holds no word."""
+    words = WORD.findall(text.lower())
+    if not words:
+        return np.zeros(0, dtype=np.uint32)
+    hashes = np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], dtype=np.uint64)
+    count = max(1, len(hashes) - WORDS + 1)
+    mixed = np.zeros(count, dtype=np.uint64)
+    for offset in range(min(WORDS, len(hashes))):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + count]
+    mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    runs = np.unique((mixed >> np.uint64(32)).astype(np.uint32))
+    kept: Runs = runs[runs % ONE_IN == 0]
+    return kept if len(kept) else runs[:1]
+
+
+@dataclass(frozen=True)
+class TextSketch:
+    """The kept runs of a training text, sorted."""
+
+    runs: Runs
+
+    @classmethod
+    def build(cls, runs: Sequence[Runs]) -> TextSketch:
+        """Returns the sketch of some documents, given by their `hash_runs`."""
+        return cls(np.unique(np.concatenate(runs)) if runs else np.zeros(0, dtype=np.uint32))
+
+    def to_bytes(self) -> bytes:
+        """Returns the sketch as little-endian 32-bit numbers."""
+        return self.runs.astype("<u4").tobytes()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> TextSketch:
+        """Returns the sketch that `to_bytes` wrote; what is no whole number at its end is left out."""
+        return cls(np.unique(np.frombuffer(content[: len(content) // 4 * 4], dtype="<u4").astype(np.uint32)))
+
+    def has_seen(self, text: str) -> bool:
+        """True if a document was, for the most part, in the training text."""
+        runs = hash_runs(text)
+        return bool(len(runs)) and float(np.isin(runs, self.runs, assume_unique=True).mean()) > SEEN_SHARE
+
+    def count_seen(self, texts: Sequence[str]) -> int:
+        """Returns how many of some documents were in the training text."""
+        return sum(map(self.has_seen, texts))
