@@ -63,7 +63,8 @@ def find_state_dir() -> Path:
 def translate_os_error(error: OSError, action: str) -> LoraGpt2Error:
     """Returns our error for a failed file operation; `action` is what was tried, such as "write x.json".
 
-    Usually a `ResourceError`; `NotFoundError` for a file that was to be read and is not there.
+    Usually a `ResourceError`; `NotFoundError` for a file that was to be read and is not there, `ConflictError` for one
+    that another process has made meanwhile.
     """
     where = f" ({error.filename})" if error.filename else ""
     reasons = {
@@ -74,6 +75,8 @@ def translate_os_error(error: OSError, action: str) -> LoraGpt2Error:
         errno.EACCES: ("permission is denied", "check the owner and the mode with 'ls -l'"),
         errno.EPERM: ("permission is denied", "check the owner and the mode with 'ls -l'"),
     }
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        return ConflictError(f"cannot {action}: it exists{where}", "choose another name, or remove it first")
     if isinstance(error, FileNotFoundError) and action.startswith("read"):
         return NotFoundError(f"cannot {action}: there is no such file", "check the path")
     reason, hint = reasons.get(error.errno or 0, (error.strerror or str(error), "check the path and the disk"))

@@ -326,7 +326,7 @@ def _read_header(row: list[str], where: str, settings: DataSettings) -> list[str
     header = [name.strip() for name in row]
     is_built = settings.template or settings.prompt or {"prompt", "completion"} <= set(header)
     is_named = settings.text_field in header or is_built or (is_free(settings) and is_usual(header))
-    longest = max(header, key=len)
+    longest = max(header, key=len, default="")
     if not is_named and (len(longest) > LONGEST_NAME or len(longest.split()) > MOST_WORDS):
         raise DataError(
             f"{where}: the first row looks like text, not like names of columns: '{longest[:40]}…'",

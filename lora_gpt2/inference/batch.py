@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, DataError
+from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import StopRequest
-from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.paths import find_cache_dir, hold_lock, os_errors_as_ours
 from lora_gpt2.inference.generate import Output, Request, iter_outputs, raise_first_error
 from lora_gpt2.inference.session import Mix, Session, parse_mix
 from lora_gpt2.recipe import GenerateSettings
@@ -86,10 +88,31 @@ def generate_file(
     """Continues the prompts whose results are not yet in `out`; returns how many it has now.
 
     Raises:
-        ConflictError: see `find_done`.
+        ConflictError: see `find_done`; or another process is writing to `out`.
         UsageError: a prompt does not fit.
         CorruptError: an adapter's logits are not finite after a prompt; all other results are kept.
     """  # fmt: skip
+    with hold_output(out):
+        return _generate_missing(session, requests, out, settings, stop, reporter, truncate_left)
+
+
+@contextmanager
+def hold_output(out: Path) -> Iterator[None]:
+    """Keeps other processes of this user from writing to the same file; raises `ConflictError` if one does."""
+    lock = find_cache_dir() / "locks" / fingerprint_json(str(out.absolute()))
+    try:
+        with hold_lock(lock, str(out)):
+            yield
+    except ConflictError as error:
+        if not error.message.startswith(str(out)):
+            raise
+        raise ConflictError(error.message, "wait until it ends, or choose another --out") from error
+
+
+def _generate_missing(
+    session: Session, requests: Sequence[Request], out: Path, settings: GenerateSettings, stop: StopRequest,
+    reporter: Reporter, truncate_left: bool,
+) -> int:  # fmt: skip
     done = find_done(out, requests)
     places = [place for place in range(len(requests)) if place not in done]
     with (

@@ -8,6 +8,8 @@ official client as `extra_body`. What is not said is a setting of the server's r
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,6 +29,9 @@ SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "no_repeat_ngram", "logit_bias", "beams", "length_penalty", "watermark",
 )  # fmt: skip
+LOG = logging.getLogger("lora_gpt2.serving")
+PATH = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s'\";,()]+)+")
+"""An absolute path inside a message."""
 MAX_SEED = 2**63 - 1
 MAX_MIX = 8
 
@@ -45,8 +50,11 @@ class ApiError(Exception):
 
 
 def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
-    """Returns the answer to one of our errors."""
-    text = f"{error.message}; {error.hint}"
+    """Returns the answer to one of our errors; paths of this machine are in the log alone."""
+    whole = f"{error.message}; {error.hint}"
+    text = PATH.sub(lambda match: re.split(r"[/\\]", match[0])[-1], whole)
+    if text != whole:
+        LOG.warning("%s", whole)
     if isinstance(error, NotFoundError):
         return ApiError(404, text, param, "model_not_found")
     if isinstance(error, IntegrityError):

@@ -40,8 +40,11 @@ def build_card(manifest: Manifest, audits: Mapping[str, Any] | None = None) -> s
         _describe_memorization(audits.get("memorization")),
         "## Use\n\n"
         f'`lora-gpt2 generate "..." --adapter {manifest.name}`, or `PeftModel.from_pretrained(base, this_folder)`.\n'
+        f"`lora-gpt2 bases show {manifest.base.name}` says where the base is; `lora-gpt2 adapters export "
+        f"{manifest.name} DIR` writes a folder that names it for `AutoPeftModelForCausalLM`.\n"
         f"To write it into the base: `lora-gpt2 merge {manifest.name} --into-base DIR`. Where an adapter changes the "
-        "head (`lm_head`), PEFT's own merge would change GPT-2's token embeddings too, which are the same weights.\n"
+        "head (`lm_head`), PEFT's own merge would change GPT-2's token embeddings too, which are the same weights, and "
+        "what ties them again fails: `adapters export --peft-safe` leaves that change out.\n"
         "It is meant to continue text in the manner of its domain, for people who read what it writes before they use "
         "it. It is not meant to answer questions of fact, health or law, nor to decide about people.",
         "## Limits\n\n"

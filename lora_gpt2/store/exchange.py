@@ -119,9 +119,9 @@ def _read_folder(path: Path, where: str) -> Source:
 
 
 def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
-    """Returns our manifest among the files, whose hashes the adapter's two must have; None if there is none.
+    """Returns our manifest among the files, whose hashes they must have; None if there is none.
 
-    The card may have been edited on the way, and a foreign file of that name is ignored.
+    The card may have been edited on the way, and a foreign manifest is ignored.
     """
     if b'"tokenizer_fingerprint"' not in files.get(MANIFEST, b""):
         return None
@@ -129,7 +129,8 @@ def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
         manifest = parse_manifest(files[MANIFEST])
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where}: {MANIFEST} is damaged", "fetch it again") from error
-    verify_hashes(files, manifest, where, (WEIGHTS, PEFT_CONFIG))
+    present = [name for name in manifest.files if name in files and name != CARD]
+    verify_hashes(files, manifest, where, dict.fromkeys((WEIGHTS, PEFT_CONFIG, *present)))
     return manifest
 
 

@@ -22,10 +22,12 @@ TRAIN, VALIDATION, FAINT = "#4c78a8", "#e4572e", "#b8cce4"
 Records = Sequence[Mapping[str, Any]]
 
 
-def draw_pages(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any]) -> dict[str, bytes]:
-    """Returns the pages by file name; `figures` are those of the manifest."""
+def draw_pages(
+    name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any], notes: Sequence[str] = ()
+) -> dict[str, bytes]:
+    """Returns the pages by file name; `figures` are those of the manifest, `notes` what became of the text."""
     curve = draw_chart(lambda axes: _plot_loss(axes, records), "png", (7.0, 4.2))
-    return {CURVE: curve, REPORT: _build_html(name, recipe, records, figures).encode()}
+    return {CURVE: curve, REPORT: _build_html(name, recipe, records, figures, notes).encode()}
 
 
 def _column(records: Records, key: str) -> tuple[list[float], list[float]]:
@@ -85,7 +87,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
 
 
-def _build_html(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any]) -> str:
+def _build_html(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any], notes: Sequence[str]) -> str:
     charts = "".join(f"<figure style='margin:0'>{draw_svg(plot)}</figure>" for plot in _list_charts(records))
     title = html.escape(name)
     return build_page(
@@ -96,6 +98,7 @@ def _build_html(name: str, recipe: Recipe, records: Records, figures: Mapping[st
 {_build_figures(figures)}
 <h2>Curves</h2><div class="charts">{charts}</div>
 {_build_samples(records)}
+{_build_notes(notes)}
 <details><summary>Settings</summary>{_build_settings(recipe)}</details>
 """,
     )
@@ -141,6 +144,12 @@ def _build_samples(records: Records) -> str:
         return ""
     head = "<tr><th>step</th><th>perplexity</th><th>sample</th></tr>"
     return f"<h2>Samples while it learnt</h2><table>{head}{''.join(rows)}</table>"
+
+
+def _build_notes(notes: Sequence[str]) -> str:
+    """Returns what reading and cleaning did to the text, a line each."""
+    lines = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    return f"<h2>What became of the text</h2><ul>{lines}</ul>" if lines else ""
 
 
 def _build_settings(recipe: Recipe) -> str:

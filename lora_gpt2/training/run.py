@@ -217,7 +217,7 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
     figures["trained_parameters"] = count_parameters(base.config, domain.recipe.lora)
     figures["dtype"] = base.runtime.dtype_name
     figures["test"] = _describe_test(base, domain)
-    pages = draw_pages(domain.name, domain.recipe, domain.records, figures)
+    pages = draw_pages(domain.name, domain.recipe, domain.records, figures, describe_preparation(domain.data))
     pages |= {SKETCH: domain.data.sketch.to_bytes()}
     recipe = domain.recipe.model_dump(mode="json")
     origin = Origin(_describe_data(domain.recipe, domain.data), recipe, figures, metrics=domain.records, pages=pages)

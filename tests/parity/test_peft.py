@@ -1,24 +1,33 @@
 """Ours against transformers + PEFT: logits, gradients, and adapters going both ways."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
+from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank
+from lora_gpt2.model.base import load_base
 from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.loss import chunked_cross_entropy
-from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.recipe import BLOCKS, LoraSettings
+from lora_gpt2.store.exchange import export_adapter, fetch_source, import_source
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.interop import from_peft, read_peft_files
+from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.store.peft_config import module_of
 from tests.builders import make_adapter, train_and_save
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 
 SETTINGS = {
     "all": LoraSettings(rank=4, alpha=10),
@@ -146,3 +155,86 @@ def test_a_mixed_batch_equals_pefts(base, store, theirs, tokens):
         wanted = wrapped(tokens, adapter_names=["law", "__base__", "code"]).logits
     rows = session.rows([(("law", 1.0),), (), (("code", 1.0),)])
     assert (base.model.logits(base.model(tokens, rows), rows) - wanted).abs().max() <= 2e-5
+
+
+def test_what_export_writes_loads_with_autopeft_and_stays_right_when_weights_are_tied_again(
+    base, base_folder, store, tmp_path, tokens
+):
+    """As lm-evaluation-harness does after wrapping a model; over a wrapped head it fails (`KeyError: attribute`)."""
+    publish_adapter(store, "law", make_adapter(base.config, 1, LoraSettings()), base, Origin())
+    export_adapter(store, "law", tmp_path / "out")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    loaded.tie_weights()
+    loaded.base_model.model.tie_weights()
+    wanted = our_logits(base, load_adapter(store, "law", base)[1], tokens)
+    assert torch.allclose(loaded(tokens).logits, wanted, atol=1e-4)
+    assert (loaded(tokens).logits - GPT2LMHeadModel.from_pretrained(base_folder)(tokens).logits).abs().max() > 0.1
+    again = import_source(fetch_source(str(tmp_path / "out")), store, "again", base).manifest
+    assert again.digest == store.read_manifest("law").digest
+
+
+def test_a_bundled_base_is_named_by_its_folder_in_an_export(store, tmp_path):
+    nano = load_base("nano", choose_runtime("float32", torch.device("cpu")))
+    publish_adapter(store, "law", make_adapter(nano.config, 1, LoraSettings(rank=1)), nano, Origin())
+    manifest = export_adapter(store, "law", tmp_path / "out")
+    assert manifest.base.name == "nano"
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.arange(40)[None]
+    wanted = our_logits(nano, load_adapter(store, "law", nano)[1], tokens)
+    assert torch.allclose(loaded(tokens).logits, wanted, atol=1e-3)
+
+
+def test_a_change_of_the_head_is_left_out_on_request_and_the_rest_is_as_it_was(base, store, tmp_path, tokens):
+    whole = make_adapter(base.config, 1, LoraSettings(rank=2, targets=(*BLOCKS, "lm_head")))
+    publish_adapter(store, "law", whole, base, Origin())
+    export_adapter(store, "law", tmp_path / "out", without_head=base)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    loaded.base_model.model.tie_weights()
+    rest = Adapter({site: update for site, update in whole.updates.items() if site != "lm_head"})
+    assert torch.allclose(loaded(tokens).logits, our_logits(base, rest, tokens), atol=1e-4)
+    assert "Exported without its change of the head" in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "manifest.json").exists(), "it is not of these weights"
+
+
+@pytest.mark.parametrize("kind", ["head", "embeddings"])
+def test_saved_weights_of_the_base_are_accepted_where_they_are_the_bases_own(
+    base, base_folder, theirs, tmp_path, tokens, kind
+):
+    config = LoraConfig(r=2, target_modules=["c_fc", "lm_head"] if kind == "head" else ["c_fc"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(theirs, config)
+    train_and_save(wrapped, tokens, tmp_path)
+    if kind == "embeddings":
+        wrapped.save_pretrained(tmp_path, save_embedding_layers=True)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = f"base_model.model.{'lm_head.base_layer' if kind == 'head' else 'transformer.wte'}.weight"
+    assert name in tensors, "PEFT saves it"
+    source = fetch_source(str(tmp_path))
+    store = Store(tmp_path / "store")
+    assert import_source(source, store, "same", base).manifest.reference == "same@1"
+    found = our_logits(base, load_adapter(store, "same", base)[1], tokens)
+    assert torch.allclose(found, wrapped(tokens).logits, atol=1e-4)
+    other = dict(tensors)
+    other[name] = tensors[name] + 0.01 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
+    save_file(other, tmp_path / WEIGHTS)
+    with pytest.raises(MismatchError, match=f"{name} is not that of this base") as caught:
+        import_source(fetch_source(str(tmp_path)), store, "other", base)
+    assert caught.value.exit_code == 5
+    assert "--base FOLDER" in caught.value.hint
+
+
+def test_a_pickled_adapter_is_read_without_running_anything(base, theirs, tmp_path, tokens):
+    wrapped = get_peft_model(theirs, LoraConfig(r=2, target_modules=["c_fc"], task_type="CAUSAL_LM"))
+    train_and_save(wrapped, tokens, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    store = Store(tmp_path / "store")
+    import_source(fetch_source(str(tmp_path)), store, "old", base)
+    found = our_logits(base, load_adapter(store, "old", base)[1], tokens)
+    assert torch.allclose(found, wrapped(tokens).logits, atol=1e-4)
+    torch.save({**tensors, "x": Path("/")}, tmp_path / "adapter_model.bin")
+    with pytest.raises(CorruptError, match="is not a file of tensors"):
+        fetch_source(str(tmp_path))
+    torch.save({**tensors, "x": "text"}, tmp_path / "adapter_model.bin")
+    with pytest.raises(CorruptError, match="holds more than tensors"):
+        fetch_source(str(tmp_path))

@@ -9,7 +9,7 @@ from lora_gpt2.core.errors import DataError, Interrupted, ResourceError
 from lora_gpt2.data import intake, reading
 from lora_gpt2.data.dedup import sign
 from lora_gpt2.data.documents import iter_documents, preview_documents, write_texts
-from lora_gpt2.data.prepared import describe_amount, measure_overlaps, prepare_data
+from lora_gpt2.data.prepared import describe_amount, describe_preparation, measure_overlaps, prepare_data
 from lora_gpt2.data.report import build_receipts_page
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import DataSettings
@@ -67,24 +67,13 @@ def test_copies_and_empty_documents_are_rejected_and_counted(tokenizer, tmp_path
     assert report["rejected"] == {"duplicate": 20, "empty": 1}
 
 
-def test_given_validation_files_are_used_and_their_copies_leave_the_training_part(tokenizer, tmp_path):
+def test_given_validation_files_are_used_and_their_copies_leave_the_training_part(tokenizer, tmp_path, reporter):
     (tmp_path / "t.jsonl").write_text(make_text(30, seed=1))
     (tmp_path / "v.jsonl").write_text(make_text(10, seed=2) + make_text(3, seed=1))
-    said = []
-
-    class Listener:
-        def message(self, text):
-            said.append(text)
-
-        detail = message
-        from lora_gpt2.core.console import SilentReporter
-
-        task = SilentReporter.task
-
     settings = settings_for(tmp_path / "t.jsonl", validation=(str(tmp_path / "v.jsonl"),), test_share=0.0)
-    prepared = prepare_data(settings, tokenizer, Listener())
+    prepared = prepare_data(settings, tokenizer, reporter)
     assert prepared.report["documents"] == {"train": 27, "validation": 13, "test": 0}
-    assert any("3 training documents" in line for line in said)
+    assert "3 training documents were copies of held-out ones and were dropped" in describe_preparation(prepared)
 
 
 @pytest.mark.parametrize(

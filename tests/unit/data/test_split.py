@@ -1,3 +1,7 @@
+import random
+
+import pytest
+
 from lora_gpt2.data.dedup import content_key
 from lora_gpt2.data.split import choose_section_size, iter_sections, split_keys
 
@@ -45,7 +49,33 @@ def test_text_without_blank_lines_is_cut_at_line_ends():
     sections = list(iter_sections(text, 256))
     assert "\n".join(sections) == text
     assert 50 < len(sections) < 90
-    assert list(iter_sections("x" * 10_000, 256)) == ["x" * 10_000]
+
+
+@pytest.mark.parametrize(
+    ("unit", "joint"),
+    [
+        ("A sentence of some words ends here! ", " "), ("这是一个没有空格的句子。", ""), ("word ", " "), ("ACGT", ""),
+        ("日本語の文章です", ""), ("ก", ""),
+    ],
+)  # fmt: skip
+def test_text_without_a_line_break_is_cut_at_sentences_then_words_then_anywhere(unit, joint):
+    text = (unit * (40_000 // len(unit))).rstrip()
+    sections = list(iter_sections(text, 512))
+    assert 50 <= len(sections) <= 80
+    assert max(map(len, sections)) <= 5 * 512
+    assert joint.join(sections) == text
+    assert not joint or all(section[0] == unit[0] for section in sections)
+
+
+def test_no_text_is_lost_whatever_it_is_made_of():
+    draw = random.Random(0)
+    for _ in range(300):
+        pieces = draw.choices(
+            ["a", "b ", "\n", "\n\n", "。", "! ", "x" * 30, "你好", ". ", '." '], k=draw.randint(0, 900)
+        )
+        text = "".join(pieces)
+        found = "".join(iter_sections(text, draw.choice([4, 16, 64])))
+        assert "".join(found.split()) == "".join(text.split())
 
 
 def test_the_section_size_grows_with_the_text_and_seldom_changes():

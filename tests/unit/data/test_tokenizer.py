@@ -1,7 +1,18 @@
+import json
+import pickle
+import warnings
+
 import pytest
+import torch
+from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError
-from lora_gpt2.data.tokenizer import TextStream, load_tokenizer
+from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.data.tokenizer import EOS, TextStream, load_tokenizer
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.recipe import DataSettings
 
 ODD = ["", " ", "a", "the cat", "ä€😀", "👩‍👩‍👧", "\u200bمرحبا", "\0\x07", "<|endoftext|>", "\ufffd", "a\r\nb"]
 
@@ -60,3 +71,63 @@ def test_gpt2s_own_vocabulary_tokenises_as_tokenizers_does(shared):
     assert (ours.vocab_size, ours.eos_id) == (50257, 50256)
     assert theirs.encode("<|endoftext|>").ids == [50256]
     assert 50256 not in ours.encode("<|endoftext|>")
+
+
+@pytest.fixture
+def grown(base_folder, tmp_path):
+    """A base whose vocabulary was extended, as `add_tokens` and `resize_token_embeddings` do it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = GPT2LMHeadModel.from_pretrained(base_folder)
+        theirs = GPT2TokenizerFast.from_pretrained(base_folder)
+        theirs.add_tokens(["Kühlschrank", "dog house"])
+        theirs.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]})
+        model.resize_token_embeddings(len(theirs))
+        model.save_pretrained(tmp_path / "grown")
+        theirs.save_pretrained(tmp_path / "grown")
+    return tmp_path / "grown", theirs
+
+
+def test_added_tokens_decode_as_transformers_decodes_them(grown):
+    folder, theirs = grown
+    ours = load_base(str(folder), choose_runtime("float32", torch.device("cpu"))).tokenizer
+    text = "the Kühlschrank and <|user|>dog house<|bot|> run"
+    ids = theirs(text)["input_ids"]
+    assert {theirs.convert_tokens_to_ids(t) for t in ("Kühlschrank", "<|user|>")} <= set(ids)
+    assert ours.decode(ids) == theirs.decode(ids) == text
+    stream = TextStream(ours)
+    assert "".join([*map(stream.push, ids), stream.finish()]) == text
+    assert ours.decode([ours.eos_id]) == ""
+
+
+def test_added_special_tokens_are_text_unless_they_are_asked_for(grown):
+    folder, theirs = grown
+    ours = load_tokenizer(folder, 0)
+    text = f"the <|user|> asks {EOS} now<|bot|>"
+    special = {theirs.convert_tokens_to_ids(token) for token in ("<|user|>", "<|bot|>")}
+    assert not special & set(ours.encode(text))
+    reading = pickle.loads(pickle.dumps(ours.with_special(True)))
+    assert special <= set(reading.encode(text))
+    assert ours.eos_id not in reading.encode(text), "EOS is only ever set by us"
+    assert reading.decode(reading.encode(text)) == ours.decode(ours.encode(text)) == text
+    assert reading.encode("the cat") == ours.encode("the cat")
+    assert reading.fingerprint == ours.fingerprint
+
+
+def test_the_fingerprint_covers_added_tokens_and_is_as_it_was_without_any(grown, base_folder):
+    plain, more = load_tokenizer(base_folder, 0), load_tokenizer(grown[0], 0)
+    assert plain.fingerprint != more.fingerprint
+    model = json.loads(plain.backend.to_str())["model"]
+    was = fingerprint_json({"vocab": model["vocab"], "merges": model["merges"], "eos": plain.eos_id})
+    assert plain.fingerprint == was
+
+
+def test_special_tokens_of_a_base_are_trained_on_where_the_setting_says_so(grown, tmp_path, reporter):
+    folder, theirs = grown
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"text": f"<|user|>the {n}<|bot|>cat {n}"}) + "\n" for n in range(40)))
+    tokenizer, user = load_tokenizer(folder, 0), theirs.convert_tokens_to_ids("<|user|>")
+    for wanted in (False, True):
+        settings = DataSettings(sources=(str(path),), block_size=16, special_tokens=wanted)
+        prepared = prepare_data(settings, tokenizer, reporter)
+        assert (user in prepared.train.stream) is wanted

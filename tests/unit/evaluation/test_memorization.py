@@ -26,7 +26,7 @@ from lora_gpt2.evaluation.memorization import (
     read_canaries,
     write_canaries,
 )
-from lora_gpt2.evaluation.own_text import read_held_out, read_own_text
+from lora_gpt2.evaluation.own_text import read_own_text
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.open import open_session
 from lora_gpt2.model.base import load_base
@@ -112,7 +112,7 @@ def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, re
 def test_own_text_is_what_was_trained_on_and_what_was_held_out(learnt, reporter):
     own = read_own_text(learnt.store, "learnt", reporter)
     assert {part: len(documents) for part, documents in own.documents.items()} == own.prepared.report["documents"]
-    held_out = read_held_out(learnt.store, "learnt", reporter)
+    held_out = read_own_text(learnt.store, "learnt", reporter).held_out
     assert held_out == (own.documents["test"] or own.documents["validation"])
     assert not {d.text for d in held_out} & {d.text for d in own.documents["train"]}
 

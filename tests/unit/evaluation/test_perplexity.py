@@ -160,7 +160,7 @@ def lineup(base):
 def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup):
     rows, together = lineup
     (tmp_path / "a.txt").write_text("the cat \r\n and the dog")
-    sources = [*read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings()), Source("b", TEXTS)]
+    sources = [*read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(), SilentReporter()), Source("b", TEXTS)]
     assert [d.text for d in sources[0].documents] == ["the cat \r\n and the dog"], "evaluation text is not cleaned"
     for how in (None, together):
         cells = measure_matrix(base, rows, sources, EvaluateSettings(), SilentReporter(), how)

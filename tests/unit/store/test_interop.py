@@ -169,7 +169,12 @@ def test_an_adapter_of_a_shallower_base_is_refused(tmp_path):
         read(to_peft(make_adapter(shallow), "shallow", shallow), deep)
 
 
-def test_a_folder_without_safetensors_is_not_found(tmp_path, base):
+def test_a_folder_without_weights_or_configuration_is_not_found(tmp_path, base):
+    with pytest.raises(NotFoundError, match="has no adapter_model.safetensors"):
+        read_peft_files(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"x")
-    with pytest.raises(NotFoundError, match="pickle"):
+    with pytest.raises(NotFoundError, match="has no adapter_config.json"):
+        read_peft_files(tmp_path)
+    (tmp_path / PEFT_CONFIG).write_bytes(b"{}")
+    with pytest.raises(CorruptError, match="is not a file of tensors"):
         read_peft_files(tmp_path)
