@@ -45,7 +45,7 @@ def measure_domains(
 ) -> DomainsReport:
     """Trains an adapter per folder, all in one run, and returns the matrix on their test texts."""
     recipes = [build_recipe_for(folder, overrides) for folder in folders]
-    report = train_recipes(recipes, store, reporter)
+    report = train_recipes(recipes, store, reporter, fresh=True)
     settings = recipes[0].evaluate
     session = Session(load_base(recipes[0].base, choose_runtime(settings.precision)), store)
     rows = {name: session.for_rows(parse_mix([name])) for name in [BASE, *(recipe.name for recipe in recipes)]}

@@ -148,7 +148,7 @@ def _iter_old_lines(file: BufferedReader, where: str) -> Iterator[bytes]:
         *lines, pending = (pending + piece).split(b"\r")
         if len(pending) > MAX_LINE_BYTES:
             raise _refuse_line(where)
-        yield from (line + b"\n" for line in lines)
+        yield from (line + b"\r" for line in lines)
     if pending:
         yield pending
 

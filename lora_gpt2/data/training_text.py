@@ -1,10 +1,10 @@
 """Was a text trained on? A sketch of the training text that is kept with the adapter, and small.
 
-Runs of `WORDS` words, blind to case and punctuation, are hashed to 32 bits, and one in `ONE_IN` is kept: those whose
-hash is divisible by it, so the same runs are kept in every text ("mod p" sampling, Schleimer et al. 2003, section 2),
-but at least the smallest of each document. A document whose kept runs are mostly in the sketch was trained on, also
-where training cut it into sections or joined it with others, and where cleaning changed it here and there. It takes
-about an eighth of a byte per word. Nobody can read the text in it, but whoever guesses eight words can ask for them.
+Runs of `WORDS` words, blind to case and punctuation, are hashed to 32 bits, and of each `WINDOW` neighbouring runs the
+smallest hash is kept ("winnowing", Schleimer et al. 2003, section 4). So a text of 40 words or more keeps the same
+runs wherever it stands, alone, in a section or in a book, and a document whose kept runs are mostly in the sketch was
+trained on. It takes about a quarter of a byte per word. Nobody can read the text in it, but whoever guesses eight
+words in a row can find out whether they were there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-WORDS, ONE_IN = 8, 32
+WORDS, WINDOW = 8, 32
 SEEN_SHARE = 0.5  # of a document's kept runs
 UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, kana, ideographs: a character is a word here
 WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
@@ -35,9 +35,11 @@ def hash_runs(text: str) -> Runs:
     for offset in range(min(WORDS, len(hashes))):
         mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + count]
     mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-    runs = np.unique((mixed >> np.uint64(32)).astype(np.uint32))
-    kept: Runs = runs[runs % ONE_IN == 0]
-    return kept if len(kept) else runs[:1]
+    runs = (mixed >> np.uint64(32)).astype(np.uint32)
+    if len(runs) <= WINDOW:
+        return runs.min(keepdims=True)
+    kept: Runs = np.unique(np.lib.stride_tricks.sliding_window_view(runs, WINDOW).min(axis=1))
+    return kept
 
 
 @dataclass(frozen=True)

@@ -93,14 +93,16 @@ def build_peft_config(adapter: Adapter, base_name: str, config: GPT2Config) -> d
     }  # fmt: skip
 
 
-def from_peft(weights: bytes, config_bytes: bytes, config: GPT2Config, where: str) -> Adapter:
-    """Returns the adapter in PEFT's two files, checked against the base's shape.
+def from_peft(
+    weights: bytes, config_bytes: bytes, config: GPT2Config, where: str, frozen: FrozenWeights | None = None
+) -> Adapter:
+    """Returns the adapter in PEFT's two files, checked against the base's shape; `frozen` as in `parse_peft`.
 
     Raises:
         CorruptError: not JSON, not safetensors, a missing, unpaired or non-finite tensor, a rank that disagrees.
         MismatchError: a feature that we do not implement, one that has to be converted, or a shape of another base.
     """
-    content = parse_peft(weights, config_bytes, config, where)
+    content = parse_peft(weights, config_bytes, config, where, frozen)
     if content.spec.dora or content.spec.pissa:
         key = "use_dora" if content.spec.dora else "init_lora_weights = 'pissa'"
         raise MismatchError(f"{where}: {key} is not a plain LoRA", "'adapters import' converts it, with its base")

@@ -68,7 +68,7 @@ def run_demo(store: Store, reporter: Reporter) -> DemoReport:
             path.write_text("".join(f"{text}\n{EOS}\n" for text in train), encoding="utf-8")
             sources.append(Source(name.removeprefix("demo-"), test))
             recipes.append(_build_recipe(name, path))
-        report = train_recipes(recipes, store, reporter)
+        report = train_recipes(recipes, store, reporter, fresh=True)
     session = Session(load_base("nano", choose_runtime("float32")), store)
     mixes: list[Mix] = [(), *(((recipe.name, 1.0),) for recipe in recipes)]
     settings = recipes[0].generate

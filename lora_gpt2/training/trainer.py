@@ -385,4 +385,4 @@ class _HeldOut:
         return self.known[key], score.nll_nats_per_token
 
 
-_SMALLER = "use a smaller --set train.learning_rate"
+_SMALLER = "use a smaller --set train.learning_rate, with --fresh"

@@ -16,7 +16,8 @@ from lora_gpt2.data.prepared import describe_preparation, prepare_data
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import DataSettings
 
-WORDS = "the cat and a dog run in rain under another sun while every third lighthouse keeper counts ships".split()
+SENTENCE = "the cat and a dog run in rain under another sun while every third lighthouse keeper counts ships"
+WORDS = SENTENCE.split()
 
 
 def write_sentence(draw, words=20):
@@ -72,10 +73,10 @@ def test_line_ends_do_not_change_a_figure(run, base_folder, tmp_path, end):
 
 def test_what_cleaning_takes_away_is_said_from_a_hundredth_on(run, base_folder, tmp_path):
     path = tmp_path / "spaced.txt"
-    path.write_text("   ".join(WORDS * 10), encoding="utf-8")
+    path.write_text("   ".join(make_documents(20)), encoding="utf-8")
     _, err = evaluate(run, base_folder, path)
     assert "of the characters away, as in training; --set data.profile=raw measures the text as it is" in err
-    path.write_text(" ".join(WORDS * 100) + "  .", encoding="utf-8")
+    path.write_text(" ".join(make_documents(20)) + "  .", encoding="utf-8")
     _, err = evaluate(run, base_folder, path)
     assert "characters away" not in err
 
@@ -115,10 +116,10 @@ def test_the_test_figure_of_training_is_that_of_evaluate(run, base_folder, store
 
 
 def test_text_that_was_trained_on_is_marked_wherever_it_is_measured(run, base_folder, tmp_path):
-    texts = make_documents(60)
+    texts = make_documents(60, words=60)
     data, new = (
         write_records(tmp_path / "d.jsonl", texts),
-        write_records(tmp_path / "new.jsonl", make_documents(12, seed=9)),
+        write_records(tmp_path / "new.jsonl", make_documents(12, words=60, seed=9)),
     )
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(texts), encoding="utf-8")
@@ -234,11 +235,11 @@ def test_what_each_rule_and_reading_did_is_said_and_kept(run, base_folder, store
     texts = [f"{text}{EOS}" for text in make_documents(40)] + ["spaced   out " + write_sentence(random.Random(5))]
     code, _, err = train(run, base_folder, "law", "--data", write_records(tmp_path / "d.jsonl", texts))
     assert code == 0
-    assert "law: cleaning rule spaces: 1 documents, 4 characters removed" in err
+    assert "law: cleaning rule spaces: 1 documents, 2 characters removed" in err
     assert err.count("cleaning rule spaces") == 1
     assert EOS in err
     manifest = store.read_manifest("law")
-    assert manifest.data["rules"]["spaces"] == {"documents": 1, "characters_removed": 4}
+    assert manifest.data["rules"]["spaces"] == {"documents": 1, "characters_removed": 2}
     assert any(EOS in line for line in manifest.data["reading"])
     folder = store.resolve("law")
     for page in ("README.md", "report.html"):
@@ -338,7 +339,7 @@ def test_an_interrupted_run_is_gone_on_with_or_set_aside_but_not_overwritten(
     assert "an interrupted run of law is kept, at step 3" in err
     assert "--resume goes on with it, --fresh begins anew" in err
     assert store.list_names() == []
-    code, out, err = train(run, base_folder, "law", "--data", data, "--resume", "--json")
+    code, _, err = train(run, base_folder, "law", "--data", data, "--resume")
     assert code == 0
     assert "resuming at step 3" in err
     assert train(run, base_folder, "law", "--data", data)[0] == 0, "a finished run is no obstacle"
@@ -368,9 +369,11 @@ def test_a_text_without_a_line_break_is_split_and_trained(prepare, tokenizer, tm
         from lora_gpt2.data import sources
 
         sources._spool_stdin.cache_clear()
-        monkeypatch.setattr("sys.stdin", path.open(encoding="utf-8"))
-        path = "-"
-    prepared = prepare(path)
+        with path.open(encoding="utf-8") as file, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", file)
+            prepared = prepare("-")
+    else:
+        prepared = prepare(path)
     assert min(prepared.report["documents"].values()) >= 1
     assert sum(prepared.report["documents"].values()) > 20
     kept = "".join(text for _, text in read_all(prepared, tokenizer))

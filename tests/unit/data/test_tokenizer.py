@@ -80,7 +80,7 @@ def grown(base_folder, tmp_path):
         warnings.simplefilter("ignore")
         model = GPT2LMHeadModel.from_pretrained(base_folder)
         theirs = GPT2TokenizerFast.from_pretrained(base_folder)
-        theirs.add_tokens(["Kühlschrank", "dog house"])
+        theirs.add_tokens(["fridge", "dog house", "Kühlschrank"])
         theirs.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]})
         model.resize_token_embeddings(len(theirs))
         model.save_pretrained(tmp_path / "grown")
@@ -91,13 +91,19 @@ def grown(base_folder, tmp_path):
 def test_added_tokens_decode_as_transformers_decodes_them(grown):
     folder, theirs = grown
     ours = load_base(str(folder), choose_runtime("float32", torch.device("cpu"))).tokenizer
-    text = "the Kühlschrank and <|user|>dog house<|bot|> run"
+    text = "the fridge and <|user|>dog house<|bot|> run"
     ids = theirs(text)["input_ids"]
-    assert {theirs.convert_tokens_to_ids(t) for t in ("Kühlschrank", "<|user|>")} <= set(ids)
+    assert {theirs.convert_tokens_to_ids(t) for t in ("fridge", "<|user|>")} <= set(ids)
     assert ours.decode(ids) == theirs.decode(ids) == text
     stream = TextStream(ours)
     assert "".join([*map(stream.push, ids), stream.finish()]) == text
     assert ours.decode([ours.eos_id]) == ""
+    beyond_ascii = "the Kühlschrank"  # transformers reads an added token's letters as GPT-2's stand-ins for bytes
+    assert (
+        ours.decode(theirs(beyond_ascii)["input_ids"])
+        == beyond_ascii
+        != theirs.decode(theirs(beyond_ascii)["input_ids"])
+    )
 
 
 def test_added_special_tokens_are_text_unless_they_are_asked_for(grown):

@@ -161,7 +161,9 @@ def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup)
     rows, together = lineup
     (tmp_path / "a.txt").write_text("the cat \r\n and the dog")
     sources = [*read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(), SilentReporter()), Source("b", TEXTS)]
-    assert [d.text for d in sources[0].documents] == ["the cat \r\n and the dog"], "evaluation text is not cleaned"
+    assert [d.text for d in sources[0].documents] == ["the cat\n and the dog"], "cleaned as for training"
+    raw = read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(profile="raw"), SilentReporter())
+    assert [d.text for d in raw[0].documents] == ["the cat \r\n and the dog"]
     for how in (None, together):
         cells = measure_matrix(base, rows, sources, EvaluateSettings(), SilentReporter(), how)
         assert [(c.adapter, c.source) for c in cells] == [(a, s) for s in "ab" for a in ("base", "law", "code")]
@@ -173,7 +175,7 @@ def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup)
         assert cells[3].ratio == 1.0
     assert set(cells[0].to_json()) == {
         "adapter", "source", "tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte",
-        "documents", "perplexity_interval", "ratio_to_base", "ratio_interval",
+        "documents", "perplexity_interval", "ratio_to_base", "profile", "documents_trained_on", "ratio_interval",
     }  # fmt: skip
 
 

@@ -170,10 +170,10 @@ def test_an_adapter_of_a_shallower_base_is_refused(tmp_path):
 
 
 def test_a_folder_without_weights_or_configuration_is_not_found(tmp_path, base):
-    with pytest.raises(NotFoundError, match="has no adapter_model.safetensors"):
+    with pytest.raises(NotFoundError, match=r"has no adapter_model\.safetensors"):
         read_peft_files(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"x")
-    with pytest.raises(NotFoundError, match="has no adapter_config.json"):
+    with pytest.raises(NotFoundError, match=r"has no adapter_config\.json"):
         read_peft_files(tmp_path)
     (tmp_path / PEFT_CONFIG).write_bytes(b"{}")
     with pytest.raises(CorruptError, match="is not a file of tensors"):

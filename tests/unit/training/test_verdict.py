@@ -52,7 +52,8 @@ def score(nats, documents=12):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [(-0.1, "little"), (0.099, "little"), (0.1, "some of it"), (0.299, "some of it"), (0.3, "much")]
+    ("change", "said"),
+    [(-0.1, "little"), (0.099, "little"), (0.101, "some of it"), (0.299, "some of it"), (0.301, "much")],
 )
 def test_forgetting_is_graded_in_nats(change, said):
     found = judge_forgetting(score(4.0), score(4.0 + change))
