@@ -129,12 +129,35 @@ def test_nothing_is_kept_below_the_first_adapted_block(base, tokens):
     assert gradient.any()
 
 
-def test_noise_on_the_embeddings_reaches_the_loss(base, tokens):
-    bank, _ = open_bank(base)
-    rows = TrainingRows(bank, [0])
-    plain, noise = loss_of(base, rows, tokens), torch.randn(3, 10, 16)
-    assert torch.equal(loss_of(base, rows, tokens, noise=torch.zeros_like(noise)), plain)
-    assert not torch.equal(loss_of(base, rows, tokens, noise=noise), plain)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0]])
+def test_a_slots_scale_is_applied_before_rounding_to_the_bases_dtype(base, dtype, slots):
+    config = base.config
+    adapters = [make_adapter(config, 1, LoraSettings(rank=3, alpha=alpha)) for alpha in (1, 7, 0.1)]
+    bank = AdapterBank(config, adapters[0].ranks, 3, "training", base.model.wte.weight.to(dtype))
+    for slot, adapter in enumerate(adapters):
+        bank.load(slot, adapter)
+    z = torch.randn(len(slots), 50, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scales = torch.tensor([1 / 3, 7 / 3, 0.1 / 3])[slots]
+    for site in ("h.0.mlp.c_fc", "lm_head"):
+        found = TrainingRows(bank, slots).scaled(z, bank.sites[site])
+        assert found.dtype == dtype
+        assert torch.equal(found, (z.float() * scales[:, None, None]).to(dtype)), site
+
+
+def test_noise_is_added_to_the_embeddings(base, tokens):
+    bank, gradient = open_bank(base)
+    rows, noise = TrainingRows(bank, [0]), torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0))
+    found = loss_of(base, rows, tokens, noise=noise)
+    found.backward()
+    with_noise, kept = gradient.clone(), base.model.wte.register_forward_hook(lambda m, i, embedded: embedded + noise)
+    gradient.zero_()
+    wanted = loss_of(base, rows, tokens)
+    wanted.backward()
+    kept.remove()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert (with_noise - gradient).norm() <= 1e-5 * gradient.norm()  # float32 sums in another order
+    assert abs(found.item() / loss_of(base, rows, tokens).item() - 1) > 1e-3, "the comparison can fail"
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])

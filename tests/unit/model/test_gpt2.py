@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import MismatchError
+from lora_gpt2.model.base import load_base
 from lora_gpt2.model.config import parse_config
 from lora_gpt2.model.gpt2 import GPT2, KVCache
+from lora_gpt2.model.runtime import Runtime
 
 GOOD = {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 20, "n_positions": 8}
 
@@ -40,6 +42,28 @@ def test_rows_of_different_lengths_share_a_cache(base):
 def test_positions_beyond_the_context_are_an_error(base):
     with pytest.raises(IndexError, match="context"):
         base.model(torch.zeros(1, base.config.context + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_is_added_to_the_token_embeddings_with_its_sign(base_folder, dtype):
+    model = load_base(str(base_folder), Runtime(torch.device("cpu"), dtype)).model
+    tokens = torch.arange(14).view(2, 7)  # each token once, so that its embedding can carry its own noise
+    embeddings = model.wte.weight.data
+    noise = torch.randn(2, 7, embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+    noisy = model(tokens, noise=noise)
+    positions = model.wpe.weight[:7]
+    embedded = (model.wte(tokens) + positions + noise.to(dtype)).float()
+    plain = model(tokens)
+    changed = embeddings.clone()
+    changed[tokens] = (embedded - positions.float()).to(dtype)
+    model.wte.weight.data = changed
+    # in 16 bits the sum is rounded in another place, which moves a hidden state by a few of its last digits
+    limit = 1e-5 if dtype == torch.float32 else 0.02
+    wanted = model(tokens)
+    assert (noisy - wanted).norm() <= limit * wanted.norm()
+    assert (plain - wanted).norm() > 0.1 * wanted.norm(), "the comparison can fail"
+    model.wte.weight.data = embeddings
+    assert torch.equal(model(tokens, noise=torch.zeros_like(noise)), plain)
 
 
 @pytest.mark.parametrize(

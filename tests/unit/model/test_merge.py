@@ -17,6 +17,7 @@ from lora_gpt2.model.merge import (
     drop_and_rescale,
     measure_inner,
     measure_norm,
+    scale_weights,
     to_dense,
 )
 from lora_gpt2.recipe import LoraSettings, MergeSettings
@@ -108,6 +109,33 @@ def test_dare_keeps_the_density_and_the_mean_and_follows_its_seed():
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_draws_for_each_parent_projection_and_seed_independently(method):
+    """Yu et al. 2024, section 3.2: each entry of each parent is dropped by chance, whatever happens to the others."""
+    update = make_update(1, outputs=200, inputs=100)
+    sites = (SITE, "h.1.mlp.c_fc")
+    twins = [Adapter(dict.fromkeys(sites, update)) for _ in range(2)]
+    kept = []
+    for seed in (0, 1):
+        how = MergeSettings(method=method, density=0.3, seed=seed)
+        for site in sites:
+            for parent in range(2):
+                factors = [float(parent == 0), float(parent == 1)]  # leaves what one parent keeps
+                kept.append(combine_site(twins, factors, how, site) != 0)
+    masks = torch.stack(kept).flatten(1).float()
+    # over 20,000 independent entries a share deviates by 0.0032, a correlation by 0.0071: five of them at most
+    assert torch.allclose(masks.mean(1), torch.full((8,), 0.3), atol=0.016)
+    assert torch.allclose(torch.corrcoef(masks), torch.eye(8), atol=0.036)
+
+
+def test_dare_draws_the_same_for_a_parent_whatever_the_others_are():
+    how = MergeSettings(method="dare_linear", density=0.5)
+    one, other, third = (Adapter({SITE: make_update(seed, outputs=40)}) for seed in (1, 2, 3))
+    pair, with_third = (combine_site(each, [1.0, 0.0], how, SITE) for each in ([one, other], [one, third]))
+    assert torch.equal(pair, with_third)
+    assert torch.equal(pair, combine_site([one], [1.0], how, SITE))
+
+
 @pytest.mark.parametrize("method", METHODS_THAT_PRUNE)
 def test_pruning_nothing_and_agreeing_parents_change_nothing(method):
     one = parents(1)[0]
@@ -133,14 +161,25 @@ def test_ranks_and_targets_may_differ_and_the_default_ranks_are_kept(base):
     )
 
 
-def test_linear_divides_by_the_sum_of_weights(base):
+@pytest.mark.parametrize("weights", [[2.0, 2.0], [0.2, 0.6], [-1.0, -3.0], [1.0, -3.0], [3.0, -1.0]])
+def test_linear_divides_by_the_sum_of_weights_with_its_sign(base, weights):
     one, other = (make_adapter(base.config, seed) for seed in (1, 2))
     how = MergeSettings(method="linear", rank=99)
-    double = combine_adapters([one, other], [2.0, 2.0], how).adapter.updates[SITE]
-    expected = (to_dense(one.updates[SITE]) + to_dense(other.updates[SITE])) / 2
-    torch.testing.assert_close(to_dense(double), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(UsageError, match="is zero"):
-        combine_adapters([one, other], [1.0, -1.0], how)
+    total = weights[0] + weights[1]
+    assert scale_weights(weights, how) == pytest.approx([weights[0] / total, weights[1] / total])
+    assert sum(scale_weights(weights, how)) == pytest.approx(1)
+    combined = combine_adapters([one, other], weights, how).adapter.updates
+    for site in one.updates:
+        expected = sum(w / total * to_dense(a.updates[site]) for w, a in zip(weights, (one, other), strict=True))
+        torch.testing.assert_close(to_dense(combined[site]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_only_linear_changes_the_weights_and_a_sum_of_zero_is_refused(base):
+    assert all(scale_weights([2.0, -3.0], MergeSettings(method=m)) == [2.0, -3.0] for m in ("cat", "svd", "ties"))
+    one, other = (make_adapter(base.config, seed) for seed in (1, 2))
+    with pytest.raises(UsageError, match="is zero") as caught:
+        combine_adapters([one, other], [1.0, -1.0], MergeSettings(method="linear"))
+    assert "--method cat" in caught.value.hint
 
 
 def test_inner_products_come_from_the_factors():
