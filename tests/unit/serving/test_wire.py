@@ -41,7 +41,8 @@ def test_token_ids_end_below_the_size_of_the_vocabulary(session):
 
 def test_a_prompt_is_a_text_or_ids_or_a_list_of_either():
     for prompt, found in (
-        ("a", ["a"]), ("", [""]), (["a", "b"], ["a", "b"]), ([5], [[5]]), ([5, 6], [[5, 6]]), ([[5], [6, 7]], [[5], [6, 7]]),
+        ("a", ["a"]), ("", [""]), (["a", "b"], ["a", "b"]), ([5], [[5]]), ([5, 6], [[5, 6]]),
+        ([[5], [6, 7]], [[5], [6, 7]]),
     ):  # fmt: skip
         assert list_prompts(prompt) == found
     for prompt in (None, 5, [], [[]], ["a", 5], [5, "a"], [[5], []], [[5], "a"], [True], [1.0], [[True]], {"a": 1}):
