@@ -1,4 +1,4 @@
-"""The engine's thread when a step fails: who waits is told, nothing stays behind, and only failures in a row are fatal."""
+"""The engine's thread when a step fails: who waits is told, nothing stays behind, only failures in a row are fatal."""
 
 import threading
 
