@@ -1,11 +1,23 @@
 import errno
+import fcntl
 import os
+import shutil
 import stat
 
 import pytest
 
-from lora_gpt2.core.errors import ConflictError, ResourceError, UsageError
-from lora_gpt2.core.paths import check_name, find_cache_dir, hold_lock, os_errors_as_ours, temporary_dir, write_atomic
+from lora_gpt2.core.errors import ConflictError, CorruptError, ResourceError, UsageError
+from lora_gpt2.core.paths import (
+    check_name,
+    find_cache_dir,
+    hold_for_removal,
+    hold_lock,
+    hold_shared,
+    os_errors_as_ours,
+    read_regular,
+    temporary_dir,
+    write_atomic,
+)
 
 
 @pytest.mark.parametrize("name", ["a", "legal", "a.b-c_d", "0x", "a" * 64])
@@ -93,3 +105,127 @@ def test_ignored_signals_stay_ignored_and_others_are_noted():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+def forbid_reading(monkeypatch):
+    """Lets no byte of any file be read through `os` until it is undone."""
+
+    def refuse(*arguments):
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(os, "read", refuse)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 64, 5000])
+def test_a_file_is_read_up_to_its_limit_and_a_larger_one_is_refused_unread(tmp_path, monkeypatch, limit):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(256)) * 20)
+    os.truncate(path, limit)
+    content = path.read_bytes()
+    assert read_regular(path, limit) == read_regular(str(path)) == content
+    assert len(content) == limit
+    os.truncate(path, limit + 1)
+    assert len(read_regular(path)) == limit + 1, "without a limit, all of it"
+    forbid_reading(monkeypatch)
+    for size in (limit + 1, 2**40):
+        os.truncate(path, size)
+        with pytest.raises(CorruptError) as caught:
+            read_regular(path, limit)
+        assert f"{size:,} bytes, expected at most {limit:,}" in caught.value.message
+        assert caught.value.hint
+
+
+def test_a_file_that_is_read_in_pieces_comes_whole(tmp_path, monkeypatch):
+    path, real = tmp_path / "f", os.read
+    path.write_bytes(bytes(range(256)))
+    monkeypatch.setattr(os, "read", lambda handle, count: real(handle, min(count, 7)))
+    assert read_regular(path, 256) == bytes(range(256))
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder", "device"])
+def test_nothing_but_a_plain_file_is_read_or_waited_for(tmp_path, monkeypatch, kind):
+    path, other = tmp_path / "f", tmp_path / "other"
+    other.write_bytes(b"precious")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path = "/dev/zero"
+    else:
+        path.symlink_to(other if kind == "link" else tmp_path / "nothing")
+    forbid_reading(monkeypatch)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    with pytest.raises(CorruptError, match="plain file"):
+        read_regular(path, 100)
+    assert before == (len(os.listdir("/proc/self/fd")) if before else 0), "and nothing stays open"
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "missing")
+
+
+def is_held(folder):
+    """True if somebody holds the folder against removal."""
+    with hold_for_removal(folder) as is_ours:
+        return not is_ours
+
+
+def test_a_folder_is_held_for_exactly_as_long_as_it_is_read(tmp_path):
+    folder, other = tmp_path / "1", tmp_path / "2"
+    folder.mkdir()
+    other.mkdir()
+    with hold_shared(folder) as found:
+        assert found
+        assert (is_held(folder), is_held(other)) == (True, False)
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as many read as wish to
+        os.close(handle)
+    assert not is_held(folder)
+    with pytest.raises(ValueError, match="x"), hold_shared(folder):
+        raise ValueError("x")
+    assert not is_held(folder), "also when reading fails"
+    with hold_for_removal(folder) as is_ours:
+        assert is_ours
+        assert is_held(folder), "one at a time removes"
+    for missing in (tmp_path / "nothing", tmp_path / "nothing" / "1"):
+        with hold_shared(missing) as found:
+            assert found is False
+    (tmp_path / "file").write_text("x")
+    with hold_shared(tmp_path / "file") as found:
+        assert found is False
+
+
+@pytest.mark.parametrize("change", ["nothing", "removed", "replaced", "moved away", "a file"])
+def test_a_folder_that_changes_while_it_is_taken_hold_of_is_not_held(tmp_path, monkeypatch, change):
+    """What is held must be what has the name now: between opening a folder and locking it, it may have gone."""
+    folder, lock = tmp_path / "1", fcntl.flock
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def change_before(handle, operation):
+        if change == "removed":
+            shutil.rmtree(folder)
+        elif change != "nothing":
+            folder.rename(tmp_path / "away")  # so that the new one cannot get the old one's inode
+            if change == "replaced":
+                folder.mkdir()
+            elif change == "a file":
+                folder.touch()
+        return lock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", change_before)
+    with hold_shared(folder) as found:
+        assert found is (change == "nothing")
+    monkeypatch.undo()
+    if folder.is_dir():
+        assert not is_held(folder)
+
+
+def test_a_file_system_without_locks_is_read_and_never_removed_from(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with hold_shared(tmp_path) as found:
+        assert found
+    with hold_for_removal(tmp_path) as is_ours:
+        assert not is_ours

@@ -30,6 +30,7 @@ from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.lineage import compare_manifests, describe_lineage
 from lora_gpt2.store.manifest import CARD, MANIFEST, METRICS, PEFT_CONFIG, WEIGHTS, Manifest
 from tests.builders import make_adapter
+from tests.faults import Disk
 
 
 def publish(store, base, name="law", seed=1, **origin):
@@ -387,3 +388,113 @@ def test_sealed_but_hostile_manifests_are_refused(base, store, three, changes):
     with pytest.raises(CorruptError):
         load_adapter(store, "law", base)
     assert [type(entry) for entry in store.iter_current()] == [CorruptError]
+
+
+def lose_the_newest(store, base):
+    """Leaves two versions of law, with number 3 given out and gone."""
+    roll_back(store, "law", 2)
+    remove_adapter(store, "law@3")
+    return "law"
+
+
+def then_rename(store, name):
+    rename_adapter(store, name, "right")
+    return "right"
+
+
+def then_rename_twice(store, name):
+    rename_adapter(store, then_rename(store, name), "left")
+    return "left"
+
+
+def then_remove_and_restore(store, name):
+    remove_adapter(store, name)
+    restore_adapter(store, name)
+    return name
+
+
+def then_collect(store, name):
+    collect_garbage(store, keep=1)
+    return name
+
+
+def then_collect_and_rename(store, name):
+    return then_rename(store, then_collect(store, name))
+
+
+def then_roll_back(store, name):
+    roll_back(store, name, 1)
+    return name
+
+
+@pytest.mark.parametrize(
+    "then",
+    [then_rename, then_rename_twice, then_remove_and_restore, then_collect, then_collect_and_rename, then_roll_back],
+)
+def test_a_number_that_was_given_out_stays_so_through_every_change(base, store, three, then):
+    name = then(store, lose_the_newest(store, base))
+    assert store.next_version(name) == 4
+    assert publish(store, base, name, seed=4).reference == f"{name}@4"
+    remove_adapter(store, f"{name}@{max(store.list_versions(name)[:-1])}")
+    assert publish(store, base, name, seed=5).version == 5, "an older one that goes frees no number either"
+
+
+def test_a_rename_of_an_adapter_that_lost_nothing_begins_nothing_anew(base, store, three):
+    rename_adapter(store, "law", "right")
+    assert publish(store, base, "right", seed=4).version == 4
+    assert publish(store, base, "law", seed=5).version == 1, "the old name is free, and its numbers begin again"
+    assert store.list_versions("right") == [1, 2, 3, 4]
+
+
+CHANGES = {
+    "publish": lambda store, base: publish(store, base, seed=9),
+    "publish the first": lambda store, base: publish(store, base, "new"),
+    "copy": lambda store, base: copy_adapter(store, "law", "twin"),
+    "roll back": lambda store, base: roll_back(store, "law", 1),
+    "remove": lambda store, base: remove_adapter(store, "law"),
+    "remove a version": lambda store, base: remove_adapter(store, "law@1"),
+    "rename": lambda store, base: rename_adapter(store, "law", "right"),
+    "restore": lambda store, base: restore_adapter(store, "gone"),
+    "restore a version": lambda store, base: restore_adapter(store, "law@2"),
+}
+
+
+@pytest.mark.parametrize("has_trash", [True, False])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_on_the_disk_when_it_is_done_and_in_an_order_that_loses_nothing(
+    base, store, three, name, has_trash
+):
+    if has_trash or name.startswith("restore"):
+        publish(store, base, "gone")
+        remove_adapter(store, "gone")
+        remove_adapter(store, "law@2")
+    with Disk(store.root) as disk:
+        CHANGES[name](store, base)
+    trash = str(store.root / ".trash")
+    assert disk.moves, "something was renamed"
+    for source, target, unsafe in disk.moves:
+        below = {path for path in unsafe if path == source or path.startswith(f"{source}/")}
+        assert not below, f"{source} got its name before it was on the disk"
+        if target.startswith(trash):
+            assert not unsafe - {os.path.dirname(source)}, "what takes its place is on the disk before it goes"
+    # What was restored may still be in the trash after a power loss: it is then restored twice, and nothing is lost.
+    allowed = [".trash"] if name.startswith("restore") else []
+    assert [path for path in disk.list_unsafe() if path not in allowed] == []
+
+
+def test_the_disk_notices_what_was_not_synced(tmp_path):
+    """The control of the law above."""
+    with Disk(tmp_path) as disk:
+        (tmp_path / "a").mkdir()
+        handle = os.open(tmp_path / "a" / "f", os.O_WRONLY | os.O_CREAT)
+        assert disk.list_unsafe() == [".", "a", "a/f"]
+        os.fsync(handle)
+        os.close(handle)
+        assert disk.list_unsafe() == [".", "a"]
+        for folder in (tmp_path, tmp_path / "a"):
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        assert disk.list_unsafe() == []
+        os.rename(tmp_path / "a", tmp_path / "b")
+        assert disk.list_unsafe() == ["."]

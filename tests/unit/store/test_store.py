@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
+from lora_gpt2.core.errors import ConflictError, CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
+from lora_gpt2.core.paths import hold_for_removal
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
-from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.catalog import MAX_POINTER_BYTES, Store
+from lora_gpt2.store.changes import collect_garbage, remove_adapter, rename_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
-from lora_gpt2.store.manifest import MANIFEST, PEFT_CONFIG, WEIGHTS
+from lora_gpt2.store.manifest import MANIFEST, MAX_BYTES, MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS
 from tests.builders import make_adapter, make_base_folder
 
 ORIGIN = Origin(figures={"validation_perplexity": 12.5}, metrics=[{"step": 1}])
@@ -249,3 +251,89 @@ def test_a_publication_is_durable_in_order(base, store, monkeypatch):
     assert version < moves.index(("fsync", home)) < current, "the version's name is durable before CURRENT says it"
     assert ("fsync", home) in moves[current:], "and CURRENT's afterwards"
     assert ("fsync", str(store.root)) in moves[current:]
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("CURRENT", MAX_POINTER_BYTES), (f"1/{MANIFEST}", MAX_BYTES), (f"1/{WEIGHTS}", MAX_FILE_BYTES)]
+)
+def test_a_file_that_is_larger_than_it_can_be_is_refused_unread(base, store, monkeypatch, name, limit):
+    publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
+    path, real = store.root / "law" / name, os.read
+    os.truncate(path, limit + 1)  # a hole: it takes no room on the disk
+
+    def read(handle, count):
+        assert count <= 2**20, "so much is read at once"
+        return real(handle, count)
+
+    monkeypatch.setattr(os, "read", read)
+    with pytest.raises(CorruptError) as caught:
+        load_adapter(store, "law", base)
+    assert f"expected at most {limit:,}" in caught.value.message
+    monkeypatch.undo()
+    assert MAX_POINTER_BYTES < 1000 < MAX_BYTES < 2**30, "a pointer and a manifest are small"
+
+
+def is_held(folder):
+    with hold_for_removal(folder) as is_ours:
+        return not is_ours
+
+
+@pytest.mark.parametrize("reference", ["law", "law@1", "law@2"])
+def test_a_pinned_version_is_held_until_the_block_ends(base, store, reference):
+    for seed in (1, 2):
+        publish_adapter(store, "law", make_adapter(base.config, seed), base, ORIGIN)
+    pinned, other = ("1", "2") if reference == "law@1" else ("2", "1")
+    with store.pin(reference) as folder:
+        assert folder == store.root / "law" / pinned
+        assert is_held(folder)
+        assert not is_held(folder.parent / other), "and no more than that"
+        publish_adapter(store, "law", make_adapter(base.config, 3), base, ORIGIN)
+        assert f"law@{pinned}" in collect_garbage(store, keep=1).kept_in_use
+        for work in (
+            lambda: remove_adapter(store, "law"),
+            lambda: remove_adapter(store, f"law@{pinned}"),
+            lambda: rename_adapter(store, "law", "right"),
+        ):
+            with pytest.raises(ConflictError, match="being read"):
+                work()
+        assert (folder / WEIGHTS).is_file()
+    assert not is_held(folder)
+    with pytest.raises(ValueError, match="x"), store.pin(reference) as folder:
+        raise ValueError("x")
+    assert not is_held(folder)
+    if folder.name != "3":
+        remove_adapter(store, f"law@{folder.name}")
+
+
+def test_a_version_that_goes_while_it_is_opened_is_looked_for_again(base, store, monkeypatch):
+    """What is yielded is held and there; who was too late gets the version that took its place, or is told."""
+    for seed in (1, 2):
+        publish_adapter(store, "law", make_adapter(base.config, seed), base, ORIGIN)
+    resolve, asked = Store.resolve, []
+
+    def resolve_then_lose(self, reference):
+        folder = resolve(self, reference)
+        asked.append(folder.name)
+        if len(asked) == 1:
+            publish_adapter(store, "law", make_adapter(base.config, 3), base, ORIGIN)
+            collect_garbage(store, keep=1)
+        return folder
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "resolve", resolve_then_lose)
+        with store.pin("law") as folder:
+            assert (folder.name, (folder / WEIGHTS).is_file(), is_held(folder)) == ("3", True, True)
+        assert asked == ["2", "3"]
+        asked.clear()
+        with pytest.raises(NotFoundError), store.pin("law@3"):
+            pytest.fail("it was collected")
+    publish_adapter(store, "code", make_adapter(base.config, 4), base, ORIGIN)
+
+    def resolve_then_remove(self, reference):
+        folder = resolve(self, reference)
+        remove_adapter(self, "code")
+        return folder
+
+    monkeypatch.setattr(Store, "resolve", resolve_then_remove)
+    with pytest.raises(NotFoundError), store.pin("code"):
+        pytest.fail("it was removed")

@@ -1,0 +1,145 @@
+"""Who is let in: the Host that was asked and the key, each as a whole and nothing like it."""
+
+import asyncio
+import base64
+
+import pytest
+from starlette.datastructures import Headers
+
+from lora_gpt2.serving.guard import SAFE_HEADERS, Guard, has_key
+
+KEY, ADMIN_KEY = "s3cret:Key", "adm1n"
+
+
+async def app(scope, receive, send):
+    """Stands behind the guard: whoever gets here was let in."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x-own", b"1")]})
+    await send({"type": "http.response.body", "body": b"inside"})
+
+
+def knock(guard, host="localhost", authorization=None):
+    """Returns status, headers and body of a request; `host` None sends none."""
+    headers = [] if host is None else [(b"host", host.encode())]
+    headers += [] if authorization is None else [(b"authorization", authorization.encode())]
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": headers}
+    asyncio.run(guard(scope, receive, send))
+    start, *rest = sent
+    return start["status"], start["headers"], b"".join(message.get("body", b"") for message in rest)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost", "LocalHost:8000", "box.example", "BOX.example:80", "second.example", "127.0.0.1", "127.0.0.1:80",
+        "10.1.2.3:9000", "[::1]", "[::1]:80", "[fe80::1]:8000",
+    ],
+)  # fmt: skip
+def test_our_names_and_any_ip_address_are_answered(host):
+    assert knock(Guard(app, ("Box.Example", "second.example"), None, None), host)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evilbox.example", "xlocalhost", "x.localhost", "a.box.example", "", None, ":80", "localhost.evil.example",
+        "box.example.evil.example", "box.example.", "localhost@evil.example", "box",
+        "example", "localhos", "ocalhost", "localhost:80:90", "[localhost]", "box.example,evil.example", "*",
+        "127.0.0.1.evil.example", "evil.127.0.0.1", "127.0.0.1.nip.io:80", "1.2.3", "0x7f000001", "[::1].evil.example",
+        "second", "box.example second.example", "evil.example",
+    ],
+)  # fmt: skip
+def test_every_other_name_is_refused_whatever_of_ours_it_holds(host):
+    guard = Guard(app, ("box.example", "second.example"), None, None)
+    status, _, body = knock(guard, host)
+    assert (status, b"host_not_allowed" in body, b"inside" in body) == (403, True, False)
+    assert b"--allow-host" in body
+    keyed = Guard(app, ("box.example", "second.example"), KEY, ADMIN_KEY)
+    assert knock(keyed, host, f"Bearer {KEY}")[0] == 403, "a key does not help"
+
+
+def test_a_host_that_was_not_allowed_at_the_start_is_none():
+    assert knock(Guard(app, (), None, None), "box.example")[0] == 403
+    assert knock(Guard(app, (), None, None), "localhost")[0] == 200
+
+
+def basic(text):
+    return f"Basic {base64.b64encode(text.encode()).decode()}"
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        f"Bearer {KEY}", f"bearer {KEY}", f"BEARER  {KEY} ", basic(f"me:{KEY}"), basic(f":{KEY}"),
+        basic(f"me:{KEY}").replace("Basic", "basic"), f"Bearer {ADMIN_KEY}", basic(f"me:{ADMIN_KEY}"),
+    ],
+)  # fmt: skip
+def test_either_key_opens_as_a_bearer_token_or_as_a_password(authorization):
+    assert knock(Guard(app, (), KEY, ADMIN_KEY), authorization=authorization)[::2] == (200, b"inside")
+
+
+NEARLY = [
+    "", KEY[:-1], KEY[:1], KEY[1:], KEY + "x", "x" + KEY, KEY + KEY, KEY.upper(), KEY.lower(), KEY.swapcase(),
+    KEY[::-1], KEY.replace("s", "S", 1), f"{KEY} {KEY}", f"{KEY},{ADMIN_KEY}", f'"{KEY}"', KEY.partition(":")[0],
+    KEY.partition(":")[2], ADMIN_KEY[:-1], ADMIN_KEY + "x", ADMIN_KEY.upper(), "None", "*", "\u00e9",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NEARLY)
+def test_nothing_but_the_whole_key_opens(key):
+    guard = Guard(app, (), KEY, ADMIN_KEY)
+    for authorization in (f"Bearer {key}", basic(f"me:{key}"), basic(f":{key}"), basic(f"{KEY}:{key}")):
+        status, headers, body = knock(guard, authorization=authorization)
+        assert (status, b"invalid_api_key" in body, b"inside" in body) == (401, True, False), authorization
+        assert (b"www-authenticate", b'Basic realm="lora-gpt2"') in headers
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        None, "", "Bearer", "Basic", KEY, f"Token {KEY}", f"Bearer:{KEY}", f"Bearer{KEY}", "Basic ???", f"Basic {KEY}",
+        basic(KEY), basic("me:") + "=", f"Digest {KEY}", basic(f"me:{KEY}").replace("Basic", "Bearer"),
+    ],
+)  # fmt: skip
+def test_a_key_in_another_place_or_none_opens_nothing(authorization):
+    assert knock(Guard(app, (), KEY, ADMIN_KEY), authorization=authorization)[0] == 401
+
+
+def test_without_a_key_everything_is_open_and_the_admin_key_alone_closes_nothing():
+    for guard in (Guard(app, (), None, None), Guard(app, (), None, ADMIN_KEY)):
+        for authorization in (None, "Bearer wrong"):
+            assert knock(guard, authorization=authorization)[0] == 200
+    only = Guard(app, (), KEY, None)
+    assert [knock(only, authorization=value)[0] for value in (f"Bearer {KEY}", "Bearer ", "Bearer None")] == [
+        200, 401, 401,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NEARLY)
+def test_one_key_is_not_another(key):
+    """What guards the admin routes as well."""
+    headers = Headers({"authorization": f"Bearer {ADMIN_KEY}"})
+    assert has_key(headers, ADMIN_KEY)
+    assert not has_key(headers, KEY)
+    assert not has_key(Headers({"authorization": f"Bearer {key}"}), KEY)
+
+
+def test_every_answer_has_the_safe_headers_refusals_included():
+    guard = Guard(app, (), KEY, None)
+    answers = [knock(guard), knock(guard, "evil.example"), knock(guard, authorization=f"Bearer {KEY}")]
+    assert [answer[0] for answer in answers] == [401, 403, 200]
+    for _, headers, _ in answers:
+        assert set(SAFE_HEADERS) <= set(headers)
+    assert dict(SAFE_HEADERS) == {
+        b"x-content-type-options": b"nosniff",
+        b"referrer-policy": b"no-referrer",
+        b"content-security-policy": b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    }
+    assert (b"x-own", b"1") in answers[2][1], "those of the application stay"

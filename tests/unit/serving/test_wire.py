@@ -1,0 +1,103 @@
+"""A request's body becomes rows, and rows become counts: every bound from both sides."""
+
+import json
+
+import pytest
+
+from lora_gpt2.inference.engine import Row
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.wire import MAX_SEED, ApiError, build_rows, build_usage, list_prompts, parse_body
+
+LIMITS, DEFAULTS = ServeSettings(max_choices=8), GenerateSettings(max_new_tokens=5)
+
+
+@pytest.fixture
+def session(base):
+    return Session(base)
+
+
+def rows_of(session, seed=0, **body):
+    content = json.dumps({"model": "base", "max_tokens": 2, **body}).encode()
+    return build_rows(parse_body(content), session, DEFAULTS, LIMITS, seed)
+
+
+def refusal(session, **body):
+    with pytest.raises(ApiError) as caught:
+        rows_of(session, **body)
+    return caught.value.status, caught.value.param
+
+
+def test_token_ids_end_below_the_size_of_the_vocabulary(session):
+    size = session.base.tokenizer.vocab_size
+    for ids in ([0], [size - 1], [size - 1, 0, 5]):
+        assert [row.prompt_ids for row in rows_of(session, prompt=ids)] == [ids]
+    assert [row.prompt_ids for row in rows_of(session, prompt=[[0], [size - 1]])] == [[0], [size - 1]]
+    for ids in ([size], [size + 1], [0, size], [size, 0], [[0], [size]], [[size], [0]], [[5, size, 5]], [2**40], [-1]):
+        assert refusal(session, prompt=ids) == (400, "prompt"), ids
+    with pytest.raises(ApiError, match=f"below {size}"):
+        rows_of(session, prompt=[size])
+
+
+def test_a_prompt_is_a_text_or_ids_or_a_list_of_either():
+    for prompt, found in (
+        ("a", ["a"]), ("", [""]), (["a", "b"], ["a", "b"]), ([5], [[5]]), ([5, 6], [[5, 6]]),
+        ([[5], [6, 7]], [[5], [6, 7]]),
+    ):  # fmt: skip
+        assert list_prompts(prompt) == found
+    for prompt in (None, 5, [], [[]], ["a", 5], [5, "a"], [[5], []], [[5], "a"], [True], [1.0], [[True]], {"a": 1}):
+        with pytest.raises(ApiError) as caught:
+            list_prompts(prompt)
+        assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+def test_each_prompt_has_n_rows_side_by_side_with_seeds_that_count_up(session):
+    rows = rows_of(session, 7, prompt=[[5], [6, 7, 8], [9, 9]], n=2)
+    assert [(row.index, row.prompt_ids, row.seed) for row in rows] == [
+        (0, [5], 7), (1, [5], 8), (2, [6, 7, 8], 7), (3, [6, 7, 8], 8), (4, [9, 9], 7), (5, [9, 9], 8),
+    ]  # fmt: skip
+    assert [row.seed for row in rows_of(session, MAX_SEED, prompt="a", n=2)] == [MAX_SEED, 0], "a seed has 63 bits"
+
+
+@pytest.mark.parametrize(("lengths", "choices"), [([4], 1), ([4], 3), ([1, 6], 1), ([1, 6], 2), ([5, 1, 2], 2)])
+def test_usage_counts_each_prompt_once_and_every_continuation(session, lengths, choices):
+    rows = rows_of(session, prompt=[[7] * length for length in lengths], n=choices)
+    assert len(rows) == len(lengths) * choices
+    for row in rows:
+        row.new_ids = [3] * (row.index + 1)
+    written = sum(range(1, len(rows) + 1))
+    assert build_usage(rows, choices) == {
+        "prompt_tokens": sum(lengths), "completion_tokens": written, "total_tokens": sum(lengths) + written,
+    }  # fmt: skip
+
+
+def test_a_token_that_ends_a_row_is_not_counted_as_written(session):
+    row = Row(0, (), [1, 2], 5, DEFAULTS, 0, session.base.tokenizer)
+    row.finish("stop")
+    assert build_usage([row], 1) == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+
+
+def test_as_many_rows_are_taken_as_are_allowed_and_not_one_more(session):
+    assert len(rows_of(session, prompt=["a"] * 4, n=2)) == 8
+    assert refusal(session, prompt=["a"] * 3, n=3) == (400, "n")
+    assert len(rows_of(session, prompt=["a"] * 2, beams=4)) == 2
+    assert refusal(session, prompt=["a"] * 3, beams=3) == (400, "beams")
+    assert refusal(session, prompt="a", n=2, beams=2) == (400, "beams")
+
+
+def test_a_prompt_and_what_is_asked_for_fill_the_context_and_no_more(session):
+    context = session.base.config.context
+    (row,) = rows_of(session, prompt=[5] * (context - 2), max_tokens=2)
+    assert (len(row.prompt_ids), row.budget) == (context - 2, 2)
+    assert refusal(session, prompt=[5] * (context - 1), max_tokens=2) == (400, "prompt")
+    (row,) = rows_of(session, prompt=[5] * context, max_tokens=0)
+    assert (len(row.prompt_ids), row.budget) == (context, 0), "only the prompt is read"
+    assert refusal(session, prompt=[5] * (context + 1), max_tokens=0) == (400, "prompt")
+    (row,) = rows_of(session, prompt=[5] * (context - 1), max_tokens=None)
+    assert row.budget == 1, "what was not asked for is what fits"
+    assert refusal(session, prompt=[5] * context, max_tokens=None) == (400, "prompt")
+    (row,) = rows_of(session, prompt=list(range(context + 9)), truncate="left", max_tokens=3)
+    assert row.prompt_ids == list(range(12, context + 9)), "its end is kept, with room for what is asked"
+    assert row.budget == 3
+    (row,) = rows_of(session, prompt="")
+    assert row.prompt_ids == [session.base.tokenizer.eos_id]
