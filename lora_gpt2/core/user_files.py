@@ -59,20 +59,40 @@ def read_user_text(path: Path, errors: str = "strict", max_bytes: int = MAX_TEXT
     try:
         text = read_user_file(path, max_bytes).decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not valid UTF-8", f"convert it, such as: iconv -f WINDOWS-1252 -t UTF-8 {path}"
-        ) from error  # fmt: skip
+        hint = f"convert it, such as: iconv -f WINDOWS-1252 -t UTF-8 {path}"
+        raise DataError(f"{path}: byte {error.start} is not valid UTF-8", hint) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_stdin(max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Returns the text on standard input; raises `UsageError` where it is more than `max_bytes`, or never ends."""
-    if sys.stdin is None:
-        raise UsageError("there is nothing on stdin", "pipe text in, or name a file")
-    text = sys.stdin.read(max_bytes + 1)
-    if len(text) > max_bytes:
-        raise UsageError(f"stdin has more than {max_bytes:,} characters", "give a smaller text")
+def read_stdin(max_characters: int = MAX_TEXT_BYTES) -> str:
+    """Returns the text on standard input.
+
+    Raises:
+        UsageError: there is none, it is a device, or it has more than `max_characters`.
+        DataError: it is not in the terminal's encoding.
+    """
+    check_stdin()
+    try:
+        text = sys.stdin.read(max_characters + 1)
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin is not valid {error.encoding.upper()}", "convert it with iconv") from error
+    if len(text) > max_characters:
+        raise UsageError(f"stdin has more than {max_characters:,} characters", "give a smaller text")
     return text
+
+
+def check_stdin() -> None:
+    """Raises `UsageError` if standard input is missing, or a device that never ends, such as /dev/zero."""
+    hint = "pipe text in, as in: cat my_text.txt | lora-gpt2 …"
+    if sys.stdin is None:
+        raise UsageError("there is nothing on stdin", hint)
+    try:
+        found = os.fstat(sys.stdin.fileno())
+    except (OSError, ValueError):  # no file behind it
+        return
+    is_null = found.st_rdev == os.stat(os.devnull).st_rdev
+    if stat.S_ISCHR(found.st_mode) and not is_null and not sys.stdin.isatty():
+        raise UsageError("stdin is a device", hint)
 
 
 def check_output(path: Path | None) -> None:

@@ -49,6 +49,8 @@ def find_base(name: str) -> Path:
         NotFoundError: nothing has that name.
         ResourceError: it would have to come from the hub, and the hub cannot be reached.
     """
+    if not name.strip():  # Path("") is the current folder
+        raise NotFoundError("the base has no name", f"known are {', '.join([*list_bundled(), *HUB_NAMES])}")
     if name in list_bundled():
         return BUNDLED / name
     if (Path(name) / "config.json").is_file() and name not in HUB_NAMES:

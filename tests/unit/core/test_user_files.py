@@ -1,3 +1,4 @@
+import io
 import os
 import socket
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
-from lora_gpt2.core.user_files import check_output, read_user_file, read_user_text
+from lora_gpt2.core.user_files import check_output, read_stdin, read_user_file, read_user_text
 
 
 @pytest.fixture
@@ -61,3 +62,25 @@ def test_an_output_is_a_regular_file_or_none_yet(fifo, tmp_path):
     for path in (tmp_path, tmp_path / "no" / "file"):
         with pytest.raises(ResourceError, match="cannot be written"):
             check_output(path)
+
+
+def test_stdin_is_read_up_to_a_limit_and_never_from_a_device(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("four"))
+    assert read_stdin() == "four"
+    monkeypatch.setattr("sys.stdin", io.StringIO("four"))
+    with pytest.raises(UsageError, match="more than 3 characters"):
+        read_stdin(3)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    with pytest.raises(DataError, match="stdin is not valid UTF-8"):
+        read_stdin()
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UsageError, match="nothing on stdin"):
+        read_stdin()
+    with open("/dev/zero") as zero:
+        monkeypatch.setattr("sys.stdin", zero)
+        with pytest.raises(UsageError, match="stdin is a device") as caught:
+            read_stdin()
+    assert "pipe text in" in caught.value.hint
+    with open("/dev/null") as null:
+        monkeypatch.setattr("sys.stdin", null)
+        assert read_stdin() == ""
