@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, UsageError
 from lora_gpt2.core.paths import os_errors_as_ours, write_atomic
+from lora_gpt2.core.printable import show_value
 from lora_gpt2.core.user_files import check_output, read_user_text
 
 ROUND, ANSWERS = "round.json", "answers.jsonl"
@@ -137,7 +138,9 @@ def check_answer(made: Round, values: Any) -> Answer:
     numbers = range(len(made.tasks))
     is_right = isinstance(answer.task, int) and not isinstance(answer.task, bool) and answer.task in numbers
     if not (is_right and answer.criterion in made.criteria and answer.value in allowed) or answer.value is True:
-        raise DataError(f"an answer to task {str(answer.task)[:20]} is not of this round", "use the form of this round")
+        raise DataError(
+            f"an answer to task {show_value(answer.task, 20)} is not of this round", "use the form of this round"
+        )
     check_rater(answer.rater)
     return answer
 
