@@ -10,10 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from lora_gpt2.core.errors import RecipeError
+from lora_gpt2.core.printable import shorten, show_value
+from lora_gpt2.core.section import Section
 from lora_gpt2.core.suggest import suggest
 
 Target = Literal["c_attn", "c_attn.q", "c_attn.k", "c_attn.v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head"]
@@ -21,23 +23,18 @@ BLOCKS: tuple[Target, ...] = ("c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Share = Annotated[float, Field(ge=0.0, le=0.5)]
 Positive = Annotated[int, Field(gt=0)]
+Sources = tuple[Annotated[str, Field(min_length=1)], ...]
 Format = Literal["auto", "text", "html", "json", "jsonl", "csv", "tsv", "parquet"]
-
-
-class Section(BaseModel):
-    """Shared behaviour of all sections: closed, immutable, finite, documented by attribute docstrings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataSettings(Section):
     """Where the text is and how it becomes blocks of tokens."""
 
-    sources: tuple[str, ...] = ()
+    sources: Sources = ()
     """Text of the domain: files (.txt .md .html .json .jsonl .csv .tsv .parquet, also .gz), folders, globs, - for stdin, hf:NAME for a data set of the hub."""  # noqa: E501
-    validation: tuple[str, ...] = ()
+    validation: Sources = ()
     """Files to validate on; without them a share of the sources is held out."""
-    test: tuple[str, ...] = ()
+    test: Sources = ()
     """Files kept for the final measurement; without them a share of the sources is held out."""
     format: Format = "auto"
     """What the sources are; auto goes by the file's name, and looks into stdin."""
@@ -366,11 +363,11 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        key = shorten(".".join(str(part) for part in first["loc"] if not isinstance(part, int)))
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: there is no setting '{key}'", suggest(key, list_keys())) from error
         reason = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], Section | Mapping) else f", found {first['input']!r}"
+        given = "" if isinstance(first["input"], Section | Mapping) else f", found {show_value(first['input'])}"
         raise RecipeError(f"{where}: {key or 'recipe'}: {reason}{given}", describe_key(key)) from error
 
 

@@ -9,24 +9,34 @@ from typing import Any
 
 import yaml
 
-from lora_gpt2.core.errors import NotFoundError, RecipeError, UsageError
+from lora_gpt2.core.errors import DataError, NotFoundError, RecipeError, UsageError
+from lora_gpt2.core.printable import shorten
+from lora_gpt2.core.strict_yaml import describe_problem, parse_yaml
 from lora_gpt2.core.suggest import suggest
+from lora_gpt2.core.user_files import read_user_text
 from lora_gpt2.recipe import SECTIONS, Recipe, build_recipe, is_text, list_keys
+
+MAX_RECIPE_BYTES = 2**20
+EXAMPLES = "correct it; 'lora-gpt2 recipes show prose' shows one that is valid"
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
     """Splits `section.key=value` into path and value: YAML, or for a free text as it is, with `\\n` for line ends."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise RecipeError(f"--set {text}: expected section.key=value", "for example --set train.steps=300")
+        raise RecipeError(f"--set {shorten(text)}: expected section.key=value", "for example --set train.steps=300")
     path = key.strip().split(".")
     if is_text(key.strip()) and not value.startswith(('"', "'")):
+        if any("\ud800" <= character <= "\udfff" for character in value):  # bytes that are not UTF-8
+            raise RecipeError(f"--set {shorten(text)}: the value is not valid UTF-8", "type it in UTF-8")
         return path, value.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        return path, yaml.safe_load(value)
+        return path, parse_yaml(value)
     except yaml.YAMLError as error:
+        problem = shorten(describe_problem(error)[0])
         raise RecipeError(
-            f"--set {text}: the value is not valid YAML", "quote it, for example 'a.b=\"x: y\"'"
+            f"--set {shorten(text)}: the value is not valid YAML{f': {problem}' if problem else ''}",
+            "quote it, for example 'a.b=\"x: y\"'",
         ) from error
 
 
@@ -42,7 +52,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         for part in path[:-1]:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
-                raise RecipeError(f"--set {text}: '{part}' is not a section", suggest(".".join(path), list_keys()))
+                known = suggest(".".join(path), list_keys())
+                raise RecipeError(f"--set {shorten(text)}: '{shorten(part)}' is not a section", known)
         place[path[-1]] = value
     return result
 
@@ -50,27 +61,34 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 def read_recipe(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file, or in the bundled recipe of that name; sources are relative to its folder."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+        text = read_user_text(path, max_bytes=MAX_RECIPE_BYTES)
+    except NotFoundError as error:
         if path.name in {recipe.name for recipe in list_recipes()} | {recipe.stem for recipe in list_recipes()}:
             return read_recipe(find_recipe(path.stem))
         raise NotFoundError(f"there is no recipe {path}", "see 'lora-gpt2 recipes list'") from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}", "a recipe is a YAML file in UTF-8") from error
+    except (DataError, UsageError) as error:
+        raise RecipeError(error.message, "a recipe is a YAML file in UTF-8; see 'lora-gpt2 recipes list'") from error
     try:
-        values = yaml.safe_load(text)
+        values = parse_yaml(text)
     except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f":{place.line + 1}" if place else ""
-        raise RecipeError(f"{path}{line}: not valid YAML", "see 'lora-gpt2 recipes list' for examples") from error
+        problem, line = describe_problem(error)
+        place, reason = f":{line}" if line else "", f": {shorten(problem)}" if problem else ""
+        raise RecipeError(f"{path}{place}: not valid YAML{reason}", EXAMPLES) from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected settings, found {type(values).__name__}", "see 'lora-gpt2 recipes list'")
+        raise RecipeError(f"{path}: expected settings, found {type(values).__name__}", EXAMPLES)
     data = values.get("data")
     if isinstance(data, dict):
         for key in ("sources", "validation", "test"):
             if isinstance(data.get(key), list):
-                data[key] = [str(path.parent / str(source)) for source in data[key]]  # an absolute one stays
+                data[key] = [_place_source(source, path.parent) for source in data[key]]
     return values
+
+
+def _place_source(source: Any, folder: Path) -> Any:
+    """Returns a source relative to the recipe's folder (an absolute one stays), and what is none as it is."""
+    if source == "" or isinstance(source, bool | list | dict | None):
+        return source
+    return str(folder / str(source))
 
 
 def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) -> Recipe:

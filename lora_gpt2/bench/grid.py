@@ -22,6 +22,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import TrainingDiverged
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.data.blocks import Rows
 from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.evaluation.perplexity import to_perplexity
@@ -101,9 +102,10 @@ def _identify(base: Base, recipe: Recipe, data: PreparedData) -> str:
 
 
 def _read(kept: Path) -> list[Point]:
+    check_output(kept)
     if not kept.exists():
         return []
-    return [Point(**json.loads(line)) for line in kept.read_text(encoding="utf-8").splitlines()]
+    return [Point(**json.loads(line)) for line in read_user_text(kept).splitlines()]
 
 
 def _append(kept: Path, points: Sequence[Point]) -> None:

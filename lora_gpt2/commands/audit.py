@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from lora_gpt2.commands.shared import (
     set_option,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.user_files import read_stdin, read_user_text
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
@@ -218,8 +217,7 @@ def watermark(file: Path, threshold: float, base: str | None, overrides: tuple[s
     from lora_gpt2.evaluation.watermark import detect_watermark
     from lora_gpt2.model.locate import load_base_tokenizer
 
-    with os_errors_as_ours(f"read {file}"):
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8", errors="replace")
+    text = read_stdin() if str(file) == "-" else read_user_text(file, errors="replace")
     tokenizer = load_base_tokenizer(recipe.base)
     report = detect_watermark(text, tokenizer, recipe.generate.watermark_key)
     is_marked = report.is_marked(threshold)

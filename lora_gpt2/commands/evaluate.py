@@ -11,7 +11,8 @@ import click
 from lora_gpt2.commands.shared import emit, end_as_failed, format_matrix, format_table, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.core.paths import check_writable, is_name, os_errors_as_ours
+from lora_gpt2.core.paths import is_name, os_errors_as_ours
+from lora_gpt2.core.user_files import check_output
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.audits import write_audit
@@ -73,7 +74,7 @@ def command(
 
     limits, earlier = parse_limits(fail_above), read_baseline(baseline) if baseline else None
     for page in (plot, html):
-        check_writable(page)
+        check_output(page)
     read = _read(sources, settings, store, reporter)
     check_limits(limits, [GENERAL, *(source.label for source in read)])
     session, references = open_session(store, adapters, settings, settings.evaluate.precision)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.disclosure import describe_origin, write_disclosure
 from lora_gpt2.core.errors import CorruptError, UsageError
+from lora_gpt2.core.user_files import check_output, read_stdin
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -65,7 +65,7 @@ def command(
     if prompts is not None and out is not None:
         job.run_file(prompts, out, adapters)
     else:
-        text = sys.stdin.read().rstrip("\n") if prompt in (None, "-") else prompt
+        text = read_stdin().rstrip("\n") if prompt in (None, "-") else prompt
         assert text is not None
         job.run_prompt(text, adapters, compare, num)
 
@@ -117,6 +117,7 @@ class _Job:
         from lora_gpt2.inference.open import open_session
         from lora_gpt2.inference.session import parse_mix
 
+        check_output(out)
         requests = read_prompts(prompts, parse_mix(adapters), self.seed)
         names = [name for request in requests for name, _ in request.mix]
         session, _ = open_session(self.store, names, self.recipe, self.recipe.generate.precision)

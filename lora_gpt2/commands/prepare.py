@@ -10,6 +10,7 @@ import click
 from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, skip_bad_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.user_files import check_output
 from lora_gpt2.recipe_files import load_recipe
 
 KEYS = (
@@ -44,6 +45,7 @@ def command(
       lora-gpt2 prepare pairs.csv --set data.prompt='Q: {question}\nA:' --set data.text_field=answer
       cat *.log | lora-gpt2 prepare - --set data.rules='{urls: mask, personal: mask}'
     """
+    check_output(html)
     settings = load_recipe(recipe, overrides, data__sources=sources, base=base, data__skip_bad=skip_bad or None)
     from lora_gpt2.data.documents import preview_documents, write_texts
     from lora_gpt2.data.prepared import describe_amount, prepare_data

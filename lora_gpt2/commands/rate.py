@@ -13,6 +13,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError, UsageError
 from lora_gpt2.core.log import find_choices, find_log, read_log
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.user_files import check_output
 from lora_gpt2.evaluation.choices import find_texts, read_choices
 from lora_gpt2.evaluation.rating import (
     CRITERIA,
@@ -85,6 +86,7 @@ def command(
       lora-gpt2 rate --recorded page
     """
     check_rater(rater)
+    check_output(export)
     from lora_gpt2.evaluation.preferences import measure_choices, measure_round
 
     if recorded == "page":

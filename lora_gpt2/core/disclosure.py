@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.user_files import check_output
 
 
 def describe_origin(base: str, adapter: str) -> str:
@@ -17,6 +18,7 @@ def describe_origin(base: str, adapter: str) -> str:
 def write_disclosure(path: Path, base: str, adapters: Sequence[str]) -> Path:
     """Writes the line beside a file of texts, as `<file>.disclosure.txt`; returns where."""
     beside = path.with_name(f"{path.name}.disclosure.txt")
+    check_output(beside)
     with os_errors_as_ours(f"write {beside}"):
         beside.write_text(describe_origin(base, ", ".join(adapters) or "base") + "\n", encoding="utf-8")
     return beside

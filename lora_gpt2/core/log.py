@@ -49,7 +49,7 @@ class LocalLog:
         line = json.dumps(stamped, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
             with open(descriptor, "ab") as file:
                 file.write(line.encode("utf-8", "surrogatepass"))
         except OSError as error:

@@ -119,12 +119,6 @@ def write_file(path: Path, content: bytes) -> None:
         os.close(handle)
 
 
-def check_writable(path: Path | None) -> None:
-    """Raises `ResourceError` if a file cannot be written there, before the work whose result it will hold."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ResourceError(f"{path} cannot be written", "name a file in a folder that exists and is yours")
-
-
 def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
     """Returns the bytes of a plain file; a link, a pipe or a device is never followed or waited for.
 

@@ -33,6 +33,7 @@ LIKELY_CP1252 = frozenset(  # letters of western languages and the punctuation o
     ).decode("cp1252")
 )
 PLAUSIBLE_SHARE = 0.9
+SURROGATE = re.compile("[\ud800-\udfff]")
 Lines = Iterator[str | DataError]
 
 
@@ -128,10 +129,10 @@ def iter_lines(file: BufferedReader, where: str, errors: str, encoding: str = "a
             raise _refuse(where, place, chosen, piece[:4]) from error
         place += len(piece)
         *lines, pending = pending.split("\n")
-        yield from (f"{line}\n" for line in lines)
+        yield from (_join_surrogates(f"{line}\n", where, errors) for line in lines)
         if len(pending) > MAX_LINE_BYTES:
             raise _refuse_line(where)
-    yield pending  # half a character at the end is left out
+    yield _join_surrogates(pending, where, errors)  # half a character at the end is left out
 
 
 def _iter_raw_lines(file: BufferedReader, where: str) -> Iterator[bytes]:
@@ -187,10 +188,23 @@ _ASCII_GONE = dict.fromkeys(range(128))
 
 def _decode_as(content: bytes, encoding: str, where: str, errors: str, place: int) -> str:
     try:
-        return content.decode(encoding, errors)
+        return _join_surrogates(content.decode(encoding, errors), where, errors)
     except UnicodeDecodeError as error:
         found = content[error.start : error.start + 4]
         raise _refuse(where, place + error.start, encoding, found) from error
+    except UnicodeError as error:  # idna and punycode say no place
+        raise _refuse(where, place, encoding, content[:4]) from error
+
+
+def _join_surrogates(text: str, where: str, errors: str) -> str:
+    """Returns decoded text with surrogate pairs joined; UTF-7 and the codecs of escapes leave halves behind."""
+    if SURROGATE.search(text) is None:
+        return text
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors)
+    except UnicodeDecodeError as error:
+        hint = "name its encoding with --set data.encoding=NAME, or use --set data.encoding_errors=replace"
+        raise DataError(f"{where}: the text holds half of a surrogate pair, which is no character", hint) from error
 
 
 def _refuse(where: str, place: int, encoding: str, found: bytes) -> DataError:

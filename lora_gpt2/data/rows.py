@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.core.hub import hub_errors_as_ours
+from lora_gpt2.core.printable import shorten
 from lora_gpt2.recipe import DataSettings
 
 OFFLINE_HINT = "without the hub, use files, or a folder written by datasets' save_to_disk"
@@ -41,6 +42,8 @@ def iter_rows(name: str, folder: Path | None, settings: DataSettings) -> Iterato
             )  # fmt: skip
     else:
         rows = _load_saved(name, folder, settings.dataset_split)
+    if folder is not None:
+        rows = _refuse_damaged(name, rows)
     for number, row in enumerate(rows, start=1):
         yield f"{name}:{number}", row
 
@@ -48,10 +51,12 @@ def iter_rows(name: str, folder: Path | None, settings: DataSettings) -> Iterato
 def _load_saved(name: str, folder: Path, split: str) -> Iterable[Mapping[str, Any]]:
     import datasets
 
+    if odd := [path for path in folder.rglob("*") if not path.is_file() and not path.is_dir()]:
+        raise DataError(f"{odd[0]} is not a regular file", "save the data set again with save_to_disk")
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{name} is not a saved data set: {error}", "save it again with save_to_disk") from error
+    except _find_damage() as error:
+        raise _describe_damage(name, error) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             hint = f"it has {', '.join(saved)}: --set data.dataset_split=NAME"
@@ -59,3 +64,26 @@ def _load_saved(name: str, folder: Path, split: str) -> Iterable[Mapping[str, An
         saved = saved[split]
     rows: Iterable[Mapping[str, Any]] = saved
     return rows
+
+
+def _find_damage() -> tuple[type[Exception], ...]:
+    """Returns what `datasets` raises at files that are not what it wrote: whatever its code stumbles over."""
+    import pyarrow
+
+    return (
+        OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, ImportError,
+        AssertionError, pyarrow.ArrowException,
+    )  # fmt: skip
+
+
+def _refuse_damaged(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yields the rows of a saved data set; raises `DataError` where one cannot be read."""
+    try:
+        yield from rows
+    except _find_damage() as error:
+        raise _describe_damage(name, error) from error
+
+
+def _describe_damage(name: str, error: Exception) -> DataError:
+    reason = shorten(str(error)) or type(error).__name__
+    return DataError(f"{name} is not a saved data set, or damaged: {reason}", "save it again with save_to_disk")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
 from lora_gpt2.core.fingerprint import hash_file
+from lora_gpt2.core.user_files import check_stdin
 from lora_gpt2.recipe import DataSettings
 
 KINDS = {
@@ -77,11 +78,14 @@ def find_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
 
     Raises:
         NotFoundError: a source names nothing.
+        UsageError: a source is empty, or stdin holds nothing, or never ends.
         DataError: it is a device, a pipe, or of a kind that we do not read.
     """
     found: list[Source] = []
     for spec in specs:
         path = Path(spec)
+        if not spec.strip():  # Path("") is the current folder
+            raise UsageError("a source has no name", "name a file, a folder, a glob, - or hf:NAME; . is this folder")
         if spec == STDIN:
             found.append(_spool_stdin(settings.format))
         elif spec.startswith(HUB):
@@ -176,6 +180,7 @@ def _spool_stdin(wanted: str) -> Source:
     """Keeps stdin in a file until the process ends, because it is read twice: for its fingerprint and its text."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("there is nothing on stdin", "pipe text in, as in: cat my_text.txt | lora-gpt2 prepare -")
+    check_stdin()
     folder = Path(tempfile.mkdtemp(prefix="lora-gpt2-stdin-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     head = sys.stdin.buffer.read(4096)

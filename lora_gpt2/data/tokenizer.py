@@ -144,10 +144,10 @@ def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
     """
     whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     hint = "a GPT-2 folder has tokenizer.json, or vocab.json and merges.txt"
-    if not whole.exists() and not (vocab.exists() and merges.exists()):
+    if not whole.is_file() and not (vocab.is_file() and merges.is_file()):
         raise NotFoundError(f"{folder} has no tokenizer", hint)
     try:
-        if whole.exists():
+        if whole.is_file():
             backend = BackendTokenizer.from_file(str(whole))
         else:
             backend = BackendTokenizer(models.BPE.from_file(str(vocab), str(merges)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_gpt2.core.errors import DataError, UsageError
-from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.user_files import read_user_file
 from lora_gpt2.evaluation.general import GENERAL
 from lora_gpt2.evaluation.matrix import BASE, Cell
 
@@ -61,8 +61,7 @@ class Baseline:
 
 def read_baseline(path: Path) -> Baseline:
     """Returns what `evaluate --json` wrote to a file; raises `DataError` if it is none."""
-    with os_errors_as_ours(f"read {path}"):
-        content = path.read_bytes()
+    content = read_user_file(path)
     try:
         result = json.loads(content)
         cells = {

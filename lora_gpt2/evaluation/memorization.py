@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.data.verbatim import VerbatimIndex
 from lora_gpt2.evaluation.own_text import OwnText
 from lora_gpt2.evaluation.perplexity import Jobs
@@ -143,6 +144,7 @@ def count_by_chance(hits: int, number: int, chance: float) -> float:
 
 def write_canaries(path: Path, count: int, seed: int) -> list[Canary]:
     """Writes secrets to add to a training text, as JSON lines with `text`, `form` and `secret`; returns them."""
+    check_output(path)
     generator = random.Random(seed)  # noqa: S311 - secrets to be found
     canaries = []
     for number in range(count):
@@ -156,13 +158,12 @@ def write_canaries(path: Path, count: int, seed: int) -> list[Canary]:
 
 def read_canaries(path: Path) -> list[Canary]:
     """Returns the canaries of a file; raises `DataError` if it is none."""
-    with os_errors_as_ours(f"read {path}"):
-        content = path.read_text(encoding="utf-8", errors="replace")
+    content = read_user_text(path, errors="replace")
     try:
         found = [json.loads(line) for line in content.splitlines() if line.strip()]
         canaries = [Canary(str(v["text"]), str(v["form"]), str(v["secret"])) for v in found]
         has_codes = all(len(c.secret) == CODE_LENGTH and c.secret.isdecimal() for c in canaries)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} holds no canaries", "write them with: lora-gpt2 audit canaries FILE") from error
     if (
         not canaries

@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, UsageError
 from lora_gpt2.core.paths import os_errors_as_ours, write_atomic
+from lora_gpt2.core.printable import show_value
+from lora_gpt2.core.user_files import check_output, read_user_text
 
 ROUND, ANSWERS = "round.json", "answers.jsonl"
 CRITERIA = ("coherence", "relevance", "fluency", "style")
@@ -94,8 +96,7 @@ def write_round(folder: Path, made: Round) -> None:
 def read_round(folder: Path) -> Round:
     """Returns the round in a folder; raises `NotFoundError` without one, `DataError` if it cannot be read."""
     try:
-        with os_errors_as_ours(f"read {folder}"):
-            values = json.loads((folder / ROUND).read_text(encoding="utf-8"))
+        values = json.loads(read_user_text(folder / ROUND))
         made = Round(
             str(values["base"]), tuple(values["adapters"]), tuple(values["prompts"]),
             tuple(tuple(texts) for texts in values["texts"]), values["mode"], tuple(values["criteria"]),
@@ -104,7 +105,7 @@ def read_round(folder: Path) -> Round:
         raise NotFoundError(
             f"{folder} has no round", "begin one: rate --adapter A --adapter B --prompts FILE"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / ROUND} is damaged", "restore it, or begin anew with another --out") from error
     is_whole = len(made.prompts) == len(made.texts) and {len(texts) for texts in made.texts} == {len(made.adapters)}
     if not is_whole or made.mode not in ("pairwise", "scale"):
@@ -137,13 +138,16 @@ def check_answer(made: Round, values: Any) -> Answer:
     numbers = range(len(made.tasks))
     is_right = isinstance(answer.task, int) and not isinstance(answer.task, bool) and answer.task in numbers
     if not (is_right and answer.criterion in made.criteria and answer.value in allowed) or answer.value is True:
-        raise DataError(f"an answer to task {str(answer.task)[:20]} is not of this round", "use the form of this round")
+        raise DataError(
+            f"an answer to task {show_value(answer.task, 20)} is not of this round", "use the form of this round"
+        )
     check_rater(answer.rater)
     return answer
 
 
 def add_answers(folder: Path, answers: Iterable[Answer]) -> None:
     """Appends answers, each a line; a half line that an interruption left goes."""
+    check_output(folder / ANSWERS)
     lines = "".join(json.dumps(vars(answer)) + "\n" for answer in answers)
     with os_errors_as_ours(f"write {folder / ANSWERS}"), (folder / ANSWERS).open("a+b") as file:
         file.seek(0)
@@ -155,15 +159,14 @@ def add_answers(folder: Path, answers: Iterable[Answer]) -> None:
 def read_answers(folder: Path, made: Round) -> list[Answer]:
     """Returns the answers, the newest of each rater to each question; a half line at the end is none."""
     try:
-        with os_errors_as_ours(f"read {folder / ANSWERS}"):
-            content = (folder / ANSWERS).read_text(encoding="utf-8", errors="replace")
+        content = read_user_text(folder / ANSWERS, errors="replace")
     except NotFoundError:
         return []
     found: dict[tuple[str, int, str], Answer] = {}
     for number, line in enumerate(content.split("\n")[:-1], start=1):
         try:
             answer = check_answer(made, json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{folder / ANSWERS}:{number} is not JSON", "remove the line") from error
         found[answer.rater, answer.task, answer.criterion] = answer
     return list(found.values())
@@ -174,9 +177,7 @@ def import_answers(folder: Path, made: Round, paths: Sequence[Path]) -> int:
     known = set(read_answers(folder, made))
     fresh: list[Answer] = []
     for path in paths:
-        with os_errors_as_ours(f"read {path}"):
-            content = path.read_text(encoding="utf-8-sig", errors="replace")
-        values = check_saved(made, content, str(path))
+        values = check_saved(made, read_user_text(path, errors="replace"), str(path))
         fresh += [answer for answer in (check_answer(made, item) for item in values) if answer not in known]
     add_answers(folder, fresh)
     return len(fresh)

@@ -18,6 +18,7 @@ from lora_gpt2.core.errors import ConflictError, DataError
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.paths import find_cache_dir, hold_lock, os_errors_as_ours
+from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.inference.generate import Output, Request, iter_outputs, raise_first_error
 from lora_gpt2.inference.session import Mix, Session, parse_mix
 from lora_gpt2.recipe import GenerateSettings
@@ -26,10 +27,9 @@ from lora_gpt2.recipe import GenerateSettings
 def read_prompts(path: Path, mix: Mix, seed: int) -> list[Request]:
     """Returns a request for each line of a file; `mix` and `seed` (plus the line's place) are for lines without own.
 
-    Raises `DataError`, which names the line, for one that is no prompt.
+    Raises `DataError`, which names the line, for one that is no prompt; for the file itself what `read_user_text` does.
     """
-    with os_errors_as_ours(f"read {path}"):
-        lines = path.read_text(encoding="utf-8-sig", errors="strict").split("\n")
+    lines = read_user_text(path).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if path.suffix != ".jsonl":
@@ -40,7 +40,7 @@ def read_prompts(path: Path, mix: Mix, seed: int) -> list[Request]:
 def _parse_line(line: str, where: str, mix: Mix, seed: int) -> Request:
     try:
         values: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON", 'write {"prompt": "..."} on each line') from error
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise DataError(f"{where} has no field 'prompt' with a text", 'write {"prompt": "..."} on each line')
@@ -53,8 +53,9 @@ def _parse_line(line: str, where: str, mix: Mix, seed: int) -> Request:
 def find_done(out: Path, requests: Sequence[Request]) -> set[int]:
     """Returns the places whose results are in `out`; a last half line is cut off.
 
-    Raises `ConflictError` if `out` holds anything else.
+    Raises `ConflictError` if `out` holds anything else, `UsageError` if it is a pipe or a device.
     """
+    check_output(out)
     if not out.exists():
         return set()
     done = set()
@@ -65,7 +66,7 @@ def find_done(out: Path, requests: Sequence[Request]) -> set[int]:
             try:
                 values = json.loads(line)
                 place, prompt = values["index"], values["prompt"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 place, prompt = -1, None
             if not (isinstance(place, int) and 0 <= place < len(requests) and requests[place].prompt == prompt):
                 raise ConflictError(f"{out} holds something else than results of these prompts", "choose another file")

@@ -20,6 +20,7 @@ from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.log import LocalLog
 from lora_gpt2.core.paths import os_errors_as_ours, write_file
 from lora_gpt2.core.suggest import suggest
+from lora_gpt2.core.user_files import read_user_file
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all, raise_first_error
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix, parse_mix
 from lora_gpt2.model.loss import score_tokens
@@ -230,10 +231,7 @@ class Repl:
 
     def _do_load(self, rest: str) -> str:
         path = self._parse_path(rest, "/load FILE")
-        with os_errors_as_ours(f"read {path}"):
-            content = path.read_bytes()[: MAX_FILE_BYTES + 1]
-        if len(content) > MAX_FILE_BYTES:
-            raise UsageError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes", "load a part of it")
+        content = read_user_file(path, MAX_FILE_BYTES)
         self._steps.append(_Step(self.text, "", is_continuation=False))
         self.text = content.decode("utf-8-sig", "replace").rstrip("\n")
         return f"…{self.text[-200:]}"

@@ -96,7 +96,9 @@ def shape_logits(logits: Float[Tensor, " vocab"], settings: GenerateSettings) ->
         ordered, order = logits.sort(descending=True)
         likelier = ordered.softmax(0).cumsum(0).roll(1)
         likelier[0] = 0
-        logits = logits.scatter(0, order, ordered.masked_fill(likelier >= settings.top_p, -torch.inf))
+        is_cut = likelier >= settings.top_p
+        is_cut[0] = False  # the likeliest stays, also where top_p is less than any float32
+        logits = logits.scatter(0, order, ordered.masked_fill(is_cut, -torch.inf))
     if settings.min_p:
         probabilities = logits.softmax(0)
         logits = logits.masked_fill(probabilities < settings.min_p * probabilities.max(), -torch.inf)

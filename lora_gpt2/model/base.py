@@ -60,7 +60,7 @@ def list_weight_files(folder: Path) -> list[Path]:
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CorruptError(f"{index} is not a list of shards", "copy the checkpoint again") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
@@ -91,7 +91,9 @@ def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
     state = dict(_read_state(list_weight_files(folder), config))
     _check_state(state, {key: tensor.shape for key, tensor in model.state_dict().items()}, folder)
     for key in list(state):  # each copied, so that the file need not stay mapped
-        _assign(model, key, state.pop(key).to(runtime.device, runtime.dtype, copy=True).contiguous(), quantize)
+        tensor = state.pop(key).to(runtime.device, runtime.dtype, copy=True).contiguous()
+        _check_finite(tensor, key, folder)
+        _assign(model, key, tensor, quantize)
     model.requires_grad_(False).eval()
     known = name in list_bundled() or not Path(name).is_dir()
     shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder
@@ -107,6 +109,13 @@ def _check_state(state: dict[str, Tensor], expected: dict[str, torch.Size], fold
             raise CorruptError(f"{folder}: {key} has shape {found}, expected {tuple(shape)}", "check config.json")
     if extra := sorted(set(state) - set(expected)):
         raise MismatchError(f"{folder}: {extra[0]} is not part of a GPT-2", "use a GPT-2 checkpoint")
+
+
+def _check_finite(tensor: Tensor, key: str, folder: Path) -> None:
+    """Raises `CorruptError` for NaN and infinity; the sum, which is quick, is finite where every value is."""
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        what = f"{folder}: {key} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}"
+        raise CorruptError(what, "copy the checkpoint again")
 
 
 def _assign(model: GPT2, key: str, tensor: Tensor, quantize: str) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_gpt2.core.errors import MismatchError
+from lora_gpt2.core.printable import show_value
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
 HEAD = "lm_head"
+MAX_LAYERS = 1024
 MAX_SIZE = 1_048_576  # beyond any GPT-2: a damaged or hostile configuration
 
 
@@ -45,35 +47,59 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
     """Returns the shape described by a Hugging Face `config.json`; raises `MismatchError` for what we cannot run."""
     hint = "use a GPT-2 checkpoint: 'lora-gpt2 bases list'"
     if values.get("model_type") != "gpt2":
-        raise MismatchError(f"{where}: model_type is {values.get('model_type')!r}, expected 'gpt2'", hint)
+        raise MismatchError(f"{where}: model_type is {show_value(values.get('model_type'))}, expected 'gpt2'", hint)
     if values.get("quantization_config"):
         raise MismatchError(f"{where}: the checkpoint is quantised", "use the 16- or 32-bit one it was made from")
     if values.get("add_cross_attention") or values.get("scale_attn_weights") is False:
         raise MismatchError(f"{where}: cross-attention and unscaled attention are not supported", hint)
     activation = values.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise MismatchError(f"{where}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}", hint)
-    try:
-        width = int(values.get("n_embd", 768))
-        vocab_size = int(values.get("vocab_size", 50257))
-        eos = values.get("eos_token_id", vocab_size - 1)
-        config = GPT2Config(
-            vocab_size=vocab_size, context=int(values.get("n_positions", 1024)), width=width,
-            layers=int(values.get("n_layer", 12)), heads=int(values.get("n_head", 12)),
-            inner=int(values.get("n_inner") or 4 * width), epsilon=float(values.get("layer_norm_epsilon", 1e-5)),
-            gelu=ACTIVATIONS[activation], tied=bool(values.get("tie_word_embeddings", True)),
-            scale_by_layer=bool(values.get("scale_attn_by_inverse_layer_idx", False)),
-            eos_id=int(eos[0] if isinstance(eos, list) else eos),
-        )  # fmt: skip
-    except (TypeError, ValueError, OverflowError, IndexError) as error:
-        raise MismatchError(f"{where}: a size in it is not a number", hint) from error
-    largest = max(vocab_size, config.context, width, config.inner, config.layers * 1024)
-    if (
-        largest > MAX_SIZE
-        or min(vocab_size, config.context, width, config.layers, config.heads) < 1
-        or width % config.heads
-    ):
-        raise MismatchError(f"{where}: {width} wide, {config.heads} heads is not a GPT-2", hint)
-    if not 0 <= config.eos_id < vocab_size:
-        raise MismatchError(f"{where}: eos_token_id {config.eos_id} is outside the vocabulary of {vocab_size}", hint)
-    return config
+        raise MismatchError(
+            f"{where}: activation {show_value(activation)} is not one of {', '.join(ACTIVATIONS)}", hint
+        )
+    read = _Reader(values, where, hint)
+    width, vocab_size = read.size("n_embd", 768), read.size("vocab_size", 50257)
+    heads, eos = read.size("n_head", 12), values.get("eos_token_id", vocab_size - 1)
+    eos_id = eos[0] if isinstance(eos, list) and eos else eos
+    if width % heads:
+        raise MismatchError(f"{where}: {width} wide, {heads} heads is not a GPT-2", hint)
+    if not isinstance(eos_id, int) or isinstance(eos_id, bool) or not 0 <= eos_id < vocab_size:
+        shown = show_value(eos_id)
+        raise MismatchError(f"{where}: eos_token_id {shown} is outside the vocabulary of {vocab_size}", hint)
+    return GPT2Config(
+        vocab_size=vocab_size, context=read.size("n_positions", 1024), width=width,
+        layers=read.size("n_layer", 12, MAX_LAYERS), heads=heads,
+        inner=4 * width if values.get("n_inner") is None else read.size("n_inner", 0),
+        epsilon=read.epsilon(), gelu=ACTIVATIONS[activation], tied=read.switch("tie_word_embeddings", True),
+        scale_by_layer=read.switch("scale_attn_by_inverse_layer_idx", False), eos_id=eos_id,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Takes values out of a configuration, each of its own type and within its bounds."""
+
+    values: Mapping[str, Any]
+    where: str
+    hint: str
+
+    def size(self, key: str, default: int, largest: int = MAX_SIZE) -> int:
+        value = self.values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise self._refuse(key, f"a whole number from 1 to {largest:,}")
+        return value
+
+    def epsilon(self) -> float:
+        value = self.values.get("layer_norm_epsilon", 1e-5)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-12 <= value < 1:
+            raise self._refuse("layer_norm_epsilon", "a number from 1e-12 to 1")
+        return float(value)
+
+    def switch(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self._refuse(key, "true or false")
+        return value
+
+    def _refuse(self, key: str, expected: str) -> MismatchError:
+        return MismatchError(f"{self.where}: {key} is {show_value(self.values[key])}, expected {expected}", self.hint)

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_gpt2.core.errors import CorruptError, NotFoundError
+from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.core.hub import download
+from lora_gpt2.core.user_files import read_user_text
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.model.config import parse_config
 
@@ -32,6 +33,7 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
 ]
+MAX_CONFIG_BYTES = 2**20
 OFFLINE_HINT = (
     "use --base nano (bundled), or a folder with config.json and model.safetensors copied from another machine"
 )
@@ -49,6 +51,8 @@ def find_base(name: str) -> Path:
         NotFoundError: nothing has that name.
         ResourceError: it would have to come from the hub, and the hub cannot be reached.
     """
+    if not name.strip():  # Path("") is the current folder
+        raise NotFoundError("the base has no name", f"known are {', '.join([*list_bundled(), *HUB_NAMES])}")
     if name in list_bundled():
         return BUNDLED / name
     if (Path(name) / "config.json").is_file() and name not in HUB_NAMES:
@@ -69,10 +73,10 @@ def locate_for_peft(name: str) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """Returns the parsed `config.json` of a base's folder."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        values = json.loads(read_user_text(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+    except NotFoundError as error:
         raise NotFoundError(f"{folder} has no config.json", "give a Hugging Face GPT-2 folder") from error
-    except (OSError, ValueError) as error:
+    except (UsageError, DataError, ResourceError, ValueError, RecursionError) as error:
         raise CorruptError(f"{folder / 'config.json'} is not JSON", "copy the checkpoint again") from error
     if not isinstance(values, dict):
         raise CorruptError(f"{folder / 'config.json'} is not a JSON object", "copy the checkpoint again")

@@ -46,7 +46,8 @@ class ApiError(Exception):
     def to_json(self) -> dict[str, Any]:
         """Returns the body."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        message = self.message.encode("utf-8", "replace").decode()  # a name on disk may be no Unicode
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
@@ -96,14 +97,28 @@ class CompletionBody(BaseModel):
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """Returns a JSON object; raises `ApiError` for anything else, for keys given twice, and for NaN."""
+    """Returns a JSON object; raises `ApiError` for anything else, keys given twice, NaN, and lone surrogates."""
     try:
-        values = json.loads(content, object_pairs_hook=_refuse_twice, parse_constant=_refuse_constant)
+        text = content.decode(json.detect_encoding(content))
+        values = json.loads(text, object_pairs_hook=_refuse_twice, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not JSON in UTF-8: byte {error.start} is wrong") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from error
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object")
+    if "\\u" in text:  # an escape may be half of a surrogate pair, which no answer could repeat
+        _refuse_halves(values)
     return values
+
+
+def _refuse_halves(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            name = key.encode("utf-8", "replace").decode()
+            raise ApiError(400, f"{name}: half of a surrogate pair is no character", name) from error
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -47,8 +47,9 @@ def read_archive(path: Path) -> dict[str, bytes]:
             what = "unpacks to far more than an adapter" if unpacker.unconsumed_tail else "is cut off"
             raise CorruptError(f"{path} {what}", "fetch it again")
         return _read_members(content, path)
-    except (zlib.error, tarfile.TarError, EOFError, ValueError) as error:
-        raise CorruptError(f"{path} is not a .tar.gz, or damaged: {error}", "fetch it again") from error
+    except (zlib.error, tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        reason = "headers of headers" if isinstance(error, RecursionError) else str(error)
+        raise CorruptError(f"{path} is not a .tar.gz, or damaged: {reason}", "fetch it again") from error
 
 
 def _read_members(content: bytes, path: Path) -> dict[str, bytes]:

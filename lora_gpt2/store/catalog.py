@@ -219,7 +219,7 @@ class Store:
         """Returns the number of the next version: above all there are, and above all that were removed."""
         after = max(self.list_versions(name), default=0) + 1
         try:
-            return max(after, int((self.folder_of(name) / NEXT).read_bytes()))
+            return max(after, int(read_regular(self.folder_of(name) / NEXT, MAX_POINTER_BYTES)))
         except (FileNotFoundError, ValueError):
             return after
 

@@ -88,6 +88,8 @@ def fetch_source(source: str) -> Source:
         CorruptError: an archive or a manifest in it is damaged.
     """
     path = Path(source)
+    if not source.strip():  # Path("") is the current folder
+        raise NotFoundError("the source has no name", "give a folder, a .tar.gz, a .pt file, or a hub id: owner/name")
     if path.is_dir():
         return _read_folder(path, source)
     if path.is_file() and path.name.endswith(ARCHIVES):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from lora_gpt2.core.paths import is_name
@@ -27,6 +28,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 NUMBERS = ("train_tokens", "trained_parameters", "base_perplexity", "validation_perplexity", "base_test_perplexity",
            "test_perplexity")  # fmt: skip
 """Figures that are shown and reckoned with."""
+MAX_DEPTH, LARGEST = 32, 2**63
 NO_DIGEST = "0" * 64
 CHECKSUM = re.compile(rb'"checksum": ?"([0-9a-f]{64})"\s*\}\s*$')
 
@@ -113,13 +115,15 @@ def parse_manifest(content: bytes) -> Manifest:
         if match is None or hashlib.sha256(_fill(content, match, NO_DIGEST)).hexdigest().encode() != match[1]:
             raise ValueError("its checksum is not that of its content")
     known = {key: values[key] for key in KINDS if key in values}
+    _check_values(known)
     if wrong := _find_wrong(known):
         raise ValueError(f"{wrong} is missing or not what it should be")
     try:
-        known["created"] = datetime.fromisoformat(known["created"])
+        created = datetime.fromisoformat(known["created"])
+        known["created"] = created if created.tzinfo else created.replace(tzinfo=UTC)
         known["base"] = BaseIdentity(**{key: str(known["base"][key]) for key in BaseIdentity.__dataclass_fields__})
         known["parents"] = tuple(_parse_parent(parent) for parent in known.get("parents", ()))
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, OverflowError) as error:
         raise ValueError("its base or a parent is not what it should be") from error
     return Manifest(**known)
 
@@ -140,6 +144,22 @@ def _find_wrong(values: Mapping[str, Any]) -> str:
     return bad[0] if bad else ""
 
 
+def _check_values(values: Any) -> None:
+    """Raises `ValueError` for what could be neither written again nor reckoned with, wherever it stands."""
+    level = [values]
+    for _ in range(MAX_DEPTH):
+        for value in level:
+            if isinstance(value, str) and not value.isascii():
+                value.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair
+            elif isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError("a number in it is too large")
+        inner = [[*value, *value.values()] if isinstance(value, dict) else value for value in level]
+        level = [item for items in inner if isinstance(items, list) for item in items]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and DIGEST.fullmatch(value) is not None
 
@@ -148,7 +168,10 @@ def _parse_parent(values: Mapping[str, Any]) -> Parent:
     name, _, version = str(values["reference"]).partition("@")
     if not (is_name(name) and version.isdecimal() and _is_digest(values["digest"])):
         raise TypeError("a parent is not name@version with a digest")
-    return Parent(str(values["reference"]), values["digest"], float(values.get("weight", 1.0)))
+    weight = float(values.get("weight", 1.0))
+    if not math.isfinite(weight):
+        raise TypeError("a parent's weight is not finite")
+    return Parent(str(values["reference"]), values["digest"], weight)
 
 
 def _fill(content: bytes, match: re.Match[bytes], digest: str) -> bytes:

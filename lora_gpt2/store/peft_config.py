@@ -15,6 +15,7 @@ from typing import Any
 import re2
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
+from lora_gpt2.core.printable import shorten, show_value
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.gpt2 import TARGETS
 from lora_gpt2.model.lora import layer_of
@@ -117,7 +118,7 @@ def parse_peft_config(content: bytes, where: str) -> PeftSpec:
             continue
         if key in OFF_VALUES or value not in (None, False, {}, []):
             reason = REASONS.get(key, "only plain LoRA, rsLoRA, DoRA and PiSSA on GPT-2's projections and head are")
-            raise MismatchError(f"{place}: {key[:60]} = {str(value)[:60]!r} is not supported", reason)
+            raise MismatchError(f"{place}: {shorten(key, 60)} = {show_value(value, 60)} is not supported", reason)
     return PeftSpec(
         rank=int(_number(values, "r", 8, place)), alpha=_number(values, "lora_alpha", 8, place),
         rslora=_switch(values, "use_rslora", place), dora=_switch(values, "use_dora", place),
@@ -149,7 +150,7 @@ def _check_start(start: Any, place: str) -> bool:
     if start == "pissa":
         return True
     reason = next((text for name, text in STARTS.items() if str(start).startswith(name)), "it is not known")
-    raise MismatchError(f"{place}: init_lora_weights = {str(start)[:60]!r} is not supported", reason)
+    raise MismatchError(f"{place}: init_lora_weights = {show_value(start, 60)} is not supported", reason)
 
 
 def _switch(values: Mapping[str, Any], key: str, place: str) -> bool:
@@ -162,7 +163,9 @@ def _switch(values: Mapping[str, Any], key: str, place: str) -> bool:
 def _number(values: Mapping[str, Any], key: str, default: float, place: str) -> float:
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
-        raise CorruptError(f"{place}: {key} is {str(value)[:40]}, expected a positive number", "restore it from a copy")
+        raise CorruptError(
+            f"{place}: {key} is {show_value(value, 40)}, expected a positive number", "restore it from a copy"
+        )
     return float(value)
 
 

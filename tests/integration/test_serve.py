@@ -239,6 +239,42 @@ def test_bodies_that_are_no_requests_are_refused(port, content, headers, status)
     assert ask_completion(port)[0] == 200
 
 
+HALF = b'"\\ud800"'
+POSTED = ("/v1/completions", "/v1/choices", "/v1/adapters/load", "/v1/adapters/unload")
+
+
+@pytest.mark.parametrize("path", POSTED)
+def test_half_a_surrogate_pair_anywhere_in_a_body_is_answered_400(port, path):
+    admin = {"Authorization": "Bearer adm"}
+    bodies = [
+        b'{"name": %s}', b'{"model": %s}', b'{"model": "law", "prompt": %s}', b'{"model": "law", "user": %s}',
+        b'{"model": "law", "stop": ["a", %s]}', b'{%s: 1}', b'{"models": ["law", %s], "chosen": "law", "prompt": "x"}',
+        b'{"model": "law", "logit_bias": {%s: 1}}',
+    ]  # fmt: skip
+    for body in bodies:
+        for half in (HALF, b'"\\uDFFFx"', b'"\xed\xa0\x80"'):
+            status, _, answer = ask(port, path, body % half, admin)
+            assert status == 400, (path, body)
+            assert set(answer["error"]) == {"message", "type", "param", "code"}
+            assert answer["error"]["type"] == "invalid_request_error"
+    whole = b'{"model": "law", "prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+    assert ask(port, "/v1/completions", whole)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/%00", "/%ED%A0%80", "/" + "a" * 5000, "/v1/models/%00", "/v1/models/%ED%A0%80", "/?x=%ED%A0%80"]
+)  # fmt: skip
+def test_odd_paths_are_no_server_error(port, path):
+    assert ask(port, path)[0] in (200, 400, 404, 414)
+
+
+def test_the_smallest_top_p_keeps_the_likeliest_token(port):
+    _, _, greedy = ask(port, "/v1/completions", {"model": "law", "prompt": "the", "max_tokens": 5, "temperature": 0})
+    given = {"temperature": 1, "top_p": 1e-300, "top_k": 0, "min_p": 1}
+    status, _, answer = ask(port, "/v1/completions", {"model": "law", "prompt": "the", "max_tokens": 5, **given})
+    assert (status, answer["choices"][0]["text"]) == (200, greedy["choices"][0]["text"])
+
+
 def test_a_blind_choice_is_kept_with_its_versions_and_nothing_else_is(base, trained, run, tmp_path):
     log = LocalLog(tmp_path / "state" / "lora-gpt2" / "choices.jsonl", SilentReporter())
     choice = {"prompt": "the cat", "models": ["base", "law", "law:0.6+code:0.4"], "chosen": "law", "seed": 3}

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -69,12 +70,26 @@ def test_sources_in_a_file_are_relative_to_it(tmp_path):
         ("train=[1", "not valid YAML", "quote"),
         ("train=3", "train", "training loop"),
         ("name.x=3", "'name'", ""),
+        ("train.steps=true", "train.steps: expected a value that is not true or false, found True", "Optimizer steps"),
+        ("lora.rank=yes", "lora.rank: expected a value that is not true or false", "Rank"),
+        ("lora.dropout=false", "lora.dropout: expected a value", "Dropout"),
+        ("lora.ranks={c_attn: true}", "lora.ranks: expected a value", "Ranks"),
+        ("generate.logit_bias={true: 1}", "generate.logit_bias: expected a value", "Added to the logits"),
+        ("data.languages=[2026-13-45]", "not valid YAML: month must be in 1..12", "quote"),
+        ("train.steps=" + "9" * 5000, "not valid YAML: a number of 5,000 characters", "quote"),
+        ("lora.targets=" + "[" * 3000, "not valid YAML: nested too deeply", "quote"),
+        ("lora.targets=[&a c_attn, *a]", "aliases (*name) are not allowed", "quote"),
+        ("train={steps: 1, steps: 2}", "'steps' is given twice", "quote"),
+        ('data.languages=["\\ud800"]', "surrogate pair", "quote"),
+        ("description=a\udcff", "not valid UTF-8", "UTF-8"),
+        ("data.sources=['']", "data.sources", "Text of the domain"),
     ],
 )
 def test_bad_settings_name_the_key_and_the_next_step(override, message, hint):
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, [override] if "name" not in override else ["name=a", override])
     assert message in caught.value.message
+    assert len(caught.value.message) < 400
     assert hint in caught.value.hint
     assert caught.value.exit_code == 2
 
@@ -116,6 +131,57 @@ def test_missing_and_broken_recipe_files(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError):
         load_recipe(binary)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: &a [1]\nname: *a\n", ":2: not valid YAML: aliases (*name) are not allowed"),
+        ("train:\n  steps: 1\n  steps: 2\n", ":3: not valid YAML: the key 'steps' is given twice"),
+        ("description: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("train: {steps: " + "9" * 5000 + "}", ":1: not valid YAML: a number of 5,000 characters"),
+        ("name: " + "[" * 3000 + "]" * 3000, ":1: not valid YAML: nested too deeply"),
+        ("train: {steps: true}", "train.steps: expected a value that is not true or false, found True"),
+        ("name: [" + "lol," * 9000 + "]", "name: Input should be a valid string, found ['lol'"),
+        ("x" * 900 + ": 1", "there is no setting 'xxx"),
+        ("2026-01-01: 1", "Keys should be strings"),
+        ("data: {sources: ['']}", "data.sources"),
+        ("data: {sources: [{a: b}]}", "data.sources: Input should be a valid string"),
+        ("#" + "x" * 2**20, "is larger than 1,048,576 bytes"),
+        ("description: 2026-01-01\n", "description: Input should be a valid string"),
+    ],
+)
+def test_a_hostile_recipe_is_refused_in_a_short_line(tmp_path, content, message):
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert message in caught.value.message
+    assert str(path) in caught.value.message
+    assert len(caught.value.message) < len(str(path)) + 300
+    assert caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+def test_shared_hostile_recipes_are_refused(shared):
+    for path in sorted((shared / "cases" / "hostile").glob("*.yaml")):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        assert "not valid YAML" in caught.value.message, path
+
+
+def test_a_recipe_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+        with pytest.raises(RecipeError, match="is not a regular file") as caught:
+            load_recipe(path)
+        assert "a recipe is a YAML file" in caught.value.hint
+
+
+def test_numbers_that_yaml_takes_for_texts_stay_numbers(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {learning_rate: 3e-4, steps: '3'}\n")
+    assert (load_recipe(path).train.learning_rate, load_recipe(path).train.steps) == (3e-4, 3)
 
 
 def test_a_text_is_taken_as_it_is_typed():

@@ -20,6 +20,7 @@ from lora_gpt2.commands.shared import (
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError, ResourceError, UsageError
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.user_files import check_output
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
@@ -84,6 +85,7 @@ def card(reference: str, out: Path | None, store: Store, as_json: bool) -> None:
       lora-gpt2 adapters card shakespeare
       lora-gpt2 adapters card mine --out README.md
     """
+    check_output(out)
     manifest = store.read_manifest(reference)
     text = build_card(manifest, read_audits(store, manifest))
     if out:

@@ -138,6 +138,51 @@ def test_a_line_of_a_gigabyte_is_refused_without_reading_it_whole(tmp_path):
     assert "a line is longer than 64 MiB" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [(b"+2AA- abc", "utf-7"), (b"\\ud800 abc", "raw_unicode_escape")],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.html", "a.jsonl", "a.json", "a.csv"])
+def test_half_characters_of_a_decoder_are_an_error_of_the_data(tmp_path, name, content, encoding):
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        read(path, encoding=encoding)
+    assert "half of a surrogate pair" in caught.value.message
+    assert "encoding_errors=replace" in caught.value.hint
+    assert caught.value.exit_code == 3
+
+
+def test_whole_characters_of_a_decoder_stay_and_halves_may_be_replaced(tmp_path):
+    path = write(tmp_path / "a.txt", b"+2D3eAA- abc")
+    assert read(path, encoding="utf-7") == ["\U0001f600 abc"]
+    write(path, b"\\ud83d\\ude00")
+    assert read(path, encoding="raw_unicode_escape") == ["\U0001f600"]
+    write(path, b"a" * 200_000 + b"+2AA-")
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        read(path, encoding="utf-7")
+    write(path, b"+2AA- abc")
+    assert read(path, encoding="utf-7", encoding_errors="replace") == ["\ufffd abc"]
+
+
+def test_codecs_that_say_no_place_are_an_error_of_the_data(tmp_path):
+    for name in ("a.txt", "a.html"):
+        with pytest.raises(DataError, match="not valid IDNA"):
+            read(write(tmp_path / name, b"xn--\xff" + b"a" * 100), encoding="idna")
+
+
+def test_a_damaged_saved_data_set_is_an_error_of_the_data(shared, tmp_path):
+    junk = {"": ("[]", "{}"), "b": ('{"_data_files": 3}', "{}"), "c": ("null", "null"), "d": ("{", "")}
+    for name, (state, info) in junk.items():
+        folder = tmp_path / f"saved{name}"
+        folder.mkdir()
+        (folder / "state.json").write_text(state)
+        (folder / "dataset_info.json").write_text(info)
+    for folder in [*tmp_path.glob("saved*"), shared / "cases" / "hostile" / "saved-junk"]:
+        with pytest.raises(DataError, match="is not a saved data set, or damaged") as caught:
+            read(folder)
+        assert caught.value.hint == "save it again with save_to_disk"
+
+
 def test_stdin_is_read_once_and_looked_into(monkeypatch, tmp_path):
     for content, kind in (("plain", "text"), ('{"text": "plain"}', "jsonl"), ("<html>plain", "html")):
         sources._spool_stdin.cache_clear()

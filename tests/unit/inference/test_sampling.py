@@ -93,6 +93,14 @@ def test_a_bias_moves_single_tokens_and_unknown_ones_are_ignored():
     assert choose_token(logits, none, GenerateSettings(temperature=0, logit_bias={0: -1}), torch.Generator()) == 1
 
 
+@pytest.mark.parametrize("given", [{"top_p": 1e-300}, {"top_p": 1e-46}, {"min_p": 1.0}, {"top_p": 1e-300, "min_p": 1}])
+def test_the_likeliest_token_is_always_kept(given):
+    logits, none = torch.tensor([0.0, 3.0, 1.0]), torch.tensor([], dtype=torch.long)
+    settings = GenerateSettings(temperature=1.0, top_k=0, **given)
+    assert torch.isfinite(shape_logits(logits, settings)).tolist() == [False, True, False]
+    assert choose_token(logits, none, settings, torch.Generator().manual_seed(0)) == 1
+
+
 def test_when_all_is_forbidden_the_likeliest_is_taken():
     settings = GenerateSettings(temperature=0, no_repeat_ngram=1)
     seen = torch.arange(5)

@@ -95,6 +95,26 @@ def damage_vocabulary(folder):
     (folder / "vocab.json").write_text(json.dumps({**vocab, "zz": len(vocab)}), encoding="utf-8")
 
 
+def set_values(**values):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+    return damage
+
+
+def set_weight(name, value):
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[f"transformer.{name}"].view(-1)[3] = value
+        save_file(tensors, folder / "model.safetensors")
+
+    return damage
+
+
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -107,6 +127,30 @@ def damage_vocabulary(folder):
         (lambda f: (f / "model.safetensors").write_bytes(b""), CorruptError, "cannot be read"),
         (lambda f: (f / "config.json").write_text("{"), CorruptError, "not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), CorruptError, "not a JSON object"),
+        (lambda f: (f / "config.json").write_text('{"a":' * 10_000 + "1" + "}" * 10_000), CorruptError, "not JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 10_000), CorruptError, "not JSON"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff"), CorruptError, "not JSON"),
+        (lambda f: (f / "config.json").write_text(" " * 2**21), CorruptError, "not JSON"),
+        (set_weight("wte.weight", NAN), CorruptError, "wte.weight holds NaN or infinity as float32"),
+        (set_weight("h.1.mlp.c_proj.bias", INF), CorruptError, "h.1.mlp.c_proj.bias holds NaN or infinity"),
+        (set_weight("ln_f.weight", -INF), CorruptError, "ln_f.weight holds NaN or infinity"),
+        (set_values(layer_norm_epsilon=NAN), MismatchError, "layer_norm_epsilon is nan, expected a number from"),
+        (set_values(layer_norm_epsilon=INF), MismatchError, "layer_norm_epsilon is inf, expected a number from"),
+        (set_values(layer_norm_epsilon=-1), MismatchError, "layer_norm_epsilon is -1, expected a number from"),
+        (set_values(layer_norm_epsilon=0), MismatchError, "layer_norm_epsilon is 0, expected"),
+        (set_values(layer_norm_epsilon=True), MismatchError, "layer_norm_epsilon is True, expected"),
+        (set_values(layer_norm_epsilon=None), MismatchError, "layer_norm_epsilon is None, expected"),
+        (set_values(n_inner=-1), MismatchError, "n_inner is -1, expected a whole number from 1 to 1,048,576"),
+        (set_values(n_inner=0), MismatchError, "n_inner is 0, expected"),
+        (set_values(n_inner=64.0), MismatchError, "n_inner is 64.0, expected"),
+        (set_values(n_inner=True), MismatchError, "n_inner is True, expected"),
+        (set_values(n_layer=10**400), MismatchError, "n_layer is 1000"),
+        (set_values(n_embd=[[[[[[]]]]]]), MismatchError, "n_embd is [[[[...]]]], expected"),
+        (set_values(n_head=0), MismatchError, "n_head is 0, expected"),
+        (set_values(tie_word_embeddings="false"), MismatchError, "tie_word_embeddings is 'false', expected true or"),
+        (set_values(eos_token_id=True), MismatchError, "eos_token_id True is outside"),
+        (set_values(eos_token_id=[]), MismatchError, "eos_token_id [] is outside"),
+        (set_values(model_type="\x1b[31m"), MismatchError, "model_type is '\\x1b[31m', expected"),
         (lambda f: (f / "vocab.json").unlink(), NotFoundError, "no tokenizer"),
         (lambda f: (f / "vocab.json").write_text("{"), CorruptError, "tokenizer"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), NotFoundError, "pickle"),
@@ -120,6 +164,7 @@ def test_a_damaged_base_is_refused(tmp_path, base_folder, damage, error, message
         load_base(str(folder), FLOAT32)
     assert message in caught.value.message
     assert caught.value.hint
+    assert caught.value.exit_code == error.exit_code
 
 
 def test_unknown_names_and_an_unreachable_hub(tmp_path, monkeypatch):

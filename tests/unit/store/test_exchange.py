@@ -221,6 +221,19 @@ def test_hostile_archives_are_refused_at_once_and_write_nothing(base, store, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_chain_of_headers_is_refused(shared, tmp_path):
+    chain = io.BytesIO()
+    for _ in range(3000):  # long names of long names, each of one block
+        member = tarfile.TarInfo("././@LongLink")
+        member.type, member.size = tarfile.GNUTYPE_LONGNAME, 2
+        chain.write(member.tobuf(tarfile.USTAR_FORMAT) + b"x\0".ljust(512, b"\0"))
+    (tmp_path / "chain.tar.gz").write_bytes(gzip.compress(chain.getvalue()))
+    for path in (tmp_path / "chain.tar.gz", shared / "cases" / "hostile" / "tar-chain.tar.gz"):
+        with pytest.raises(CorruptError, match="damaged: headers of headers") as caught:
+            read_archive(path)
+        assert (caught.value.exit_code, caught.value.hint) == (5, "fetch it again")
+
+
 def test_random_bytes_in_an_archive_are_never_a_crash(base, store, tmp_path):
     whole = bytearray(pack_archive({"a": b"1" * 1000, "b": b"2"}, "law"))
     path = tmp_path / "x.tgz"

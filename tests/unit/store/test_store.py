@@ -138,6 +138,48 @@ def test_broken_manifests_and_pointers_are_corrupt_not_crashes(base, store):
         store.resolve("law")
 
 
+BIG = 10**400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parents": [{"reference": "a@1", "digest": "0" * 64, "weight": BIG}]},
+        {"parents": [{"reference": "a@1", "digest": "0" * 64, "weight": float("nan")}]},
+        {"parents": [{"reference": "a@1", "digest": "0" * 64, "weight": float("inf")}]},
+        {"size_bytes": BIG}, {"num_parameters": -BIG}, {"figures": {"train_tokens": BIG}},
+        {"figures": {"general_perplexity": BIG}}, {"data": {"tokens": {"train": [BIG]}}},
+        {"recipe": {"description": "\ud800"}}, {"made": {"\udfff": 1}}, {"libraries": {"torch": "\ud800"}},
+        {"data": {"sources": ["a\udcff.txt"]}}, {"recipe": json.loads("[" * 100 + "]" * 100)},
+        {"recipe": {"x": json.loads('{"a":' * 100 + "1" + "}" * 100)}},
+    ],
+    ids=lambda change: str(change)[:40],
+)  # fmt: skip
+def test_values_that_cannot_be_used_make_a_manifest_corrupt(base, store, run, change):
+    publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
+    path = store.resolve("law") / MANIFEST
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    path.write_text(json.dumps({**values, "schema": 1, **change}))
+    with pytest.raises(CorruptError, match="is damaged") as caught:
+        store.read_manifest("law")
+    assert (caught.value.exit_code, "restore the folder" in caught.value.hint) == (5, True)
+    for command in (["show", "law"], ["card", "law"], ["history", "law"], ["list"]):
+        code, _, err = run("adapters", *command)
+        assert "bug" not in err
+        assert code in (0, 5)
+
+
+def test_a_time_without_zone_is_taken_as_utc(base, store, run):
+    publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
+    path = store.resolve("law") / MANIFEST
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    path.write_text(json.dumps({**values, "schema": 1, "created": "2026-01-01"}))
+    assert store.read_manifest("law").created.tzinfo is not None
+    assert run("adapters", "list")[0] == 0
+
+
 def test_a_link_out_of_the_store_is_refused(base, store, tmp_path):
     publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
     outside = shutil.copytree(store.root / "law", tmp_path / "outside")
