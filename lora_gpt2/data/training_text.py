@@ -37,7 +37,7 @@ def hash_runs(text: str) -> Runs:
     mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
     runs = (mixed >> np.uint64(32)).astype(np.uint32)
     if len(runs) <= WINDOW:
-        return runs.min(keepdims=True)
+        return np.array([runs.min()], dtype=np.uint32)
     kept: Runs = np.unique(np.lib.stride_tricks.sliding_window_view(runs, WINDOW).min(axis=1))
     return kept
 
