@@ -212,3 +212,34 @@ def test_a_bootstrap_of_a_mean_agrees_with_its_formula():
     low, high = find_interval(means)
     assert means.mean() == pytest.approx(values.mean(), abs=0.02)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+
+
+FOREIGN = ["Über größere Öfen", "水の上を歩く 猫", "naïve — “quoted” 🎉\u00a0end", "plain"]
+
+
+@pytest.mark.parametrize("protocol", ["document", "stream"])
+def test_sizes_are_utf_8_bytes_and_words_of_the_original_text(base, protocol):
+    score = measure_perplexity(base, FOREIGN, EvaluateSettings(protocol=protocol))
+    text = "".join(FOREIGN) if protocol == "document" else "\n\n".join(FOREIGN)
+    assert score.bytes == len(text.encode("utf-8")) > len(text)
+    assert score.words == 3 + 2 + 5 + 1
+    assert score.bits_per_byte == pytest.approx(score.nll_nats / math.log(2) / len(text.encode("utf-8")))
+    assert score.word_perplexity == pytest.approx(math.exp(score.nll_nats / 11))
+
+
+def test_a_foreign_prompt_counts_in_no_size_and_each_source_has_its_own(base):
+    documents = [Document("größer", "", "Über Öfen und "), Document("水", "", ""), "猫 猫"]
+    one, other = Jobs(base, [documents, FOREIGN], EvaluateSettings()).measure(lambda columns: None)[0]
+    assert (one.bytes, one.words) == (8 + 3 + 7, 4)
+    assert (other.bytes, other.words) == (len("".join(FOREIGN).encode()), 11)
+    assert one.tokens == sum(len(base.tokenizer.encode(text)) for text in ("größer", "水", "猫 猫"))
+
+
+def test_a_uniform_model_takes_as_many_bits_as_its_vocabulary_in_any_script(base):
+    """Every byte of these is a token of its own, so that bits per byte are those per token."""
+    base.model.ln_f.weight.data.zero_()
+    base.model.ln_f.bias.data.zero_()
+    for texts in (["水の上", "猫"], ["ßüö", "é"], ["xyz"]):
+        score = measure_perplexity(base, texts, EvaluateSettings())
+        assert score.tokens == len("".join(texts).encode())
+        assert score.bits_per_byte == pytest.approx(math.log2(base.config.vocab_size), rel=1e-5)  # float32 logits

@@ -8,7 +8,7 @@ import torch
 import lora_gpt2.inference.engine as engine_module
 from lora_gpt2.inference.engine import Engine, Row, StopWatch
 from lora_gpt2.inference.generate import Request, generate
-from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.session import Session, show_name
 from lora_gpt2.inference.static import StaticStep
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.store.files import Origin, publish_adapter
@@ -188,3 +188,132 @@ def test_beams_count_as_rows_and_wide_ones_wait_for_an_empty_engine(session):
         largest = max(largest, engine.num_growing)
     assert all(row.finish_reason for row in rows)
     assert largest == 4, "alone"
+
+
+def make_row(session, mix, beams=1, budget=30, **settings):
+    """Returns a row that ends by its budget, unless something else ends it."""
+    bias = {session.base.tokenizer.eos_id: -100.0}
+    settings = OPEN.model_copy(update={"beams": beams, "logit_bias": bias, "temperature": 0.0, **settings})
+    return Row(0, mix, [1, 2, 3], budget, settings, 0, session.base.tokenizer)
+
+
+def list_free(session):
+    """Returns the adapters that nothing holds, and takes them out of their slots."""
+    with torch.inference_mode():  # as the engine brings them in
+        return sorted(show_name(name) for name in session.loaded if session.drop(name))
+
+
+LAW, CODE, BOTH = MIXES[1:]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("how", ["length", "stop text", "stopped", "all stopped", "error", "no budget"])
+def test_whatever_ends_a_row_its_adapters_are_free_afterwards_and_not_before(session, monkeypatch, beams, how):
+    budget = {"length": 3, "no budget": 0}.get(how, 30)
+    stop = ()
+    if how == "stop text":
+        seen = run_alone(session, make_row(session, BOTH, beams))
+        stop = (seen.text[2:4],)
+        list_free(session)
+    rows = [make_row(session, BOTH, beams, budget, stop=stop), make_row(session, LAW, beams, budget, stop=stop)]
+    engine = Engine(session, 8, 48)
+    for row in rows:
+        engine.submit(row)
+    engine.step()
+    if budget:
+        assert list_free(session) == [], "they are in use"
+        assert session.loaded
+    if how == "stopped":
+        for row in rows:
+            engine.stop(row, "cancelled")
+    elif how == "all stopped":
+        assert engine.stop_all("interrupted") == rows
+    elif how == "error":
+        name = "adjust_logits" if beams > 1 else "choose_token"
+        module = "lora_gpt2.inference.beam" if beams > 1 else "lora_gpt2.inference.engine"
+        monkeypatch.setattr(f"{module}.{name}", lambda *arguments: [][0])
+    while engine.is_busy:
+        engine.step()
+    assert engine.num_growing == 0
+    reason = {"stopped": "cancelled", "all stopped": "interrupted", "error": "error", "stop text": "stop"}
+    assert rows[0].finish_reason == reason.get(how, "length")
+    assert list_free(session) == ["code", "law"]
+
+
+def test_many_searches_and_rows_need_no_more_slots_than_there_are(base, store, session):
+    """What has ended makes room: without that, slots would be as many as adapters were ever named."""
+    for seed in range(3, 7):
+        publish_adapter(store, f"a{seed}", make_adapter(base.config, seed), base, Origin())
+    small = Session(base, store, max_slots=2)
+    engine = Engine(small, 4, 48)
+    for name in ("a3", "law", "a4", "code", "a5", "law", "a6", "a3"):
+        for beams in (3, 1):
+            row = make_row(small, ((name, 1.0),), beams, 2)
+            engine.submit(row)
+            while engine.is_busy:
+                engine.step()
+            assert len(row.new_ids) == 2
+            assert len(small.loaded) <= 2
+
+
+def test_an_adapter_is_held_once_for_each_row_that_uses_it(session):
+    engine = Engine(session, 8, 48)
+    rows = [make_row(session, BOTH, budget=2), make_row(session, LAW, 3, budget=4), make_row(session, LAW, budget=6)]
+    for row in rows:
+        engine.submit(row)
+    free = []
+    while engine.is_busy:
+        engine.step()
+        free.append(list_free(session))
+    assert free == [[], ["code"], [], [], [], ["law"]], "code with the first row, law with the last"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("budget", [0, 5])
+@pytest.mark.parametrize("company", [0, 1])
+def test_a_row_that_is_stopped_before_its_turn_never_grows(session, beams, budget, company):
+    engine = Engine(session, 4, 48)
+    others = [make_row(session, LAW, budget=4) for _ in range(company)]
+    row, last = make_row(session, CODE, beams, budget, logprobs=int(beams == 1)), make_row(session, LAW, budget=2)
+    row.scores_prompt = beams == 1
+    for each in (*others, row, last):
+        engine.submit(each)
+    engine.stop(row, "cancelled")
+    told = []
+    while engine.is_busy:
+        told += [each for each, _ in engine.step()]
+    assert (row.new_ids, row.text, row.finish_reason, row.error) == ([], "", "cancelled", None)
+    assert (row.logprobs, row.prompt_logprobs) == ([], [])
+    assert not any(each is row for each in told), "nobody hears of it"
+    assert [show_name(name) for name in session.loaded] == ["law"], "its adapter is not even loaded"
+    assert [len(each.new_ids) for each in others] == [4] * company
+    assert len(last.new_ids) == 2, "who stands behind it takes its turn"
+    assert list_free(session) == ["law"]
+
+
+def test_a_stopped_row_takes_no_room_and_a_first_reason_stays(session):
+    engine = Engine(session, 1, 48)
+    rows = [make_row(session, LAW, budget=2) for _ in range(4)]
+    for row in rows:
+        engine.submit(row)
+    for row in rows[:3]:
+        engine.stop(row, "cancelled")
+        engine.stop(row, "interrupted")
+    assert [row is rows[3] for row, _ in engine.step()] == [True], "in one step, whoever stands before"
+    assert [row.finish_reason for row in rows] == ["cancelled"] * 3 + [""]
+
+
+def test_stopping_all_ends_what_grows_searches_and_waits_with_what_each_has(session):
+    engine = Engine(session, 4, 48)
+    rows = [make_row(session, LAW), make_row(session, CODE, 3), make_row(session, BOTH), make_row(session, BOTH, 2)]
+    for row in rows:
+        engine.submit(row)
+    engine.step()
+    engine.step()
+    assert engine.stop_all("interrupted") == rows
+    assert not engine.is_busy
+    assert [row.finish_reason for row in rows] == ["interrupted"] * 4
+    assert [len(row.new_ids) for row in rows] == [2, 0, 0, 0]
+    assert engine.step() == []
+    assert list_free(session) == ["code", "law"]
+    assert len(run_alone(session, make_row(session, BOTH, budget=3)).new_ids) == 3

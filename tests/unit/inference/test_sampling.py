@@ -105,3 +105,44 @@ def test_when_all_is_forbidden_the_likeliest_is_taken():
     settings = GenerateSettings(temperature=0, no_repeat_ngram=1)
     seen = torch.arange(5)
     assert choose_token(torch.tensor([0.0, 2, 1, 0, 0]), seen, settings, torch.Generator()) == 1
+
+
+EMPTY = torch.tensor([], dtype=torch.long)
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("size", [1e20, 1e31, 1e35, 3e38, LARGEST, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.001, 0.5, 1.0, 100.0])
+def test_a_logit_of_any_size_gives_a_token_at_any_temperature(temperature, size):
+    """A division by the smallest temperature must not make two infinities, whose difference is no number."""
+    generator = torch.Generator().manual_seed(0)
+    for extra in ({"top_k": 0, "top_p": 1.0}, {"top_k": 2, "top_p": 0.5}, {"top_k": 0, "top_p": 1.0, "min_p": 0.1}):
+        settings = GenerateSettings(temperature=temperature, **extra)
+        for place in range(3):
+            logits = torch.tensor([-1.0, 0.0, -size])
+            logits[place] = size
+            assert choose_token(logits, EMPTY, settings, generator) == place, (extra, place)
+        both = torch.tensor([0.0, size, size, -size])
+        drawn = {choose_token(both, EMPTY, settings, generator) for _ in range(40)}
+        assert drawn <= {1, 2}
+        if temperature and not extra.get("top_k"):
+            assert drawn == {1, 2}, "equal ones are drawn alike"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_and_penalties_of_every_size_give_a_token(dtype):
+    bounds = {"repetition_penalty": 0.01, "presence_penalty": -2, "frequency_penalty": -2, "logit_bias": {1: 100.0}}
+    generator, seen = torch.Generator().manual_seed(0), torch.tensor([0, 1, 1, 2])
+    logits = torch.tensor([1e35, 2e37, 1.0, -1e36], dtype=dtype)
+    for temperature in (0.0, 0.001, 1.0):
+        settings = GenerateSettings(temperature=temperature, top_k=0, top_p=1.0, **bounds)
+        assert choose_token(logits, seen, settings, generator, 1) in (0, 1), "likelier than any other by far"
+
+
+def test_what_no_bound_reaches_is_drawn_as_it_is():
+    """The control: what stays finite by itself is not changed by the bound."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 1e3
+    for temperature in (0.001, 1.0, 100.0):
+        settings = GenerateSettings(temperature=temperature, top_k=0, top_p=1.0)
+        wanted = torch.multinomial((logits / temperature).softmax(0), 1, generator=torch.Generator().manual_seed(5))
+        assert choose_token(logits, EMPTY, settings, torch.Generator().manual_seed(5)) == int(wanted)

@@ -67,7 +67,8 @@ LAYERS = [None, [], [1], [0, 11], 1, [5]]
         ["c_attn"], ["c_proj"], ["attn.c_proj"], ["proj"], ["attn"], ["lm_head"], ["head"], ["c_fc", "lm_head"],
         ["transformer.h.0.mlp.c_fc"], ["h.0.mlp.c_fc", "h.1.attn.c_attn"], [".*"], [r"c_.*"],
         r".*\.c_fc", "c_fc", ".*c_fc", r"transformer\.h\.1\..*", "lm_head", ".*proj", ".*",
-        r".*\.c_f", r"transformer\.h\.1", r".*\.c_attn|.*\.c_f", r".*\.h\.(0|1)\.mlp\.c_(fc|proj)",
+        r".*\.c_f", r"transformer\.h\.1", r"transformer\.h\.1|lm_head", r".*\.c_attn|.*\.c_f",
+        r".*\.h\.(0|1)\.mlp\.c_(fc|proj)",
     ],
     ids=str,
 )  # fmt: skip
