@@ -7,7 +7,6 @@ that bringing it back is exact.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from lora_gpt2.core.paths import (
     check_name,
     os_errors_as_ours,
     read_regular,
+    rename_path,
     sync_tree,
     temporary_dir,
     write_atomic,
@@ -186,7 +186,7 @@ def export_adapter(store: Store, reference: str, out: Path) -> Manifest:
                 for name, content in files.items():
                     write_file(work / name, content)
                 sync_tree(work)
-                os.rename(work, out)
+                rename_path(work, out)
     return manifest
 
 
