@@ -73,10 +73,18 @@ def process_sources(
     if intake.is_cut:
         job = replace(job, section=choose_section_size(sum(len(document.text) for _, document in ahead)))
     batches = _iter_batches(chain(held_out, ahead, training))
-    processes = settings.processes or (len(os.sched_getaffinity(0)) if total > WORTH_PROCESSES_BYTES else 1)
+    processes = settings.processes or (count_cores() if total > WORTH_PROCESSES_BYTES else 1)
     with reporter.task("cleaning", max(1, total // 1000), "kB") as task:
         _run(batches, job, processes, _Progress(task, meter), intake)
     return intake
+
+
+def count_cores() -> int:
+    """Returns how many cores this process may use; on macOS, where that cannot be limited, how many there are."""
+    import psutil
+
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
 
 
 def _iter_documents(
@@ -169,7 +177,9 @@ def _collect(waiting: set[Future[None]]) -> set[Future[None]]:
 
 def _start_worker(job: Job) -> None:
     global _job  # noqa: PLW0603 - the one thing a worker keeps
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads
+    for name in ("SIGINT", "SIGBREAK"):  # Ctrl-C, and Ctrl-Break on Windows, are for the process that reads
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _job = job
