@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; the children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 from jaxtyping import install_import_hook

@@ -1,7 +1,7 @@
 """How fast text is prepared, in how much memory, and whether planted near copies are found.
 
-Preparation runs as a whole command in processes of its own, whose memory is read from /proc while they run: the sum of
-their proportional set sizes, in which pages that processes share count once.
+Preparation runs as a whole command in processes of its own, whose memory is read while they run: on Linux the sum of
+their proportional set sizes, in which pages that processes share count once; elsewhere of what is theirs alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError
@@ -85,7 +85,7 @@ def _run_and_weigh(command: Sequence[str], reporter: Reporter) -> tuple[str, int
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=errors)  # noqa: S603
         while process.poll() is None:
-            peak = max(peak, sum(_weigh(pid) for pid in _list_tree(process.pid)))
+            peak = max(peak, _weigh_tree(process.pid))
             time.sleep(SAMPLE_SECONDS)
         errors.seek(0)
         output.seek(0)
@@ -97,23 +97,21 @@ def _run_and_weigh(command: Sequence[str], reporter: Reporter) -> tuple[str, int
         return output.read(), peak
 
 
-def _list_tree(pid: int) -> list[int]:
-    found = [pid]
-    for parent in found:
-        try:
-            for task in Path(f"/proc/{parent}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
-        except OSError:  # it has ended
-            continue
-    return found
+def _weigh_tree(pid: int) -> int:
+    """Returns the bytes that a process and its children hold; 0 for those that have ended."""
+    import psutil
 
-
-def _weigh(pid: int) -> int:
+    total = 0
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    except (OSError, StopIteration):
+        root = psutil.Process(pid)
+        processes = [root, *root.children(recursive=True)]
+    except psutil.Error:
         return 0
+    for process in processes:
+        with suppress(psutil.Error):
+            found = process.memory_full_info()
+            total += getattr(found, "pss", found.uss)
+    return total
 
 
 def _find_planted(documents: Sequence[str], count: int) -> tuple[int, int]:

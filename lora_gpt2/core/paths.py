@@ -1,27 +1,31 @@
 """Files and folders that are either whole or absent.
 
 Writers go to a temporary name beside the target, sync, and rename: a crash leaves the old state or the new one.
-Costs one fsync per file and folder. Also: where caches live, which names are safe, locks that die with their process.
+Costs one fsync per file and folder. Also: where caches live, which names are safe. Windows differs in three things: it
+cannot sync a folder, its `open` follows links, and it refuses to rename or replace a file that is open somewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, NotFoundError, ResourceError, UsageError
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED_NAMES = frozenset({"base", "all", "auto"})
+OPEN_FLAGS: int = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+SHARING_SECONDS = 2.0 if os.name == "nt" else 0.0  # Windows: how long to wait for a reader or a virus scanner
+T = TypeVar("T")
 
 
 def is_name(name: str) -> bool:
@@ -92,8 +96,32 @@ def os_errors_as_ours(action: str) -> Iterator[None]:
         raise translate_os_error(error, action) from error
 
 
+def retry_while_open(operation: Callable[[], T]) -> T:
+    """Returns the result of a file operation; on Windows it is repeated for a while if another process has it open."""
+    deadline = time.monotonic() + SHARING_SECONDS
+    while True:
+        try:
+            return operation()
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
+
+
+def rename_path(source: Path, target: Path) -> None:
+    """Renames a file or folder to a name that is free, in one step."""
+    retry_while_open(lambda: os.rename(source, target))
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Renames a file over another one, in one step."""
+    retry_while_open(lambda: os.replace(source, target))
+
+
 def fsync_dir(path: Path) -> None:
-    """Makes the names inside a folder durable."""
+    """Makes the names inside a folder durable; does nothing on Windows, which cannot open a folder."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -109,7 +137,7 @@ def fsync_file(path: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file and makes its bytes durable, with the mode that the umask allows."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | OPEN_FLAGS, 0o666)
     try:
         rest = memoryview(content)
         while rest:
@@ -126,8 +154,11 @@ def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
         CorruptError: it is not a plain file, or larger than `max_bytes`.
         OSError: it is missing or cannot be read.
     """
+    flags = os.O_RDONLY | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not hasattr(os, "O_NOFOLLOW"):
+            _check_no_link(path)
+        handle = retry_while_open(lambda: os.open(path, flags))
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -146,12 +177,21 @@ def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
         os.close(handle)
 
 
+def _check_no_link(path: Path | str) -> None:
+    """Raises what opening a link or a folder does elsewhere; a link made between this and the opening is followed."""
+    mode = os.lstat(path).st_mode
+    if stat.S_ISLNK(mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if stat.S_ISDIR(mode):
+        raise CorruptError(f"{path} is not a plain file", "replace it by the file that belongs there")
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replaces a file as a whole and makes it durable, with the mode that the umask allows."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write_file(partial, content)
-        os.replace(partial, path)
+        replace_file(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     fsync_dir(path.parent)
@@ -182,68 +222,3 @@ def current_umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-@contextlib.contextmanager
-def hold_lock(path: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Holds an exclusive lock that the kernel releases when the process dies.
-
-    Raises `ConflictError`, which names the owner, if it is still taken after `wait_seconds`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_seconds
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    with open(handle, "r+", encoding="ascii", errors="replace") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() < deadline:
-                    time.sleep(0.01)
-                    continue
-                file.seek(0)
-                owner = file.read().strip() or "unknown"
-                raise ConflictError(
-                    f"{what} is in use by process {owner}", "wait until it ends, or choose another name with --name"
-                ) from error
-        file.seek(0)
-        file.truncate()
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-@contextlib.contextmanager
-def hold_shared(folder: Path) -> Iterator[bool]:
-    """Yields True while the folder is held against removal, False if it went away; works on read-only disks."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        yield False
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: then nothing is removed there either
-            fcntl.flock(handle, fcntl.LOCK_SH)
-        try:
-            found = os.stat(folder).st_ino == os.fstat(handle).st_ino
-        except FileNotFoundError:
-            found = False
-        yield found
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def hold_for_removal(folder: Path) -> Iterator[bool]:
-    """Yields True if nobody holds the folder, who then waits until this block ends; else False."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)

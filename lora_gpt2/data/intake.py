@@ -10,6 +10,7 @@ import json
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,7 +106,17 @@ class _TooSlowError(Exception):
 
 @contextmanager
 def _limit_seconds(seconds: float) -> Iterator[None]:
-    """Interrupts what runs too long, where a process can: in its main thread."""
+    """Interrupts a block that takes too long, where a process can: in its main thread, by SIGALRM.
+
+    Windows has no such signal: there the block ends in its own time, and what took too long fails afterwards.
+    """
+    alarm = _find_alarm()
+    if alarm is None:
+        started = time.monotonic()
+        yield
+        if time.monotonic() - started > seconds:
+            raise _TooSlowError
+        return
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -113,13 +124,18 @@ def _limit_seconds(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _TooSlowError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = alarm.signal(alarm.SIGALRM, stop)
+    alarm.setitimer(alarm.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        alarm.setitimer(alarm.ITIMER_REAL, 0)
+        alarm.signal(alarm.SIGALRM, before)
+
+
+def _find_alarm() -> Any:
+    """Returns the module with SIGALRM and its timer, or None where the system has neither (Windows)."""
+    return signal if hasattr(signal, "setitimer") else None
 
 
 def clean_in_time(document: Document, job: Job, report: CleaningReport) -> Document | None:

@@ -8,9 +8,7 @@ interrupted is kept beside the folder's place and goes on from there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,8 @@ from lora_gpt2 import __version__
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import DataError, Interrupted, LoraGpt2Error
 from lora_gpt2.core.fingerprint import fingerprint_json
-from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, sync_tree
+from lora_gpt2.core.locks import hold_new_folder
+from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, rename_path, sync_tree
 from lora_gpt2.data.blocks import Encoded, TokenBlocks, open_blocks, pack_blocks, write_blocks
 from lora_gpt2.data.dedup import count_copies
 from lora_gpt2.data.intake import load_batch
@@ -121,25 +120,16 @@ def _hold_work(folder: Path) -> Iterator[Path]:
     It is removed when the work is done or cannot be; an interruption leaves it for the next time.
     """
     work = folder.with_name(f".{folder.name}.partial")
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if work.stat().st_ino == os.fstat(handle).st_ino:
-                break
-        os.close(handle)  # the one who held it has finished and removed it
-    try:
-        yield work
-    except Interrupted:
-        raise
-    except (LoraGpt2Error, OSError):
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(handle)
+    with hold_new_folder(work):
+        try:
+            yield work
+        except Interrupted:
+            raise
+        except (LoraGpt2Error, OSError):
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        else:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _build(
@@ -164,14 +154,14 @@ def _build(
     made.mkdir()
     _write_parts(made, batches, intake, selection, settings, tokenizer)
     lines = [json.dumps(entry) for entry in selection.rejected]  # ASCII: names of files may be no Unicode
-    (made / REJECTED).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (made / REJECTED).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
     report = _build_report(made, selection, settings, tokenizer)
     report["reading"] = [*_describe_splits(sources, settings), *intake.notes]
     report["test_files"] = [source.fingerprint() for source in sources["test"]]
-    (made / MANIFEST).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (made / MANIFEST).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8", newline="\n")
     sync_tree(made)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    os.rename(made, folder)
+    rename_path(made, folder)
     return report
 
 

@@ -74,7 +74,7 @@ def process_sources(
     if intake.is_cut:
         job = replace(job, section=choose_section_size(sum(len(document.text) for _, document in ahead)))
     batches = _iter_batches(chain(held_out, ahead, training))
-    processes = settings.processes or (len(os.sched_getaffinity(0)) if total > WORTH_PROCESSES_BYTES else 1)
+    processes = settings.processes or (count_cores() if total > WORTH_PROCESSES_BYTES else 1)
     with reporter.task("cleaning", max(1, total // 1000), "kB") as task:
         _run(batches, job, processes, _Progress(task, log), intake)
     intake.notes = list_notes(log)
@@ -152,6 +152,14 @@ def describe_cleaning(report: CleaningReport, documents: Sequence[Document], rej
         hint = "--set data.profile=raw measures the text as it is"
         lines.append(f"cleaning ({rules}) took {removed / total:.1%} of the characters away, as in training; {hint}")
     return lines
+
+
+def count_cores() -> int:
+    """Returns how many cores this process may use; on macOS, where that cannot be limited, how many there are."""
+    import psutil
+
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
 
 
 def _iter_documents(
@@ -244,7 +252,9 @@ def _collect(waiting: set[Future[None]]) -> set[Future[None]]:
 
 def _start_worker(job: Job) -> None:
     global _job  # noqa: PLW0603 - the one thing a worker keeps
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads
+    for name in ("SIGINT", "SIGBREAK"):  # Ctrl-C, and Ctrl-Break on Windows, are for the process that reads
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _job = job

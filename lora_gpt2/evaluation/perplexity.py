@@ -28,6 +28,7 @@ from lora_gpt2.model.base import Base
 from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.loss import score_tokens
 from lora_gpt2.model.probe import AdaptersForRows
+from lora_gpt2.model.runtime import as_float64, choose_float64_device
 from lora_gpt2.recipe import EvaluateSettings
 
 Text = str | Document
@@ -205,11 +206,11 @@ class Jobs:
 
         `on_tokens` hears how many tokens a batch had.
         """
-        device = self.base.runtime.device
+        device = choose_float64_device(self.base.runtime.device)
         totals = torch.zeros(num_columns * self.num_documents, dtype=torch.float64, device=device)
         for batch in self._iter_batches(num_columns, mixes):
             nll, owners = self._score(batch, adapters_for([column for column, _ in batch]))
-            totals.index_add_(0, owners.to(device), nll.double())
+            totals.index_add_(0, owners.to(device), as_float64(nll))
             on_tokens(sum(job.span.end - job.span.begin for _, job in batch))
         nats = totals.view(num_columns, -1).cpu().numpy()
         return [self._collect(column) for column in nats]

@@ -17,7 +17,8 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, DataError
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import StopRequest
-from lora_gpt2.core.paths import find_cache_dir, hold_lock, os_errors_as_ours
+from lora_gpt2.core.locks import hold_lock
+from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours
 from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.inference.generate import Output, Request, iter_outputs, raise_first_error
 from lora_gpt2.inference.session import Mix, Session, parse_mix

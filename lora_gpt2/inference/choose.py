@@ -14,6 +14,7 @@ import torch
 
 from lora_gpt2.inference.session import BASE, Session, parse_mix
 from lora_gpt2.model.loss import score_tokens
+from lora_gpt2.model.runtime import as_float64
 
 SURE = 0.8
 BATCH = 16
@@ -47,7 +48,7 @@ def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
         adapters = session.rows(mixes)
         hidden = base.model(tokens[:-1].expand(len(mixes), -1), adapters)
         nll = score_tokens(base.model, hidden, adapters, tokens[1:].repeat(len(mixes)))
-        sums = nll.view(len(mixes), -1).double().sum(1)
+        sums = as_float64(nll).view(len(mixes), -1).sum(1)
         totals += sums.where(sums.isfinite(), torch.inf).tolist()  # an adapter that fails here is not likely at all
     probabilities = torch.tensor(totals, dtype=torch.float64).neg().softmax(0).tolist()
     best = max(range(len(candidates)), key=lambda place: probabilities[place])

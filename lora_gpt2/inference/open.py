@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from lora_gpt2.inference.session import BASE, Session
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.packed import pack_projections
-from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.model.runtime import choose_device, choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.listing import list_current
@@ -44,7 +42,7 @@ def open_store(store: Store, recipe: Recipe) -> Session:
 
 def load_for_inference(name: str, precision: str) -> Base:
     """Returns a base to generate with; on a CPU `float16` packs the weights and computes in float32."""
-    if precision != "float16" or torch.cuda.is_available():
+    if precision != "float16" or choose_device().type != "cpu":
         return load_base(name, choose_runtime(precision))
     base = load_base(name, choose_runtime("float32"))
     pack_projections(base.model)

@@ -24,6 +24,7 @@ from lora_gpt2.core.user_files import read_user_file
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all, raise_first_error
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix, parse_mix
 from lora_gpt2.model.loss import score_tokens
+from lora_gpt2.model.runtime import as_float64
 from lora_gpt2.recipe import GenerateSettings, build_recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.listing import list_current
@@ -267,7 +268,7 @@ class Repl:
             for mix in dict.fromkeys([self.mix, ()]):
                 adapters = self.session.rows([self.session.resolve(mix)])
                 hidden = base.model(tokens[None, :-1], adapters)
-                nll = score_tokens(base.model, hidden, adapters, tokens[1:]).double().mean()
+                nll = as_float64(score_tokens(base.model, hidden, adapters, tokens[1:])).mean()
                 lines.append(
                     f"perplexity of the text under {describe_mix(mix)}: {math.exp(nll):.2f} ({len(ids)} tokens)"
                 )

@@ -8,7 +8,6 @@ computation, logits and perplexity, before the folder takes its name.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, ResourceError
-from lora_gpt2.core.paths import os_errors_as_ours, sync_tree, temporary_dir
+from lora_gpt2.core.paths import os_errors_as_ours, rename_path, sync_tree, temporary_dir
 from lora_gpt2.evaluation.general import add_general
 from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
 from lora_gpt2.evaluation.own_text import read_sketches
@@ -109,9 +108,9 @@ def bake_adapters(
         before = measure_matrix(base, rows, texts, settings, reporter, sketches=known)
         after = measure_matrix(written, {"(merge)": lambda rows: None}, texts, settings, reporter)
         card = _build_card(session, parents, how, difference, [*before, *after])
-        (work / "README.md").write_text(card, encoding="utf-8")
+        (work / "README.md").write_text(card, encoding="utf-8", newline="\n")
         sync_tree(work)
-        os.rename(work, out)
+        rename_path(work, out)
     files = sorted(path.name for path in out.iterdir())
     size = sum((out / name).stat().st_size for name in files if name.endswith(".safetensors"))
     name = str(dtype).removeprefix("torch.")
@@ -161,7 +160,7 @@ def _write_folder(
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = f"{HEAD}.weight" not in state
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -2,7 +2,7 @@
 
 <root>/<name>/CURRENT        the version in use, replaced atomically
 <root>/<name>/<version>/     immutable; whoever reads it holds it against removal
-<root>/.locks/               one lock per name, held by whoever changes it, released by the kernel
+<root>/.locks/               one lock per name, held by whoever changes it, released by the system
 <root>/.trash/               what was removed, until `gc` (see `store/changes.py`)
 """
 
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_gpt2.core.errors import CorruptError, LoraGpt2Error, NotFoundError, UsageError
+from lora_gpt2.core.locks import hold_lock, hold_shared
 from lora_gpt2.core.paths import (
     check_name,
     fsync_dir,
-    hold_lock,
-    hold_shared,
     is_name,
     os_errors_as_ours,
     read_regular,
+    rename_path,
     translate_os_error,
     write_atomic,
     write_file,
@@ -161,7 +161,7 @@ class Store:
             version = self.next_version(name)
             with self.new_folder(folder, str(version)) as work:
                 manifest = write_version(work, make_manifest(version), files)
-                os.rename(work, folder / str(version))
+                rename_path(work, folder / str(version))
             self.use_version(name, version)
         return manifest
 

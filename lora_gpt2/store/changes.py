@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, NotFoundError
-from lora_gpt2.core.paths import check_name, fsync_dir, hold_for_removal, is_name, os_errors_as_ours, write_atomic
+from lora_gpt2.core.locks import build_reading_error, hold_for_removal, move_unread
+from lora_gpt2.core.paths import check_name, fsync_dir, is_name, os_errors_as_ours, rename_path, write_atomic
 from lora_gpt2.store.catalog import NEXT, STAMP, TRASH, Store, write_version
 from lora_gpt2.store.manifest import Manifest, Parent
 from lora_gpt2.store.version import read_all_checked, read_manifest, utc_now
@@ -111,9 +112,13 @@ def rename_adapter(store: Store, old: str, new: str) -> None:
                 write_version(work / folder.name, replace(manifest, name=new), files)
             write_atomic(work / NEXT, f"{store.next_version(old)}\n".encode())
             write_atomic(work / "CURRENT", f"{current}\n".encode())
-            os.rename(work, store.folder_of(new))
+            rename_path(work, store.folder_of(new))
         fsync_dir(store.root)
-        _move_to_trash(store, store.folder_of(old), old)
+        try:
+            _move_to_trash(store, store.folder_of(old), old)
+        except ConflictError:  # Windows tells only now that somebody reads the old one: as if nothing had been done
+            _delete(store.folder_of(new))
+            raise
 
 
 def roll_back(store: Store, name: str, to: int | None = None) -> Manifest:
@@ -207,7 +212,7 @@ def restore_adapter(store: Store, reference: str) -> None:
             raise NotFoundError(f"there is no adapter '{name}' to put the version into", f"restore '{name}' first")
         if not separator:
             _check_free(store, name)
-        os.rename(newest, target)
+        rename_path(newest, target)
         fsync_dir(target.parent)
 
 
@@ -236,11 +241,18 @@ def collect_garbage(store: Store, keep: int | None = None, dry_run: bool = False
 def _collect_version(store: Store, folder: Path, found: Collected, dry_run: bool) -> None:
     reference = f"{folder.parent.name}@{folder.name}"
     with hold_for_removal(folder) as is_ours:
-        (found.removed if is_ours else found.kept_in_use).append(reference)
-        if is_ours and dry_run:
-            found.freed_bytes += measure_bytes(folder)
-        elif is_ours:
-            _move_to_trash(store, folder, reference)
+        if not is_ours:
+            found.kept_in_use.append(reference)
+            return
+        try:
+            if dry_run:
+                found.freed_bytes += measure_bytes(folder)
+            else:
+                _move_to_trash(store, folder, reference)
+        except ConflictError:  # Windows tells only now that somebody reads it
+            found.kept_in_use.append(reference)
+        else:
+            found.removed.append(reference)
 
 
 def _collect_leftovers(store: Store, found: Collected, dry_run: bool) -> None:
@@ -269,7 +281,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     doomed = path.with_name(f".{path.name}{STAMP}{os.getpid()}.partial")
-    os.rename(path, doomed)
+    rename_path(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -282,14 +294,14 @@ def _hold_all(stack: ExitStack, folders: list[Path], label: str) -> None:
     """Lets nobody begin to read these until the stack ends; raises `ConflictError` if somebody does."""
     for folder in folders:
         if not stack.enter_context(hold_for_removal(folder)):
-            raise ConflictError(f"{label} is being read by another process", "try again when it has ended")
+            raise build_reading_error(label)
 
 
 def _move_to_trash(store: Store, folder: Path, label: str) -> None:
     trash = store.root / TRASH
     trash.mkdir(exist_ok=True)
     fsync_dir(store.root)
-    os.rename(folder, trash / f"{label}{STAMP}{time.time_ns()}")
+    move_unread(folder, trash / f"{label}{STAMP}{time.time_ns()}", label)
     fsync_dir(folder.parent)
     fsync_dir(trash)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora_gpt2.core.paths import (
     check_name,
     os_errors_as_ours,
     read_regular,
+    rename_path,
     sync_tree,
     temporary_dir,
     write_atomic,
@@ -204,7 +204,7 @@ def export_adapter(store: Store, reference: str, out: Path, without_head: Base |
                 for name, content in files.items():
                     write_file(work / name, content)
                 sync_tree(work)
-                os.rename(work, out)
+                rename_path(work, out)
     return manifest
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.core.fingerprint import fingerprint_json, flatten_json
-from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, write_atomic
+from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, replace_file, write_atomic
 
 KEPT = 2
 DIGEST_BYTES = 32
@@ -56,7 +55,7 @@ class RunFolder:
                 shutil.rmtree(previous, ignore_errors=True)
                 previous.mkdir()
                 for file in old:
-                    os.replace(file, previous / file.name)
+                    replace_file(file, previous / file.name)
             write_atomic(self.path / "identity.json", json.dumps(identity).encode())
 
     def find_last_step(self) -> int:
@@ -114,7 +113,7 @@ class RunFolder:
     def append_metrics(self, name: str, records: Sequence[Mapping[str, Any]], anew: bool = False) -> None:
         """Adds lines to the adapter's metrics, which can be followed while the run goes on."""
         path, mode = self.path / f"{name}.metrics.jsonl", "w" if anew else "a"
-        with os_errors_as_ours(f"write metrics to {path}"), path.open(mode, encoding="utf-8") as file:
+        with os_errors_as_ours(f"write metrics to {path}"), path.open(mode, encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
     def finish(self, published: list[str]) -> None:

@@ -10,7 +10,6 @@ Figures in bytes.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,14 +116,15 @@ def _count_weights(config: GPT2Config, quantize: str, item: int) -> int:
 
 
 def measure_budget(device: torch.device) -> int:
-    """Returns the memory that a run may take on this device: what is free, within the limit of a container."""
+    """Returns the memory that a run may take on this device: what is free, within the limit of a container.
+
+    On `mps` that is the computer's memory, which the GPU shares.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no such file, or "max"

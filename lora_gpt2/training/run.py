@@ -12,7 +12,8 @@ from typing import Any
 from lora_gpt2.core.console import Reporter, SilentReporter
 from lora_gpt2.core.errors import ConflictError, TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import catch_signals
-from lora_gpt2.core.paths import check_name, hold_lock, os_errors_as_ours
+from lora_gpt2.core.locks import hold_lock
+from lora_gpt2.core.paths import check_name, os_errors_as_ours
 from lora_gpt2.data.prepared import SKETCH, PreparedData, describe_preparation, measure_overlaps, prepare_data
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity

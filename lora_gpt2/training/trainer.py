@@ -29,7 +29,7 @@ from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.lora import Adapter, build_adapter, merge_ranks, plan_targets
 from lora_gpt2.model.loss import score_tokens
-from lora_gpt2.model.runtime import measure_peak_memory
+from lora_gpt2.model.runtime import as_float64, measure_peak_memory
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.domain import Domain, TrainedAdapter
 from lora_gpt2.training.passes import PassBuilder
@@ -257,7 +257,7 @@ class Trainer:
             inputs, targets = (torch.from_numpy(side).to(self.device) for side in (read.inputs, read.targets))
             positions = None if read.positions is None else torch.from_numpy(read.positions).to(self.device)
             hidden = self.base.model(inputs, adapters, positions=positions)
-            total += score_tokens(self.base.model, hidden, adapters, targets.flatten()).double().sum().item()
+            total += as_float64(score_tokens(self.base.model, hidden, adapters, targets.flatten())).sum().item()
             targets_seen += int((targets != IGNORE).sum())
             on_tokens(inputs.numel())
         return total / targets_seen

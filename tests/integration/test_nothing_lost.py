@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from lora_gpt2.core.errors import CorruptError
-from lora_gpt2.core.paths import hold_lock
+from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.inference.batch import hold_output
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings

@@ -2,17 +2,19 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, ResourceError, UsageError
+from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.locks import hold_for_removal, hold_lock, hold_shared
 from lora_gpt2.core.paths import (
     check_name,
     find_cache_dir,
-    hold_for_removal,
-    hold_lock,
-    hold_shared,
     os_errors_as_ours,
     read_regular,
     temporary_dir,
@@ -90,21 +92,34 @@ def test_the_cache_has_a_place_without_a_home(monkeypatch):
     assert find_cache_dir().name == "lora-gpt2"
 
 
-def test_ignored_signals_stay_ignored_and_others_are_noted():
-    import signal
-
-    from lora_gpt2.core.interrupt import catch_signals
-
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_ignored_signals_stay_ignored_and_others_are_noted(name):
+    number = getattr(signal, name)
+    previous = signal.signal(number, signal.SIG_IGN)
     try:
         with catch_signals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), number)
             assert stop.signal_number == 0
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.signal_number == signal.SIGTERM
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, previous)
+        signal.signal(number, previous)
+
+
+def test_a_signal_that_a_shell_ignores_for_its_background_jobs_stays_ignored():
+    """As `lora-gpt2 train … &` in a script: Ctrl-C is for the script; SIGTERM still ends the work in order."""
+    code = """
+import os, signal
+from lora_gpt2.core.interrupt import catch_signals
+with catch_signals() as stop:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+        print(int(stop.signal_number))
+"""
+    shell = ["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(shell, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "15"]
 
 
 def forbid_reading(monkeypatch):

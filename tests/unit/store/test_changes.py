@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, NotFoundError, ResourceError, UsageError
-from lora_gpt2.core.paths import hold_shared
+from lora_gpt2.core.locks import hold_shared
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import LoraSettings

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
-from lora_gpt2.core.paths import hold_for_removal
+from lora_gpt2.core.locks import hold_for_removal
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.store.catalog import MAX_POINTER_BYTES, Store

@@ -21,7 +21,7 @@ from lora_gpt2.core.errors import (
     UsageError,
 )
 from lora_gpt2.core.interrupt import StopRequest
-from lora_gpt2.core.paths import hold_lock
+from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.fused import TrainingRows
