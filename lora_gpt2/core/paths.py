@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import re
 import shutil
@@ -186,8 +187,23 @@ def _check_no_link(path: Path | str) -> None:
         raise CorruptError(f"{path} is not a plain file", "replace it by the file that belongs there")
 
 
+def remove_stale(parent: Path, stem: str) -> None:
+    """Removes what processes that were killed left of writing this file or folder; of others, nothing."""
+    for path in parent.glob(f".{glob.escape(stem)}.*.partial"):
+        import psutil  # only here, because it is rarely needed
+
+        pid = path.name.removeprefix(f".{stem}.").partition(".")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replaces a file as a whole and makes it durable, with the mode that the umask allows."""
+    remove_stale(path.parent, path.name)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write_file(partial, content)
@@ -201,7 +217,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 def temporary_dir(parent: Path, stem: str) -> Iterator[Path]:
     """Yields a new folder beside the target, to be renamed by the block; what remains of it is removed."""
     parent.mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix=f".{stem}.", suffix=".partial", dir=parent))
+    remove_stale(parent, stem)
+    path = Path(tempfile.mkdtemp(prefix=f".{stem}.{os.getpid()}.", suffix=".partial", dir=parent))
     path.chmod(0o777 & ~current_umask())
     try:
         yield path

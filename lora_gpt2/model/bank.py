@@ -56,6 +56,7 @@ class AdapterBank:
         like: a weight of the base; its device is used, and its dtype for inference (training is float32).
     """
 
+    @torch.inference_mode(False)  # or what is made while decoding could not be changed between two steps
     def __init__(
         self, config: GPT2Config, ranks: Mapping[str, int], num_slots: int, layout: Layout, like: Tensor
     ) -> None:

@@ -49,6 +49,8 @@ class RunFolder:
         """Starts a run anew; checkpoints of an unfinished one are set aside in `previous/`."""
         with os_errors_as_ours(f"write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
+            for partial in self.path.glob(".*.partial"):  # of an attempt that was killed; the lock is held
+                partial.unlink()
             previous = self.path / "previous"
             old = [*self.list_checkpoints(), *self.path.glob("*.json"), *self.path.glob("*.jsonl")]
             if old:
@@ -117,10 +119,10 @@ class RunFolder:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
     def finish(self, published: list[str]) -> None:
-        """Notes what the run published and drops its checkpoints."""
+        """Notes what the run published and drops its checkpoints, also those that were never whole."""
         with os_errors_as_ours(f"write to {self.path}"):
             write_atomic(self.path / "done.json", json.dumps(published).encode())
-            for path in self.list_checkpoints():
+            for path in [*self.list_checkpoints(), *self.path.glob(".*.partial")]:  # those of attempts that were killed
                 path.unlink()
 
     def read_published(self) -> list[str]:

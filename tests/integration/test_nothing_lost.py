@@ -3,10 +3,16 @@
 import json
 import logging
 import multiprocessing
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 
+from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.inference.batch import hold_output
@@ -16,6 +22,7 @@ from lora_gpt2.serving.api import Server
 from lora_gpt2.serving.wire import translate_error
 from lora_gpt2.store.exchange import export_adapter, fetch_source, import_source
 from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.training.checkpoint import RunFolder
 from tests.builders import make_adapter
 from tests.serving import ask, serving
 
@@ -136,3 +143,50 @@ def test_a_lock_is_free_again_when_its_owner_is_gone(tmp_path):
     other.join()
     with hold_output(tmp_path / "o"), hold_lock(tmp_path / "another", "another"):
         pass
+
+
+def test_what_killed_attempts_left_goes_with_the_next_and_nothing_else(run, trained, tmp_path):
+    """A base-sized folder stayed beside the target each time that `merge --into-base` was killed."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    left = tmp_path / f".merged.{dead.pid}.abc.partial"
+    kept = [
+        tmp_path / f".merged.{os.getpid()}.abc.partial",  # somebody still writes it
+        tmp_path / f".other.{dead.pid}.abc.partial",
+        tmp_path / ".merged.mine.partial",
+        tmp_path / f".merged.{dead.pid}.txt",
+    ]
+    for folder in (left, *kept):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"x" * 100)
+    assert run("merge", "law", "--into-base", tmp_path / "merged")[0] == 0
+    assert not left.exists()
+    assert all((folder / "model.safetensors").exists() for folder in kept)
+    file = tmp_path / f".law.tar.gz.{dead.pid}.partial"
+    file.write_bytes(b"half")
+    assert run("adapters", "export", "law", tmp_path / "law.tar.gz")[0] == 0
+    assert not file.exists()
+
+
+def kill_while_it_writes(path, ready):
+    def stop(*arguments):
+        ready.set()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = stop
+    RunFolder(path).save(3, {"x": torch.zeros(1000)}, {})
+
+
+@pytest.mark.parametrize("end", ["finish", "begin"])
+def test_half_written_checkpoints_go_when_the_run_ends_or_begins_anew(tmp_path, end):
+    folder, context = RunFolder(tmp_path / "run"), multiprocessing.get_context("fork")
+    folder.begin({"a": 1})
+    ready = context.Event()
+    writer = context.Process(target=kill_while_it_writes, args=(folder.path, ready))
+    writer.start()
+    writer.join()
+    assert ready.is_set()
+    assert len(list(folder.path.glob(".*.partial"))) == 1
+    assert folder.load(SilentReporter()) is None
+    folder.finish(["law@1"]) if end == "finish" else folder.begin({"a": 2})
+    assert not list(folder.path.glob(".*.partial"))

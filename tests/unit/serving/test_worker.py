@@ -232,7 +232,6 @@ def test_what_a_call_raises_reaches_who_asked_and_ends_nothing(worker, base):
     assert worker.error is None
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the bank's tensors are inference tensors: drop fails")
 def test_what_a_request_brought_into_a_slot_can_be_taken_out_between_two_steps(worker, base):
     worker.start()
     assert ask(worker, base, mixes=(LAW,)).errors == []
