@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("LORA_GPT2_CPU_DTYPE", "float32")  # or tests, and what they start, would differ between CPUs
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; the children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

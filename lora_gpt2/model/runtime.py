@@ -2,12 +2,13 @@
 
 CUDA: bfloat16 where the GPU has it, else float16. CPU: bfloat16 only where the instruction set has it (AVX512-BF16 or
 AMX); PyTorch also runs it emulated, four times slower than float32, and float16 slower still. MPS (Apple's GPUs):
-float32, see `choose_runtime`.
+float32, see `choose_runtime`. `$LORA_GPT2_CPU_DTYPE` names one for all CPUs, for the same figures on each.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from lora_gpt2.core.errors import UsageError
 
 NOFILE_LIMIT = 65536
+CPU_DTYPE = "LORA_GPT2_CPU_DTYPE"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +67,7 @@ def as_float64(values: Tensor) -> Tensor:
 def choose_runtime(precision: str, device: torch.device | None = None) -> Runtime:
     """Returns the device and dtype for a `precision` setting; raises `UsageError` for float16 on a CPU.
 
+    `auto` on a CPU is what `$LORA_GPT2_CPU_DTYPE` says, else bfloat16 where the CPU multiplies it in hardware.
     `auto` on `mps` is float32: neither bfloat16, which older versions of macOS lack, nor the loss scaling of float16
     has been tried there. Both can be asked for by name.
     """
@@ -75,8 +78,14 @@ def choose_runtime(precision: str, device: torch.device | None = None) -> Runtim
         return Runtime(device, DTYPES[precision])
     if device.type == "cuda":
         return Runtime(device, torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16)
-    is_narrow = device.type == "cpu" and has_native_bfloat16()
-    return Runtime(device, torch.bfloat16 if is_narrow else torch.float32)
+    return Runtime(device, _choose_cpu_dtype() if device.type == "cpu" else torch.float32)
+
+
+def _choose_cpu_dtype() -> torch.dtype:
+    name = os.environ.get(CPU_DTYPE) or ("bfloat16" if has_native_bfloat16() else "float32")
+    if name not in ("float32", "bfloat16"):
+        raise UsageError(f"${CPU_DTYPE} is '{name}'", "set it to float32 or bfloat16, or not at all")
+    return DTYPES[name]
 
 
 def raise_file_limit() -> None:

@@ -9,7 +9,7 @@ from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, Re
 from lora_gpt2.model import runtime
 from lora_gpt2.model.base import fingerprint_base, load_base
 from lora_gpt2.model.locate import find_base, list_bundled
-from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
+from lora_gpt2.model.runtime import DTYPES, choose_runtime, measure_peak_memory
 from tests.builders import make_base_folder
 
 FLOAT32 = choose_runtime("float32", torch.device("cpu"))
@@ -181,9 +181,19 @@ def test_unknown_names_and_an_unreachable_hub(tmp_path, monkeypatch):
 
 def test_precision_follows_what_the_cpu_really_has(monkeypatch):
     cpu = torch.device("cpu")
+    monkeypatch.delenv("LORA_GPT2_CPU_DTYPE")
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(runtime, "has_native_bfloat16", lambda native=native: native)
         assert choose_runtime("auto", cpu).dtype == dtype
+        for name in DTYPES:
+            monkeypatch.setenv("LORA_GPT2_CPU_DTYPE", name)
+            if name == "float16":
+                with pytest.raises(UsageError, match="LORA_GPT2_CPU_DTYPE is 'float16'"):
+                    choose_runtime("auto", cpu)
+            else:
+                assert choose_runtime("auto", cpu).dtype_name == name
+                assert choose_runtime("float32", cpu).dtype == torch.float32, "what a recipe says goes before it"
+        monkeypatch.delenv("LORA_GPT2_CPU_DTYPE")
     with pytest.raises(UsageError, match="float16"):
         choose_runtime("float16", cpu)
     cuda = torch.device("cuda")
