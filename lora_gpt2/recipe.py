@@ -183,7 +183,7 @@ class TrainSettings(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation, data order, dropout and noise."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Numbers of the frozen base; auto: the fastest that the device computes natively, or on a CPU $LORA_GPT2_CPU_DTYPE."""
+    """Numbers of the frozen base; auto: what the device computes fastest, or on a CPU $LORA_GPT2_CPU_DTYPE."""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Keep the base's projections in 8 or 4 bits: less memory, a little slower, a slightly different base."""
 

@@ -1,17 +1,20 @@
-"""The same perplexity as lm-evaluation-harness on the same base and text; installed for the test, so a slow one."""
+"""The same perplexity as lm-evaluation-harness, with and without an adapter; installed for the test, so a slow one."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from lora_gpt2.evaluation.perplexity import measure_perplexity
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
+from lora_gpt2.model.locate import find_base
 from lora_gpt2.model.runtime import choose_runtime
-from lora_gpt2.recipe import EvaluateSettings
+from lora_gpt2.recipe import EvaluateSettings, LoraSettings
+from lora_gpt2.store.files import publish_adapter
+from tests.builders import make_adapter
 
 TEXTS = [
     "The king is dead, and nobody in the town knows who will follow him.",
@@ -24,8 +27,8 @@ import json, logging, sys
 logging.disable(logging.WARNING)
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-folder, texts = json.load(sys.stdin)
-model = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=1)
+folder, peft, texts = json.load(sys.stdin)
+model = HFLM(pretrained=folder, peft=peft, device="cpu", dtype="float32", batch_size=1)
 requests = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(t,), idx=i) for i, t in enumerate(texts)]
 print(json.dumps(model.loglikelihood_rolling(requests, disable_tqdm=True)))
 """
@@ -40,22 +43,42 @@ PACKAGES = [
 ]
 
 
-@pytest.mark.slow
-def test_the_document_protocol_equals_lm_evaluation_harness(tmp_path):
-    from lora_gpt2.model.locate import find_base
-
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", str(tmp_path), *PACKAGES]
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    """A folder with lm-evaluation-harness, for PYTHONPATH."""
+    folder = tmp_path_factory.mktemp("harness")
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", str(folder), *PACKAGES]
     subprocess.run(install, check=True, timeout=300)
-    folder = find_base("nano")
-    base = load_base("nano", choose_runtime("float32"))
+    return folder
+
+
+def measure_theirs(harness, folder, peft):
+    """Returns the log likelihood in nats of each text under the `hf` model of lm-evaluation-harness."""
     done = subprocess.run(
-        [sys.executable, "-c", ROLLING], input=json.dumps([str(folder), TEXTS]), capture_output=True, text=True,
-        check=True, timeout=300, env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-c", ROLLING], input=json.dumps([str(folder), peft and str(peft), TEXTS]), text=True,
+        capture_output=True, check=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(harness), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["nothing", "the default targets"])
+def test_the_document_protocol_equals_lm_evaluation_harness(harness, store, trained):
+    """The adapter's folder is the one in the store, unchanged."""
+    folder, base = find_base("nano"), load_base("nano", choose_runtime("float32"))
+    session, mix, peft = Session(base, store), (), None
+    if trained != "nothing":
+        adapter = make_adapter(base.config, settings=LoraSettings())
+        publish_adapter(store, "law", adapter, base)
+        mix, peft = (("law", 1.0),), store.resolve("law")
     context = base.config.context
-    for text, total in zip(TEXTS, theirs, strict=True):
-        score = measure_perplexity(base, [text], EvaluateSettings(window=context, stride=context))
+    settings = EvaluateSettings(window=context, stride=context)
+    differences = []
+    for text, total in zip(TEXTS, measure_theirs(harness, folder, peft), strict=True):
+        score = measure_perplexity(base, [text], settings, session.for_rows(mix))
         assert score.nll_nats_per_token == pytest.approx(-total / score.tokens, abs=1e-4)
+        plain = measure_perplexity(base, [text], settings)
+        differences.append(abs(score.nll_nats_per_token - plain.nll_nats_per_token))
+    assert (min(differences) > 0.01) == (trained != "nothing"), "the adapter changes the figure"
     assert len(base.tokenizer.encode(TEXTS[1])) > context, "more than one window"
-    assert Path(folder).is_dir()
