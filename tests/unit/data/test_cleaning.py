@@ -81,6 +81,87 @@ def test_each_rule_does_what_it_says(rule, mode, before, after):
     assert RULES[rule].apply(after, mode) == after
 
 
+START = "*** START OF THE PROJECT GUTENBERG EBOOK X ***\n"
+END = "*** END OF THE PROJECT GUTENBERG EBOOK X ***\n"
+STORY = "A line of the story.\n" * 20
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (f"header\n{START}{STORY}{END}licence\n", STORY),
+        (f"{STORY}Such books begin with\n{START}and no more.\n", None),  # quoted near the end of another text
+        (f"{STORY}{START}", None),
+        (f"{START}{STORY}", STORY),
+        (f"{STORY}{END}licence\n", STORY),
+        (f"{STORY}He said *** START OF THE PROJECT GUTENBERG EBOOK, and left.\n", None),  # within a line
+        (f"He wrote: *** END OF THE PROJECT GUTENBERG EBOOK X ***\n{STORY}", None),
+        (f"{START}Produced by A\nand B\n\n{STORY}", "\n" + STORY),
+        (f"{START}{STORY}Produced by A\n", f"{STORY}Produced by A\n"),
+        (f"header\n{START}{STORY}End of Project Gutenberg's X\nlicence\n", STORY),
+    ],
+)  # fmt: skip
+def test_the_licence_is_cut_at_its_own_lines_and_a_text_that_quotes_them_stays(before, after):
+    assert RULES["licence"].apply(before, "on") == (before if after is None else after)
+
+
+DEEP = {
+    "template_tags": ["{{" * 20 + "x" + "}}" * 20, "{%" * 20 + "x" + "%}" * 20, "[" * 20 + "a" + "]()" * 20],
+    "entities": ["&" + "amp;" * 12, "&" + "amp;" * 12 + "lt;b&gt;", "&" + "#38;" * 12],
+    "tags": ["<b" * 20 + ">" * 20, "<<b>" * 20 + "b>" * 20, "<!--" * 20 + "-->" * 20, "<scr<b>ipt>" * 20],
+    "control": ["\x1b[" * 20 + "1m" * 20, "\x1b\x00" * 20 + "[m" * 20, "a\u200d" * 20 + "\u200d" * 20],
+    "urls": ["[" * 20 + "a" + "](b)" * 20, "[a](" * 20 + "x" + ")" * 20, "http://a.b" * 20],
+    "personal": ["a@b.org" * 20, "4111 1111 1111 1111 " * 20],
+    "spaces": [" \t\n" * 20, "a \n" * 20 + "\n" * 20],
+    "emoji": ["1\ufe0f\u20e3" * 20, "👩\u200d" * 20],
+}
+CASES = [(rule, mode, text) for rule, texts in DEEP.items() for mode in RULES[rule].modes for text in texts]
+
+
+@pytest.mark.parametrize(("rule", "mode", "text"), CASES, ids=lambda value: repr(value)[:20])
+def test_a_rule_applied_twice_is_the_rule_applied_once_however_deep_the_nesting(rule, mode, text):
+    once = RULES[rule].apply(text, mode)
+    assert RULES[rule].apply(once, mode) == once
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "left"),
+    [
+        ("template_tags", "{{" * 20 + "x" + "}}" * 20, "}"),
+        ("entities", "&" + "amp;" * 12 + "lt;b", "amp;"),
+        ("tags", "<b" * 20 + ">" * 20, ">"),
+    ],
+)
+def test_what_is_nested_deeper_than_the_rounds_loses_the_characters_that_feed_the_rule(rule, text, left):
+    found = RULES[rule].apply(text, "on")
+    assert not {"{", "&", "<"} & set(found)
+    assert left in found, "and no more than these"
+
+
+def test_the_profiles_are_these():
+    """A golden list: what a profile does changes what every later training sees."""
+    prose = (
+        "html", "entities", "line_ends", "mojibake", "control", "unicode", "front_matter", "template_tags", "tags",
+        "licence", "personal", "long_words", "spaces", BOILERPLATE,
+    )  # fmt: skip
+    modes = dict.fromkeys(prose, "on") | {"unicode": "nfc", "personal": "report"}
+    assert list(choose_rules("prose", {}).items()) == [(name, modes[name]) for name in prose]
+    assert list(choose_rules("code", {}).items()) == [("line_ends", "on"), ("nul", "on"), ("personal", "report")]
+    assert choose_rules("raw", {}) == {}
+    assert set(PROFILES) == {"prose", "code", "raw"}
+
+
+@pytest.mark.parametrize("profile", ["prose", "code"])
+def test_personal_data_is_counted_and_left_in_the_text_by_default(profile):
+    report, text = CleaningReport(), "write to a@b.org and a@c.org, 4111 1111 1111 1111"
+    assert report.clean(text, choose_rules(profile, {})) == text
+    assert report.clean("nothing here", choose_rules(profile, {})) == "nothing here"
+    assert report.personal == {"email": 1, "card": 1}, "documents, not findings"
+    assert CleaningReport().clean(text, choose_rules(profile, {"personal": "mask"})) == (
+        "write to <email> and <email>, <card>"
+    )
+
+
 def test_rules_are_switched_by_name_and_mode():
     assert "emoji" not in choose_rules("prose", {})
     changed = choose_rules("prose", {"emoji": True, "urls": "drop", "spaces": False, "unicode": "nfkc", "tags": "off"})

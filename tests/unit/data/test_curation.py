@@ -2,6 +2,7 @@
 
 import random
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from lora_gpt2.data.boilerplate import drop_edges, find_boilerplate
 from lora_gpt2.data.cleaning import RULES, CleaningReport, Rule
 from lora_gpt2.data.dedup import choose_band_width, content_key, count_copies, find_near_copies, sign
 from lora_gpt2.data.intake import Batch, Job, load_batch, process_batch
-from lora_gpt2.data.personal import find_personal
+from lora_gpt2.data.personal import find_personal, mask_personal
 from lora_gpt2.data.quality import find_reason
 from lora_gpt2.data.records import Document
 from lora_gpt2.data.tokenizer import load_tokenizer
@@ -37,6 +38,53 @@ def test_personal_data_needs_a_pattern_and_a_valid_number(text, found):
     assert [(each.kind, text[each.start : each.end]) for each in find_personal(text)] == found
 
 
+CARD_IN_IBAN = "DE54 8809 1891 6348 9676 99"  # its last 18 digits pass the check of cards too
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "masked"),
+    [
+        (f"to {CARD_IN_IBAN}, thanks", [("iban", CARD_IN_IBAN)], "to <iban>, thanks"),
+        (f"{CARD_IN_IBAN[5:]} alone", [("card", CARD_IN_IBAN[5:])], "<card> alone"),
+        ("078-05-1120 or 202-555-0143", [("ssn", "078-05-1120"), ("phone", "202-555-0143")], "<ssn> or <phone>"),
+        (
+            "a@b.org, a@b.org; c@d.org",
+            [("email", "a@b.org"), ("email", "a@b.org"), ("email", "c@d.org")],
+            "<email>, <email>; <email>",
+        ),
+        ("a@192.0.2.1 is no address", [("ip", "192.0.2.1")], "a@<ip> is no address"),
+    ],
+)
+def test_what_is_found_does_not_overlap_and_is_masked_once(text, found, masked):
+    findings = find_personal(text)
+    assert [(each.kind, text[each.start : each.end]) for each in findings] == found
+    assert all(one.end <= other.start for one, other in pairwise(findings))
+    assert mask_personal(text) == masked
+
+
+def test_findings_never_overlap_and_masking_keeps_all_the_rest():
+    rng = random.Random(0)
+    scraps = [
+        "4111 1111 1111 1111",
+        CARD_IN_IBAN,
+        "078-05-1120",
+        "+1 202 555 0143",
+        "192.0.2.1",
+        "a@b.org",
+        " ",
+        "-",
+        "7",
+    ]
+    for _ in range(300):
+        text = "".join(rng.choices(scraps, k=6))
+        findings, rest, place = find_personal(text), "", 0
+        for each in findings:
+            assert place <= each.start < each.end <= len(text)
+            rest += text[place : each.start] + f"<{each.kind}>"
+            place = each.end
+        assert mask_personal(text) == rest + text[place:]
+
+
 def make_documents(count, words=120, seed=0):
     rng = random.Random(seed)
     return [" ".join(f"w{rng.randrange(3000)}" for _ in range(words)) for _ in range(count)]
@@ -57,6 +105,22 @@ def test_planted_near_copies_are_found_and_no_other_pair_is():
     assert all(0.8 <= likeness <= 1 for _, likeness in copies.values())
     assert count_copies(sign(documents[:300]), sign(planted), 0.8) == len(copies)
     assert count_copies(sign(documents[300:]), sign(planted), 0.8) == 0
+
+
+def test_copies_are_counted_of_the_first_documents_among_the_second_and_within_neither():
+    one, two, three = make_documents(3)
+    near = one.replace(one.split()[50], "changed")
+
+    def count(of, among):
+        return count_copies(sign(of), sign(among), 0.8)
+
+    assert count([one], [two, two, two]) == 0, "copies of each other alone"
+    assert count([one, one], [two]) == 0
+    assert count([one], [one, near, two]) == 2
+    assert count([one], [one, one]) == 2, "each of them"
+    assert count([one, one, near], [one]) == 1, "once, however many it is like"
+    assert count([one, two], [three, two, two, three]) == 2
+    assert count([], [one, one]) == count([one], []) == 0
 
 
 def test_the_estimate_of_likeness_is_that_of_the_sets():

@@ -65,6 +65,52 @@ def test_one_who_won_everything_has_a_finite_strength():
     assert fit_bradley_terry(np.zeros((2, 2))).tolist() == [0, 0]
 
 
+def test_on_a_chain_of_pairs_each_step_has_the_log_odds_of_its_own_wins():
+    """0 met 1 and 1 met 2 alone: then each pair's strengths are fitted exactly, whatever the other pair did."""
+    wins = np.zeros((3, 3))
+    wins[0, 1], wins[1, 0], wins[1, 2], wins[2, 1] = 5, 2, 3, 4
+    strengths = fit_bradley_terry(wins)
+    assert strengths[0] - strengths[1] == pytest.approx(np.log(5 / 2))
+    assert strengths[1] - strengths[2] == pytest.approx(np.log(3 / 4))
+    assert strengths.sum() == pytest.approx(0)
+
+
+def test_half_a_tie_is_added_to_the_pairs_that_met_and_to_no_others():
+    wins = np.zeros((3, 3))
+    wins[0, 1], wins[1, 2], wins[2, 1] = 5, 3, 1  # 1 lost every comparison with 0; 0 and 2 did not meet
+    strengths = fit_bradley_terry(wins)
+    assert strengths[0] - strengths[1] == pytest.approx(np.log(5.25 / 0.25))
+    assert strengths[1] - strengths[2] == pytest.approx(np.log(3.25 / 1.25))
+    assert strengths.sum() == pytest.approx(0)
+
+
+def test_the_strengths_explain_the_wins_with_half_a_tie_added_where_one_lost_all():
+    """At the maximum of the likelihood each has as many wins as its strengths let expect (Hunter 2004, section 2)."""
+    generator = np.random.default_rng(0)
+    wins = generator.integers(0, 5, (5, 5)).astype(float)
+    np.fill_diagonal(wins, 0)
+    wins[0, 3] = wins[3, 0] = 0  # did not meet
+    for lost_all in (False, True):
+        if lost_all:
+            wins[4] = 0
+        strengths = fit_bradley_terry(wins)
+        added = 0.25 * (wins + wins.T > 0) if lost_all else 0
+        met = wins + wins.T + 2 * added
+        expected = (met / (1 + np.exp(strengths[None] - strengths[:, None]))).sum(1)
+        assert (wins + added).sum(1) == pytest.approx(expected, abs=1e-6)
+        assert strengths.sum() == pytest.approx(0)
+
+
+def test_who_did_not_meet_over_others_either_is_not_compared():
+    wins = np.zeros((5, 5))
+    wins[0, 1], wins[1, 0], wins[2, 3], wins[3, 2] = 3, 1, 1, 2
+    strengths = fit_bradley_terry(wins)
+    assert strengths == pytest.approx([np.log(3) / 2, -np.log(3) / 2, -np.log(2) / 2, np.log(2) / 2, 0])
+    wins[1, 0] = 0  # what is infinite in one group changes nothing in the other
+    assert fit_bradley_terry(wins)[2:] == pytest.approx(strengths[2:])
+    assert fit_bradley_terry(wins)[0] == pytest.approx(np.log(3.25 / 0.25) / 2)
+
+
 def test_wins_are_counted_with_ties_as_halves():
     assert count_wins({(0, 1): [1.0, 1.0, 0.0, 0.5]}, 2).tolist() == [[0, 2.5], [1.5, 0]]
 

@@ -7,9 +7,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.config import parse_config
-from lora_gpt2.model.gpt2 import GPT2
+from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.lora import build_ranks
+from lora_gpt2.model.quantize import QuantizedLinear
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.training import memory
@@ -83,14 +86,82 @@ def measure_peak(base, recipes):
         (1, torch.float32, {"data": {"block_size": 128, "layout": "packed"}}),
     ],
 )
-def test_the_estimate_is_within_a_tenth_of_the_allocators_peak(wide_folder, num_slots, dtype, train):
+def test_the_estimate_is_within_a_fiftieth_of_the_allocators_peak(wide_folder, num_slots, dtype, train):
     runtime = Runtime(torch.device("cpu"), dtype)
     recipes = [make_recipe(wide_folder, f"r{k}", **train) for k in range(num_slots)]
     base = load_base(str(wide_folder), runtime, recipes[0].train.quantize)
     estimated = estimate_memory(base.config, recipes, runtime)
     assert estimated.reserve == CPU_RESERVE
     found = measure_peak(base, recipes)
-    assert estimated.peak - estimated.reserve == pytest.approx(found, rel=0.1)
+    # measured within 0.7 %: what is left are tensors of a number per row; a width more per block would be 9 %
+    assert estimated.peak - estimated.reserve == pytest.approx(found, rel=0.02)
+
+
+def measure_kept(base, recipe):
+    """Returns the bytes that autograd keeps of a pass through the network, each storage once, without the weights."""
+    ranks = build_ranks(base.config, recipe.lora)
+    bank = AdapterBank(base.config, ranks, 1, "training", base.model.wte.weight)
+    bank.enable_gradients()
+    tokens = torch.zeros(
+        count_pass_tokens([recipe]) // recipe.data.block_size, recipe.data.block_size, dtype=torch.long
+    )
+    weights, kept = {p.untyped_storage().data_ptr() for p in base.model.parameters()}, {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.numel() >= tokens.numel():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    rows = TrainingRows(bank, [0], dropout=recipe.lora.dropout, row_seeds=range(len(tokens)))
+    checkpointing = recipe.train.gradient_checkpointing
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = base.model(tokens, rows, checkpoint_blocks=checkpointing)
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"rank": 64},
+        {"lora": {"first_layer": 3}},
+        {"lora": {"dropout": 0.2}},
+        {"lora": {"targets": ["c_attn.q", "mlp.c_proj"]}},
+        {"gradient_checkpointing": True},
+    ],
+)
+def test_the_activations_are_what_autograd_keeps(wide_folder, dtype, change):
+    runtime = Runtime(torch.device("cpu"), dtype)
+    base = load_base(str(wide_folder), runtime)
+    recipe = make_recipe(wide_folder, batch_tokens=256, **change)
+    tokens, width = count_pass_tokens([recipe]), base.config.width
+    # beside it the embeddings, the normed output and its gradient, and the input of the head's update
+    beside = 3 * width
+    if not recipe.train.gradient_checkpointing:
+        beside += build_ranks(base.config, recipe.lora).get("lm_head", 0)
+    expected = measure_kept(base, recipe) + tokens * beside * dtype.itemsize
+    estimated = estimate_memory(base.config, [recipe], runtime)
+    assert estimated.activations == pytest.approx(expected, rel=5e-3)  # a width of one block is 2 to 7 %
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ratios", [(1, 1), (1, 4)])
+def test_the_adapters_are_the_buffers_of_a_run(wide_folder, dtype, ratios):
+    runtime = Runtime(torch.device("cpu"), dtype)
+    recipes = [
+        make_recipe(wide_folder, f"r{rank}", rank=rank, batch_tokens=128, lora_plus_ratio=ratio)
+        for rank, ratio in zip((3, 5), ratios, strict=True)
+    ]
+    base = load_base(str(wide_folder), runtime)
+    domains = [Domain(r.name, r, build_random_data(r, base.config.vocab_size)) for r in recipes]
+    trainer = Trainer(base, domains, None)
+    runner, bank = trainer.runner, trainer.bank
+    buffers = [bank.flat, runner.gradient, trainer.best, runner.optimizer.mean, runner.optimizer.square]
+    buffers += [bank.compute] * (dtype != torch.float32) + [runner.boost] * (runner.boost is not None)
+    assert estimate_memory(base.config, recipes, runtime).adapters == sum(buffer.nbytes for buffer in buffers)
 
 
 def test_what_fits_is_chosen_from_the_fastest_on(wide_folder):
@@ -141,12 +212,18 @@ def test_a_plan_measures_speed_and_counts_tokens(wide_folder, reporter):
     assert small.tokens_per_second is None
 
 
-def test_weights_are_counted_exactly(wide_folder):
-    config = parse_config(json.loads((wide_folder / "config.json").read_text()), "")
-    with torch.device("meta"):
-        model = GPT2(config)
-    estimated = estimate_memory(config, [make_recipe(wide_folder)], FLOAT32)
-    assert estimated.weights == 4 * sum(p.numel() for p in model.parameters())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_weights_are_counted_exactly(wide_folder, dtype, quantize):
+    runtime = Runtime(torch.device("cpu"), dtype)
+    base = load_base(str(wide_folder), runtime, quantize)
+    stored = sum(parameter.nbytes for parameter in base.model.parameters())
+    for module in base.model.modules():
+        if isinstance(module, QuantizedLinear):  # int8's scales, one for each row, are left out
+            stored += module.codes.nbytes
+            stored += module.state.absmax.nbytes + module.state.state2.absmax.nbytes if module.state else 0
+    estimated = estimate_memory(base.config, [make_recipe(wide_folder, quantize=quantize)], runtime)
+    assert estimated.weights == stored
 
 
 def test_recipes_that_do_not_share_passes_are_counted_apart_and_keep_what_they_ask_for(wide_folder):

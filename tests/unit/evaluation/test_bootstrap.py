@@ -1,0 +1,61 @@
+"""The bootstrap's draws: with replacement, of one size, the same for all rows, and none of them twice."""
+
+import numpy as np
+import pytest
+
+from lora_gpt2.evaluation import bootstrap
+from lora_gpt2.evaluation.bootstrap import ROUNDS, draw_counts, find_interval, resample_ratio
+
+DOCUMENTS = 40
+
+
+@pytest.fixture
+def values():
+    return np.random.default_rng(0).normal(5, 2, size=DOCUMENTS)
+
+
+def test_a_draw_has_as_many_documents_with_replacement_and_follows_its_seed():
+    counts = draw_counts(DOCUMENTS, 2000, seed=3)
+    assert counts.shape == (2000, DOCUMENTS)
+    assert (counts.sum(1) == DOCUMENTS).all()
+    assert counts.mean(0) == pytest.approx(1, abs=0.12), "each document alike: five deviations of 2,000 draws"
+    assert (counts == 0).mean() == pytest.approx((1 - 1 / DOCUMENTS) ** DOCUMENTS, abs=0.01)
+    assert (draw_counts(DOCUMENTS, 2000, seed=3) == counts).all()
+    assert (draw_counts(DOCUMENTS, 2000, seed=4) != counts).any()
+
+
+@pytest.mark.parametrize("rounds_at_once", [1, 7, 300, 999, ROUNDS, 5000])
+def test_no_two_rounds_are_alike_however_many_are_drawn_at_once(values, monkeypatch, rounds_at_once):
+    monkeypatch.setattr(bootstrap, "AT_ONCE", rounds_at_once * DOCUMENTS)
+    means = resample_ratio(values[None], np.ones(DOCUMENTS))[:, 0]
+    assert len(means) == ROUNDS
+    assert len(np.unique(means.round(12))) == ROUNDS
+    assert means.mean() == pytest.approx(values.mean(), abs=0.05)  # 5 deviations of a mean of 1,000
+    assert means.std() == pytest.approx(values.std() / DOCUMENTS**0.5, rel=0.12)
+
+
+def test_a_round_is_the_ratio_of_sums_over_its_draw_and_all_rows_have_the_same_draws(values, monkeypatch):
+    sizes = np.arange(1.0, DOCUMENTS + 1)
+    totals = np.stack([values, 2 * values, sizes])
+    found = resample_ratio(totals, sizes)
+    counts = draw_counts(DOCUMENTS, ROUNDS)
+    assert found[:, 0] == pytest.approx((counts * values).sum(1) / (counts * sizes).sum(1))
+    for rounds_at_once in (5000, 300):
+        monkeypatch.setattr(bootstrap, "AT_ONCE", rounds_at_once * DOCUMENTS)
+        found = resample_ratio(totals, sizes)
+        assert found[:, 1] == pytest.approx(2 * found[:, 0])
+        assert found[:, 2] == pytest.approx(1)
+
+
+def test_an_interval_leaves_the_same_share_out_at_both_ends():
+    values = np.arange(1001.0)[::-1]
+    assert find_interval(values) == pytest.approx((25, 975))
+    assert find_interval(values, 0.5) == pytest.approx((250, 750))
+    assert find_interval([*values, np.nan, np.nan]) == pytest.approx((25, 975)), (
+        "rounds without any token count nothing"
+    )
+
+
+def test_a_round_of_documents_without_tokens_is_no_number():
+    sizes = np.zeros(DOCUMENTS)
+    assert np.isnan(resample_ratio(np.ones((1, DOCUMENTS)), sizes)).all()
