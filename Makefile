@@ -28,7 +28,7 @@ test: $(VENV)/.installed-dev ## run the tests
 
 check: $(VENV)/.installed-dev ## format, lint, types, import directions, generated docs, tests
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
-	@$(BIN)/mypy
+	@for system in linux darwin win32; do $(BIN)/mypy --platform $$system --cache-dir .mypy_cache/$$system || exit 1; done
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 	@$(BIN)/python tools/write_docs.py --check
 	@$(BIN)/python -m pytest

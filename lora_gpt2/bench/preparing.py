@@ -1,7 +1,8 @@
 """How fast text is prepared, in how much memory, and whether planted near copies are found.
 
 Preparation runs as a whole command in processes of its own, whose memory is read while they run: on Linux the sum of
-their proportional set sizes, in which pages that processes share count once; elsewhere of what is theirs alone.
+their proportional set sizes, in which pages that processes share count once; elsewhere of what is
+theirs alone (on macOS, without rights, of all that is resident).
 """
 
 from __future__ import annotations
@@ -108,9 +109,14 @@ def _weigh_tree(pid: int) -> int:
     except psutil.Error:
         return 0
     for process in processes:
-        with suppress(psutil.Error):
+        try:
             found = process.memory_full_info()
             total += getattr(found, "pss", found.uss)
+        except psutil.AccessDenied:  # macOS, without rights
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
+        except psutil.Error:
+            continue
     return total
 
 

@@ -104,6 +104,8 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, width: int, rows: int
             torch.nn.functional.linear(x, weight)
         if device.type == "cuda":
             torch.cuda.synchronize()
+        elif device.type == "mps":
+            torch.mps.synchronize()
         best = max(best, 10 * 2 * rows * width * 4 * width / (time.perf_counter() - started))
     return best
 
@@ -287,7 +289,7 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
         output_dir=str(Path(spec.work) / "out"), per_device_train_batch_size=spec.rows, max_steps=len(tokens),
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
         logging_steps=1, report_to=[], save_strategy="no", bf16=autocast, use_cpu=spec.device == "cpu",
-        gradient_checkpointing=spec.checkpointing, disable_tqdm=True, dataloader_pin_memory=spec.device != "cpu",
+        gradient_checkpointing=spec.checkpointing, disable_tqdm=True, dataloader_pin_memory=spec.device == "cuda",
         train_sampling_strategy="sequential",
     )  # fmt: skip
     watch = Watch()

@@ -24,6 +24,7 @@ from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, No
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED_NAMES = frozenset({"base", "all", "auto"})
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.")  # and names that Windows shortens
 OPEN_FLAGS: int = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 SHARING_SECONDS = 2.0 if os.name == "nt" else 0.0  # Windows: how long to wait for a reader or a virus scanner
 T = TypeVar("T")
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 def is_name(name: str) -> bool:
     """True if `name` can name an adapter."""
+    if os.name == "nt" and WINDOWS_DEVICES.fullmatch(name):
+        return False
     return NAME_PATTERN.fullmatch(name) is not None and name not in RESERVED_NAMES
 
 
@@ -39,7 +42,8 @@ def check_name(name: str) -> str:
     if not is_name(name):
         raise UsageError(
             f"'{name[:80]}' is not a name for an adapter",
-            "use 1 to 64 of a-z 0-9 . _ - beginning with a letter or digit, and not 'base', 'all' or 'auto'",
+            "use 1 to 64 of a-z 0-9 . _ - beginning with a letter or digit, and not 'base', 'all' or 'auto'"
+            + (", on Windows not a device such as 'con', and no dot at the end" if os.name == "nt" else ""),
         )
     return name
 

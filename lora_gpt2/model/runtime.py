@@ -21,6 +21,7 @@ from lora_gpt2.core.errors import UsageError
 
 NOFILE_LIMIT = 65536
 CPU_DTYPE = "LORA_GPT2_CPU_DTYPE"
+CPU_FLAGS = Path("/proc/cpuinfo")  # Linux
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,7 +41,7 @@ class Runtime:
 def has_native_bfloat16() -> bool:
     """True if this CPU multiplies bfloat16 in hardware; the emulation that PyTorch offers everywhere does not count."""
     try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        flags = CPU_FLAGS.read_text(encoding="utf-8", errors="replace")
     except OSError:
         found = torch.cpu.get_capabilities()  # Windows, macOS
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))

@@ -63,6 +63,16 @@ def test_no_module_needs_what_only_some_systems_have():
     assert not ties
 
 
+def test_float64_is_not_asked_of_a_device_that_may_lack_it():
+    on_the_cpu = {
+        "model/merge.py",
+        "merging/combine.py",
+        "model/runtime.py",
+    }  # adapters that came from files; as_float64
+    found = {str(path.relative_to(ROOT / "lora_gpt2")) for path in TREE if ".double()" in path.read_text("utf-8")}
+    assert found == on_the_cpu
+
+
 @pytest.fixture
 def children():
     """Starts Python programs that talk over pipes; they end with the test."""
@@ -125,6 +135,7 @@ def test_the_store_works_on_windows(windows, trained):
     windows("adapters", "restore", "other")
     assert trained.read_current("other") == 2
     windows("adapters", "rollback", "other", code=4)
+    assert "con" in windows("adapters", "copy", "law", "con", code=2)
     windows("adapters", "gc")
     assert not list((trained.root / ".trash").iterdir())
     windows("adapters", "export", "other", trained.root.parent / "out")

@@ -202,3 +202,37 @@ def test_precision_follows_what_the_cpu_really_has(monkeypatch):
         assert choose_runtime("auto", cuda).dtype == dtype
     assert choose_runtime("float16", cuda).dtype == torch.float16
     assert measure_peak_memory(cpu) > 50e6
+
+
+def test_the_fastest_device_is_chosen_and_apples_computes_in_float32(monkeypatch):
+    has = {"cuda": False, "mps": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has["mps"])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
+    monkeypatch.setattr(runtime, "has_native_bfloat16", lambda: True)
+    mps, cpu = torch.device("mps"), torch.device("cpu")
+    assert choose_runtime("auto") == runtime.Runtime(mps, torch.float32)
+    for name in ("float32", "bfloat16", "float16"):
+        assert choose_runtime(name) == runtime.Runtime(mps, getattr(torch, name))
+    assert runtime.choose_float64_device(mps) == cpu
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 123)
+    assert measure_peak_memory(mps) == 123
+    has["mps"] = False
+    assert choose_runtime("auto") == runtime.Runtime(cpu, torch.bfloat16)
+    has.update(cuda=True, mps=True)
+    assert choose_runtime("auto").device == torch.device("cuda") == runtime.choose_float64_device(torch.device("cuda"))
+
+
+def test_sums_in_float64_stay_on_their_device():
+    values = torch.tensor([1.0, 2.0**-40])
+    assert runtime.as_float64(values).sum().item() == 1 + 2.0**-40
+    assert runtime.as_float64(values).device == values.device
+
+
+def test_bfloat16_is_found_without_proc(monkeypatch, tmp_path):
+    wanted = runtime.has_native_bfloat16()
+    monkeypatch.setattr(runtime, "CPU_FLAGS", tmp_path / "missing")
+    assert runtime.has_native_bfloat16() == wanted
+    for flag, expected in (("bf16", True), ("avx512_bf16", True), ("avx2", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})
+        assert runtime.has_native_bfloat16() == expected
