@@ -93,6 +93,13 @@ def _until_stable(step: Callable[[str], str], text: str, feed: str) -> str:
     return text
 
 
+def _shorten(cut: Callable[[str], str], text: str) -> str:
+    """Returns what remains of a text when there is nothing more to cut from it."""
+    while len(shorter := cut(text)) < len(text):
+        text = shorter
+    return text
+
+
 def read_page(text: str, _mode: str = "on") -> str:
     """Returns the text of a web page: paragraphs and `<pre>`, without navigation, scripts and styles."""
     return extract_text(text)
@@ -153,7 +160,7 @@ def drop_front_matter(text: str, _mode: str = "on") -> str:
     """Returns the text without the settings that static site generators keep at its top."""
     if not text.lstrip().startswith(("---", "+++")):
         return text
-    return _until_stable(lambda text: str(FRONT_MATTER.sub("", text, count=1)), text, "")
+    return _shorten(lambda text: str(FRONT_MATTER.sub("", text, count=1)), text)
 
 
 def drop_template_tags(text: str, _mode: str = "on") -> str:
@@ -181,7 +188,7 @@ def drop_licence(text: str, _mode: str = "on") -> str:
     """Returns a Project Gutenberg book without the licence around it."""
     if "Gutenberg" not in text and "GUTENBERG" not in text:
         return text
-    return _until_stable(_cut_licence, text, "")
+    return _shorten(_cut_licence, text)
 
 
 def _cut_licence(text: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -77,8 +77,15 @@ def find_near_copies(signatures: Signatures, threshold: float) -> dict[int, tupl
 
 
 def _iter_pairs(signatures: Signatures, threshold: float) -> list[tuple[int, int, float]]:
-    width = choose_band_width(threshold)
     pairs: dict[tuple[int, int], float] = {}
+    for members in _iter_buckets(signatures, threshold):
+        _compare(members, signatures, threshold, pairs)
+    return [(first, second, likeness) for (first, second), likeness in pairs.items()]
+
+
+def _iter_buckets(signatures: Signatures, threshold: float) -> Iterator[NDArray[np.int64]]:
+    """Yields the documents, in their order, that have a band in common: two at least, and candidates only."""
+    width = choose_band_width(threshold)
     for start in range(0, NUM_HASHES - width + 1, width):
         band = np.ascontiguousarray(signatures[:, start : start + width])
         _, inverse = np.unique(band.view([("", band.dtype)] * width).ravel(), return_inverse=True)
@@ -86,8 +93,7 @@ def _iter_pairs(signatures: Signatures, threshold: float) -> list[tuple[int, int
         cuts = np.flatnonzero(np.diff(inverse[order])) + 1
         for begin, end in pairwise([0, *cuts.tolist(), len(order)]):
             if end - begin > 1:
-                _compare(order[begin:end], signatures, threshold, pairs)
-    return [(first, second, likeness) for (first, second), likeness in pairs.items()]
+                yield order[begin:end]
 
 
 def _compare(
@@ -106,6 +112,10 @@ def _compare(
 
 
 def count_copies(of: Signatures, among: Signatures, threshold: float) -> int:
-    """Returns how many documents are near copies of one of `of`; each of these is itself unlike the others."""
-    copies = find_near_copies(np.concatenate([of, among]), threshold)
-    return sum(index >= len(of) > first for index, (first, _) in copies.items())
+    """Returns how many of the documents `among` are near copies of one of `of`, whatever else they are like."""
+    signatures, found = np.concatenate([of, among]), np.zeros(len(of) + len(among), dtype=bool)
+    for members in _iter_buckets(signatures, threshold):
+        held, rest = members[members < len(of)], members[(members >= len(of)) & ~found[members]]
+        for first in held[:MAX_ROUNDS] if len(rest) else ():
+            found[rest] |= (signatures[rest] == signatures[first]).mean(axis=1) >= threshold
+    return int(found.sum())

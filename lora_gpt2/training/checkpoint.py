@@ -76,12 +76,17 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise CorruptError(f"{self.path} holds no run to resume", "start it without --resume") from error
         flat_found, flat_wanted = flatten_json(found), flatten_json(json.loads(json.dumps(identity)))
-        different = sorted(k for k in flat_found | flat_wanted if flat_found.get(k) != flat_wanted.get(k))
+        differences = {
+            key: (flat_found.get(key, "nothing"), flat_wanted.get(key, "nothing")) for key in flat_found | flat_wanted
+        }
+        different = sorted(key for key, (then, now) in differences.items() if then != now)
         allowed = [key for key in different if key.partition(".")[0] in free]
         refused = [key for key in different if key not in allowed]
 
         def describe(keys: Sequence[str]) -> str:
-            return "; ".join(f"{k}: {flat_found.get(k)} then, {flat_wanted.get(k)} now" for k in keys[:8])
+            return "; ".join(
+                f"{k}: {flat_found.get(k, absent)} then, {flat_wanted.get(k, absent)} now" for k in keys[:8]
+            )
 
         if refused:
             text = f"the run to resume differs: {describe(refused)}"

@@ -13,7 +13,7 @@ from lora_gpt2.model.base import load_base
 from lora_gpt2.model.locate import find_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import EvaluateSettings, LoraSettings
-from lora_gpt2.store.files import publish_adapter
+from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
 
 TEXTS = [
@@ -70,7 +70,7 @@ def test_the_document_protocol_equals_lm_evaluation_harness(harness, store, trai
     session, mix, peft = Session(base, store), (), None
     if trained != "nothing":
         adapter = make_adapter(base.config, settings=LoraSettings())
-        publish_adapter(store, "law", adapter, base)
+        publish_adapter(store, "law", adapter, base, Origin())
         mix, peft = (("law", 1.0),), store.resolve("law")
     context = base.config.context
     settings = EvaluateSettings(window=context, stride=context)

@@ -138,13 +138,22 @@ def test_what_is_nested_deeper_than_the_rounds_loses_the_characters_that_feed_th
     assert left in found, "and no more than these"
 
 
+@pytest.mark.parametrize(
+    ("rule", "repeated"),
+    [("front_matter", "---\na: b\n---\n"), ("licence", "*** START OF THE PROJECT GUTENBERG EBOOK X ***\n")],
+)
+def test_what_is_stacked_is_cut_however_high(rule, repeated):
+    text = "x " * 2000
+    assert RULES[rule].apply(repeated * 30 + text, "on").strip() == text.strip()
+
+
 def test_the_profiles_are_these():
     """A golden list: what a profile does changes what every later training sees."""
     prose = (
         "html", "entities", "line_ends", "mojibake", "control", "unicode", "front_matter", "template_tags", "tags",
         "licence", "personal", "long_words", "spaces", BOILERPLATE,
     )  # fmt: skip
-    modes = dict.fromkeys(prose, "on") | {"unicode": "nfc", "personal": "report"}
+    modes = dict.fromkeys(prose, "on") | {"unicode": "nfc", "personal": "report", BOILERPLATE: "pages"}
     assert list(choose_rules("prose", {}).items()) == [(name, modes[name]) for name in prose]
     assert list(choose_rules("code", {}).items()) == [("line_ends", "on"), ("nul", "on"), ("personal", "report")]
     assert choose_rules("raw", {}) == {}

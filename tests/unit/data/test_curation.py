@@ -11,7 +11,7 @@ from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.data import intake
 from lora_gpt2.data.boilerplate import drop_edges, find_boilerplate
 from lora_gpt2.data.cleaning import RULES, CleaningReport, Rule
-from lora_gpt2.data.dedup import choose_band_width, content_key, count_copies, find_near_copies, sign
+from lora_gpt2.data.dedup import NUM_HASHES, choose_band_width, content_key, count_copies, find_near_copies, sign
 from lora_gpt2.data.intake import Batch, Job, load_batch, process_batch
 from lora_gpt2.data.personal import find_personal, mask_personal
 from lora_gpt2.data.quality import find_reason
@@ -121,6 +121,17 @@ def test_copies_are_counted_of_the_first_documents_among_the_second_and_within_n
     assert count([one, one, near], [one]) == 1, "once, however many it is like"
     assert count([one, two], [three, two, two, three]) == 2
     assert count([], [one, one]) == count([one], []) == 0
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_copy_is_counted_though_it_is_more_like_another_document(order):
+    """Signatures with set likenesses: the held-out one and Y share 0.82, Y and Z 0.92, the held-out one and Z 0.74."""
+    held = np.arange(NUM_HASHES, dtype=np.uint32)
+    y, z = held.copy(), held.copy()
+    y[:23] += 1000
+    z[:33] += 1000
+    assert (held == z).mean() < 0.75 < 0.8 < (held == y).mean() < (y == z).mean()
+    assert count_copies(held[None], np.stack([y, z])[order], 0.8) == 1
 
 
 def test_the_estimate_of_likeness_is_that_of_the_sets():

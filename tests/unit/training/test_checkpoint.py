@@ -43,6 +43,7 @@ OTHERS = [
     ("adapters.one.lora.targets.1", {"adapters__one__lora__targets__1": "c_proj"}),
     ("adapters.one.lora.targets.1", {"adapters__one__lora__targets": ["c_attn"]}),
     ("adapters.one.train.clip", {"adapters__one__train__clip": 1.0}),
+    ("adapters.one.train.clip", {"adapters__one__train__clip": ...}),
     ("adapters.two.data", {"adapters__two": {"data": "d2"}}),
     ("order.1", {"order": ["one", "two"]}),
     ("processes", {"processes": 2}),
