@@ -84,9 +84,7 @@ class RunFolder:
         refused = [key for key in different if key not in allowed]
 
         def describe(keys: Sequence[str]) -> str:
-            return "; ".join(
-                f"{k}: {flat_found.get(k, absent)} then, {flat_wanted.get(k, absent)} now" for k in keys[:8]
-            )
+            return "; ".join(f"{key}: {differences[key][0]} then, {differences[key][1]} now" for key in keys[:8])
 
         if refused:
             text = f"the run to resume differs: {describe(refused)}"
