@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError
-from lora_gpt2.core.paths import find_state_dir, os_errors_as_ours
+from lora_gpt2.core.paths import DONT_WAIT, OPEN_FLAGS, find_state_dir, os_errors_as_ours
 
 CHOICES = "choices.jsonl"
 
@@ -49,7 +49,7 @@ class LocalLog:
         line = json.dumps(stamped, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | OPEN_FLAGS | DONT_WAIT, 0o600)
             with open(descriptor, "ab") as file:
                 file.write(line.encode("utf-8", "surrogatepass"))
         except OSError as error:

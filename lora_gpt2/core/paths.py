@@ -26,6 +26,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 RESERVED_NAMES = frozenset({"base", "all", "auto"})
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.")  # and names that Windows shortens
 OPEN_FLAGS: int = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+DONT_WAIT: int = getattr(os, "O_NONBLOCK", 0)  # for the other end of a pipe
 SHARING_SECONDS = 2.0 if os.name == "nt" else 0.0  # Windows: how long to wait for a reader or a virus scanner
 T = TypeVar("T")
 
@@ -159,7 +160,7 @@ def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
         CorruptError: it is not a plain file, or larger than `max_bytes`.
         OSError: it is missing or cannot be read.
     """
-    flags = os.O_RDONLY | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_RDONLY | OPEN_FLAGS | DONT_WAIT | getattr(os, "O_NOFOLLOW", 0)
     try:
         if not hasattr(os, "O_NOFOLLOW"):
             _check_no_link(path)

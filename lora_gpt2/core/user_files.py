@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
-from lora_gpt2.core.paths import translate_os_error
+from lora_gpt2.core.paths import DONT_WAIT, OPEN_FLAGS, translate_os_error
 
 MAX_TEXT_BYTES = 256 * 2**20
 _NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
@@ -29,11 +29,11 @@ def read_user_file(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         ResourceError: it cannot be read.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | OPEN_FLAGS | DONT_WAIT)
     except OSError as error:
         if error.errno in _NO_SUCH_FILE:
             raise NotFoundError(f"cannot read {path}: there is no such file", "check the path") from error
-        if error.errno == errno.ENXIO:  # a socket
+        if error.errno == errno.ENXIO or path.is_dir():  # a socket; a folder, which Windows does not open
             raise _refuse_kind(path) from error
         raise translate_os_error(error, f"read {path}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -90,7 +90,7 @@ def check_stdin() -> None:
         found = os.fstat(sys.stdin.fileno())
     except (OSError, ValueError):  # no file behind it
         return
-    is_null = found.st_rdev == os.stat(os.devnull).st_rdev
+    is_null = getattr(found, "st_rdev", 0) == getattr(os.stat(os.devnull), "st_rdev", 0)  # 0 on Windows
     if stat.S_ISCHR(found.st_mode) and not is_null and not sys.stdin.isatty():
         raise UsageError("stdin is a device", hint)
 

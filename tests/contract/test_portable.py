@@ -284,17 +284,22 @@ for seconds in (9, 0.01):
     except intake._TooSlowError:
         print("too slow")
 from pathlib import Path
-from lora_gpt2.core import interrupt, paths
+from lora_gpt2.core import errors, interrupt, paths, user_files
 print([each.name for each in interrupt.SIGNALS])
 Path("target").write_text("x")
 Path("link").symlink_to("target")
 try:
     paths.read_regular("link")
-except paths.CorruptError as error:
+except errors.CorruptError as error:
+    print(error.message)
+try:
+    user_files.read_user_file(Path("."))
+except errors.UsageError as error:
     print(error.message)
 """
 
 
 def test_what_replaces_alarms_and_refused_links(tmp_path):
     lines = run_program(LIMIT, tmp_path)
-    assert lines == ["in time", "too slow", "['SIGINT', 'SIGTERM']", "link is a link, expected a plain file"]
+    assert lines[:3] == ["in time", "too slow", "['SIGINT', 'SIGTERM']"]
+    assert lines[3:] == ["link is a link, expected a plain file", ". is not a regular file"]
