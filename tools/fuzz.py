@@ -2,7 +2,7 @@
 
     python tools/fuzz.py --seconds 600 --seed 1 --kept /tmp/findings [--only archive --only body]
 
-Promises: no exit code 1 (which means a bug), no HTTP status 500, 10 seconds at most for an input under 1 MB, and no
+Promises: no exit code 1 (which means a bug), no HTTP status 500, 10 seconds of CPU at most for an input under 1 MB, and no
 more memory than `MEMORY_BYTES` above what the process had before. Each finding's input is kept, with what was seen.
 Inputs are good ones that were changed: bytes flipped, cut, doubled and replaced; JSON values replaced by odd ones.
 """
@@ -182,6 +182,7 @@ class Fuzzer:
             publish_adapter(self.store, name, make_adapter(base.config), base, Origin())
         os.environ["LORA_GPT2_STORE"] = str(root / "store")
         self.command("adapters", "export", "law", root / "folder")
+        self.command("adapters", "verify", "law")  # imports PEFT
         self.counts: dict[str, int] = {}
         self.findings = 0
         self.port = 0
@@ -196,13 +197,13 @@ class Fuzzer:
     def expect(self, kind: str, content: bytes, act: Callable[[], tuple[int, str]], suffix: str = "") -> None:
         """Does something with an input and keeps the input if a promise is broken."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        before, start, seen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic(), ""
+        before, start, seen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), ""
 
         def stop(*_: object) -> None:
             raise TooSlowError
 
-        signal.signal(signal.SIGALRM, stop)
-        signal.alarm(SECONDS_PER_INPUT)
+        signal.signal(signal.SIGPROF, stop)  # of CPU, so that what else the machine does is no finding
+        signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_INPUT)
         try:
             code, said = act()
             if code in (1, 500) or ("Traceback" in said and "LoraGpt2Error" not in said and code in (0, 1)):
@@ -210,8 +211,8 @@ class Fuzzer:
         except BaseException:  # noqa: BLE001 - whatever comes out is a finding
             seen = traceback.format_exc()
         finally:
-            signal.alarm(0)
-        seconds = time.monotonic() - start
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        seconds = time.process_time() - start
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         if seconds > SECONDS_PER_INPUT and len(content) < 1_000_000:
             seen = f"{seconds:.1f} s\n{seen}"
@@ -219,7 +220,7 @@ class Fuzzer:
             seen = f"{grown / 1e6:,.0f} MB more\n{seen}"
         if seen:
             self.findings += 1
-            stem = self.kept / f"{kind}-{self.findings:03d}"
+            stem = self.kept / f"{kind.replace('.', '-')}-{self.findings:03d}"
             stem.with_suffix(suffix or ".bin").write_bytes(content)
             stem.with_suffix(".seen").write_text(seen, encoding="utf-8", errors="replace")
             print(f"{kind}: {seen.strip().splitlines()[-1][:150]}  -> {stem}", flush=True)
@@ -227,8 +228,9 @@ class Fuzzer:
     def recipe(self) -> None:
         """A recipe, changed as text or as data."""
         good = (
-            b'name: law\nbase: nano\ndata:\n  sources: ["text.txt"]\n  rules: {spaces: "on"}\n  filters: {min_characters: 3}\n'
-            b"lora:\n  rank: 8\n  alpha: 16\n  targets: [c_attn, c_proj]\n  rank_pattern: {c_attn: 4}\ntrain:\n  steps: 5\n"
+            b'name: law\nbase: nano\ndata:\n  sources: ["text.txt"]\n  rules: {spaces: "on"}\n'
+            b"  filters: {min_characters: 3}\nlora:\n  rank: 8\n  alpha: 16\n  targets: [c_attn, c_proj]\n"
+            b"  rank_pattern: {c_attn: 4}\ntrain:\n  steps: 5\n"
             b"  learning_rate: 1e-3\n  clip: 1.0\ngenerate:\n  temperature: 0.7\n"
         )
         content = change_bytes(good, self.rng)
@@ -468,10 +470,9 @@ def main() -> int:
         fuzzer = Fuzzer(Path(root), options.kept, random.Random(options.seed))
         start = time.process_time()
         fuzzer.run(options.seconds, options.only)
-    total = sum(fuzzer.counts.values())
-    print(
-        f"{total:,} inputs in {time.process_time() - start:,.0f} s of CPU, {fuzzer.findings} findings: {json.dumps(fuzzer.counts, sort_keys=True)}"
-    )
+    total, seconds = sum(fuzzer.counts.values()), time.process_time() - start
+    print(f"{total:,} inputs in {seconds:,.0f} s of CPU, {fuzzer.findings} findings")
+    print(json.dumps(fuzzer.counts, sort_keys=True))
     return 1 if fuzzer.findings else 0
 
 

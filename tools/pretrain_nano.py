@@ -88,7 +88,7 @@ Temperature 0.7, top-k 50, top-p 0.95, seed 0, the first draw of each:
 
 It writes recognisable English and knows next to nothing. It has seen few tokens for its size; more would make it better.
 It repeats itself, states false things, and carries the bias of old books. Not for any use but learning and testing.
-"""
+"""  # noqa: E501
 
 
 def read_documents(corpus: Path) -> Iterator[str]:

@@ -42,10 +42,10 @@ class Tokenizer:
             return self
         return _rebuild(self.backend.to_str(), self.eos_id, reads_special)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Number of tokens, EOS included."""
-        return max(self.backend.get_vocab_size(with_added_tokens=True), self.eos_id + 1)
+        """One more than the largest token id, EOS included; ids below it that no token has are possible."""
+        return max(self.eos_id, *self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def fingerprint(self) -> str:

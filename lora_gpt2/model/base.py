@@ -83,7 +83,7 @@ def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
     tokenizer = load_tokenizer(folder, config.eos_id)
     if tokenizer.vocab_size > config.vocab_size:
         raise MismatchError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, the model {config.vocab_size}",
+            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, the model has {config.vocab_size}",
             "copy tokenizer and weights from the same checkpoint",
         )
     with torch.device("meta"):

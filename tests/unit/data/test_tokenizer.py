@@ -1,12 +1,13 @@
 import json
 import pickle
+import shutil
 import warnings
 
 import pytest
 import torch
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
-from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError
+from lora_gpt2.core.errors import CorruptError, DataError, MismatchError, NotFoundError
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.data.tokenizer import EOS, TextStream, load_tokenizer
@@ -137,3 +138,19 @@ def test_special_tokens_of_a_base_are_trained_on_where_the_setting_says_so(grown
         settings = DataSettings(sources=(str(path),), block_size=16, special_tokens=wanted)
         prepared = prepare_data(settings, tokenizer, reporter)
         assert (user in prepared.train.stream) is wanted
+
+
+@pytest.mark.parametrize("number", [300, 2**20, 2**31])
+def test_a_vocabulary_with_gaps_is_one_of_its_largest_number(base_folder, tmp_path, number):
+    folder = tmp_path / "gaps"
+    shutil.copytree(base_folder, folder)
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab["the"] = number
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    tokenizer = load_tokenizer(folder, vocab["<|endoftext|>"])
+    assert tokenizer.vocab_size == number + 1
+    with pytest.raises(MismatchError, match=f"has ids up to {number}, the model has"):
+        load_base(str(folder), choose_runtime("float32"))
+    if number == 300:
+        assert tokenizer.token_bytes[number] == b"the"
+        assert tokenizer.decode(tokenizer.encode("the king")) == "the king"

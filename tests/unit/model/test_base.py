@@ -122,7 +122,7 @@ NAN, INF = float("nan"), float("inf")
         (damage_shape, CorruptError, "wpe.weight has shape (5, 16), expected (48, 16)"),
         (damage_extra, MismatchError, "crossattention"),
         (damage_shard_name, CorruptError, "not in the folder"),
-        (damage_vocabulary, MismatchError, "tokens, the model"),
+        (damage_vocabulary, MismatchError, "has ids up to"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100), CorruptError, "cannot be read"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), CorruptError, "cannot be read"),
         (lambda f: (f / "config.json").write_text("{"), CorruptError, "not JSON"),
@@ -210,6 +210,7 @@ def test_the_fastest_device_is_chosen_and_apples_computes_in_float32(monkeypatch
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has["mps"])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
     monkeypatch.setattr(runtime, "has_native_bfloat16", lambda: True)
+    monkeypatch.delenv("LORA_GPT2_CPU_DTYPE")
     mps, cpu = torch.device("mps"), torch.device("cpu")
     assert choose_runtime("auto") == runtime.Runtime(mps, torch.float32)
     for name in ("float32", "bfloat16", "float16"):
