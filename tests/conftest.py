@@ -41,8 +41,13 @@ def short_general(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_general: Path) -> None:
-    """Caches and stores of a test are its own."""
+    """Caches and stores of a test are its own; of the hub it has nothing, whatever this machine has fetched."""
     monkeypatch.setenv("LORA_GPT2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # for processes that a test starts
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))  # read at its import
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("LORA_GPT2_STORE", str(tmp_path / "store"))
     monkeypatch.setattr(general, "TEXT", short_general)  # the real one takes a second per adapter

@@ -93,6 +93,9 @@ def test_streams_several_prompts_and_n(client, base, trained):
     assert texts == [choice.text for choice in whole.choices]
     assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
     assert usage == whole.usage
+    assert usage.prompt_tokens == sum(len(base.tokenizer.encode(prompt)) for prompt in prompts), (
+        "each once, not n times"
+    )
     sampled = GenerateSettings(temperature=1.0, max_new_tokens=10, top_k=0)
     wanted = [alone(base, trained, LAW, prompt, sampled, seed).text for prompt in prompts for seed in (5, 6)]
     assert texts == wanted
@@ -320,6 +323,13 @@ def test_routes_health_metrics_and_admin(port, server):
     assert ask_completion(port)[0] == 503
 
 
+@pytest.mark.xfail(strict=True, reason="500: what a request brings in are inference tensors, which drop cannot write")
+def test_an_adapter_that_a_request_brought_in_can_be_unloaded(port):
+    admin = {"Authorization": "Bearer adm"}
+    assert ask_completion(port)[0] == 200
+    assert ask(port, "/v1/adapters/unload", {"name": "law"}, admin)[::2] == (200, {"unloaded": ["law@1"]})
+
+
 def test_a_key_is_asked_on_every_route_and_origins_only_where_allowed(base, trained):
     access = Access("secret", "adm", ("box.example",), ("https://page.example",))
     with serving(Server(Session(base, trained), GREEDY, LIMITS, access)) as port:
@@ -328,13 +338,15 @@ def test_a_key_is_asked_on_every_route_and_origins_only_where_allowed(base, trai
             assert ask(port, path)[0] == 401
             assert ask(port, path, headers={"Authorization": "Bearer wrong"})[0] == 401
             for value in ("Bearer secret", f"Basic {basic}", "Bearer adm"):
-                assert ask(port, path, headers={"Authorization": value})[0] != 401 or path == "/v1/adapters"
+                wanted = {"/nothing": 404, "/v1/adapters": 200 if value == "Bearer adm" else 401}.get(path, 200)
+                assert ask(port, path, headers={"Authorization": value})[0] == wanted, (path, value)
         assert ask(port, "/v1/models", headers={"Authorization": "Basic ???"})[0] == 401
         good = {"Authorization": "Bearer secret", "Origin": "https://page.example"}
         assert ask(port, "/v1/models", headers=good)[1]["access-control-allow-origin"] == "https://page.example"
         other = {**good, "Origin": "https://evil.example"}
         assert "access-control-allow-origin" not in ask(port, "/v1/models", headers=other)[1]
-        for host, status in (("box.example", 200), ("BOX.example:80", 200), ("[::1]:9", 200), ("x.example", 403)):
+        for host, status in (("box.example", 200), ("BOX.example:80", 200), ("[::1]:9", 200), ("x.example", 403),
+                             ("evilbox.example", 403), ("xlocalhost", 403)):  # fmt: skip
             assert ask(port, "/v1/models", headers={**good, "Host": host})[0] == status
 
 

@@ -133,3 +133,29 @@ def test_without_a_clear_winner_or_a_text_the_base_is_taken(session):
     unsure = choose_adapter(session, "a", ["law", "code"])
     assert (unsure.adapter == "base") or unsure.probability >= 0.8
     assert choose_adapter(session, "the cat and " * 60, ["law", "code"]).nll.keys() == {"law", "code", "base"}
+
+
+@pytest.mark.parametrize("surplus", [-3, -1, 0, 1, 2, 40])
+def test_of_a_text_longer_than_the_context_its_end_is_scored(session, surplus):
+    """As many of its last tokens as stand, with the EOS before them, in the context."""
+    base = session.base
+    room = base.config.context - 1
+    text = "".join(chr(ord("a") + 7 * place % 26) for place in range(room + surplus + 60))
+    ids = base.tokenizer.encode(text)[-(room + surplus) :]
+    text = base.tokenizer.decode(ids)
+    assert base.tokenizer.encode(text) == ids
+    kept = torch.tensor([[base.tokenizer.eos_id, *ids[-room:]]])
+    choice = choose_adapter(session, text, ["law", "code"])
+    for name, mix in (("law", (("law", 1.0),)), ("code", (("code", 1.0),)), ("base", ())):
+        rows = session.rows([mix])
+        logits = base.model.logits(base.model(kept[:, :-1], rows), rows)[0]
+        wanted = torch.nn.functional.cross_entropy(logits, kept[0, 1:])
+        assert choice.nll[name] == pytest.approx(float(wanted), rel=1e-4)  # float32, in a batch of another size
+
+
+def test_what_stands_before_the_end_of_a_long_text_plays_no_part(session):
+    end = "xyz " * 30
+    choices = [choose_adapter(session, start + end, ["law", "code"]) for start in ("", "abc " * 30, "the rain ")]
+    assert choices[0] == choices[1] == choices[2]
+    other = choose_adapter(session, end + "abc " * 30, ["law", "code"])
+    assert other.nll["base"] != pytest.approx(choices[0].nll["base"], rel=1e-3)

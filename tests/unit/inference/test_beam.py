@@ -4,13 +4,16 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from lora_gpt2.inference.beam import search_beams
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import GenerateSettings
-from tests.builders import make_adapter
+from tests.builders import make_adapter, make_base_folder
 
 PROMPTS = [[5], [70, 81, 3, 9], [40, 41, 42, 43, 44, 45, 46, 47]]
 
@@ -64,8 +67,54 @@ def test_generate_uses_beams_and_stops_at_stop_texts(session):
     (output,) = generate(session, [Request("the cat", (("law", 1.0),), 1)], settings)
     again = generate(session, [Request("the cat", (("law", 1.0),), 2)], settings)[0]
     assert (output.text, output.tokens) == (again.text, again.tokens), "nothing is drawn"
+    assert len(output.text) >= 4, "there is something to stop at"
     stop = output.text[2:4]
-    if stop:
-        (cut,) = generate(session, [Request("the cat", (("law", 1.0),))], settings.model_copy(update={"stop": (stop,)}))
-        assert cut.text == output.text[: output.text.index(stop)]
-        assert cut.finish_reason == "stop"
+    (cut,) = generate(session, [Request("the cat", (("law", 1.0),))], settings.model_copy(update={"stop": (stop,)}))
+    assert cut.text == output.text[: output.text.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+@pytest.fixture(scope="module")
+def ending_folder(tmp_path_factory):
+    """A base that likes to end: EOS is among the likeliest tokens at most steps, and seldom the likeliest."""
+    folder = make_base_folder(tmp_path_factory.mktemp("ending") / "base", tied=False)
+    tensors = load_file(folder / "model.safetensors")
+    head, bias = tensors["lm_head.weight"], tensors["transformer.ln_f.bias"]
+    head[-1] += 1.5 * bias / bias.square().sum()  # EOS' logit is this much higher, whatever the text
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def search_in_transformers(folder, ids, beams, budget, penalty):
+    """Returns the hypotheses of transformers, best first: ids without EOS, score, and whether EOS ended it."""
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    eos = model.config.eos_token_id
+    found = model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), num_beams=beams, num_return_sequences=beams,
+        do_sample=False, max_new_tokens=budget, length_penalty=penalty, pad_token_id=eos, early_stopping=False,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    hypotheses = []
+    for sequence, score in zip(found.sequences[:, len(ids) :].tolist(), found.sequences_scores.tolist(), strict=True):
+        own = sequence[: sequence.index(eos)] if eos in sequence else sequence
+        hypotheses.append((tuple(own), score, "stop" if eos in sequence else "length"))
+    return hypotheses
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 0.8, 2.0])
+@pytest.mark.parametrize(("beams", "budget"), [(2, 8), (3, 12), (6, 6), (6, 1)])
+def test_every_continuation_that_is_kept_is_that_of_transformers_where_texts_end(ending_folder, beams, budget, penalty):
+    """An end counts only among the first `beams` candidates; whatever ends later in the list does not."""
+    session = Session(load_base(str(ending_folder), choose_runtime("float32", torch.device("cpu"))))
+    settings = GenerateSettings(beams=beams, length_penalty=penalty)
+    reasons = set()
+    for ids in PROMPTS:
+        wanted = search_in_transformers(ending_folder, ids, beams, budget, penalty)
+        found = search_beams(session, ids, (), budget, settings)
+        assert [(hypothesis.ids, hypothesis.finish_reason) for hypothesis in found] == [
+            (own, reason) for own, _, reason in wanted
+        ]
+        # sums of up to 12 float32 log-probabilities of two implementations
+        assert [hypothesis.score for hypothesis in found] == pytest.approx([score for _, score, _ in wanted], abs=1e-4)
+        reasons |= {hypothesis.finish_reason for hypothesis in found}
+    assert penalty > 1 or "stop" in reasons, "texts ended by themselves; a large penalty prefers the longest"

@@ -5,7 +5,8 @@ import torch
 
 from lora_gpt2.core.errors import NotFoundError, UsageError
 from lora_gpt2.inference.engine import Engine, Row
-from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.session import Session, parse_mix
+from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.model.probe import compute_logits
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
 from lora_gpt2.store.changes import collect_garbage, remove_adapter, roll_back
@@ -167,3 +168,72 @@ def test_a_load_that_fails_leaves_no_slot_with_another_ones_weights(base, filled
     monkeypatch.undo()
     assert "d" not in session.loaded
     assert torch.allclose(logits(session, "d"), wanted, atol=1e-5)
+
+
+def add_up(base, weighted):
+    """Returns one adapter that is a weighted sum: its A are those of all below each other, its B carry the weights."""
+    updates = {}
+    for site in next(iter(weighted))[0].updates:
+        parts = [(adapter.updates[site], weight) for adapter, weight in weighted]
+        a = torch.cat([update.a for update, _ in parts])
+        b = torch.cat([update.b * (update.scale * weight) for update, weight in parts], dim=1)
+        updates[site] = LoraUpdate(a, b, alpha=float(a.shape[0]))  # alpha over rank is 1
+    return Adapter(updates)
+
+
+WEIGHTS = [(1.0, 0.0), (-1.0, 0.0), (-0.5, 0.0), (0.25, 0.0), (2.0, 0.0), (-16.0, 0.0), (0.6, 0.4), (0.6, -0.4),
+           (-0.6, 0.4), (-1.5, -0.5), (1.0, -1.0), (0.0, -0.5), (0.0, 0.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_mix_is_the_weighted_sum_of_its_adapters_signs_included(base, folded):
+    """Computed as one adapter of the sum, whose weight is 1: beside it, and written into the weights."""
+    law, code = (make_adapter(base.config, seed, LoraSettings(rank=2 + seed)) for seed in (1, 2))
+    plain, seen = compute_logits(base), []
+    for first, second in WEIGHTS:
+        session = Session(base)
+        session.add({"law": law, "code": code, "sum": add_up(base, [(law, first), (code, second)])})
+        mix = (("law", first), ("code", second)) if second else (("law", first),)
+        wanted = compute_logits(base, session.for_rows((("sum", 1.0),)))
+        found = compute_logits(session.fold(mix).base) if folded else compute_logits(base, session.for_rows(mix))
+        size = max(1.0, float(wanted.abs().max()))
+        assert torch.allclose(found, wanted, atol=1e-4 * size), (first, second)  # float32, summed in another order
+        assert torch.allclose(found, plain, atol=1e-5) is (first == second == 0)
+        seen.append(found)
+    for one, other in ((0, 1), (2, 3), (6, 7), (7, 8), (6, 8)):
+        assert (seen[one] - seen[other]).abs().max() > 0.01, "weights and their signs matter"
+
+
+def test_each_row_of_a_batch_has_its_own_weights_and_signs(base):
+    law, code = (make_adapter(base.config, seed) for seed in (1, 2))
+    session = Session(base)
+    session.add({"law": law, "code": code})
+    mixes = [(("law", first), ("code", second)) for first, second in WEIGHTS] + [(), (("code", -0.5), ("law", 0.25))]
+    tokens = torch.tensor([[5, 9, 2, 7]])
+    rows = session.rows(mixes)
+    together = base.model.logits(base.model(tokens.expand(len(mixes), -1), rows), rows)
+    for place, mix in enumerate(mixes):
+        weighted = [({"law": law, "code": code}[name], weight) for name, weight in mix] or [(law, 0.0)]
+        alone = Session(base)
+        alone.add({"sum": add_up(base, weighted)})
+        one = alone.rows([(("sum", 1.0),)])
+        wanted = base.model.logits(base.model(tokens, one), one)[0]
+        size = max(1.0, float(wanted.abs().max()))
+        assert torch.allclose(together[place], wanted, atol=1e-4 * size), mix  # float32, summed in another order
+
+
+def test_an_adapter_and_its_negative_are_the_plain_base(base):
+    session, adapter = Session(base), make_adapter(base.config, 1)
+    session.add({"law": adapter, "twin": adapter})
+    for mix in ((("law", 0.7), ("twin", -0.7)), (("twin", -2.0), ("law", 2.0))):
+        # what cancels is as large as an adapter's effect, of which float32 keeps seven digits
+        assert torch.allclose(compute_logits(base, session.for_rows(mix)), compute_logits(base), atol=1e-3)
+
+
+def test_a_mix_is_written_with_its_signs():
+    assert parse_mix(["law:-0.5", "code:16", "x:-16", "y:+1", "z"]) == (
+        ("law", -0.5), ("code", 16.0), ("x", -16.0), ("y", 1.0), ("z", 1.0),
+    )  # fmt: skip
+    for wrong in ("law:-16.1", "law:17", "law:-inf", "law:nan", "law:-", "law:--1"):
+        with pytest.raises(UsageError, match="within ±16"):
+            parse_mix([wrong])
