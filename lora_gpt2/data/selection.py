@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from lora_gpt2.data.cleaning import CleaningReport
 from lora_gpt2.data.dedup import NUM_HASHES, Signatures, find_near_copies
 from lora_gpt2.data.intake import load_batch
+from lora_gpt2.data.rejected import Rejections
 from lora_gpt2.data.split import split_keys
 from lora_gpt2.recipe import DataSettings
 
@@ -29,7 +31,7 @@ class Selection:
     signatures: Signatures
     read: int = 0
     kept: int = 0
-    rejected: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
     cleaning: CleaningReport = field(default_factory=CleaningReport)
     characters: Counter[str] = field(default_factory=Counter)
     near: list[dict[str, str | float]] = field(default_factory=list)
@@ -38,7 +40,10 @@ class Selection:
 
     def count_rejected(self) -> dict[str, int]:
         """Returns how many documents were rejected for each reason."""
-        return dict(Counter(entry["reason"] for entry in self.rejected))
+        counts = Counter[str]()
+        for entry in self.rejected:
+            counts[entry["reason"]] += entry.get("count", 1)
+        return dict(counts)
 
 
 def select_documents(
@@ -56,12 +61,15 @@ def select_documents(
     signatures = np.concatenate([batch.signatures for batch in kept]) if kept else np.zeros((0, NUM_HASHES), np.uint32)
     lengths = np.concatenate([batch.lengths for batch in kept]) if kept else np.zeros(0, np.int64)
     result = Selection(parts, lengths, signatures, has_prompts=any(batch.prompts.any() for batch in kept))
+    rejected = Rejections()
     for _, report in batches:
         result.read += report.read
         result.kept += report.kept
-        result.rejected += report.rejected
+        for entry in report.rejected:
+            rejected.add(entry)
         result.cleaning.add(report.cleaning)
         result.characters.update(report.characters)
+    result.rejected = rejected.entries
     copies = _find_copies([key for batch in kept for key in batch.keys.tolist()], signatures, settings.near_duplicates)
     for index, (first, likeness) in sorted(copies.items()):
         reason = DUPLICATE if likeness == 1 else NEAR_DUPLICATE
