@@ -19,6 +19,7 @@ import click
 from lora_gpt2 import __version__
 from lora_gpt2.core.console import RichReporter
 from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, ResourceError, UsageError
+from lora_gpt2.core.memory import HINT, is_out_of_memory
 from lora_gpt2.core.paths import translate_os_error
 
 COMMANDS = {
@@ -133,10 +134,8 @@ def translate(error: BaseException) -> LoraGpt2Error:
             hint = f"it goes before the command: lora-gpt2 {error.option_name} …"
         is_bare = isinstance(error, click.exceptions.NoArgsIsHelpError)
         return UsageError("a command is missing" if is_bare else error.format_message(), hint)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
-        return ResourceError(
-            "there is not enough memory", "use smaller --set train.micro_batch_tokens or evaluate.batch_tokens"
-        )
+    if is_out_of_memory(error):
+        return ResourceError("there is not enough memory", HINT)
     if isinstance(error, OSError):
         return translate_os_error(error, "use a file")
     place = traceback.extract_tb(error.__traceback__)[-1]

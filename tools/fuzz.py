@@ -2,8 +2,8 @@
 
     python tools/fuzz.py --seconds 600 --seed 1 --kept /tmp/findings [--only archive --only body]
 
-Promises: no exit code 1 (which means a bug), no HTTP status 500, 10 seconds of CPU at most for an input under 1 MB, and no
-more memory than `MEMORY_BYTES` above what the process had before. Each finding's input is kept, with what was seen.
+Promises: no exit code 1 (which means a bug), no HTTP status 500, 10 seconds of CPU at most for an input under 1 MB, and
+no more memory than `MEMORY_BYTES` above what the process had before. Each finding's input is kept, with what was seen.
 Inputs are good ones that were changed: bytes flipped, cut, doubled and replaced; JSON values replaced by odd ones.
 """
 

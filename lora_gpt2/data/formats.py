@@ -343,19 +343,13 @@ def _read_tabs(file: BufferedReader, where: str, settings: DataSettings, log: Re
 
 
 def _read_parquet(file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog) -> Reading:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{where}: Parquet needs the package pyarrow", "pip install pyarrow") from error
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
-            for record in batch.to_pylist():
-                number += 1
-                yield from build_documents(record, f"{where}:{number}", settings, log.note)
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise DataError(f"{where} is not a Parquet file: {str(error)[:200]}", "write it again") from error
+    from lora_gpt2.data.parquet import iter_rows
+
+    for number, row in iter_rows(file, where, settings):
+        if isinstance(row, DataError):
+            yield row
+        else:
+            yield from build_documents(row, f"{where}:{number}", settings, log.note)
 
 
 READERS: dict[str, Callable[[BufferedReader, str, DataSettings, ReadingLog], Reading]] = {

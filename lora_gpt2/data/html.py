@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from lora_gpt2.data.html_depth import measure_depth, strip_tags
+
 GONE = (
     "script, style, noscript, template, svg, math annotation, iframe, object, canvas, head, nav, form, button, dialog, "
     "a.headerlink, [role=navigation], [role=search], [role=banner], [role=contentinfo], [aria-hidden=true], [hidden]"
@@ -26,6 +28,7 @@ BOILERPLATE = re.compile(
 LINK_SHARE, MIN_LINKS = 0.7, 3
 MARK = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype\s+html|html[\s>])", re.I)
 LIST_TAG = re.compile(r"</?[uo]l\b", re.I)
+MAX_DEPTH = 1000  # browsers stop at 512
 MAX_LIST_DEPTH = 100
 MAX_ROUNDS, MAX_CLIMB, MAX_WEIGHED = 8, 6, 20
 
@@ -41,7 +44,7 @@ def extract_text(text: str) -> str:
     while looks_like_page(text):  # the text of a page may be a page
         if rounds == MAX_ROUNDS:
             return text.replace("<", "")
-        text = _extract(text)
+        text = _extract(text) if measure_depth(text) <= MAX_DEPTH else strip_tags(text)
         rounds += 1
     return text
 

@@ -11,12 +11,14 @@ import re
 import signal
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,14 @@ from lora_gpt2.data.dedup import Signatures, content_key, sign
 from lora_gpt2.data.html import looks_like_page
 from lora_gpt2.data.quality import find_reason
 from lora_gpt2.data.records import Document
+from lora_gpt2.data.rejected import Rejections
 from lora_gpt2.data.split import iter_sections
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.data.training_text import hash_runs
 from lora_gpt2.recipe import DataSettings
 
-LEAST_SECONDS, SECONDS_PER_MEGABYTE = 2.0, 4.0
+LEAST_SECONDS, SECONDS_PER_MEGABYTE, MOST_SECONDS = 2.0, 4.0, 300.0
+AGAIN_SECONDS = 0.5  # between tries to stop what did not stop
 SHOWN_CHARACTERS = 200
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 
@@ -90,7 +94,7 @@ class BatchReport:
 
     read: int = 0
     kept: int = 0
-    rejected: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
     cleaning: CleaningReport = field(default_factory=CleaningReport)
     characters: Counter[str] = field(default_factory=Counter)
 
@@ -121,16 +125,20 @@ def _limit_seconds(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(*_: object) -> None:
+    def stop(_: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_filename == weakref.__file__:
+            return  # called by the parser, which would take an exception for a fault of its own: a moment later
         raise _TooSlowError
 
     before = alarm.signal(alarm.SIGALRM, stop)
-    alarm.setitimer(alarm.ITIMER_REAL, seconds)
+    alarm.setitimer(alarm.ITIMER_REAL, seconds, AGAIN_SECONDS)
     try:
         yield
     finally:
-        alarm.setitimer(alarm.ITIMER_REAL, 0)
-        alarm.signal(alarm.SIGALRM, before)
+        try:
+            alarm.setitimer(alarm.ITIMER_REAL, 0)
+        finally:
+            alarm.signal(alarm.SIGALRM, before)
 
 
 def _find_alarm() -> Any:
@@ -141,7 +149,8 @@ def _find_alarm() -> Any:
 def clean_in_time(document: Document, job: Job, report: CleaningReport) -> Document | None:
     """Returns a document cleaned, or None if that takes too long."""
     try:
-        with _limit_seconds(LEAST_SECONDS + SECONDS_PER_MEGABYTE * len(document.text) / 1e6):
+        seconds = LEAST_SECONDS + SECONDS_PER_MEGABYTE * len(document.text) / 1e6
+        with _limit_seconds(min(seconds, MOST_SECONDS)):
             return clean_document(document, job, report)
     except _TooSlowError:
         return None
@@ -179,7 +188,7 @@ def process_batch(batch: Batch, job: Job) -> None:
     done = job.folder / f"{batch.number:06d}.json"
     if done.exists():
         return
-    report, kept = BatchReport(), list[Document]()
+    report, kept, rejected = BatchReport(), list[Document](), Rejections()
     for document in batch.documents:
         report.read += not document.continues
         cleaning = CleaningReport(whole=report.cleaning)
@@ -187,12 +196,13 @@ def process_batch(batch: Batch, job: Job) -> None:
         reason = find_reason(cleaned.text, job.settings) if cleaned else "too slow to clean"
         if reason or cleaned is None:
             shown = document.text[:SHOWN_CHARACTERS]
-            report.rejected.append({"origin": document.origin, "reason": str(reason), "text": shown})
+            rejected.add({"origin": document.origin, "reason": str(reason), "text": shown})
             continue
         report.kept += not document.continues
         report.cleaning.add(cleaning)
         report.characters.update(BEYOND_ASCII.findall(cleaned.text))
         kept += _cut(cleaned, job.section if batch.part == "train" else 0)
+    report.rejected = rejected.entries
     assert job.tokenizer is not None
     arrays = _measure(kept, job.tokenizer)
     content = {

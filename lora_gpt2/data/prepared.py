@@ -147,7 +147,7 @@ def _build(
     intake = process_sources(sources, settings, tokenizer, batches, reporter)
     given = [part for part in PARTS if sources[part]]
     selection = select_documents(batches, intake.num_batches, settings, given, intake.is_cut)
-    selection.rejected = [*intake.bad, *selection.rejected]
+    selection.rejected = [*intake.bad.entries, *selection.rejected]
     _check(selection)
     made = work / "made"
     shutil.rmtree(made, ignore_errors=True)

@@ -25,13 +25,14 @@ from lora_gpt2.data.formats import ReadingLog, read_source
 from lora_gpt2.data.intake import Batch, Job, clean_in_time, has_boilerplate, process_batch
 from lora_gpt2.data.quality import find_reason
 from lora_gpt2.data.records import Document
+from lora_gpt2.data.rejected import UNREADABLE, Rejections, UnreadableRows
 from lora_gpt2.data.sources import Source, find_sources, find_splits
 from lora_gpt2.data.split import FEW_DOCUMENTS, choose_section_size
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
 PIECE_CHARACTERS = 4 * 2**20
-BATCH_CHARACTERS = 2**20
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**20, 20_000
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 200, 4 * 2**20
 WORTH_PROCESSES_BYTES = 8_000_000
 MENTIONED = 0.01
@@ -42,7 +43,7 @@ _job: Job | None = None
 class Intake:
     """What reading found besides documents: what could not be read, and the batches there are."""
 
-    bad: list[dict[str, str]] = field(default_factory=list)
+    bad: Rejections = field(default_factory=Rejections)
     num_batches: int = 0
     is_cut: bool = False
     notes: list[str] = field(default_factory=list)
@@ -170,7 +171,8 @@ def _iter_documents(
         if isinstance(item, DataError):
             if not settings.skip_bad:
                 raise item
-            intake.bad.append({"origin": "", "reason": "unreadable", "text": item.message})
+            counted = {"count": item.count} if isinstance(item, UnreadableRows) else {}
+            intake.bad.add({"origin": "", "reason": UNREADABLE, "text": item.message, **counted})
             continue
         count += not item.continues
         if settings.max_documents and count > settings.max_documents:
@@ -195,7 +197,7 @@ def _iter_batches(documents: Iterable[tuple[str, Document]]) -> Iterator[Batch]:
     """Yields documents in batches of about the same size, each of one part."""
     number, characters, run, current = 0, 0, list[Document](), ""
     for part, document in documents:
-        if run and (part != current or characters >= BATCH_CHARACTERS):
+        if run and (part != current or characters >= BATCH_CHARACTERS or len(run) >= BATCH_DOCUMENTS):
             yield Batch(number, current, run)
             number, characters, run = number + 1, 0, []
         current = part

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from lora_gpt2.data.cleaning import CleaningReport
 from lora_gpt2.data.dedup import NUM_HASHES, Signatures, find_near_copies
 from lora_gpt2.data.intake import load_batch
+from lora_gpt2.data.rejected import Rejections
 from lora_gpt2.data.split import split_keys
 from lora_gpt2.data.training_text import Runs
 from lora_gpt2.recipe import DataSettings
@@ -31,7 +33,7 @@ class Selection:
     runs: list[Runs]
     read: int = 0
     kept: int = 0
-    rejected: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
     cleaning: CleaningReport = field(default_factory=CleaningReport)
     characters: Counter[str] = field(default_factory=Counter)
     near: list[dict[str, str | float]] = field(default_factory=list)
@@ -40,7 +42,10 @@ class Selection:
 
     def count_rejected(self) -> dict[str, int]:
         """Returns how many documents were rejected for each reason."""
-        return dict(Counter(entry["reason"] for entry in self.rejected))
+        counts = Counter[str]()
+        for entry in self.rejected:
+            counts[entry["reason"]] += entry.get("count", 1)
+        return dict(counts)
 
 
 def select_documents(
@@ -60,12 +65,15 @@ def select_documents(
     lengths = np.concatenate([batch.lengths for batch in kept]) if kept else np.zeros(0, np.int64)
     runs = [run for batch in kept for run in np.split(batch.runs, np.cumsum(batch.num_runs)[:-1])]
     result = Selection(parts, lengths, signatures, runs, has_prompts=any(batch.prompts.any() for batch in kept))
+    rejected = Rejections()
     for _, report in batches:
         result.read += report.read
         result.kept += report.kept
-        result.rejected += report.rejected
+        for entry in report.rejected:
+            rejected.add(entry)
         result.cleaning.add(report.cleaning)
         result.characters.update(report.characters)
+    result.rejected = rejected.entries
     copies = _find_copies([key for batch in kept for key in batch.keys.tolist()], signatures, settings.near_duplicates)
     copies = {i: copy for i, copy in copies.items() if parts[i] == "train" or parts[i] != parts[copy[0]]}
     for index, (first, likeness) in sorted(copies.items()):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
+from lora_gpt2.core.memory import is_out_of_memory
 from lora_gpt2.core.paths import find_cache_dir, write_atomic
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.model.config import GPT2Config, parse_config
@@ -146,6 +147,8 @@ def _iter_tensors(files: list[Path]) -> list[tuple[str, Tensor]]:
             with safe_open(path, framework="pt") as file:
                 found += [(key.removeprefix("transformer."), file.get_tensor(key)) for key in file.keys()]  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise CorruptError(f"{path} cannot be read: {error}", "copy the checkpoint again") from error
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
@@ -26,6 +26,7 @@ from lora_gpt2.model.lora import Adapter, LoraUpdate, list_sites, target_of
 from lora_gpt2.store.loralib import load_tensors
 from lora_gpt2.store.manifest import MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS
 from lora_gpt2.store.peft_config import MAX_CONFIG_BYTES, PeftSpec, module_of, parse_peft_config
+from lora_gpt2.store.tensors import pack_safetensors
 
 PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
@@ -60,7 +61,7 @@ def to_peft(adapter: Adapter, base_name: str, config: GPT2Config) -> dict[str, b
         tensors[f"{PREFIX}{module_of(site)}.lora_A.weight"] = update.a.float().contiguous()
         tensors[f"{PREFIX}{module_of(site)}.lora_B.weight"] = update.b.float().contiguous()
     values = json.dumps(build_peft_config(adapter, base_name, config), indent=2) + "\n"
-    return {WEIGHTS: save(tensors, metadata={"format": "pt"}), PEFT_CONFIG: values.encode()}
+    return {WEIGHTS: pack_safetensors(tensors, {"format": "pt"}), PEFT_CONFIG: values.encode()}
 
 
 def build_peft_config(adapter: Adapter, base_name: str, config: GPT2Config) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def parse_peft(
     spec = parse_peft_config(config_bytes, where)
     try:
         tensors = load(weights)
-    except (SafetensorError, ValueError, KeyError, OverflowError, MemoryError) as error:
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
         raise CorruptError(f"{where}: {WEIGHTS} is damaged: {error}", "restore it, or train again") from error
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -170,7 +171,7 @@ def read_peft_files(folder: Path) -> tuple[bytes, bytes]:
     tensors = load_tensors(folder / PICKLED)
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
         raise CorruptError(f"{folder / PICKLED} holds more than tensors", "save it again with PEFT's save_pretrained")
-    return save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}), config
+    return pack_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()}), config
 
 
 def _check_sites(found: set[str], spec: PeftSpec, config: GPT2Config, where: str) -> None:

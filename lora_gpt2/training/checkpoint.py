@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.core.fingerprint import fingerprint_json, flatten_json
-from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, replace_file, write_atomic
+from lora_gpt2.core.paths import OPEN_FLAGS, find_cache_dir, fsync_dir, os_errors_as_ours, replace_file, write_atomic
+from lora_gpt2.store.tensors import iter_safetensors, read_own_safetensors
 
 KEPT = 2
 DIGEST_BYTES = 32
@@ -94,24 +94,24 @@ class RunFolder:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes a checkpoint and drops all but the newest two."""
         text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-        blob = save({STATE: text, **{k: v.detach().cpu().contiguous() for k, v in tensors.items()}})
         with os_errors_as_ours(f"write a checkpoint to {self.path}"):
             target = self.path / f"step-{step:09d}.checkpoint"
-            write_atomic(target, hashlib.sha256(blob).digest() + blob)
+            _write_sealed(target, iter_safetensors({STATE: text, **tensors}))
             for old in self.list_checkpoints()[KEPT:]:
                 old.unlink()
 
     def load(self, reporter: Reporter) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Returns the newest checkpoint that verifies, or None; says which ones were skipped."""
         for path in self.list_checkpoints():
-            content = path.read_bytes()
-            digest, blob = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-            if hashlib.sha256(blob).digest() == digest:
-                try:
-                    found = load(blob)
-                    return found, json.loads(found.pop(STATE).numpy().tobytes())
-                except (SafetensorError, ValueError, KeyError) as error:
-                    reporter.detail(f"{path.name}: {error}")
+            with path.open("rb") as file:
+                digest = file.read(DIGEST_BYTES)
+                if hashlib.file_digest(file, "sha256").digest() == digest:
+                    file.seek(DIGEST_BYTES)
+                    try:
+                        found = read_own_safetensors(file)
+                        return found, json.loads(found.pop(STATE).numpy().tobytes())
+                    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        reporter.detail(f"{path.name}: {error}")
             reporter.message(f"skipped {path.name}: it is damaged")
         return None
 
@@ -134,6 +134,33 @@ class RunFolder:
             return [str(name) for name in json.loads((self.path / "done.json").read_bytes())]
         except (OSError, ValueError):
             return []
+
+
+def _write_sealed(path: Path, pieces: Iterable[memoryview]) -> None:
+    """Replaces a file as a whole by the sha256 of some pieces and the pieces, of which one at a time is in memory."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    digest = hashlib.sha256()
+    try:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | OPEN_FLAGS, 0o666)
+        try:
+            _write_all(handle, memoryview(bytes(DIGEST_BYTES)))
+            for piece in pieces:
+                digest.update(piece)
+                _write_all(handle, piece)
+            os.lseek(handle, 0, os.SEEK_SET)
+            _write_all(handle, memoryview(digest.digest()))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        replace_file(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+def _write_all(handle: int, rest: memoryview) -> None:
+    while rest:
+        rest = rest[os.write(handle, rest) :]
 
 
 def open_run_folder(store_root: Path, names: list[str]) -> RunFolder:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.core.memory import is_out_of_memory
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.lora import build_ranks, layer_of, merge_ranks, plan_targets, target_of
@@ -186,8 +187,8 @@ def memory_errors_as_ours(base: Base, recipes: Sequence[Recipe]) -> Iterator[Non
     """Turns running out of memory into a `ResourceError` that names settings which need clearly less."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except BaseException as error:  # a panic of Rust is no Exception
+        if not is_out_of_memory(error):
             raise
         needed = estimate_memory(base.config, recipes, base.runtime)
         within = needed.reserve + int(0.7 * (needed.peak - needed.reserve))
@@ -198,8 +199,3 @@ def memory_errors_as_ours(base: Base, recipes: Sequence[Recipe]) -> Iterator[Non
         raise ResourceError(
             f"out of memory: this run needs about {needed.peak / 1e9:.2f} GB on {base.runtime.device.type}", hint
         ) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    signs = ("allocate memory", "ENOMEM", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
