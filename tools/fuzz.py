@@ -341,9 +341,7 @@ class Fuzzer:
             suffix, changed = f"{suffix}.gz", gzip.compress(changed)
         path = self.root / f"text{suffix}"
         path.write_bytes(changed)
-        extra = self.rng.choice(
-            ((), ("--set", "data.on_bad=skip"), ("--set", "data.profile=raw"), ("--set", "data.profile=code"))
-        )
+        extra = self.rng.choice(((), ("--skip-bad",), ("--set", "data.profile=raw"), ("--set", "data.profile=code")))
         arguments = ("prepare", "--data", path, "--base", self.base, *extra)
         self.expect(f"data{suffix}", changed, lambda: self.command(*arguments), suffix)
         path.unlink()

@@ -33,7 +33,7 @@ class Choice:
 def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
     """Returns the adapter of `names` under which the text is most likely; the base where none is clearly so.
 
-    The text is scored from EOS on, its last `context` tokens if it is longer.
+    The text is scored after EOS; of a text that is longer than the context, what fits at its end.
     """
     base = session.base
     ids = base.tokenizer.encode(text)[-base.config.context + 1 :]

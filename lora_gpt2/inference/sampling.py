@@ -121,8 +121,10 @@ def choose_token(
     adjusted = forbid_tokens(adjusted, forbidden)
     if not torch.isfinite(adjusted).any():
         adjusted = logits.float()
-    adjusted = adjusted.clamp(max=LARGEST)
     if settings.temperature == 0:
         return int(adjusted.argmax())
+    if (largest := adjusted.max()) < -LARGEST:
+        adjusted = adjusted - largest
+    adjusted = adjusted.clamp(max=LARGEST)
     probabilities = shape_logits(adjusted, settings).softmax(0)
     return int(torch.multinomial(probabilities, 1, generator=generator))

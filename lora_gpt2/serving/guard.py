@@ -62,7 +62,8 @@ class Guard:
         await answer(scope, receive, send_safe)
 
     def _is_known(self, host: str) -> bool:
-        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+        before, _, port = host.rpartition(":")
+        name = before if port.isascii() and port.isdecimal() else host
         try:
             ipaddress.ip_address(name.strip("[]"))
         except ValueError:

@@ -323,7 +323,6 @@ def test_routes_health_metrics_and_admin(port, server):
     assert ask_completion(port)[0] == 503
 
 
-@pytest.mark.xfail(strict=True, reason="500: what a request brings in are inference tensors, which drop cannot write")
 def test_an_adapter_that_a_request_brought_in_can_be_unloaded(port):
     admin = {"Authorization": "Bearer adm"}
     assert ask_completion(port)[0] == 200

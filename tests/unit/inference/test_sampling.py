@@ -127,6 +127,8 @@ def test_a_logit_of_any_size_gives_a_token_at_any_temperature(temperature, size)
         assert drawn <= {1, 2}
         if temperature and not extra.get("top_k"):
             assert drawn == {1, 2}, "equal ones are drawn alike"
+        low = torch.tensor([-size, -size, -size * 0.75, -size]) if size < math.inf else torch.tensor([-size, -size, 0])
+        assert choose_token(low, EMPTY, settings, generator) == 2, "all of them far below zero"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

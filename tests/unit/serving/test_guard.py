@@ -51,7 +51,8 @@ def test_our_names_and_any_ip_address_are_answered(host):
     [
         "evilbox.example", "xlocalhost", "x.localhost", "a.box.example", "", None, ":80", "localhost.evil.example",
         "box.example.evil.example", "box.example.", "localhost@evil.example", "box",
-        "example", "localhos", "ocalhost", "localhost:80:90", "[localhost]", "box.example,evil.example", "*",
+        "example", "localhos", "ocalhost", "localhost:80:90", "localhost:80.evil.example",
+        "127.0.0.1:x", "[localhost]", "box.example,evil.example", "*",
         "127.0.0.1.evil.example", "evil.127.0.0.1", "127.0.0.1.nip.io:80", "1.2.3", "0x7f000001", "[::1].evil.example",
         "second", "box.example second.example", "evil.example",
     ],
