@@ -85,8 +85,9 @@ def translate_os_error(error: OSError, action: str) -> LoraGpt2Error:
         errno.EACCES: ("permission is denied", "check the owner and the mode with 'ls -l'"),
         errno.EPERM: ("permission is denied", "check the owner and the mode with 'ls -l'"),
     }
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-        return ConflictError(f"cannot {action}: it exists{where}", "choose another name, or remove it first")
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and error.filename2:  # a rename to it
+        taken = f"cannot {action}: it exists ({error.filename2})"
+        return ConflictError(taken, "choose another name, or remove it first")
     if isinstance(error, FileNotFoundError) and action.startswith("read"):
         return NotFoundError(f"cannot {action}: there is no such file", "check the path")
     reason, hint = reasons.get(error.errno or 0, (error.strerror or str(error), "check the path and the disk"))

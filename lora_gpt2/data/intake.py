@@ -38,6 +38,7 @@ from lora_gpt2.data.training_text import hash_runs
 from lora_gpt2.recipe import DataSettings
 
 LEAST_SECONDS, SECONDS_PER_MEGABYTE, MOST_SECONDS = 2.0, 4.0, 300.0
+TOO_SLOW = "too slow to clean"
 AGAIN_SECONDS = 0.5  # between tries to stop what did not stop
 SHOWN_CHARACTERS = 200
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
@@ -193,7 +194,7 @@ def process_batch(batch: Batch, job: Job) -> None:
         report.read += not document.continues
         cleaning = CleaningReport(whole=report.cleaning)
         cleaned = clean_in_time(document, job, cleaning)
-        reason = find_reason(cleaned.text, job.settings) if cleaned else "too slow to clean"
+        reason = find_reason(cleaned.text, job.settings) if cleaned else TOO_SLOW
         if reason or cleaned is None:
             shown = document.text[:SHOWN_CHARACTERS]
             rejected.add({"origin": document.origin, "reason": str(reason), "text": shown})

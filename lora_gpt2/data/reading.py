@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,7 +23,7 @@ from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.data.boilerplate import find_boilerplate
 from lora_gpt2.data.cleaning import BOILERPLATE, CleaningReport, choose_rules
 from lora_gpt2.data.formats import ReadingLog, read_source
-from lora_gpt2.data.intake import Batch, Job, clean_in_time, has_boilerplate, process_batch
+from lora_gpt2.data.intake import TOO_SLOW, Batch, Job, clean_in_time, has_boilerplate, process_batch
 from lora_gpt2.data.quality import find_reason
 from lora_gpt2.data.records import Document
 from lora_gpt2.data.rejected import UNREADABLE, Rejections, UnreadableRows
@@ -131,23 +132,34 @@ def clean_documents(
     """Returns documents cleaned, without those that training sets aside; says what that changed; see `read_clean`."""
     job = Job(settings, choose_rules(settings.profile, settings.rules), None, frozenset(), 0, Path())
     job = replace(job, boilerplate=_find_boilerplate(documents[:SAMPLE_DOCUMENTS], job))
-    report, kept, rejected = CleaningReport(), list[Document](), unreadable
+    report, kept, rejected = CleaningReport(), list[Document](), Counter({UNREADABLE: unreadable} if unreadable else {})
     for document in documents:
         cleaned = clean_in_time(document, job, report)
-        if cleaned is None or find_reason(cleaned.text, settings):
-            rejected += 1
+        reason = find_reason(cleaned.text, settings) if cleaned else TOO_SLOW
+        if cleaned is None or reason:
+            rejected[str(reason)] += 1
         else:
             kept.append(cleaned)
     for line in describe_cleaning(report, documents, rejected):
         reporter.message(line)
+    if rejected and not kept:
+        hint = "data.min_characters, data.max_repetition and data.languages say which documents are good enough"
+        raise DataError(f"all documents are set aside, as training does: {_list_reasons(rejected)}", hint)
     return kept
 
 
-def describe_cleaning(report: CleaningReport, documents: Sequence[Document], rejected: int) -> list[str]:
+def _list_reasons(rejected: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejected.items()))
+
+
+def describe_cleaning(report: CleaningReport, documents: Sequence[Document], rejected: Mapping[str, int]) -> list[str]:
     """Returns a line where cleaning changed more than a hundredth of some documents, or set some of them aside."""
     removed = sum(rule.characters_removed for rule in report.rules.values())
     total = sum(len(document.text) + len(document.prompt) for document in documents)
-    lines = [f"{rejected:,} of {len(documents):,} documents were set aside, as training does"] if rejected else []
+    lines = []
+    if rejected:
+        reasons, total_rejected = _list_reasons(rejected), sum(rejected.values())
+        lines = [f"{total_rejected:,} of {len(documents):,} documents are set aside, as training does: {reasons}"]
     if abs(removed) > MENTIONED * total:
         rules = ", ".join(report.rules)
         hint = "--set data.profile=raw measures the text as it is"

@@ -347,9 +347,9 @@ class _HeldOut:
         return domain.data.fingerprint, part, domain.recipe.evaluate if part == "test" else None
 
     def count_tokens(self) -> int:
-        """Returns about how many tokens there are to measure: each text under its adapter, and once under the base."""
+        """Returns how many tokens there are to measure: each text under its adapter, and once under the base."""
         sizes = {
-            (slot, part): blocks.num_blocks * blocks.block_size
+            (slot, part): blocks.num_targets if part == "test" else blocks.num_blocks * blocks.block_size
             for slot in self.slots
             for part in ("validation", "test")
             for blocks in [getattr(self.trainer.domains[slot].data, part)]

@@ -23,7 +23,9 @@ def test_the_evaluate_module_gives_the_commands_figures(trained, base, base_fold
         monkeypatch.setenv("LORA_GPT2_STORE", str(trained.root) if not where else "nowhere")
         for name, cell in zip(("base", "law"), wanted, strict=True):
             found = metric.compute(predictions=TEXTS, base=str(base_folder), adapter=name, **where)
+            assert found.pop("documents_trained_on") == cell["documents_trained_on"]
             assert found == pytest.approx({key: cell[key] for key in found}, rel=1e-6)
+    assert wanted[0]["perplexity"] != wanted[1]["perplexity"]
 
 
 def test_the_module_cleans_text_as_the_command_does(base_folder, tmp_path, monkeypatch):
@@ -39,4 +41,3 @@ def test_the_module_cleans_text_as_the_command_does(base_folder, tmp_path, monke
         for profile in ("prose", "raw")
     }
     assert figures["\n", "prose"] == figures["\r\n", "prose"] == figures["\n", "raw"] != figures["\r\n", "raw"]
-    assert wanted[0]["perplexity"] != wanted[1]["perplexity"]

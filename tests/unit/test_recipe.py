@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lora_gpt2.core.errors import NotFoundError, RecipeError
-from lora_gpt2.recipe import LoraSettings, describe_key, list_keys
+from lora_gpt2.recipe import BLOCKS, LoraSettings, describe_key, list_keys
 from lora_gpt2.recipe_files import load_recipe
 
 CONTRACT = [
@@ -98,12 +98,12 @@ def test_a_target_may_have_its_own_rank():
     settings = load_recipe(None, ["lora.ranks={mlp.c_fc: 2}"]).lora
     assert (settings.rank_of("mlp.c_fc"), settings.rank_of("c_attn")) == (2, 16)
     assert (settings.rank_of("lm_head"), settings.alpha_of("lm_head")) == (32, 64)
-    assert LoraSettings(ranks={"lm_head": 4}).rank_of("lm_head") == 4
+    assert LoraSettings(targets=(*BLOCKS, "lm_head"), ranks={"lm_head": 4}).rank_of("lm_head") == 4
 
 
 @pytest.mark.parametrize("given", [{}, {"alpha": 16}, {"rslora": True}, {"alpha": 3, "rslora": True}])
 def test_the_head_has_twice_the_rank_and_the_scale_of_the_others(given):
-    settings = LoraSettings(rank=8, **given)
+    settings = LoraSettings(rank=8, targets=(*BLOCKS, "lm_head"), **given)
     scales = {
         t: settings.alpha_of(t) / settings.rank_of(t) ** (0.5 if settings.rslora else 1) for t in settings.targets
     }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lora_gpt2.inference.engine as engine_module
+from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.inference.engine import Engine, Row, StopWatch
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session, show_name
@@ -172,7 +173,7 @@ def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
         engine.step()
     assert (rows[1].finish_reason, str(rows[1].error)) == ("error", "no such distribution")
     assert [rows[0].new_ids, rows[2].new_ids] == [row.new_ids for row in alone]
-    with pytest.raises(RuntimeError, match="distribution"):
+    with pytest.raises(ResourceError, match="no such distribution"):
         generate(session, [Request("a", (), 2)], OPEN)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.loss import chunked_cross_entropy
-from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.recipe import BLOCKS, LoraSettings
 from tests.builders import make_adapter
 
 SETTINGS = LoraSettings(rank=3, alpha=5)
@@ -133,7 +133,8 @@ def test_nothing_is_kept_below_the_first_adapted_block(base, tokens):
 @pytest.mark.parametrize("slots", [[0, 1, 2], [2, 0]])
 def test_a_slots_scale_is_applied_before_rounding_to_the_bases_dtype(base, dtype, slots):
     config = base.config
-    adapters = [make_adapter(config, 1, LoraSettings(rank=3, alpha=alpha)) for alpha in (1, 7, 0.1)]
+    settings = [LoraSettings(rank=3, alpha=alpha, targets=(*BLOCKS, "lm_head")) for alpha in (1, 7, 0.1)]
+    adapters = [make_adapter(config, 1, each) for each in settings]
     bank = AdapterBank(config, adapters[0].ranks, 3, "training", base.model.wte.weight.to(dtype))
     for slot, adapter in enumerate(adapters):
         bank.load(slot, adapter)

@@ -73,7 +73,7 @@ def test_noise_is_added_to_the_token_embeddings_with_its_sign(base_folder, dtype
         ({"add_cross_attention": True}, "cross-attention"),
         ({"scale_attn_weights": False}, "unscaled"),
         ({"activation_function": "relu"}, "activation 'relu'"),
-        ({"n_embd": "x"}, "not a number"),
+        ({"n_embd": "x"}, "n_embd is 'x', expected a whole number"),
         ({"n_head": 3}, "3 heads"),
         ({"eos_token_id": 99}, "eos_token_id 99"),
     ],

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lora_gpt2.model.config import parse_config
+from lora_gpt2.model.config import HEAD, parse_config
 from lora_gpt2.model.lora import build_adapter, count_parameters, plan_targets
 from lora_gpt2.recipe import BLOCKS, LoraSettings
 
@@ -24,8 +24,10 @@ def config_of(size):
 def test_parameter_counts_are_those_of_peft(size):
     config = config_of(size)
     assert count_parameters(config, LoraSettings(rank=8, targets=BLOCKS)) == ALL_LINEAR_R8[size]
-    assert count_parameters(config, LoraSettings(rank=8)) == ALL_LINEAR_R8[size] + 16 * (50257 + config.width)
-    upper = LoraSettings(rank=8, first_layer=config.layers - 1)
+    assert LoraSettings().targets == BLOCKS
+    with_head = LoraSettings(rank=8, targets=(*BLOCKS, HEAD))
+    assert count_parameters(config, with_head) == ALL_LINEAR_R8[size] + 16 * (50257 + config.width)
+    upper = LoraSettings(rank=8, targets=(*BLOCKS, HEAD), first_layer=config.layers - 1)
     assert count_parameters(config, upper) == ALL_LINEAR_R8[size] // config.layers + 16 * (50257 + config.width)
     assert count_parameters(config, LoraSettings(rank=16, targets=("c_attn",))) == C_ATTN_R16[size]
 
@@ -61,7 +63,7 @@ def test_slices_keep_the_scale_of_one_slice(rslora):
 
 def test_a_fresh_adapter_starts_as_pefts_do():
     config = config_of("small")
-    adapter = build_adapter(config, LoraSettings(rank=8), 3)
+    adapter = build_adapter(config, LoraSettings(rank=8, targets=(*BLOCKS, HEAD)), 3)
     assert len(adapter.updates) == 49
     for update in adapter.updates.values():
         bound = 1 / math.sqrt(update.a.shape[1])

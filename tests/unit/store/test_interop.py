@@ -118,7 +118,11 @@ PREFIX = "base_model.model.transformer.h."
             "tensors of h.1.mlp.c_fc are missing",
         ),
         (lambda t: t.clear(), CorruptError, "holds no adapter"),
-        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(1)}), MismatchError, "lm_head"),
+        (
+            lambda t: t.update({f"base_model.model.lm_head.lora_{half}.weight": torch.zeros(1) for half in "AB"}),
+            MismatchError,
+            "lm_head",
+        ),
         (lambda t: t.update({f"{PREFIX}7.mlp.c_fc.lora_A.weight": torch.zeros(4, 16)}), MismatchError, "h.7.mlp.c_fc"),
         (
             lambda t: t.update({f"{PREFIX}0.mlp.c_fc.lora_A.weight": torch.zeros(4, 17)}),

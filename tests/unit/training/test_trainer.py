@@ -22,7 +22,9 @@ from lora_gpt2.core.errors import (
 )
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.locks import hold_lock
+from lora_gpt2.data.documents import list_documents
 from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.fused import TrainingRows
 from lora_gpt2.model.runtime import Runtime, choose_runtime
@@ -223,8 +225,10 @@ def test_the_best_weights_are_published_unless_told_otherwise(base_folder, text_
     measured = {}
     for step in (3, 6):
         fresh.bank.load(0, seen[step])
-        parts = fresh.domains[0].data.validation, fresh.domains[0].data.test
-        measured[step] = [fresh.measure_blocks(part, TrainingRows(fresh.bank, [0])) for part in parts]
+        data, rows = fresh.domains[0].data, TrainingRows(fresh.bank, [0])
+        documents = list_documents(data, "test", fresh.base.tokenizer)
+        score = measure_perplexity(fresh.base, documents, recipe.evaluate, lambda _: TrainingRows(fresh.bank, [0]))
+        measured[step] = [fresh.measure_blocks(data.validation, rows), score.nll_nats_per_token]
     published, other = (3, 6) if keep_best else (6, 3)
     assert [trained.validation_nll, trained.test_nll[1]] == pytest.approx(measured[published], abs=1e-5)
     assert abs(trained.validation_nll - measured[other][0]) > 1e-3, "the comparison can fail"

@@ -1,10 +1,13 @@
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 
 from lora_gpt2.evaluation.perplexity import Score
 from lora_gpt2.training.verdict import judge_curve, judge_forgetting
+
+judge = partial(judge_curve, passes=2.0, validation_tokens=9_000)
 
 
 def records(validations, training=None, every=10):
@@ -29,7 +32,7 @@ def records(validations, training=None, every=10):
     ],
 )  # fmt: skip
 def test_the_verdict_follows_the_curve(validations, training, num_steps, said):
-    assert said in judge_curve(records(validations, training), num_steps, passes=2.0, validation_tokens=9_000)
+    assert said in judge(records(validations, training), num_steps)
 
 
 BEST_AT_20 = [4.0, 3.0, 3.1, 3.3]  # validation: rises by 0.3 nats after step 20, by 0.2 in the last interval
@@ -46,7 +49,7 @@ BEST_AT_20 = [4.0, 3.0, 3.1, 3.3]  # validation: rises by 0.3 nats after step 20
     ],
 )
 def test_training_fell_if_its_last_interval_is_below_its_mean_up_to_the_best_step(training, said):
-    verdict = judge_curve(records(BEST_AT_20, training), 40)
+    verdict = judge(records(BEST_AT_20, training), 40)
     assert verdict.startswith("best at step 20; after it validation rose by 35 % ")
     assert said in verdict
 
@@ -54,11 +57,11 @@ def test_training_fell_if_its_last_interval_is_below_its_mean_up_to_the_best_ste
 def test_the_last_interval_begins_after_the_validation_before_the_last():
     made = records(BEST_AT_20, [4.0, 3.0, 2.0, 3.6])
     made[29]["loss"] = -1000.0  # step 30, the last of the interval before
-    assert "with training" in judge_curve(made, 40)
+    assert "with training" in judge(made, 40)
     made[30]["loss"] = -1000.0
-    assert "while training fell" in judge_curve(made, 40)
+    assert "while training fell" in judge(made, 40)
     made[20]["loss"], made[30]["loss"] = -1000.0, 3.6  # step 21 is not up to the best step either
-    assert "with training" in judge_curve(made, 40)
+    assert "with training" in judge(made, 40)
 
 
 @pytest.mark.parametrize(
@@ -72,17 +75,17 @@ def test_the_last_interval_begins_after_the_validation_before_the_last():
     ],
 )
 def test_a_rise_counts_from_0_02_nats_and_a_fall_from_0_005(validations, said):
-    assert said in judge_curve(records(validations), 40)
+    assert said in judge(records(validations), 40)
 
 
 def test_a_run_that_was_stopped_is_not_said_to_be_improving():
-    assert "still improving" in judge_curve(records([4.0, 3.5, 3.0]), 30)
-    assert "best at step 30 (stopped early, of 60)" in judge_curve(records([4.0, 3.5, 3.0]), 60)
+    assert "still improving" in judge(records([4.0, 3.5, 3.0]), 30)
+    assert "best at step 30 (stopped early, of 60)" in judge(records([4.0, 3.5, 3.0]), 60)
 
 
 def test_skipped_steps_do_not_break_the_verdict():
     skipped = [{**record, "loss": None} for record in records([4.0, 3.0, 3.5])]
-    assert "best at step 20" in judge_curve(skipped, 30, passes=2.0, validation_tokens=9_000)
+    assert "best at step 20" in judge(skipped, 30)
 
 
 def test_nothing_is_claimed_of_too_little():
