@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError
 from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.core.memory import check_room
 
 EOS = "<|endoftext|>"
 
@@ -52,6 +53,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text; raises `DataError` for lone surrogates, which no UTF-8 text has."""
+        check_room(ROOM_BYTES)
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
