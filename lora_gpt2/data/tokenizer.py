@@ -20,6 +20,7 @@ from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.memory import check_room
 
 EOS = "<|endoftext|>"
+ROOM_BYTES = 2**25  # the backend ends the process where it runs out of memory
 
 
 class Tokenizer:
