@@ -79,7 +79,7 @@ def export(reporter: Reporter, reference: str, target: Path, store: Store, as_js
     from lora_gpt2.store.exchange import export_adapter
 
     manifest = export_adapter(store, reference, target)
-    emit({"adapter": summarise(manifest) | {"path": str(target)}}, as_json, lambda: f"wrote {target}")
+    emit({"adapter": summarise(manifest) | {"path": str(target)}}, as_json, lambda: [f"wrote {target}"])
     reporter.message(f"next: lora-gpt2 adapters import {target} --name {manifest.name} --store OTHER")
 
 
@@ -99,7 +99,7 @@ def push(reference: str, repository: str, private: bool, store: Store, as_json: 
     from lora_gpt2.store.exchange import push_adapter
 
     address = push_adapter(store, reference, repository, private)
-    emit({"adapter": {"reference": reference, "url": address}}, as_json, lambda: f"pushed {reference}: {address}")
+    emit({"adapter": {"reference": reference, "url": address}}, as_json, lambda: [f"pushed {reference}: {address}"])
 
 
 COMMANDS = (import_, export, push, pull)
