@@ -21,6 +21,7 @@ from lora_gpt2.core.console import RichReporter
 from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, ResourceError, UsageError
 from lora_gpt2.core.memory import HINT, is_out_of_memory
 from lora_gpt2.core.paths import translate_os_error
+from lora_gpt2.core.printable import printable
 
 COMMANDS = {
     "demo": "Train adapters from text on this machine, swap them, print the matrix.",
@@ -113,7 +114,7 @@ def run(arguments: list[str]) -> int:
         return 0
     except BaseException as error:  # noqa: BLE001 - everything becomes a line and an exit code, and only here
         if "--debug" in arguments:
-            traceback.print_exc()
+            sys.stderr.write(printable(traceback.format_exc(), keep_lines=True))
         ours = translate(error)
         report(ours, as_json="--json" in arguments)
         if isinstance(ours, Interrupted):
@@ -133,13 +134,14 @@ def translate(error: BaseException) -> LoraGpt2Error:
         if isinstance(error, click.NoSuchOption) and error.option_name in GLOBAL_OPTIONS:
             hint = f"it goes before the command: lora-gpt2 {error.option_name} …"
         is_bare = isinstance(error, click.exceptions.NoArgsIsHelpError)
-        return UsageError("a command is missing" if is_bare else error.format_message(), hint)
+        return UsageError("a command is missing" if is_bare else " ".join(error.format_message().split()), hint)
     if is_out_of_memory(error):
         return ResourceError("there is not enough memory", HINT)
     if isinstance(error, OSError):
         return translate_os_error(error, "use a file")
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    identifier = f"{zlib.crc32(f'{place.name}:{type(error).__name__}'.encode()):08x}"
+    places = traceback.extract_tb(error.__traceback__)
+    name = places[-1].name if places else ""
+    identifier = f"{zlib.crc32(f'{name}:{type(error).__name__}'.encode()):08x}"
     return LoraGpt2Error(
         f"a bug ({identifier}): {type(error).__name__}: {error}", "please report it with the output of --debug"
     )
@@ -151,4 +153,4 @@ def report(error: LoraGpt2Error, as_json: bool) -> None:
         content = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
         sys.stdout.write(json.dumps({"error": content}) + "\n")
         return
-    sys.stderr.write(f"error: {error.message}\n  {error.hint}\n")
+    sys.stderr.write(f"error: {printable(error.message)}\n  {printable(error.hint)}\n")

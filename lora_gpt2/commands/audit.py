@@ -22,6 +22,7 @@ from lora_gpt2.commands.shared import (
     set_option,
 )
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import read_stdin, read_user_text
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.audits import write_audit
@@ -96,7 +97,7 @@ def _render_data(result: dict[str, Any]) -> str:
             f"than swapped, over {row['sentences']}"
         )
     for kind, examples in result["examples"].items():
-        lines += [f"    {kind}: {item['origin']}: {item['text']}" for item in examples]
+        lines += [printable(f"    {kind}: {item['origin']}: {item['text']}") for item in examples]
     return "\n".join(lines)
 
 
@@ -171,7 +172,8 @@ def _render_memorization(result: dict[str, Any]) -> str:
             f"{canary['exposure_bits']:.1f} bits"
         )
     for case in [*result["extracted_examples"], *(copies or {"worst": []})["worst"]]:
-        lines.append(f"    {case['tokens']} tokens of {case['source']}: {textwrap.shorten(case['text'], SHOWN)!r}")
+        shown = textwrap.shorten(case["text"], SHOWN)
+        lines.append(printable(f"    {case['tokens']} tokens of {case['source']}: {shown!r}"))
     return "\n".join(lines)
 
 
@@ -193,7 +195,7 @@ def canaries(file: Path, num: int, seed: int | None, as_json: bool) -> None:
 
     written = write_canaries(file, num, secrets.randbelow(2**31) if seed is None else seed)
     result = {"path": str(file), "canaries": [canary.text for canary in written]}
-    emit(result, as_json, lambda: f"{num} secrets written to {file}; train with --data {file} beside the text")
+    emit(result, as_json, lambda: [f"{num} secrets written to {file}; train with --data {file} beside the text"])
 
 
 @command.command("watermark")

@@ -49,4 +49,4 @@ def show(name: str, as_json: bool) -> None:
         "tokenizer_fingerprint": base.tokenizer.fingerprint,
         "parameters": sum(parameter.numel() for parameter in base.model.parameters()), **vars(base.config),
     }  # fmt: skip
-    emit({"base": content}, as_json, lambda: "\n".join(f"{key:<22} {value}" for key, value in content.items()))
+    emit({"base": content}, as_json, lambda: [f"{key:<22} {value}" for key, value in content.items()])

@@ -36,6 +36,6 @@ def command(reporter: Reporter, store: Store, as_json: bool) -> None:
         title = "Perplexity on held-out text (rows: adapters; columns: domains; lower is better, * is the best)"
         return "\n\n".join([*parts, f"{title}\n{format_matrix(cells)}", f"done in {report.seconds:.0f} s"])
 
-    emit(result, as_json, render)
+    emit(result, as_json, render, is_own_text=True)
     name = report.adapters[0].name
     reporter.message(f'next: lora-gpt2 generate "def main" --adapter {name}{name_store(store)}')

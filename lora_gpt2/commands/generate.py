@@ -13,6 +13,7 @@ from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.disclosure import describe_origin, write_disclosure
 from lora_gpt2.core.errors import CorruptError, UsageError
+from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import check_output, read_stdin
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
@@ -128,7 +129,7 @@ class _Job:
         if self.disclose:
             write_disclosure(out, session.base.name, list(dict.fromkeys(names)))
         result = {"path": str(out), "prompts": len(requests), "done": done}
-        emit(result, self.as_json, lambda: f"{done} of {len(requests)} prompts continued: {out}")
+        emit(result, self.as_json, lambda: [f"{done} of {len(requests)} prompts continued: {out}"])
         stop.raise_if_asked(f"{done} results are in {out}; the same command goes on")
 
     def run_prompt(self, prompt: str, adapters: tuple[str, ...], compare: str | None, num: int) -> None:
@@ -151,7 +152,7 @@ class _Job:
         shown: list[str] = []
 
         def show(index: int, piece: str) -> None:
-            click.echo(piece if shown else prompt + piece, nl=False)
+            click.echo(piece if shown else prompt + piece, nl=False, color=True)
             shown.append(piece)
 
         settings = self.recipe.generate
@@ -164,11 +165,11 @@ class _Job:
         named = ", ".join(dict.fromkeys(item["adapter"] for item in results))
         said = {"disclosure": describe_origin(session.base.name, named)} if self.disclose else {}
         if streams:
-            click.echo("" if shown else prompt)
+            click.echo("" if shown else prompt, color=True)
         else:
-            emit({"outputs": results} | chosen | said, self.as_json, lambda: _render(results))
+            emit({"outputs": results} | chosen | said, self.as_json, lambda: _render(results), is_own_text=True)
         if said and not self.as_json:
-            click.echo(f"\n[{said['disclosure']}]")
+            click.echo(f"\n[{printable(said['disclosure'])}]")
         if dropped := count_dropped(session.base, prompt, settings):
             self.reporter.message(f"the first {dropped} tokens of the prompt were left out, to make room")
         stop.raise_if_asked("the text so far is above")

@@ -19,6 +19,7 @@ from lora_gpt2.commands.shared import (
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.paths import check_name
+from lora_gpt2.core.printable import printable
 from lora_gpt2.recipe import MergeMethod
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -73,7 +74,8 @@ def command(
         labels = [source.label for source in sources]
         result["search"] = _describe_search(report, labels)
         if not as_json:  # at once: what follows may fail
-            click.echo(_render_search(report, [reference for reference, _ in mix], labels) + "\n")
+            shown = _render_search(report, [reference for reference, _ in mix], labels)
+            click.echo(printable(shown, keep_lines=True) + "\n")
         best = report.best
         mix = tuple((reference, weight) for (reference, _), weight in zip(mix, best.weights, strict=True) if weight)
         how = how.model_copy(update={"method": best.method})
@@ -113,8 +115,9 @@ def _render_merge(merged: MergeReport) -> str:
 
 
 def _render_bake(baked: BakeReport) -> str:
+    where = printable(str(baked.path))
     return (
-        f"wrote {baked.path} ({baked.dtype}, {format_bytes(baked.size_bytes)}): logits differ by at most "
+        f"wrote {where} ({baked.dtype}, {format_bytes(baked.size_bytes)}): logits differ by at most "
         f"{baked.max_logit_difference:.1e} from the unmerged computation, by {baked.effect:.1e} from the base"
     )
 

@@ -10,6 +10,7 @@ import click
 from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, skip_bad_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.recipe_files import load_recipe
 
@@ -81,13 +82,13 @@ def _render(result: dict[str, Any], report: dict[str, Any], rejected: str) -> st
         lines += [f"    {example['before']!r} -> {example['after']!r}" for example in rule["examples"]]
     lines += [f"rejected: {count:,} {reason}" for reason, count in result["rejected"].items()]
     for entry in result["near_duplicates"]:
-        lines.append(f"    {entry['origin']} is {entry['likeness']:.0%} like {entry['of']}")
+        lines.append(printable(f"    {entry['origin']} is {entry['likeness']:.0%} like {entry['of']}"))
     lines += [f"looks like personal data: {kind} in {n:,} documents" for kind, n in result["personal"].items()]
     for document in result.get("preview", []):
         lines.append("document: " + "".join(_show_token(token) for token in document))
     if result["rejected"]:
-        lines.append(f"rejected documents and reasons: {rejected}")
-    return "\n".join([*lines, f"written to {result['path']}"])
+        lines.append(printable(f"rejected documents and reasons: {rejected}"))
+    return "\n".join([*lines, printable(f"written to {result['path']}")])
 
 
 def _show_token(token: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError, UsageError
 from lora_gpt2.core.log import find_choices, find_log, read_log
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.evaluation.choices import find_texts, read_choices
 from lora_gpt2.evaluation.rating import (
@@ -173,15 +174,16 @@ def _show(task: Task, swapped: bool, where: str) -> None:
     lines = [f"\n===== {where} ====="]
     for place, text in enumerate(texts, start=1):
         lines += [f"--- text {place}" if len(texts) > 1 else "---", task.prompt + text]
-    click.echo("\n".join(lines), err=True)
+    click.echo(printable("\n".join(lines), keep_lines=True), err=True)
 
 
 def _read_marks(made: Round) -> list[str] | None:
     """Returns a mark for each criterion, none to skip; None to stop. One mark alone is for all criteria."""
     keys, number = KEYS[made.mode], len(made.criteria)
+    asked = printable(f"{' '.join(made.criteria)} ({'/'.join(keys)}, s, q)")
     while True:
         try:
-            typed = click.prompt(f"{' '.join(made.criteria)} ({'/'.join(keys)}, s, q)", err=True, prompt_suffix=": ")
+            typed = click.prompt(asked, err=True, prompt_suffix=": ")
         except click.Abort:
             return None
         marks = typed.split()
@@ -224,7 +226,7 @@ def _render(result: dict[str, Any]) -> str:
         lines.append(f"agreement (Krippendorff's alpha, 1 is full, 0 is chance): {', '.join(known)}")
     for pair in result["missing"]:
         if pair["ratings"]:
-            lines.append(_describe_missing(pair))
+            lines.append(printable(_describe_missing(pair)))
     return "\n".join(lines)
 
 

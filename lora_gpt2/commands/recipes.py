@@ -9,6 +9,7 @@ import click
 from lora_gpt2.commands.shared import emit, format_table, json_option, set_option
 from lora_gpt2.core.errors import ConflictError
 from lora_gpt2.core.paths import os_errors_as_ours, write_atomic
+from lora_gpt2.core.printable import printable
 from lora_gpt2.recipe import describe_key, list_keys
 from lora_gpt2.recipe_files import find_recipe, list_recipes, load_recipe
 
@@ -67,7 +68,7 @@ def copy(name: str, target: Path) -> None:
         raise ConflictError(f"{target} exists already", "choose another name, or remove it")
     with os_errors_as_ours(f"write {target}"):
         write_atomic(target, path.read_bytes())
-    click.echo(f"wrote {target}")
+    click.echo(printable(f"wrote {target}"))
 
 
 @command.command("check")
@@ -82,4 +83,4 @@ def check(paths: tuple[Path, ...], overrides: tuple[str, ...], as_json: bool) ->
       lora-gpt2 recipes check mine.yaml
     """
     valid = {str(path): load_recipe(path, overrides).model_dump(mode="json") for path in paths}
-    emit({"recipes": valid}, as_json, lambda: "\n".join(f"{path}: valid" for path in valid))
+    emit({"recipes": valid}, as_json, lambda: [f"{path}: valid" for path in valid])

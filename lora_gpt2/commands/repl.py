@@ -13,11 +13,15 @@ from lora_gpt2.commands.shared import base_option, seed_option, set_option, stor
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.core.paths import find_state_dir
+from lora_gpt2.core.printable import printable
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
     from lora_gpt2.inference.repl import Repl
+
+
+OWN_TEXT = ("/show", "/compare")  # what the user has written and generated
 
 
 @click.command("repl")
@@ -52,7 +56,7 @@ def command(
     session.open([name for name, _ in session.resolve(mix)])
     log = LocalLog(None if no_log else find_log(), reporter)
     first = (secrets.randbelow(2**31) if seed is None else seed) - 1
-    repl = Repl(session, recipe.generate, first, log, lambda _, piece: click.echo(piece, nl=False), mix)
+    repl = Repl(session, recipe.generate, first, log, lambda _, piece: click.echo(piece, nl=False, color=True), mix)
     if log.path:
         reporter.message(f"continuations are recorded in {log.path}; --no-log ends that")
     is_terminal = sys.stdin.isatty()
@@ -66,15 +70,16 @@ def _run_line(repl: Repl, line: str, reporter: Reporter) -> None:
     is_text = not line.startswith("/")
     try:
         if is_text or line.startswith("/retry"):
-            click.echo(line if is_text else "", nl=False)
+            click.echo(line if is_text else "", nl=False, color=True)
             said = repl.run(line)
             click.echo()
-            if said:
-                reporter.message(said)
+            for part in said.splitlines():
+                reporter.message(part)
         elif said := repl.run(line):
-            click.echo(said)
+            is_own_text = line.split(maxsplit=1)[0] in OWN_TEXT
+            click.echo(said if is_own_text else printable(said, keep_lines=True), color=True)
     except LoraGpt2Error as error:  # one line went wrong: the text is kept
-        sys.stderr.write(f"error: {error.message}\n  {error.hint}\n")
+        sys.stderr.write(f"error: {printable(error.message)}\n  {printable(error.hint)}\n")
 
 
 def _iter_terminal(repl: Repl) -> Iterator[str]:

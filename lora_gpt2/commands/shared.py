@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from lora_gpt2.core.errors import CheckFailed, UsageError
+from lora_gpt2.core.printable import printable
 from lora_gpt2.store.catalog import Store
 
 MEMORY_UNITS = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
@@ -70,9 +71,21 @@ def name_store(store: Store) -> str:
     return "" if str(store.root) == default else f" --store {store.root}"
 
 
-def emit(result: dict[str, Any], as_json: bool, render: Callable[[], str]) -> None:
-    """Writes a result on stdout: as JSON, in which what is not finite is null, or as `render` shows it."""
-    click.echo(json.dumps(_finite(result), indent=1, allow_nan=False) if as_json else render())
+def emit(
+    result: dict[str, Any], as_json: bool, render: Callable[[], str | list[str]], is_own_text: bool = False
+) -> None:
+    """Writes a result on stdout: as JSON, in which what is not finite is null, or as `render` shows it.
+
+    `render` returns a text, or lines, in which a line end of a name does not make another line. What a terminal would
+    obey is written out, but in text that the user has generated (`is_own_text`).
+    """
+    if as_json:
+        click.echo(json.dumps(_finite(result), indent=1, allow_nan=False))
+        return
+    shown = render()
+    if isinstance(shown, list):
+        shown = "\n".join(map(printable, shown))
+    click.echo(shown if is_own_text else printable(shown, keep_lines=True), color=True)  # click changes nothing
 
 
 def end_as_failed(message: str, hint: str, as_json: bool) -> NoReturn:
@@ -91,8 +104,8 @@ def _finite(value: Any) -> Any:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns columns aligned by width, the first to the left, the others to the right."""
-    table = [list(header), *map(list, rows)]
+    """Returns columns aligned by width, the first to the left, the others to the right; cells are printable."""
+    table = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = []
     for row in table:

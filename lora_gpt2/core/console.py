@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
+from lora_gpt2.core.printable import printable
+
 
 @runtime_checkable
 class Task(Protocol):
@@ -61,7 +63,7 @@ class LineTask:
     """Progress as plain lines, at most one every five seconds, for logs and pipes."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
-        self.title, self.total, self.unit = title, total, unit
+        self.title, self.total, self.unit = printable(title), total, unit
         self.done = 0
         self.started = self.last = time.monotonic()
 
@@ -76,7 +78,7 @@ class LineTask:
         left = (self.total - self.done) / max(rate, 1e-9)
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {shown} {self.unit}/s, {left:.0f} s left"
-        sys.stderr.write(f"{line}  {note}".rstrip() + "\n")
+        sys.stderr.write(f"{line}  {printable(note)}".rstrip() + "\n")
         sys.stderr.flush()
 
 
@@ -87,9 +89,9 @@ class RichReporter:
         self.verbosity = verbosity
 
     def message(self, text: str) -> None:
-        """Writes one line unless `-q` was given."""
+        """Writes one line unless `-q` was given; what a terminal would obey is written out."""
         if self.verbosity >= 0:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(printable(text) + "\n")
             sys.stderr.flush()
 
     def detail(self, text: str) -> None:
@@ -115,12 +117,13 @@ def _live_bar(title: str, total: int, unit: str) -> Iterator[Task]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = [
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(unit),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TextColumn(unit), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
     ]  # fmt: skip
     started = time.monotonic()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        identifier = progress.add_task(title, total=total, rate="", note="")
+        identifier = progress.add_task(printable(title), total=total, rate="", note="")
 
         class BarTask:
             """One line of the live display."""
@@ -131,6 +134,6 @@ def _live_bar(title: str, total: int, unit: str) -> Iterator[Task]:
                 """Adds `amount` and redraws."""
                 self.done += amount
                 rate = self.done / max(time.monotonic() - started, 1e-9)
-                progress.update(identifier, advance=amount, rate=f"{rate:,.0f} {unit}/s", note=note)
+                progress.update(identifier, advance=amount, rate=f"{rate:,.0f} {unit}/s", note=printable(note))
 
         yield BarTask()

@@ -7,6 +7,7 @@ threads started, or a small thing allocated. So a limit that torch cannot be loa
 from __future__ import annotations
 
 import contextlib
+import mmap
 
 from lora_gpt2.core.errors import ResourceError
 
@@ -28,6 +29,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     is_candidate = isinstance(error, RuntimeError | OSError | ImportError | SystemError)
     is_candidate = is_candidate or type(error).__name__ in ("PanicException", "SafetensorError")
     return is_candidate and any(sign in str(error) for sign in SIGNS)
+
+
+def check_room(num_bytes: int) -> None:
+    """Raises `MemoryError` if so many bytes cannot be had: before native code that ends the process in that case."""
+    try:
+        mmap.mmap(-1, max(1, num_bytes)).close()
+    except OSError as error:
+        raise MemoryError(f"{num_bytes:,} bytes cannot be had") from error
 
 
 def check_address_space(needed_bytes: int) -> None:

@@ -18,8 +18,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError
 from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.core.memory import check_room
 
 EOS = "<|endoftext|>"
+ROOM_BYTES = 2**25  # the backend ends the process where it runs out of memory
 
 
 class Tokenizer:
@@ -69,6 +71,7 @@ class Tokenizer:
         """Returns the token ids of each text; raises `DataError` for lone surrogates, which no UTF-8 text has."""
         if self.reads_special and any(EOS in text for text in texts):
             return [self._encode_around_eos(text) for text in texts]
+        check_room(ROOM_BYTES)
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:

@@ -19,6 +19,7 @@ from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.log import LocalLog
 from lora_gpt2.core.paths import os_errors_as_ours, write_file
+from lora_gpt2.core.printable import printable
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.core.user_files import read_user_file
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all, raise_first_error
@@ -250,7 +251,7 @@ class Repl:
         for row in self._list_rows():
             value = row["test_perplexity"] or row["validation_perplexity"]
             figure = f", perplexity {value:.1f}" if value else ""
-            lines.append(f"{row['name']}@{row['version']}{figure}  {row['description']}".rstrip())
+            lines.append(f"{row['name']}@{row['version']}{figure}  {printable(str(row['description']))}".rstrip())
         return "\n".join(lines) or "the store has no adapter of this base"
 
     def _list_rows(self) -> list[dict[str, object]]:

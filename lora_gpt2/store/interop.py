@@ -19,6 +19,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
+from lora_gpt2.core.memory import check_room
 from lora_gpt2.core.paths import os_errors_as_ours, read_regular
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.gpt2 import ADAPTABLE
@@ -29,6 +30,7 @@ from lora_gpt2.store.peft_config import MAX_CONFIG_BYTES, PeftSpec, module_of, p
 from lora_gpt2.store.tensors import pack_safetensors
 
 PREFIX = "base_model.model."
+COPIES, ROOM_BYTES = 2, 2**25  # safetensors' reader takes a copy, and must not run out of memory on the way
 MAGNITUDE = "magnitude_vector"
 TENSOR_NAME = re.compile(
     r"base_model\.model\.(?:transformer\.(h\.\d{1,4}\.[a-z_.]+)|(lm_head))"
@@ -118,6 +120,7 @@ def parse_peft(
     Weights of the base among them must be those of `frozen`; without it they are refused.
     """
     spec = parse_peft_config(config_bytes, where)
+    check_room(COPIES * len(weights) + ROOM_BYTES)
     try:
         tensors = load(weights)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:

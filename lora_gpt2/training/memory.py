@@ -193,7 +193,7 @@ def memory_errors_as_ours(base: Base, recipes: Sequence[Recipe]) -> Iterator[Non
         needed = estimate_memory(base.config, recipes, base.runtime)
         within = needed.reserve + int(0.7 * (needed.peak - needed.reserve))
         smaller = fit_recipes(base.config, recipes, base.runtime, within)
-        hint = "use a smaller base"
+        hint = "go on with --resume where there is more memory, or use a smaller lora.rank or base"
         if smaller is not None:
             hint = f"go on with --resume {format_changes(list_changes(recipes, smaller))}; see 'lora-gpt2 plan'"
         raise ResourceError(

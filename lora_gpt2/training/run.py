@@ -13,6 +13,7 @@ from lora_gpt2.core.console import Reporter, SilentReporter
 from lora_gpt2.core.errors import ConflictError, TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
+from lora_gpt2.core.memory import check_room
 from lora_gpt2.core.paths import check_name, os_errors_as_ours
 from lora_gpt2.data.prepared import SKETCH, PreparedData, describe_preparation, measure_overlaps, prepare_data
 from lora_gpt2.evaluation.general import measure_general
@@ -37,6 +38,7 @@ from lora_gpt2.training.verdict import judge_curve, judge_forgetting
 from lora_gpt2.training.world import World, join_world
 
 PASSES = "passes"
+COPIES, ROOM_BYTES = 3, 2**27  # what publishing takes: copies of the adapter, and the libraries' own
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,8 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
     domain, adapter = outcome.domain, outcome.adapter
     if resumed and (version := _find_published(store, base, outcome)):
         return _report_published(store, f"{domain.name}@{version}")
+    count = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
+    check_room(COPIES * 4 * count + ROOM_BYTES)
     session = Session(base)
     session.add({domain.name: adapter})
     general = measure_general(base, session.for_rows(((domain.name, 1.0),)))

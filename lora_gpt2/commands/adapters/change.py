@@ -121,10 +121,10 @@ def gc(keep: int | None, dry_run: bool, store: Store, as_json: bool) -> None:
     found = collect_garbage(store, keep, dry_run)
     verb = "would delete" if dry_run else "deleted"
 
-    def render() -> str:
+    def render() -> list[str]:
         lines = [f"{verb} {name}" for name in found.removed] or ["nothing to delete"]
         lines += [f"kept {name}: somebody is reading it" for name in found.kept_in_use]
-        return "\n".join([*lines, f"{format_bytes(found.freed_bytes)} {'to free' if dry_run else 'freed'}"])
+        return [*lines, f"{format_bytes(found.freed_bytes)} {'to free' if dry_run else 'freed'}"]
 
     emit(vars(found), as_json, render)
 

@@ -95,7 +95,7 @@ def export(reporter: Reporter, reference: str, target: Path, peft_safe: bool, st
         if has_head(store, reference):
             reporter.message("it changes the tied head, which PEFT ties again wrongly in places: see --peft-safe")
     row = summarise(manifest) | {"path": str(target)} | ({"perplexity": price} if price else {})
-    emit({"adapter": row}, as_json, lambda: f"wrote {target}")
+    emit({"adapter": row}, as_json, lambda: [f"wrote {target}"])
     reporter.message(f"next: lora-gpt2 adapters import {target} --name {manifest.name} --store OTHER")
 
 
@@ -115,7 +115,7 @@ def push(reference: str, repository: str, private: bool, store: Store, as_json: 
     from lora_gpt2.store.exchange import push_adapter
 
     address = push_adapter(store, reference, repository, private)
-    emit({"adapter": {"reference": reference, "url": address}}, as_json, lambda: f"pushed {reference}: {address}")
+    emit({"adapter": {"reference": reference, "url": address}}, as_json, lambda: [f"pushed {reference}: {address}"])
 
 
 COMMANDS = (import_, export, push, pull)

@@ -20,6 +20,7 @@ from lora_gpt2.commands.shared import (
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError, ResourceError, UsageError
 from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
@@ -67,7 +68,7 @@ def show(reference: str, store: Store, as_json: bool) -> None:
     content = manifest.to_json()
     content |= {"path": str(store.resolve(reference)), "versions": store.list_versions(manifest.name)}
     content["lineage"] = describe_lineage(store, manifest)
-    emit({"adapter": content}, as_json, lambda: "\n".join(_render_show(content)))
+    emit({"adapter": content}, as_json, lambda: _render_show(content))
 
 
 @click.command("card")
@@ -92,7 +93,7 @@ def card(reference: str, out: Path | None, store: Store, as_json: bool) -> None:
         with os_errors_as_ours(f"write {out}"):
             out.write_text(text, encoding="utf-8")
     result = {"adapter": manifest.reference, "card": text, "path": str(out) if out else None}
-    emit(result, as_json, lambda: f"written to {out}" if out else text)
+    emit(result, as_json, lambda: [f"written to {out}"] if out else text)
 
 
 @click.command("history")
@@ -223,7 +224,7 @@ def _compare_updates(store: Store, manifests: list[Manifest]) -> list[dict[str, 
 
 def _render_list(rows: list[dict[str, Any]], store: Store) -> str:
     if not rows:
-        return f"no adapters in {store.root}; make one: lora-gpt2 train --data FILE --name NAME"
+        return f"no adapters in {printable(str(store.root))}; make one: lora-gpt2 train --data FILE --name NAME"
     header = ["adapter", "version", "base", "size", "tokens", "base ppl", "ppl", "age"]
     return format_table(
         header, [[row["name"], str(row["version"]), row["base"], *_render_figures(row)] for row in rows]
