@@ -4,6 +4,7 @@ import pytest
 
 from lora_gpt2 import cli
 from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.training import run as run_module
 from tests.builders import make_adapter
 
 
@@ -17,6 +18,18 @@ def run(capsys):
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch, request):
+    """Publishing draws charts, seconds an adapter; a test that looks at them asks for `drawn`."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(run_module, "draw_pages", lambda *args: {})
+
+
+@pytest.fixture
+def drawn():
+    """The pages of an adapter are drawn."""
 
 
 @pytest.fixture

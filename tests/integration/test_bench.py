@@ -92,6 +92,7 @@ def test_settings_are_ranked_by_their_worst_domain():
     assert ranking[1][3] == pytest.approx(1.5)
 
 
+@pytest.mark.slow
 def test_writing_is_measured_beside_peft_and_both_write_the_same(base_folder, reporter):
     report = measure_decoding(str(base_folder), 12, 1, 2, reporter)
     sides = {side["name"]: side for side in report["sides"]}

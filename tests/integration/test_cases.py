@@ -231,7 +231,7 @@ def test_what_all_records_have_in_common_is_trained_on(prepare, tokenizer, tmp_p
     assert any("cleaning rule boilerplate: 40 documents" in line for line in describe_preparation(with_rule))
 
 
-def test_what_each_rule_and_reading_did_is_said_and_kept(run, base_folder, store, tmp_path):
+def test_what_each_rule_and_reading_did_is_said_and_kept(run, drawn, base_folder, store, tmp_path):
     texts = [f"{text}{EOS}" for text in make_documents(40)] + ["spaced   out " + write_sentence(random.Random(5))]
     code, _, err = train(run, base_folder, "law", "--data", write_records(tmp_path / "d.jsonl", texts))
     assert code == 0

@@ -376,7 +376,7 @@ def test_running_out_of_memory_names_what_to_change(base_folder, text_file, tmp_
     assert not (tmp_path / "store" / "mine").exists()
 
 
-def test_a_trained_adapter_has_pages_that_stand_alone(run, base_folder, text_file, tmp_path):
+def test_a_trained_adapter_has_pages_that_stand_alone(run, drawn, base_folder, text_file, tmp_path):
     extra = ["--set", "train.validate_every=2", "--set", "train.sample_prompt=the <b>cat</b>"]
     assert run("train", "--data", text_file, "--name", "mine", "--base", base_folder, *TINY, *extra)[0] == 0
     folder = Store(tmp_path / "store").resolve("mine")

@@ -106,7 +106,7 @@ def outcome(tmp_path, name):
     return found
 
 
-@pytest.mark.parametrize("number", [14, pytest.param(POINTS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [7, pytest.param(POINTS, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_resumes_bit_equal(recipes, reporter, tmp_path, monkeypatch, number):
     monkeypatch.setenv("LORA_GPT2_CACHE", "")
     status, moments = in_child(tmp_path, trainer_of(recipes, reporter), "whole")

@@ -553,7 +553,7 @@ def ask_under_churn(base, store, count, names=("one", "two", "three", "four")):
     return [status for _, status, _ in answers], wrong
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_no_answer_comes_from_a_wrong_adapter_while_adapters_come_and_go(base, store, count):
     statuses, wrong = ask_under_churn(base, store, count)
     assert wrong == 0
@@ -589,7 +589,7 @@ def mangle(draw, body):
     return content
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [250, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_no_malformed_request_is_a_server_error_and_none_leaves_anything(server, port, count):
     draw, codes = random.Random(5), set()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

@@ -56,7 +56,7 @@ scraps = st.lists(st.sampled_from(SCRAPS) | st.text(max_size=3), max_size=14).ma
 modes = [(name, mode) for name, rule in RULES.items() for mode in rule.modes]
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(deadline=None, max_examples=500)
 @given(value=scraps, rule=st.sampled_from(modes))
 def test_every_rule_is_idempotent(value, rule):
     name, mode = rule
