@@ -13,6 +13,7 @@ from yaml.error import MarkedYAMLError
 from yaml.nodes import MappingNode, Node, ScalarNode
 
 MAX_DEPTH, MAX_NODES, MAX_NUMBER_LENGTH = 16, 20_000, 40
+_RAISED_BY_PYYAML = (ValueError, OverflowError, LookupError, AttributeError, TypeError, RecursionError)
 MERGE = "tag:yaml.org,2002:merge"
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 
@@ -22,8 +23,8 @@ def parse_yaml(text: str) -> Any:
     loader = _StrictLoader(text)
     try:
         return loader.get_single_data()
-    except (ValueError, OverflowError, RecursionError) as error:  # a month 13, a character beyond Unicode
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    except _RAISED_BY_PYYAML as error:  # a month 13, a character beyond Unicode, !!bool of another word
+        reason = "nested too deeply" if isinstance(error, RecursionError) else f"not a value of its kind: {error}"
         raise MarkedYAMLError(problem=reason, problem_mark=loader.get_mark()) from error
     finally:
         loader.dispose()

@@ -75,7 +75,7 @@ def test_sources_in_a_file_are_relative_to_it(tmp_path):
         ("lora.dropout=false", "lora.dropout: expected a value", "Dropout"),
         ("lora.ranks={c_attn: true}", "lora.ranks: expected a value", "Ranks"),
         ("generate.logit_bias={true: 1}", "generate.logit_bias: expected a value", "Added to the logits"),
-        ("data.languages=[2026-13-45]", "not valid YAML: month must be in 1..12", "quote"),
+        ("data.languages=[2026-13-45]", "not valid YAML: not a value of its kind: month must be in 1..12", "quote"),
         ("train.steps=" + "9" * 5000, "not valid YAML: a number of 5,000 characters", "quote"),
         ("lora.targets=" + "[" * 3000, "not valid YAML: nested too deeply", "quote"),
         ("lora.targets=[&a c_attn, *a]", "aliases (*name) are not allowed", "quote"),
@@ -138,7 +138,7 @@ def test_missing_and_broken_recipe_files(tmp_path):
     [
         ("a: &a [1]\nname: *a\n", ":2: not valid YAML: aliases (*name) are not allowed"),
         ("train:\n  steps: 1\n  steps: 2\n", ":3: not valid YAML: the key 'steps' is given twice"),
-        ("description: 2026-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("description: 2026-13-45\n", "not valid YAML: not a value of its kind: month must be in 1..12"),
         ("train: {steps: " + "9" * 5000 + "}", ":1: not valid YAML: a number of 5,000 characters"),
         ("name: " + "[" * 3000 + "]" * 3000, ":1: not valid YAML: nested too deeply"),
         ("train: {steps: true}", "train.steps: expected a value that is not true or false, found True"),
