@@ -142,7 +142,7 @@ def clean_documents(
             kept.append(cleaned)
     for line in describe_cleaning(report, documents, rejected):
         reporter.message(line)
-    if rejected and not kept:
+    if not kept and set(rejected) - {"empty"}:
         hint = "data.min_characters, data.max_repetition and data.languages say which documents are good enough"
         raise DataError(f"all documents are set aside, as training does: {_list_reasons(rejected)}", hint)
     return kept

@@ -37,7 +37,7 @@ SPLIT_WORDS = {
 }
 """Words that name a split, as `datasets` knows them; they stand alone in a file's name or in that of its folder."""
 ABOUT = ("readme", "license", "licence", "changelog", "notice", "citation")
-ADAPTER_FILE = "adapter_config.json"
+OUR_FILES = "adapter_config.json", "train.signatures.npy"  # folders with one are of a store, or text prepared already
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _name_file(path: Path, settings: DataSettings) -> Source:
 def _list_folder(folder: Path, settings: DataSettings) -> list[Source]:
     paths = [path for path in sorted(folder.rglob("*")) if _find_kind(path, settings) and path.is_file()]
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    paths = [path for path in paths if not (path.parent / ADAPTER_FILE).exists()]  # a store is not text
+    paths = [path for path in paths if not any((path.parent / name).exists() for name in OUR_FILES)]
     if not paths:
         raise DataError(f"{folder} holds no {SHOWN} file", "name the files, or another folder")
     return [_name_file(path, settings) for path in paths]

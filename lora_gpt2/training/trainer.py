@@ -349,10 +349,13 @@ class _HeldOut:
     def count_tokens(self) -> int:
         """Returns how many tokens there are to measure: each text under its adapter, and once under the base."""
         sizes = {
-            (slot, part): blocks.num_targets if part == "test" else blocks.num_blocks * blocks.block_size
+            (slot, part): size
             for slot in self.slots
-            for part in ("validation", "test")
-            for blocks in [getattr(self.trainer.domains[slot].data, part)]
+            for data in [self.trainer.domains[slot].data]
+            for part, size in (
+                ("validation", data.validation.num_blocks * data.validation.block_size),
+                ("test", data.test.num_targets - data.report.get("documents", {}).get("test", 0)),
+            )
         }
         once = {self._key(*place): size for place, size in sizes.items()}
         return int(sum(sizes.values()) + sum(once.values()))

@@ -145,7 +145,7 @@ def test_a_prompt_that_is_truncated_is_said_aloud(run, trained):
 def test_figures_that_are_not_finite_are_null_in_json(run, base_folder, tmp_path):
     (tmp_path / "a.txt").write_text("\u3042" * 4000)
     code, out, _ = run("evaluate", tmp_path / "a.txt", "--base", base_folder, "--json")
-    assert (code, json.loads(out)["error"]["type"]) == (5, "DataError")
+    assert (code, json.loads(out)["error"]["type"]) == (3, "DataError")
     assert "all documents are set aside, as training does: 1 repetitive" in out
     keep = ("--set", "data.max_repetition=1")
     code, out, _ = run("evaluate", tmp_path / "a.txt", "--base", base_folder, "--json", *keep)

@@ -33,6 +33,7 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training import run as run_module
+from lora_gpt2.training import trainer as trainer_module
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.domain import Domain
 from lora_gpt2.training.run import train_recipes
@@ -277,7 +278,12 @@ def test_the_end_of_a_run_counts_to_its_total_and_measures_the_base_once(base_fo
         plain.append(rows is None)
         return measure(blocks, rows, *more)
 
+    def note_test(base, documents, settings, adapters_for=None, on_tokens=None):
+        plain.append(adapters_for is None)
+        return measure_perplexity(base, documents, settings, adapters_for or (lambda rows: None), on_tokens)
+
     monkeypatch.setattr(trainer, "measure_blocks", note)
+    monkeypatch.setattr(trainer_module, "measure_perplexity", note_test)
     one, two = trainer.train(StopRequest())
     assert done["measuring"][0] == done["measuring"][1] > 0
     assert plain.count(True) == 2, "validation and test text, for both adapters"
