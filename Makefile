@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 
-.PHONY: help demo test check test-slow bench docs clean
+.PHONY: help demo test test-fast check test-slow bench docs clean
 .DEFAULT_GOAL := help
 
 help:           ## list the targets
@@ -25,6 +25,9 @@ demo: $(VENV)/.installed ## train three adapters on the bundled base, swap them,
 
 test: $(VENV)/.installed-dev ## run the tests
 	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-dev ## run what two minutes allow: the laws of every module, no commands and servers
+	@$(BIN)/python -m pytest tests/unit tests/golden tests/contract/test_project.py --ignore tests/unit/store/test_faults.py
 
 check: $(VENV)/.installed-dev ## format, lint, types, import directions, generated docs, tests
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
