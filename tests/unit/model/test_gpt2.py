@@ -49,7 +49,7 @@ def test_positions_beyond_the_context_are_an_error(base):
         ({"add_cross_attention": True}, "cross-attention"),
         ({"scale_attn_weights": False}, "unscaled"),
         ({"activation_function": "relu"}, "activation 'relu'"),
-        ({"n_embd": "x"}, "not a number"),
+        ({"n_embd": "x"}, "expected a whole number"),
         ({"n_head": 3}, "3 heads"),
         ({"eos_token_id": 99}, "eos_token_id 99"),
     ],
