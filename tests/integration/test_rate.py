@@ -136,7 +136,9 @@ def test_the_served_form_keeps_answers_and_refuses_what_is_none(served):
     assert ask(port, "/answers", {**mark, "answers": [answer]})[0] == 200
     wrong = [b"", b"x", [], {"answers": 3}, {**mark, "answers": [{**answer, "task": 9}]}]
     wrong += [{"round": "another", "answers": [answer]}, {**mark, "answers": 3}]
-    assert [ask(port, "/answers", body, method="POST")[0] for body in wrong] == [400] * 7
+    half = json.dumps({**mark, "answers": [{**answer, "task": "\ud800"}]}).encode()  # half of a surrogate pair
+    wrong += [half, half.replace(b'"task"', b'"rater"'), half.replace(b"anna", b"\\udfff")]
+    assert [ask(port, "/answers", body, method="POST")[0] for body in wrong] == [400] * 10
     assert ask(port, "/answers", b"x" * (2**20 + 1))[0] == 413
     assert ask(port, "/answers", b"{}", {"Content-Type": "text/plain"}.items())[0] == 415
     assert ask(port, "/", headers=[("Host", "evil.example")])[0] == 403
