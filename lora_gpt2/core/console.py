@@ -75,7 +75,7 @@ class LineTask:
             return
         self.last = now
         rate = self.done / max(now - self.started, 1e-9)
-        left = (self.total - self.done) / max(rate, 1e-9)
+        left = max(0, self.total - self.done) / max(rate, 1e-9)
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {shown} {self.unit}/s, {left:.0f} s left"
         sys.stderr.write(f"{line}  {printable(note)}".rstrip() + "\n")

@@ -22,7 +22,8 @@ from lora_gpt2.core.errors import TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.blocks import IGNORE, TokenBlocks
 from lora_gpt2.data.documents import list_documents
-from lora_gpt2.evaluation.perplexity import choose_window, measure_perplexity
+from lora_gpt2.data.records import Document
+from lora_gpt2.evaluation.perplexity import Jobs, choose_window, measure_perplexity
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingRows
@@ -348,15 +349,13 @@ class _HeldOut:
 
     def count_tokens(self) -> int:
         """Returns how many tokens there are to measure: each text under its adapter, and once under the base."""
-        sizes = {
-            (slot, part): size
-            for slot in self.slots
-            for data in [self.trainer.domains[slot].data]
-            for part, size in (
-                ("validation", data.validation.num_blocks * data.validation.block_size),
-                ("test", data.test.num_targets - data.report.get("documents", {}).get("test", 0)),
-            )
-        }
+        sizes = {}
+        for slot in self.slots:
+            blocks = self.trainer.domains[slot].data.validation
+            sizes[slot, "validation"] = blocks.num_blocks * blocks.block_size
+            if documents := self._list_documents(slot):
+                settings = self.trainer.domains[slot].recipe.evaluate
+                sizes[slot, "test"] = Jobs(self.trainer.base, [documents], settings).forward_tokens
         once = {self._key(*place): size for place, size in sizes.items()}
         return int(sum(sizes.values()) + sum(once.values()))
 
@@ -371,13 +370,18 @@ class _HeldOut:
             blocks, TrainingRows(trainer.bank, [slot]), None, size, on_tokens
         )
 
+    def _list_documents(self, slot: int) -> list[Document]:
+        """Returns the test documents, none if there is nothing to score in them."""
+        data = self.trainer.domains[slot].data
+        return list_documents(data, "test", self.trainer.base.tokenizer) if data.test.num_targets else []
+
     @torch.no_grad()
     def measure_test(self, slot: int, on_tokens: Callable[[int], None]) -> tuple[float, float] | None:
         """Returns both over the test documents by the protocol of `evaluate`, which gives the same number later."""
         trainer, domain = self.trainer, self.trainer.domains[slot]
-        if not domain.data.test.num_targets:
+        if not (documents := self._list_documents(slot)):
             return None
-        documents, settings = list_documents(domain.data, "test", trainer.base.tokenizer), domain.recipe.evaluate
+        settings = domain.recipe.evaluate
         key = self._key(slot, "test")
         if key not in self.known:
             score = measure_perplexity(trainer.base, documents, settings, on_tokens=on_tokens)
