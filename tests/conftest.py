@@ -1,4 +1,4 @@
-"""Tiny stand-ins for everything large: a base of two layers, a store, text. Shapes are checked while tests run."""
+"""Tiny stand-ins for everything large: a base of two layers, a store, text. Unit tests check the shapes of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 SHAPED = ["lora_gpt2.model", "lora_gpt2.inference", "lora_gpt2.evaluation", "lora_gpt2.training.optimizer"]
 install_import_hook(SHAPED, "beartype.beartype")
@@ -37,6 +37,12 @@ def short_general(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("general") / "general.txt"
     path.write_text(f"She opened the door.{general.SEPARATOR}The king of the country.", encoding="utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def shapes(request: pytest.FixtureRequest) -> None:
+    """Shapes are checked in unit tests; elsewhere the same functions run, and checking doubles the time of a model."""
+    config.update("jaxtyping_disable", not request.path.is_relative_to(Path(__file__).parent / "unit"))
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,8 @@ TINY = [
     "train.steps=8",
     "--set",
     "lora.rank=2",
+    "--set",
+    "train.sample_tokens=2",
 ]
 HOT = ["--set", "train.learning_rate=1e38", "--set", "train.clip=0"]
 
@@ -70,6 +72,7 @@ def test_the_demo_trains_swaps_and_measures(run, monkeypatch):
     monkeypatch.setattr(demo, "STEPS", 3)
     monkeypatch.setattr(demo, "BATCH_TOKENS", 256)
     monkeypatch.setattr(demo, "TEST_DOCUMENTS", 3)
+    monkeypatch.setattr(demo, "TEST_CHARACTERS", 500)
     monkeypatch.setattr(demo, "MAX_CHARACTERS", 120_000)  # held-out text is measured whole
     monkeypatch.setattr(demo, "MAX_DOCUMENT_BYTES", 8_000)
     code, out, err = run("demo", "--json")

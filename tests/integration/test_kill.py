@@ -106,7 +106,7 @@ def outcome(tmp_path, name):
     return found
 
 
-@pytest.mark.parametrize("number", [7, pytest.param(POINTS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [4, pytest.param(POINTS, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_resumes_bit_equal(recipes, reporter, tmp_path, monkeypatch, number):
     monkeypatch.setenv("LORA_GPT2_CACHE", "")
     status, moments = in_child(tmp_path, trainer_of(recipes, reporter), "whole")
@@ -115,7 +115,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_equal(recipes, reporter, tmp_pat
     assert [line["step"] for line in wanted["one", METRICS]] == [1, 2, 3, 4, 5, 6]
     assert moments >= POINTS
     points = sorted({1 + index * (moments - 1) // (number - 1) for index in range(number)})
-    assert len(points) >= number - 4
+    assert len(points) > number // 2
     for point in points:
         name = f"killed-{point}"
         status, counted = in_child(tmp_path, trainer_of(recipes, reporter, kill_at=point), name)

@@ -116,7 +116,8 @@ def sweep(work, pristine, base, tmp_path, copy=os.link, every=1):
     return lost
 
 
-ALL_PLACES = [(name, 3 if name in ("merge", "rename", "import") else 1) for name in WORKS if name != "collect"]
+EVERY = {"merge": 4, "rename": 4, "import": 4, "publish": 3, "copy": 3}
+ALL_PLACES = [(name, EVERY.get(name, 1)) for name in WORKS if name != "collect"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_no_fault_loses_anything(pristine, base, tmp_path, name, every):
 
 def test_collecting_loses_only_what_it_was_told_to(pristine, base, tmp_path):
     wanted = {load_adapter(pristine, name, base)[0].digest for name in ("law", "code")}
-    lost = sweep(WORKS["collect"], pristine, base, tmp_path)
+    lost = sweep(WORKS["collect"], pristine, base, tmp_path, every=2)
     assert not [fault for fault, gone in lost.items() if gone & wanted]
     done = fresh_copy(pristine, tmp_path, "done")
     collect_garbage(done, keep=1)
@@ -182,4 +183,4 @@ def test_the_sweep_finds_a_store_that_points_before_it_writes(pristine, base, tm
         return version
 
     monkeypatch.setattr(Store, "add_version", add_badly)
-    assert sweep(WORKS["publish"], pristine, base, tmp_path)
+    assert sweep(WORKS["publish"], pristine, base, tmp_path, every=3)
