@@ -26,8 +26,8 @@ demo: $(VENV)/.installed ## train three adapters on the bundled base, swap them,
 test: $(VENV)/.installed-dev ## run the tests
 	@$(BIN)/python -m pytest
 
-test-fast: $(VENV)/.installed-dev ## run what two minutes allow: the laws of every module, no commands and servers
-	@$(BIN)/python -m pytest tests/unit tests/golden tests/contract/test_project.py --ignore tests/unit/store/test_faults.py
+test-fast: $(VENV)/.installed-dev ## run what two minutes allow: the laws of every module, no commands, servers and shape checks
+	@JAXTYPING_DISABLE=1 $(BIN)/python -m pytest tests/unit tests/golden tests/contract/test_project.py --ignore tests/unit/store/test_faults.py
 
 check: $(VENV)/.installed-dev ## format, lint, types, import directions, generated docs, tests
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .

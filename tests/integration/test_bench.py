@@ -74,6 +74,7 @@ def test_a_grid_trains_every_setting_and_goes_on_where_it_stopped(base_folder, t
     arguments += ["--rank", "2", "--targets", "all", "--targets", "q,v", "--full", "--json", "--set", "train.steps=5"]
     arguments += ["--set", f"base={base_folder}", "--set", "data.block_size=16", "--set", "train.batch_tokens=64"]
     arguments += ["--set", "train.validate_every=5", "--set", "train.validation_tokens=64"]
+    arguments += ["--set", "train.sample_tokens=0"]
     assert cli.run([str(a) for a in arguments]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["points"]) == 2 * 2 * 2 + 2 * 4

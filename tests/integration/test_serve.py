@@ -350,7 +350,7 @@ def test_a_key_is_asked_on_every_route_and_origins_only_where_allowed(base, trai
 
 
 def test_an_overload_is_answered_at_once_and_nobody_is_cut_off(base, trained):
-    limits = LIMITS.model_copy(update={"max_rows": 4, "max_waiting": 8})
+    limits = ServeSettings(max_rows=4, max_waiting=8)  # clients share this process: they may be slow to send, too
     with serving(Server(Session(base, trained), GREEDY, limits)) as port:
 
         async def flood():

@@ -275,7 +275,7 @@ def make_digest(base, seed):
 
 def test_reads_under_two_writers_who_also_collect_are_never_bad(base, base_folder, store):
     publish(store, base)
-    assert read_under_writers(store, base, base_folder, 500) > 3
+    assert read_under_writers(store, base, base_folder, 200) > 3
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def measure_peak(base, recipes):
         (1, torch.float32, {}),
         (1, torch.float32, {"micro_batch_tokens": 1024}),
         (1, torch.float32, {"gradient_checkpointing": True}),
-        (1, torch.bfloat16, {}),
+        (1, torch.bfloat16, {"batch_tokens": 1024}),
         (3, torch.float32, {"batch_tokens": 1024, "micro_batch_tokens": 3072}),
         (1, torch.float32, {"quantize": "int8"}),
         (1, torch.float32, {"quantize": "nf4"}),
