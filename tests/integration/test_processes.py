@@ -32,9 +32,16 @@ def launch(run, base_folder, text_file, monkeypatch):
 
 def build_command(base_folder, text_file, folder, *arguments):
     settings = {
-        "data.block_size": 16, "train.batch_tokens": 80, "train.steps": 8, "lora.rank": 2, "lora.dropout": 0.2,
-        "train.learning_rate": 1e-2, "train.checkpoint_every": 3, "train.precision": "float32", "train.sample_tokens": 0,
-    }  # fmt: skip
+        "data.block_size": 16,
+        "train.batch_tokens": 80,
+        "train.steps": 8,
+        "lora.rank": 2,
+        "lora.dropout": 0.2,
+        "train.learning_rate": 1e-2,
+        "train.checkpoint_every": 3,
+        "train.precision": "float32",
+        "train.sample_tokens": 0,
+    }
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     command = ["train", "--data", str(text_file), "--name", "mine", "--base", str(base_folder)]
     return [*command, "--store", str(folder / "store"), "--json", *sets, *arguments]
