@@ -19,8 +19,8 @@ import click
 from lora_gpt2 import __version__
 from lora_gpt2.core.console import RichReporter
 from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, ResourceError, UsageError
+from lora_gpt2.core.files import translate_os_error
 from lora_gpt2.core.memory import HINT, is_out_of_memory
-from lora_gpt2.core.paths import translate_os_error
 from lora_gpt2.core.printable import printable
 
 COMMANDS = {

@@ -18,9 +18,16 @@ MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "the"), ("a", "n"), ("an",
 
 
 def make_base_folder(
-    folder: Path, layers: int = 2, width: int = 16, heads: int = 2, context: int = 48, tied: bool = True, seed: int = 0,
-    shards: int = 1, prefix: str = "transformer.",
-) -> Path:  # fmt: skip
+    folder: Path,
+    layers: int = 2,
+    width: int = 16,
+    heads: int = 2,
+    context: int = 48,
+    tied: bool = True,
+    seed: int = 0,
+    shards: int = 1,
+    prefix: str = "transformer.",
+) -> Path:
     """Writes a random GPT-2 with a byte-level tokenizer, as transformers would save it; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {symbol: index for index, symbol in enumerate(_byte_alphabet())}
@@ -31,11 +38,21 @@ def make_base_folder(
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in MERGES)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = {
-        "model_type": "gpt2", "vocab_size": len(vocab), "n_positions": context, "n_embd": width, "n_layer": layers,
-        "n_head": heads, "activation_function": "gelu_new", "eos_token_id": len(vocab) - 1,
-        "bos_token_id": len(vocab) - 1, "tie_word_embeddings": tied, "architectures": ["GPT2LMHeadModel"],
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "vocab_size": len(vocab),
+        "n_positions": context,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": heads,
+        "activation_function": "gelu_new",
+        "eos_token_id": len(vocab) - 1,
+        "bos_token_id": len(vocab) - 1,
+        "tie_word_embeddings": tied,
+        "architectures": ["GPT2LMHeadModel"],
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = random_tensors(layers, width, len(vocab), context, seed, prefix)
     if not tied:
@@ -89,7 +106,7 @@ def make_adapter(config: GPT2Config, seed: int = 1, settings: LoraSettings | Non
     generator = torch.Generator().manual_seed(seed + 100)
     return Adapter(
         {
-            site: LoraUpdate(u.a, torch.randn(u.b.shape, generator=generator) * 0.2, u.alpha, u.rslora)
+            site: LoraUpdate(u.a, torch.randn(u.b.shape, generator=generator) * 0.2, u.alpha, u.use_rslora)
             for site, u in fresh.updates.items()
         }
     )

@@ -19,6 +19,7 @@ from jaxtyping import config, install_import_hook
 SHAPED = ["lora_gpt2.model", "lora_gpt2.inference", "lora_gpt2.evaluation", "lora_gpt2.training.optimizer"]
 install_import_hook(SHAPED, "beartype.beartype")
 
+import hypothesis
 import pytest
 import torch
 
@@ -29,6 +30,8 @@ from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.store.catalog import Store
 from tests.builders import make_base_folder, make_text
 
+hypothesis.settings.register_profile("no files", database=None)  # which would go into the current folder
+hypothesis.settings.load_profile("no files")
 SHARED = Path(os.environ.get("LORA_GPT2_SHARED", "../shared"))
 
 

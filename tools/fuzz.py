@@ -231,7 +231,7 @@ class Fuzzer:
             b'name: law\nbase: nano\ndata:\n  sources: ["text.txt"]\n  rules: {spaces: "on"}\n'
             b"  filters: {min_characters: 3}\nlora:\n  rank: 8\n  alpha: 16\n  targets: [c_attn, c_proj]\n"
             b"  rank_pattern: {c_attn: 4}\ntrain:\n  steps: 5\n"
-            b"  learning_rate: 1e-3\n  clip: 1.0\ngenerate:\n  temperature: 0.7\n"
+            b"  learning_rate: 1e-3\n  max_grad_norm: 1.0\ngenerate:\n  temperature: 0.7\n"
         )
         content = change_bytes(good, self.rng)
         path = self.root / "recipe.yaml"

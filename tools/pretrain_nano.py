@@ -74,7 +74,7 @@ Made by `tools/pretrain_nano.py`; every setting and the seed are in `training.js
 
 A corpus of general English in a fixed random order: books of Project Gutenberg (public domain in the U.S.), OpenStax
 text books (CC BY 4.0), arXiv abstracts (CC0), documentation of Python (PSF-2.0), SQLite (public domain), Apache httpd
-(Apache-2.0) and the Rust book (MIT/Apache-2.0), pages of the U.S. General Services Administration and the CIA World
+(Apache-2.0) and the Rust book (MIT/Apache-2.0), pages of the U.S. General Services Administration and the CIA ProcessGroup
 Factbook (public domain / CC0), State of the Union addresses (public domain). The weights are under Apache-2.0 like the
 package; OpenStax is to be credited: "Access for free at openstax.org".
 
@@ -143,10 +143,19 @@ def build_model() -> GPT2LMHeadModel:
     """Returns a fresh GPT-2 of the set size, without dropout, with the residual projections scaled by depth."""
     eos = SETTINGS["vocab_size"] - 1
     config = GPT2Config(
-        vocab_size=SETTINGS["vocab_size"], n_positions=SETTINGS["context"], n_embd=SETTINGS["width"],
-        n_layer=SETTINGS["layers"], n_head=SETTINGS["heads"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh", bos_token_id=eos, eos_token_id=eos, use_cache=False,
-    )  # fmt: skip
+        vocab_size=SETTINGS["vocab_size"],
+        n_positions=SETTINGS["context"],
+        n_embd=SETTINGS["width"],
+        n_layer=SETTINGS["layers"],
+        n_head=SETTINGS["heads"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=eos,
+        eos_token_id=eos,
+        use_cache=False,
+    )
     torch.manual_seed(SETTINGS["seed"])
     return GPT2LMHeadModel(config)
 
@@ -158,9 +167,11 @@ def build_optimizers(model: GPT2LMHeadModel) -> list[torch.optim.Optimizer]:
     decayed = [p for p in other if p.ndim == 2]
     plain = [p for p in other if p.ndim < 2]
     muon = torch.optim.Muon(
-        hidden, lr=SETTINGS["muon_learning_rate"], weight_decay=SETTINGS["weight_decay"],
+        hidden,
+        lr=SETTINGS["muon_learning_rate"],
+        weight_decay=SETTINGS["weight_decay"],
         adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
+    )
     groups = [{"params": decayed, "weight_decay": SETTINGS["weight_decay"]}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=SETTINGS["adamw_learning_rate"], betas=(0.9, 0.95), fused=True)
     for optimizer in (muon, adamw):
@@ -216,9 +227,12 @@ def measure_validation(model: GPT2LMHeadModel, corpus: Path, work: Path, max_byt
         num_tokens += len(ids) - 1
         num_bytes += len(document.encode())
     return {
-        "nll_nats_per_token": nll / num_tokens, "perplexity": math.exp(nll / num_tokens),
-        "bits_per_byte": nll / math.log(2) / num_bytes, "tokens": num_tokens, "bytes": num_bytes,
-    }  # fmt: skip
+        "nll_nats_per_token": nll / num_tokens,
+        "perplexity": math.exp(nll / num_tokens),
+        "bits_per_byte": nll / math.log(2) / num_bytes,
+        "tokens": num_tokens,
+        "bytes": num_bytes,
+    }
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -284,10 +298,17 @@ def train(args: argparse.Namespace) -> None:
             )
             last_log = now
         if now - last_save > args.save_minutes * 60 or step == num_steps:
-            save_checkpoint(checkpoint, {
-                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-                "seen": seen, "seconds": seconds, "settings": SETTINGS,
-            })  # fmt: skip
+            save_checkpoint(
+                checkpoint,
+                {
+                    "model": model.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers],
+                    "step": step,
+                    "seen": seen,
+                    "seconds": seconds,
+                    "settings": SETTINGS,
+                },
+            )
             last_save = now
     export(model, args, {"steps": step, "tokens_seen": seen, "corpus_tokens": len(tokens), "seconds": seconds})
 
@@ -304,9 +325,14 @@ def export(model: GPT2LMHeadModel, args: argparse.Namespace, figures: dict[str, 
     (args.out / "generation_config.json").unlink(missing_ok=True)
     (args.out / "model.safetensors").chmod(0o644)  # safetensors writes 0600
     tokenizer = GPT2TokenizerFast(
-        vocab=str(args.work / "vocab.json"), merges=str(args.work / "merges.txt"), unk_token=EOS, bos_token=EOS,
-        eos_token=EOS, model_max_length=SETTINGS["context"], add_prefix_space=False,
-    )  # fmt: skip
+        vocab=str(args.work / "vocab.json"),
+        merges=str(args.work / "merges.txt"),
+        unk_token=EOS,
+        bos_token=EOS,
+        eos_token=EOS,
+        model_max_length=SETTINGS["context"],
+        add_prefix_space=False,
+    )
     tokenizer.save_pretrained(args.out)
     tokenizer.backend_tokenizer.model.save(str(args.out))
     written = GPT2LMHeadModel.from_pretrained(args.out, dtype=torch.float32).eval()

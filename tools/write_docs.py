@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from lora_gpt2.cli import COMMANDS, cli
-from lora_gpt2.data.cleaning import PROFILES, RULES
-from lora_gpt2.data.report import DESCRIPTIONS
+from lora_gpt2.data.clean.report import DESCRIPTIONS
+from lora_gpt2.data.clean.rules import PROFILES, RULES
 from lora_gpt2.recipe import describe_key, list_keys
 from lora_gpt2.recipe_files import load_recipe
 

@@ -13,9 +13,13 @@ from lora_gpt2.core.errors import ResourceError
 
 
 def run_in_turn(
-    module: str, names: Sequence[str], spec: dict[str, Any], rounds: int, reporter: Reporter,
+    module: str,
+    names: Sequence[str],
+    spec: dict[str, Any],
+    rounds: int,
+    reporter: Reporter,
     describe: Callable[[dict[str, Any]], str],
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+) -> dict[str, list[dict[str, Any]]]:
     """Returns each side's figures of every round, the sides run in turn: what slows the machine down slows them all.
 
     Raises what `run_child` does.

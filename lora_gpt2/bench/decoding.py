@@ -33,7 +33,7 @@ from lora_gpt2.model.locate import find_base, read_config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
-from lora_gpt2.store.interop import from_peft, read_peft_files, to_peft
+from lora_gpt2.store.peft.tensors import from_peft, read_peft_files, to_peft
 
 ROWS = 8
 PROMPT_TOKENS = 32
@@ -50,7 +50,7 @@ class Spec:
     folder: str
     work: str
     tokens: int
-    precision: str
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: R
             __name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['single']:,.1f} tokens/s"
         )
     sides = [_summarise([Decoding(**run) for run in runs]) for runs in found.values()]
-    shown = {"base": base, "tokens": tokens, "rank": rank, "precision": spec.precision}
+    shown = {"base": base, "tokens": tokens, "rank": rank, "dtype": spec.dtype}
     return shown | {"sides": [asdict(side) for side in sides]}
 
 
@@ -107,7 +107,7 @@ def _write_adapter(config: GPT2Config, base: str, folder: Path, rank: int, seed:
     fresh, generator = build_adapter(config, LoraSettings(rank=rank), seed), torch.Generator()
     generator.manual_seed(seed)
     updates = {
-        site: LoraUpdate(u.a, 0.02 * torch.randn(u.b.shape, generator=generator), u.alpha, u.rslora)
+        site: LoraUpdate(u.a, 0.02 * torch.randn(u.b.shape, generator=generator), u.alpha, u.use_rslora)
         for site, u in fresh.updates.items()
     }
     folder.mkdir()
@@ -119,7 +119,7 @@ def run_side() -> None:
     """Runs one side in this process: reads a request on stdin, writes a `Decoding` on stdout."""
     request = json.loads(sys.stdin.read())
     spec, name = Spec(**request["spec"]), request["name"]
-    figures = _run_peft(spec) if name == "peft" else _run_ours(spec, "float16" if name == PACKED else spec.precision)
+    figures = _run_peft(spec) if name == "peft" else _run_ours(spec, "float16" if name == PACKED else spec.dtype)
     device = choose_runtime("auto").device
     print(json.dumps({"name": name, "peak_memory_bytes": measure_peak_memory(device), **figures}))
 
@@ -139,8 +139,8 @@ def _time(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _run_ours(spec: Spec, precision: str) -> dict[str, Any]:
-    base = load_for_inference(spec.folder, precision)
+def _run_ours(spec: Spec, dtype: str) -> dict[str, Any]:
+    base = load_for_inference(spec.folder, dtype)
     session, config = Session(base), base.config
     adapters = {str(k): from_peft(*read_peft_files(Path(spec.work) / str(k)), config, str(k)) for k in range(ROWS)}
     session.add(adapters)
@@ -163,10 +163,12 @@ def _run_ours(spec: Spec, precision: str) -> dict[str, Any]:
 
     every: list[Mix] = [((name, 1.0),) for name in adapters]
     figures: dict[str, Any] = {
-        "single": measure(session, every[:1]), "batch_one": measure(session, every[:1] * ROWS),
-        "batch_mixed": measure(session, every), "ids": [row.new_ids for row in write(session, every, COMPARED)[1]],
+        "single": measure(session, every[:1]),
+        "batch_one": measure(session, every[:1] * ROWS),
+        "batch_mixed": measure(session, every),
+        "ids": [row.new_ids for row in write(session, every, COMPARED)[1]],
         "merged": measure(session.fold(every[0]), [()]),
-    }  # fmt: skip
+    }
     turns = iter(every * REPEATS)
     figures["swap_seconds"] = _time(lambda: session.rows([next(turns)]), REPEATS)
     folder = Path(spec.work) / "3"
@@ -220,9 +222,13 @@ def _run_peft(spec: Spec) -> dict[str, Any]:
     model.set_adapter("a0")
     each = [f"a{place}" for place in range(ROWS)]
     figures: dict[str, Any] = {
-        "single": measure(1, None), "batch_one": measure(ROWS, None), "batch_mixed": measure(ROWS, each),
-        "ids": write(ROWS, each, COMPARED)[1].tolist(), "merged": math.nan, "nll_nats": math.nan,
-    }  # fmt: skip
+        "single": measure(1, None),
+        "batch_one": measure(ROWS, None),
+        "batch_mixed": measure(ROWS, each),
+        "ids": write(ROWS, each, COMPARED)[1].tolist(),
+        "merged": math.nan,
+        "nll_nats": math.nan,
+    }
     turns = iter(each * REPEATS)
     figures["swap_seconds"] = _time(lambda: model.set_adapter(next(turns)), REPEATS)
     fresh = iter(f"b{place}" for place in range(ROWS))

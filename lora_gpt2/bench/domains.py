@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError
-from lora_gpt2.data.sources import KINDS
+from lora_gpt2.data.read.sources import KINDS
 from lora_gpt2.evaluation.matrix import Cell, measure_matrix, read_sources
 from lora_gpt2.inference.session import BASE, Session, parse_mix
 from lora_gpt2.model.base import load_base
@@ -22,7 +22,7 @@ from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.run import AdapterReport, train_recipes
 
-PARTS = {"train": "sources", "valid": "validation", "test": "test"}
+SPLITS = {"train": "sources", "valid": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def measure_domains(
     recipes = [build_recipe_for(folder, overrides) for folder in folders]
     report = train_recipes(recipes, store, reporter, fresh=True)
     settings = recipes[0].evaluate
-    session = Session(load_base(recipes[0].base, choose_runtime(settings.precision)), store)
+    session = Session(load_base(recipes[0].base, choose_runtime(settings.dtype)), store)
     rows = {name: session.for_rows(parse_mix([name])) for name in [BASE, *(recipe.name for recipe in recipes)]}
     sources = read_sources([f"{recipe.name}={recipe.data.test[0]}" for recipe in recipes], recipes[0].data, reporter)
     return DomainsReport(report.adapters, measure_matrix(session.base, rows, sources, settings, reporter))
@@ -56,7 +56,7 @@ def measure_domains(
 def build_recipe_for(folder: Path, overrides: Sequence[str]) -> Recipe:
     """Returns the recipe of a domain's folder; raises `NotFoundError` if a part is missing."""
     found = {}
-    for stem, key in PARTS.items():
+    for stem, key in SPLITS.items():
         files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix in KINDS]
         if not files:
             raise NotFoundError(f"{folder} has no {stem} file", "a domain's folder holds train.*, valid.* and test.*")

@@ -168,9 +168,11 @@ def _prepare_harness(spec: Spec) -> Measure:
 
 
 SIDES: dict[str, Callable[[Spec], Measure]] = {
-    STREAM: _prepare_ours(EvaluateSettings(protocol="stream")), LOOP: _prepare_loop,
-    DOCUMENT: _prepare_ours(EvaluateSettings()), HARNESS: _prepare_harness,
-}  # fmt: skip
+    STREAM: _prepare_ours(EvaluateSettings(protocol="stream")),
+    LOOP: _prepare_loop,
+    DOCUMENT: _prepare_ours(EvaluateSettings()),
+    HARNESS: _prepare_harness,
+}
 
 
 def _measure_lineup(folder: str) -> list[dict[str, float]]:

@@ -29,8 +29,8 @@ from lora_gpt2.evaluation.perplexity import to_perplexity
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, Recipe
-from lora_gpt2.training.domain import Domain
-from lora_gpt2.training.schedule import rate_share
+from lora_gpt2.training.schedule import lr_factor
+from lora_gpt2.training.slot import Domain
 from lora_gpt2.training.trainer import Trainer
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -66,12 +66,18 @@ class Point:
 
 
 def measure_grid(
-    folders: Sequence[Path], rates: Sequence[float], ranks: Sequence[int], targets: Sequence[str],
-    overrides: Sequence[str], kept: Path, reporter: Reporter, full: bool = False,
-) -> list[Point]:  # fmt: skip
+    folders: Sequence[Path],
+    rates: Sequence[float],
+    ranks: Sequence[int],
+    targets: Sequence[str],
+    overrides: Sequence[str],
+    kept: Path,
+    reporter: Reporter,
+    full: bool = False,
+) -> list[Point]:
     """Returns a point for each domain and setting; `full` adds full fine-tunes at `FULL_RATES` of the same budget."""
     recipes = [build_recipe_for(folder, overrides) for folder in folders]
-    base = load_base(recipes[0].base, choose_runtime(recipes[0].train.precision))
+    base = load_base(recipes[0].base, choose_runtime(recipes[0].train.dtype))
     data = {recipe.name: prepare_data(recipe.data, base.tokenizer, reporter) for recipe in recipes}
     setups = {recipe.name: _identify(base, recipe, data[recipe.name]) for recipe in recipes}
     known = {point.key: point for point in _read(kept)}
@@ -97,7 +103,7 @@ def measure_grid(
 def _identify(base: Base, recipe: Recipe, data: PreparedData) -> str:
     varied = {"learning_rate", "sample_tokens", "sample_prompt", "trackers", "checkpoint_every"}
     train = recipe.train.model_dump(mode="json", exclude=varied)
-    lora = recipe.lora.model_dump(mode="json", exclude={"rank", "alpha", "targets", "ranks"})
+    lora = recipe.lora.model_dump(mode="json", exclude={"rank", "alpha", "targets", "rank_pattern"})
     return fingerprint_json([base.fingerprint, base.runtime.dtype_name, data.fingerprint, train, lora])
 
 
@@ -114,13 +120,20 @@ def _append(kept: Path, points: Sequence[Point]) -> None:
 
 
 def _train_shape(
-    base: Base, data: Mapping[str, PreparedData], setups: Mapping[str, str], pairs: Sequence[tuple[Recipe, float]],
-    rank: int, name: str, reporter: Reporter,
-) -> Iterator[Point]:  # fmt: skip
+    base: Base,
+    data: Mapping[str, PreparedData],
+    setups: Mapping[str, str],
+    pairs: Sequence[tuple[Recipe, float]],
+    rank: int,
+    name: str,
+    reporter: Reporter,
+) -> Iterator[Point]:
     """Trains every domain at every rate together and yields their points."""
     slots = []
     for recipe, rate in pairs:
-        lora = recipe.lora.model_copy(update={"rank": rank, "alpha": None, "targets": TARGETS[name], "ranks": {}})
+        lora = recipe.lora.model_copy(
+            update={"rank": rank, "alpha": None, "targets": TARGETS[name], "rank_pattern": {}}
+        )
         train = recipe.train.model_copy(update={"learning_rate": rate, "sample_tokens": 0})
         slots.append(recipe.model_copy(update={"lora": lora, "train": train}))
     trainer = Trainer(base, [Domain(recipe.name, recipe, data[recipe.name]) for recipe in slots], reporter)
@@ -129,7 +142,7 @@ def _train_shape(
         found = {id(trained.domain): trained.test_nll or (math.nan, math.nan) for trained in trainer.train(stop)}
     for domain in trainer.domains:
         before, after = found.get(id(domain)) or (trainer.measure_blocks(domain.data.test, None), math.inf)
-        rate = domain.recipe.train.rate_for(base.config.width)
+        rate = domain.recipe.train.peak_learning_rate(base.config.width)
         figures = to_perplexity(before), to_perplexity(after), domain.best_step
         yield Point(setups[domain.name], domain.name, name, rank, rate, *figures)
 
@@ -164,9 +177,9 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
     with reporter.task(f"full fine-tune of {recipe.name} at {rate:g}", domain.num_steps, "steps") as task:
         for step in range(domain.num_steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate * rate_share(step, domain.num_steps, recipe.train)
+                group["lr"] = rate * lr_factor(step, domain.num_steps, recipe.train)
             forward(domain.order.read(step)).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.clip or math.inf)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % domain.validate_every == 0 or step + 1 == domain.num_steps:

@@ -21,9 +21,9 @@ from itertools import islice
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError
-from lora_gpt2.data.dedup import find_near_copies, sign
-from lora_gpt2.data.formats import read_documents
-from lora_gpt2.data.sources import find_sources
+from lora_gpt2.data.dedup import find_near_duplicates, sign
+from lora_gpt2.data.read.formats import read_documents
+from lora_gpt2.data.read.sources import find_sources
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.model.locate import load_base_tokenizer
 from lora_gpt2.recipe import DataSettings
@@ -66,7 +66,7 @@ def measure_preparing(
     find_sources(sources, settings)
     size = sum(len(document.text.encode()) for document in read_documents(sources, settings)) / 1e6
     with tempfile.TemporaryDirectory() as work:
-        options = ["--out", work, "--json", "--set", f"data.processes={processes}"]
+        options = ["--out", work, "--json", "--set", f"data.num_proc={processes}"]
         options += [part for each in overrides for part in ("--set", each)]
         command = [sys.executable, "-m", "lora_gpt2", "prepare", *sources, *options]
         started = time.monotonic()
@@ -138,8 +138,8 @@ def _find_planted(documents: Sequence[str], count: int) -> tuple[int, int]:
         for _ in range(max(1, len(words) // CHANGED_WORDS)):
             words[rng.randrange(len(words))] = f"changed{rng.randrange(1000)}"
         copies.append("  ".join(words).upper() if rng.random() < 0.5 else "\n".join(words))
-    before = find_near_copies(sign([" ".join(words) for words in originals]), 0.8)
-    after = find_near_copies(sign([*(" ".join(words) for words in originals), *copies]), 0.8)
+    before = find_near_duplicates(sign([" ".join(words) for words in originals]), 0.8)
+    after = find_near_duplicates(sign([*(" ".join(words) for words in originals), *copies]), 0.8)
     found = sum(len(originals) + place in after for place in range(len(copies)))
     wrong = 0
     for place, index in enumerate(chosen):

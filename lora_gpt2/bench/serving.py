@@ -108,9 +108,14 @@ def _summarise(name: str, answers: Sequence[tuple[int, int, float]], seconds: fl
     accepted = sorted(taken for status, _, taken in answers if status == 200) or [0.0]
     statuses = dict(sorted(Counter(status for status, _, _ in answers).items()))
     return Load(
-        name, statuses, seconds, statuses.get(200, 0) / seconds, sum(tokens for _, tokens, _ in answers) / seconds,
-        accepted[len(accepted) // 2], accepted[min(len(accepted) - 1, int(0.99 * len(accepted)))],
-    )  # fmt: skip
+        name,
+        statuses,
+        seconds,
+        statuses.get(200, 0) / seconds,
+        sum(tokens for _, tokens, _ in answers) / seconds,
+        accepted[len(accepted) // 2],
+        accepted[min(len(accepted) - 1, int(0.99 * len(accepted)))],
+    )
 
 
 async def _steady(port: int, names: Sequence[str], clients: int, count: int, tokens: int) -> Load:

@@ -31,9 +31,9 @@ from lora_gpt2.model.locate import BUNDLED, find_base, load_base_tokenizer, read
 from lora_gpt2.model.lora import build_adapter, build_ranks, target_of
 from lora_gpt2.model.runtime import DTYPES, Runtime, choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import BLOCKS, LoraSettings
-from lora_gpt2.store.interop import to_peft
-from lora_gpt2.training.step import WARM_UP, Pass, Rates, StepRunner
-from lora_gpt2.training.world import World
+from lora_gpt2.store.peft.tensors import to_peft
+from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.step import WARM_UP, MicroBatch, SlotHyperparams, StepRunner
 
 SIZES = {"S": (768, 12, 12), "M": (1024, 24, 16), "L": (1280, 36, 20), "XL": (1600, 48, 25)}
 LEARNING_RATE = 1e-3
@@ -111,23 +111,41 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, width: int, rows: int
 
 
 def measure_training(
-    base: str, rows: int, time_tokens: int, steps: int, rounds: int, reporter: Reporter, rank: int = 16,
-    precision: str = "auto", checkpointing: bool = False, quantize: str = "none", slots: int = 1,
+    base: str,
+    rows: int,
+    time_tokens: int,
+    steps: int,
+    rounds: int,
+    reporter: Reporter,
+    rank: int = 16,
+    dtype: str = "auto",
+    checkpointing: bool = False,
+    quantize: str = "none",
+    slots: int = 1,
     lines: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Returns the figures of every side, ratios against ours, and the share of the arithmetic limit.
 
     `base` is S, M, L or XL (random weights), or a name or folder. `slots` above 1 adds a side that trains so many
     adapters together; `lines` adds the usual notebook, with each line of a text file padded to a row.
     """
-    runtime = choose_runtime(precision)
+    runtime = choose_runtime(dtype)
     with tempfile.TemporaryDirectory() as work:
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
         config = parse_config(read_config(folder), str(folder))
         spec = Spec(
-            str(folder), work, rows, time_tokens, steps, rank, runtime.dtype_name, runtime.device.type, checkpointing,
-            quantize, slots,
-        )  # fmt: skip
+            str(folder),
+            work,
+            rows,
+            time_tokens,
+            steps,
+            rank,
+            runtime.dtype_name,
+            runtime.device.type,
+            checkpointing,
+            quantize,
+            slots,
+        )
         _write_inputs(spec, config)
         if lines is not None:
             _write_lengths(spec, lines)
@@ -139,24 +157,30 @@ def measure_training(
     sides = [_summarise(name, [Side(**run) for run in runs]) for name, runs in found.items()]
     flops = count_flops_per_token(config, time_tokens, spec.lora)
     return {
-        "spec": asdict(spec) | {"folder": base, "work": None}, "flops_per_token": flops,
+        "spec": asdict(spec) | {"folder": base, "work": None},
+        "flops_per_token": flops,
         "sides": [
-            asdict(side) | {
+            asdict(side)
+            | {
                 "share_of_limit": side.tokens_per_second * flops / side.gemm_flops_per_second,
                 "speed_of_ours": sides[0].tokens_per_second / side.tokens_per_second,
                 "memory_of_ours": sides[0].peak_memory_bytes / side.peak_memory_bytes,
                 "loss_difference": abs(side.losses[-1] - sides[0].losses[-1]),
-            } for side in sides
+            }
+            for side in sides
         ],
-    }  # fmt: skip
+    }
 
 
 def _summarise(name: str, runs: Sequence[Side]) -> Side:
     return Side(
-        name, statistics.median(r.tokens_per_second for r in runs),
-        int(statistics.median(r.peak_memory_bytes for r in runs)), statistics.median(r.start_seconds for r in runs),
-        statistics.median(r.gemm_flops_per_second for r in runs), runs[0].losses,
-    )  # fmt: skip
+        name,
+        statistics.median(r.tokens_per_second for r in runs),
+        int(statistics.median(r.peak_memory_bytes for r in runs)),
+        statistics.median(r.start_seconds for r in runs),
+        statistics.median(r.gemm_flops_per_second for r in runs),
+        runs[0].losses,
+    )
 
 
 def build_random_base(size: str, work: Path, reporter: Reporter) -> Path:
@@ -224,7 +248,7 @@ def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
     bank = AdapterBank(base.config, adapter.ranks, slots, "training", base.model.wte.weight)
     for slot in range(slots):
         bank.load(slot, adapter)
-    runner = StepRunner(base.model, bank, None, None, World())
+    runner = StepRunner(base.model, bank, None, None, ProcessGroup())
     each_slot = [torch.tensor([value] * slots, device=device) for value in (LEARNING_RATE, 0.0, 1.0, True)]
     weights = torch.full((slots * spec.rows * spec.time,), 1 / (spec.rows * (spec.time - 1)), device=device)
     losses: list[torch.Tensor] = []
@@ -239,11 +263,19 @@ def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
             began = time.monotonic()
         targets = torch.full_like(inputs, IGNORE)
         targets[:, :-1] = inputs[:, 1:]
-        each = Pass(
-            list(range(slots)), torch.arange(slots, device=device), inputs.to(device), targets.to(device), weights,
-            0.0, 0.0, [0] * len(inputs), 0.0, spec.checkpointing,
-        )  # fmt: skip
-        losses.append(runner.run([each], Rates(*each_slot))[0, 0].clone())
+        each = MicroBatch(
+            list(range(slots)),
+            torch.arange(slots, device=device),
+            inputs.to(device),
+            targets.to(device),
+            weights,
+            0.0,
+            0.0,
+            [0] * len(inputs),
+            0.0,
+            spec.checkpointing,
+        )
+        losses.append(runner.run([each], SlotHyperparams(*each_slot))[0, 0].clone())
     values = [loss.item() for loss in losses]
     return _figures(spec, slots * spec.steps * spec.rows * spec.time, time.monotonic() - began, first, values)
 
@@ -286,12 +318,23 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
         rows = [_pad(row, length) for row, length in zip(tokens.flatten(0, 1), lengths, strict=True)]
         counted = sum(lengths[spec.warm_up * spec.rows :])
     arguments = TrainingArguments(
-        output_dir=str(Path(spec.work) / "out"), per_device_train_batch_size=spec.rows, max_steps=len(tokens),
-        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
-        logging_steps=1, report_to=[], save_strategy="no", bf16=autocast, use_cpu=spec.device == "cpu",
-        gradient_checkpointing=spec.checkpointing, disable_tqdm=True, dataloader_pin_memory=spec.device == "cuda",
+        output_dir=str(Path(spec.work) / "out"),
+        per_device_train_batch_size=spec.rows,
+        max_steps=len(tokens),
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        bf16=autocast,
+        use_cpu=spec.device == "cpu",
+        gradient_checkpointing=spec.checkpointing,
+        disable_tqdm=True,
+        dataloader_pin_memory=spec.device == "cuda",
         train_sampling_strategy="sequential",
-    )  # fmt: skip
+    )
     watch = Watch()
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[watch]).train()
     return _figures(spec, counted, watch.ended - watch.began, watch.first - started, watch.losses)
@@ -305,5 +348,7 @@ def _pad(row: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
 def _figures(spec: Spec, tokens: int, seconds: float, first: float, losses: list[float]) -> dict[str, Any]:
     return {
         "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": measure_peak_memory(torch.device(spec.device)), "start_seconds": first, "losses": losses,
-    }  # fmt: skip
+        "peak_memory_bytes": measure_peak_memory(torch.device(spec.device)),
+        "start_seconds": first,
+        "losses": losses,
+    }

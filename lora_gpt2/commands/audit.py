@@ -42,9 +42,14 @@ def command() -> None:
 @click.option("--adapter", metavar="N", help="Also: does it prefer groups of people more than its base does?")
 @session_options
 def data(
-    reporter: Reporter, sources: tuple[str, ...], adapter: str | None, base: str | None, overrides: tuple[str, ...],
-    store: Store, as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    sources: tuple[str, ...],
+    adapter: str | None,
+    base: str | None,
+    overrides: tuple[str, ...],
+    store: Store,
+    as_json: bool,
+) -> None:
     """Report what is risky in text: personal data, copies, harsh words, languages, hints at licences; change nothing.
 
     The identity-term swap says how much likelier sentences are than the same ones about another group (he and she,
@@ -56,9 +61,9 @@ def data(
       lora-gpt2 audit data notes/ "more/*.jsonl" --adapter mine --json
     """
     recipe = load_recipe(None, overrides, base=base)
-    from lora_gpt2.data.reading import read_clean
+    from lora_gpt2.audit.training_text import TextAudit, measure_swaps
+    from lora_gpt2.data.pipeline import read_clean
     from lora_gpt2.evaluation.perplexity import Jobs
-    from lora_gpt2.evaluation.text_audit import TextAudit, measure_swaps
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.session import parse_mix
 
@@ -67,7 +72,7 @@ def data(
         audit.add(document)
     result = {"sources": list(sources), **audit.report(), "adapter": adapter, "swaps": []}
     if audit.sentences:
-        session, _ = open_session(store, [adapter] if adapter else [], recipe, recipe.evaluate.precision)
+        session, _ = open_session(store, [adapter] if adapter else [], recipe, recipe.evaluate.dtype)
 
         def judge(name: str, sentences: Sequence[str]) -> Sequence[float]:
             rows = session.for_rows(parse_mix([name]))
@@ -83,7 +88,7 @@ def data(
 def _render_data(result: dict[str, Any]) -> str:
     lines = [f"{result['documents']:,} documents, {result['characters']:,} characters"]
     lines.append(f"copies: {result['exact_copies']:,} exact, {result['near_copies']:,} near")
-    for title, key in (("personal data", "personal"), ("harsh words", "harsh"), ("hints at licences", "licences")):
+    for title, key in (("personal data", "pii"), ("harsh words", "harsh"), ("hints at licences", "licences")):
         counts = ", ".join(f"{name} {count:,}" for name, count in result[key].items())
         lines.append(f"{title}: {counts or 'none found'}")
     languages = result["languages"]
@@ -113,9 +118,17 @@ def _render_data(result: dict[str, Any]) -> str:
 )
 @session_options
 def memorization(
-    reporter: Reporter, adapter: str, windows: int, texts: int, canaries: Path | None, fail_above: float | None,
-    base: str | None, overrides: tuple[str, ...], store: Store, as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    adapter: str,
+    windows: int,
+    texts: int,
+    canaries: Path | None,
+    fail_above: float | None,
+    base: str | None,
+    overrides: tuple[str, ...],
+    store: Store,
+    as_json: bool,
+) -> None:
     """Say what ADAPTER repeats verbatim of the text it was trained on.
 
     Needs that text where it was (or the prepared blocks). Compares training text with held-out text and with the base,
@@ -128,22 +141,28 @@ def memorization(
       lora-gpt2 audit memorization mine --canaries secrets.jsonl --json
     """
     recipe = load_recipe(None, overrides, base=base)
+    from lora_gpt2.audit.memorization import AuditSettings, audit_memorization, read_canaries
     from lora_gpt2.core.interrupt import catch_signals
-    from lora_gpt2.evaluation.memorization import AuditSettings, audit_memorization, read_canaries
-    from lora_gpt2.evaluation.own_text import read_own_text
+    from lora_gpt2.evaluation.held_out import read_own_text
     from lora_gpt2.inference.generate import build_writer
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.session import parse_mix
 
     planted = read_canaries(canaries) if canaries else []
     own = read_own_text(store, adapter, reporter, base)
-    session, _ = open_session(store, [adapter], recipe, recipe.evaluate.precision)
+    session, _ = open_session(store, [adapter], recipe, recipe.evaluate.dtype)
     with catch_signals() as stop:
         result = audit_memorization(
-            session.base, session.for_rows(parse_mix([adapter])), adapter, own,
-            AuditSettings(windows=windows, texts=texts), reporter,
-            build_writer(session, reporter, stop), recipe.generate, planted,
-        )  # fmt: skip
+            session.base,
+            session.for_rows(parse_mix([adapter])),
+            adapter,
+            own,
+            AuditSettings(windows=windows, texts=texts),
+            reporter,
+            build_writer(session, reporter, stop),
+            recipe.generate,
+            planted,
+        )
     write_audit(store, own.manifest, "memorization", result)
     emit(result, as_json, lambda: _render_memorization(result))
     shares = [result["extraction"]["train"]["share"], (result["copies"] or {}).get("share")]
@@ -191,7 +210,7 @@ def canaries(file: Path, num: int, seed: int | None, as_json: bool) -> None:
       lora-gpt2 train --data notes.txt --data secrets.jsonl --name mine
       lora-gpt2 audit memorization mine --canaries secrets.jsonl
     """
-    from lora_gpt2.evaluation.memorization import write_canaries
+    from lora_gpt2.audit.memorization import write_canaries
 
     written = write_canaries(file, num, secrets.randbelow(2**31) if seed is None else seed)
     result = {"path": str(file), "canaries": [canary.text for canary in written]}
@@ -216,7 +235,7 @@ def watermark(file: Path, threshold: float, base: str | None, overrides: tuple[s
       lora-gpt2 audit watermark story.txt --base gpt2 --set generate.watermark_key=42
     """
     recipe = load_recipe(None, overrides, base=base)
-    from lora_gpt2.evaluation.watermark import detect_watermark
+    from lora_gpt2.audit.watermark import detect_watermark
     from lora_gpt2.model.locate import load_base_tokenizer
 
     text = read_stdin() if str(file) == "-" else read_user_text(file, errors="replace")
@@ -225,7 +244,10 @@ def watermark(file: Path, threshold: float, base: str | None, overrides: tuple[s
     is_marked = report.is_marked(threshold)
     verdict = "marked" if is_marked else "no mark found"
     emit(
-        {"marked": is_marked, "threshold": threshold, **vars(report)}, as_json,
-        lambda: f"{verdict}: {report.green_fraction:.0%} of {report.tokens} token pairs in the chosen quarter, "
-        f"z {report.z_score:.1f} (threshold {threshold:g}), p {report.p_value:.1e}",
-    )  # fmt: skip
+        {"marked": is_marked, "threshold": threshold, **vars(report)},
+        as_json,
+        lambda: (
+            f"{verdict}: {report.green_fraction:.0%} of {report.tokens} token pairs in the chosen quarter, "
+            f"z {report.z_score:.1f} (threshold {threshold:g}), p {report.p_value:.1e}"
+        ),
+    )

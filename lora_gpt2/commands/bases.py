@@ -45,8 +45,11 @@ def show(name: str, as_json: bool) -> None:
 
     base = load_base(name, choose_runtime("float32"))
     content: dict[str, Any] = {
-        "name": base.name, "path": str(base.folder), "fingerprint": base.fingerprint,
+        "name": base.name,
+        "path": str(base.folder),
+        "fingerprint": base.fingerprint,
         "tokenizer_fingerprint": base.tokenizer.fingerprint,
-        "parameters": sum(parameter.numel() for parameter in base.model.parameters()), **vars(base.config),
-    }  # fmt: skip
+        "parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+        **vars(base.config),
+    }
     emit({"base": content}, as_json, lambda: [f"{key:<22} {value}" for key, value in content.items()])

@@ -57,13 +57,18 @@ def domains(
 @command.command("train")
 @click.option("--base", default="S", show_default=True, metavar="B", help="S, M, L, XL (random weights), or a base.")
 @click.option(
-    "--batch", nargs=2, type=click.IntRange(1), default=(2, 512), show_default=True, metavar="ROWS TOKENS",
+    "--batch",
+    nargs=2,
+    type=click.IntRange(1),
+    default=(2, 512),
+    show_default=True,
+    metavar="ROWS TOKENS",
     help="Rows of a step and tokens of a row.",
-)  # fmt: skip
+)
 @click.option("--steps", type=click.IntRange(2), default=10, show_default=True, help="Timed steps of each run.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each side, in turn.")
 @click.option(
-    "--precision",
+    "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
@@ -75,9 +80,17 @@ def domains(
 @json_option
 @click.pass_obj
 def train(
-    reporter: Reporter, base: str, batch: tuple[int, int], steps: int, rounds: int, precision: str,
-    slots: int, lines: Path | None, checkpointing: bool, as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    base: str,
+    batch: tuple[int, int],
+    steps: int,
+    rounds: int,
+    dtype: str,
+    slots: int,
+    lines: Path | None,
+    checkpointing: bool,
+    as_json: bool,
+) -> None:
     """Train beside transformers' Trainer + PEFT: the same weights, tokens and settings, in turn.
 
     \b
@@ -88,22 +101,44 @@ def train(
     from lora_gpt2.bench.training import measure_training
 
     report = measure_training(
-        base, batch[0], batch[1], steps, rounds, reporter, precision=precision, checkpointing=checkpointing,
-        slots=slots, lines=lines,
-    )  # fmt: skip
+        base,
+        batch[0],
+        batch[1],
+        steps,
+        rounds,
+        reporter,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        slots=slots,
+        lines=lines,
+    )
     emit(report, as_json, lambda: _render_training(report))
 
 
 def _render_training(report: dict[str, Any]) -> str:
     rows = [
-        [side["name"], f"{side['tokens_per_second']:,.0f}", f"{side['speed_of_ours']:.2f}x",
-         f"{100 * side['share_of_limit']:.0f} %", format_bytes(side["peak_memory_bytes"]),
-         f"{side['memory_of_ours']:.2f}x", f"{side['losses'][-1]:.4f}", f"{side['start_seconds']:.1f} s"]
+        [
+            side["name"],
+            f"{side['tokens_per_second']:,.0f}",
+            f"{side['speed_of_ours']:.2f}x",
+            f"{100 * side['share_of_limit']:.0f} %",
+            format_bytes(side["peak_memory_bytes"]),
+            f"{side['memory_of_ours']:.2f}x",
+            f"{side['losses'][-1]:.4f}",
+            f"{side['start_seconds']:.1f} s",
+        ]
         for side in report["sides"]
-    ]  # fmt: skip
+    ]
     header = [
-        "", "tokens/s", "ours is faster", "of the limit", "peak memory", "ours takes", "last loss", "to first step",
-    ]  # fmt: skip
+        "",
+        "tokens/s",
+        "ours is faster",
+        "of the limit",
+        "peak memory",
+        "ours takes",
+        "last loss",
+        "to first step",
+    ]
     limits = [side["gemm_flops_per_second"] / 1e9 for side in report["sides"]]
     shown = ", ".join(f"{limit:,.0f}" for limit in limits)
     return (
@@ -160,10 +195,15 @@ def _render_evaluation(report: dict[str, Any]) -> str:
     rows = []
     for name, side in sides.items():
         ours = next((sides[own] for own, other in PARTNERS.items() if other == name), side)
-        rows.append([
-            name, f"{side['tokens_per_second']:,.0f}", f"{side['seconds'] / ours['seconds']:.2f}x",
-            format_bytes(side["peak_memory_bytes"]), f"{side['nll_nats_per_token']:.6f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{side['tokens_per_second']:,.0f}",
+                f"{side['seconds'] / ours['seconds']:.2f}x",
+                format_bytes(side["peak_memory_bytes"]),
+                f"{side['nll_nats_per_token']:.6f}",
+            ]
+        )
     table = format_table(["", "tokens/s", "time of ours", "peak memory", "nats per token"], rows)
     lines = [
         f"{report['adapters']} adapters on a text of {row['tokens']} tokens: {row['together_seconds']:.2f} s in one "
@@ -203,17 +243,32 @@ def _compare_loss(nll: float, reference: float) -> str:
 
 def _render_decoding(sides: list[dict[str, Any]]) -> str:
     rows = [
-        [side["name"], f"{side['single']:,.1f}", _show_rate(side["merged"]),
-         f"{side['batch_one']:,.1f}", f"{side['batch_mixed']:,.1f}",
-         f"{side['batch_mixed'] / side['batch_one']:.2f}x", f"{1000 * side['swap_seconds']:.2f} ms",
-         f"{1000 * side['load_seconds']:.1f} ms", format_bytes(side["peak_memory_bytes"]),
-         _compare_loss(side["nll_nats"], sides[0]["nll_nats"])]
+        [
+            side["name"],
+            f"{side['single']:,.1f}",
+            _show_rate(side["merged"]),
+            f"{side['batch_one']:,.1f}",
+            f"{side['batch_mixed']:,.1f}",
+            f"{side['batch_mixed'] / side['batch_one']:.2f}x",
+            f"{1000 * side['swap_seconds']:.2f} ms",
+            f"{1000 * side['load_seconds']:.1f} ms",
+            format_bytes(side["peak_memory_bytes"]),
+            _compare_loss(side["nll_nats"], sides[0]["nll_nats"]),
+        ]
         for side in sides
-    ]  # fmt: skip
+    ]
     header = [
-        "tokens/s", "one row", "merged", "8, one adapter", "8, eight adapters", "mixed / one", "swap", "load",
-        "peak memory", "perplexity",
-    ]  # fmt: skip
+        "tokens/s",
+        "one row",
+        "merged",
+        "8, one adapter",
+        "8, eight adapters",
+        "mixed / one",
+        "swap",
+        "load",
+        "peak memory",
+        "perplexity",
+    ]
     others = [side["name"] for side in sides if side["ids"] != sides[0]["ids"]]
     same = f"other tokens than ours: {', '.join(others)}" if others else "every side writes the same first tokens"
     return f"{format_table(header, rows)}\nmixed batch: {same}"
@@ -249,11 +304,16 @@ def serve(
 
 def _render_serving(report: dict[str, Any]) -> str:
     rows = [
-        [load["name"], ", ".join(f"{count} x {status}" for status, count in load["statuses"].items()),
-         f"{load['requests_per_second']:.1f}", f"{load['tokens_per_second']:,.0f}",
-         f"{load['median_seconds']:.2f} s", f"{load['p99_seconds']:.2f} s"]
+        [
+            load["name"],
+            ", ".join(f"{count} x {status}" for status, count in load["statuses"].items()),
+            f"{load['requests_per_second']:.1f}",
+            f"{load['tokens_per_second']:,.0f}",
+            f"{load['median_seconds']:.2f} s",
+            f"{load['p99_seconds']:.2f} s",
+        ]
         for load in report["loads"]
-    ]  # fmt: skip
+    ]
     table = format_table(["", "answers", "requests/s", "tokens/s", "median", "p99"], rows)
     return f"{table}\np99 of the burst: {report['p99_of_ideal']:.2f}x its ideal drain time"
 
@@ -263,18 +323,28 @@ def _render_serving(report: dict[str, Any]) -> str:
 @click.option("--rate", "rates", multiple=True, type=float, default=(1e-3, 3e-3, 6e-3), help="Learning rates.")
 @click.option("--rank", "ranks", multiple=True, type=click.IntRange(1, 512), default=(4, 8, 16), help="Ranks.")
 @click.option(
-    "--targets", multiple=True, type=click.Choice(["all+head", "all", "attention", "c_attn", "q,v"]),
-    default=("all+head", "all", "c_attn"), help="Projections, with the head or without.",
-)  # fmt: skip
+    "--targets",
+    multiple=True,
+    type=click.Choice(["all+head", "all", "attention", "c_attn", "q,v"]),
+    default=("all+head", "all", "c_attn"),
+    help="Projections, with the head or without.",
+)
 @click.option("--full", is_flag=True, help="Also fine-tune all weights, at four learning rates.")
 @click.option("--keep", type=click.Path(path_type=Path), default=Path("grid.jsonl"), help="File of finished points.")
 @set_option
 @json_option
 @click.pass_obj
 def grid(
-    reporter: Reporter, folders: tuple[Path, ...], rates: tuple[float, ...], ranks: tuple[int, ...],
-    targets: tuple[str, ...], full: bool, keep: Path, overrides: tuple[str, ...], as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    folders: tuple[Path, ...],
+    rates: tuple[float, ...],
+    ranks: tuple[int, ...],
+    targets: tuple[str, ...],
+    full: bool,
+    keep: Path,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Train each FOLDER's adapter at every learning rate, rank and set of targets; rank the settings.
 
     \b
@@ -287,17 +357,23 @@ def grid(
     ranking = rank_settings(points)
     emit(
         {"points": [asdict(point) for point in points], "ranking": ranking},
-        as_json, lambda: _render_grid([asdict(point) for point in points], ranking),
-    )  # fmt: skip
+        as_json,
+        lambda: _render_grid([asdict(point) for point in points], ranking),
+    )
 
 
 def _render_grid(points: list[dict[str, Any]], ranking: list[Any]) -> str:
     domains = list(dict.fromkeys(point["domain"] for point in points))
     found = {(p["domain"], p["targets"], p["rank"], p["learning_rate"]): p["perplexity"] for p in points}
     rows = [
-        [f"{name}, rank {rank}, {rate:g}", *(f"{found[domain, name, rank, rate]:.2f}" for domain in domains),
-         f"{worst:.3f}", f"{mean:.3f}"] for name, rank, rate, worst, mean in ranking
-    ]  # fmt: skip
+        [
+            f"{name}, rank {rank}, {rate:g}",
+            *(f"{found[domain, name, rank, rate]:.2f}" for domain in domains),
+            f"{worst:.3f}",
+            f"{mean:.3f}",
+        ]
+        for name, rank, rate, worst, mean in ranking
+    ]
     for rate in sorted({p["learning_rate"] for p in points if p["targets"] == "full"}):
         figures = [f"{found.get((domain, 'full', 0, rate), float('nan')):.2f}" for domain in domains]
         rows.append([f"full fine-tune, {rate:g}", *figures, "", ""])
@@ -331,9 +407,13 @@ def startup(reporter: Reporter, base: str, runs: int, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def prepare(
-    reporter: Reporter, sources: tuple[str, ...], processes: int, planted: int, overrides: tuple[str, ...],
+    reporter: Reporter,
+    sources: tuple[str, ...],
+    processes: int,
+    planted: int,
+    overrides: tuple[str, ...],
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Time the preparation of text, weigh it, and look for near copies planted in it.
 
     \b

@@ -22,14 +22,16 @@ def command(reporter: Reporter, store: Store, as_json: bool) -> None:
     Example:
       lora-gpt2 demo
     """
-    from lora_gpt2.training.demo import run_demo
+    from lora_gpt2.demo.tour import run_demo
 
     report = run_demo(store, reporter)
     cells = [cell.to_json() for cell in report.matrix]
     result = {
-        "adapters": [asdict(adapter) for adapter in report.adapters], "matrix": cells,
-        "samples": [asdict(sample) for sample in report.samples], "seconds": report.seconds,
-    }  # fmt: skip
+        "adapters": [asdict(adapter) for adapter in report.adapters],
+        "matrix": cells,
+        "samples": [asdict(sample) for sample in report.samples],
+        "seconds": report.seconds,
+    }
 
     def render() -> str:
         parts = [f"--- {s.adapter}\n{s.prompt}{s.text}" for s in report.samples]

@@ -11,7 +11,8 @@ import click
 from lora_gpt2.commands.shared import emit, end_as_failed, format_matrix, format_table, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.core.paths import is_name, os_errors_as_ours
+from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.names import is_name
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
@@ -19,7 +20,7 @@ from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
-    from lora_gpt2.data.records import Document
+    from lora_gpt2.data.read.records import Document
     from lora_gpt2.evaluation.matrix import Cell, Source
     from lora_gpt2.evaluation.quality import Task
     from lora_gpt2.inference.session import Session
@@ -36,18 +37,41 @@ file_type = click.Path(path_type=Path, dir_okay=False)
 @click.option("--keep", is_flag=True, help="Keep the figures with the adapters, for their cards.")
 @click.option("--plot", type=file_type, metavar="FILE", help="Draw the matrix (.png or .svg).")
 @click.option("--html", type=file_type, metavar="FILE", help="Write it all as a page.")
-@click.option("--generate", "num_texts", type=click.IntRange(1, 10_000), metavar="N",
-              help="Also continue N documents of each source, and measure how that reads.")  # fmt: skip
+@click.option(
+    "--generate",
+    "num_texts",
+    type=click.IntRange(1, 10_000),
+    metavar="N",
+    help="Also continue N documents of each source, and measure how that reads.",
+)
 @click.option("--fail-above", multiple=True, metavar="[SOURCE=]PPL", help="End with 9 if an adapter is above.")
 @click.option("--baseline", type=file_type, metavar="FILE", help="End with 9 if worse than this earlier --json.")
-@click.option("--tolerance", type=click.FloatRange(0, 10), default=0.01, show_default=True,
-              help="By what share a cell may be worse than --baseline.")  # fmt: skip
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 10),
+    default=0.01,
+    show_default=True,
+    help="By what share a cell may be worse than --baseline.",
+)
 @session_options
 def command(
-    reporter: Reporter, sources: tuple[str, ...], adapters: tuple[str, ...], recipe: Path | None, general: bool,
-    keep: bool, plot: Path | None, html: Path | None, num_texts: int | None, fail_above: tuple[str, ...],
-    baseline: Path | None, tolerance: float, base: str | None, overrides: tuple[str, ...], store: Store, as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    sources: tuple[str, ...],
+    adapters: tuple[str, ...],
+    recipe: Path | None,
+    general: bool,
+    keep: bool,
+    plot: Path | None,
+    html: Path | None,
+    num_texts: int | None,
+    fail_above: tuple[str, ...],
+    baseline: Path | None,
+    tolerance: float,
+    base: str | None,
+    overrides: tuple[str, ...],
+    store: Store,
+    as_json: bool,
+) -> None:
     """Measure the perplexity of the base and of each adapter on each SOURCE.
 
     A source is a file, folder, glob, - or hf:NAME, with a label if wanted (label=path), or the name of an adapter in
@@ -66,8 +90,8 @@ def command(
         raise UsageError(f"--plot {plot}: pictures are {', '.join(PICTURES)}", "name the file matrix.png, for example")
     settings = load_recipe(recipe, overrides, base=base)
     from lora_gpt2.evaluation.general import GENERAL
+    from lora_gpt2.evaluation.held_out import list_differences
     from lora_gpt2.evaluation.limits import check_limits, find_above, find_regressions, parse_limits, read_baseline
-    from lora_gpt2.evaluation.own_text import list_differences
     from lora_gpt2.evaluation.perplexity import choose_window
     from lora_gpt2.evaluation.quality import build_task
     from lora_gpt2.inference.open import open_session
@@ -77,14 +101,18 @@ def command(
         check_output(page)
     read = _read(sources, settings, store, reporter)
     check_limits(limits, [GENERAL, *(source.label for source in read)])
-    session, references = open_session(store, adapters, settings, settings.evaluate.precision)
+    session, references = open_session(store, adapters, settings, settings.evaluate.dtype)
     window, stride = choose_window(session.base, settings.evaluate)
     tasks = [build_task(source, session.base.tokenizer, num_texts) for source in read] if num_texts else []
     cells, forgetting = _measure(session, references, read, settings, general, reporter)
     result: dict[str, Any] = {
-        "cells": [cell.to_json() for cell in cells], "forgetting": [cell.to_json() for cell in forgetting],
-        "base": session.base.name, "protocol": settings.evaluate.protocol, "window": window, "stride": stride,
-    }  # fmt: skip
+        "cells": [cell.to_json() for cell in cells],
+        "forgetting": [cell.to_json() for cell in forgetting],
+        "base": session.base.name,
+        "protocol": settings.evaluate.protocol,
+        "window": window,
+        "stride": stride,
+    }
     for line in list_differences(store, references, read, cells, result | {"dtype": session.base.runtime.dtype_name}):
         reporter.message(line)
     if tasks:
@@ -103,8 +131,8 @@ def command(
 
 
 def _read(sources: Sequence[str], settings: Recipe, store: Store, reporter: Reporter) -> list[Source]:
+    from lora_gpt2.evaluation.held_out import read_own_text
     from lora_gpt2.evaluation.matrix import Source, read_sources
-    from lora_gpt2.evaluation.own_text import read_own_text
 
     own_base = settings.base if "base" in settings.model_fields_set else None
 
@@ -119,13 +147,17 @@ def _read(sources: Sequence[str], settings: Recipe, store: Store, reporter: Repo
 
 
 def _measure(
-    session: Session, references: Sequence[str], sources: Sequence[Source], recipe: Recipe, general: bool,
+    session: Session,
+    references: Sequence[str],
+    sources: Sequence[Source],
+    recipe: Recipe,
+    general: bool,
     reporter: Reporter,
-) -> tuple[list[Cell], list[Cell]]:  # fmt: skip
+) -> tuple[list[Cell], list[Cell]]:
     """Returns the cells, and those on general English, where adapters are measured."""
     from lora_gpt2.evaluation.general import GENERAL, add_general
+    from lora_gpt2.evaluation.held_out import read_sketches
     from lora_gpt2.evaluation.matrix import measure_matrix
-    from lora_gpt2.evaluation.own_text import read_sketches
     from lora_gpt2.inference.session import BASE, parse_mix
 
     session.open([name for name in references if name != BASE])
@@ -133,11 +165,14 @@ def _measure(
     columns = list(mixes.values())
     wants_general = general and len(mixes) > 1 and GENERAL not in [source.label for source in sources]
     cells = measure_matrix(
-        session.base, {name: session.for_rows(mix) for name, mix in mixes.items()},
-        add_general(sources) if wants_general else sources, recipe.evaluate, reporter,
+        session.base,
+        {name: session.for_rows(mix) for name, mix in mixes.items()},
+        add_general(sources) if wants_general else sources,
+        recipe.evaluate,
+        reporter,
         together=lambda places: session.rows([columns[place] for place in places]),
         sketches=read_sketches(session.store, [name for name in mixes if name != BASE]),
-    )  # fmt: skip
+    )
     split = len(mixes) if wants_general else 0
     return cells[split:], cells[:split]
 
@@ -179,7 +214,7 @@ def _keep(result: dict[str, Any], references: Sequence[str], store: Store) -> No
 def _write_pages(result: dict[str, Any], plot: Path | None, html: Path | None) -> None:
     from lora_gpt2.evaluation.report import build_matrix_page, draw_matrix
 
-    with os_errors_as_ours("write the picture or the page"):
+    with wrap_os_errors("write the picture or the page"):
         if plot:
             plot.write_bytes(draw_matrix([*result["cells"], *result["forgetting"]], plot.suffix.lower().lstrip(".")))
         if html:

@@ -11,10 +11,10 @@ import click
 
 from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.disclosure import describe_origin, write_disclosure
 from lora_gpt2.core.errors import CorruptError, UsageError
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import check_output, read_stdin
+from lora_gpt2.inference.disclosure import describe_origin, write_disclosure
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -32,17 +32,32 @@ if TYPE_CHECKING:
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts: .jsonl, or one per line.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where --prompts' results go; resumable.")
 @seed_option
-@click.option("--no-verbatim", type=click.IntRange(8, 1000), metavar="N",
-              help="Never copy N tokens in a row from the adapters' training text.")  # fmt: skip
+@click.option(
+    "--no-verbatim",
+    type=click.IntRange(8, 1000),
+    metavar="N",
+    help="Never copy N tokens in a row from the adapters' training text.",
+)
 @click.option("--disclose", is_flag=True, help="Say with the text, or in a file beside --out, that a machine wrote it.")
 @click.option("--truncate", type=click.Choice(["left"]), help="Keep the end of a prompt that is too long.")
 @session_options
 def command(
-    reporter: Reporter, prompt: str | None, adapters: tuple[str, ...], compare: str | None, num: int,
-    prompts: Path | None, out: Path | None,
-    seed: int | None, no_verbatim: int | None, disclose: bool, truncate: str | None, base: str | None,
-    overrides: tuple[str, ...], store: Store, as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    prompt: str | None,
+    adapters: tuple[str, ...],
+    compare: str | None,
+    num: int,
+    prompts: Path | None,
+    out: Path | None,
+    seed: int | None,
+    no_verbatim: int | None,
+    disclose: bool,
+    truncate: str | None,
+    base: str | None,
+    overrides: tuple[str, ...],
+    store: Store,
+    as_json: bool,
+) -> None:
     """Continue PROMPT (standard input if it is '-' or missing) with an adapter, a mix, or several side by side.
 
     With --prompts and --out, a file of prompts: run it again to go on after an interruption.
@@ -103,13 +118,13 @@ class _Job:
             return requests
         from dataclasses import replace
 
-        from lora_gpt2.data.verbatim import VerbatimIndex
-        from lora_gpt2.evaluation.own_text import read_own_text
+        from lora_gpt2.data.ngram_index import NgramIndex
+        from lora_gpt2.evaluation.held_out import read_own_text
 
         own_base = self.recipe.base if "base" in self.recipe.model_fields_set else None
         names = dict.fromkeys(name for request in requests for name, _ in request.mix)
         texts = [read_own_text(self.store, name, self.reporter, own_base).prepared.train.stream for name in names]
-        indexes = [VerbatimIndex(text, self.no_verbatim - 1) for text in texts]
+        indexes = [NgramIndex(text, self.no_verbatim - 1) for text in texts]
         return [replace(request, not_to_copy=indexes) for request in requests]
 
     def run_file(self, prompts: Path, out: Path, adapters: tuple[str, ...]) -> None:
@@ -121,7 +136,7 @@ class _Job:
         check_output(out)
         requests = read_prompts(prompts, parse_mix(adapters), self.seed)
         names = [name for request in requests for name, _ in request.mix]
-        session, _ = open_session(self.store, names, self.recipe, self.recipe.generate.precision)
+        session, _ = open_session(self.store, names, self.recipe, self.recipe.generate.dtype)
         with catch_signals() as stop:
             done = generate_file(
                 session, self.guard(requests), out, self.recipe.generate, stop, self.reporter, self.truncate_left
@@ -141,7 +156,7 @@ class _Job:
         auto = adapters == ("auto",)
         references = [name.partition(":")[0] for name in adapters] or [n for n in (compare or "").split(",") if n]
         wanted = ["all"] if auto else references
-        session, references = open_session(self.store, wanted, self.recipe, self.recipe.generate.precision)
+        session, references = open_session(self.store, wanted, self.recipe, self.recipe.generate.dtype)
         chosen = self._choose(session, prompt, references) if auto else {}
         if auto:
             mixes = [parse_mix([chosen["adapter"]])]
@@ -158,9 +173,13 @@ class _Job:
         settings = self.recipe.generate
         with catch_signals() as stop:
             outputs = generate_all(
-                session, self.guard(requests), settings,
-                on_text=show if streams else None, stop=stop, truncate_left=self.truncate_left,
-            )  # fmt: skip
+                session,
+                self.guard(requests),
+                settings,
+                on_text=show if streams else None,
+                stop=stop,
+                truncate_left=self.truncate_left,
+            )
         results = [output.to_json() for output in outputs]
         named = ", ".join(dict.fromkeys(item["adapter"] for item in results))
         said = {"disclosure": describe_origin(session.base.name, named)} if self.disclose else {}

@@ -18,15 +18,15 @@ from lora_gpt2.commands.shared import (
 )
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, UsageError
-from lora_gpt2.core.paths import check_name
+from lora_gpt2.core.names import check_name
 from lora_gpt2.core.printable import printable
 from lora_gpt2.recipe import MergeMethod
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
-    from lora_gpt2.merging.bake import BakeReport
     from lora_gpt2.merging.combine import MergeReport
+    from lora_gpt2.merging.into_base import MergedBaseReport
     from lora_gpt2.merging.search import SearchReport
 
 
@@ -40,10 +40,19 @@ if TYPE_CHECKING:
 @click.option("--search", is_flag=True, help="Find the weights and method that are best over the texts of --on.")
 @session_options
 def command(
-    reporter: Reporter, adapters: tuple[str, ...], name: str | None, into_base: Path | None, method: str | None,
-    rank: int | None, texts: tuple[str, ...], search: bool, base: str | None, overrides: tuple[str, ...], store: Store,
+    reporter: Reporter,
+    adapters: tuple[str, ...],
+    name: str | None,
+    into_base: Path | None,
+    method: str | None,
+    rank: int | None,
+    texts: tuple[str, ...],
+    search: bool,
+    base: str | None,
+    overrides: tuple[str, ...],
+    store: Store,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Combine adapters into a new one, or write them into the base; prove the result before it is kept.
 
     The proof: the largest difference of the logits from the unmerged computation, and the perplexity of the base, the
@@ -61,8 +70,8 @@ def command(
     from lora_gpt2.evaluation.matrix import read_sources
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.session import parse_mix
-    from lora_gpt2.merging.bake import bake_adapters
     from lora_gpt2.merging.combine import merge_adapters
+    from lora_gpt2.merging.into_base import merge_into_base
     from lora_gpt2.merging.search import search_weights
 
     mix, how = parse_mix(adapters), recipe.merge
@@ -85,7 +94,7 @@ def command(
         result |= asdict(merged) | {"cells": [cell.to_json() for cell in merged.cells]}
         lines += [format_matrix(result["cells"]), _render_merge(merged)]
     if into_base:
-        baked = bake_adapters(session, mix, into_base, how, sources, recipe.evaluate, reporter)
+        baked = merge_into_base(session, mix, into_base, how, sources, recipe.evaluate, reporter)
         result |= asdict(baked) | {"cells": [cell.to_json() for cell in baked.cells]}
         lines += [format_matrix(result["cells"]), _render_bake(baked)]
     if as_json or lines:
@@ -114,7 +123,7 @@ def _render_merge(merged: MergeReport) -> str:
     )
 
 
-def _render_bake(baked: BakeReport) -> str:
+def _render_bake(baked: MergedBaseReport) -> str:
     where = printable(str(baked.path))
     return (
         f"wrote {where} ({baked.dtype}, {format_bytes(baked.size_bytes)}): logits differ by at most "
@@ -128,9 +137,11 @@ def _describe_search(report: SearchReport, labels: list[str]) -> dict[str, Any]:
         return {"method": candidate.method, "weights": list(candidate.weights), "perplexity": perplexity}
 
     return {
-        "measured": len(report.candidates), "best": describe(report.best), "front": list(map(describe, report.front)),
+        "measured": len(report.candidates),
+        "best": describe(report.best),
+        "front": list(map(describe, report.front)),
         "base_perplexity": describe(report.base)["perplexity"],
-    }  # fmt: skip
+    }
 
 
 def _render_search(report: SearchReport, names: list[str], labels: list[str]) -> str:
@@ -138,10 +149,11 @@ def _render_search(report: SearchReport, names: list[str], labels: list[str]) ->
         [
             candidate.method + ("*" if candidate is report.best else ""),
             *(f"{weight:g}" for weight in candidate.weights),
-            *(f"{value:,.2f}" for value in candidate.perplexities), f"{candidate.mean:,.4f}",
+            *(f"{value:,.2f}" for value in candidate.perplexities),
+            f"{candidate.mean:,.4f}",
         ]
         for candidate in report.front
-    ]  # fmt: skip
+    ]
     rows.append(["base", *("" for _ in names), *(f"{value:,.2f}" for value in report.base.perplexities), ""])
     table = format_table(["method", *names, *(f"ppl {label}" for label in labels), "mean nats"], rows)
     return f"{len(report.candidates)} mixes measured; those that no other beats on every text (* lowest mean):\n{table}"

@@ -36,9 +36,15 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_obj
 def command(
-    reporter: Reporter, recipes: tuple[Path, ...], data: tuple[str, ...], base: str | None, gpu_memory: int | None,
-    probe: bool, overrides: tuple[str, ...], as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    recipes: tuple[Path, ...],
+    data: tuple[str, ...],
+    base: str | None,
+    gpu_memory: int | None,
+    probe: bool,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Say how much memory and time training will take, and the fastest settings that fit.
 
     \b
@@ -63,18 +69,27 @@ def show_plan(plan: Plan, as_json: bool) -> None:
 
 def _to_json(plan: Plan) -> dict[str, Any]:
     return {
-        "fits": plan.fits, "peak_bytes": plan.memory.peak, "parts": vars(plan.memory), "settings": plan.changes,
-        "budget_bytes": plan.budget_bytes, "device": plan.device, "dtype": plan.dtype, "tokens": plan.tokens,
-        "tokens_per_second": plan.tokens_per_second, "seconds": plan.seconds,
-    }  # fmt: skip
+        "fits": plan.fits,
+        "peak_bytes": plan.memory.peak,
+        "parts": vars(plan.memory),
+        "settings": plan.changes,
+        "budget_bytes": plan.budget_bytes,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "tokens": plan.tokens,
+        "tokens_per_second": plan.tokens_per_second,
+        "seconds": plan.seconds,
+    }
 
 
 def _render(plan: Plan) -> str:
     meaning = {
-        "weights": "the frozen base", "adapters": "adapters, gradients, AdamW, best so far",
-        "activations": "kept for the backward pass", "loss": "logits of one chunk, or the last backward pass",
+        "weights": "the frozen base",
+        "adapters": "adapters, gradients, AdamW, best so far",
+        "activations": "kept for the backward pass",
+        "loss": "logits of one chunk, or the last backward pass",
         "reserve": "runtime and allocator",
-    }  # fmt: skip
+    }
     rows = [[f"{part} ({meaning[part]})", format_bytes(size)] for part, size in vars(plan.memory).items()]
     verdict = "fits" if plan.fits else "does NOT fit"
     rows.append([f"peak on {plan.device} in {plan.dtype}: {verdict} into", format_bytes(plan.budget_bytes)])

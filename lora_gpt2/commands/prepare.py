@@ -9,15 +9,27 @@ import click
 
 from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, skip_bad_option
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.recipe_files import load_recipe
 
 KEYS = (
-    "documents_read", "documents_kept", "rejected", "tokens", "loss_tokens", "documents", "fill", "rules", "personal",
-    "tokens_per_document", "characters", "near_duplicates", "overlap_with_held_out", "reading",
-)  # fmt: skip
+    "documents_read",
+    "documents_kept",
+    "rejected",
+    "tokens",
+    "loss_tokens",
+    "documents",
+    "fill",
+    "rules",
+    "pii",
+    "tokens_per_document",
+    "characters",
+    "near_duplicates",
+    "num_train_test_overlaps",
+    "reading",
+)
 
 
 @click.command("prepare")
@@ -33,9 +45,18 @@ KEYS = (
 @json_option
 @click.pass_obj
 def command(
-    reporter: Reporter, sources: tuple[str, ...], recipe: Path | None, out: Path | None, preview: int,
-    html: Path | None, text: Path | None, skip_bad: bool, base: str | None, overrides: tuple[str, ...], as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    sources: tuple[str, ...],
+    recipe: Path | None,
+    out: Path | None,
+    preview: int,
+    html: Path | None,
+    text: Path | None,
+    skip_bad: bool,
+    base: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Read, clean, split and tokenise text, and say what each rule changed.
 
     \b
@@ -48,9 +69,9 @@ def command(
     """
     check_output(html)
     settings = load_recipe(recipe, overrides, data__sources=sources, base=base, data__skip_bad=skip_bad or None)
-    from lora_gpt2.data.documents import preview_documents, write_texts
+    from lora_gpt2.data.clean.report import build_report_page
+    from lora_gpt2.data.inspect import preview_documents, write_texts
     from lora_gpt2.data.prepared import describe_amount, prepare_data
-    from lora_gpt2.data.report import build_receipts_page
     from lora_gpt2.model.locate import load_base_tokenizer
 
     tokenizer = load_base_tokenizer(settings.base)
@@ -60,9 +81,9 @@ def command(
     result |= {"fingerprint": prepared.fingerprint, "path": str(prepared.path)}
     if preview:
         result["preview"] = preview_documents(prepared.train, tokenizer, preview)
-    with os_errors_as_ours("write the page or the text"):
+    with wrap_os_errors("write the page or the text"):
         if html:
-            html.write_text(build_receipts_page(prepared.report), encoding="utf-8", errors="replace")
+            html.write_text(build_report_page(prepared.report), encoding="utf-8", errors="replace")
         if text:
             write_texts(prepared, tokenizer, text)
     emit(result, as_json, lambda: _render(result, prepared.report, str(prepared.rejected)))
@@ -73,17 +94,17 @@ def command(
 
 
 def _render(result: dict[str, Any], report: dict[str, Any], rejected: str) -> str:
-    from lora_gpt2.data.report import list_receipts
+    from lora_gpt2.data.clean.report import list_figures
 
-    lines = [*report["reading"], *(f"{value:>20}  {label}" for value, label in list_receipts(report))]
+    lines = [*report["reading"], *(f"{value:>20}  {label}" for value, label in list_figures(report))]
     lines.append(f"{result['epochs']:>20.1f}  epochs with the steps of the recipe")
     for name, rule in result["rules"].items():
         lines.append(f"rule {name}: {rule['documents']:,} documents, {rule['characters_removed']:,} characters removed")
         lines += [f"    {example['before']!r} -> {example['after']!r}" for example in rule["examples"]]
     lines += [f"rejected: {count:,} {reason}" for reason, count in result["rejected"].items()]
     for entry in result["near_duplicates"]:
-        lines.append(printable(f"    {entry['origin']} is {entry['likeness']:.0%} like {entry['of']}"))
-    lines += [f"looks like personal data: {kind} in {n:,} documents" for kind, n in result["personal"].items()]
+        lines.append(printable(f"    {entry['origin']} is {entry['similarity']:.0%} like {entry['of']}"))
+    lines += [f"looks like personal data: {kind} in {n:,} documents" for kind, n in result["pii"].items()]
     for document in result.get("preview", []):
         lines.append("document: " + "".join(_show_token(token) for token in document))
     if result["rejected"]:

@@ -11,12 +11,12 @@ import click
 from lora_gpt2.commands.shared import emit, format_table, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError, UsageError
-from lora_gpt2.core.log import find_choices, find_log, read_log
-from lora_gpt2.core.paths import os_errors_as_ours
+from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import check_output
-from lora_gpt2.evaluation.choices import find_texts, read_choices
-from lora_gpt2.evaluation.rating import (
+from lora_gpt2.inference.history import find_log, find_votes, read_log
+from lora_gpt2.rating.choices import find_texts, read_votes
+from lora_gpt2.rating.rounds import (
     CRITERIA,
     Answer,
     Mode,
@@ -43,17 +43,37 @@ QUESTION = {"pairwise": "better is 1, 2, or 0 for equally good", "scale": "1 is 
 
 
 @click.command("rate")
-@click.option("--adapter", "adapters", multiple=True, metavar="N[:W]", help="Adapter, mix a:0.6+b:0.4 or base; two or more.")  # fmt: skip  # noqa: E501
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="N[:W]", help="Adapter, mix a:0.6+b:0.4 or base; two or more."
+)
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts: .jsonl, or one per line.")
-@click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), default=Path("ratings"),
-              show_default=True, metavar="DIR", help="The round's folder.")  # fmt: skip
-@click.option("--mode", type=click.Choice(["pairwise", "scale"]), default="pairwise", show_default=True,
-              help="Two texts beside each other, or each from 1 to 5.")  # fmt: skip
+@click.option(
+    "--out",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("ratings"),
+    show_default=True,
+    metavar="DIR",
+    help="The round's folder.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["pairwise", "scale"]),
+    default="pairwise",
+    show_default=True,
+    help="Two texts beside each other, or each from 1 to 5.",
+)
 @click.option("--criterion", "criteria", multiple=True, metavar="WORD", help=f"Instead of {', '.join(CRITERIA)}.")
 @click.option("--rater", default="me", show_default=True, help="Who rates.")
-@click.option("--export", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.html",
-              help="Write a form for raters without this tool.")  # fmt: skip
-@click.option("--import", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Add a form's answers.")  # fmt: skip  # noqa: E501
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.html",
+    help="Write a form for raters without this tool.",
+)
+@click.option(
+    "--import", "files", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Add a form's answers."
+)
 @click.option("--serve", is_flag=True, help="Rate in the browser, on this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="For --serve; 0: any.")
 @click.option(
@@ -65,11 +85,25 @@ QUESTION = {"pairwise": "better is 1, 2, or 0 for equally good", "scale": "1 is 
 @seed_option
 @session_options
 def command(
-    reporter: Reporter, adapters: tuple[str, ...], prompts: Path | None, folder: Path, mode: Mode,
-    criteria: tuple[str, ...], rater: str, export: Path | None, files: tuple[Path, ...], serve: bool, port: int,
-    recorded: str | None, report: bool, seed: int | None, base: str | None, overrides: tuple[str, ...], store: Store,
+    reporter: Reporter,
+    adapters: tuple[str, ...],
+    prompts: Path | None,
+    folder: Path,
+    mode: Mode,
+    criteria: tuple[str, ...],
+    rater: str,
+    export: Path | None,
+    files: tuple[Path, ...],
+    serve: bool,
+    port: int,
+    recorded: str | None,
+    report: bool,
+    seed: int | None,
+    base: str | None,
+    overrides: tuple[str, ...],
+    store: Store,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Let people compare what adapters write, without knowing which is which; say who is preferred, and how surely.
 
     With --adapter and --prompts a round begins: the texts are written, then rated. Without them the round in --out
@@ -88,16 +122,19 @@ def command(
     """
     check_rater(rater)
     check_output(export)
-    from lora_gpt2.evaluation.preferences import measure_choices, measure_round
+    from lora_gpt2.rating.ranking import rank_votes, summarize_round
 
     if recorded == "page":
-        chosen = measure_choices(read_choices(read_log(find_choices())))
+        chosen = rank_votes(read_votes(read_log(find_votes())))
         emit(chosen, as_json, lambda: _render(chosen))
         return
     if adapters or prompts or recorded:
         check_free(folder)
         if len(set(adapters)) < 2 or len(set(adapters)) < len(adapters) or (prompts is None) is (recorded is None):
-            raise UsageError("a round needs two different adapters or more, and prompts", "--adapter a --adapter base --prompts FILE, or --recorded repl")  # fmt: skip  # noqa: E501
+            raise UsageError(
+                "a round needs two different adapters or more, and prompts",
+                "--adapter a --adapter base --prompts FILE, or --recorded repl",
+            )
         if prompts:
             recipe = load_recipe(None, overrides, base=base)
             name, asked, texts = _write_texts(adapters, prompts, seed or 0, reporter, store, recipe)
@@ -108,9 +145,9 @@ def command(
     if files:
         reporter.message(f"{import_answers(folder, made, files)} answers added")
     if export:
-        from lora_gpt2.evaluation.form import build_form
+        from lora_gpt2.rating.form import build_form
 
-        with os_errors_as_ours(f"write {export}"):
+        with wrap_os_errors(f"write {export}"):
             export.write_text(build_form(made), encoding="utf-8")
         reporter.message(f"form for {len(made.tasks)} tasks written: {export}; next: rate --import ANSWERS")
     if serve:
@@ -118,7 +155,7 @@ def command(
     elif not (files or export or report):
         _ask(folder, made, rater)
     answers = read_answers(folder, made)
-    result = measure_round(made, answers)
+    result = summarize_round(made, answers)
     is_rating = not (files or export or report or serve)
     left = len(find_open(made, answers, rater)) if is_rating else 0
     hidden = f"{left} tasks are left for {rater}; who wrote what stays hidden until then (--report shows it)"
@@ -139,7 +176,7 @@ def _write_texts(
     if not asked:
         raise UsageError(f"{prompts} has no prompt", "write one on each line")
     names = [name for spec in adapters for name, _ in parse_mix(spec.split("+"))]
-    session, _ = open_session(store, names, recipe, recipe.generate.precision)
+    session, _ = open_session(store, names, recipe, recipe.generate.dtype)
     with catch_signals() as stop:
         write = build_writer(session, reporter, stop, seed)
         columns = [write(spec, asked, recipe.generate) for spec in adapters]
@@ -204,7 +241,7 @@ def _to_answers(made: Round, task: Task, swapped: bool, rater: str, marks: Seque
 def _serve(folder: Path, port: int, reporter: Reporter) -> None:
     try:
         from lora_gpt2.serving.http import bind
-        from lora_gpt2.serving.rating import serve_rating
+        from lora_gpt2.serving.rating_form import serve_rating
     except ImportError as error:
         missing = str(error).rpartition(" ")[2]
         raise ResourceError(f"serving needs {missing}", "pip install 'lora-gpt2[serve]'") from error
@@ -215,10 +252,14 @@ def _render(result: dict[str, Any]) -> str:
     is_pair, agreement = result["mode"] == "pairwise", result["agreement"]
     figure = "strength" if is_pair else "mean"
     rows = [
-        [row["adapter"], *(_show_number(row[key]) for key in (figure, "preferred") if key in row),
-         "" if row["interval"] is None else "{:.2f} to {:.2f}".format(*row["interval"]), str(row["judgements"])]
+        [
+            row["adapter"],
+            *(_show_number(row[key]) for key in (figure, "preferred") if key in row),
+            "" if row["interval"] is None else "{:.2f} to {:.2f}".format(*row["interval"]),
+            str(row["judgements"]),
+        ]
         for row in result["ranking"]
-    ]  # fmt: skip
+    ]
     header = ["adapter", figure, *(["preferred"] if is_pair else []), "95 % interval", "judgements"]
     lines = [format_table(header, rows), f"{result['answers']} answers of {len(result['raters'])} raters"]
     known = [f"{name} {value:.2f}" for name, value in agreement.items() if value is not None]

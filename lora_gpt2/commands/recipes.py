@@ -8,7 +8,7 @@ import click
 
 from lora_gpt2.commands.shared import emit, format_table, json_option, set_option
 from lora_gpt2.core.errors import ConflictError
-from lora_gpt2.core.paths import os_errors_as_ours, write_atomic
+from lora_gpt2.core.files import wrap_os_errors, write_atomic
 from lora_gpt2.core.printable import printable
 from lora_gpt2.recipe import describe_key, list_keys
 from lora_gpt2.recipe_files import find_recipe, list_recipes, load_recipe
@@ -66,7 +66,7 @@ def copy(name: str, target: Path) -> None:
     path = find_recipe(name)
     if target.exists():
         raise ConflictError(f"{target} exists already", "choose another name, or remove it")
-    with os_errors_as_ours(f"write {target}"):
+    with wrap_os_errors(f"write {target}"):
         write_atomic(target, path.read_bytes())
     click.echo(printable(f"wrote {target}"))
 

@@ -11,8 +11,8 @@ import click
 
 from lora_gpt2.commands.shared import base_option, seed_option, set_option, store_option
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.dirs import find_state_dir
 from lora_gpt2.core.errors import LoraGpt2Error
-from lora_gpt2.core.paths import find_state_dir
 from lora_gpt2.core.printable import printable
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -33,9 +33,14 @@ OWN_TEXT = ("/show", "/compare")  # what the user has written and generated
 @store_option
 @click.pass_obj
 def command(
-    reporter: Reporter, adapters: tuple[str, ...], no_log: bool, seed: int | None, base: str | None,
-    overrides: tuple[str, ...], store: Store,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    adapters: tuple[str, ...],
+    no_log: bool,
+    seed: int | None,
+    base: str | None,
+    overrides: tuple[str, ...],
+    store: Store,
+) -> None:
     """Write a text together with adapters: type, let one go on, try another, take back. /help lists the commands.
 
     GPT-2 continues text; it is no partner for a conversation.
@@ -46,13 +51,13 @@ def command(
       printf 'ROMEO:\\n/stats\\n' | lora-gpt2 repl --adapter shakespeare --seed 1
     """
     recipe = load_recipe(None, overrides, base=base)
-    from lora_gpt2.core.log import LocalLog, find_log
+    from lora_gpt2.inference.history import LocalLog, find_log
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.repl import Repl
     from lora_gpt2.inference.session import parse_mix
 
     mix = parse_mix(adapters)
-    session, _ = open_session(store, [name for name, _ in mix], recipe, recipe.generate.precision)
+    session, _ = open_session(store, [name for name, _ in mix], recipe, recipe.generate.dtype)
     session.open([name for name, _ in session.resolve(mix)])
     log = LocalLog(None if no_log else find_log(), reporter)
     first = (secrets.randbelow(2**31) if seed is None else seed) - 1

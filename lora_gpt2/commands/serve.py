@@ -23,9 +23,15 @@ from lora_gpt2.store.catalog import Store
 @store_option
 @click.pass_obj
 def command(
-    reporter: Reporter, host: str, port: int, hosts: tuple[str, ...], origins: tuple[str, ...], base: str | None,
-    overrides: tuple[str, ...], store: Store,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    host: str,
+    port: int,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
+    base: str | None,
+    overrides: tuple[str, ...],
+    store: Store,
+) -> None:
     """Answer OpenAI-compatible requests, in which the model is an adapter; a web page is at /.
 
     The model is an adapter, name@version, 'base', or a mix such as 'law:0.6+code:0.4'. $LORA_GPT2_API_KEY, when set, is
@@ -34,7 +40,7 @@ def command(
     \b
     Examples:
       lora-gpt2 serve
-      lora-gpt2 serve --base nano --port 9000 --set serve.max_rows=32
+      lora-gpt2 serve --base nano --port 9000 --set serve.max_num_seqs=32
       curl localhost:8000/v1/completions -H "Content-Type: application/json" \\
            -d '{"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 40}'
     """
@@ -46,15 +52,15 @@ def command(
         missing = str(error).rpartition(" ")[2]
         raise ResourceError(f"serving needs {missing}", "pip install 'lora-gpt2[serve]'") from error
     key, admin_key = (os.environ.get(name) or None for name in ("LORA_GPT2_API_KEY", "LORA_GPT2_ADMIN_KEY"))
-    if recipe.generate.merged:
-        raise UsageError("generate.merged is for one adapter, a server has many", "leave it out")
+    if recipe.generate.merge_into_base:
+        raise UsageError("generate.merge_into_base is for one adapter, a server has many", "leave it out")
     if not is_loopback(host) and key is None:
         raise UsageError(f"{host} can be reached from other machines", "set LORA_GPT2_API_KEY to a secret first")
     bound = bind(host, port)
-    from lora_gpt2.core.log import LocalLog, find_choices
+    from lora_gpt2.inference.history import LocalLog, find_votes
     from lora_gpt2.inference.open import open_store
 
     session = open_store(store, recipe)
     access = Access(key, admin_key, (*hosts, host), origins)
-    choices = LocalLog(find_choices(), reporter)
+    choices = LocalLog(find_votes(), reporter)
     serve(Server(session, recipe.generate, recipe.serve, access, choices), bound, reporter)

@@ -46,10 +46,21 @@ from lora_gpt2.store.catalog import Store
 @json_option
 @click.pass_obj
 def command(
-    reporter: Reporter, recipes: tuple[Path, ...], data: tuple[str, ...], name: str | None, base: str | None,
-    overrides: tuple[str, ...], skip_bad: bool, resume: bool, fresh: bool, fit: bool, gpu_memory: int | None,
-    dry_run: bool, store: Store, as_json: bool,
-) -> None:  # fmt: skip
+    reporter: Reporter,
+    recipes: tuple[Path, ...],
+    data: tuple[str, ...],
+    name: str | None,
+    base: str | None,
+    overrides: tuple[str, ...],
+    skip_bad: bool,
+    resume: bool,
+    fresh: bool,
+    fit: bool,
+    gpu_memory: int | None,
+    dry_run: bool,
+    store: Store,
+    as_json: bool,
+) -> None:
     """Train one adapter, or several recipes together over one base.
 
     \b
@@ -100,11 +111,20 @@ def command(
 
 def _render(adapters: list[Any]) -> str:
     rows = [
-        [f"{a.name}@{a.version}", f"{a.steps}", f"{a.train_tokens:,}", f"{a.base_perplexity:.2f}",
-         f"{a.validation_perplexity:.2f}", "" if a.test_perplexity is None else f"{a.test_perplexity:.2f}",
-         f"{a.best_step}", f"{a.tokens_per_second:,.0f}",
-         format_bytes(a.peak_memory_bytes), format_seconds(a.seconds)] for a in adapters
-    ]  # fmt: skip
+        [
+            f"{a.name}@{a.version}",
+            f"{a.steps}",
+            f"{a.train_tokens:,}",
+            f"{a.base_perplexity:.2f}",
+            f"{a.validation_perplexity:.2f}",
+            "" if a.test_perplexity is None else f"{a.test_perplexity:.2f}",
+            f"{a.best_step}",
+            f"{a.tokens_per_second:,.0f}",
+            format_bytes(a.peak_memory_bytes),
+            format_seconds(a.seconds),
+        ]
+        for a in adapters
+    ]
     header = [
         "adapter",
         "steps",

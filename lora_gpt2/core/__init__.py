@@ -1,1 +1,1 @@
-"""What everything stands on: errors, console, fingerprints, paths. Imports nothing of ours, and never torch."""
+"""Errors, console, names, folders, files, locks and fingerprints; imports no other package of ours, and never torch."""

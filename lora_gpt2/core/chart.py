@@ -26,11 +26,20 @@ def draw_chart(
     from matplotlib.figure import Figure
 
     look = {
-        "svg.fonttype": "none", "svg.hashsalt": "lora-gpt2", "font.size": 9, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.edgecolor": "#999999", "axes.grid": True, "grid.color": "#ececec",
-        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.axisbelow": True,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "lora-gpt2",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#999999",
+        "axes.grid": True,
+        "grid.color": "#ececec",
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.axisbelow": True,
         "text.parse_math": False,
-    }  # fmt: skip
+    }
     with matplotlib.rc_context(look):
         figure: Figure = Figure(figsize=size)
         left, right, top, bottom = margins

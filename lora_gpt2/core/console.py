@@ -117,10 +117,14 @@ def _live_bar(title: str, total: int, unit: str) -> Iterator[Task]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = [
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TextColumn(unit), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", markup=False),
-    ]  # fmt: skip
+    ]
     started = time.monotonic()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         identifier = progress.add_task(printable(title), total=total, rate="", note="")

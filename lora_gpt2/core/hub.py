@@ -11,7 +11,7 @@ from lora_gpt2.core.errors import NotFoundError, ResourceError
 
 
 @contextmanager
-def hub_errors_as_ours(identifier: str, action: str, hint: str) -> Iterator[None]:
+def wrap_hub_errors(identifier: str, action: str, hint: str) -> Iterator[None]:
     """Turns the hub's errors inside the block into ours; `hint` is what to do where it cannot be reached."""
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
@@ -51,7 +51,7 @@ def download(
     if not refresh and (cached := find_cached()):
         return cached
     try:
-        with hub_errors_as_ours(identifier, f"fetch {what} '{identifier}'", hint):
+        with wrap_hub_errors(identifier, f"fetch {what} '{identifier}'", hint):
             return Path(snapshot_download(identifier, allow_patterns=list(patterns)))
     except ResourceError:
         if cached := find_cached():

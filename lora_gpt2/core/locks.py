@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_gpt2.core.errors import ConflictError
-from lora_gpt2.core.paths import OPEN_FLAGS
+from lora_gpt2.core.files import OPEN_FLAGS
 
 POLL_SECONDS = 0.01
 OWNER = "~owner"  # beside a lock of filelock's, because Windows lets nobody read a locked file; in no adapter's name

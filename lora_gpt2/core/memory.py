@@ -15,10 +15,18 @@ TORCH_BYTES = 750_000_000
 """Addresses that torch and the libraries beside it take on a machine of two cores, before any base is loaded."""
 NUMPY_BYTES = 200_000_000
 SIGNS = (
-    "allocate memory", "ENOMEM", "out of memory", "ALLOC_FAILED", "bad_alloc", "failed to map segment",
-    "cannot create shared object", "can't start new thread", "thread pool has not been initialized",
-    "PyObject pointer is null", "memory allocation of",
-)  # fmt: skip
+    "allocate memory",
+    "ENOMEM",
+    "out of memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+    "failed to map segment",
+    "cannot create shared object",
+    "can't start new thread",
+    "thread pool has not been initialized",
+    "PyObject pointer is null",
+    "memory allocation of",
+)
 HINT = "close other programs, raise the limit (ulimit -v), or ask for less: generate -n, train.micro_batch_tokens, evaluate.batch_tokens"  # noqa: E501
 
 
@@ -48,5 +56,6 @@ def check_address_space(needed_bytes: int) -> None:
         if limit not in (-1, resource.RLIM_INFINITY) and limit < needed_bytes:
             raise ResourceError(
                 f"there is not enough memory: this process may have {limit / 1e6:,.0f} MB of addresses, and needs "
-                f"{needed_bytes / 1e6:,.0f} MB or more", "raise the limit: ulimit -v unlimited"
-            )  # fmt: skip
+                f"{needed_bytes / 1e6:,.0f} MB or more",
+                "raise the limit: ulimit -v unlimited",
+            )

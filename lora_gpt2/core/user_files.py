@@ -1,7 +1,7 @@
 """Files that a user names on the command line: regular ones only, read up to a limit, never waited for.
 
 A pipe that nobody writes to would block for ever, and a device such as /dev/zero never ends. Links are followed, for
-they are the user's own; what lies in a store is read by `paths.read_regular`, which follows none.
+they are the user's own; what lies in a store is read by `files.read_regular`, which follows none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
-from lora_gpt2.core.paths import DONT_WAIT, OPEN_FLAGS, translate_os_error
+from lora_gpt2.core.files import DONT_WAIT, OPEN_FLAGS, translate_os_error
 
 MAX_TEXT_BYTES = 256 * 2**20
 _NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
@@ -104,10 +104,10 @@ def check_output(path: Path | None) -> None:
     """
     if path is None:
         return
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UsageError(f"{path} is not a regular file", "name a file that may be written")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ResourceError(f"{path} cannot be written", "name a file in a folder that exists and is yours")
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not a regular file", "name a file that may be written")
 
 
 def _refuse_kind(path: Path) -> UsageError:

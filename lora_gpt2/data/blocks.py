@@ -110,12 +110,12 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def write_blocks(
-    folder: Path, part: str, documents: Iterable[Encoded], eos_id: int, vocab_size: int, has_prompts: bool = False
+    folder: Path, split: str, documents: Iterable[Encoded], eos_id: int, vocab_size: int, has_prompts: bool = False
 ) -> None:
-    """Writes the stream of a part, `[EOS, document, EOS, document, EOS]`, and its loss where there are prompts."""
+    """Writes the stream of a split, `[EOS, document, EOS, document, EOS]`, and its loss where there are prompts."""
     dtype = token_dtype(vocab_size)
     eos, is_first = np.array([eos_id], dtype=dtype).tobytes(), True
-    with (folder / f"{part}.bin").open("wb") as file, (folder / f"{part}.loss.bin").open("wb") as loss:
+    with (folder / f"{split}.bin").open("wb") as file, (folder / f"{split}.loss.bin").open("wb") as loss:
         for document in documents:
             file.write((eos if is_first else b"") + np.asarray(document.ids, dtype=dtype).tobytes() + eos)
             if has_prompts:  # nothing predicts the first EOS
@@ -123,16 +123,16 @@ def write_blocks(
                 loss.write(b"\0" * silent + b"\1" * (len(document.ids) + 1 + is_first - silent))
             is_first = False
     if not has_prompts:
-        (folder / f"{part}.loss.bin").unlink()
+        (folder / f"{split}.loss.bin").unlink()
 
 
-def pack_blocks(folder: Path, part: str, block_size: int, eos_id: int, vocab_size: int) -> None:
-    """Turns a part's stream into whole documents, best-fit into blocks: `.starts.npy` and `.rows.npy` beside it.
+def pack_blocks(folder: Path, split: str, block_size: int, eos_id: int, vocab_size: int) -> None:
+    """Turns a split's stream into whole documents, best-fit into blocks: `.starts.npy` and `.rows.npy` beside it.
 
     Each document gets the fullest block that still has room, longest first (best-fit decreasing; Ding et al. 2024,
     arXiv:2404.10830), in time linear in the number of documents.
     """
-    concat = open_blocks(folder, part, block_size, vocab_size)
+    concat = open_blocks(folder, split, block_size, vocab_size)
     ends = np.flatnonzero(np.asarray(concat.stream) == eos_id)
     runs = [
         (place, min(place + block_size, end))
@@ -142,7 +142,7 @@ def pack_blocks(folder: Path, part: str, block_size: int, eos_id: int, vocab_siz
     order = sorted(range(len(runs)), key=lambda run: runs[run][0] - runs[run][1])
     bins = fit_best([runs[run][1] - runs[run][0] for run in order], block_size)
     dtype, starts, rows = token_dtype(vocab_size), [0], [0]
-    with (folder / f"{part}.packed").open("wb") as file, (folder / f"{part}.packed_loss").open("wb") as loss:
+    with (folder / f"{split}.packed").open("wb") as file, (folder / f"{split}.packed_loss").open("wb") as loss:
         for members in bins:
             for member in members:
                 begin, end = runs[order[member]]
@@ -151,15 +151,15 @@ def pack_blocks(folder: Path, part: str, block_size: int, eos_id: int, vocab_siz
                     loss.write(b"\0" + np.asarray(concat.loss[begin + 1 : end + 1]).tobytes())
                 starts.append(starts[-1] + end + 1 - begin)
             rows.append(len(starts) - 1)
-    np.save(folder / f"{part}.starts.npy", np.array(starts, dtype=np.int64))
-    np.save(folder / f"{part}.rows.npy", np.array(rows, dtype=np.int64))
+    np.save(folder / f"{split}.starts.npy", np.array(starts, dtype=np.int64))
+    np.save(folder / f"{split}.rows.npy", np.array(rows, dtype=np.int64))
     has_loss = concat.loss is not None
     del concat
-    (folder / f"{part}.packed").replace(folder / f"{part}.bin")
+    (folder / f"{split}.packed").replace(folder / f"{split}.bin")
     if has_loss:
-        (folder / f"{part}.packed_loss").replace(folder / f"{part}.loss.bin")
+        (folder / f"{split}.packed_loss").replace(folder / f"{split}.loss.bin")
     else:
-        (folder / f"{part}.packed_loss").unlink()
+        (folder / f"{split}.packed_loss").unlink()
 
 
 def fit_best(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -184,13 +184,15 @@ def fit_best(lengths: Sequence[int], size: int) -> list[list[int]]:
     return bins
 
 
-def open_blocks(folder: Path, part: str, block_size: int, vocab_size: int) -> TokenBlocks:
-    """Returns the blocks of a part as read-only memory maps."""
-    loss, starts, rows = (folder / f"{part}.{name}" for name in ("loss.bin", "starts.npy", "rows.npy"))
+def open_blocks(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenBlocks:
+    """Returns the blocks of a split as read-only memory maps."""
+    loss, starts, rows = (folder / f"{split}.{name}" for name in ("loss.bin", "starts.npy", "rows.npy"))
     return TokenBlocks(
-        _open(folder / f"{part}.bin", token_dtype(vocab_size)), block_size,
-        _open(loss, np.uint8) if loss.exists() else None, *(np.load(p) if p.exists() else None for p in (starts, rows)),
-    )  # fmt: skip
+        _open(folder / f"{split}.bin", token_dtype(vocab_size)),
+        block_size,
+        _open(loss, np.uint8) if loss.exists() else None,
+        *(np.load(p) if p.exists() else None for p in (starts, rows)),
+    )
 
 
 def _open(path: Path, dtype: type[Any]) -> NDArray[Any]:

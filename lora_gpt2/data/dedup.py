@@ -58,19 +58,19 @@ def choose_band_width(threshold: float) -> int:
     return max(widths, default=1)
 
 
-def find_near_copies(signatures: Signatures, threshold: float) -> dict[int, tuple[int, float]]:
-    """Returns, for each document that is a near copy, the earlier one that stays and their estimated likeness.
+def find_near_duplicates(signatures: Signatures, threshold: float) -> dict[int, tuple[int, float]]:
+    """Returns, for each document that is a near copy, the earlier one that stays and their estimated similarity.
 
     Signatures are in order of precedence; a document is a copy only of one that is not a copy itself.
     """
     if len(signatures) < 2:
         return {}
     neighbours: dict[int, dict[int, float]] = {}
-    for first, second, likeness in _iter_pairs(signatures, threshold):
-        neighbours.setdefault(second, {})[first] = likeness
+    for first, second, similarity in _iter_pairs(signatures, threshold):
+        neighbours.setdefault(second, {})[first] = similarity
     copies: dict[int, tuple[int, float]] = {}
     for index in sorted(neighbours):
-        kept = {first: likeness for first, likeness in neighbours[index].items() if first not in copies}
+        kept = {first: similarity for first, similarity in neighbours[index].items() if first not in copies}
         if kept:
             copies[index] = max(kept.items(), key=lambda item: (item[1], -item[0]))
     return copies
@@ -80,7 +80,7 @@ def _iter_pairs(signatures: Signatures, threshold: float) -> list[tuple[int, int
     pairs: dict[tuple[int, int], float] = {}
     for members in _iter_buckets(signatures, threshold):
         _compare(members, signatures, threshold, pairs)
-    return [(first, second, likeness) for (first, second), likeness in pairs.items()]
+    return [(first, second, similarity) for (first, second), similarity in pairs.items()]
 
 
 def _iter_buckets(signatures: Signatures, threshold: float) -> Iterator[NDArray[np.int64]]:
@@ -104,14 +104,14 @@ def _compare(
         if len(members) < 2:
             return
         first, others = members[0], members[1:]
-        likeness = (signatures[others] == signatures[first]).mean(axis=1)
-        near = likeness >= threshold
-        for other, value in zip(others[near].tolist(), likeness[near].tolist(), strict=True):
+        similarity = (signatures[others] == signatures[first]).mean(axis=1)
+        near = similarity >= threshold
+        for other, value in zip(others[near].tolist(), similarity[near].tolist(), strict=True):
             pairs[int(first), other] = value
         members = others[~near]
 
 
-def count_copies(of: Signatures, among: Signatures, threshold: float) -> int:
+def count_near_duplicates(of: Signatures, among: Signatures, threshold: float) -> int:
     """Returns how many of the documents `among` are near copies of one of `of`, whatever else they are like."""
     signatures, found = np.concatenate([of, among]), np.zeros(len(of) + len(among), dtype=bool)
     for members in _iter_buckets(signatures, threshold):

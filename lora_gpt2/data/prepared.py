@@ -19,25 +19,26 @@ import numpy as np
 
 from lora_gpt2 import __version__
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import DataError, Interrupted, LoraGpt2Error
+from lora_gpt2.core.files import rename_path, sync_tree, wrap_os_errors
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.locks import hold_new_folder
-from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours, rename_path, sync_tree
 from lora_gpt2.data.blocks import Encoded, TokenBlocks, open_blocks, pack_blocks, write_blocks
-from lora_gpt2.data.dedup import count_copies
-from lora_gpt2.data.intake import load_batch
-from lora_gpt2.data.reading import Intake, process_sources
+from lora_gpt2.data.dedup import count_near_duplicates
+from lora_gpt2.data.pipeline import ReadSummary, process_sources
+from lora_gpt2.data.read.sources import Source, find_sources, find_splits
 from lora_gpt2.data.selection import Selection, select_documents
-from lora_gpt2.data.sources import Source, find_sources, find_splits
+from lora_gpt2.data.shards import load_shard
+from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.data.training_text import TextSketch
 from lora_gpt2.recipe import DataSettings
 
 FORMAT = 5
-PARTS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
 MANIFEST, REJECTED, SKETCH = "manifest.json", "rejected.jsonl", "training_text.bin"
-UNIMPORTANT = {"sources", "validation", "test", "processes"}
+NOT_FINGERPRINTED = {"sources", "validation", "test", "num_proc"}
 FEW_TOKENS, COMFORTABLE_TOKENS = 50_000, 200_000
 FEW_VALIDATION_TOKENS = 2_000
 
@@ -77,28 +78,30 @@ def prepare_data(
     tokenizer = tokenizer.with_special(settings.special_tokens)
     if not settings.sources:
         raise DataError("there is no text to train on", "name some with --data FILE, or data.sources in the recipe")
-    sources = _find_parts(settings)
-    with os_errors_as_ours("read the sources"):
-        hashes = {part: [source.fingerprint() for source in found] for part, found in sorted(sources.items())}
-    relevant = settings.model_dump(exclude=UNIMPORTANT)
+    sources = _find_split_sources(settings)
+    with wrap_os_errors("read the sources"):
+        hashes = {split: [source.fingerprint() for source in found] for split, found in sorted(sources.items())}
+    relevant = settings.model_dump(exclude=NOT_FINGERPRINTED)
     fingerprint = fingerprint_json([FORMAT, __version__, hashes, relevant, tokenizer.fingerprint])
     folder = (cache or find_cache_dir() / "prepared") / fingerprint
     report = _read_report(folder)
     if report is None:
-        with os_errors_as_ours(f"write prepared data to {folder}"), _hold_work(folder) as work:
-            report = _read_report(folder)  # another process may have made it meanwhile
+        with wrap_os_errors(f"write prepared data to {folder}"), _hold_work(folder) as work:
+            report = _read_report(folder)  # another process may have staging it meanwhile
             if report is None:
                 report = _build(folder, work, sources, settings, tokenizer, reporter)
-    train, validation, test = (open_blocks(folder, part, settings.block_size, tokenizer.vocab_size) for part in PARTS)
+    train, validation, test = (
+        open_blocks(folder, split, settings.block_size, tokenizer.vocab_size) for split in SPLITS
+    )
     return PreparedData(folder, fingerprint, train, validation, test, report)
 
 
-def _find_parts(settings: DataSettings) -> dict[str, list[Source]]:
-    """Returns the sources of each part, held-out ones first: as the settings name them, or else their own names."""
+def _find_split_sources(settings: DataSettings) -> dict[str, list[Source]]:
+    """Returns the sources of each split, held-out ones first: as the settings name them, or else their own names."""
     if not (settings.validation or settings.test) and (splits := find_splits(settings.sources, settings)):
-        return {part: splits[part] for part in HELD_OUT_FIRST}
+        return {split: splits[split] for split in HELD_OUT_FIRST}
     given = {"train": settings.sources, "validation": settings.validation, "test": settings.test}
-    return {part: find_sources(given[part], settings) for part in HELD_OUT_FIRST}
+    return {split: find_sources(given[split], settings) for split in HELD_OUT_FIRST}
 
 
 def _read_report(folder: Path) -> dict[str, Any] | None:
@@ -140,28 +143,28 @@ def _build(
     tokenizer: Tokenizer,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    batches = work / "batches"
-    batches.mkdir(exist_ok=True)
-    if found := len(list(batches.glob("*.json"))):
-        reporter.message(f"going on with the {found} batches that are done")
-    intake = process_sources(sources, settings, tokenizer, batches, reporter)
-    given = [part for part in PARTS if sources[part]]
-    selection = select_documents(batches, intake.num_batches, settings, given, intake.is_cut)
-    selection.rejected = [*intake.bad.entries, *selection.rejected]
+    shards = work / "shards"
+    shards.mkdir(exist_ok=True)
+    if found := len(list(shards.glob("*.json"))):
+        reporter.message(f"going on with the {found} shards that are done")
+    summary = process_sources(sources, settings, tokenizer, shards, reporter)
+    given = [split for split in SPLITS if sources[split]]
+    selection = select_documents(shards, summary.num_shards, settings, given, summary.is_sectioned)
+    selection.rejected = [*summary.bad.entries, *selection.rejected]
     _check(selection)
-    made = work / "made"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
-    _write_parts(made, batches, intake, selection, settings, tokenizer)
+    staging = work / "staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    _write_splits(staging, shards, summary, selection, settings, tokenizer)
     lines = [json.dumps(entry) for entry in selection.rejected]  # ASCII: names of files may be no Unicode
-    (made / REJECTED).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-    report = _build_report(made, selection, settings, tokenizer)
-    report["reading"] = [*_describe_splits(sources, settings), *intake.notes]
+    (staging / REJECTED).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+    report = _build_report(staging, selection, settings, tokenizer)
+    report["reading"] = [*_describe_splits(sources, settings), *summary.notes]
     report["test_files"] = [source.fingerprint() for source in sources["test"]]
-    (made / MANIFEST).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8", newline="\n")
-    sync_tree(made)
+    (staging / MANIFEST).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8", newline="\n")
+    sync_tree(staging)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    rename_path(made, folder)
+    rename_path(staging, folder)
     return report
 
 
@@ -169,46 +172,53 @@ def _describe_splits(sources: Mapping[str, Sequence[Source]], settings: DataSett
     """Returns a line where the split was told by the names of files."""
     if settings.validation or settings.test or not (sources["validation"] or sources["test"]):
         return []
-    shown = {part: ", ".join(Path(source.name).name for source in sources[part][:3]) for part in PARTS}
-    return [f"split by names: {'; '.join(f'{part}: {files}' for part, files in shown.items() if files)}"]
+    shown = {split: ", ".join(Path(source.name).name for source in sources[split][:3]) for split in SPLITS}
+    return [f"split by names: {'; '.join(f'{split}: {files}' for split, files in shown.items() if files)}"]
 
 
-def _write_parts(
-    made: Path, batches: Path, intake: Intake, selection: Selection, settings: DataSettings, tokenizer: Tokenizer
+def _write_splits(
+    staging: Path,
+    shards: Path,
+    summary: ReadSummary,
+    selection: Selection,
+    settings: DataSettings,
+    tokenizer: Tokenizer,
 ) -> None:
-    names = np.array(selection.parts, dtype=object)
-    for part in PARTS:
-        documents = _iter_encoded(batches, intake.num_batches, selection.parts, part)
-        write_blocks(made, part, documents, tokenizer.eos_id, tokenizer.vocab_size, selection.has_prompts)
-        if settings.layout == "packed" and part != "test":  # which is measured document by document, whole
-            pack_blocks(made, part, settings.block_size, tokenizer.eos_id, tokenizer.vocab_size)
-        np.save(made / f"{part}.signatures.npy", selection.signatures[names == part])
-    trained = [runs for runs, part in zip(selection.runs, selection.parts, strict=True) if part == "train"]
-    (made / SKETCH).write_bytes(TextSketch.build(trained).to_bytes())
+    names = np.array(selection.splits, dtype=object)
+    for split in SPLITS:
+        documents = _iter_encoded(shards, summary.num_shards, selection.splits, split)
+        write_blocks(staging, split, documents, tokenizer.eos_id, tokenizer.vocab_size, selection.has_prompts)
+        if settings.layout == "packed" and split != "test":  # which is measured document by document, whole
+            pack_blocks(staging, split, settings.block_size, tokenizer.eos_id, tokenizer.vocab_size)
+        np.save(staging / f"{split}.signatures.npy", selection.signatures[names == split])
+    trained = [runs for runs, split in zip(selection.runs, selection.splits, strict=True) if split == "train"]
+    (staging / SKETCH).write_bytes(TextSketch.build(trained).to_bytes())
 
 
-def _iter_encoded(folder: Path, num_batches: int, parts: Sequence[str], wanted: str) -> Iterator[Encoded]:
+def _iter_encoded(folder: Path, num_shards: int, splits: Sequence[str], wanted: str) -> Iterator[Encoded]:
     index = 0
-    for number in range(num_batches):
-        batch, _ = load_batch(folder, number)
+    for number in range(num_shards):
+        shard, _ = load_shard(folder, number)
         place = 0
-        for length, prompt in zip(batch.lengths.tolist(), batch.prompts.tolist(), strict=True):
-            if parts[index] == wanted:
-                yield Encoded(batch.ids[place : place + length], prompt)
+        for length, prompt in zip(shard.lengths.tolist(), shard.prompts.tolist(), strict=True):
+            if splits[index] == wanted:
+                yield Encoded(shard.ids[place : place + length], prompt)
             index, place = index + 1, place + length
 
 
-def _build_report(made: Path, selection: Selection, settings: DataSettings, tokenizer: Tokenizer) -> dict[str, Any]:
-    blocks = {part: open_blocks(made, part, settings.block_size, tokenizer.vocab_size) for part in PARTS}
-    lengths = selection.lengths[np.array(selection.parts, dtype=object) != ""]
-    cells = {part: blocks[part].num_blocks * settings.block_size for part in PARTS}
+def _build_report(staging: Path, selection: Selection, settings: DataSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    blocks = {split: open_blocks(staging, split, settings.block_size, tokenizer.vocab_size) for split in SPLITS}
+    lengths = selection.lengths[np.array(selection.splits, dtype=object) != ""]
+    cells = {split: blocks[split].num_blocks * settings.block_size for split in SPLITS}
     return {
-        "format": FORMAT, "documents_read": selection.read, "documents_kept": selection.kept,
-        "documents": {part: selection.parts.count(part) for part in PARTS},
+        "format": FORMAT,
+        "documents_read": selection.read,
+        "documents_kept": selection.kept,
+        "documents": {split: selection.splits.count(split) for split in SPLITS},
         "rejected": selection.count_rejected(),
-        "tokens": {part: blocks[part].num_tokens for part in PARTS},
-        "loss_tokens": {part: blocks[part].num_targets for part in PARTS},
-        "fill": {part: blocks[part].num_tokens / cells[part] if cells[part] else 0.0 for part in PARTS},
+        "tokens": {split: blocks[split].num_tokens for split in SPLITS},
+        "loss_tokens": {split: blocks[split].num_targets for split in SPLITS},
+        "fill": {split: blocks[split].num_tokens / cells[split] if cells[split] else 0.0 for split in SPLITS},
         "tokens_per_document": {
             "median": float(np.median(lengths)),
             "p95": float(np.percentile(lengths, 95)),
@@ -218,19 +228,21 @@ def _build_report(made: Path, selection: Selection, settings: DataSettings, toke
             "distinct_beyond_ascii": len(selection.characters),
             "most_frequent": dict(selection.characters.most_common(20)),
         },
-        "overlap_with_held_out": selection.overlap,
-        "near_duplicates": selection.near, **selection.cleaning.to_json(),
-        "settings": settings.model_dump(mode="json"), "tokenizer_fingerprint": tokenizer.fingerprint,
-        "files": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
-    }  # fmt: skip
+        "num_train_test_overlaps": selection.overlap,
+        "near_duplicates": selection.near,
+        **selection.cleaning.to_json(),
+        "settings": settings.model_dump(mode="json"),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "files": {path.name: path.stat().st_size for path in sorted(staging.iterdir())},
+    }
 
 
 def _check(selection: Selection) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in selection.count_rejected().items()) or "none rejected"
     counts = f"{selection.read} documents read, {selection.kept} kept ({reasons})"
-    if "train" not in selection.parts:
+    if "train" not in selection.splits:
         raise DataError(f"0 usable documents to train on: {counts}", "give more text, or check data.profile")
-    if "validation" not in selection.parts:
+    if "validation" not in selection.splits:
         raise DataError(
             f"no document is left to validate on: {counts}",
             "give more text, or a file of its own: --set data.validation=[FILE]",
@@ -244,7 +256,7 @@ def describe_preparation(data: PreparedData) -> list[str]:
     for name, rule in report["rules"].items():
         removed = f"{rule['characters_removed']:,} characters removed" if rule["characters_removed"] else "changed"
         lines.append(f"cleaning rule {name}: {rule['documents']:,} documents, {removed}")
-    if overlap := report["overlap_with_held_out"]:
+    if overlap := report["num_train_test_overlaps"]:
         lines.append(f"{overlap} training documents were copies of held-out ones and were dropped")
     for reason, count in report["rejected"].items():
         lines.append(f"set aside: {count:,} documents, {reason}")
@@ -271,17 +283,21 @@ def describe_amount(tokens: int) -> str:
 
 
 def measure_overlaps(domains: Mapping[str, PreparedData], threshold: float) -> list[tuple[str, str, int, int]]:
-    """Returns (held-out of, training part of, copies, documents) for domains of which one trains on another's test."""
+    """Returns (held-out of, training split of, copies, documents) for domains of which one trains on another's test."""
     held_out = {name: [_load_signatures(data, p) for p in ("validation", "test")] for name, data in domains.items()}
     found = []
-    for name, parts in held_out.items():
-        of = np.concatenate(parts)
+    for name, splits in held_out.items():
+        of = np.concatenate(splits)
         for other, data in domains.items():
-            copies = count_copies(of, _load_signatures(data, "train"), threshold) if other != name and len(of) else 0
+            copies = (
+                count_near_duplicates(of, _load_signatures(data, "train"), threshold)
+                if other != name and len(of)
+                else 0
+            )
             if copies:
                 found.append((name, other, copies, len(of)))
     return found
 
 
-def _load_signatures(data: PreparedData, part: str) -> Any:
-    return np.load(data.path / f"{part}.signatures.npy")
+def _load_signatures(data: PreparedData, split: str) -> Any:
+    return np.load(data.path / f"{split}.signatures.npy")

@@ -1,6 +1,6 @@
 """Which documents are for training, validation and testing: by a hash of their content, so it is stable.
 
-Adding text moves no document to another part, and no document is in two. Where there are only a few documents (one
+Adding text moves no document to another split, and no document is in two. Where there are only a few documents (one
 book in one file), they are first cut into sections, because one document cannot be split.
 """
 
@@ -21,7 +21,7 @@ CUTS = (
 """Where a text may be cut, the best place first: paragraphs, lines, sentences (also CJK), words."""
 
 
-def choose_section_size(num_characters: int) -> int:
+def choose_section_length(num_characters: int) -> int:
     """Returns how long sections of a text should be: a power of two, so that more text seldom changes it."""
     smallest, largest = SECTION_CHARACTERS
     size = smallest
@@ -71,22 +71,22 @@ def _iter_pieces(text: str, size: int, cuts: Sequence[re.Pattern[str]]) -> Itera
         place = max(after, 1)
 
 
-def split_keys(keys: Sequence[bytes], validation_share: float, test_share: float) -> list[str]:
+def split_keys(keys: Sequence[bytes], validation_fraction: float, test_fraction: float) -> list[str]:
     """Returns `train`, `validation` or `test` for each document, given by a hash of its content.
 
-    A share is the part of the hash space, so the parts have about that size, and equal keys have one part. A part with
-    a positive share that came out empty gets the key that lies nearest to it, if there are at least three.
+    Each split is an interval of the hash space as wide as its fraction, so equal keys are in one split. A held-out
+    split with a positive fraction that would be empty gets the nearest key, if there are at least three.
     """
     places = {key: int.from_bytes(key[:8]) / 2**64 for key in keys}
-    parts = {}
+    splits = {}
     for key, place in places.items():
-        is_test = place < test_share
-        is_validation = not is_test and place < test_share + validation_share
-        parts[key] = "test" if is_test else "validation" if is_validation else "train"
+        is_test = place < test_fraction
+        is_validation = not is_test and place < test_fraction + validation_fraction
+        splits[key] = "test" if is_test else "validation" if is_validation else "train"
     order = sorted(places, key=lambda key: places[key])
-    for part, share in (("validation", validation_share), ("test", test_share)):
-        if share and part not in parts.values() and len(parts) >= 3:
-            nearest = next((key for key in order if parts[key] == "train"), None)
+    for split, share in (("validation", validation_fraction), ("test", test_fraction)):
+        if share and split not in splits.values() and len(splits) >= 3:
+            nearest = next((key for key in order if splits[key] == "train"), None)
             if nearest is not None:
-                parts[nearest] = part
-    return [parts[key] for key in keys]
+                splits[nearest] = split
+    return [splits[key] for key in keys]

@@ -12,8 +12,8 @@ import numpy as np
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.data.reading import read_clean
-from lora_gpt2.data.training_text import TextSketch
+from lora_gpt2.data.pipeline import read_clean
+from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, Interval, find_interval, resample_ratio
 from lora_gpt2.evaluation.perplexity import AdaptersForColumns, Jobs, Score, Text, split_prompt, to_perplexity
 from lora_gpt2.model.base import Base
@@ -58,11 +58,16 @@ class Cell:
         """Returns the entry with the key names of `evaluate --json`."""
         keys = ("tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
         return {
-            "adapter": self.adapter, "source": self.source, **{key: getattr(self.score, key) for key in keys},
-            "documents": self.score.per_document.shape[1], "perplexity_interval": self.interval,
-            "ratio_to_base": self.ratio, "ratio_interval": self.ratio_interval, "profile": self.profile or None,
+            "adapter": self.adapter,
+            "source": self.source,
+            **{key: getattr(self.score, key) for key in keys},
+            "documents": self.score.per_document.shape[1],
+            "perplexity_interval": self.interval,
+            "ratio_to_base": self.ratio,
+            "ratio_interval": self.ratio_interval,
+            "profile": self.profile or None,
             "documents_trained_on": self.trained_on,
-        }  # fmt: skip
+        }
 
 
 def read_sources(

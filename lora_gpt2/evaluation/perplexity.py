@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_gpt2.core.errors import DataError, UsageError
-from lora_gpt2.data.records import Document
+from lora_gpt2.data.read.records import Document
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.loss import score_tokens

@@ -1,4 +1,4 @@
-"""How the texts read that an adapter writes: repetition, variety, likeness to its domain and to references.
+"""How the texts read that an adapter writes: repetition, variety, similarity to its domain and to references.
 
 Prompts are held-out: the beginnings of documents, or the prompts of prompt/completion data, whose completions are then
 the references (several where a prompt comes several times). BLEU and chrF are sacrebleu's, ROUGE-L rouge-score's.
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.data.records import Document
+from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.evaluation.matrix import BASE, Source
 from lora_gpt2.evaluation.perplexity import split_prompt
@@ -36,7 +36,7 @@ PROMPT_TOKENS = 24
 MAX_COMPARED = 50  # texts that are compared with each other
 REPETITIVE = 0.15  # of a text's runs of four words; people's prose has 0.01 to 0.03
 CHECKED = 8
-PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "beams": 1}
+PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_beams": 1}
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,17 @@ def describe_texts(texts: Sequence[str], task: Task) -> dict[str, Any]:
     words = float(np.mean([len(split_words(text)) for text in texts])) if texts else 0.0
     return {
         "words": words,
-        "distinct_1": measure_distinct(texts, 1), "distinct_2": measure_distinct(texts, 2),
+        "distinct_1": measure_distinct(texts, 1),
+        "distinct_2": measure_distinct(texts, 2),
         "repetition_4": measure_repetition(texts),
         "domain_repetition_4": measure_repetition(cut_pieces(task.domain, round(words))),
-        "self_bleu": measure_self_bleu(texts), "readability": measure_readability(whole),
-        "domain_readability": measure_readability(task.domain), "divergence": measure_divergence(whole, task.domain),
-        "delta": measure_delta(whole, task.domain), **compare_references(texts, task.references),
-    }  # fmt: skip
+        "self_bleu": measure_self_bleu(texts),
+        "readability": measure_readability(whole),
+        "domain_readability": measure_readability(task.domain),
+        "divergence": measure_divergence(whole, task.domain),
+        "delta": measure_delta(whole, task.domain),
+        **compare_references(texts, task.references),
+    }
 
 
 def find_causes(
@@ -151,7 +155,8 @@ def find_causes(
     if own is not None and own < repetition / 2:
         return [
             f"{said}; sampled plainly only {own:.0%}: it is the sampling (temperature {settings.temperature:g}, "
-            f"beams {settings.beams}), not the model; try generate.temperature=0.9 or generate.repetition_penalty=1.2"
+            f"num_beams {settings.num_beams}), not the model; try generate.temperature=0.9 or "
+            "generate.repetition_penalty=1.2"
         ]
     return [f"{said}, sampled plainly as well: it is the model; more text or fewer steps would help"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_gpt2.core.chart import INK, Margins, draw_chart, draw_svg
-from lora_gpt2.core.page import build_cards, build_page, build_table
+from lora_gpt2.core.html_page import build_cards, build_page, build_table
 from lora_gpt2.evaluation.matrix import BASE
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ METHOD = {
 def find_own(cells: Cells) -> dict[str, Mapping[str, Any]]:
     """Returns each adapter's cell on its own text: the source that has its name, with or without a version."""
     return {
-        cell["adapter"]: cell for cell in cells
+        cell["adapter"]: cell
+        for cell in cells
         if cell["adapter"] != BASE and cell["adapter"].partition("@")[0] == cell["source"].partition("@")[0]
-    }  # fmt: skip
+    }
 
 
 def describe_gain(cell: Mapping[str, Any]) -> str:
@@ -68,9 +69,15 @@ def _plot(axes: Axes, cells: Cells) -> None:
         for column, source in enumerate(sources):
             cell, shade = found[adapter, source], shades[row][column]
             axes.text(
-                column, row, f"{cell['perplexity']:,.1f}", ha="center", va="center", fontsize=9,
-                color="white" if abs(shade) > DARK else INK, fontweight="bold" if id(cell) in own else "normal",
-            )  # fmt: skip
+                column,
+                row,
+                f"{cell['perplexity']:,.1f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if abs(shade) > DARK else INK,
+                fontweight="bold" if id(cell) in own else "normal",
+            )
     axes.set_xticks(range(len(sources)), sources, rotation=30, ha="left")
     axes.set_yticks(range(len(adapters)), adapters)
     axes.xaxis.tick_top()
@@ -97,9 +104,10 @@ def build_matrix_page(result: Mapping[str, Any]) -> str:
     own = find_own(cells)
     gains = [(f"{name} on its own text", describe_gain(cell)) for name, cell in own.items()]
     forgotten = [
-        (f"{c['adapter']} on general English", describe_gain(c)) for c in result.get("forgetting", [])
+        (f"{c['adapter']} on general English", describe_gain(c))
+        for c in result.get("forgetting", [])
         if c["adapter"] != BASE
-    ]  # fmt: skip
+    ]
     sources = _names(cells, "source")
     cards = [
         (f"{len(_names(cells, 'adapter'))} × {len(sources)}", "adapters and base × texts"),
@@ -111,13 +119,32 @@ def build_matrix_page(result: Mapping[str, Any]) -> str:
         ),
     ]
     rows = [
-        (cell["adapter"], cell["source"], f"{cell['perplexity']:,.2f}", _show(cell["perplexity_interval"]),
-         "" if cell["ratio_to_base"] is None else f"{cell['ratio_to_base']:.3f}", _show(cell["ratio_interval"], 3),
-         f"{cell['word_perplexity']:,.1f}", f"{cell['bits_per_byte']:.3f}", cell["tokens"], cell["documents"])
+        (
+            cell["adapter"],
+            cell["source"],
+            f"{cell['perplexity']:,.2f}",
+            _show(cell["perplexity_interval"]),
+            "" if cell["ratio_to_base"] is None else f"{cell['ratio_to_base']:.3f}",
+            _show(cell["ratio_interval"], 3),
+            f"{cell['word_perplexity']:,.1f}",
+            f"{cell['bits_per_byte']:.3f}",
+            cell["tokens"],
+            cell["documents"],
+        )
         for cell in shown
-    ]  # fmt: skip
-    header = ("adapter", "text", "perplexity", "95 % interval", "over base", "95 % interval", "per word",
-              "bits per byte",              "tokens", "documents")  # fmt: skip
+    ]
+    header = (
+        "adapter",
+        "text",
+        "perplexity",
+        "95 % interval",
+        "over base",
+        "95 % interval",
+        "per word",
+        "bits per byte",
+        "tokens",
+        "documents",
+    )
     method = (
         f"Perplexity: exp of the mean negative log-likelihood of a token, {METHOD[result['protocol']]}; window "
         f"{result['window']}, stride {result['stride']} tokens, each token scored once. Intervals: bootstrap over "

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import ConflictError, DataError
+from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.locks import hold_lock
-from lora_gpt2.core.paths import find_cache_dir, os_errors_as_ours
 from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.inference.generate import Output, Request, iter_outputs, raise_first_error
 from lora_gpt2.inference.session import Mix, Session, parse_mix
@@ -60,7 +61,7 @@ def find_done(out: Path, requests: Sequence[Request]) -> set[int]:
     if not out.exists():
         return set()
     done = set()
-    with os_errors_as_ours(f"read {out}"):
+    with wrap_os_errors(f"read {out}"):
         content = out.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         for line in whole.splitlines():
@@ -93,7 +94,7 @@ def generate_file(
         ConflictError: see `find_done`; or another process is writing to `out`.
         UsageError: a prompt does not fit.
         CorruptError: an adapter's logits are not finite after a prompt; all other results are kept.
-    """  # fmt: skip
+    """
     with hold_output(out):
         return _generate_missing(session, requests, out, settings, stop, reporter, truncate_left)
 
@@ -112,13 +113,18 @@ def hold_output(out: Path) -> Iterator[None]:
 
 
 def _generate_missing(
-    session: Session, requests: Sequence[Request], out: Path, settings: GenerateSettings, stop: StopRequest,
-    reporter: Reporter, truncate_left: bool,
-) -> int:  # fmt: skip
+    session: Session,
+    requests: Sequence[Request],
+    out: Path,
+    settings: GenerateSettings,
+    stop: StopRequest,
+    reporter: Reporter,
+    truncate_left: bool,
+) -> int:
     done = find_done(out, requests)
     places = [place for place in range(len(requests)) if place not in done]
     with (
-        os_errors_as_ours(f"write {out}"),
+        wrap_os_errors(f"write {out}"),
         out.open("a", encoding="utf-8") as file,
         reporter.task("continuing", len(places), "prompts") as task,
     ):
@@ -131,9 +137,14 @@ def _generate_missing(
 
 
 def _write_outputs(
-    session: Session, requests: Sequence[Request], places: Sequence[int], file: IO[str], settings: GenerateSettings,
-    stop: StopRequest, truncate_left: bool,
-) -> Iterator[int]:  # fmt: skip
+    session: Session,
+    requests: Sequence[Request],
+    places: Sequence[int],
+    file: IO[str],
+    settings: GenerateSettings,
+    stop: StopRequest,
+    truncate_left: bool,
+) -> Iterator[int]:
     failed: list[Output] = []
     for index, output in iter_outputs(session, requests, settings, stop=stop, truncate_left=truncate_left):
         if output.error is not None:

@@ -32,7 +32,7 @@ class Hypothesis:
 class BeamSearch:
     """The search of one continuation of at most `budget` tokens, one token at a time.
 
-    `kept` has up to `settings.beams` finished continuations, best first.
+    `kept` has up to `settings.num_beams` finished continuations, best first.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class BeamSearch:
     @torch.inference_mode()
     def advance(self) -> None:
         """Makes every beam a token longer; `is_done` says whether that was the last time."""
-        width, eos = self.settings.beams, self.session.base.tokenizer.eos_id
+        width, eos = self.settings.num_beams, self.session.base.tokenizer.eos_id
         self.length += 1
         totals = self.scores[:, None] + self._adjust(self._read_logits().log_softmax(-1))
         values, places = totals.flatten().topk(min(2 * width, totals.numel()))
@@ -104,7 +104,7 @@ class BeamSearch:
 def search_beams(
     session: Session, prompt_ids: Sequence[int], mix: Mix, budget: int, settings: GenerateSettings
 ) -> list[Hypothesis]:
-    """Returns up to `settings.beams` continuations of at most `budget` tokens, best first."""
+    """Returns up to `settings.num_beams` continuations of at most `budget` tokens, best first."""
     search = BeamSearch(session, prompt_ids, mix, budget, settings)
     while not search.is_done:
         search.advance()

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
-from lora_gpt2.data.verbatim import VerbatimIndex
 from lora_gpt2.inference.beam import BeamSearch
+from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.sampling import choose_token
 from lora_gpt2.inference.session import Loaded, Mix, Session, check_logits
-from lora_gpt2.inference.static import StaticStep
-from lora_gpt2.model.bank import InferenceRows
+from lora_gpt2.model.bank import InferenceAdapters
 from lora_gpt2.model.gpt2 import KVCache
 from lora_gpt2.recipe import GenerateSettings
 
@@ -37,7 +37,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-class StopWatch:
+class StopStringMatcher:
     """Lets text through until one of some stop texts appears; what may become one waits."""
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ class Row:
     tokenizer: Tokenizer
     loaded: Mapping[str, Loaded] = field(default_factory=dict)
     scores_prompt: bool = False
-    not_to_copy: Sequence[VerbatimIndex] = ()
+    not_to_copy: Sequence[NgramIndex] = ()
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: Exception | None = None
     new_ids: list[int] = field(default_factory=list)
@@ -91,7 +91,7 @@ class Row:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._stream, self._watch = TextStream(self.tokenizer), StopWatch(self.settings.stop)
+        self._stream, self._watch = TextStream(self.tokenizer), StopStringMatcher(self.settings.stop)
         self._generator = torch.Generator().manual_seed(self.seed)
 
     @property
@@ -159,28 +159,28 @@ SCORED_ROWS = 128
 
 
 class Engine:
-    """Grows rows together, at most `max_rows` at a time, each of at most `max_tokens` with its prompt."""
+    """Grows rows together, at most `max_num_seqs` at a time, each of at most `max_tokens` with its prompt."""
 
-    def __init__(self, session: Session, max_rows: int, max_tokens: int) -> None:
+    def __init__(self, session: Session, max_num_seqs: int, max_tokens: int) -> None:
         base = session.base
-        self.session, self.max_rows = session, max_rows
+        self.session, self.max_num_seqs = session, max_num_seqs
         self.device = base.runtime.device
-        self.cache = KVCache(base.config, max_rows, min(max_tokens, base.config.context), base.model.wte.weight)
-        self.static = StaticStep(session, self.cache) if self.device.type == "cuda" else None
+        self.cache = KVCache(base.config, max_num_seqs, min(max_tokens, base.config.context), base.model.wte.weight)
+        self.static = CudaGraphDecoder(session, self.cache) if self.device.type == "cuda" else None
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []
         self.searches: list[tuple[Row, BeamSearch]] = []
-        self._adapters: tuple[object, InferenceRows | None] = (None, None)
+        self._adapters: tuple[object, InferenceAdapters | None] = (None, None)
 
     @property
     def is_busy(self) -> bool:
         """True while a row waits or grows."""
-        return bool(self.waiting or self.num_growing)
+        return bool(self.waiting or self.num_running)
 
     @property
-    def num_growing(self) -> int:
+    def num_running(self) -> int:
         """Sequences that grow: a search counts once for each beam."""
-        return len(self.rows) + sum(row.settings.beams for row, _ in self.searches)
+        return len(self.rows) + sum(row.settings.num_beams for row, _ in self.searches)
 
     def submit(self, row: Row) -> None:
         """Lets a row join at the next step that has room."""
@@ -220,7 +220,7 @@ class Engine:
         """Forgets every row, without a word to them; the memory of the cache is kept."""
         self.rows, self.searches, self._adapters = [], [], (None, None)
         self.waiting.clear()
-        for row in range(self.max_rows):
+        for row in range(self.max_num_seqs):
             self.cache.truncate(row, 0)
 
     def _admit(self) -> tuple[list[Row], list[Row], list[Row]]:
@@ -232,11 +232,11 @@ class Engine:
         sampled: list[Row] = []
         searched: list[Row] = []
         refused: list[Row] = []
-        num_growing = self.num_growing
+        num_running = self.num_running
         while self.waiting:
             row = self.waiting[0]
-            width = row.settings.beams if row.budget else 1
-            if num_growing and num_growing + width > self.max_rows:
+            width = row.settings.num_beams if row.budget else 1
+            if num_running and num_running + width > self.max_num_seqs:
                 break
             self.waiting.popleft()
             if row.finish_reason:  # somebody stopped it while it waited
@@ -248,7 +248,7 @@ class Engine:
                 refused.append(row)
                 continue
             self.session.hold(row.mix)
-            num_growing += width
+            num_running += width
             (sampled if width == 1 else searched).append(row)
         return sampled, searched, refused
 
@@ -266,7 +266,7 @@ class Engine:
                 shown += row.take(token)
         return shown + (row.finish(best.finish_reason) if not row.finish_reason else "")
 
-    def _find_adapters(self, rows: Sequence[Row]) -> InferenceRows | None:
+    def _find_adapters(self, rows: Sequence[Row]) -> InferenceAdapters | None:
         """Returns the adapters of these rows; a batch that stays the same keeps its own."""
         key = ([row.mix for row in rows], self.session.num_loads)
         if self._adapters[0] != key:

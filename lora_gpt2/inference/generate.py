@@ -9,8 +9,8 @@ from typing import Any, TypedDict, Unpack
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error, ResourceError, UsageError
 from lora_gpt2.core.interrupt import StopRequest
+from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.data.verbatim import VerbatimIndex
 from lora_gpt2.inference.engine import Engine, Row, TokenLogprobs
 from lora_gpt2.inference.session import Mix, Session, describe_mix, parse_mix
 from lora_gpt2.model.base import Base
@@ -29,7 +29,7 @@ class Request:
     seed: int = 0
     settings: GenerateSettings | None = None
     """Its own settings; without them, those of the call."""
-    not_to_copy: Sequence[VerbatimIndex] = ()
+    not_to_copy: Sequence[NgramIndex] = ()
     """Texts of which it has no longer run than the size of their indexes, but for what the prompt has of it."""
 
 
@@ -164,7 +164,7 @@ def iter_outputs(
     """
     rows = _build_rows(session, requests, settings, truncate_left)
     origins = [describe_provenance(session, row) for row in rows]
-    if settings.merged:
+    if settings.merge_into_base:
         session = _fold(session, rows)
     size = max((len(row.prompt_ids) + row.budget for row in rows), default=1)
     engine = Engine(session, max(1, min(len(rows), MAX_ROWS)), size)
@@ -189,8 +189,8 @@ def _build_rows(
     rows = []
     for index, request in enumerate(requests):
         own = request.settings or settings
-        if request.not_to_copy and own.beams > 1:
-            raise UsageError("beams are not kept from copying", "leave --no-verbatim or generate.beams out")
+        if request.not_to_copy and own.num_beams > 1:
+            raise UsageError("beams are not kept from copying", "leave --no-verbatim or generate.num_beams out")
         ids, budget = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
         row = Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer)
         row.not_to_copy = request.not_to_copy
@@ -203,7 +203,9 @@ def _build_rows(
 def _fold(session: Session, rows: Sequence[Row]) -> Session:
     """Returns a session whose base has the rows' one mix in its weights, and leaves the rows without one."""
     if len({row.mix for row in rows}) > 1:
-        raise UsageError("generate.merged is for one adapter or mix at a time", "leave it out to compare several")
+        raise UsageError(
+            "generate.merge_into_base is for one adapter or mix at a time", "leave it out to compare several"
+        )
     folded = session.fold(rows[0].mix) if rows and rows[0].mix else session
     for row in rows:
         row.mix = ()
@@ -214,17 +216,26 @@ def describe_provenance(session: Session, row: Row) -> dict[str, Any]:
     """Returns where a text comes from: the base, the adapters by the sha256 of their weights, seed and settings."""
     base = session.base
     return {
-        "base": base.name, "base_fingerprint": base.fingerprint,
+        "base": base.name,
+        "base_fingerprint": base.fingerprint,
         "adapters": session.describe_origin(row.mix, row.loaded),
-        "seed": row.seed, "settings": row.settings.model_dump(mode="json", exclude={"watermark_key"}),
-    }  # fmt: skip
+        "seed": row.seed,
+        "settings": row.settings.model_dump(mode="json", exclude={"watermark_key"}),
+    }
 
 
 def _to_output(request: Request, row: Row, origin: dict[str, Any]) -> Output:
     return Output(
-        request.prompt, row.text, describe_mix(request.mix), len(row.new_ids), row.finish_reason, request.seed,
-        origin, tuple(row.logprobs), _to_ours(row.error),
-    )  # fmt: skip
+        request.prompt,
+        row.text,
+        describe_mix(request.mix),
+        len(row.new_ids),
+        row.finish_reason,
+        request.seed,
+        origin,
+        tuple(row.logprobs),
+        _to_ours(row.error),
+    )
 
 
 def _to_ours(error: Exception | None) -> LoraGpt2Error | None:

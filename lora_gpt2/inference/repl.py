@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.core.files import wrap_os_errors, write_file
 from lora_gpt2.core.interrupt import catch_signals
-from lora_gpt2.core.log import LocalLog
-from lora_gpt2.core.paths import os_errors_as_ours, write_file
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.core.user_files import read_user_file
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all, raise_first_error
+from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix, parse_mix
 from lora_gpt2.model.loss import score_tokens
 from lora_gpt2.model.runtime import as_float64
@@ -226,7 +226,7 @@ class Repl:
         path = self._parse_path(rest, "/save FILE")
         if path.exists() and path not in self._saved:
             raise ConflictError(f"{path} exists", "save under another name")
-        with os_errors_as_ours(f"write {path}"):
+        with wrap_os_errors(f"write {path}"):
             write_file(path, self.text.encode())
         self._saved.add(path)
         return f"saved {len(self.text)} characters to {path}"
@@ -278,8 +278,13 @@ class Repl:
     def _do_help(self, rest: str) -> str:
         width = max(len(f"/{name} {usage}") for name, (usage, _) in HELP.items())
         lines = [f"{f'/{name} {usage}':{width}}  {what}" for name, (usage, what) in HELP.items()]
-        return "\n".join([*lines, "What does not begin with / is added to the text, which is then continued.",
-                          "An empty line continues as it is; Ctrl-C stops a continuation and keeps it."])  # fmt: skip
+        return "\n".join(
+            [
+                *lines,
+                "What does not begin with / is added to the text, which is then continued.",
+                "An empty line continues as it is; Ctrl-C stops a continuation and keeps it.",
+            ]
+        )
 
     def _do_quit(self, rest: str) -> str:
         self.is_over = True

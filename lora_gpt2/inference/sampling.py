@@ -63,7 +63,7 @@ def adjust_logits(
         logits = logits.index_add(0, torch.tensor(ids, dtype=torch.long), bias)
     logits = penalise_repetition(logits, seen, settings.repetition_penalty)
     logits = penalise_counts(logits, seen[num_prompt:], settings.presence_penalty, settings.frequency_penalty)
-    return forbid_ngrams(logits, seen, settings.no_repeat_ngram)
+    return forbid_ngrams(logits, seen, settings.no_repeat_ngram_size)
 
 
 LARGEST = 1e30  # what a division by the smallest temperature leaves finite
@@ -96,9 +96,9 @@ def shape_logits(logits: Float[Tensor, " vocab"], settings: GenerateSettings) ->
         ordered, order = logits.sort(descending=True)
         likelier = ordered.softmax(0).cumsum(0).roll(1)
         likelier[0] = 0
-        is_cut = likelier >= settings.top_p
-        is_cut[0] = False  # the likeliest stays, also where top_p is less than any float32
-        logits = logits.scatter(0, order, ordered.masked_fill(is_cut, -torch.inf))
+        is_sectioned = likelier >= settings.top_p
+        is_sectioned[0] = False  # the likeliest stays, also where top_p is less than any float32
+        logits = logits.scatter(0, order, ordered.masked_fill(is_sectioned, -torch.inf))
     if settings.min_p:
         probabilities = logits.softmax(0)
         logits = logits.masked_fill(probabilities < settings.min_p * probabilities.max(), -torch.inf)

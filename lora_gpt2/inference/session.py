@@ -18,13 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, NotFoundError, UsageError
-from lora_gpt2.model.bank import AdapterBank, InferenceRows
+from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.gpt2 import Linear
 from lora_gpt2.model.lora import Adapter, merge_ranks
-from lora_gpt2.model.merge import to_dense
-from lora_gpt2.model.packed import PackedLinear
+from lora_gpt2.model.merge import to_delta
+from lora_gpt2.model.prepacked import PrepackedLinear
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 
@@ -184,9 +184,11 @@ class Session:
         self.num_loads += len(fresh)
         size = max((slot.place + 1 for slot in self._slots.values()), default=0)
         bank = self._bank
-        if bank is None or size > bank.num_slots or any(
-            bank.ranks.get(site, 0) < rank for adapter in fresh.values() for site, rank in adapter.ranks.items()
-        ):  # fmt: skip
+        if (
+            bank is None
+            or size > bank.num_slots
+            or any(bank.ranks.get(site, 0) < rank for adapter in fresh.values() for site, rank in adapter.ranks.items())
+        ):
             self._bank = self._build_bank(size) if fresh or bank is None else bank
         else:
             for name, adapter in fresh.items():
@@ -243,14 +245,14 @@ class Session:
         """
         base = self.base
         self.open([name for name, _ in mix])
-        if any(type(linear) not in (Linear, PackedLinear) for linear in base.model.iter_projections()):
-            raise UsageError("a quantised base is not merged into", "leave generate.merged out")
+        if any(type(linear) not in (Linear, PrepackedLinear) for linear in base.model.iter_linears()):
+            raise UsageError("a quantised base is not merged into", "leave generate.merge_into_base out")
         shared = {id(module): module for module in base.model.modules() if not list(module.children())}
         model = copy.deepcopy(base.model, shared)
         deltas: dict[str, Tensor] = {}
         for name, weight in mix:
             for site, update in self._slots[name].loaded.adapter.updates.items():
-                deltas[site] = deltas.get(site, torch.zeros(())) + weight * to_dense(update)
+                deltas[site] = deltas.get(site, torch.zeros(())) + weight * to_delta(update)
         if (delta := deltas.pop(HEAD, None)) is not None:
             model.add_to_head(delta)
         for site, delta in deltas.items():
@@ -259,13 +261,13 @@ class Session:
             model.set_submodule(site, linear.with_weight(linear.dense(torch.float32) + delta.to(base.runtime.device)))
         return Session(replace(base, model=model))
 
-    def for_rows(self, mix: Mix) -> Callable[[int], InferenceRows | None]:
+    def for_rows(self, mix: Mix) -> Callable[[int], InferenceAdapters | None]:
         """Returns a function from a number of rows to the adapters of a batch in which every row has this mix."""
         return lambda num_rows: self.rows([mix] * num_rows)
 
-    def rows(self, mixes: Sequence[Mix]) -> InferenceRows | None:
+    def rows(self, mixes: Sequence[Mix]) -> InferenceAdapters | None:
         """Returns what the network adds in each row of a batch, one mix per row; None if all are the plain base."""
-        return InferenceRows(self.bank, weights) if (weights := self.weigh(mixes)).any() else None
+        return InferenceAdapters(self.bank, weights) if (weights := self.weigh(mixes)).any() else None
 
     def weigh(self, mixes: Sequence[Mix]) -> Float[Tensor, "rows slots"]:
         """Returns how much of each slot's adapter a row gets; what is not loaded is loaded."""

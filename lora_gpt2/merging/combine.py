@@ -10,16 +10,24 @@ import torch
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, CorruptError, UsageError
-from lora_gpt2.core.paths import check_name
+from lora_gpt2.core.names import check_name
 from lora_gpt2.data.prepared import SKETCH
-from lora_gpt2.data.training_text import TextSketch
+from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.evaluation.general import add_general
+from lora_gpt2.evaluation.held_out import read_sketches
 from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
-from lora_gpt2.evaluation.own_text import read_sketches
 from lora_gpt2.inference.session import BASE, Mix, Session
-from lora_gpt2.merging.proof import check_effect, check_exact
+from lora_gpt2.merging.checks import check_effect, check_exact
 from lora_gpt2.model.lora import Adapter, merge_ranks
-from lora_gpt2.model.merge import SUMS, Combined, DeltaRows, combine_adapters, combine_site, scale_weights, to_dense
+from lora_gpt2.model.merge import (
+    SUMS,
+    CombinedAdapter,
+    DeltaAdapters,
+    combine_adapters,
+    combine_site,
+    scale_weights,
+    to_delta,
+)
 from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
@@ -101,7 +109,7 @@ def merge_adapters(
     Raises:
         UsageError: see `open_parents`; or the weights cancel, so that nothing would change.
         CheckFailed: the result is not what the method says; nothing is published.
-    """  # fmt: skip
+    """
     assert session.store is not None
     check_name(name)
     session.store.check_writable()
@@ -132,8 +140,11 @@ def merge_adapters(
     origin = Origin(
         {"sources": sorted({s for m in parents.manifests for s in m.data.get("sources", [])})},
         {"description": f"Merged from {' and '.join(m.reference for m in parents.manifests)} by {how.method}."},
-        figures, parents.to_lineage(factors), made, pages=pages,
-    )  # fmt: skip
+        figures,
+        parents.to_lineage(factors),
+        made,
+        pages=pages,
+    )
     manifest = publish_adapter(session.store, name, combined.adapter, base, origin)
     largest = max(combined.adapter.ranks.values())
     return MergeReport(
@@ -171,13 +182,13 @@ def check_deltas(parents: Parents, how: MergeSettings) -> None:
         raise UsageError("the merge changes nothing: its weights are zero", "use other weights")
 
 
-def check_error(parents: Parents, combined: Combined, how: MergeSettings) -> None:
+def check_error(parents: Parents, combined: CombinedAdapter, how: MergeSettings) -> None:
     """Raises `CheckFailed` unless the error that a merge states is the one that is found by comparing matrices."""
     factors = scale_weights(parents.weights, how)
     lost = whole = 0.0
     for site, update in combined.adapter.updates.items():
         delta = combine_site(parents.adapters, factors, how, site).double()
-        lost += float((delta - to_dense(update).double()).square().sum())
+        lost += float((delta - to_delta(update).double()).square().sum())
         whole += float(delta.square().sum())
     found = math.sqrt(lost / whole)
     if not abs(found - combined.relative_error) <= 1e-5 + 0.01 * combined.relative_error:
@@ -191,7 +202,7 @@ def unmerged_rows(session: Session, parents: Parents, how: MergeSettings) -> Ada
     """Returns the computation that a merge must reproduce: a soft mix in the bank where the method is a sum."""
     if how.method not in SUMS:
         weights, adapted = parents.weights, merge_ranks(adapter.ranks for adapter in parents.adapters)
-        return lambda rows: DeltaRows(
+        return lambda rows: DeltaAdapters(
             lambda site: combine_site(parents.adapters, weights, how, site) if site in adapted else None
         )
     factors = scale_weights(parents.weights, how)

@@ -25,10 +25,14 @@ NAMES = {
     "transformer.ln_f.bias": "output_norm.bias",
     "lm_head.weight": "output.weight",
 }
-PARTS = {
-    "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
-}  # fmt: skip
+MODULES = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
 
 
 def check_gguf(config: GPT2Config) -> None:
@@ -97,4 +101,4 @@ def name_tensor(name: str) -> str:
         return NAMES[name]
     layer, _, rest = name.removeprefix("transformer.h.").partition(".")
     part, _, kind = rest.rpartition(".")
-    return f"blk.{layer}.{PARTS[part]}.{kind}"
+    return f"blk.{layer}.{MODULES[part]}.{kind}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from lora_gpt2.core.console import Reporter, Task
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.data.records import Document
+from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.matrix import Source
 from lora_gpt2.evaluation.perplexity import Score, Text, measure_perplexity, split_prompt, to_perplexity
 from lora_gpt2.inference.session import Mix, Session
@@ -74,7 +74,7 @@ def search_weights(
 
     Raises:
         UsageError: there are fewer than two adapters, no text, or settings that the search chooses.
-    """  # fmt: skip
+    """
     if len(mix) < 2 or not sources:
         raise UsageError(
             "--search needs two adapters and text to measure them on",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.model.config import HEAD, GPT2Config
-from lora_gpt2.model.gpt2 import Before, HeadUpdate, Linear, apply_before
+from lora_gpt2.model.gpt2 import Linear, LowRankLogits, Prologue, apply_prologue
 from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
 
 Layout = Literal["training", "inference"]
@@ -39,10 +39,10 @@ class BankSite:
     a: Tensor
     bt: Tensor
     scale: Tensor
-    a_compute: Tensor
-    bt_compute: Tensor
-    a_gradient: Tensor | None = None
-    bt_gradient: Tensor | None = None
+    lora_a_cast: Tensor
+    lora_b_t_cast: Tensor
+    grad_a: Tensor | None = None
+    grad_b_t: Tensor | None = None
 
 
 class AdapterBank:
@@ -66,7 +66,7 @@ class AdapterBank:
         dtype = torch.float32 if layout == "training" else like.dtype
         self.flat = torch.zeros(num_slots, self.num_parameters, dtype=dtype, device=like.device)
         self.compute = self.flat if dtype == like.dtype else self.flat.to(like.dtype)
-        self.anchor = torch.zeros((), device=like.device)
+        self.grad_trigger = torch.zeros((), device=like.device)
         self.sites: dict[str, BankSite] = {}
         self.updates: list[dict[str, tuple[int, float, bool]]] = [{} for _ in range(num_slots)]
         self._spans: list[tuple[str, int, int]] = []
@@ -111,7 +111,7 @@ class AdapterBank:
             place.a[slot, : update.rank] = update.a.to(place.a)
             place.bt[slot, : update.rank] = update.b.mT.to(place.bt)
             place.scale[slot] = update.scale
-            self.updates[slot][site] = (update.rank, update.alpha, update.rslora)
+            self.updates[slot][site] = (update.rank, update.alpha, update.use_rslora)
         self.refresh()
 
     def _check_finite(self, site: str, update: LoraUpdate) -> None:
@@ -141,38 +141,40 @@ class AdapterBank:
         for site, offset, width in self._spans:
             view = self._view(self.flat if flat is None else flat, offset, self.ranks[site], width)[slot]
             views.setdefault(site, []).append(view.detach().to("cpu", torch.float32))
-        for site, (rank, alpha, rslora) in self.updates[slot].items():
+        for site, (rank, alpha, use_rslora) in self.updates[slot].items():
             a, bt = views[site]
             updates[site] = LoraUpdate(
-                a[:rank].clone(), bt[:rank].mT.clone(memory_format=torch.contiguous_format), alpha, rslora
+                a[:rank].clone(), bt[:rank].mT.clone(memory_format=torch.contiguous_format), alpha, use_rslora
             )
         return Adapter(updates)
 
     def enable_gradients(self) -> Tensor:
-        """Lets `TrainingRows` add gradients into a buffer like `flat`, whose views each site gets; returns it."""
+        """Lets `TrainingAdapters` add gradients into a buffer like `flat`, whose views each site gets; returns it."""
         gradient = torch.zeros_like(self.flat)
-        self.anchor.requires_grad_()
+        self.grad_trigger.requires_grad_()
         for site, offset, width in self._spans:
             place = self.sites[site]
             view = self._view(gradient, offset, self.ranks[site], width)
             if offset == self._offset_of(site):
-                place.a_gradient = view
+                place.grad_a = view
             else:
-                place.bt_gradient = view
+                place.grad_b_t = view
         return gradient
 
     def _offset_of(self, site: str) -> int:
         return next(offset for name, offset, _ in self._spans if name == site)
 
-    def build_boost(self, ratios: Sequence[float]) -> Tensor | None:
+    def build_lr_multipliers(self, ratios: Sequence[float]) -> Tensor | None:
         """Returns a buffer like `flat` with each slot's ratio at its B and 1 at its A (LoRA+), or None if all are 1."""
         if all(ratio == 1 for ratio in ratios):
             return None
-        boost = torch.ones_like(self.flat)
+        lr_multipliers = torch.ones_like(self.flat)
         for site, offset, width in self._spans:
             if offset != self._offset_of(site):
-                self._view(boost, offset, self.ranks[site], width).mul_(boost.new_tensor(ratios)[:, None, None])
-        return boost
+                self._view(lr_multipliers, offset, self.ranks[site], width).mul_(
+                    lr_multipliers.new_tensor(ratios)[:, None, None]
+                )
+        return lr_multipliers
 
     def build_mask(self, plans: Sequence[Sequence[TargetPlan]]) -> Tensor | None:
         """Returns a 0/1 buffer like `flat` that keeps the structural zeros of sliced targets, or None without any.
@@ -194,7 +196,7 @@ class AdapterBank:
         return mask
 
 
-class InferenceRows:
+class InferenceAdapters:
     """Adapters for inference: `weights` `[rows, slots]` says how much of each adapter a row gets.
 
     One-hot picks an adapter, zero is the plain base, anything else mixes. A slot with weight zero is masked, not
@@ -210,10 +212,10 @@ class InferenceRows:
         self._parts: dict[str, _Factors] = {}
 
     def project(
-        self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
+        self, site: str, linear: Linear, before: Prologue, x: Float[Tensor, "rows time inputs"]
     ) -> Float[Tensor, "rows time outputs"]:
         """Returns the projection of `before(x)` with the weighted updates of each row added."""
-        h = apply_before(before, x)
+        h = apply_prologue(before, x)
         y: Tensor = linear(h)
         if site in self.bank.sites:
             factors = self._find_factors(site)
@@ -221,12 +223,12 @@ class InferenceRows:
                 y.view(-1, y.shape[-1]).addmm_(self._shrink(h, factors), factors.bt, alpha=factors.scale)
         return y
 
-    def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+    def low_rank_logits(self, hidden: Float[Tensor, "rows time width"]) -> LowRankLogits | None:
         """Returns what the adapters add to the logits, or None if none of them changes the head."""
         if HEAD not in self.bank.sites or (factors := self._find_factors(HEAD)).scale == 0:
             return None
         inner = self._shrink(hidden, factors)
-        return HeadUpdate(inner if factors.scale == 1 else inner.mul_(factors.scale), factors.bt[None])
+        return LowRankLogits(inner if factors.scale == 1 else inner.mul_(factors.scale), factors.bt[None])
 
     def _shrink(self, h: Float[Tensor, "rows time inputs"], factors: _Factors) -> Float[Tensor, "tokens all_ranks"]:
         """Returns the product with A, weighted per row where rows differ; what a row does not use is exactly zero."""

@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
+from lora_gpt2.core.files import write_atomic
 from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
 from lora_gpt2.core.memory import is_out_of_memory
-from lora_gpt2.core.paths import find_cache_dir, write_atomic
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.model.config import GPT2Config, parse_config
 from lora_gpt2.model.gpt2 import GPT2, Linear

@@ -67,12 +67,18 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
         shown = show_value(eos_id)
         raise MismatchError(f"{where}: eos_token_id {shown} is outside the vocabulary of {vocab_size}", hint)
     return GPT2Config(
-        vocab_size=vocab_size, context=read.size("n_positions", 1024), width=width,
-        layers=read.size("n_layer", 12, MAX_LAYERS), heads=heads,
+        vocab_size=vocab_size,
+        context=read.size("n_positions", 1024),
+        width=width,
+        layers=read.size("n_layer", 12, MAX_LAYERS),
+        heads=heads,
         inner=4 * width if values.get("n_inner") is None else read.size("n_inner", 0),
-        epsilon=read.epsilon(), gelu=ACTIVATIONS[activation], tied=read.switch("tie_word_embeddings", True),
-        scale_by_layer=read.switch("scale_attn_by_inverse_layer_idx", False), eos_id=eos_id,
-    )  # fmt: skip
+        epsilon=read.epsilon(),
+        gelu=ACTIVATIONS[activation],
+        tied=read.switch("tie_word_embeddings", True),
+        scale_by_layer=read.switch("scale_attn_by_inverse_layer_idx", False),
+        eos_id=eos_id,
+    )
 
 
 @dataclass(frozen=True)

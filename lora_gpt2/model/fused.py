@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lora_gpt2.model.bank import AdapterBank, BankSite
 from lora_gpt2.model.config import HEAD
-from lora_gpt2.model.gpt2 import Before, HeadUpdate, LayerNorm, Linear, apply_before
+from lora_gpt2.model.gpt2 import LayerNorm, Linear, LowRankLogits, Prologue, apply_prologue
 
 
-class TrainingRows:
+class TrainingAdapters:
     """Adapters for training: the batch holds the same number of rows for each of `slots`, in order.
 
     `places` is `slots` as a tensor on the device, for callers that must not copy to it now.
@@ -45,31 +45,31 @@ class TrainingRows:
             self.slots = torch.tensor(slots, device=bank.flat.device) if places is None else places
 
     def project(
-        self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
+        self, site: str, linear: Linear, before: Prologue, x: Float[Tensor, "rows time inputs"]
     ) -> Float[Tensor, "rows time outputs"]:
         """Returns the projection of `before(x)` with each slot's update added to its own rows."""
         place = self.bank.sites.get(site)
         if place is None and not x.requires_grad:  # below the first adapted block nothing is kept
-            frozen: Tensor = linear(apply_before(before, x))
+            frozen: Tensor = linear(apply_prologue(before, x))
             return frozen
-        result: Tensor = _Projection.apply(x, self.bank.anchor, self, site, linear, before, place)  # type: ignore[no-untyped-call]
+        result: Tensor = _Projection.apply(x, self.bank.grad_trigger, self, site, linear, before, place)  # type: ignore[no-untyped-call]
         return result
 
-    def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+    def low_rank_logits(self, hidden: Float[Tensor, "rows time width"]) -> LowRankLogits | None:
         """Returns what each slot adds to the logits of its own rows, or None if none changes the head."""
         place = self.bank.sites.get(HEAD)
         if place is None:
             return None
-        inner: Tensor = _HeadInput.apply(hidden, self.bank.anchor, self, place)  # type: ignore[no-untyped-call]
+        inner: Tensor = _HeadInput.apply(hidden, self.bank.grad_trigger, self, place)  # type: ignore[no-untyped-call]
 
-        outer, total = place.bt_compute[self.slots], place.bt_gradient
+        outer, total = place.lora_b_t_cast[self.slots], place.grad_b_t
         if total is None:
-            return HeadUpdate(inner.flatten(0, 1), outer)
+            return LowRankLogits(inner.flatten(0, 1), outer)
 
         def add_gradient(gradient: Tensor) -> None:
             total[self.slots] += gradient
 
-        return HeadUpdate(inner.flatten(0, 1), outer, add_gradient)
+        return LowRankLogits(inner.flatten(0, 1), outer, add_gradient)
 
     def by_slot(self, x: Tensor) -> Tensor:
         """Returns `[rows, time, width]` as `[slots, rows / slots * time, width]`."""
@@ -99,19 +99,25 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, rows: TrainingRows, site: str, linear: Linear, before: Before,
+        ctx: Any,
+        x: Tensor,
+        grad_trigger: Tensor,
+        rows: TrainingAdapters,
+        site: str,
+        linear: Linear,
+        before: Prologue,
         place: BankSite | None,
-    ) -> Tensor:  # fmt: skip
-        """Returns `[rows, time, out]`; `anchor` only makes autograd call `backward`."""
+    ) -> Tensor:
+        """Returns `[rows, time, out]`; `grad_trigger` only makes autograd call `backward`."""
         ctx.rows, ctx.site, ctx.linear, ctx.before, ctx.place = rows, site, linear, before, place
-        h = apply_before(before, x)
+        h = apply_prologue(before, x)
         y: Tensor = linear(h)
         z = None
         if place is not None:
             mask = rows.draw_mask(site, h)
             kept = rows.by_slot(h if mask is None else h * mask)
-            z = rows.scaled(torch.bmm(kept, place.a_compute[rows.slots].mT), place)
-            rows.by_slot(y).baddbmm_(z, place.bt_compute[rows.slots])
+            z = rows.scaled(torch.bmm(kept, place.lora_a_cast[rows.slots].mT), place)
+            rows.by_slot(y).baddbmm_(z, place.lora_b_t_cast[rows.slots])
         ctx.save_for_backward(x, z)
         return y
 
@@ -125,21 +131,21 @@ class _Projection(torch.autograd.Function):
             h, *rest = torch.native_layer_norm(x, before.normalized_shape, before.weight, before.bias, before.eps)
             statistics = tuple(rest)
         elif place is not None:
-            h = apply_before(before, x)
+            h = apply_prologue(before, x)
         if place is not None:
             mask = rows.draw_mask(ctx.site, h)
             kept, dy_slots = rows.by_slot(h if mask is None else h * mask), rows.by_slot(dy)
-            dz = rows.scaled(torch.bmm(dy_slots, place.bt_compute[rows.slots].mT), place)
-            place.bt_gradient[rows.slots] += torch.bmm(z.mT, dy_slots)
-            place.a_gradient[rows.slots] += torch.bmm(dz.mT, kept)
+            dz = rows.scaled(torch.bmm(dy_slots, place.lora_b_t_cast[rows.slots].mT), place)
+            place.grad_b_t[rows.slots] += torch.bmm(z.mT, dy_slots)
+            place.grad_a[rows.slots] += torch.bmm(dz.mT, kept)
             del h, kept
         dx = None
         if ctx.needs_input_grad[0]:
             dh = torch.matmul(dy, ctx.linear.dense(dy.dtype))
             if place is not None and mask is None:
-                rows.by_slot(dh).baddbmm_(dz, place.a_compute[rows.slots])
+                rows.by_slot(dh).baddbmm_(dz, place.lora_a_cast[rows.slots])
             elif place is not None and dz is not None and mask is not None:
-                dh.addcmul_(torch.bmm(dz, place.a_compute[rows.slots]).view(dh.shape), mask)
+                dh.addcmul_(torch.bmm(dz, place.lora_a_cast[rows.slots]).view(dh.shape), mask)
             dx = _backward_before(before, dh, x, statistics)
         return dx, None, None, None, None, None, None
 
@@ -148,13 +154,13 @@ class _HeadInput(torch.autograd.Function):
     """The rank-wide product of the head's update, z = s · h Aᵀ; the loss has the rest (`loss.py`)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, anchor: Tensor, rows: TrainingRows, place: BankSite) -> Tensor:
-        """Returns `[slots, tokens, rank]`; `anchor` only makes autograd call `backward`."""
+    def forward(ctx: Any, hidden: Tensor, grad_trigger: Tensor, rows: TrainingAdapters, place: BankSite) -> Tensor:
+        """Returns `[slots, tokens, rank]`; `grad_trigger` only makes autograd call `backward`."""
         ctx.rows, ctx.place = rows, place
         ctx.save_for_backward(hidden)
         mask = rows.draw_mask(HEAD, hidden)
         kept = rows.by_slot(hidden if mask is None else hidden * mask)
-        return rows.scaled(torch.bmm(kept, place.a_compute[rows.slots].mT), place)
+        return rows.scaled(torch.bmm(kept, place.lora_a_cast[rows.slots].mT), place)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,12 +168,12 @@ class _HeadInput(torch.autograd.Function):
         (hidden,), rows, place = ctx.saved_tensors, ctx.rows, ctx.place
         dz, mask = rows.scaled(upstream[0], place), rows.draw_mask(HEAD, hidden)
         kept = rows.by_slot(hidden if mask is None else hidden * mask)
-        place.a_gradient[rows.slots] += torch.bmm(dz.mT, kept)
-        dh = torch.bmm(dz, place.a_compute[rows.slots]).view(hidden.shape)
+        place.grad_a[rows.slots] += torch.bmm(dz.mT, kept)
+        dh = torch.bmm(dz, place.lora_a_cast[rows.slots]).view(hidden.shape)
         return dh if mask is None else dh.mul_(mask), None, None, None
 
 
-def _backward_before(before: Before, dh: Tensor, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
+def _backward_before(before: Prologue, dh: Tensor, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
     """Returns the gradient of x through the norm (whose weights are constants) or the activation."""
     if isinstance(before, LayerNorm):
         mean, rstd = statistics

@@ -59,11 +59,11 @@ class LayerNorm(_Uninitialised, nn.LayerNorm):
     """`nn.LayerNorm` whose weights are not set."""
 
 
-Before = LayerNorm | nn.GELU | None
+Prologue = LayerNorm | nn.GELU | None
 
 
 @dataclass(frozen=True)
-class HeadUpdate:
+class LowRankLogits:
     """What adapters add to the logits, as factors, because the sum for a whole batch would not fit.
 
     `inner` `[tokens, rank]` has the tokens of each group one after another, as many in each; `outer`
@@ -74,9 +74,9 @@ class HeadUpdate:
     outer: Float[Tensor, "groups rank vocab"]
     add_gradient: Callable[[Tensor], None] | None = None
 
-    def pick(self, places: Int[Tensor, " picked"]) -> HeadUpdate:
+    def pick(self, places: Int[Tensor, " picked"]) -> LowRankLogits:
         """Returns the update of some tokens; there is one group."""
-        return HeadUpdate(self.inner[places], self.outer)
+        return LowRankLogits(self.inner[places], self.outer)
 
 
 @runtime_checkable
@@ -84,11 +84,11 @@ class ActiveAdapters(Protocol):
     """What the network asks at each adapted projection."""
 
     def project(
-        self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
+        self, site: str, linear: Linear, before: Prologue, x: Float[Tensor, "rows time inputs"]
     ) -> Float[Tensor, "rows time outputs"]:
         """Returns the projection of `before(x)` plus the update of the adapters at `site`."""
 
-    def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+    def low_rank_logits(self, hidden: Float[Tensor, "rows time width"]) -> LowRankLogits | None:
         """Returns what the adapters add to the logits of these hidden states."""
 
 
@@ -236,9 +236,9 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.ln_f = LayerNorm(config.width, eps=config.epsilon)
         self.lm_head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
-        self.packed_head: Linear | None = None
+        self.prepacked_head: Linear | None = None
 
-    def iter_projections(self) -> Iterator[Linear]:
+    def iter_linears(self) -> Iterator[Linear]:
         """Yields every projection of the blocks that an adapter may change."""
         for name, module in self.named_modules():
             if name.endswith(TARGETS) and isinstance(module, Linear):
@@ -254,8 +254,8 @@ class GPT2(nn.Module):
         weight = self.head.float() + delta.to(self.head.device)
         self.lm_head = Linear(delta.shape[1], delta.shape[0], bias=False, device="meta")
         self.lm_head.weight = nn.Parameter(weight.to(self.wte.weight.dtype), requires_grad=False)
-        if self.packed_head is not None:
-            self.packed_head = self.packed_head.with_weight(weight)
+        if self.prepacked_head is not None:
+            self.prepacked_head = self.prepacked_head.with_weight(weight)
 
     def forward(
         self,
@@ -314,8 +314,8 @@ class GPT2(nn.Module):
         self, hidden: Float[Tensor, "rows time width"], adapters: ActiveAdapters | None
     ) -> Float[Tensor, "rows time vocab"]:
         """Returns the scores of the next token for each hidden state, under the adapters that it was computed with."""
-        scores = F.linear(hidden, self.head) if self.packed_head is None else self.packed_head(hidden)
-        if adapters is not None and (update := adapters.update_head(hidden)) is not None:
+        scores = F.linear(hidden, self.head) if self.prepacked_head is None else self.prepacked_head(hidden)
+        if adapters is not None and (update := adapters.low_rank_logits(hidden)) is not None:
             groups = scores.view(len(update.outer), -1, scores.shape[-1])
             groups.baddbmm_(update.inner.view(*groups.shape[:2], -1), update.outer)
         return scores
@@ -335,7 +335,7 @@ def build_mask(seen: Bool[Tensor, "rows time keys"], dtype: torch.dtype) -> Floa
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
 
 
-def apply_before(before: Before, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+def apply_prologue(before: Prologue, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
     """Returns the input of a projection: the norm or activation of `x`, or `x`."""
     return x if before is None else before(x)
 
@@ -343,12 +343,12 @@ def apply_before(before: Before, x: Float[Tensor, "*shape width"]) -> Float[Tens
 def project(
     linear: Linear,
     site: str,
-    before: Before,
+    before: Prologue,
     x: Float[Tensor, "rows time inputs"],
     adapters: ActiveAdapters | None,
 ) -> Float[Tensor, "rows time outputs"]:
     """Returns the frozen projection of `before(x)`, with the adapters' update where there are any."""
     if adapters is not None:
         return adapters.project(site, linear, before, x)
-    result: Tensor = linear(apply_before(before, x))
+    result: Tensor = linear(apply_prologue(before, x))
     return result

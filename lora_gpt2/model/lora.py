@@ -30,7 +30,7 @@ class LoraUpdate:
     a: Tensor
     b: Tensor
     alpha: float
-    rslora: bool = False
+    use_rslora: bool = False
 
     @property
     def rank(self) -> int:
@@ -40,7 +40,7 @@ class LoraUpdate:
     @property
     def scale(self) -> float:
         """The factor of `b @ a`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
             plans.append(TargetPlan(target, rank, settings.alpha_of(name), None))
         elif name == "c_attn" and slices:
             rank, count, d = settings.rank_of(slices[0]), len(slices), config.width
-            alpha = settings.alpha_of(slices[0]) * (math.sqrt(count) if settings.rslora else count)
+            alpha = settings.alpha_of(slices[0]) * (math.sqrt(count) if settings.use_rslora else count)
             blocks = tuple(
                 (slice(SLICES.index(s) * d, (SLICES.index(s) + 1) * d), slice(i * rank, (i + 1) * rank))
                 for i, s in enumerate(slices)
@@ -134,7 +134,7 @@ def build_adapter(config: GPT2Config, settings: LoraSettings, seed: int) -> Adap
         plan = plans[target_of(site)]
         inputs, outputs = config.shape_of(plan.target)
         a = torch.empty(rank, inputs).uniform_(-1, 1, generator=generator) / math.sqrt(inputs)
-        updates[site] = LoraUpdate(a, torch.zeros(outputs, rank), plan.alpha, settings.rslora)
+        updates[site] = LoraUpdate(a, torch.zeros(outputs, rank), plan.alpha, settings.use_rslora)
     return Adapter(updates)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE
-from lora_gpt2.model.gpt2 import GPT2, ActiveAdapters, HeadUpdate
+from lora_gpt2.model.gpt2 import GPT2, ActiveAdapters, LowRankLogits
 
 CPU_ROWS, DEVICE_ROWS = 256, 1024
 
@@ -26,11 +26,11 @@ def rows_per_chunk(device: torch.device) -> int:
     return CPU_ROWS if device.type == "cpu" else DEVICE_ROWS
 
 
-def measure_nll(
+def token_nll(
     hidden: Float[Tensor, "tokens width"],
     head: Float[Tensor, "vocab width"],
     targets: Int[Tensor, " tokens"],
-    update: HeadUpdate | None,
+    update: LowRankLogits | None,
 ) -> Float[Tensor, " tokens"]:
     """Returns the negative log-likelihood of each target in nats, float32; 0 where the target is `IGNORE`.
 
@@ -54,25 +54,25 @@ def score_tokens(
     targets: Int[Tensor, " tokens"],
     places: Int[Tensor, " tokens"] | None = None,
 ) -> Float[Tensor, " tokens"]:
-    """Returns `measure_nll` of hidden states under the adapters that they were computed with.
+    """Returns `token_nll` of hidden states under the adapters that they were computed with.
 
     `places` picks some of the `rows * time` states, in any order; without it all of them are scored.
     """
-    flat, update = hidden.flatten(0, 1), None if adapters is None else adapters.update_head(hidden)
+    flat, update = hidden.flatten(0, 1), None if adapters is None else adapters.low_rank_logits(hidden)
     if places is not None:
         flat, update = flat[places], None if update is None else update.pick(places)
-    return measure_nll(flat, model.head, targets, update)
+    return token_nll(flat, model.head, targets, update)
 
 
-def _build_empty(hidden: Tensor, head: Tensor) -> HeadUpdate:
+def _build_empty(hidden: Tensor, head: Tensor) -> LowRankLogits:
     """Returns an update of rank 0."""
-    return HeadUpdate(hidden.new_empty(len(hidden), 0), head.new_empty(1, 0, len(head)))
+    return LowRankLogits(hidden.new_empty(len(hidden), 0), head.new_empty(1, 0, len(head)))
 
 
 class _Chunk:
     """Room for the logits of `rows` rows, used again for each chunk, because fresh memory costs as much as sums."""
 
-    def __init__(self, hidden: Tensor, head: Tensor, update: HeadUpdate) -> None:
+    def __init__(self, hidden: Tensor, head: Tensor, update: LowRankLogits) -> None:
         self.hidden, self.head, self.update = hidden, head, update
         self.group_rows = len(hidden) // len(update.outer)
         self.rows = min(rows_per_chunk(hidden.device), self.group_rows)
@@ -100,12 +100,18 @@ class _Chunk:
         return slope if self.wide is self.narrow else self.narrow[: len(slope)].copy_(slope)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, inner: Tensor, head: Tensor, targets: Tensor, weights: Tensor,
-        smoothing: float, update: HeadUpdate,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        inner: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        smoothing: float,
+        update: LowRankLogits,
+    ) -> tuple[Tensor, Tensor]:
         nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
@@ -143,13 +149,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * factor, inner_gradient * factor, None, None, None, None, None
 
 
-def chunked_cross_entropy(
+def fused_linear_cross_entropy(
     hidden: Float[Tensor, "tokens width"],
     head: Float[Tensor, "vocab width"],
     targets: Int[Tensor, " tokens"],
     weights: Float[Tensor, " tokens"],
     smoothing: float,
-    update: HeadUpdate | None,
+    update: LowRankLogits | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
     """Returns (sum of weight × loss, NLL per token), in nats; differentiable in `hidden` through the first.
 
@@ -160,5 +166,5 @@ def chunked_cross_entropy(
     domains of their mean NLL, so each domain's gradient is what it would be alone.
     """
     update = update or _build_empty(hidden, head)
-    loss, nll = _ChunkedCrossEntropy.apply(hidden, update.inner, head, targets, weights, smoothing, update)  # type: ignore[no-untyped-call]
+    loss, nll = _FusedLinearCrossEntropy.apply(hidden, update.inner, head, targets, weights, smoothing, update)  # type: ignore[no-untyped-call]
     return loss, nll.detach()

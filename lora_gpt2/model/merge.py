@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.model.config import HEAD
-from lora_gpt2.model.gpt2 import Before, HeadUpdate, Linear, apply_before
+from lora_gpt2.model.gpt2 import Linear, LowRankLogits, Prologue, apply_prologue
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.recipe import MergeMethod, MergeSettings
 
@@ -34,7 +34,7 @@ SUMS = ("linear", "cat", "svd", "task_arithmetic")
 
 
 @dataclass(frozen=True)
-class Combined:
+class CombinedAdapter:
     """A new adapter; `relative_error` is the norm of what the rank cut off, over that of the whole update."""
 
     adapter: Adapter
@@ -53,7 +53,7 @@ def scale_weights(weights: Sequence[float], how: MergeSettings) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float], how: MergeSettings) -> Combined:
+def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float], how: MergeSettings) -> CombinedAdapter:
     """Returns the combination of adapters whose ranks and targets may differ; raises as `scale_weights`."""
     factors = scale_weights(weights, how)
     updates: dict[str, LoraUpdate] = {}
@@ -61,7 +61,9 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float], how:
     for site in dict.fromkeys(site for adapter in adapters for site in adapter.updates):
         present = [adapter.updates[site] for adapter in adapters if site in adapter.updates]
         if how.method in SUMS:
-            whole = concatenate(present, [f for f, a in zip(factors, adapters, strict=True) if site in a.updates])
+            whole = concatenate_updates(
+                present, [f for f, a in zip(factors, adapters, strict=True) if site in a.updates]
+            )
             default = max(update.rank for update in present) if how.method in ("linear", "svd") else whole.rank
             update, error = cut_rank(whole, how.rank or default, how.max_error)
         else:
@@ -70,7 +72,7 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float], how:
         updates[site] = update
         lost += error**2
         kept += measure_norm(update) ** 2
-    return Combined(Adapter(updates), math.sqrt(lost / (lost + kept)) if lost else 0.0)
+    return CombinedAdapter(Adapter(updates), math.sqrt(lost / (lost + kept)) if lost else 0.0)
 
 
 def combine_site(
@@ -81,20 +83,20 @@ def combine_site(
     for place, (adapter, factor) in enumerate(zip(adapters, factors, strict=True)):
         if site in adapter.updates:
             seed = zlib.crc32(f"{how.seed} {place} {site}".encode())
-            kept.append(prune(to_dense(adapter.updates[site]), how, torch.Generator().manual_seed(seed)))
+            kept.append(prune(to_delta(adapter.updates[site]), how, torch.Generator().manual_seed(seed)))
             weights.append(factor)
     deltas, scale = torch.stack(kept), torch.tensor(weights)
     return merge_agreeing(deltas, scale) if how.method.endswith("ties") else torch.tensordot(scale, deltas, dims=1)
 
 
-def concatenate(updates: Sequence[LoraUpdate], weights: Sequence[float]) -> LoraUpdate:
+def concatenate_updates(updates: Sequence[LoraUpdate], weights: Sequence[float]) -> LoraUpdate:
     """Returns the weighted sum of updates of one projection, exactly: the factors side by side, scale 1."""
     a = torch.cat([update.a for update in updates])
     b = torch.cat([update.b * (weight * update.scale) for update, weight in zip(updates, weights, strict=True)], dim=1)
     return LoraUpdate(a, b, float(a.shape[0]))
 
 
-def to_dense(update: LoraUpdate) -> Float[Tensor, "outputs inputs"]:
+def to_delta(update: LoraUpdate) -> Float[Tensor, "outputs inputs"]:
     """Returns what an update adds to the weight."""
     return (update.b * update.scale) @ update.a
 
@@ -130,7 +132,7 @@ def approximate(delta: Float[Tensor, "outputs inputs"], rank: int, max_error: fl
     left, right = basis * root, (basis.mT @ wide) / root[:, None]
     b, a = (right.mT, left.mT) if is_tall else (left, right)
     update = LoraUpdate(a.float().contiguous(), b.float().contiguous(), float(kept))
-    return update, float((delta - to_dense(update)).double().norm())
+    return update, float((delta - to_delta(update)).double().norm())
 
 
 def choose_rank(values: Float[Tensor, " rank"], rank: int, max_error: float) -> int:
@@ -188,7 +190,7 @@ def measure_norm(update: LoraUpdate) -> float:
     return math.sqrt(max(measure_inner(update, update), 0.0))
 
 
-class DeltaRows:
+class DeltaAdapters:
     """Changes of the weights, added as they are, each computed when it is needed: what a merge must reproduce.
 
     `delta_of(site)` returns a change `[out, in]`, or None where there is none.
@@ -198,15 +200,15 @@ class DeltaRows:
         self.delta_of = delta_of
 
     def project(
-        self, site: str, linear: Linear, before: Before, x: Float[Tensor, "rows time inputs"]
+        self, site: str, linear: Linear, before: Prologue, x: Float[Tensor, "rows time inputs"]
     ) -> Float[Tensor, "rows time outputs"]:
         """Returns the projection of `before(x)` plus the change's."""
-        h = apply_before(before, x)
+        h = apply_prologue(before, x)
         y: Tensor = linear(h)
         delta = self.delta_of(site)
         return y if delta is None else y + F.linear(h, delta.to(h))
 
-    def update_head(self, hidden: Float[Tensor, "rows time width"]) -> HeadUpdate | None:
+    def low_rank_logits(self, hidden: Float[Tensor, "rows time width"]) -> LowRankLogits | None:
         """Returns the change of the head, as factors of which one is the hidden states."""
         delta = self.delta_of(HEAD)
-        return None if delta is None else HeadUpdate(hidden.flatten(0, 1), delta.to(hidden).mT[None])
+        return None if delta is None else LowRankLogits(hidden.flatten(0, 1), delta.to(hidden).mT[None])

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError
-from lora_gpt2.model.bank import AdapterBank, InferenceRows
+from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.lora import Adapter
@@ -55,7 +55,7 @@ def bind_adapter(base: Base, adapter: Adapter) -> AdaptersForRows:
     """
     bank = AdapterBank(base.config, adapter.ranks, 1, "inference", base.model.wte.weight)
     bank.load(0, adapter)
-    return lambda rows: InferenceRows(bank, torch.ones(rows, 1))
+    return lambda rows: InferenceAdapters(bank, torch.ones(rows, 1))
 
 
 def check_finite_logits(base: Base, adapter: Adapter, where: str) -> None:

@@ -65,18 +65,18 @@ def as_float64(values: Tensor) -> Tensor:
     return values.to(choose_float64_device(values.device)).double()
 
 
-def choose_runtime(precision: str, device: torch.device | None = None) -> Runtime:
-    """Returns the device and dtype for a `precision` setting; raises `UsageError` for float16 on a CPU.
+def choose_runtime(dtype: str, device: torch.device | None = None) -> Runtime:
+    """Returns the device and dtype for a `dtype` setting; raises `UsageError` for float16 on a CPU.
 
     `auto` on a CPU is what `$LORA_GPT2_CPU_DTYPE` says, else bfloat16 where the CPU multiplies it in hardware.
     `auto` on `mps` is float32: neither bfloat16, which older versions of macOS lack, nor the loss scaling of float16
     has been tried there. Both can be asked for by name.
     """
     device = device or choose_device()
-    if precision != "auto":
-        if device.type == "cpu" and precision == "float16":
+    if dtype != "auto":
+        if device.type == "cpu" and dtype == "float16":
             raise UsageError("float16 is hundreds of times slower than float32 on a CPU", "use float32, or auto")
-        return Runtime(device, DTYPES[precision])
+        return Runtime(device, DTYPES[dtype])
     if device.type == "cuda":
         return Runtime(device, torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16)
     return Runtime(device, _choose_cpu_dtype() if device.type == "cpu" else torch.float32)

@@ -25,15 +25,14 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from lora_gpt2.core.errors import LoraGpt2Error
-from lora_gpt2.core.log import LocalLog
-from lora_gpt2.evaluation.choices import check_choice
 from lora_gpt2.inference.generate import describe_provenance
+from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.session import BASE, Loaded, Mix, Session, describe_mix, show_name
+from lora_gpt2.rating.choices import check_vote
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
-from lora_gpt2.serving.call import Call, EventStream
-from lora_gpt2.serving.guard import Guard, has_key
 from lora_gpt2.serving.metrics import Metrics
-from lora_gpt2.serving.wire import (
+from lora_gpt2.serving.middleware import AccessMiddleware, has_key
+from lora_gpt2.serving.protocol import (
     ApiError,
     Choice,
     build_rows,
@@ -43,6 +42,7 @@ from lora_gpt2.serving.wire import (
     read_model,
     translate_error,
 )
+from lora_gpt2.serving.request import Call, EventStream
 from lora_gpt2.serving.worker import BusyError, EngineFailed, Worker
 from lora_gpt2.store.listing import list_current
 
@@ -75,7 +75,7 @@ class Server:
     is_draining: bool = False
 
     def __post_init__(self) -> None:
-        self.worker = Worker(self.session, self.limits.max_rows, self.limits.max_waiting, self._note_step)
+        self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self._note_step)
 
     def _note_step(self, grown: int, growing: int, waiting: int) -> None:
         self.metrics.note_step(grown, growing, waiting, self.session.num_loads)
@@ -84,7 +84,7 @@ class Server:
         """Returns the ASGI application; the worker must be started."""
         routes = [
             Route("/v1/completions", self._answer("completions", self.complete), methods=["POST"]),
-            Route("/v1/choices", self._answer("choices", self.keep_choice), methods=["POST"]),
+            Route("/v1/choices", self._answer("choices", self.record_vote), methods=["POST"]),
             Route("/v1/models", self._answer("models", self.list_models)),
             Route("/v1/models/{model:path}", self._answer("models", self.show_model)),
             Route("/v1/adapters", self._answer("adapters", self.list_adapters)),
@@ -96,7 +96,7 @@ class Server:
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ]
         access = self.access
-        middleware = [Middleware(Guard, hosts=access.hosts, key=access.key, admin_key=access.admin_key)]
+        middleware = [Middleware(AccessMiddleware, hosts=access.hosts, key=access.key, admin_key=access.admin_key)]
         if access.origins:
             methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
             cors = Middleware(
@@ -147,14 +147,14 @@ class Server:
             raise too_large
         size = 0
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(self.limits.body_timeout_seconds):
                 async for piece in request.stream():
                     size += len(piece)
                     content += piece if size <= limit else b""
                     if size > READ_AND_REFUSED * limit:
                         break
         except TimeoutError as error:
-            raise ApiError(408, f"the body did not come within {self.limits.body_seconds:g} seconds") from error
+            raise ApiError(408, f"the body did not come within {self.limits.body_timeout_seconds:g} seconds") from error
         if size > limit:
             raise too_large
         if kind != "application/json":
@@ -175,12 +175,12 @@ class Server:
         call = Call(self.worker, self.metrics, body, [Choice(row, body) for row in rows], origin, started)
         call.submit()
         if body.stream:
-            return EventStream(call, self.limits.send_seconds)
+            return EventStream(call, self.limits.send_timeout_seconds)
         return JSONResponse(await call.collect(request))
 
-    async def keep_choice(self, request: Request) -> Response:
+    async def record_vote(self, request: Request) -> Response:
         """POST /v1/choices: records what was chosen while the names were hidden, each held to its version."""
-        choice = check_choice(parse_json(await self.read_body(request)))
+        choice = check_vote(parse_json(await self.read_body(request)))
         if self.choices is None:
             return JSONResponse({"kept": False})
 
@@ -190,7 +190,7 @@ class Server:
         pinned = {model: await run_in_threadpool(pin, model) for model in choice.models}
         record = {**vars(choice), "models": list(pinned.values()), "chosen": pinned[choice.chosen]}
         record["base"] = self.session.base.name
-        check_choice(record)  # two names may be one model
+        check_vote(record)  # two names may be one model
         return JSONResponse({"kept": await run_in_threadpool(self.choices.add, record)})
 
     async def list_models(self, request: Request) -> Response:

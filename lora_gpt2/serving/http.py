@@ -79,15 +79,15 @@ def describe_url(bound: socket.socket) -> str:
 class PatientProtocol(H11Protocol):
     """uvicorn's protocol, which lets clients go that send no complete request, or take no answer, in time."""
 
-    header_seconds = 10.0
-    send_seconds = 30.0
+    header_timeout_seconds = 10.0
+    send_timeout_seconds = 30.0
 
     def connection_made(self, transport: Any) -> None:
         """Starts the clocks."""
         self._head_timer: asyncio.TimerHandle | None = None
         self._unsent, self._was_asked = 0, False
         super().connection_made(transport)
-        self._send_timer = self.loop.call_later(self.send_seconds, self._check_sending)
+        self._send_timer = self.loop.call_later(self.send_timeout_seconds, self._check_sending)
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
@@ -109,7 +109,7 @@ class PatientProtocol(H11Protocol):
         is_incomplete |= self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
         self._was_asked |= self.conn.their_state is not h11.IDLE
         if is_incomplete and self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.header_seconds, self.transport.close)
+            self._head_timer = self.loop.call_later(self.header_timeout_seconds, self.transport.close)
         elif not is_incomplete and self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -121,7 +121,7 @@ class PatientProtocol(H11Protocol):
             self.transport.abort()
             return
         self._unsent = unsent
-        self._send_timer = self.loop.call_later(self.send_seconds / 2, self._check_sending)
+        self._send_timer = self.loop.call_later(self.send_timeout_seconds / 2, self._check_sending)
 
 
 class HttpServer(uvicorn.Server):
@@ -156,19 +156,31 @@ class HttpServer(uvicorn.Server):
 def build_http(server: Server, on_started: Callable[[], None] = lambda: None) -> HttpServer:
     """Returns what answers requests on a socket until its `should_exit` is set; the worker must be started."""
     limits = server.limits
-    times = {"header_seconds": limits.header_seconds, "send_seconds": limits.send_seconds}
+    times = {
+        "header_timeout_seconds": limits.header_timeout_seconds,
+        "send_timeout_seconds": limits.send_timeout_seconds,
+    }
     protocol = type("Protocol", (PatientProtocol,), times)
-    config = build_config(server.build_app(), protocol, max(1, round(limits.drain_seconds)))
+    config = build_config(server.build_app(), protocol, max(1, round(limits.shutdown_grace_seconds)))
     return HttpServer(config, server, on_started)
 
 
-def build_config(app: ASGIApp, protocol: type[PatientProtocol], drain_seconds: int) -> uvicorn.Config:
+def build_config(app: ASGIApp, protocol: type[PatientProtocol], shutdown_grace_seconds: int) -> uvicorn.Config:
     """Returns how all of our servers listen: quietly, without a proxy's word, and named by nobody."""
     return uvicorn.Config(
-        app, http=protocol, loop="asyncio", lifespan="off", log_level="warning", access_log=False, ws="none",
-        backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE_SECONDS, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=drain_seconds,
-    )  # fmt: skip
+        app,
+        http=protocol,
+        loop="asyncio",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=shutdown_grace_seconds,
+    )
 
 
 def serve(server: Server, bound: socket.socket, reporter: Reporter) -> None:
@@ -193,5 +205,5 @@ def serve(server: Server, bound: socket.socket, reporter: Reporter) -> None:
             raise ResourceError(
                 f"the engine failed again and again: {server.worker.error!r}", "restart; please report it"
             ) from server.worker.error
-        cut = f"what was not answered within {limits.drain_seconds:g} s was cut off"
+        cut = f"what was not answered within {limits.shutdown_grace_seconds:g} s was cut off"
         stop.raise_if_asked(cut if http.was_cut_off else "what had begun was answered")

@@ -21,9 +21,11 @@ class Metrics:
         self.waiting = Gauge("lora_gpt2_rows_waiting", "Continuations that wait for a row.", registry=registry)
         self.batch = Histogram("lora_gpt2_batch_rows", "Rows of a step.", registry=registry, buckets=ROWS)
         self.first_token = Histogram(
-            "lora_gpt2_first_token_seconds", "From a request's body to its first token.", registry=registry,
+            "lora_gpt2_first_token_seconds",
+            "From a request's body to its first token.",
+            registry=registry,
             buckets=SECONDS,
-        )  # fmt: skip
+        )
         self.latency = Histogram(
             "lora_gpt2_request_seconds", "From a request's body to its end.", registry=registry, buckets=SECONDS
         )

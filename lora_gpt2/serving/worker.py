@@ -30,7 +30,7 @@ class EngineFailed(ResourceError):
 
 
 @dataclass(frozen=True)
-class Grown:
+class StepOutput:
     """What a step did to one row: the text it completed, its log-probabilities by then, and whether it has ended."""
 
     row: Row
@@ -40,11 +40,11 @@ class Grown:
 
 
 @dataclass(eq=False)
-class Ticket:
+class PendingRequest:
     """The rows of one request, and where its answers go; both callbacks are called in the worker's thread."""
 
     rows: Sequence[Row]
-    on_grown: Callable[[list[Grown]], None]
+    on_output: Callable[[list[StepOutput]], None]
     on_error: Callable[[BaseException], None]
 
 
@@ -53,20 +53,24 @@ class Worker:
 
     Args:
         session: used by nobody else from now on, its `resolve` and `read` excepted.
-        max_rows: continuations that grow at the same time.
+        max_num_seqs: continuations that grow at the same time.
         max_waiting: continuations that may wait.
         on_step: called after each step with the number of rows that grew, of those that go on and of those that wait.
     """
 
     def __init__(
-        self, session: Session, max_rows: int, max_waiting: int, on_step: Callable[[int, int, int], None] | None = None
+        self,
+        session: Session,
+        max_num_seqs: int,
+        max_waiting: int,
+        on_step: Callable[[int, int, int], None] | None = None,
     ) -> None:
-        self.session, self.max_rows, self.max_waiting, self.on_step = session, max_rows, max_waiting, on_step
+        self.session, self.max_num_seqs, self.max_waiting, self.on_step = session, max_num_seqs, max_waiting, on_step
         self.error: BaseException | None = None
-        self._engine = Engine(session, max_rows, session.base.config.context)
+        self._engine = Engine(session, max_num_seqs, session.base.config.context)
         self._changed = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._tickets: dict[int, Ticket] = {}
+        self._tickets: dict[int, PendingRequest] = {}
         self._num_admitted = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="lora-gpt2-engine", daemon=True)
@@ -87,10 +91,10 @@ class Worker:
             self._check_room(1)
 
     def _check_room(self, wanted: int) -> None:
-        if self._num_admitted and self._num_admitted + wanted > self.max_rows + self.max_waiting:
+        if self._num_admitted and self._num_admitted + wanted > self.max_num_seqs + self.max_waiting:
             raise BusyError(f"{self._num_admitted} continuations are in work or waiting", "try again later")
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: PendingRequest) -> None:
         """Admits a request; any thread may call it.
 
         Raises:
@@ -104,7 +108,7 @@ class Worker:
             self._inbox.append(lambda: self._admit(ticket))
             self._changed.notify()
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: PendingRequest) -> None:
         """Ends a request whose client has gone; any thread may call it."""
         with self._changed:
             self._inbox.append(lambda: self._stop(ticket))
@@ -180,30 +184,30 @@ class Worker:
             action()  # who has just come is told as well
         self._fail_all(error)
 
-    def _admit(self, ticket: Ticket) -> None:
+    def _admit(self, ticket: PendingRequest) -> None:
         for row in ticket.rows:
             self._tickets[id(row)] = ticket
             self._engine.submit(row)
 
-    def _stop(self, ticket: Ticket) -> None:
+    def _stop(self, ticket: PendingRequest) -> None:
         for row in ticket.rows:
             if id(row) in self._tickets:
                 self._engine.stop(row, "cancelled")
                 self._forget(row)
 
     def _step(self) -> None:
-        grown: dict[Ticket, list[Grown]] = {}
+        grown: dict[PendingRequest, list[StepOutput]] = {}
         stepped = self._engine.step()
         for row, text in stepped:
             if ticket := self._tickets.get(id(row)):
                 is_end = bool(row.finish_reason)
-                grown.setdefault(ticket, []).append(Grown(row, text, len(row.logprobs), is_end))
+                grown.setdefault(ticket, []).append(StepOutput(row, text, len(row.logprobs), is_end))
                 if is_end:
                     self._forget(row)
         if self.on_step is not None:
-            self.on_step(len(stepped), self._engine.num_growing, len(self._engine.waiting))
+            self.on_step(len(stepped), self._engine.num_running, len(self._engine.waiting))
         for ticket, events in grown.items():
-            ticket.on_grown(events)
+            ticket.on_output(events)
 
     def _forget(self, row: Row) -> None:
         del self._tickets[id(row)]
@@ -226,4 +230,4 @@ class Worker:
 
 def _weigh(row: Row) -> int:
     """Returns how many sequences a row is: one, or its beams."""
-    return row.settings.beams
+    return row.settings.num_beams

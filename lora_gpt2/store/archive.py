@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_gpt2.core.errors import CorruptError
-from lora_gpt2.core.paths import os_errors_as_ours, read_regular
+from lora_gpt2.core.files import read_regular, wrap_os_errors
 from lora_gpt2.store.manifest import MAX_FILE_BYTES
 
 MEMBER = re.compile(r"(?:[A-Za-z0-9._@-]{1,100}/)?([A-Za-z0-9_][A-Za-z0-9._-]{0,99})")
@@ -38,7 +38,7 @@ def read_archive(path: Path) -> dict[str, bytes]:
 
     Raises `CorruptError` if it is damaged, holds anything but plain files, or unpacks to far more than its size.
     """
-    with os_errors_as_ours(f"read {path}"):
+    with wrap_os_errors(f"read {path}"):
         packed = read_regular(path.resolve(), MAX_FILE_BYTES)
     unpacker = zlib.decompressobj(wbits=31)
     try:

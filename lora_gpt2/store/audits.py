@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_gpt2.core.paths import os_errors_as_ours, read_regular, write_atomic
+from lora_gpt2.core.files import read_regular, wrap_os_errors, write_atomic
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import MAX_BYTES, Manifest
 
@@ -26,7 +26,7 @@ def read_audits(store: Store, manifest: Manifest) -> dict[str, Any]:
 
 def write_audit(store: Store, manifest: Manifest, kind: str, result: Mapping[str, Any]) -> None:
     """Keeps a result, in the place of an earlier one of its kind; raises what `Store.change` does."""
-    with store.change(manifest.name, f"keep the audit in {store.root}"), os_errors_as_ours("keep the audit"):
+    with store.change(manifest.name, f"keep the audit in {store.root}"), wrap_os_errors("keep the audit"):
         audits = {**read_audits(store, manifest), kind: dict(result)}
         content = json.dumps({"digest": manifest.digest, "audits": audits}, indent=1) + "\n"
         write_atomic(_path(store, manifest), content.encode())

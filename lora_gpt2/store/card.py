@@ -20,10 +20,16 @@ PAIRS = (
 )
 """Figures that are shown beside the base's."""
 OTHERS = {
-    "steps": "steps", "best_step": "best step", "train_tokens": "tokens trained on",
-    "trained_parameters": "trained parameters", "peak_memory_bytes": "peak memory in bytes", "seconds": "seconds",
-    "dtype": "numbers of the base", "verdict": "the curve", "forgetting": "forgetting",
-}  # fmt: skip
+    "steps": "steps",
+    "best_step": "best step",
+    "train_tokens": "tokens trained on",
+    "trained_parameters": "trained parameters",
+    "peak_memory_bytes": "peak memory in bytes",
+    "seconds": "seconds",
+    "dtype": "numbers of the base",
+    "verdict": "the curve",
+    "forgetting": "forgetting",
+}
 
 
 def build_card(manifest: Manifest, audits: Mapping[str, Any] | None = None) -> str:
@@ -60,9 +66,11 @@ def _build_head(manifest: Manifest) -> str:
     import json
 
     head: dict[str, Any] = {
-        "base_model": manifest.base.name, "library_name": "peft", "pipeline_tag": "text-generation",
+        "base_model": manifest.base.name,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
         "tags": ["lora", "gpt2", "lora-gpt2"],
-    }  # fmt: skip
+    }
     if licence := manifest.recipe.get("license"):
         head["license"] = str(licence).lower()
     figures = manifest.figures

@@ -17,18 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_gpt2.core.errors import CorruptError, LoraGpt2Error, NotFoundError, UsageError
-from lora_gpt2.core.locks import hold_lock, hold_shared
-from lora_gpt2.core.paths import (
-    check_name,
+from lora_gpt2.core.files import (
     fsync_dir,
-    is_name,
-    os_errors_as_ours,
     read_regular,
     rename_path,
     translate_os_error,
+    wrap_os_errors,
     write_atomic,
     write_file,
 )
+from lora_gpt2.core.locks import hold_lock, hold_shared
+from lora_gpt2.core.names import check_name, is_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.store.manifest import MANIFEST, Manifest, parse_manifest
 from lora_gpt2.store.version import pack_version, read_manifest
@@ -58,7 +57,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raises `ResourceError` if nothing can be published here; asked before hours of training, not after."""
-        with os_errors_as_ours(f"write to the store {self.root}"):
+        with wrap_os_errors(f"write to the store {self.root}"):
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
@@ -168,7 +167,7 @@ class Store:
     def use_version(self, name: str, version: int) -> None:
         """Puts a version in use."""
         folder = self.folder_of(name)
-        with os_errors_as_ours(f"write to the store {self.root}"):
+        with wrap_os_errors(f"write to the store {self.root}"):
             fsync_dir(folder)
             write_atomic(folder / "CURRENT", f"{version}\n".encode())
             fsync_dir(self.root)
@@ -182,7 +181,7 @@ class Store:
             CorruptError: a link stands where a folder of the store should; what it leads to is left alone.
         """
         folder, locks, trash = self.folder_of(name), self.root / LOCKS, self.root / TRASH
-        with os_errors_as_ours(action):
+        with wrap_os_errors(action):
             self.root.mkdir(parents=True, exist_ok=True)
             for path in (folder, locks, trash):
                 if path.is_symlink():

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, NotFoundError
+from lora_gpt2.core.files import fsync_dir, rename_path, wrap_os_errors, write_atomic
 from lora_gpt2.core.locks import build_reading_error, hold_for_removal, move_unread
-from lora_gpt2.core.paths import check_name, fsync_dir, is_name, os_errors_as_ours, rename_path, write_atomic
+from lora_gpt2.core.names import check_name, is_name
 from lora_gpt2.store.catalog import NEXT, STAMP, TRASH, Store, write_version
 from lora_gpt2.store.manifest import Manifest, Parent
 from lora_gpt2.store.version import read_all_checked, read_manifest, utc_now
@@ -34,7 +35,7 @@ class HistoryEntry:
 
 
 @dataclass
-class Collected:
+class GarbageReport:
     """What `collect_garbage` deleted (or would), what it left because somebody reads it, and the bytes freed."""
 
     removed: list[str]
@@ -216,19 +217,19 @@ def restore_adapter(store: Store, reference: str) -> None:
         fsync_dir(target.parent)
 
 
-def collect_garbage(store: Store, keep: int | None = None, dry_run: bool = False) -> Collected:
+def collect_garbage(store: Store, keep: int | None = None, dry_run: bool = False) -> GarbageReport:
     """Deletes the trash, what dead processes left, and, with `keep`, all but the newest `keep` versions of each.
 
     The version in use and versions that somebody reads are kept.
     """
-    found = Collected([], [], 0)
+    found = GarbageReport([], [], 0)
     for name in store.list_names() if keep else []:
         with store.change(name, f"collect '{name}' in {store.root}"):
             current = _read_pointer(store, name)
             for version in store.list_versions(name)[: -(keep or 1)] if current else []:
                 if str(version) != current:
                     _collect_version(store, store.folder_of(name) / str(version), found, dry_run)
-    with os_errors_as_ours(f"collect garbage in {store.root}"):
+    with wrap_os_errors(f"collect garbage in {store.root}"):
         for path in iter_trash(store):
             label = path.name.rpartition(STAMP)[0]
             found.take(path, [] if label in found.removed else [label], dry_run)
@@ -238,7 +239,7 @@ def collect_garbage(store: Store, keep: int | None = None, dry_run: bool = False
     return found
 
 
-def _collect_version(store: Store, folder: Path, found: Collected, dry_run: bool) -> None:
+def _collect_version(store: Store, folder: Path, found: GarbageReport, dry_run: bool) -> None:
     reference = f"{folder.parent.name}@{folder.name}"
     with hold_for_removal(folder) as is_ours:
         if not is_ours:
@@ -255,7 +256,7 @@ def _collect_version(store: Store, folder: Path, found: Collected, dry_run: bool
             found.removed.append(reference)
 
 
-def _collect_leftovers(store: Store, found: Collected, dry_run: bool) -> None:
+def _collect_leftovers(store: Store, found: GarbageReport, dry_run: bool) -> None:
     """Deletes what dead processes left: whoever still needs it holds the lock of its name."""
     owners = {path: path.name[1:].rpartition(STAMP)[0] for path in store.root.glob(f".*{STAMP}*.partial")}
     owners |= {path: path.parent.name for path in store.root.glob("*/.*.partial") if path.parent.name[0] != "."}

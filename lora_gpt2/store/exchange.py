@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_gpt2.core.errors import ConflictError, CorruptError, NotFoundError, UsageError
-from lora_gpt2.core.hub import download, hub_errors_as_ours
-from lora_gpt2.core.paths import (
-    check_name,
-    os_errors_as_ours,
+from lora_gpt2.core.files import (
     read_regular,
     rename_path,
     sync_tree,
     temporary_dir,
+    wrap_os_errors,
     write_atomic,
     write_file,
 )
+from lora_gpt2.core.hub import download, wrap_hub_errors
+from lora_gpt2.core.names import check_name
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.locate import HUB_ID, HUB_NAMES, locate_for_peft
@@ -34,12 +34,12 @@ from lora_gpt2.store.archive import pack_archive, read_archive
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.convert import convert_variant
 from lora_gpt2.store.files import Origin, check_base, publish_adapter
-from lora_gpt2.store.interop import from_peft, parse_peft, read_peft_files, to_peft
-from lora_gpt2.store.loralib import read_loralib
 from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS, Manifest, parse_manifest
-from lora_gpt2.store.peft_config import parse_peft_config
+from lora_gpt2.store.peft.config import parse_peft_config
+from lora_gpt2.store.peft.convert import convert_variant
+from lora_gpt2.store.peft.loralib import read_loralib
+from lora_gpt2.store.peft.tensors import from_peft, parse_peft, read_peft_files, to_peft
 from lora_gpt2.store.version import read_all_checked, read_checked, read_manifest, verify_hashes
 
 ARCHIVES = (".tar.gz", ".tgz")
@@ -70,7 +70,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedAdapter:
     """A published import; the differences say what a conversion cost, and are zero where there was none."""
 
     manifest: Manifest
@@ -79,7 +79,7 @@ class Imported:
     max_logit_difference: float = 0.0
 
 
-def fetch_source(source: str) -> Source:
+def fetch_adapter(source: str) -> Source:
     """Reads a PEFT folder, an archive, a loralib file, or fetches a hub repository (`owner/name`).
 
     Raises:
@@ -114,7 +114,7 @@ def _read_folder(path: Path, where: str) -> Source:
     weights, config = read_peft_files(path)
     files = {WEIGHTS: weights, PEFT_CONFIG: config}
     if (path / MANIFEST).is_file():
-        with os_errors_as_ours(f"read {path}"):
+        with wrap_os_errors(f"read {path}"):
             present = [name for name in HUB_FILES if (path / name).is_file()]
             files |= {name: read_regular((path / name).resolve(), MAX_FILE_BYTES) for name in present}
     return Source(where, files, _check_manifest(files, where))
@@ -136,9 +136,9 @@ def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
     return manifest
 
 
-def import_source(
+def import_adapter(
     source: Source, store: Store, name: str, base: Base, rank: int | None = None, alpha: float | None = None
-) -> Imported:
+) -> ImportedAdapter:
     """Checks what was fetched and publishes it as the next version of `name`; `rank` is for conversions.
 
     Raises:
@@ -162,7 +162,7 @@ def import_source(
         pages = {name: source.files[name] for name in source.files if name in old.files and name not in REWRITTEN}
         made = {**(old.made or {"by": "train"}), "imported_from": old.reference}
         origin = Origin(old.data, old.recipe, old.figures, old.parents, made, pages=pages)
-    return Imported(publish_adapter(store, name, adapter, base, origin), variant, error, difference)
+    return ImportedAdapter(publish_adapter(store, name, adapter, base, origin), variant, error, difference)
 
 
 def _convert(source: Source, base: Base, rank: int | None) -> tuple[Adapter, str, float, float]:
@@ -195,7 +195,7 @@ def export_adapter(store: Store, reference: str, out: Path, without_head: Base |
         files = _leave_head_out(manifest, files, without_head)
     if not out.name.endswith(ARCHIVES):
         files |= _name_base(manifest, files)
-    with os_errors_as_ours(f"write {out}"):
+    with wrap_os_errors(f"write {out}"):
         if out.name.endswith(ARCHIVES):
             out.absolute().parent.mkdir(parents=True, exist_ok=True)
             write_atomic(out.absolute(), pack_archive(files, f"{manifest.name}-{manifest.version}"))
@@ -264,7 +264,7 @@ def push_adapter(store: Store, reference: str, repository: str, private: bool) -
     from huggingface_hub import CommitOperationAdd, HfApi
 
     hint = f"nothing is lost: 'lora-gpt2 adapters export {reference} FILE.tar.gz' makes a file to carry"
-    with hub_errors_as_ours(repository, f"push {reference}", hint):
+    with wrap_hub_errors(repository, f"push {reference}", hint):
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]

@@ -18,8 +18,8 @@ from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.probe import check_finite_logits
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.interop import from_peft, to_peft
 from lora_gpt2.store.manifest import METRICS, PEFT_CONFIG, WEIGHTS, BaseIdentity, Manifest, Parent
+from lora_gpt2.store.peft.tensors import from_peft, to_peft
 from lora_gpt2.store.version import read_checked, read_manifest, utc_now
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "lora-gpt2")
@@ -63,11 +63,20 @@ def publish_adapter(store: Store, name: str, adapter: Adapter, base: Base, origi
 
     def build(version: int) -> Manifest:
         return Manifest(
-            name=name, version=version, created=utc_now(), base=identify(base), data=origin.data,
-            recipe=origin.recipe, figures=origin.figures, parents=origin.parents, made=dict(origin.made),
-            libraries=_library_versions(), size_bytes=len(files[WEIGHTS]),
-            num_parameters=int(origin.figures.get("trained_parameters") or size), files={},
-        )  # fmt: skip
+            name=name,
+            version=version,
+            created=utc_now(),
+            base=identify(base),
+            data=origin.data,
+            recipe=origin.recipe,
+            figures=origin.figures,
+            parents=origin.parents,
+            made=dict(origin.made),
+            libraries=_library_versions(),
+            size_bytes=len(files[WEIGHTS]),
+            num_parameters=int(origin.figures.get("trained_parameters") or size),
+            files={},
+        )
 
     return store.add_version(name, files, build)
 
@@ -96,8 +105,9 @@ def check_base(manifest: Manifest, base: Base) -> None:
         if theirs != mine:
             raise MismatchError(
                 f"{manifest.reference} was made for another {what}: '{manifest.base.name}' {theirs[:12]}, "
-                f"this is '{base.name}' {mine[:12]}", hint
-            )  # fmt: skip
+                f"this is '{base.name}' {mine[:12]}",
+                hint,
+            )
 
 
 def read_version(folder: Path, manifest: Manifest, config: GPT2Config) -> Adapter:

@@ -11,9 +11,10 @@ import json
 import os
 from typing import Any
 
+from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.files import write_atomic
 from lora_gpt2.core.fingerprint import fingerprint_json
-from lora_gpt2.core.paths import find_cache_dir, write_atomic
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import MANIFEST, Manifest
 
@@ -24,11 +25,16 @@ FIGURES = ("train_tokens", "base_perplexity", "validation_perplexity", "base_tes
 def summarise(manifest: Manifest) -> dict[str, Any]:
     """Returns what a list says of a version."""
     return {
-        "name": manifest.name, "version": manifest.version, "base": manifest.base.name,
-        "base_fingerprint": manifest.base.fingerprint, "description": str(manifest.recipe.get("description") or ""),
-        "size_bytes": manifest.size_bytes, "num_parameters": manifest.num_parameters,
-        **{key: manifest.figures.get(key) for key in FIGURES}, "created": manifest.created.isoformat(),
-    }  # fmt: skip
+        "name": manifest.name,
+        "version": manifest.version,
+        "base": manifest.base.name,
+        "base_fingerprint": manifest.base.fingerprint,
+        "description": str(manifest.recipe.get("description") or ""),
+        "size_bytes": manifest.size_bytes,
+        "num_parameters": manifest.num_parameters,
+        **{key: manifest.figures.get(key) for key in FIGURES},
+        "created": manifest.created.isoformat(),
+    }
 
 
 def list_current(store: Store) -> tuple[list[dict[str, Any]], list[LoraGpt2Error]]:

@@ -15,18 +15,28 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from lora_gpt2.core.paths import is_name
+from lora_gpt2.core.names import is_name
 
 SCHEMA = 2
 WEIGHTS, PEFT_CONFIG, MANIFEST, METRICS, CARD = (
-    "adapter_model.safetensors", "adapter_config.json", "manifest.json", "metrics.jsonl", "README.md",
-)  # fmt: skip
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "manifest.json",
+    "metrics.jsonl",
+    "README.md",
+)
 MAX_BYTES = 2**26
 MAX_FILE_BYTES = 2**33
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-NUMBERS = ("train_tokens", "trained_parameters", "base_perplexity", "validation_perplexity", "base_test_perplexity",
-           "test_perplexity")  # fmt: skip
+NUMBERS = (
+    "train_tokens",
+    "trained_parameters",
+    "base_perplexity",
+    "validation_perplexity",
+    "base_test_perplexity",
+    "test_perplexity",
+)
 """Figures that are shown and reckoned with."""
 MAX_DEPTH, LARGEST = 32, 2**63
 NO_DIGEST = "0" * 64
@@ -95,10 +105,20 @@ class Manifest:
 
 
 KINDS: dict[str, type | tuple[type, ...]] = {
-    "name": str, "version": int, "created": str, "base": dict, "files": dict, "size_bytes": int,
-    "num_parameters": int, "data": dict, "recipe": dict, "figures": dict, "parents": list, "made": dict,
+    "name": str,
+    "version": int,
+    "created": str,
+    "base": dict,
+    "files": dict,
+    "size_bytes": int,
+    "num_parameters": int,
+    "data": dict,
+    "recipe": dict,
+    "figures": dict,
+    "parents": list,
+    "made": dict,
     "libraries": dict,
-}  # fmt: skip
+}
 OPTIONAL = frozenset({"data", "recipe", "figures", "parents", "made", "libraries"})
 
 

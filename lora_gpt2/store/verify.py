@@ -28,14 +28,14 @@ from lora_gpt2.model.probe import (
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import check_base, read_version
 from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
-from lora_gpt2.store.peft_config import parse_peft_config
+from lora_gpt2.store.peft.config import parse_peft_config
 from lora_gpt2.store.version import read_all_checked, read_checked, read_manifest
 
 CHECKS = ("files", "base", "format", "logits", "effect")
 
 
 @dataclass
-class Verdict:
+class VerificationResult:
     """What was checked of a version: `passed` in order, and the first `failure`, "" if there is none."""
 
     reference: str
@@ -50,9 +50,9 @@ class Verdict:
         return not self.failure
 
 
-def verify_files(store: Store, reference: str) -> tuple[Verdict, Manifest | None]:
+def verify_files(store: Store, reference: str) -> tuple[VerificationResult, Manifest | None]:
     """Returns whether every byte of a version is as it was published; needs no base."""
-    verdict = Verdict(reference)
+    verdict = VerificationResult(reference)
     try:
         with store.pin(reference) as folder:
             manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
@@ -61,14 +61,14 @@ def verify_files(store: Store, reference: str) -> tuple[Verdict, Manifest | None
         verdict.failure = f"files: {error.message}"
         return verdict, None
     verdict.passed.append("files")
-    return Verdict(manifest.reference, ["files"]), manifest
+    return VerificationResult(manifest.reference, ["files"]), manifest
 
 
-def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> Iterator[Verdict]:
+def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> Iterator[VerificationResult]:
     """Yields whether each version, whose files are sound, does on its base what transformers + PEFT does."""
     reference = _Reference(base)
     for manifest in manifests:
-        verdict = Verdict(manifest.reference, ["files"])
+        verdict = VerificationResult(manifest.reference, ["files"])
         try:
             with store.pin(manifest.reference) as folder:
                 _verify_one(verdict, folder, manifest, base, reference)
@@ -77,7 +77,9 @@ def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> I
         yield verdict
 
 
-def _verify_one(verdict: Verdict, folder: Path, manifest: Manifest, base: Base, reference: _Reference) -> None:
+def _verify_one(
+    verdict: VerificationResult, folder: Path, manifest: Manifest, base: Base, reference: _Reference
+) -> None:
     check_base(manifest, base)
     verdict.passed.append("base")
     adapter = read_version(folder, manifest, base.config)

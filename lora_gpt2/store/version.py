@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_gpt2.core.errors import CorruptError
-from lora_gpt2.core.paths import read_regular, translate_os_error
+from lora_gpt2.core.files import read_regular, translate_os_error
 from lora_gpt2.store.card import build_card
 from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_BYTES, MAX_FILE_BYTES, Manifest, parse_manifest
 

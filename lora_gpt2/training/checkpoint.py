@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import CorruptError, MismatchError
+from lora_gpt2.core.files import OPEN_FLAGS, fsync_dir, replace_file, wrap_os_errors, write_atomic
 from lora_gpt2.core.fingerprint import fingerprint_json, flatten_json
-from lora_gpt2.core.paths import OPEN_FLAGS, find_cache_dir, fsync_dir, os_errors_as_ours, replace_file, write_atomic
-from lora_gpt2.store.tensors import iter_safetensors, read_own_safetensors
+from lora_gpt2.store.safetensors import iter_safetensors, read_own_safetensors
 
 KEPT = 2
 DIGEST_BYTES = 32
@@ -47,7 +48,7 @@ class RunFolder:
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Starts a run anew; checkpoints of an unfinished one are set aside in `previous/`."""
-        with os_errors_as_ours(f"write to {self.path}"):
+        with wrap_os_errors(f"write to {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             for partial in self.path.glob(".*.partial"):  # of an attempt that was killed; the lock is held
                 partial.unlink()
@@ -94,7 +95,7 @@ class RunFolder:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes a checkpoint and drops all but the newest two."""
         text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-        with os_errors_as_ours(f"write a checkpoint to {self.path}"):
+        with wrap_os_errors(f"write a checkpoint to {self.path}"):
             target = self.path / f"step-{step:09d}.checkpoint"
             _write_sealed(target, iter_safetensors({STATE: text, **tensors}))
             for old in self.list_checkpoints()[KEPT:]:
@@ -118,12 +119,12 @@ class RunFolder:
     def append_metrics(self, name: str, records: Sequence[Mapping[str, Any]], anew: bool = False) -> None:
         """Adds lines to the adapter's metrics, which can be followed while the run goes on."""
         path, mode = self.path / f"{name}.metrics.jsonl", "w" if anew else "a"
-        with os_errors_as_ours(f"write metrics to {path}"), path.open(mode, encoding="utf-8", newline="\n") as file:
+        with wrap_os_errors(f"write metrics to {path}"), path.open(mode, encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
     def finish(self, published: list[str]) -> None:
         """Notes what the run published and drops its checkpoints, also those that were never whole."""
-        with os_errors_as_ours(f"write to {self.path}"):
+        with wrap_os_errors(f"write to {self.path}"):
             write_atomic(self.path / "done.json", json.dumps(published).encode())
             for path in [*self.list_checkpoints(), *self.path.glob(".*.partial")]:  # those of attempts that were killed
                 path.unlink()

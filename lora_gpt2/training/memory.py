@@ -26,7 +26,7 @@ from lora_gpt2.model.loss import rows_per_chunk
 from lora_gpt2.model.quantize import bytes_per_weight
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.training.domain import group_recipes
+from lora_gpt2.training.slot import group_recipes
 
 KEPT_WIDTHS = 6  # x 1, q k v 3, attention 1, x' 1, per token and block, besides the MLP's inner values
 END_WIDTHS = 4  # the embeddings, the last block's output, the normed output and its gradient ...
@@ -58,14 +58,14 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     ranks = merge_ranks(build_ranks(config, recipe.lora) for recipe in recipes)
     parameters = len(recipes) * sum(r * sum(config.shape_of(target_of(site))) for site, r in ranks.items())
     copies = item if item != 4 else 0
-    buffers = BUFFERS + any(r.train.lora_plus_ratio > 1 for r in recipes)
+    buffers = BUFFERS + any(r.train.loraplus_lr_ratio > 1 for r in recipes)
     buffers += any(plan.blocks is not None for r in recipes for plan in plan_targets(config, r.lora))
     dense = config.width * config.inner * (item + 2) if settings.quantize != "none" else 0
     largest = (0, 0)
     for group in _iter_groups(recipes):
         tokens = count_pass_tokens(group)
         kept, backward = _measure_token(config, group[0], ranks, item)
-        noise = 4 * config.width * tokens if group[0].train.neftune_alpha else 0
+        noise = 4 * config.width * tokens if group[0].train.neftune_noise_alpha else 0
         if group[0].data.layout == "packed":
             noise += tokens * group[0].data.block_size * item  # what hides other documents from each
         chunk = min(rows_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
@@ -73,8 +73,10 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
         largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + dense)), key=sum)
     parts = {
         "weights": _count_weights(config, settings.quantize, item),
-        "adapters": parameters * (4 * buffers + copies), "activations": largest[0], "loss": largest[1],
-    }  # fmt: skip
+        "adapters": parameters * (4 * buffers + copies),
+        "activations": largest[0],
+        "loss": largest[1],
+    }
     reserve = CPU_RESERVE
     if runtime.device.type == "cuda":
         reserve = CUDA_RESERVE + int(FRAGMENTATION * sum(parts.values()))
@@ -163,8 +165,9 @@ def _change(recipe: Recipe, tokens: int, checkpointing: bool, quantize: str) -> 
     train = recipe.train
     update = {
         "micro_batch_tokens": tokens if tokens < train.micro_batch_tokens else train.micro_batch_tokens,
-        "gradient_checkpointing": train.gradient_checkpointing or checkpointing, "quantize": quantize,
-    }  # fmt: skip
+        "gradient_checkpointing": train.gradient_checkpointing or checkpointing,
+        "quantize": quantize,
+    }
     return recipe.model_copy(update={"train": train.model_copy(update=update)})
 
 
@@ -183,7 +186,7 @@ def format_changes(changes: dict[str, object]) -> str:
 
 
 @contextmanager
-def memory_errors_as_ours(base: Base, recipes: Sequence[Recipe]) -> Iterator[None]:
+def wrap_oom_errors(base: Base, recipes: Sequence[Recipe]) -> Iterator[None]:
     """Turns running out of memory into a `ResourceError` that names settings which need clearly less."""
     try:
         yield

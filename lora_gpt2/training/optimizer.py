@@ -31,12 +31,12 @@ class SlotAdamW:
         rates: Float[Tensor, " slots"],
         decays: Float[Tensor, " slots"],
         wanted: Bool[Tensor, " slots"],
-        boost: Float[Tensor, "slots parameters"] | None = None,
+        lr_multipliers: Float[Tensor, "slots parameters"] | None = None,
     ) -> None:
         """Updates the `wanted` slots, each with its own learning rate and weight decay; leaves the others bitwise.
 
-        `boost` multiplies the learning rate of single parameters. `gradient` is overwritten; nothing of the size of
-        the bank is allocated.
+        `lr_multipliers` scales the learning rate of single parameters. `gradient` is overwritten; nothing of the size
+        of the bank is allocated.
         """
         move = wanted[:, None]
         gradient.masked_fill_(~move, 0.0)  # what is not finite must not reach the moments, not even times zero
@@ -47,7 +47,7 @@ class SlotAdamW:
         torch.div(self.square, 1 - BETA_2**counts, out=gradient).sqrt_().add_(EPSILON)
         update = torch.div(self.mean, gradient, out=gradient).div_(1 - BETA_1**counts)
         update.addcmul_(self.flat, decays[:, None]).mul_(rates[:, None] * move)
-        self.flat.sub_(update if boost is None else update.mul_(boost))
+        self.flat.sub_(update if lr_multipliers is None else update.mul_(lr_multipliers))
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def clip_slots(gradient: Float[Tensor, "slots parameters"], limits: Float[Tensor
     return norms
 
 
-class LossScale:
+class GradScaler:
     """Dynamic loss scaling for float16, one scale per slot (Micikevicius et al. 2017, arXiv:1710.03740, section 3.2).
 
     Gradients below 2⁻²⁴ vanish in float16, so the loss is multiplied by a large power of two and the gradient divided

@@ -23,7 +23,6 @@ from lora_gpt2.model.config import GPT2Config, parse_config
 from lora_gpt2.model.locate import find_base, load_base_tokenizer, read_config
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.training.domain import Domain, check_together
 from lora_gpt2.training.memory import (
     Memory,
     estimate_memory,
@@ -32,9 +31,10 @@ from lora_gpt2.training.memory import (
     list_changes,
     measure_budget,
 )
+from lora_gpt2.training.process_group import init_process_group
+from lora_gpt2.training.slot import Domain, check_together
 from lora_gpt2.training.step import WARM_UP
 from lora_gpt2.training.trainer import Trainer
-from lora_gpt2.training.world import join_world
 
 PROBE_STEPS = 2
 
@@ -77,9 +77,16 @@ def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None =
         domains = [Domain(recipe.name, recipe, each) for recipe, each in zip(chosen, blocks, strict=True)]
         tokens = sum(d.num_steps * d.order.rows * d.recipe.data.block_size for d in domains)
     return Plan(
-        fitting is not None, estimate_memory(config, chosen, runtime), limit, runtime.device.type, runtime.dtype_name,
-        chosen, list_changes(recipes, chosen), tokens, speed,
-    )  # fmt: skip
+        fitting is not None,
+        estimate_memory(config, chosen, runtime),
+        limit,
+        runtime.device.type,
+        runtime.dtype_name,
+        chosen,
+        list_changes(recipes, chosen),
+        tokens,
+        speed,
+    )
 
 
 def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Reporter) -> list[Recipe]:
@@ -94,8 +101,9 @@ def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Repor
     if fitting is None:
         raise ResourceError(
             f"nothing fits into {limit / 1e9:.2f} GB: this run needs "
-            f"{estimate_memory(config, recipes, runtime).peak / 1e9:.2f} GB", "use a smaller base or data.block_size"
-        )  # fmt: skip
+            f"{estimate_memory(config, recipes, runtime).peak / 1e9:.2f} GB",
+            "use a smaller base or data.block_size",
+        )
     if changes := list_changes(recipes, fitting):
         reporter.message(f"to fit into {limit / 1e9:.2f} GB: {format_changes(changes)}")
     if budget is not None and runtime.device.type == "cuda":
@@ -108,7 +116,7 @@ def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Repor
 def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:
     """Returns the shape of a recipe's base and where it would be trained, without reading its weights."""
     folder = find_base(recipe.base)
-    runtime = choose_runtime(recipe.train.precision, join_world().device)
+    runtime = choose_runtime(recipe.train.dtype, init_process_group().device)
     return parse_config(read_config(folder), str(folder / "config.json")), runtime
 
 

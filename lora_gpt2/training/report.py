@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_gpt2.core.chart import INK, draw_chart, draw_svg
-from lora_gpt2.core.page import build_cards, build_page, build_table
+from lora_gpt2.core.html_page import build_cards, build_page, build_table
 from lora_gpt2.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ TRAIN, VALIDATION, FAINT = "#4c78a8", "#e4572e", "#b8cce4"
 Records = Sequence[Mapping[str, Any]]
 
 
-def draw_pages(
+def render_report(
     name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any], notes: Sequence[str] = ()
 ) -> dict[str, bytes]:
     """Returns the pages by file name; `figures` are those of the manifest, `notes` what became of the text."""
@@ -44,10 +44,14 @@ def _plot_loss(axes: Axes, records: Records) -> None:
     if losses:
         best = min(range(len(losses)), key=losses.__getitem__)
         axes.annotate(
-            f"best: {losses[best]:.3f}\n(perplexity {math.exp(losses[best]):.1f})", (steps[best], losses[best]),
-            xytext=(0, -28), textcoords="offset points", ha="right" if best > len(losses) / 2 else "left",
-            fontsize=8, color=VALIDATION,
-        )  # fmt: skip
+            f"best: {losses[best]:.3f}\n(perplexity {math.exp(losses[best]):.1f})",
+            (steps[best], losses[best]),
+            xytext=(0, -28),
+            textcoords="offset points",
+            ha="right" if best > len(losses) / 2 else "left",
+            fontsize=8,
+            color=VALIDATION,
+        )
     axes.margins(y=0.18)
     _label(axes, "loss", "nats per token")
     axes.legend(frameon=False, fontsize=8)
@@ -138,8 +142,9 @@ def _build_samples(records: Records) -> str:
     rows = [
         f"<tr><td class=number>{r['step']:,}</td><td class=number>{math.exp(min(r['validation_loss'], 700)):.2f}</td>"
         f"<td class=sample>{html.escape(r['sample'])}</td></tr>"
-        for r in records if r.get("sample")
-    ]  # fmt: skip
+        for r in records
+        if r.get("sample")
+    ]
     if not rows:
         return ""
     head = "<tr><th>step</th><th>perplexity</th><th>sample</th></tr>"

@@ -11,10 +11,11 @@ from typing import Any
 
 from lora_gpt2.core.console import Reporter, SilentReporter
 from lora_gpt2.core.errors import ConflictError, TrainingDiverged, UsageError
+from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.memory import check_room
-from lora_gpt2.core.paths import check_name, os_errors_as_ours
+from lora_gpt2.core.names import check_name
 from lora_gpt2.data.prepared import SKETCH, PreparedData, describe_preparation, measure_overlaps, prepare_data
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity
@@ -25,17 +26,17 @@ from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
-from lora_gpt2.store.interop import to_peft
 from lora_gpt2.store.manifest import WEIGHTS
+from lora_gpt2.store.peft.tensors import to_peft
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
-from lora_gpt2.training.domain import Domain, TrainedAdapter, check_together
-from lora_gpt2.training.memory import memory_errors_as_ours
-from lora_gpt2.training.report import draw_pages
-from lora_gpt2.training.samples import draw_sample
+from lora_gpt2.training.diagnosis import diagnose_curve, diagnose_forgetting
+from lora_gpt2.training.memory import wrap_oom_errors
+from lora_gpt2.training.process_group import ProcessGroup, init_process_group
+from lora_gpt2.training.report import render_report
+from lora_gpt2.training.samples import generate_sample
+from lora_gpt2.training.slot import Domain, TrainedAdapter, check_together
 from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
-from lora_gpt2.training.verdict import judge_curve, judge_forgetting
-from lora_gpt2.training.world import World, join_world
 
 PASSES = "passes"
 COPIES, ROOM_BYTES = 3, 2**27  # what publishing takes: copies of the adapter, and the libraries' own
@@ -79,7 +80,7 @@ def train_recipes(
     An interrupted run of the same adapters is gone on with (`resume`) or set aside (`fresh`), never overwritten.
 
     Raises:
-        UsageError: names are missing or the same, or the recipes do not share a base and precision.
+        UsageError: names are missing or the same, or the recipes do not share a base and dtype.
         ConflictError: the same adapters are being trained by another process, or an interrupted run is there and
             neither `resume` nor `fresh` says what becomes of it.
         MismatchError: `resume` with other settings, data or base than the run on disk.
@@ -91,13 +92,13 @@ def train_recipes(
     if len(set(names)) < len(names):
         raise UsageError(f"two recipes have the same name: {', '.join(names)}", "give each its own name")
     check_together(recipes)
-    world = join_world()
-    reporter = reporter if world.is_first else SilentReporter()
+    world = init_process_group()
+    reporter = reporter if world.is_main_process else SilentReporter()
     run = open_run_folder(store.root, names)
     with ExitStack() as stack:
-        if world.is_first:
+        if world.is_main_process:
             store.check_writable()
-            with os_errors_as_ours(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
+            with wrap_os_errors(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
                 stack.enter_context(hold_lock(run.lock, f"the run of {', '.join(names)}"))
             if not (resume or fresh) and (step := run.find_last_step()):
                 raise ConflictError(
@@ -108,38 +109,38 @@ def train_recipes(
 
 
 def _train_locked(
-    recipes: Sequence[Recipe], store: Store, reporter: Reporter, run: RunFolder, resume: bool, world: World
+    recipes: Sequence[Recipe], store: Store, reporter: Reporter, run: RunFolder, resume: bool, world: ProcessGroup
 ) -> TrainReport:
     settings = recipes[0].train
-    runtime = choose_runtime(settings.precision, world.device)
+    runtime = choose_runtime(settings.dtype, world.device)
     base = load_base(recipes[0].base, runtime, settings.quantize)
     numbers = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
     reporter.message(
         f"base {base.name} on {runtime.device.type} in {numbers}; training {', '.join(r.name for r in recipes)}"
     )
-    prepared = world.in_turn(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
+    prepared = world.main_process_first(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
     for recipe, data in zip(recipes, prepared, strict=True):
         for line in describe_preparation(data):
             reporter.message(f"{recipe.name}: {line}")
-    recipes = [settle_rate(recipe, base.config.width) for recipe in recipes]
+    recipes = [resolve_learning_rate(recipe, base.config.width) for recipe in recipes]
     domains = [Domain(recipe.name, recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
     _warn_of_overlaps(domains, reporter)
     identity = _identify_run(base, domains, world)
-    resume = world.agree(resume and world.is_first and _can_resume(run, identity, reporter))
-    if resume and (published := world.agree(run.read_published())):
+    resume = world.broadcast_object(resume and world.is_main_process and _can_resume(run, identity, reporter))
+    if resume and (published := world.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {', '.join(published)}")
-        found = [_report_published(store, reference) for reference in published] if world.is_first else []
+        found = [_report_published(store, reference) for reference in published] if world.is_main_process else []
         return TrainReport(found, already_complete=True)
-    with catch_signals() as stop, memory_errors_as_ours(base, [d.recipe for d in domains]):
-        trainer = Trainer(base, domains, reporter, run, world, draw_sample)
-        if checkpoint := world.agree(run.load(reporter) if resume and world.is_first else None):
+    with catch_signals() as stop, wrap_oom_errors(base, [d.recipe for d in domains]):
+        trainer = Trainer(base, domains, reporter, run, world, generate_sample)
+        if checkpoint := world.broadcast_object(run.load(reporter) if resume and world.is_main_process else None):
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")
-        elif world.is_first:
+        elif world.is_main_process:
             run.begin(identity)
-        with track(recipes, run.path, enabled=world.is_first) as log:
+        with track(recipes, run.path, enabled=world.is_main_process) as log:
             trained = trainer.train(stop, log)
-        if not world.is_first:
+        if not world.is_main_process:
             return TrainReport([])
         general = measure_general(base)
         reports = [_publish(store, base, outcome, general, resume) for outcome in trained]
@@ -150,14 +151,14 @@ def _train_locked(
     return TrainReport(reports)
 
 
-def settle_rate(recipe: Recipe, width: int) -> Recipe:
+def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:
     """Returns the recipe with the learning rate that it has on a base of this width, to be recorded."""
-    train = recipe.train.model_copy(update={"learning_rate": recipe.train.rate_for(width)})
+    train = recipe.train.model_copy(update={"learning_rate": recipe.train.peak_learning_rate(width)})
     return recipe.model_copy(update={"train": train})
 
 
 def _warn_of_overlaps(domains: Sequence[Domain], reporter: Reporter) -> None:
-    threshold = max(domain.recipe.data.near_duplicates for domain in domains)
+    threshold = max(domain.recipe.data.near_duplicate_threshold for domain in domains)
     prepared = {domain.name: domain.data for domain in domains}
     for of, among, copies, documents in measure_overlaps(prepared, threshold) if threshold else ():
         reporter.message(f"'{among}' trains on near copies of {copies} of the {documents} documents held out of '{of}'")
@@ -172,7 +173,7 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     return True
 
 
-def _identify_run(base: Base, domains: Sequence[Domain], world: World) -> dict[str, Any]:
+def _identify_run(base: Base, domains: Sequence[Domain], world: ProcessGroup) -> dict[str, Any]:
     """Returns everything that decides the numbers of a run; what is under `PASSES` only by rounding."""
     of_passes = {"micro_batch_tokens", "gradient_checkpointing"}
     irrelevant = {"checkpoint_every", "trackers", *of_passes}
@@ -188,7 +189,7 @@ def _identify_run(base: Base, domains: Sequence[Domain], world: World) -> dict[s
                 "data": d.data.fingerprint,
                 "lora": d.recipe.lora.model_dump(mode="json"),
                 "train": d.recipe.train.model_dump(mode="json", exclude=irrelevant)
-                | {"learning_rate": d.recipe.train.rate_for(base.config.width)},
+                | {"learning_rate": d.recipe.train.peak_learning_rate(base.config.width)},
             }
             for d in domains
         },
@@ -207,22 +208,28 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
     general = measure_general(base, session.for_rows(((domain.name, 1.0),)))
     passes = domain.train_tokens / max(1, domain.data.train.num_targets)
     report = AdapterReport(
-        name=domain.name, version=0, steps=domain.last_step, best_step=domain.best_step,
-        train_tokens=domain.train_tokens, base_perplexity=to_perplexity(outcome.base_nll),
+        name=domain.name,
+        version=0,
+        steps=domain.last_step,
+        best_step=domain.best_step,
+        train_tokens=domain.train_tokens,
+        base_perplexity=to_perplexity(outcome.base_nll),
         validation_perplexity=to_perplexity(outcome.validation_nll),
         base_test_perplexity=to_perplexity(outcome.test_nll[0]) if outcome.test_nll else None,
         test_perplexity=to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
-        base_general_perplexity=base_general.perplexity, general_perplexity=general.perplexity,
+        base_general_perplexity=base_general.perplexity,
+        general_perplexity=general.perplexity,
         tokens_per_second=domain.train_tokens / max(outcome.seconds, 1e-9),
-        peak_memory_bytes=measure_peak_memory(base.runtime.device), seconds=outcome.seconds,
-        verdict=judge_curve(domain.records, domain.num_steps, passes, domain.data.validation.num_targets),
-        forgetting=judge_forgetting(base_general, general),
-    )  # fmt: skip
+        peak_memory_bytes=measure_peak_memory(base.runtime.device),
+        seconds=outcome.seconds,
+        verdict=diagnose_curve(domain.records, domain.num_steps, passes, domain.data.validation.num_targets),
+        forgetting=diagnose_forgetting(base_general, general),
+    )
     figures = {key: value for key, value in vars(report).items() if key not in ("name", "version")}
     figures["trained_parameters"] = count_parameters(base.config, domain.recipe.lora)
     figures["dtype"] = base.runtime.dtype_name
     figures["test"] = _describe_test(base, domain)
-    pages = draw_pages(domain.name, domain.recipe, domain.records, figures, describe_preparation(domain.data))
+    pages = render_report(domain.name, domain.recipe, domain.records, figures, describe_preparation(domain.data))
     pages |= {SKETCH: domain.data.sketch.to_bytes()}
     recipe = domain.recipe.model_dump(mode="json")
     origin = Origin(_describe_data(domain.recipe, domain.data), recipe, figures, metrics=domain.records, pages=pages)
@@ -234,9 +241,14 @@ def _describe_test(base: Base, domain: Domain) -> dict[str, Any]:
     settings, report = domain.recipe.evaluate, domain.data.report
     window, stride = choose_window(base, settings)
     return {
-        "documents": report["documents"]["test"], "files": report["test_files"], "profile": domain.recipe.data.profile,
-        "protocol": settings.protocol, "window": window, "stride": stride, "dtype": base.runtime.dtype_name,
-    }  # fmt: skip
+        "documents": report["documents"]["test"],
+        "files": report["test_files"],
+        "profile": domain.recipe.data.profile,
+        "protocol": settings.protocol,
+        "window": window,
+        "stride": stride,
+        "dtype": base.runtime.dtype_name,
+    }
 
 
 def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:

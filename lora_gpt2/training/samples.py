@@ -6,12 +6,12 @@ from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.lora import Adapter
-from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.slot import Domain
 
 PROMPT_TOKENS = 8
 
 
-def draw_sample(base: Base, domain: Domain, adapter: Adapter) -> str:
+def generate_sample(base: Base, domain: Domain, adapter: Adapter) -> str:
     """Returns the prompt and its continuation, with the recipe's sampling settings and seed; "" if not wanted."""
     settings = domain.recipe.train
     if not settings.sample_tokens:

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.model.bank import AdapterBank
-from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.gpt2 import GPT2
-from lora_gpt2.model.loss import chunked_cross_entropy
-from lora_gpt2.training.optimizer import LossScale, SlotAdamW, clip_slots
-from lora_gpt2.training.world import World
+from lora_gpt2.model.loss import fused_linear_cross_entropy
+from lora_gpt2.training.optimizer import GradScaler, SlotAdamW, clip_slots
+from lora_gpt2.training.process_group import ProcessGroup
 
 WARM_UP = 3
 
 
 @dataclass(frozen=True)
-class Pass:
+class MicroBatch:
     """Rows that go through the network at once: the same number for each of `slots`, in order.
 
     `inputs`, `targets`, `positions` `[rows, time]` (see `blocks.Rows`); `weights` `[rows * time]` sum to a slot's share
@@ -57,7 +57,7 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Rates:
+class SlotHyperparams:
     """Per slot `[slots]`: learning rate, weight decay, limit of the gradient's norm, and whether it trains."""
 
     rates: Tensor
@@ -73,22 +73,24 @@ class StepRunner:
         model: the frozen base.
         bank: the adapters, in training layout; its gradients are enabled here.
         mask: 0/1 buffer like the bank's, or None; see `AdapterBank.build_mask`.
-        boost: factor of the learning rate for single parameters, or None.
+        lr_multipliers: factor of the learning rate for single parameters, or None.
         world: the processes that share each step.
     """
 
-    def __init__(self, model: GPT2, bank: AdapterBank, mask: Tensor | None, boost: Tensor | None, world: World) -> None:
-        self.model, self.bank, self.mask, self.boost, self.world = model, bank, mask, boost, world
+    def __init__(
+        self, model: GPT2, bank: AdapterBank, mask: Tensor | None, lr_multipliers: Tensor | None, world: ProcessGroup
+    ) -> None:
+        self.model, self.bank, self.mask, self.lr_multipliers, self.world = model, bank, mask, lr_multipliers, world
         self.gradient = bank.enable_gradients()
         self.optimizer = SlotAdamW(bank.flat)
         device = bank.flat.device
-        self.scale = LossScale(bank.num_slots, device) if model.wte.weight.dtype == torch.float16 else None
+        self.scale = GradScaler(bank.num_slots, device) if model.wte.weight.dtype == torch.float16 else None
         self.losses = torch.zeros(bank.num_slots, device=device)
         self.stats = torch.zeros(3, bank.num_slots, device=device)
         self.num_runs: dict[tuple[object, ...], int] = {}
-        self.graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[Pass], Rates]] = {}
+        self.graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[MicroBatch], SlotHyperparams]] = {}
 
-    def run(self, passes: list[Pass], rates: Rates) -> Tensor:
+    def run(self, passes: list[MicroBatch], rates: SlotHyperparams) -> Tensor:
         """Makes one step; returns `stats` `[3, slots]`: loss in nats per token, gradient norm, 1 if it was applied.
 
         On a GPU the result is there when the device has caught up.
@@ -118,7 +120,7 @@ class StepRunner:
         graph.replay()
         return self.stats
 
-    def compute_gradients(self, passes: list[Pass]) -> None:
+    def compute_gradients(self, passes: list[MicroBatch]) -> None:
         """Fills `gradient` `[slots, parameters]` and `losses` `[slots]`, summed over the processes."""
         self.gradient.zero_()
         self.losses.zero_()
@@ -128,37 +130,37 @@ class StepRunner:
                 weights = weights * self.scale.values[each.places].repeat_interleave(
                     len(weights) // len(each.slots), output_size=len(weights)
                 )
-            rows = TrainingRows(self.bank, each.slots, each.places, each.dropout, each.row_seeds)
+            rows = TrainingAdapters(self.bank, each.slots, each.places, each.dropout, each.row_seeds)
             noise = draw_noise(each, self.model.config.width)
             hidden = self.model(
                 each.inputs, rows, noise=noise, checkpoint_blocks=each.checkpointing, positions=each.positions
             )
-            update, targets = rows.update_head(hidden), each.targets.flatten()
-            loss, nll = chunked_cross_entropy(
+            update, targets = rows.low_rank_logits(hidden), each.targets.flatten()
+            loss, nll = fused_linear_cross_entropy(
                 hidden.flatten(0, 1), self.model.head, targets, weights, each.smoothing, update
             )
             loss.backward()  # type: ignore[no-untyped-call]
             self.losses.index_add_(0, each.places, (nll * each.weights).view(len(each.slots), -1).sum(1))
-        self.world.add_up(self.gradient, self.losses)
+        self.world.all_reduce(self.gradient, self.losses)
         if self.scale is not None:
             self.gradient.div_(self.scale.values[:, None])
         if self.mask is not None:
             self.gradient.mul_(self.mask)
 
-    def compute(self, passes: list[Pass], rates: Rates) -> None:
+    def compute(self, passes: list[MicroBatch], rates: SlotHyperparams) -> None:
         """Gradients, clipping, update and `stats`; runs as it is, or while it is being recorded."""
         self.compute_gradients(passes)
         norms = clip_slots(self.gradient, rates.limits)
         finite = torch.isfinite(norms) & torch.isfinite(self.losses)
         applied = finite & rates.active
-        self.optimizer.step(self.gradient, rates.rates, rates.decays, applied, self.boost)
+        self.optimizer.step(self.gradient, rates.rates, rates.decays, applied, self.lr_multipliers)
         self.bank.refresh()
         if self.scale is not None:
             self.scale.update(finite, rates.active)
         torch.stack([self.losses, norms, applied.float()], out=self.stats)
 
 
-def draw_noise(each: Pass, width: int) -> Tensor | None:
+def draw_noise(each: MicroBatch, width: int) -> Tensor | None:
     """Returns uniform noise of ±alpha / sqrt(time · width) for each row (NEFTune, algorithm 1), or None."""
     if not each.noise_alpha:
         return None
@@ -168,7 +170,7 @@ def draw_noise(each: Pass, width: int) -> Tensor | None:
     return noise.mul_(each.noise_alpha / math.sqrt(noise[0].numel())).to(each.inputs.device)
 
 
-def _copy_tensors(fixed: Pass | Rates, fresh: Pass | Rates) -> None:
+def _copy_tensors(fixed: MicroBatch | SlotHyperparams, fresh: MicroBatch | SlotHyperparams) -> None:
     for item in fields(fixed):
         target, source = getattr(fixed, item.name), getattr(fresh, item.name)
         if isinstance(target, Tensor) and target is not source:

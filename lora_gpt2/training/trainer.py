@@ -21,25 +21,25 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.blocks import IGNORE, TokenBlocks
-from lora_gpt2.data.documents import list_documents
-from lora_gpt2.data.records import Document
+from lora_gpt2.data.inspect import list_documents
+from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.perplexity import Jobs, choose_window, measure_perplexity
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.lora import Adapter, build_adapter, merge_ranks, plan_targets
 from lora_gpt2.model.loss import score_tokens
 from lora_gpt2.model.runtime import as_float64, measure_peak_memory
 from lora_gpt2.training.checkpoint import RunFolder
-from lora_gpt2.training.domain import Domain, TrainedAdapter
-from lora_gpt2.training.passes import PassBuilder
-from lora_gpt2.training.schedule import rate_share
-from lora_gpt2.training.step import Rates, StepRunner
+from lora_gpt2.training.micro_batches import MicroBatchBuilder
+from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.schedule import lr_factor
+from lora_gpt2.training.slot import Domain, TrainedAdapter
+from lora_gpt2.training.step import SlotHyperparams, StepRunner
 from lora_gpt2.training.trackers import Log
-from lora_gpt2.training.world import World
 
-MOST_SKIPS = 20
+MAX_SKIPS = 20
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Trainer:
         domains: Sequence[Domain],
         reporter: Reporter,
         run: RunFolder | None = None,
-        world: World | None = None,
+        world: ProcessGroup | None = None,
         sampler: Callable[[Base, Domain, Adapter], str] | None = None,
     ) -> None:
         self.base, self.domains, self.reporter, self.run = base, list(domains), reporter, run
-        self.world, self.sampler = world or World(), sampler
+        self.world, self.sampler = world or ProcessGroup(), sampler
         self.device = base.model.wte.weight.device
         self.lookahead = 1 if self.device.type == "cuda" else 0
         self.block_size = domains[0].recipe.data.block_size
@@ -91,9 +91,9 @@ class Trainer:
         self.bank = AdapterBank(base.config, ranks, len(domains), "training", base.model.wte.weight)
         for slot, adapter in enumerate(adapters):
             self.bank.load(slot, adapter)
-        boost = self.bank.build_boost([domain.recipe.train.lora_plus_ratio for domain in domains])
-        self.runner = StepRunner(base.model, self.bank, self.bank.build_mask(plans), boost, self.world)
-        self.passes = PassBuilder(self.domains, self.device, self.world)
+        lr_multipliers = self.bank.build_lr_multipliers([domain.recipe.train.loraplus_lr_ratio for domain in domains])
+        self.runner = StepRunner(base.model, self.bank, self.bank.build_mask(plans), lr_multipliers, self.world)
+        self.passes = MicroBatchBuilder(self.domains, self.device, self.world)
         self.best = self.bank.flat.clone()
         self.launched: list[_Launched] = []
         self.step = 0
@@ -120,7 +120,7 @@ class Trainer:
                 self._advance(active)
                 self._write_metrics(log)
                 task.advance(sum(tokens[slot] for slot in active), self._note())
-                asked = self.world.agree(stop.signal_number)
+                asked = self.world.broadcast_object(stop.signal_number)
                 if asked or self._is_checkpoint_due():
                     self._settle(0)
                     self._write_metrics(log)
@@ -158,15 +158,17 @@ class Trainer:
     def _launch(self, active: list[int]) -> None:
         settings, width = [domain.recipe.train for domain in self.domains], self.base.config.width
         rates = [
-            s.rate_for(width) * rate_share(self.step, d.num_steps, s)
+            s.peak_learning_rate(width) * lr_factor(self.step, d.num_steps, s)
             for s, d in zip(settings, self.domains, strict=True)
         ]
         flags = [slot in active for slot in range(len(self.domains))]
         passes, counts = self.passes.build(active, self.step)
-        device_rates = Rates(
-            self._per_slot(rates), self._per_slot([s.weight_decay for s in settings]),
-            self._per_slot([s.clip or math.inf for s in settings]), self._per_slot(flags, torch.bool),
-        )  # fmt: skip
+        device_rates = SlotHyperparams(
+            self._per_slot(rates),
+            self._per_slot([s.weight_decay for s in settings]),
+            self._per_slot([s.max_grad_norm or math.inf for s in settings]),
+            self._per_slot(flags, torch.bool),
+        )
         stats = self.runner.run(passes, device_rates)
         done = None
         if self.device.type == "cuda":
@@ -198,20 +200,24 @@ class Trainer:
         domain.train_tokens += launched.counts[slot]
         domain.skipped_in_a_row = 0 if applied else domain.skipped_in_a_row + 1
         domain.num_skipped += not applied
-        if domain.skipped_in_a_row > (MOST_SKIPS if self.runner.scale is not None else 0):
+        if domain.skipped_in_a_row > (MAX_SKIPS if self.runner.scale is not None else 0):
             self._fail(slot, f"step {launched.step}: loss {loss}, gradient norm {norm}")
             return
         record: dict[str, Any] = {
-            "step": launched.step, "tokens": domain.train_tokens, "loss": loss, "learning_rate": launched.rates[slot],
-            "gradient_norm": norm, "seconds": round(self.seconds, 3),
-        }  # fmt: skip
+            "step": launched.step,
+            "tokens": domain.train_tokens,
+            "loss": loss,
+            "learning_rate": launched.rates[slot],
+            "gradient_norm": norm,
+            "seconds": round(self.seconds, 3),
+        }
         if not applied:
             record.update(loss=None, gradient_norm=None, skipped=domain.num_skipped)
         domain.records.append(record)
 
     def _fail(self, slot: int, what: str) -> None:
         domain = self.domains[slot]
-        rate = domain.recipe.train.rate_for(self.base.config.width)
+        rate = domain.recipe.train.peak_learning_rate(self.base.config.width)
         domain.failure = f"{what}, peak learning rate {rate:.3g}"
         if len(self.domains) > 1:
             self.reporter.message(f"'{domain.name}' diverged at {domain.failure}; the others go on")
@@ -223,28 +229,36 @@ class Trainer:
         """Measures a slot, keeps its weights if they are the best so far, and stops it when its patience is over."""
         domain = self.domains[slot]
         settings, record = domain.recipe.train, domain.records[-1]
-        adapters = TrainingRows(self.bank, [slot])
+        adapters = TrainingAdapters(self.bank, [slot])
         size, blocks = settings.micro_batch_tokens, domain.data.validation
-        nll = self.world.agree(self.measure_blocks(blocks, adapters, domain.validation_tokens, size))
+        nll = self.world.broadcast_object(self.measure_blocks(blocks, adapters, domain.validation_tokens, size))
         if not math.isfinite(nll):
             self._fail(slot, f"step {self.step}: validation loss {nll}")
             return
         record |= {"validation_loss": nll, "memory_bytes": measure_peak_memory(self.device)}
         if self.sampler is not None:
             record["sample"] = self.sampler(self.base, domain, self.bank.read(slot))
-        domain.waited += 1
+        domain.validations_without_improvement += 1
         if nll < domain.best_nll:
-            domain.best_nll, domain.best_step, domain.waited = nll, self.step, 0
+            domain.best_nll, domain.best_step, domain.validations_without_improvement = nll, self.step, 0
             self.best[slot] = self.bank.flat[slot]
-        if settings.patience and domain.waited >= settings.patience and self.step < domain.num_steps:
+        if (
+            settings.patience
+            and domain.validations_without_improvement >= settings.patience
+            and self.step < domain.num_steps
+        ):
             domain.stopped = True
             self.reporter.message(f"'{domain.name}' stopped at step {self.step}: best was step {domain.best_step}")
 
     @torch.no_grad()
     def measure_blocks(
-        self, blocks: TokenBlocks, adapters: ActiveAdapters | None, limit: int | None = None, batch_tokens: int = 4096,
+        self,
+        blocks: TokenBlocks,
+        adapters: ActiveAdapters | None,
+        limit: int | None = None,
+        batch_tokens: int = 4096,
         on_tokens: Callable[[int], None] = lambda tokens: None,
-    ) -> float:  # fmt: skip
+    ) -> float:
         """Returns the mean NLL in nats per target over the first `limit` tokens of the blocks (None: all).
 
         `on_tokens` hears how many tokens a batch had.
@@ -291,7 +305,7 @@ class Trainer:
 
     def _write_metrics(self, log: Log | None = None) -> None:
         """Appends the records since the last time to the run's files, and tells the trackers."""
-        if not self.world.is_first:
+        if not self.world.is_main_process:
             return
         fresh = {domain.name: domain.records[domain.num_written :] for domain in self.domains}
         for domain in self.domains:
@@ -305,7 +319,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Writes everything that the rest of the run depends on."""
-        if self.run is None or not self.world.is_first:
+        if self.run is None or not self.world.is_main_process:
             return
         progress = [{key: getattr(d, key) for key in Domain.PROGRESS} for d in self.domains]
         for item in progress:
@@ -316,9 +330,12 @@ class Trainer:
     def _list_tensors(self) -> dict[str, Tensor]:
         optimizer, scale = self.runner.optimizer, self.runner.scale
         tensors = {
-            "flat": self.bank.flat, "best": self.best, "mean": optimizer.mean, "square": optimizer.square,
+            "flat": self.bank.flat,
+            "best": self.best,
+            "mean": optimizer.mean,
+            "square": optimizer.square,
             "counts": optimizer.counts,
-        }  # fmt: skip
+        }
         return tensors if scale is None else {**tensors, "scale": scale.values, "good": scale.good}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -331,7 +348,7 @@ class Trainer:
             for key in Domain.PROGRESS:
                 setattr(domain, key, saved[key])
             domain.best_nll = math.inf if saved["best_nll"] is None else saved["best_nll"]
-            if self.run is not None and self.world.is_first:
+            if self.run is not None and self.world.is_main_process:
                 self.run.append_metrics(domain.name, domain.records, anew=True)
                 domain.num_written = len(domain.records)
 
@@ -367,7 +384,7 @@ class _HeldOut:
         if key not in self.known:
             self.known[key] = trainer.measure_blocks(blocks, None, None, size, on_tokens)
         return self.known[key], trainer.measure_blocks(
-            blocks, TrainingRows(trainer.bank, [slot]), None, size, on_tokens
+            blocks, TrainingAdapters(trainer.bank, [slot]), None, size, on_tokens
         )
 
     def _list_documents(self, slot: int) -> list[Document]:
@@ -387,7 +404,7 @@ class _HeldOut:
             score = measure_perplexity(trainer.base, documents, settings, on_tokens=on_tokens)
             self.known[key] = score.nll_nats_per_token
         score = measure_perplexity(
-            trainer.base, documents, settings, lambda rows: TrainingRows(trainer.bank, [slot]), on_tokens
+            trainer.base, documents, settings, lambda rows: TrainingAdapters(trainer.bank, [slot]), on_tokens
         )
         return self.known[key], score.nll_nats_per_token
 

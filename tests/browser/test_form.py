@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from lora_gpt2.evaluation.form import build_form
-from lora_gpt2.evaluation.rating import Round, import_answers, read_answers, read_round, write_round
-from lora_gpt2.serving.rating import build_rating_server
+from lora_gpt2.rating.form import build_form
+from lora_gpt2.rating.rounds import Round, import_answers, read_answers, read_round, write_round
+from lora_gpt2.serving.rating_form import build_rating_server
 from tests.browser.test_page import browser, shoot  # noqa: F401 - a fixture
 from tests.serving import running
 

@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.core.log import LocalLog, read_log
-from lora_gpt2.evaluation.choices import read_choices
+from lora_gpt2.inference.history import LocalLog, read_log
 from lora_gpt2.inference.session import Session
+from lora_gpt2.rating.choices import read_votes
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.api import Server
 from lora_gpt2.store.files import Origin, publish_adapter
@@ -112,7 +112,7 @@ def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_
     assert sorted(names.all_inner_texts()) == ["base", "code", "law"]
     assert page.locator("article.best").count() == 1
     page.wait_for_selector("#status:has-text('rate --recorded page')")
-    (choice,) = read_choices(read_log(tmp_path / "choices.jsonl"))
+    (choice,) = read_votes(read_log(tmp_path / "choices.jsonl"))
     best = page.locator("article.best h2 span:first-child").inner_text()
     assert choice.chosen == ("base" if best == "base" else f"{best}@1")
     assert sorted(choice.models) == ["base", "code@1", "law@1"]

@@ -20,10 +20,16 @@ from tests.windows import MODULES, NAMES
 ROOT = Path(__file__).parent.parent.parent
 TREE = sorted((ROOT / "lora_gpt2").rglob("*.py"))
 TINY = {
-    "data.block_size": 16, "train.batch_tokens": 64, "train.steps": 3, "lora.rank": 2, "data.processes": 1,
-    "train.precision": "float32", "evaluate.precision": "float32", "generate.precision": "float32",
+    "data.block_size": 16,
+    "train.batch_tokens": 64,
+    "train.steps": 3,
+    "lora.rank": 2,
+    "data.num_proc": 1,
+    "train.dtype": "float32",
+    "evaluate.dtype": "float32",
+    "generate.dtype": "float32",
     "generate.max_new_tokens": 4,
-}  # fmt: skip
+}
 
 
 def iter_ties(source):
@@ -143,17 +149,17 @@ def test_the_store_works_on_windows(windows, trained):
 
 
 def test_text_is_prepared_trained_on_and_written_on_windows(windows, base_folder, text_file, tmp_path, store):
-    shape = settings("data.block_size", "data.processes")
+    shape = settings("data.block_size", "data.num_proc")
     report = json.loads(windows("prepare", text_file, "--base", base_folder, "--json", *shape))
     assert report["documents_kept"] > 20
     common = ["--base", base_folder, "--data", text_file, "--name", "mine", *shape]
-    common += settings("train.batch_tokens", "train.steps", "lora.rank", "train.precision")
+    common += settings("train.batch_tokens", "train.steps", "lora.rank", "train.dtype")
     windows("train", *common)
     windows("train", *common, "--resume")
     windows("train", *common)
     assert store.list_versions("mine") == [1, 2]
     assert b"\r\n" not in (store.resolve("mine") / "metrics.jsonl").read_bytes()
-    how = settings("generate.precision", "generate.max_new_tokens")
+    how = settings("generate.dtype", "generate.max_new_tokens")
     made = json.loads(windows("generate", "the cat", "--adapter", "mine", "--base", base_folder, "--json", *how))
     assert made["outputs"][0]["tokens"] == 4
     out = tmp_path / "merged"
@@ -275,21 +281,21 @@ LIMIT = """
 from tests.windows import install
 install()
 import time
-from lora_gpt2.data import intake
+from lora_gpt2.data import shards
 for seconds in (9, 0.01):
     try:
-        with intake._limit_seconds(seconds):
+        with shards._time_limit(seconds):
             time.sleep(0.1)
         print("in time")
-    except intake._TooSlowError:
+    except shards._TooSlowError:
         print("too slow")
 from pathlib import Path
-from lora_gpt2.core import errors, interrupt, paths, user_files
+from lora_gpt2.core import errors, files, interrupt, user_files
 print([each.name for each in interrupt.SIGNALS])
 Path("target").write_text("x")
 Path("link").symlink_to("target")
 try:
-    paths.read_regular("link")
+    files.read_regular("link")
 except errors.CorruptError as error:
     print(error.message)
 try:

@@ -5,21 +5,21 @@ import torch
 
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.engine import Engine, Row
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
-from lora_gpt2.inference.static import StaticStep
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import build_adapter
 from lora_gpt2.model.runtime import Runtime, choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, build_recipe
-from lora_gpt2.training.domain import Domain
 from lora_gpt2.training.memory import estimate_memory
 from lora_gpt2.training.plan import build_random_data
-from lora_gpt2.training.step import Pass, Rates, StepRunner
+from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.slot import Domain
+from lora_gpt2.training.step import MicroBatch, SlotHyperparams, StepRunner
 from lora_gpt2.training.trainer import Trainer
-from lora_gpt2.training.world import World
 from tests.builders import make_adapter, make_base_folder
 from tests.unit.training.test_memory import make_recipe as make_memory_recipe
 from tests.unit.training.test_memory import measure_peak
@@ -37,12 +37,16 @@ def test_training_and_generating_on_the_device(base_folder, text_file, reporter,
     base = load_base(str(base_folder), Runtime(device, dtype))
     recipes = [
         build_recipe(
-            {"name": name, "data": {"sources": [str(text_file)], "block_size": 16},
-             "lora": {"rank": 2, "targets": ["c_attn.q", "mlp.c_fc"]},
-             "train": {"steps": 40, "batch_tokens": 64, "learning_rate": 1e-2, "seed": seed}}, name,
+            {
+                "name": name,
+                "data": {"sources": [str(text_file)], "block_size": 16},
+                "lora": {"rank": 2, "targets": ["c_attn.q", "mlp.c_fc"]},
+                "train": {"steps": 40, "batch_tokens": 64, "learning_rate": 1e-2, "seed": seed},
+            },
+            name,
         )
         for seed, name in enumerate(("one", "two"))
-    ]  # fmt: skip
+    ]
     data = prepare_data(recipes[0].data, base.tokenizer, reporter)
     trainer = Trainer(base, [Domain(recipe.name, recipe, data) for recipe in recipes], reporter)
     assert trainer.bank.flat.device.type == device.type
@@ -71,7 +75,7 @@ def make_runner(folder, device, dtype=torch.float32, quantize="none"):
     bank = AdapterBank(base.config, adapters[0].ranks, 2, "training", base.model.wte.weight)
     for slot, adapter in enumerate(adapters):
         bank.load(slot, adapter)
-    return StepRunner(base.model, bank, None, None, World())
+    return StepRunner(base.model, bank, None, None, ProcessGroup())
 
 
 def make_step(runner, step):
@@ -81,7 +85,9 @@ def make_step(runner, step):
     weights = torch.full((4 * 16,), 1 / 32, device=device)
     slots = torch.arange(2, device=device)
     rates = [torch.tensor([value] * 2, device=device) for value in (1e-2 / (step + 1), 0.0, 1.0, True)]
-    return [Pass([0, 1], slots, tokens[:, :-1], tokens[:, 1:], weights, 0.0, 0.0, [0] * 4, 0.0, False)], Rates(*rates)
+    return [
+        MicroBatch([0, 1], slots, tokens[:, :-1], tokens[:, 1:], weights, 0.0, 0.0, [0] * 4, 0.0, False)
+    ], SlotHyperparams(*rates)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -138,7 +144,7 @@ def test_a_replayed_step_writes_what_one_that_is_computed_writes(base_folder, de
     texts = []
     for static in (True, False):
         engine, settings = Engine(session, 8, 48), GenerateSettings(max_new_tokens=12, temperature=1.0)
-        engine.static = StaticStep(session, engine.cache) if static else None
+        engine.static = CudaGraphDecoder(session, engine.cache) if static else None
         rows = [
             Row(k, r.mix, base.tokenizer.encode(r.prompt), 5 + k, settings, r.seed, base.tokenizer)
             for k, r in enumerate(requests)

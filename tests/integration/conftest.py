@@ -24,7 +24,7 @@ def run(capsys):
 def undrawn(monkeypatch, request):
     """Publishing draws charts, seconds an adapter; a test that looks at them asks for `drawn`."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(run_module, "draw_pages", lambda *args: {})
+        monkeypatch.setattr(run_module, "render_report", lambda *args: {})
 
 
 @pytest.fixture

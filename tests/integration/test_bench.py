@@ -30,7 +30,7 @@ def check_sides(report, names):
 
 
 def test_both_sides_learn_the_same_and_every_figure_is_there(base_folder, reporter):
-    report = measure_training(str(base_folder), 2, 16, 4, 1, reporter, rank=2, precision="float32")
+    report = measure_training(str(base_folder), 2, 16, 4, 1, reporter, rank=2, dtype="float32")
     check_sides(report, ["ours", "peft"])
 
 
@@ -38,9 +38,7 @@ def test_both_sides_learn_the_same_and_every_figure_is_there(base_folder, report
 def test_several_adapters_and_the_usual_notebook_are_measured_too(base_folder, tmp_path, reporter):
     lines = tmp_path / "lines.txt"
     lines.write_text("the cat\nand the dog\n\nsun\n")
-    report = measure_training(
-        str(base_folder), 2, 16, 4, 1, reporter, rank=2, precision="float32", slots=3, lines=lines
-    )
+    report = measure_training(str(base_folder), 2, 16, 4, 1, reporter, rank=2, dtype="float32", slots=3, lines=lines)
     sides = check_sides(report, ["ours", "ours together", "peft", "notebook"])
     assert sides["notebook"]["losses"] != pytest.approx(sides["ours"]["losses"], abs=1e-2)
 

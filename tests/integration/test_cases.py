@@ -11,7 +11,7 @@ import random
 import pytest
 
 from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.data.documents import list_documents
+from lora_gpt2.data.inspect import list_documents
 from lora_gpt2.data.prepared import describe_preparation, prepare_data
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import DataSettings
@@ -139,11 +139,13 @@ def test_text_that_was_trained_on_is_marked_wherever_it_is_measured(run, base_fo
 @pytest.mark.parametrize(
     "names",
     [
-        ("train.jsonl", "valid.jsonl", "test.jsonl"), ("train.txt", "dev.txt", "eval.txt"),
-        ("my-training-set.csv", "my-val-set.csv", "my-test-set.csv"), ("train/a.txt", "validation/a.txt", "test/a.txt"),
+        ("train.jsonl", "valid.jsonl", "test.jsonl"),
+        ("train.txt", "dev.txt", "eval.txt"),
+        ("my-training-set.csv", "my-val-set.csv", "my-test-set.csv"),
+        ("train/a.txt", "validation/a.txt", "test/a.txt"),
         ("train.jsonl.gz", "test.jsonl.gz"),
     ],
-)  # fmt: skip
+)
 def test_splits_that_files_are_named_for_are_used(prepare, tokenizer, tmp_path, names):
     documents = {name: make_documents(30, seed=index) for index, name in enumerate(names)}
     for name, texts in documents.items():
@@ -194,10 +196,15 @@ EOS, START = "<|endoftext|>", "<|startoftext|>"
 @pytest.mark.parametrize(
     "layout",
     [
-        "{}" + EOS + "\n", START + "{}" + EOS + "\n", "{}\n" + EOS + "\n", START + "\n{}\n" + EOS + "\n", "{}" + EOS,
-        EOS + "{}\n", "{} " + EOS + "\r\n",
+        "{}" + EOS + "\n",
+        START + "{}" + EOS + "\n",
+        "{}\n" + EOS + "\n",
+        START + "\n{}\n" + EOS + "\n",
+        "{}" + EOS,
+        EOS + "{}\n",
+        "{} " + EOS + "\r\n",
     ],
-)  # fmt: skip
+)
 def test_marks_between_documents_separate_them_and_are_not_trained_on(prepare, tokenizer, tmp_path, layout):
     texts = make_documents(50)
     path = tmp_path / "marked.txt"
@@ -239,12 +246,12 @@ def test_what_each_rule_and_reading_did_is_said_and_kept(run, drawn, base_folder
     assert err.count("cleaning rule spaces") == 1
     assert EOS in err
     manifest = store.read_manifest("law")
-    assert manifest.data["rules"]["spaces"] == {"documents": 1, "characters_removed": 2}
+    assert manifest.data["rules"]["whitespace"] == {"documents": 1, "characters_removed": 2}
     assert any(EOS in line for line in manifest.data["reading"])
     folder = store.resolve("law")
     for page in ("README.md", "report.html"):
         content = (folder / page).read_text(encoding="utf-8")
-        assert "spaces" in content
+        assert "whitespace" in content
         assert "endoftext" in content
 
 
@@ -305,9 +312,11 @@ def test_a_separator_applies_to_every_format(prepare, tokenizer, tmp_path, kind)
         parquet.write_table(pyarrow.table({"text": whole}), path)
     else:
         forms = {
-            "jsonl": "".join(json.dumps({"text": text}) + "\n" for text in whole), "json": json.dumps(whole),
-            "csv": "text\n" + "".join(f'"{text}"\n' for text in whole), "txt": "\n".join(whole),
-        }  # fmt: skip
+            "jsonl": "".join(json.dumps({"text": text}) + "\n" for text in whole),
+            "json": json.dumps(whole),
+            "csv": "text\n" + "".join(f'"{text}"\n' for text in whole),
+            "txt": "\n".join(whole),
+        }
         path.write_text(forms[kind], encoding="utf-8")
     unit = "line" if kind == "txt" else "file"
     found = read_all(prepare(path, separator="###", unit=unit), tokenizer)
@@ -362,11 +371,11 @@ def test_a_text_without_a_line_break_is_split_and_trained(prepare, tokenizer, tm
         "words": " ".join(draw.choices(WORDS, k=3000)),
         "chinese": "".join(draw.choices("天地玄黄宇宙洪荒日月盈昃。", k=6000)),
         "dna": "".join(draw.choices("ACGT", k=12_000)),
-    }[text]  # fmt: skip
+    }[text]
     path = tmp_path / ("a.jsonl" if kind == "jsonl" else "a.txt")
     path.write_text(json.dumps({"text": whole}) if kind == "jsonl" else whole, encoding="utf-8")
     if kind == "stdin":
-        from lora_gpt2.data import sources
+        from lora_gpt2.data.read import sources
 
         sources._spool_stdin.cache_clear()
         with path.open(encoding="utf-8") as file, monkeypatch.context() as patch:
@@ -383,9 +392,12 @@ def test_a_text_without_a_line_break_is_split_and_trained(prepare, tokenizer, tm
 UNSPACED = {
     "chinese": "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏",
     "japanese": "いろはにほへとちりぬるをわかよたれそつねならむ",
-    "thai": "กขคงจฉชซญฎฐณดตถทธนบปผฝพฟภมยรลวศษสหฬอฮ", "dna": "ACGTN", "protein": "ACDEFGHIKLMNPQRSTVWY",
-    "moves": "abcdefgh12345678RNBQKx+#O-", "lines": "-=_*",
-}  # fmt: skip
+    "thai": "กขคงจฉชซญฎฐณดตถทธนบปผฝพฟภมยรลวศษสหฬอฮ",
+    "dna": "ACGTN",
+    "protein": "ACDEFGHIKLMNPQRSTVWY",
+    "moves": "abcdefgh12345678RNBQKx+#O-",
+    "lines": "-=_*",
+}
 
 
 @pytest.mark.parametrize("script", UNSPACED)
@@ -415,7 +427,8 @@ ANSWER = "Answer {n} is {text}"
 RECORDS = {
     "openai": lambda q, a: {
         "messages": [
-            {"role": "system", "content": "Be brief."}, {"role": "user", "content": q},
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": q},
             {"role": "assistant", "content": a},
         ]
     },
@@ -423,11 +436,14 @@ RECORDS = {
     "alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
     "question": lambda q, a: {"question": q, "answer": a, "id": 3},
     "response": lambda q, a: {"prompt": q, "response": a},
-}  # fmt: skip
+}
 PROMPTS = {
-    "openai": "system: Be brief.\nuser: {}\nassistant:", "sharegpt": "user: {}\nassistant:",
-    "alpaca": "### Instruction:\n{}\n\n### Response:\n", "question": "{}\n", "response": "{}\n",
-}  # fmt: skip
+    "openai": "system: Be brief.\nuser: {}\nassistant:",
+    "sharegpt": "user: {}\nassistant:",
+    "alpaca": "### Instruction:\n{}\n\n### Response:\n",
+    "question": "{}\n",
+    "response": "{}\n",
+}
 
 
 @pytest.mark.parametrize("layout", RECORDS)
@@ -503,11 +519,20 @@ def test_not_a_number_in_a_field_that_is_not_read_is_no_obstacle(prepare, tokeni
 
 
 SHARED_CASES = {  # file: documents read, and whether there are prompts
-    "alpaca_text.jsonl": (30, False), "chat_end.jsonl": (30, False), "cr_only.csv": (30, False),
-    "eos_inline.txt": (30, False), "instr_text.jsonl": (30, False), "markers.txt": (30, False),
-    "nan_one.jsonl": (30, False), "openai.jsonl": (30, True), "pandas.json": (30, True), "sharegpt.json": (30, True),
-    "oneline.txt": (1, False), "zh_long.txt": (1, False), "zh_mixed.txt": (1, False),
-}  # fmt: skip
+    "alpaca_text.jsonl": (30, False),
+    "chat_end.jsonl": (30, False),
+    "cr_only.csv": (30, False),
+    "eos_inline.txt": (30, False),
+    "instr_text.jsonl": (30, False),
+    "markers.txt": (30, False),
+    "nan_one.jsonl": (30, False),
+    "openai.jsonl": (30, True),
+    "pandas.json": (30, True),
+    "sharegpt.json": (30, True),
+    "oneline.txt": (1, False),
+    "zh_long.txt": (1, False),
+    "zh_mixed.txt": (1, False),
+}
 
 
 @pytest.mark.parametrize("name", SHARED_CASES)

@@ -7,11 +7,11 @@ import re
 import pytest
 
 from lora_gpt2.core.errors import DataError, LoraGpt2Error
-from lora_gpt2.data.cleaning import BOILERPLATE, CleaningReport, choose_rules
-from lora_gpt2.data.formats import read_documents, read_source
-from lora_gpt2.data.quality import find_reason
-from lora_gpt2.data.records import Document
-from lora_gpt2.data.sources import find_sources
+from lora_gpt2.data.clean.filters import find_reason
+from lora_gpt2.data.clean.rules import BOILERPLATE, CleaningReport, choose_rules
+from lora_gpt2.data.read.formats import read_documents, read_source
+from lora_gpt2.data.read.records import Document
+from lora_gpt2.data.read.sources import find_sources
 from lora_gpt2.recipe import DataSettings
 
 GONE = re.compile("[\u200b\u200c\u2060\ufeff\u00ad\u202a-\u202e\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")

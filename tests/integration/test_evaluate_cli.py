@@ -14,9 +14,22 @@ from lora_gpt2.store.manifest import CARD
 def own(run, text_file, base_folder, store):
     """An adapter trained for a few steps, so that its text is known."""
     code, _, err = run(
-        "train", "--data", text_file, "--name", "mine", "--base", base_folder, "--set", "train.steps=4",
-        "--set", "train.batch_tokens=96", "--set", "data.block_size=48", "--set", "license=CC-BY-4.0",
-    )  # fmt: skip
+        "train",
+        "--data",
+        text_file,
+        "--name",
+        "mine",
+        "--base",
+        base_folder,
+        "--set",
+        "train.steps=4",
+        "--set",
+        "train.batch_tokens=96",
+        "--set",
+        "data.block_size=48",
+        "--set",
+        "license=CC-BY-4.0",
+    )
     assert code == 0, err
     return store
 
@@ -136,13 +149,14 @@ def test_an_adapter_without_text_cannot_be_audited(run, trained, base_folder):
 
 
 def test_a_share_above_the_limit_ends_with_nine(run, own, base_folder, monkeypatch):
-    from lora_gpt2.evaluation import memorization
+    from lora_gpt2.audit import memorization
 
     real = memorization.measure_extraction
     monkeypatch.setattr(
-        memorization, "measure_extraction",
+        memorization,
+        "measure_extraction",
         lambda *args: memorization.Extraction(20, 20, 24.0, (0,)) if args[1](1) else real(*args),
-    )  # fmt: skip
+    )
     quick = ("--texts", "2", "--windows", "20", "--set", "generate.max_new_tokens=4", "--fail-above", "0.5")
     code, _, err = run("audit", "memorization", "mine", "--base", base_folder, *quick)
     assert code == 9
@@ -164,7 +178,7 @@ def test_data_is_reported_on_and_not_changed(run, base_folder, tmp_path):
     assert code == 0, err
     assert path.read_bytes() == before
     assert (found["documents"], found["exact_copies"]) == (4, 1)
-    assert found["personal"] == {"email": 2}
+    assert found["pii"] == {"email": 2}
     assert found["harsh"] == {"insult": 1}
     assert set(found["licences"]) == {"creative commons", "all rights reserved"}
     assert "@example.org" not in out, "what is personal is not repeated"
@@ -202,5 +216,5 @@ def test_no_verbatim_and_disclosure_from_the_command_line(run, own, base_folder,
     done = tmp_path / "done.jsonl"
     assert run("generate", "--prompts", tmp_path / "p.txt", "--out", done, *common, "--disclose")[0] == 0
     assert "with adapter mine" in (tmp_path / "done.jsonl.disclosure.txt").read_text()
-    code, out, _ = run("generate", "the", *common, "--no-verbatim", "8", "--set", "generate.beams=2", "--json")
+    code, out, _ = run("generate", "the", *common, "--no-verbatim", "8", "--set", "generate.num_beams=2", "--json")
     assert (code, json.loads(out)["error"]["type"]) == (2, "UsageError")

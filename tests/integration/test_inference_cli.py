@@ -71,8 +71,12 @@ def test_a_terminal_gets_a_prompt_history_and_ctrl_c_keeps_the_text(trained, tmp
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "lora_gpt2", "repl", "--adapter", "law", "--seed", "1", "--store", trained.root],
-        stdin=child, stdout=child, stderr=child, env=environment, start_new_session=True,
-    )  # fmt: skip
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        env=environment,
+        start_new_session=True,
+    )
     os.close(child)
     shown = b""
 

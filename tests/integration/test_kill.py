@@ -25,9 +25,17 @@ from tests.unit.training.test_trainer import make_recipe
 
 POINTS = 44
 MOMENTS = [
-    (os, "fsync"), (os, "replace"), (os, "rename"), (os, "unlink"), (os, "mkdir"), (StepRunner, "compute_gradients"),
-    (SlotAdamW, "step"), (Trainer, "_validate"), (RunFolder, "append_metrics"), (RunFolder, "save"),
-]  # fmt: skip
+    (os, "fsync"),
+    (os, "replace"),
+    (os, "rename"),
+    (os, "unlink"),
+    (os, "mkdir"),
+    (StepRunner, "compute_gradients"),
+    (SlotAdamW, "step"),
+    (Trainer, "_validate"),
+    (RunFolder, "append_metrics"),
+    (RunFolder, "save"),
+]
 VOLATILE = ("seconds", "memory_bytes")
 
 
@@ -38,7 +46,7 @@ def recipes(base_folder, text_file, tmp_path):
     common = {"checkpoint_every": 2, "validate_every": 3, "sample_tokens": 2}
     return [
         make_recipe(base_folder, text_file, "one", steps=6, lora={"dropout": 0.2}, **common),
-        make_recipe(base_folder, other, "two", steps=5, neftune_alpha=5, micro_batch_tokens=32, **common),
+        make_recipe(base_folder, other, "two", steps=5, neftune_noise_alpha=5, micro_batch_tokens=32, **common),
     ]
 
 
@@ -84,7 +92,7 @@ def count_and_kill(kill_at, writer):
 
 def trainer_of(recipes, reporter, kill_at=0, resume=False):
     def work(store, writer):
-        run_module.draw_pages = lambda *args: {}  # drawing is slow, and nothing of the run depends on it
+        run_module.render_report = lambda *args: {}  # drawing is slow, and nothing of the run depends on it
         count_and_kill(kill_at, writer)
         train_recipes(recipes, store, reporter, resume)
 

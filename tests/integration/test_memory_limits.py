@@ -14,10 +14,14 @@ from tests.builders import make_text
 def run_limited(num_bytes, tmp_path, *arguments):
     """Runs a command in so many bytes of addresses; returns exit code and stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "lora_gpt2", *map(str, arguments)], capture_output=True, text=True, check=False,
-        timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "lora_gpt2", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (num_bytes,) * 2),
-    )  # fmt: skip
+    )
     return done.returncode, done.stderr
 
 
@@ -58,7 +62,7 @@ def test_a_large_adapter_in_little_memory(tmp_path, big):
 def test_memory_that_ends_while_the_adapter_is_published_leaves_a_checkpoint(run, big, base_folder, monkeypatch):
     big += ["--set", "lora.rank=2", "--set", "data.block_size=16", "--base", base_folder]
     with monkeypatch.context() as patch:
-        patch.setattr("lora_gpt2.store.interop.pack_safetensors", fail)
+        patch.setattr("lora_gpt2.store.peft.tensors.pack_safetensors", fail)
         code, _, err = run(*big)
     assert code == 7
     assert "error: out of memory: this run needs about" in err

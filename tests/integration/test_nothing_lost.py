@@ -19,8 +19,8 @@ from lora_gpt2.inference.batch import hold_output
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.api import Server
-from lora_gpt2.serving.wire import translate_error
-from lora_gpt2.store.exchange import export_adapter, fetch_source, import_source
+from lora_gpt2.serving.protocol import translate_error
+from lora_gpt2.store.exchange import export_adapter, fetch_adapter, import_adapter
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.training.checkpoint import RunFolder
 from tests.builders import make_adapter
@@ -65,13 +65,13 @@ def test_an_imported_folder_whose_pages_were_changed_is_refused(base, store, tmp
     pages = {"report.html": b"<p>ours</p>", "metrics.jsonl": b'{"step": 1}\n'}
     publish_adapter(store, "law", make_adapter(base.config), base, Origin(pages=pages))
     export_adapter(store, "law", tmp_path / "out")
-    assert import_source(fetch_source(str(tmp_path / "out")), store, "same", base).manifest.reference == "same@1"
+    assert import_adapter(fetch_adapter(str(tmp_path / "out")), store, "same", base).manifest.reference == "same@1"
     (tmp_path / "out" / name).write_bytes(b"<script>theirs</script>")
     with pytest.raises(CorruptError, match=f"{name} is not the file that was published") as caught:
-        fetch_source(str(tmp_path / "out"))
+        fetch_adapter(str(tmp_path / "out"))
     assert caught.value.exit_code == 5
     (tmp_path / "out" / name).unlink()
-    imported = import_source(fetch_source(str(tmp_path / "out")), store, "less", base).manifest
+    imported = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "less", base).manifest
     assert name not in imported.files
 
 
@@ -79,7 +79,7 @@ def test_a_page_of_a_stranger_is_not_taken_over(base, store, tmp_path):
     publish_adapter(store, "law", make_adapter(base.config), base, Origin())
     export_adapter(store, "law", tmp_path / "out")
     (tmp_path / "out" / "report.html").write_bytes(b"<script>theirs</script>")
-    manifest = import_source(fetch_source(str(tmp_path / "out")), store, "law", base).manifest
+    manifest = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "law", base).manifest
     assert "report.html" not in manifest.files
     assert not (store.resolve("law") / "report.html").exists()
 
@@ -107,17 +107,20 @@ def test_answers_over_http_hold_no_path_of_this_machine(base, trained, tmp_path,
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("/srv/store/law/1/a.bin is damaged", "a.bin is damaged"), (r"C:\Users\me\law is a link", "law is a link"),
-        ("see 'lora-gpt2 adapters list'", "see 'lora-gpt2 adapters list'"), ("'a/b' is no name", "'a/b' is no name"),
-        ("1/2 of '/x/y z'", "1/2 of 'y z'"), ("http://host/v1/models", "http://host/v1/models"),
+        ("/srv/store/law/1/a.bin is damaged", "a.bin is damaged"),
+        (r"C:\Users\me\law is a link", "law is a link"),
+        ("see 'lora-gpt2 adapters list'", "see 'lora-gpt2 adapters list'"),
+        ("'a/b' is no name", "'a/b' is no name"),
+        ("1/2 of '/x/y z'", "1/2 of 'y z'"),
+        ("http://host/v1/models", "http://host/v1/models"),
     ],
-)  # fmt: skip
+)
 def test_paths_are_taken_out_of_messages_and_nothing_else(text, shown):
     assert translate_error(CorruptError(text, "restore it")).message == f"{shown}; restore it"
 
 
 def test_two_who_write_one_merged_base_get_one_and_a_conflict(run, trained, tmp_path, monkeypatch):
-    from lora_gpt2.merging import bake
+    from lora_gpt2.merging import into_base as bake
 
     out, check = tmp_path / "merged", bake.check_written
 

@@ -39,7 +39,7 @@ def build_command(base_folder, text_file, folder, *arguments):
         "lora.dropout": 0.2,
         "train.learning_rate": 1e-2,
         "train.checkpoint_every": 3,
-        "train.precision": "float32",
+        "train.dtype": "float32",
         "train.sample_tokens": 0,
     }
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]

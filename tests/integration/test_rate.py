@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from lora_gpt2.evaluation.rating import Round, read_answers, read_round, write_round
-from lora_gpt2.serving.rating import build_rating_server
+from lora_gpt2.rating.rounds import Round, read_answers, read_round, write_round
+from lora_gpt2.serving.rating_form import build_rating_server
 from tests.serving import ask, running
 
 
@@ -111,8 +111,22 @@ def test_what_the_repl_recorded_is_rated_without_writing_it_again(begin, tmp_pat
     assert "the cat by law" in err
     assert "the cat by base" in err
     assert json.loads(out)["answers"] == 4
-    assert begin("", "--adapter", "law", "--adapter", "base", "--recorded", "repl", "--prompts", "prompts.txt",
-                 "--out", "other")[0] == 2  # fmt: skip
+    assert (
+        begin(
+            "",
+            "--adapter",
+            "law",
+            "--adapter",
+            "base",
+            "--recorded",
+            "repl",
+            "--prompts",
+            "prompts.txt",
+            "--out",
+            "other",
+        )[0]
+        == 2
+    )
     assert begin("", "--adapter", "law", "--adapter", "code", "--recorded", "repl", "--out", "other")[0] == 3
     assert begin("", "--recorded", "page")[0] == 4
 

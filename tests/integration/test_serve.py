@@ -22,13 +22,13 @@ from openai import NotFoundError, OpenAI
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, UsageError
-from lora_gpt2.core.log import LocalLog
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
 from lora_gpt2.serving.api import Access, Server
 from lora_gpt2.serving.http import bind, build_http
-from lora_gpt2.serving.wire import CompletionBody
+from lora_gpt2.serving.protocol import CompletionBody
 from lora_gpt2.store.changes import collect_garbage, remove_adapter
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
@@ -36,7 +36,9 @@ from tests.builders import make_adapter
 from tests.serving import ask, ask_async, serving
 
 GREEDY = GenerateSettings(temperature=0, max_new_tokens=12)
-LIMITS = ServeSettings(max_rows=8, max_waiting=32, header_seconds=1, body_seconds=1, send_seconds=2)
+LIMITS = ServeSettings(
+    max_num_seqs=8, max_waiting=32, header_timeout_seconds=1, body_timeout_seconds=1, send_timeout_seconds=2
+)
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_token_ids_as_prompt_beams_and_stop(client, base):
     assert [choice.text for choice in both.choices] == [text, text]
     stopped = client.completions.create(model="law", prompt=ids, max_tokens=8, stop=[text[1:3]])
     assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (text[: text.index(text[1:3])], "stop")
-    beams = client.completions.create(model="law", prompt=ids, max_tokens=8, extra_body={"beams": 4})
+    beams = client.completions.create(model="law", prompt=ids, max_tokens=8, extra_body={"num_beams": 4})
     assert beams.choices[0].finish_reason in ("stop", "length")
 
 
@@ -177,12 +179,29 @@ BAD = [
     *({"logprobs": value} for value in (-1, 21, True, "1")),
     *({"prompt": value} for value in (5, None, [], [[]], ["a", 5], {"a": 1}, [True], [-1], [10**9], [1.5], "\ud800")),
     *({"model": value} for value in (5, "", None, ["law"])),
-    {"frequency_penalty": 3}, {"presence_penalty": -3}, {"repetition_penalty": 0}, {"beams": 0}, {"beams": 65},
-    {"beams": 2, "logprobs": 1}, {"beams": 2, "watermark": True}, {"beams": 4, "n": 2}, {"beams": 17},
-    {"repetition_penalty": 1e-40}, {"length_penalty": 6}, {"no_repeat_ngram": -1}, {"stream": 1}, {"echo": "yes"},
-    {"best_of": 3}, {"suffix": "x"}, {"temprature": 1}, {"stream_options": {"include_usage": True}},
-    {"truncate": "right"}, {"watermark": 1}, {"n": 17}, {"prompt": ["a"] * 17},
-]  # fmt: skip
+    {"frequency_penalty": 3},
+    {"presence_penalty": -3},
+    {"repetition_penalty": 0},
+    {"num_beams": 0},
+    {"num_beams": 65},
+    {"num_beams": 2, "logprobs": 1},
+    {"num_beams": 2, "watermark": True},
+    {"num_beams": 4, "n": 2},
+    {"num_beams": 17},
+    {"repetition_penalty": 1e-40},
+    {"length_penalty": 6},
+    {"no_repeat_ngram_size": -1},
+    {"stream": 1},
+    {"echo": "yes"},
+    {"best_of": 3},
+    {"suffix": "x"},
+    {"temprature": 1},
+    {"stream_options": {"include_usage": True}},
+    {"truncate": "right"},
+    {"watermark": 1},
+    {"n": 17},
+    {"prompt": ["a"] * 17},
+]
 
 
 UNNAMED = ("beamslogprobs", "beamswatermark", "prompt")  # together, or too many prompts, which is n's limit
@@ -198,8 +217,21 @@ def test_every_bad_parameter_is_answered_400_and_named(port):
         assert error["param"] or set(body) & set(error["message"].split()), error["message"]
         assert error["type"] == "invalid_request_error"
     assert "did you mean 'temperature'" in ask_completion(port, temprature=1)[2]["error"]["message"]
-    for model in ("nobody", "law@7", "law:x", "law:99", "law+law", "base+law", "../law", "a" * 300, "law+", ":", "@",
-                  "law#x", "law@1#0"):  # fmt: skip
+    for model in (
+        "nobody",
+        "law@7",
+        "law:x",
+        "law:99",
+        "law+law",
+        "base+law",
+        "../law",
+        "a" * 300,
+        "law+",
+        ":",
+        "@",
+        "law#x",
+        "law@1#0",
+    ):
         assert ask_completion(port, model=model)[0] == 404, model
         assert ask(port, f"/v1/models/{quote(model)}")[0] == 404, model
     status, _, answer = ask_completion(port, model="+".join(f"a{k}" for k in range(9)))
@@ -227,14 +259,24 @@ def test_a_prompt_that_does_not_fit_is_refused_or_cut(port, base):
 @pytest.mark.parametrize(
     ("content", "headers", "status"),
     [
-        (b"{", {}, 400), (b"[]", {}, 400), (b"", {}, 400), (b"null", {}, 400), (b"\xff\xfe", {}, 400),
-        (b'{"model": "law", "model": "code"}', {}, 400), (b'{"model": "law", "temperature": NaN}', {}, 400),
-        (b"[" * 100_000, {}, 400), (b'{"a":' * 5_000, {}, 400), (b"1" * 5000, {}, 400),
-        (b"{}", {"Content-Type": "text/plain"}, 415), (b"{}", {"Content-Type": ""}, 415),
-        (b"x" * 1_100_000, {}, 413), (b"{}", {"Host": "evil.example"}, 403), (b"{}", {"Host": ""}, 403),
+        (b"{", {}, 400),
+        (b"[]", {}, 400),
+        (b"", {}, 400),
+        (b"null", {}, 400),
+        (b"\xff\xfe", {}, 400),
+        (b'{"model": "law", "model": "code"}', {}, 400),
+        (b'{"model": "law", "temperature": NaN}', {}, 400),
+        (b"[" * 100_000, {}, 400),
+        (b'{"a":' * 5_000, {}, 400),
+        (b"1" * 5000, {}, 400),
+        (b"{}", {"Content-Type": "text/plain"}, 415),
+        (b"{}", {"Content-Type": ""}, 415),
+        (b"x" * 1_100_000, {}, 413),
+        (b"{}", {"Host": "evil.example"}, 403),
+        (b"{}", {"Host": ""}, 403),
         (b"", {"Content-Length": "x"}, 400),
     ],
-)  # fmt: skip
+)
 def test_bodies_that_are_no_requests_are_refused(port, content, headers, status):
     found, _, answer = ask(port, "/v1/completions", content, headers)
     assert found == status
@@ -250,10 +292,15 @@ POSTED = ("/v1/completions", "/v1/choices", "/v1/adapters/load", "/v1/adapters/u
 def test_half_a_surrogate_pair_anywhere_in_a_body_is_answered_400(port, path):
     admin = {"Authorization": "Bearer adm"}
     bodies = [
-        b'{"name": %s}', b'{"model": %s}', b'{"model": "law", "prompt": %s}', b'{"model": "law", "user": %s}',
-        b'{"model": "law", "stop": ["a", %s]}', b'{%s: 1}', b'{"models": ["law", %s], "chosen": "law", "prompt": "x"}',
+        b'{"name": %s}',
+        b'{"model": %s}',
+        b'{"model": "law", "prompt": %s}',
+        b'{"model": "law", "user": %s}',
+        b'{"model": "law", "stop": ["a", %s]}',
+        b"{%s: 1}",
+        b'{"models": ["law", %s], "chosen": "law", "prompt": "x"}',
         b'{"model": "law", "logit_bias": {%s: 1}}',
-    ]  # fmt: skip
+    ]
     for body in bodies:
         for half in (HALF, b'"\\uDFFFx"', b'"\xed\xa0\x80"'):
             status, _, answer = ask(port, path, body % half, admin)
@@ -266,7 +313,7 @@ def test_half_a_surrogate_pair_anywhere_in_a_body_is_answered_400(port, path):
 
 @pytest.mark.parametrize(
     "path", ["/%00", "/%ED%A0%80", "/" + "a" * 5000, "/v1/models/%00", "/v1/models/%ED%A0%80", "/?x=%ED%A0%80"]
-)  # fmt: skip
+)
 def test_odd_paths_are_no_server_error(port, path):
     assert ask(port, path)[0] in (200, 400, 404, 414)
 
@@ -344,13 +391,19 @@ def test_a_key_is_asked_on_every_route_and_origins_only_where_allowed(base, trai
         assert ask(port, "/v1/models", headers=good)[1]["access-control-allow-origin"] == "https://page.example"
         other = {**good, "Origin": "https://evil.example"}
         assert "access-control-allow-origin" not in ask(port, "/v1/models", headers=other)[1]
-        for host, status in (("box.example", 200), ("BOX.example:80", 200), ("[::1]:9", 200), ("x.example", 403),
-                             ("evilbox.example", 403), ("xlocalhost", 403)):  # fmt: skip
+        for host, status in (
+            ("box.example", 200),
+            ("BOX.example:80", 200),
+            ("[::1]:9", 200),
+            ("x.example", 403),
+            ("evilbox.example", 403),
+            ("xlocalhost", 403),
+        ):
             assert ask(port, "/v1/models", headers={**good, "Host": host})[0] == status
 
 
 def test_an_overload_is_answered_at_once_and_nobody_is_cut_off(base, trained):
-    limits = ServeSettings(max_rows=4, max_waiting=8)  # clients share this process: they may be slow to send, too
+    limits = ServeSettings(max_num_seqs=4, max_waiting=8)  # clients share this process: they may be slow to send, too
     with serving(Server(Session(base, trained), GREEDY, limits)) as port:
 
         async def flood():
@@ -390,7 +443,7 @@ def test_slow_clients_are_let_go_and_stop_nobody(port):
 
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_a_client_that_goes_frees_its_row(base, trained, count):
-    server = Server(Session(base, trained), GREEDY, LIMITS.model_copy(update={"max_rows": 2}))
+    server = Server(Session(base, trained), GREEDY, LIMITS.model_copy(update={"max_num_seqs": 2}))
     body = json.dumps({"model": "law", "prompt": "the", "max_tokens": 40, "stream": True, "n": 4})
     with serving(server) as port:
         for place in range(count):
@@ -413,10 +466,16 @@ def test_a_client_that_goes_frees_its_row(base, trained, count):
 def test_numbers_that_are_allowed_never_break_the_engine(port, server, base):
     """Every bound at once: what divides by nothing, or adds what is too large, is somebody's trouble alone."""
     extremes = {
-        "logit_bias": {str(k): 100 * (-1) ** k for k in range(0, 5000, 7)}, "repetition_penalty": 0.01,
-        "temperature": 0.001, "top_p": 1e-9, "min_p": 1, "frequency_penalty": -2, "presence_penalty": -2,
-        "no_repeat_ngram": 1, "max_tokens": 20,
-    }  # fmt: skip
+        "logit_bias": {str(k): 100 * (-1) ** k for k in range(0, 5000, 7)},
+        "repetition_penalty": 0.01,
+        "temperature": 0.001,
+        "top_p": 1e-9,
+        "min_p": 1,
+        "frequency_penalty": -2,
+        "presence_penalty": -2,
+        "no_repeat_ngram_size": 1,
+        "max_tokens": 20,
+    }
     for dropped in (None, *extremes):
         body = {key: value for key, value in extremes.items() if key != dropped}
         assert ask_completion(port, **body)[0] == 200, dropped
@@ -431,7 +490,7 @@ def test_an_adapter_called_like_the_base_is_the_adapter(base, base_folder, store
 
 
 def test_a_reader_that_takes_nothing_is_cut_off(base, trained):
-    limits = LIMITS.model_copy(update={"send_seconds": 1})
+    limits = LIMITS.model_copy(update={"send_timeout_seconds": 1})
     server = Server(Session(base, trained), GREEDY, limits)
     body = json.dumps({"model": "law", "prompt": ["the"] * 5, "max_tokens": 40, "logprobs": 20, "echo": True})
     with serving(server, send_buffer=4096) as port:

@@ -38,8 +38,9 @@ def test_show_tells_the_lineage_of_a_merge(run, trained):
     assert run("merge", "law:0.6", "code:0.4", "--as", "both")[0] == 0
     lineage = result_of(run, "adapters", "show", "both")["adapter"]["lineage"]
     assert [(p["reference"], p["weight"], p["found"]) for p in lineage["parents"]] == [
-        ("law@1", 0.6, "law@1"), ("code@1", 0.4, "code@1"),
-    ]  # fmt: skip
+        ("law@1", 0.6, "law@1"),
+        ("code@1", 0.4, "code@1"),
+    ]
     run("adapters", "remove", "code")
     _, out, _ = run("adapters", "show", "both")
     assert "    law@1 at 0.6: by train" in out

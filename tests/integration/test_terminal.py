@@ -14,8 +14,8 @@ from lora_gpt2.commands.shared import emit, format_table
 from lora_gpt2.core.console import LineTask, RichReporter
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.store.files import Origin, publish_adapter
-from lora_gpt2.store.interop import to_peft
 from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS
+from lora_gpt2.store.peft.tensors import to_peft
 from tests.builders import make_adapter
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\nerror: forged\r\x9b31m\u202e"
@@ -172,8 +172,12 @@ def test_fields_of_manifests(run, base, store):
     publish_adapter(store, "law", make_adapter(base.config), base, origin)
     publish_adapter(store, "law", make_adapter(base.config, 2), base, Origin())
     for command in (
-        ["list"], ["show", "law@1"], ["history", "law"], ["diff", "law@1", "law@2"], ["card", "law@1"],
-    ):  # fmt: skip
+        ["list"],
+        ["show", "law@1"],
+        ["history", "law"],
+        ["diff", "law@1", "law@2"],
+        ["card", "law@1"],
+    ):
         code, out, err = run("adapters", *command)
         assert code == 0, err
         if command[0] != "card":  # a document of several lines

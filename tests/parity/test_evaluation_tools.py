@@ -55,10 +55,14 @@ def harness(tmp_path_factory):
 def measure_theirs(harness, folder, peft):
     """Returns the log likelihood in nats of each text under the `hf` model of lm-evaluation-harness."""
     done = subprocess.run(
-        [sys.executable, "-c", ROLLING], input=json.dumps([str(folder), peft and str(peft), TEXTS]), text=True,
-        capture_output=True, check=True, timeout=300,
+        [sys.executable, "-c", ROLLING],
+        input=json.dumps([str(folder), peft and str(peft), TEXTS]),
+        text=True,
+        capture_output=True,
+        check=True,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": str(harness), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

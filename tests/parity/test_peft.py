@@ -12,17 +12,17 @@ from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
-from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.lora import Adapter
-from lora_gpt2.model.loss import chunked_cross_entropy
+from lora_gpt2.model.loss import fused_linear_cross_entropy
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, LoraSettings
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import export_adapter, fetch_source, import_source
+from lora_gpt2.store.exchange import export_adapter, fetch_adapter, import_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
-from lora_gpt2.store.interop import from_peft, read_peft_files
 from lora_gpt2.store.manifest import WEIGHTS
-from lora_gpt2.store.peft_config import module_of
+from lora_gpt2.store.peft.config import module_of
+from lora_gpt2.store.peft.tensors import from_peft, read_peft_files
 from tests.builders import make_adapter, train_and_save
 
 with warnings.catch_warnings():
@@ -31,9 +31,9 @@ with warnings.catch_warnings():
 
 SETTINGS = {
     "all": LoraSettings(rank=4, alpha=10),
-    "rslora": LoraSettings(rank=3, alpha=6, rslora=True),
+    "use_rslora": LoraSettings(rank=3, alpha=6, use_rslora=True),
     "qv": LoraSettings(rank=4, alpha=32, targets=("c_attn.q", "c_attn.v")),
-    "per-target": LoraSettings(rank=2, ranks={"mlp.c_fc": 5}, targets=("mlp.c_fc", "mlp.c_proj", "attn.c_proj")),
+    "per-target": LoraSettings(rank=2, rank_pattern={"mlp.c_fc": 5}, targets=("mlp.c_fc", "mlp.c_proj", "attn.c_proj")),
     "k-and-mlp": LoraSettings(rank=2, targets=("c_attn.k", "mlp.c_fc")),
     "head": LoraSettings(rank=3, targets=("lm_head",)),
 }
@@ -82,13 +82,13 @@ def test_adapter_gradients_equal_autograds_through_peft(base, store, stored, the
     bank = AdapterBank(base.config, stored.ranks, 1, "training", base.model.wte.weight)
     bank.load(0, stored)
     buffer = bank.enable_gradients()
-    rows = TrainingRows(bank, [0])
+    rows = TrainingAdapters(bank, [0])
     hidden = base.model(tokens, rows)[:, :-1].contiguous()
     targets = tokens[:, 1:].flatten()
     weights = torch.full(targets.shape, 1 / len(targets))
-    chunked_cross_entropy(hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, rows.update_head(hidden))[
-        0
-    ].backward()
+    fused_linear_cross_entropy(
+        hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, rows.low_rank_logits(hidden)
+    )[0].backward()
     gradients = bank.read(0, buffer)
     found = dict(wrapped.named_parameters())
     for site, update in gradients.updates.items():
@@ -169,7 +169,7 @@ def test_what_export_writes_loads_with_autopeft_and_stays_right_when_weights_are
     wanted = our_logits(base, load_adapter(store, "law", base)[1], tokens)
     assert torch.allclose(loaded(tokens).logits, wanted, atol=1e-4)
     assert (loaded(tokens).logits - GPT2LMHeadModel.from_pretrained(base_folder)(tokens).logits).abs().max() > 0.1
-    again = import_source(fetch_source(str(tmp_path / "out")), store, "again", base).manifest
+    again = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "again", base).manifest
     assert again.digest == store.read_manifest("law").digest
 
 
@@ -216,16 +216,16 @@ def test_saved_weights_of_the_base_are_accepted_where_they_are_the_bases_own(
     tensors = load_file(tmp_path / WEIGHTS)
     name = f"base_model.model.{'lm_head.base_layer' if kind == 'head' else 'transformer.wte'}.weight"
     assert name in tensors, "PEFT saves it"
-    source = fetch_source(str(tmp_path))
+    source = fetch_adapter(str(tmp_path))
     store = Store(tmp_path / "store")
-    assert import_source(source, store, "same", base).manifest.reference == "same@1"
+    assert import_adapter(source, store, "same", base).manifest.reference == "same@1"
     found = our_logits(base, load_adapter(store, "same", base)[1], tokens)
     assert torch.allclose(found, wrapped(tokens).logits, atol=1e-4)
     other = dict(tensors)
     other[name] = tensors[name] + 0.01 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
     save_file(other, tmp_path / WEIGHTS)
     with pytest.raises(MismatchError, match=f"{name} is not that of this base") as caught:
-        import_source(fetch_source(str(tmp_path)), store, "other", base)
+        import_adapter(fetch_adapter(str(tmp_path)), store, "other", base)
     assert caught.value.exit_code == 5
     assert "--base FOLDER" in caught.value.hint
 
@@ -239,12 +239,12 @@ def test_a_pickled_adapter_is_read_without_running_anything(base, theirs, tmp_pa
     (tmp_path / WEIGHTS).unlink()
     torch.save(tensors, tmp_path / "adapter_model.bin")
     store = Store(tmp_path / "store")
-    import_source(fetch_source(str(tmp_path)), store, "old", base)
+    import_adapter(fetch_adapter(str(tmp_path)), store, "old", base)
     found = our_logits(base, load_adapter(store, "old", base)[1], tokens)
     assert torch.allclose(found, wrapped(tokens).logits, atol=1e-4)
     torch.save({**tensors, "x": Path("/")}, tmp_path / "adapter_model.bin")
     with pytest.raises(CorruptError, match="is not a file of tensors"):
-        fetch_source(str(tmp_path))
+        fetch_adapter(str(tmp_path))
     torch.save({**tensors, "x": "text"}, tmp_path / "adapter_model.bin")
     with pytest.raises(CorruptError, match="holds more than tensors"):
-        fetch_source(str(tmp_path))
+        fetch_adapter(str(tmp_path))

@@ -94,9 +94,13 @@ def test_greedy_text_equals_transformers_generate(nano):
     for prompt in ("The history of", "She opened the door and"):
         ids = torch.tensor([base.tokenizer.encode(prompt)])
         wanted = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, repetition_penalty=1.3,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=40,
+            repetition_penalty=1.3,
             pad_token_id=8191,
-        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        )[0, ids.shape[1] :].tolist()
         (output,) = generate(Session(base), [Request(prompt)], settings)
         end = wanted.index(8191) if 8191 in wanted else 40
         assert output.text == base.tokenizer.decode(wanted[:end])

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.blocks import IGNORE, Encoded, open_blocks, pack_blocks, write_blocks
-from lora_gpt2.data.cleaning import BOILERPLATE, PROFILES, RULES, choose_rules
+from lora_gpt2.data.clean.rules import BOILERPLATE, PROFILES, RULES, choose_rules
 from lora_gpt2.data.dedup import content_key
-from lora_gpt2.data.encoding import decode
-from lora_gpt2.data.formats import read_source
-from lora_gpt2.data.records import Document
-from lora_gpt2.data.sources import KINDS, find_sources
+from lora_gpt2.data.read.encoding import decode
+from lora_gpt2.data.read.formats import read_source
+from lora_gpt2.data.read.records import Document
+from lora_gpt2.data.read.sources import KINDS, find_sources
 from lora_gpt2.data.split import iter_sections, split_keys
 from lora_gpt2.data.tokenizer import TextStream, load_tokenizer
 from lora_gpt2.recipe import DataSettings
@@ -45,13 +45,62 @@ def test_any_tokens_stream_to_what_they_decode_to_without_half_characters(tokeni
 
 
 SCRAPS = [
-    "&amp;", "&lt;b&gt;", "&#38;", "amp;", "<", ">", "</p>", "<br", "<b>", "<!--", "-->", "<script>", "{{", "}}",
-    "{%", "%}", "[a](", ")", "](x)", "![", "http://a.b", "www.", "://", "---\n", "k: v\n", "a@b.org",
-    "4111 1111 1111 1111", "\x1b[3", "1m", "\u200d", "👩", "🏽", "\ufe0f", "1\u20e3", "Ã©", "â€™", "\x80",
+    "&amp;",
+    "&lt;b&gt;",
+    "&#38;",
+    "amp;",
+    "<",
+    ">",
+    "</p>",
+    "<br",
+    "<b>",
+    "<!--",
+    "-->",
+    "<script>",
+    "{{",
+    "}}",
+    "{%",
+    "%}",
+    "[a](",
+    ")",
+    "](x)",
+    "![",
+    "http://a.b",
+    "www.",
+    "://",
+    "---\n",
+    "k: v\n",
+    "a@b.org",
+    "4111 1111 1111 1111",
+    "\x1b[3",
+    "1m",
+    "\u200d",
+    "👩",
+    "🏽",
+    "\ufe0f",
+    "1\u20e3",
+    "Ã©",
+    "â€™",
+    "\x80",
     "*** START OF THE PROJECT GUTENBERG EBOOK ***\n",
-    "*** END OF THE PROJECT GUTENBERG EBOOK ***\n", "<html>", "<!doctype html>", "&lt;html&gt;", "+1 202 555 0199",
-    " ", "\n", "\t", "\r", "x", "\u2028", "\xa0", "\0", "\ufeff", "e\u0301", "ﬁ", "GB82 WEST 1234 5698 7654 32",
-]  # fmt: skip
+    "*** END OF THE PROJECT GUTENBERG EBOOK ***\n",
+    "<html>",
+    "<!doctype html>",
+    "&lt;html&gt;",
+    "+1 202 555 0199",
+    " ",
+    "\n",
+    "\t",
+    "\r",
+    "x",
+    "\u2028",
+    "\xa0",
+    "\0",
+    "\ufeff",
+    "e\u0301",
+    "ﬁ",
+    "GB82 WEST 1234 5698 7654 32",
+]
 scraps = st.lists(st.sampled_from(SCRAPS) | st.text(max_size=3), max_size=14).map("".join)
 modes = [(name, mode) for name, rule in RULES.items() for mode in rule.modes]
 
@@ -80,8 +129,9 @@ def test_profiles_are_idempotent_and_keep_the_words(value, profile):
 @relaxed
 @given(
     documents=st.lists(st.tuples(st.lists(st.integers(0, 8), max_size=9), st.integers(0, 9)), max_size=8),
-    block_size=st.integers(1, 7), is_packed=st.booleans(),
-)  # fmt: skip
+    block_size=st.integers(1, 7),
+    is_packed=st.booleans(),
+)
 def test_blocks_lose_no_token_and_score_each_once(tmp_path_factory, documents, block_size, is_packed):
     tmp_path = tmp_path_factory.mktemp("blocks")
     encoded = [Encoded(ids, min(prompt, len(ids))) for ids, prompt in documents]
@@ -124,21 +174,52 @@ def test_sections_lose_nothing_but_the_line_ends_between_them(value, size):
         place = value.index(section, place) + len(section)
 
 
-pieces = st.sampled_from([
-    b'{"text": "x"}', b"[", b"]", b",", b'"', b"\n", b"\r\n", b"a,b\n", b"text\n", b"\x1f\x8b\x08",
-    b"\xff\xfe", b"PAR1", b"\xe9", b"\0",
-    b"<html>", b"{", b"}", b"null", b"NaN", b'{"prompt": "p", "completion": "c"}', b"<|endoftext|>", b"\xc3",
-    b";", b"\t",
-])  # fmt: skip
+pieces = st.sampled_from(
+    [
+        b'{"text": "x"}',
+        b"[",
+        b"]",
+        b",",
+        b'"',
+        b"\n",
+        b"\r\n",
+        b"a,b\n",
+        b"text\n",
+        b"\x1f\x8b\x08",
+        b"\xff\xfe",
+        b"PAR1",
+        b"\xe9",
+        b"\0",
+        b"<html>",
+        b"{",
+        b"}",
+        b"null",
+        b"NaN",
+        b'{"prompt": "p", "completion": "c"}',
+        b"<|endoftext|>",
+        b"\xc3",
+        b";",
+        b"\t",
+    ]
+)
 
 
 @settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.binary(max_size=80) | st.lists(pieces | st.binary(max_size=3), max_size=9).map(b"".join),
     suffix=st.sampled_from([*KINDS, ".txt.gz", ".jsonl.gz", ".parquet.gz"]),
-    changes=st.sampled_from([{}, {"unit": "line"}, {"unit": "paragraph", "separator": ","}, {"template": "{text}{b}"},
-                             {"encoding": "shift_jis"}, {"encoding_errors": "replace"}, {"prompt": "{prompt}"}]),
-)  # fmt: skip
+    changes=st.sampled_from(
+        [
+            {},
+            {"unit": "line"},
+            {"unit": "paragraph", "separator": ","},
+            {"template": "{text}{b}"},
+            {"encoding": "shift_jis"},
+            {"encoding_errors": "replace"},
+            {"prompt": "{prompt}"},
+        ]
+    ),
+)
 def test_any_bytes_are_read_or_refused_by_name(tmp_path, content, suffix, changes):
     path = tmp_path / f"f{suffix}"
     path.write_bytes(content)

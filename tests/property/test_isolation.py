@@ -14,14 +14,14 @@ import torch
 
 from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.inference.choose import choose_adapter
+from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.engine import Engine, Row
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
-from lora_gpt2.inference.static import StaticStep
-from lora_gpt2.model.bank import AdapterBank, InferenceRows
+from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter, LoraUpdate, merge_ranks
-from lora_gpt2.model.packed import pack_projections
+from lora_gpt2.model.prepacked import prepack_weights
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
 from lora_gpt2.serving.api import Server
@@ -66,7 +66,7 @@ def test_poisoned_slots_change_no_other_row_of_a_batch(base_folder, dtype, is_pa
         return  # packed weights compute in float32, on x86
     base = load_base(str(base_folder), Runtime(CPU, dtype))
     if is_packed:
-        pack_projections(base.model)
+        prepack_weights(base.model)
     sound = [
         make_adapter(base.config, 1),
         make_adapter(base.config, 2, LoraSettings(rank=2, targets=("mlp.c_fc", "lm_head"))),
@@ -97,7 +97,7 @@ def test_poisoned_slots_change_no_other_row_of_a_batch(base_folder, dtype, is_pa
 
 
 def run(base, tokens, bank, weights):
-    active = InferenceRows(bank, weights)
+    active = InferenceAdapters(bank, weights)
     return base.model.logits(base.model(tokens.expand(len(weights), -1), active), active)
 
 
@@ -134,9 +134,9 @@ def open_session(base_folder, dtype):
     return session
 
 
-def make_row(session, draw, index, mix, beams):
+def make_row(session, draw, index, mix, num_beams):
     ids = [draw.randrange(200) for _ in range(draw.randint(1, 20))]
-    settings = SETTINGS.model_copy(update={"temperature": draw.choice([0.0, 1.0]), "beams": beams})
+    settings = SETTINGS.model_copy(update={"temperature": draw.choice([0.0, 1.0]), "num_beams": num_beams})
     return Row(index, mix, ids, draw.randint(1, 8), settings, index, session.base.tokenizer)
 
 
@@ -146,10 +146,12 @@ def test_rows_beside_and_after_poisoned_ones_write_what_they_write_alone(base_fo
     session = open_session(base_folder, dtype)
     draw = random.Random(1)
     mixes = [draw.choice(BAD) if index % 3 == 0 else draw.choice(SOUND) for index in range(40)]
-    beams = [3 if index % 7 == 0 else 1 for index in range(40)]
-    rows = [make_row(session, random.Random(i), i, mix, b) for i, (mix, b) in enumerate(zip(mixes, beams, strict=True))]
+    num_beams = [3 if index % 7 == 0 else 1 for index in range(40)]
+    rows = [
+        make_row(session, random.Random(i), i, mix, b) for i, (mix, b) in enumerate(zip(mixes, num_beams, strict=True))
+    ]
     alone = []
-    for index, (mix, width) in enumerate(zip(mixes, beams, strict=True)):
+    for index, (mix, width) in enumerate(zip(mixes, num_beams, strict=True)):
         row = make_row(session, random.Random(index), index, mix, width)
         own = open_session(base_folder, dtype) if mix in BAD else session
         engine = Engine(own, 1, 48)
@@ -159,7 +161,7 @@ def test_rows_beside_and_after_poisoned_ones_write_what_they_write_alone(base_fo
         alone.append(row)
     engine = Engine(session, 4, 48)
     if is_static:
-        engine.static = StaticStep(session, engine.cache)
+        engine.static = CudaGraphDecoder(session, engine.cache)
     for row in rows:
         engine.submit(row)
     while engine.is_busy:
@@ -206,7 +208,7 @@ def test_served_answers_are_right_beside_poisoned_ones(base_folder, num_answers)
         for prompt in prompts
     }
     assert len(set(wanted.values())) > 8
-    server = Server(session, greedy, ServeSettings(max_rows=8, max_waiting=64))
+    server = Server(session, greedy, ServeSettings(max_num_seqs=8, max_waiting=64))
     wrong, counts = [], Counter()
 
     async def ask_one(port, number, room):

@@ -4,15 +4,31 @@ from pathlib import Path
 import pytest
 
 from lora_gpt2.core.errors import NotFoundError, RecipeError
-from lora_gpt2.recipe import BLOCKS, LoraSettings, describe_key, list_keys
+from lora_gpt2.recipe import BLOCKS, LoraSettings, build_recipe, describe_key, list_keys
 from lora_gpt2.recipe_files import load_recipe
+from lora_gpt2.renamed_settings import RENAMED, upgrade_section
 
 CONTRACT = [
-    "train.steps", "train.epochs", "train.learning_rate", "train.batch_tokens", "train.checkpoint_every", "train.seed",
-    "lora.rank", "lora.alpha", "lora.targets", "lora.dropout", "data.profile", "data.block_size", "evaluate.window",
-    "evaluate.stride", "evaluate.protocol", "generate.max_new_tokens", "generate.temperature", "generate.top_k",
+    "train.steps",
+    "train.epochs",
+    "train.learning_rate",
+    "train.batch_tokens",
+    "train.checkpoint_every",
+    "train.seed",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "lora.dropout",
+    "data.profile",
+    "data.block_size",
+    "evaluate.window",
+    "evaluate.stride",
+    "evaluate.protocol",
+    "generate.max_new_tokens",
+    "generate.temperature",
+    "generate.top_k",
     "generate.top_p",
-]  # fmt: skip
+]
 
 
 def test_the_contracts_keys_exist_and_every_key_has_help():
@@ -58,23 +74,23 @@ def test_sources_in_a_file_are_relative_to_it(tmp_path):
         ("lora.rank=yes please", "lora.rank", "Rank"),
         ("train.steps", "expected section.key=value", "train.steps=300"),
         ("generate.temperature=.nan", "generate.temperature", "greedy"),
-        ("generate.temperature=1e-40", "temperature is 0 (greedy) or at least", "continued"),
+        ("generate.temperature=1e-40", "temperature is 0 (greedy) or at least", "generated"),
         ("generate.top_p=.nan", "generate.top_p", "probability"),
         ("generate.top_p=1.5", "generate.top_p", "probability"),
-        ("generate.top_k=-1", "generate.top_k", "likeliest"),
-        ("generate.max_new_tokens=0", "generate.max_new_tokens", "Most tokens"),
-        ("train.seed=18446744073709551616", "train.seed", "Seed"),
+        ("generate.top_k=-1", "generate.top_k", "most likely"),
+        ("generate.max_new_tokens=0", "generate.max_new_tokens", "Maximum number"),
+        ("train.seed=18446744073709551616", "train.seed", "Random seed"),
         ("lora.targets=[c_attn,c_attn.q]", "c_attn and its slice", ""),
-        ("lora.targets=[wte]", "lora.targets", "Projections"),
-        ("lora.targets=[]", "lora.targets", "Projections"),
+        ("lora.targets=[wte]", "lora.targets", "Modules"),
+        ("lora.targets=[]", "lora.targets", "Modules"),
         ("train=[1", "not valid YAML", "quote"),
         ("train=3", "train", "training loop"),
         ("name.x=3", "'name'", ""),
-        ("train.steps=true", "train.steps: expected a value that is not true or false, found True", "Optimizer steps"),
+        ("train.steps=true", "train.steps: expected a value that is not true or false, found True", "optimizer steps"),
         ("lora.rank=yes", "lora.rank: expected a value that is not true or false", "Rank"),
         ("lora.dropout=false", "lora.dropout: expected a value", "Dropout"),
-        ("lora.ranks={c_attn: true}", "lora.ranks: expected a value", "Ranks"),
-        ("generate.logit_bias={true: 1}", "generate.logit_bias: expected a value", "Added to the logits"),
+        ("lora.rank_pattern={c_attn: true}", "lora.rank_pattern: expected a value", "Ranks"),
+        ("generate.logit_bias={true: 1}", "generate.logit_bias: expected a value", "added to the logits"),
         ("data.languages=[2026-13-45]", "not valid YAML: not a value of its kind: month must be in 1..12", "quote"),
         ("train.steps=" + "9" * 5000, "not valid YAML: a number of 5,000 characters", "quote"),
         ("lora.targets=" + "[" * 3000, "not valid YAML: nested too deeply", "quote"),
@@ -95,17 +111,17 @@ def test_bad_settings_name_the_key_and_the_next_step(override, message, hint):
 
 
 def test_a_target_may_have_its_own_rank():
-    settings = load_recipe(None, ["lora.ranks={mlp.c_fc: 2}"]).lora
+    settings = load_recipe(None, ["lora.rank_pattern={mlp.c_fc: 2}"]).lora
     assert (settings.rank_of("mlp.c_fc"), settings.rank_of("c_attn")) == (2, 16)
     assert (settings.rank_of("lm_head"), settings.alpha_of("lm_head")) == (32, 64)
-    assert LoraSettings(targets=(*BLOCKS, "lm_head"), ranks={"lm_head": 4}).rank_of("lm_head") == 4
+    assert LoraSettings(targets=(*BLOCKS, "lm_head"), rank_pattern={"lm_head": 4}).rank_of("lm_head") == 4
 
 
-@pytest.mark.parametrize("given", [{}, {"alpha": 16}, {"rslora": True}, {"alpha": 3, "rslora": True}])
+@pytest.mark.parametrize("given", [{}, {"alpha": 16}, {"use_rslora": True}, {"alpha": 3, "use_rslora": True}])
 def test_the_head_has_twice_the_rank_and_the_scale_of_the_others(given):
     settings = LoraSettings(rank=8, targets=(*BLOCKS, "lm_head"), **given)
     scales = {
-        t: settings.alpha_of(t) / settings.rank_of(t) ** (0.5 if settings.rslora else 1) for t in settings.targets
+        t: settings.alpha_of(t) / settings.rank_of(t) ** (0.5 if settings.use_rslora else 1) for t in settings.targets
     }
     assert settings.rank_of("lm_head") == 16
     assert all(scale == pytest.approx(scales["c_attn"]) for scale in scales.values())
@@ -113,9 +129,9 @@ def test_the_head_has_twice_the_rank_and_the_scale_of_the_others(given):
 
 def test_ranks_must_belong_to_targets_and_slices_share_theirs():
     with pytest.raises(ValueError, match="not among the targets"):
-        LoraSettings(targets=("c_attn",), ranks={"mlp.c_fc": 2})
+        LoraSettings(targets=("c_attn",), rank_pattern={"mlp.c_fc": 2})
     with pytest.raises(ValueError, match="share one rank"):
-        LoraSettings(targets=("c_attn.q", "c_attn.v"), ranks={"c_attn.q": 2})
+        LoraSettings(targets=("c_attn.q", "c_attn.v"), rank_pattern={"c_attn.q": 2})
 
 
 def test_missing_and_broken_recipe_files(tmp_path):
@@ -190,3 +206,21 @@ def test_a_text_is_taken_as_it_is_typed():
     assert load_recipe(None, ["name=007"]).name == "007"
     with pytest.raises(RecipeError, match="not valid YAML"):
         load_recipe(None, ["data.rules={a: "])
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_setting_that_was_renamed_is_refused_with_its_new_name(old, new):
+    section, _, name = old.partition(".")
+    with pytest.raises(RecipeError, match=rf"there is no setting '{old}'") as caught:
+        build_recipe({section: {name: 1}}, "settings")
+    assert caught.value.hint == f"it is called {new} now"
+    assert new in list_keys()
+    assert old not in list_keys()
+
+
+def test_settings_of_a_stored_manifest_are_read_under_their_present_names():
+    stored = {"validation_share": 0.1, "processes": 2, "rules": {"personal": "mask", "urls": True}, "unit": "line"}
+    upgraded = upgrade_section("data", stored)
+    settings = build_recipe({"data": upgraded}, "stored").data
+    assert (settings.validation_fraction, settings.num_proc, settings.unit) == (0.1, 2, "line")
+    assert settings.rules == {"pii": "mask", "urls": True}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import click
 
-from lora_gpt2.commands.adapters import change, exchange, look
+from lora_gpt2.commands.adapters import inspect as look
+from lora_gpt2.commands.adapters import modify as change
+from lora_gpt2.commands.adapters import transfer as exchange
 
 
 @click.group("adapters")

@@ -46,10 +46,10 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         from pathlib import Path
 
         from lora_gpt2.core.console import SilentReporter
-        from lora_gpt2.data.reading import clean_documents
-        from lora_gpt2.data.records import Document
+        from lora_gpt2.data.pipeline import clean_documents
+        from lora_gpt2.data.read.records import Document
+        from lora_gpt2.evaluation.held_out import read_sketches
         from lora_gpt2.evaluation.matrix import Cell
-        from lora_gpt2.evaluation.own_text import read_sketches
         from lora_gpt2.evaluation.perplexity import measure_perplexity
         from lora_gpt2.model.base import load_base
         from lora_gpt2.model.probe import bind_adapter
@@ -63,7 +63,7 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         overrides = [f"evaluate.{key}={value}" for key, value in settings.items()]
         recipe = load_recipe(None, [f"data.profile={profile}", *overrides])
         name = base or (recipe.base if adapter == "base" else kept.read_manifest(adapter).base.name)
-        model = load_base(name, choose_runtime(recipe.evaluate.precision))
+        model = load_base(name, choose_runtime(recipe.evaluate.dtype))
         pairs = zip(prompts or [""] * len(predictions), predictions, strict=True)
         given = [Document(text, f"[{number}]", prompt) for number, (prompt, text) in enumerate(pairs, start=1)]
         documents = clean_documents(given, recipe.data, SilentReporter())

@@ -4,10 +4,20 @@ from lora_gpt2.core import errors
 from lora_gpt2.core.errors import LoraGpt2Error
 
 CODES = {
-    "LoraGpt2Error": 1, "UsageError": 2, "RecipeError": 2, "DataError": 3, "NotFoundError": 4, "IntegrityError": 5,
-    "CorruptError": 5, "MismatchError": 5, "ConflictError": 6, "ResourceError": 7, "TrainingDiverged": 8,
-    "CheckFailed": 9, "Interrupted": 130,
-}  # fmt: skip
+    "LoraGpt2Error": 1,
+    "UsageError": 2,
+    "RecipeError": 2,
+    "DataError": 3,
+    "NotFoundError": 4,
+    "IntegrityError": 5,
+    "CorruptError": 5,
+    "MismatchError": 5,
+    "ConflictError": 6,
+    "ResourceError": 7,
+    "TrainingDiverged": 8,
+    "CheckFailed": 9,
+    "Interrupted": 130,
+}
 
 
 def test_every_error_has_its_exit_code():

@@ -9,17 +9,12 @@ import sys
 
 import pytest
 
+from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import ConflictError, CorruptError, ResourceError, UsageError
+from lora_gpt2.core.files import read_regular, temporary_dir, wrap_os_errors, write_atomic
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_for_removal, hold_lock, hold_shared
-from lora_gpt2.core.paths import (
-    check_name,
-    find_cache_dir,
-    os_errors_as_ours,
-    read_regular,
-    temporary_dir,
-    write_atomic,
-)
+from lora_gpt2.core.names import check_name
 
 
 @pytest.mark.parametrize("name", ["a", "legal", "a.b-c_d", "0x", "a" * 64])
@@ -57,7 +52,7 @@ def test_a_failed_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(ResourceError) as caught, os_errors_as_ours("write f"):
+    with pytest.raises(ResourceError) as caught, wrap_os_errors("write f"):
         write_atomic(path, b"new")
     assert fired, "the fault did not fire"
     assert "no space is left" in caught.value.message

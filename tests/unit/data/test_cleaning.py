@@ -4,7 +4,7 @@ import random
 import pytest
 
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.data.cleaning import BOILERPLATE, BOILERPLATE_MODES, PROFILES, RULES, CleaningReport, choose_rules
+from lora_gpt2.data.clean.rules import BOILERPLATE, BOILERPLATE_MODES, PROFILES, RULES, CleaningReport, choose_rules
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_profiles_name_rules_that_exist():
         ("html", "on", "<!DOCTYPE html><title>t</title><nav>menu</nav><p>one</p><p>two &amp; 3</p>", "one\n\ntwo & 3"),
         ("html", "on", "<html><script>x()</script><style>y</style><pre>a\n  b</pre><svg><path d='M'/></svg>", "a\n  b"),
         ("entities", "on", "It&#8217;s &amp;amp; &lt;b&gt; &nosuch; & &#x41;", "It\u2019s & <b> &nosuch; & A"),
-        ("line_ends", "on", "a\r\nb\rc\u2028d\x85e", "a\nb\nc\nd\ne"),
+        ("newlines", "on", "a\r\nb\rc\u2028d\x85e", "a\nb\nc\nd\ne"),
         ("nul", "on", "a\0b", "ab"),
         ("mojibake", "on", "dÃ©jÃ\xa0 vu \u2014 \u201cok\u201d\nschÃ¶n", "déjà vu \u2014 \u201cok\u201d\nschön"),
         ("mojibake", "on", "Ãngström à la carte, naïve", "Ãngström à la carte, naïve"),
@@ -56,26 +56,30 @@ def test_profiles_name_rules_that_exist():
         ("control", "on", "👩\u200d👩\u200d👧 a\u200db", "👩\u200d👩\u200d👧 ab"),
         ("unicode", "nfc", "e\u0301 ﬁ Ａ", "é ﬁ Ａ"),
         ("unicode", "nfkc", "e\u0301 ﬁ Ａ", "é fi A"),
-        ("quotes", "on", "\u201cit\u2019s\u201d", "\"it's\""),
+        ("quotes", "on", "\u201cit\u2019s\u201d", '"it\'s"'),
         ("front_matter", "on", "---\ntitle: x\ntags:\n- a\n---\n\nText\n---\nmore", "\nText\n---\nmore"),
         ("front_matter", "on", "---\nA poem\n---\n", "---\nA poem\n---\n"),
         ("template_tags", "on", 'see [us]({{< ref "a.md" >}}) {% if x %}y{% endif %}', "see us y"),
         ("template_tags", "on", "{{ {{x}} }} {a}", " {a}"),
         ("tags", "on", "a<br/>b <b class='x'>bold</b> <unk> 1 < 2 <!-- no --> <<b>b>", "a\nb bold <unk> 1 < 2  "),
-        ("licence", "on",
-         "The Project Gutenberg EBook\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\nProduced by A\nand B\n\nText\n"
-         "*** END OF THE PROJECT GUTENBERG EBOOK X ***\nlicence", "\nText\n"),
+        (
+            "licence",
+            "on",
+            "The Project Gutenberg EBook\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\nProduced by A\nand B\n\n"
+            "Text\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\nlicence",
+            "\nText\n",
+        ),
         ("licence", "on", "about Gutenberg's press", "about Gutenberg's press"),
         ("emoji", "drop", "hi 👩\u200d👧🏽!\u2122 1\ufe0f\u20e3", "hi !\u2122 "),
         ("emoji", "name", "hi 😀", "hi :grinning_face:"),
-        ("urls", "mask", "see https://a.b/c?d=1, or [it](https://x.y \"t\") www.z.org.", "see <url>, or it <url>."),
+        ("urls", "mask", 'see https://a.b/c?d=1, or [it](https://x.y "t") www.z.org.', "see <url>, or it <url>."),
         ("urls", "drop", "![p](http://x/y.png)see http://a.b", "see "),
-        ("personal", "report", "a@b.org", "a@b.org"),
-        ("personal", "mask", "a@b.org, 4111 1111 1111 1111", "<email>, <card>"),
+        ("pii", "report", "a@b.org", "a@b.org"),
+        ("pii", "mask", "a@b.org, 4111 1111 1111 1111", "<email>, <card>"),
         ("long_words", "on", f"a {BASE64[:1000]} {BASE64[:1001]} b", f"a {BASE64[:1000]}  b"),
-        ("spaces", "on", " a  b\t c \n\n \n\n  d\u2003e\n", "a b c\n\n  d e"),
+        ("whitespace", "on", " a  b\t c \n\n \n\n  d\u2003e\n", "a b c\n\n  d e"),
     ],
-)  # fmt: skip
+)
 def test_each_rule_does_what_it_says(rule, mode, before, after):
     assert RULES[rule].apply(before, mode) == after
     assert RULES[rule].apply(after, mode) == after
@@ -100,7 +104,7 @@ STORY = "A line of the story.\n" * 20
         (f"{START}{STORY}Produced by A\n", f"{STORY}Produced by A\n"),
         (f"header\n{START}{STORY}End of Project Gutenberg's X\nlicence\n", STORY),
     ],
-)  # fmt: skip
+)
 def test_the_licence_is_cut_at_its_own_lines_and_a_text_that_quotes_them_stays(before, after):
     assert RULES["licence"].apply(before, "on") == (before if after is None else after)
 
@@ -111,8 +115,8 @@ DEEP = {
     "tags": ["<b" * 20 + ">" * 20, "<<b>" * 20 + "b>" * 20, "<!--" * 20 + "-->" * 20, "<scr<b>ipt>" * 20],
     "control": ["\x1b[" * 20 + "1m" * 20, "\x1b\x00" * 20 + "[m" * 20, "a\u200d" * 20 + "\u200d" * 20],
     "urls": ["[" * 20 + "a" + "](b)" * 20, "[a](" * 20 + "x" + ")" * 20, "http://a.b" * 20],
-    "personal": ["a@b.org" * 20, "4111 1111 1111 1111 " * 20],
-    "spaces": [" \t\n" * 20, "a \n" * 20 + "\n" * 20],
+    "pii": ["a@b.org" * 20, "4111 1111 1111 1111 " * 20],
+    "whitespace": [" \t\n" * 20, "a \n" * 20 + "\n" * 20],
     "emoji": ["1\ufe0f\u20e3" * 20, "👩\u200d" * 20],
 }
 CASES = [(rule, mode, text) for rule, texts in DEEP.items() for mode in RULES[rule].modes for text in texts]
@@ -150,12 +154,24 @@ def test_what_is_stacked_is_cut_however_high(rule, repeated):
 def test_the_profiles_are_these():
     """A golden list: what a profile does changes what every later training sees."""
     prose = (
-        "html", "entities", "line_ends", "mojibake", "control", "unicode", "front_matter", "template_tags", "tags",
-        "licence", "personal", "long_words", "spaces", BOILERPLATE,
-    )  # fmt: skip
-    modes = dict.fromkeys(prose, "on") | {"unicode": "nfc", "personal": "report", BOILERPLATE: "pages"}
+        "html",
+        "entities",
+        "newlines",
+        "mojibake",
+        "control",
+        "unicode",
+        "front_matter",
+        "template_tags",
+        "tags",
+        "licence",
+        "pii",
+        "long_words",
+        "whitespace",
+        BOILERPLATE,
+    )
+    modes = dict.fromkeys(prose, "on") | {"unicode": "nfc", "pii": "report", BOILERPLATE: "pages"}
     assert list(choose_rules("prose", {}).items()) == [(name, modes[name]) for name in prose]
-    assert list(choose_rules("code", {}).items()) == [("line_ends", "on"), ("nul", "on"), ("personal", "report")]
+    assert list(choose_rules("code", {}).items()) == [("newlines", "on"), ("nul", "on"), ("pii", "report")]
     assert choose_rules("raw", {}) == {}
     assert set(PROFILES) == {"prose", "code", "raw"}
 
@@ -165,17 +181,19 @@ def test_personal_data_is_counted_and_left_in_the_text_by_default(profile):
     report, text = CleaningReport(), "write to a@b.org and a@c.org, 4111 1111 1111 1111"
     assert report.clean(text, choose_rules(profile, {})) == text
     assert report.clean("nothing here", choose_rules(profile, {})) == "nothing here"
-    assert report.personal == {"email": 1, "card": 1}, "documents, not findings"
-    assert CleaningReport().clean(text, choose_rules(profile, {"personal": "mask"})) == (
+    assert report.pii == {"email": 1, "card": 1}, "documents, not findings"
+    assert CleaningReport().clean(text, choose_rules(profile, {"pii": "mask"})) == (
         "write to <email> and <email>, <card>"
     )
 
 
 def test_rules_are_switched_by_name_and_mode():
     assert "emoji" not in choose_rules("prose", {})
-    changed = choose_rules("prose", {"emoji": True, "urls": "drop", "spaces": False, "unicode": "nfkc", "tags": "off"})
+    changed = choose_rules(
+        "prose", {"emoji": True, "urls": "drop", "whitespace": False, "unicode": "nfkc", "tags": "off"}
+    )
     assert (changed["emoji"], changed["urls"], changed["unicode"]) == ("drop", "drop", "nfkc")
-    assert not {"spaces", "tags"} & set(changed)
+    assert not {"whitespace", "tags"} & set(changed)
     assert list(changed) == [name for name in [*RULES, BOILERPLATE] if name in changed], "in their order"
     assert choose_rules("raw", {"control": True}) == {"control": "on"}
     for wrong, message in (({"emojis": True}, "no rule 'emojis'"), ({"urls": "hide"}, "no mode 'hide'")):

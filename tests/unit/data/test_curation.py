@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 
 from lora_gpt2.core.errors import ResourceError
-from lora_gpt2.data import intake
-from lora_gpt2.data.boilerplate import drop_edges, find_boilerplate
-from lora_gpt2.data.cleaning import RULES, CleaningReport, Rule
-from lora_gpt2.data.dedup import NUM_HASHES, choose_band_width, content_key, count_copies, find_near_copies, sign
-from lora_gpt2.data.intake import Batch, Job, load_batch, process_batch
-from lora_gpt2.data.personal import find_personal, mask_personal
-from lora_gpt2.data.quality import find_reason
-from lora_gpt2.data.records import Document
+from lora_gpt2.data import shards
+from lora_gpt2.data.clean.boilerplate import drop_edges, find_boilerplate
+from lora_gpt2.data.clean.filters import find_reason
+from lora_gpt2.data.clean.pii import find_pii, mask_pii
+from lora_gpt2.data.clean.rules import RULES, CleaningReport, Rule
+from lora_gpt2.data.dedup import (
+    NUM_HASHES,
+    choose_band_width,
+    content_key,
+    count_near_duplicates,
+    find_near_duplicates,
+    sign,
+)
+from lora_gpt2.data.read.records import Document
+from lora_gpt2.data.shards import Shard, ShardContext, load_shard, process_shard
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import DataSettings
 
@@ -33,9 +40,9 @@ from lora_gpt2.recipe import DataSettings
         ("net 2001:db8::1 at 12:30:45", [("ip", "2001:db8::1")]),
         ("GB82 WEST 1234 5698 7654 32, not GB82 WEST 1234 5698 7654 33", [("iban", "GB82 WEST 1234 5698 7654 32")]),
     ],
-)  # fmt: skip
+)
 def test_personal_data_needs_a_pattern_and_a_valid_number(text, found):
-    assert [(each.kind, text[each.start : each.end]) for each in find_personal(text)] == found
+    assert [(each.kind, text[each.start : each.end]) for each in find_pii(text)] == found
 
 
 CARD_IN_IBAN = "DE54 8809 1891 6348 9676 99"  # its last 18 digits pass the check of cards too
@@ -56,10 +63,10 @@ CARD_IN_IBAN = "DE54 8809 1891 6348 9676 99"  # its last 18 digits pass the chec
     ],
 )
 def test_what_is_found_does_not_overlap_and_is_masked_once(text, found, masked):
-    findings = find_personal(text)
+    findings = find_pii(text)
     assert [(each.kind, text[each.start : each.end]) for each in findings] == found
     assert all(one.end <= other.start for one, other in pairwise(findings))
-    assert mask_personal(text) == masked
+    assert mask_pii(text) == masked
 
 
 def test_findings_never_overlap_and_masking_keeps_all_the_rest():
@@ -77,12 +84,12 @@ def test_findings_never_overlap_and_masking_keeps_all_the_rest():
     ]
     for _ in range(300):
         text = "".join(rng.choices(scraps, k=6))
-        findings, rest, place = find_personal(text), "", 0
+        findings, rest, place = find_pii(text), "", 0
         for each in findings:
             assert place <= each.start < each.end <= len(text)
             rest += text[place : each.start] + f"<{each.kind}>"
             place = each.end
-        assert mask_personal(text) == rest + text[place:]
+        assert mask_pii(text) == rest + text[place:]
 
 
 def make_documents(count, words=120, seed=0):
@@ -97,14 +104,14 @@ def test_planted_near_copies_are_found_and_no_other_pair_is():
         words = text.split()
         words[rng.randrange(len(words))] = "changed"
         planted.append("  ".join(words).upper() if rng.random() < 0.5 else " ".join(words))
-    copies = find_near_copies(sign([*documents, *planted]), 0.8)
+    copies = find_near_duplicates(sign([*documents, *planted]), 0.8)
     assert {
         index: first for index, (first, _) in copies.items() if index >= 600 and first == index - 600
     }.keys() == copies.keys()
     assert len(copies) >= 0.98 * 300
-    assert all(0.8 <= likeness <= 1 for _, likeness in copies.values())
-    assert count_copies(sign(documents[:300]), sign(planted), 0.8) == len(copies)
-    assert count_copies(sign(documents[300:]), sign(planted), 0.8) == 0
+    assert all(0.8 <= similarity <= 1 for _, similarity in copies.values())
+    assert count_near_duplicates(sign(documents[:300]), sign(planted), 0.8) == len(copies)
+    assert count_near_duplicates(sign(documents[300:]), sign(planted), 0.8) == 0
 
 
 def test_copies_are_counted_of_the_first_documents_among_the_second_and_within_neither():
@@ -112,7 +119,7 @@ def test_copies_are_counted_of_the_first_documents_among_the_second_and_within_n
     near = one.replace(one.split()[50], "changed")
 
     def count(of, among):
-        return count_copies(sign(of), sign(among), 0.8)
+        return count_near_duplicates(sign(of), sign(among), 0.8)
 
     assert count([one], [two, two, two]) == 0, "copies of each other alone"
     assert count([one, one], [two]) == 0
@@ -131,7 +138,7 @@ def test_a_copy_is_counted_though_it_is_more_like_another_document(order):
     y[:23] += 1000
     z[:33] += 1000
     assert (held == z).mean() < 0.75 < 0.8 < (held == y).mean() < (y == z).mean()
-    assert count_copies(held[None], np.stack([y, z])[order], 0.8) == 1
+    assert count_near_duplicates(held[None], np.stack([y, z])[order], 0.8) == 1
 
 
 def test_the_estimate_of_likeness_is_that_of_the_sets():
@@ -150,7 +157,7 @@ def test_a_copy_of_a_copy_that_is_unlike_the_first_stays():
     signatures = np.arange(3 * 128, dtype=np.uint32).reshape(3, 128)
     signatures[1, :110] = signatures[0, :110]
     signatures[2, 20:] = signatures[1, 20:]
-    assert find_near_copies(signatures, 0.8) == {1: (0, pytest.approx(110 / 128))}
+    assert find_near_duplicates(signatures, 0.8) == {1: (0, pytest.approx(110 / 128))}
 
 
 def test_bands_miss_almost_nothing_at_the_threshold():
@@ -187,7 +194,7 @@ def test_documents_are_rejected_for_a_reason(text, settings, reason):
 
 
 def test_languages_without_their_package_say_what_to_install(monkeypatch):
-    monkeypatch.setattr("lora_gpt2.data.quality._identifier", None)
+    monkeypatch.setattr("lora_gpt2.data.clean.filters._identifier", None)
     monkeypatch.setitem(__import__("sys").modules, "py3langid", None)
     with pytest.raises(ResourceError) as caught:
         find_reason("some text", DataSettings(languages=("en",)))
@@ -200,24 +207,39 @@ def test_a_document_that_takes_too_long_is_set_aside_and_the_others_go_on(base_f
             time.sleep(0.01)
         return text
 
-    monkeypatch.setitem(RULES, "spaces", Rule(crawl))
-    monkeypatch.setattr(intake, "LEAST_SECONDS", 0.2)
-    job = Job(DataSettings(), {"spaces": "on"}, load_tokenizer(base_folder, 0), frozenset(), 0, tmp_path)
+    monkeypatch.setitem(RULES, "whitespace", Rule(crawl))
+    monkeypatch.setattr(shards, "MIN_TIMEOUT_SECONDS", 0.2)
+    job = ShardContext(DataSettings(), {"whitespace": "on"}, load_tokenizer(base_folder, 0), frozenset(), 0, tmp_path)
     documents = [Document(text, f"d{i}") for i, text in enumerate(("one", "a slow one", "two"))]
-    process_batch(Batch(0, "train", documents), job)
-    kept, report = load_batch(tmp_path, 0)
+    process_shard(Shard(0, "train", documents), job)
+    kept, report = load_shard(tmp_path, 0)
     assert kept.origins == ["d0", "d2"]
     assert report.rejected == [{"origin": "d1", "reason": "too slow to clean", "text": "a slow one"}]
     assert (report.read, report.kept) == (3, 2)
 
 
 HOSTILE = {  # unit, repeated, after a beginning
-    "spaces": ("", " "), "tabs": ("", "x\t"), "lines": ("", "\n"), "entities": ("", "&amp;"), "nested": ("&", "amp;"),
-    "comments": ("", "<!--"), "tags": ("", "<b "), "braces": ("", "{{"), "links": ("", "[a]("), "at": ("", "a@"),
-    "dots": ("@", "a."), "digits": ("", "1 "), "words": ("", "x"), "urls": ("", "http://"), "fences": ("", "---\na:\n"),
-    "mojibake": ("", "Ã©â€™"), "accents": ("", "é\u0301"), "emoji": ("", "👩\u200d"), "text": ("", "the cat & 3 < 5. "),
+    "whitespace": ("", " "),
+    "tabs": ("", "x\t"),
+    "lines": ("", "\n"),
+    "entities": ("", "&amp;"),
+    "nested": ("&", "amp;"),
+    "comments": ("", "<!--"),
+    "tags": ("", "<b "),
+    "braces": ("", "{{"),
+    "links": ("", "[a]("),
+    "at": ("", "a@"),
+    "dots": ("@", "a."),
+    "digits": ("", "1 "),
+    "words": ("", "x"),
+    "urls": ("", "http://"),
+    "fences": ("", "---\na:\n"),
+    "mojibake": ("", "Ã©â€™"),
+    "accents": ("", "é\u0301"),
+    "emoji": ("", "👩\u200d"),
+    "text": ("", "the cat & 3 < 5. "),
     "page": ("<html>", "<div><p>a</p><a href=x>b</a>"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -241,7 +263,7 @@ def test_reports_add_up():
     one, two = CleaningReport(), CleaningReport()
     for report, texts in ((one, ["a\0", "b"]), (two, ["c\0\0"])):
         for text in texts:
-            report.clean(text, {"nul": "on", "personal": "report"})
+            report.clean(text, {"nul": "on", "pii": "report"})
     one.add(CleaningReport.from_json(two.to_json()))
     assert (one.rules["nul"].documents, one.rules["nul"].characters_removed, len(one.rules["nul"].examples)) == (
         2,

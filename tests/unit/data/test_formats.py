@@ -10,9 +10,10 @@ import datasets
 import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
-from lora_gpt2.data import rows, sources
-from lora_gpt2.data.formats import read_documents, read_source
-from lora_gpt2.data.sources import find_sources
+from lora_gpt2.data.read import hub_dataset as rows
+from lora_gpt2.data.read import sources
+from lora_gpt2.data.read.formats import read_documents, read_source
+from lora_gpt2.data.read.sources import find_sources
 from lora_gpt2.recipe import DataSettings
 
 KOREAN = "<!DOCTYPE html><meta charset=euc-kr>한국"
@@ -21,8 +22,10 @@ GERMAN = "Käse, Öl und Brötchen – „gut“ für 3 €"
 
 def read(path, **settings):
     chosen = DataSettings(**settings)
-    return [document.prompt + "|" + document.text if document.prompt else document.text
-            for document in read_documents([str(path)], chosen)]  # fmt: skip
+    return [
+        document.prompt + "|" + document.text if document.prompt else document.text
+        for document in read_documents([str(path)], chosen)
+    ]
 
 
 def write(path, content):
@@ -33,7 +36,7 @@ def write(path, content):
 @pytest.mark.parametrize(
     ("name", "content", "settings", "expected"),
     [
-        ("a.csv", "text,n\r\n\"a, \"\"b\"\"\nc\",1\r\nd,2\r\n", {}, ['a, "b"\nc', "d"]),
+        ("a.csv", 'text,n\r\n"a, ""b""\nc",1\r\nd,2\r\n', {}, ['a, "b"\nc', "d"]),
         ("a.csv", "text;n\na;1\n", {}, ["a"]),
         ("a.csv", "body\nx\ny\n", {}, ["x", "y"]),
         ("a.tsv", "text\tn\na, b\t1\n", {}, ["a, b"]),
@@ -43,8 +46,12 @@ def write(path, content):
         ("a.jsonl", '{"q": "x", "n": 3}', {"template": "{q} {n}"}, ["x 3"]),
         ("a.jsonl", '{"a": {"b": [{"t": "x"}, {"t": "y"}]}}', {"text_field": "a.b.t"}, ["x", "y"]),
         ("a.jsonl", '{"a.b": "x"}', {"text_field": "a.b"}, ["x"]),
-        ("a.jsonl", '{"m": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "ho"}]}', {"template": "{m}"},
-         ["user: hi\nbot: ho"]),
+        (
+            "a.jsonl",
+            '{"m": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "ho"}]}',
+            {"template": "{m}"},
+            ["user: hi\nbot: ho"],
+        ),
         ("a.jsonl", '[{"text": "x"}, {"text": "y"}]', {}, ["x", "y"]),
         ("a.json", '{"text": "x"}\n{"text": "y"}\n', {}, ["x", "y"]),
         ("a.txt", "p||c\nq||d\n", {"unit": "line", "separator": "||"}, ["p|||c", "q|||d"]),
@@ -63,7 +70,7 @@ def write(path, content):
         ("a.txt.gz", gzip.compress(b"packed", mtime=0), {}, ["packed"]),
         ("a.jsonl.gz", gzip.compress(b'{"text": "packed"}', mtime=0), {}, ["packed"]),
     ],
-)  # fmt: skip
+)
 def test_every_format_and_form_reads(tmp_path, name, content, settings, expected):
     assert read(write(tmp_path / name, content), **settings) == expected
 
@@ -131,7 +138,7 @@ def test_a_line_of_a_gigabyte_is_refused_without_reading_it_whole(tmp_path):
         file.write(b"x" * 10_000)
     code = (
         "import sys, resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 29, 3 << 29))\n"
-        "from lora_gpt2.data.formats import read_documents; from lora_gpt2.recipe import DataSettings\n"
+        "from lora_gpt2.data.read.formats import read_documents; from lora_gpt2.recipe import DataSettings\n"
         "list(read_documents([sys.argv[1]], DataSettings()))"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)

@@ -2,8 +2,8 @@ import time
 
 import pytest
 
-from lora_gpt2.data.html import MAX_DEPTH, extract_text
-from lora_gpt2.data.html_depth import measure_depth, strip_tags
+from lora_gpt2.data.clean.html import MAX_DEPTH, extract_text
+from lora_gpt2.data.clean.html_depth import measure_depth, strip_tags
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pyarrow
 from pyarrow import parquet
 
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.data import parquet as reader
-from lora_gpt2.data.formats import read_source
-from lora_gpt2.data.rejected import UnreadableRows
-from lora_gpt2.data.sources import find_sources
+from lora_gpt2.data.read import parquet as reader
+from lora_gpt2.data.read.formats import read_source
+from lora_gpt2.data.read.sources import find_sources
+from lora_gpt2.data.rejections import UnreadableRows
 from lora_gpt2.recipe import DataSettings
 
 
@@ -86,13 +86,16 @@ def test_twenty_million_empty_rows_are_set_aside_in_little_memory_and_time(tmp_p
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {"x" * i} of some words"}}\n' for i in range(60)))
     code = (
         "import re, sys; from lora_gpt2 import cli; "
-        "code = cli.run(['prepare', *sys.argv[1:], '--skip-bad', '--set', 'data.near_duplicates=0']); "
+        "code = cli.run(['prepare', *sys.argv[1:], '--skip-bad', '--set', 'data.near_duplicate_threshold=0']); "
         "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(shared / "cases" / "hostile" / "nulls.parquet"), str(tmp_path / "a.jsonl")],
-        capture_output=True, text=True, check=False, timeout=100,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     assert "rejected: 20,000,000 unreadable" in done.stdout
     assert int(done.stdout.split()[-1]) < 400_000  # kB

@@ -6,11 +6,11 @@ import random
 import pytest
 
 from lora_gpt2.core.errors import DataError, Interrupted, ResourceError
-from lora_gpt2.data import intake, reading
+from lora_gpt2.data import pipeline, shards
+from lora_gpt2.data.clean.report import build_report_page
 from lora_gpt2.data.dedup import sign
-from lora_gpt2.data.documents import iter_documents, preview_documents, write_texts
+from lora_gpt2.data.inspect import iter_documents, preview_documents, write_texts
 from lora_gpt2.data.prepared import describe_amount, describe_preparation, measure_overlaps, prepare_data
-from lora_gpt2.data.report import build_receipts_page
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import DataSettings
 from tests.builders import make_text
@@ -53,7 +53,7 @@ def test_the_cache_is_found_and_anything_that_matters_makes_another(tokenizer, t
         patched.setattr("lora_gpt2.data.prepared._build", lambda *a: pytest.fail("prepared again"))
         assert prepare_data(settings_for(text_file), tokenizer, reporter).fingerprint == first.fingerprint
     seen = {first.fingerprint}
-    for changes in ({"profile": "raw"}, {"validation_share": 0.2}, {"test_share": 0.2}, {"layout": "packed"}):
+    for changes in ({"profile": "raw"}, {"validation_fraction": 0.2}, {"test_fraction": 0.2}, {"layout": "packed"}):
         seen.add(prepare_data(settings_for(text_file, **changes), tokenizer, reporter).fingerprint)
     text_file.write_text(text_file.read_text() + '{"text": "one more"}\n')
     seen.add(prepare_data(settings_for(text_file), tokenizer, reporter).fingerprint)
@@ -70,7 +70,7 @@ def test_copies_and_empty_documents_are_rejected_and_counted(tokenizer, tmp_path
 def test_given_validation_files_are_used_and_their_copies_leave_the_training_part(tokenizer, tmp_path, reporter):
     (tmp_path / "t.jsonl").write_text(make_text(30, seed=1))
     (tmp_path / "v.jsonl").write_text(make_text(10, seed=2) + make_text(3, seed=1))
-    settings = settings_for(tmp_path / "t.jsonl", validation=(str(tmp_path / "v.jsonl"),), test_share=0.0)
+    settings = settings_for(tmp_path / "t.jsonl", validation=(str(tmp_path / "v.jsonl"),), test_fraction=0.0)
     prepared = prepare_data(settings, tokenizer, reporter)
     assert prepared.report["documents"] == {"train": 27, "validation": 13, "test": 0}
     assert "3 training documents were copies of held-out ones and were dropped" in describe_preparation(prepared)
@@ -153,16 +153,16 @@ def make_long_text(documents, seed):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(reading, "BATCH_CHARACTERS", 300)
-    monkeypatch.setattr(reading, "SAMPLE_DOCUMENTS", 30)
+    monkeypatch.setattr(pipeline, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(pipeline, "SAMPLE_DOCUMENTS", 30)
 
 
 def test_several_processes_make_what_one_makes(tokenizer, text_file, reporter, tmp_path, small_batches):
-    one = prepare_data(settings_for(text_file, processes=1), tokenizer, reporter, tmp_path / "one")
-    two = prepare_data(settings_for(text_file, processes=2), tokenizer, reporter, tmp_path / "two")
+    one = prepare_data(settings_for(text_file, num_proc=1), tokenizer, reporter, tmp_path / "one")
+    two = prepare_data(settings_for(text_file, num_proc=2), tokenizer, reporter, tmp_path / "two")
     assert one.fingerprint == two.fingerprint
     assert words_of(one.path) == words_of(two.path)
-    drop = {"processes"}
+    drop = {"num_proc"}
     assert {k: v for k, v in one.report["settings"].items() if k not in drop} == {
         k: v for k, v in two.report["settings"].items() if k not in drop
     }
@@ -174,7 +174,7 @@ def test_interrupted_work_goes_on_where_it_was(
 ):
     whole = prepare_data(settings_for(text_file), tokenizer, reporter, tmp_path / "whole")
     done = []
-    process = reading.process_batch
+    process = pipeline.process_shard
 
     def stop_at_the_fifth(batch, job):
         if len(done) == 4:
@@ -182,15 +182,15 @@ def test_interrupted_work_goes_on_where_it_was(
         process(batch, job)
         done.append(batch.number)
 
-    monkeypatch.setattr(reading, "process_batch", stop_at_the_fifth)
+    monkeypatch.setattr(pipeline, "process_shard", stop_at_the_fifth)
     with pytest.raises(kind):
         prepare_data(settings_for(text_file), tokenizer, reporter, tmp_path / "cut")
     assert done == [0, 1, 2, 3]
     (work,) = (tmp_path / "cut").iterdir()
-    counted = [len(intake.load_batch(work / "batches", number)[0].origins) for number in done]
-    monkeypatch.setattr(reading, "process_batch", process)
+    counted = [len(shards.load_shard(work / "shards", number)[0].origins) for number in done]
+    monkeypatch.setattr(pipeline, "process_shard", process)
     made = []
-    monkeypatch.setattr(intake, "sign", lambda texts: made.append(len(texts)) or sign(texts))
+    monkeypatch.setattr(shards, "sign", lambda texts: made.append(len(texts)) or sign(texts))
     again = prepare_data(settings_for(text_file), tokenizer, reporter, tmp_path / "cut")
     assert words_of(again.path) == words_of(whole.path)
     assert not work.exists()
@@ -207,7 +207,7 @@ def test_no_near_copy_is_in_another_part_and_each_is_named(tokenizer, tmp_path, 
     assert {entry["origin"] for entry in rejected} >= {f"{path}:{i}" for i in range(301, 401)}
     assert all(entry["reason"] in ("duplicate", "near duplicate") and entry["of"] for entry in rejected)
     assert sum(prepared.report["documents"].values()) == prepared.report["documents_kept"] == 400 - len(rejected)
-    kept = prepare_data(settings_for(path, near_duplicates=0.0), tokenizer, reporter)
+    kept = prepare_data(settings_for(path, near_duplicate_threshold=0.0), tokenizer, reporter)
     assert kept.report["documents_kept"] == 350
 
 
@@ -216,12 +216,14 @@ def test_prompts_carry_no_loss_and_one_prompt_is_in_one_part(tokenizer, tmp_path
     rows = [{"prompt": f"the {i // 3} cat:", "completion": f" dog {i} and {i * i}"} for i in range(150)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for layout in ("concat", "packed"):
-        prepared = prepare_data(settings_for(path, layout=layout, validation_share=0.2), tokenizer, reporter)
+        prepared = prepare_data(settings_for(path, layout=layout, validation_fraction=0.2), tokenizer, reporter)
         found = {}
         for part in ("train", "validation", "test"):
             for ids, carries in iter_documents(getattr(prepared, part), tokenizer.eos_id):
                 assert (tokenizer.decode(ids[: carries.index(True)]), all(carries[carries.index(True) :])) == (
-                    tokenizer.decode(ids).partition(":")[0] + ":", True)  # fmt: skip
+                    tokenizer.decode(ids).partition(":")[0] + ":",
+                    True,
+                )
                 found.setdefault(part, set()).add(tokenizer.decode(ids).partition(":")[0])
         assert not found["train"] & (found["validation"] | found["test"])
         assert prepared.report["loss_tokens"]["train"] < prepared.report["tokens"]["train"]
@@ -249,7 +251,7 @@ def test_bad_records_are_set_aside_and_counted(tokenizer, tmp_path, reporter):
     assert prepared.report["rejected"] == {"unreadable": 2}
     messages = [json.loads(line)["text"] for line in prepared.rejected.read_text().splitlines()]
     assert ["a.jsonl:41" in messages[0], "a.jsonl:42: no field 'text'" in messages[1]] == [True, True]
-    page = build_receipts_page(prepared.report)
+    page = build_report_page(prepared.report)
     assert "unreadable" in page
     assert "<script" not in page
 
@@ -257,13 +259,15 @@ def test_bad_records_are_set_aside_and_counted(tokenizer, tmp_path, reporter):
 def test_a_domain_that_trains_on_anothers_test_is_found(tokenizer, tmp_path, reporter):
     (tmp_path / "a.jsonl").write_text(make_long_text(60, 1))
     (tmp_path / "b.jsonl").write_text(make_long_text(60, 2))
-    one, two = (prepare_data(settings_for(tmp_path / f"{n}.jsonl", test_share=0.2), tokenizer, reporter) for n in "ab")
+    one, two = (
+        prepare_data(settings_for(tmp_path / f"{n}.jsonl", test_fraction=0.2), tokenizer, reporter) for n in "ab"
+    )
     assert measure_overlaps({"one": one, "two": two}, 0.8) == []
     texts = [tokenizer.decode(ids) for ids, _ in iter_documents(one.test, tokenizer.eos_id)]
     leak = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "c.jsonl").write_text(make_long_text(60, 2) + leak)
-    given = settings_for(tmp_path / "c.jsonl", validation=(str(tmp_path / "b.jsonl"),), test_share=0.0)
-    leaky = prepare_data(given.model_copy(update={"near_duplicates": 0.0}), tokenizer, reporter)
+    given = settings_for(tmp_path / "c.jsonl", validation=(str(tmp_path / "b.jsonl"),), test_fraction=0.0)
+    leaky = prepare_data(given.model_copy(update={"near_duplicate_threshold": 0.0}), tokenizer, reporter)
     ((of, among, copies, documents),) = measure_overlaps({"one": one, "leaky": leaky}, 0.8)
     assert (of, among, copies) == ("one", "leaky", len(texts))
     assert documents == one.report["documents"]["test"] + one.report["documents"]["validation"]
@@ -273,7 +277,7 @@ def test_eos_in_a_text_is_ordinary_characters_in_every_process(tokenizer, tmp_pa
     path = tmp_path / "a.jsonl"
     rows = [{"text": f"the <|endoftext|> cat {i} and {i * i}"} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = [prepare_data(settings_for(path, processes=n), tokenizer, reporter, tmp_path / str(n)) for n in (1, 2)]
+    found = [prepare_data(settings_for(path, num_proc=n), tokenizer, reporter, tmp_path / str(n)) for n in (1, 2)]
     assert words_of(found[0].path) == words_of(found[1].path)
     assert list(found[0].train.stream).count(tokenizer.eos_id) == found[0].report["documents"]["train"] + 1
 

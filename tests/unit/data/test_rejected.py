@@ -1,6 +1,6 @@
-from lora_gpt2.data.intake import BatchReport
-from lora_gpt2.data.reading import Intake
-from lora_gpt2.data.rejected import MAX_SAME, UNREADABLE, Rejections
+from lora_gpt2.data.pipeline import ReadSummary
+from lora_gpt2.data.rejections import MAX_SAME, UNREADABLE, Rejections
+from lora_gpt2.data.shards import ShardReport
 
 
 def test_the_first_of_many_that_are_the_same_are_kept_and_the_others_counted():
@@ -20,4 +20,4 @@ def test_entries_that_differ_are_all_kept():
 
 
 def test_reports_begin_empty():
-    assert Intake().bad.entries == BatchReport().rejected == []
+    assert ReadSummary().bad.entries == ShardReport().rejected == []

@@ -4,9 +4,9 @@ import os
 import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError
-from lora_gpt2.data import encoding, formats
-from lora_gpt2.data.formats import read_documents
-from lora_gpt2.data.sources import find_sources
+from lora_gpt2.data.read import encoding, formats
+from lora_gpt2.data.read.formats import read_documents
+from lora_gpt2.data.read.sources import find_sources
 from lora_gpt2.recipe import DataSettings
 
 STRICT = DataSettings()

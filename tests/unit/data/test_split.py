@@ -3,7 +3,7 @@ import random
 import pytest
 
 from lora_gpt2.data.dedup import content_key
-from lora_gpt2.data.split import choose_section_size, iter_sections, split_keys
+from lora_gpt2.data.split import choose_section_length, iter_sections, split_keys
 
 TEXTS = [f"document {i}" for i in range(2000)]
 
@@ -54,10 +54,14 @@ def test_text_without_blank_lines_is_cut_at_line_ends():
 @pytest.mark.parametrize(
     ("unit", "joint"),
     [
-        ("A sentence of some words ends here! ", " "), ("这是一个没有空格的句子。", ""), ("word ", " "), ("ACGT", ""),
-        ("日本語の文章です", ""), ("ก", ""),
+        ("A sentence of some words ends here! ", " "),
+        ("这是一个没有空格的句子。", ""),
+        ("word ", " "),
+        ("ACGT", ""),
+        ("日本語の文章です", ""),
+        ("ก", ""),
     ],
-)  # fmt: skip
+)
 def test_text_without_a_line_break_is_cut_at_sentences_then_words_then_anywhere(unit, joint):
     text = (unit * (40_000 // len(unit))).rstrip()
     sections = list(iter_sections(text, 512))
@@ -79,5 +83,5 @@ def test_no_text_is_lost_whatever_it_is_made_of():
 
 
 def test_the_section_size_grows_with_the_text_and_seldom_changes():
-    assert [choose_section_size(n) for n in (0, 20_000, 41_000, 10**9)] == [256, 256, 1024, 8192]
-    assert choose_section_size(41_000) == choose_section_size(80_000)
+    assert [choose_section_length(n) for n in (0, 20_000, 41_000, 10**9)] == [256, 256, 1024, 8192]
+    assert choose_section_length(41_000) == choose_section_length(80_000)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_gpt2.evaluation.agreement import compare_signs, count_missing, count_wins, fit_bradley_terry, measure_alpha
+from lora_gpt2.rating.agreement import compare_signs, count_missing, count_wins, fit_bradley_terry, measure_alpha
 
 # Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C: four observers, twelve units
 OBSERVERS = (

@@ -6,15 +6,15 @@ import pytest
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, NotFoundError
-from lora_gpt2.core.log import LocalLog, find_choices, read_log
-from lora_gpt2.evaluation.choices import Choice, check_choice, find_texts, read_choices
-from lora_gpt2.evaluation.preferences import measure_choices
+from lora_gpt2.inference.history import LocalLog, find_votes, read_log
+from lora_gpt2.rating.choices import Choice, check_vote, find_texts, read_votes
+from lora_gpt2.rating.ranking import rank_votes
 
 GOOD = {"prompt": "p", "models": ["a", "b", "c"], "chosen": "b", "seed": 3}
 
 
 def test_who_is_chosen_is_preferred_to_each_other_of_the_page():
-    report = measure_choices([Choice("p", ("a", "b", "c"), "b")] * 3 + [Choice("p", ("a", "b"), "a")])
+    report = rank_votes([Choice("p", ("a", "b", "c"), "b")] * 3 + [Choice("p", ("a", "b"), "a")])
     rows = {row["adapter"]: row for row in report["ranking"]}
     assert [row["adapter"] for row in report["ranking"]] == ["b", "a", "c"]
     assert (rows["b"]["preferred"], rows["b"]["judgements"]) == (pytest.approx(6 / 7), 7)
@@ -24,18 +24,18 @@ def test_who_is_chosen_is_preferred_to_each_other_of_the_page():
 
 
 def test_models_that_never_met_are_compared_only_with_those_they_met():
-    apart = measure_choices([Choice("p", ("a@1", "b@1"), "a@1"), Choice("q", ("a@2", "b@2"), "b@2")])
+    apart = rank_votes([Choice("p", ("a@1", "b@1"), "a@1"), Choice("q", ("a@2", "b@2"), "b@2")])
     strengths = {row["adapter"]: row["strength"] for row in apart["ranking"]}
     assert strengths["a@1"] == pytest.approx(-strengths["b@1"])
     assert strengths["b@2"] == pytest.approx(-strengths["a@2"])
     assert strengths["a@1"] > 0 < strengths["b@2"]
     linked = [Choice("p", ("a", "b"), "ab"[n % 2]) for n in range(20)] + [Choice("p", ("a", "c"), "c")]
-    report = measure_choices([*linked, Choice("p", ("d", "c"), "d")])
+    report = rank_votes([*linked, Choice("p", ("d", "c"), "d")])
     assert len(report["ranking"]) == 4, "also where a draw of the bootstrap leaves the link out"
 
 
 def test_choices_under_two_bases_are_of_different_models():
-    report = measure_choices([Choice("p", ("base", "law"), "law", base=base) for base in ("gpt2", "nano")])
+    report = rank_votes([Choice("p", ("base", "law"), "law", base=base) for base in ("gpt2", "nano")])
     assert {row["adapter"] for row in report["ranking"]} == {
         f"{m} on {b}" for m in ("base", "law") for b in ("gpt2", "nano")
     }
@@ -43,7 +43,7 @@ def test_choices_under_two_bases_are_of_different_models():
 
 def test_many_choices_have_an_interval():
     choices = [Choice("p", ("a", "b"), "a" if number % 4 else "b") for number in range(40)]
-    best = measure_choices(choices)["ranking"][0]
+    best = rank_votes(choices)["ranking"][0]
     assert best["adapter"] == "a"
     assert best["interval"][0] < best["strength"] < best["interval"][1]
 
@@ -51,16 +51,24 @@ def test_many_choices_have_an_interval():
 @pytest.mark.parametrize(
     "change",
     [
-        {"models": ["a"]}, {"models": ["a", "a"]}, {"models": ["a", 3]}, {"models": "ab"},
+        {"models": ["a"]},
+        {"models": ["a", "a"]},
+        {"models": ["a", 3]},
+        {"models": "ab"},
         {"models": ["b", "x" * 3000]},
-        {"models": [f"{n}" for n in range(9)]}, {"chosen": "d"}, {"chosen": None}, {"prompt": 3}, {"seed": "x"},
-        {"seed": True}, {"models": None},
+        {"models": [f"{n}" for n in range(9)]},
+        {"chosen": "d"},
+        {"chosen": None},
+        {"prompt": 3},
+        {"seed": "x"},
+        {"seed": True},
+        {"models": None},
     ],
-)  # fmt: skip
+)
 def test_what_is_no_choice_is_refused(change):
-    assert check_choice(GOOD) == Choice("p", ("a", "b", "c"), "b", 3)
+    assert check_vote(GOOD) == Choice("p", ("a", "b", "c"), "b", 3)
     with pytest.raises(DataError):
-        check_choice({**GOOD, **change})
+        check_vote({**GOOD, **change})
 
 
 def test_choices_lie_beside_the_record_where_that_is_a_file(tmp_path, monkeypatch):
@@ -71,7 +79,7 @@ def test_choices_lie_beside_the_record_where_that_is_a_file(tmp_path, monkeypatc
         ("/dev/null", None),
     ):
         monkeypatch.setenv("LORA_GPT2_LOG", str(value))
-        assert find_choices() == path
+        assert find_votes() == path
 
 
 def test_records_are_read_past_damage(tmp_path):
@@ -83,9 +91,9 @@ def test_records_are_read_past_damage(tmp_path):
     path.write_text(
         f'{json.dumps(GOOD)}\n[]\nnot json\n{{"prompt": "only"}}\n{json.dumps(GOOD)[:20]}', encoding="utf-8"
     )
-    assert read_choices(read_log(path)) == [Choice("p", ("a", "b", "c"), "b", 3)]
+    assert read_votes(read_log(path)) == [Choice("p", ("a", "b", "c"), "b", 3)]
     with pytest.raises(DataError, match="no choice"):
-        read_choices([{"prompt": "only"}])
+        read_votes([{"prompt": "only"}])
 
 
 def test_a_record_with_any_line_separator_comes_back(tmp_path):
@@ -102,11 +110,15 @@ def test_only_the_newest_weights_of_one_base_are_rated_and_nothing_cut_short():
         return {"prompt": prompt, "adapter": adapter, "text": text, "provenance": origin, "finish_reason": reason}
 
     records = [
-        record("p", "law", "old", "1"), record("p", "base", "plain", ""), record("q", "law", "old", "1"),
-        record("q", "base", "plain", ""), record("p", "law", "new", "2"),
+        record("p", "law", "old", "1"),
+        record("p", "base", "plain", ""),
+        record("q", "law", "old", "1"),
+        record("q", "base", "plain", ""),
+        record("p", "law", "new", "2"),
         record("p", "law", "half", "2", "nano", "interrupted"),
-        record("r", "law", "x", "2", "gpt2x"), record("p", "base", "plain", ""),
-    ]  # fmt: skip
+        record("r", "law", "x", "2", "gpt2x"),
+        record("p", "base", "plain", ""),
+    ]
     with pytest.raises(DataError):
         find_texts([*records, record("z", "law", "x", "9", "gpt2")], ["law", "base"])
     del records[6]
@@ -115,10 +127,13 @@ def test_only_the_newest_weights_of_one_base_are_rated_and_nothing_cut_short():
 
 def test_a_round_takes_the_newest_text_of_prompts_that_all_have_continued():
     records = [
-        {"prompt": "p", "adapter": "a", "text": "old"}, {"prompt": "p", "adapter": "a", "text": "new"},
-        {"prompt": "p", "adapter": "b", "text": "other"}, {"prompt": "q", "adapter": "a", "text": "alone"},
-        {"prompt": "p", "adapter": "c", "text": "not asked"}, {"prompt": 3, "adapter": "a", "text": "no prompt"},
-    ]  # fmt: skip
+        {"prompt": "p", "adapter": "a", "text": "old"},
+        {"prompt": "p", "adapter": "a", "text": "new"},
+        {"prompt": "p", "adapter": "b", "text": "other"},
+        {"prompt": "q", "adapter": "a", "text": "alone"},
+        {"prompt": "p", "adapter": "c", "text": "not asked"},
+        {"prompt": 3, "adapter": "a", "text": "no prompt"},
+    ]
     assert find_texts(records, ["b", "a"]) == (("p",), (("other", "new"),))
     with pytest.raises(DataError, match="each of a, d"):
         find_texts(records, ["a", "d"])

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.core.errors import DataError
-from lora_gpt2.data.verbatim import VerbatimIndex
-from lora_gpt2.evaluation.memorization import (
+from lora_gpt2.audit.memorization import (
     AuditSettings,
     Extraction,
     audit_memorization,
@@ -26,7 +23,10 @@ from lora_gpt2.evaluation.memorization import (
     read_canaries,
     write_canaries,
 )
-from lora_gpt2.evaluation.own_text import read_own_text
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.errors import DataError
+from lora_gpt2.data.ngram_index import NgramIndex
+from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.open import open_session
 from lora_gpt2.model.base import load_base
@@ -52,15 +52,27 @@ def learnt_store(tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     recipe = build_recipe(
         {
-            "name": "learnt", "base": str(base_folder), "lora": {"rank": 64, "alpha": 64},
-            "data": {"sources": [str(folder / "rows.jsonl")], "block_size": 48, "layout": "packed",
-                     "near_duplicates": 0,
-                     "validation_share": 0.2},
-            "train": {"steps": 150, "batch_tokens": 480, "learning_rate": 1e-2, "keep_best": False, "sample_tokens": 0,
-                      "validate_every": 150},
+            "name": "learnt",
+            "base": str(base_folder),
+            "lora": {"rank": 64, "alpha": 64},
+            "data": {
+                "sources": [str(folder / "rows.jsonl")],
+                "block_size": 48,
+                "layout": "packed",
+                "near_duplicate_threshold": 0,
+                "validation_fraction": 0.2,
+            },
+            "train": {
+                "steps": 150,
+                "batch_tokens": 480,
+                "learning_rate": 1e-2,
+                "keep_best": False,
+                "sample_tokens": 0,
+                "validate_every": 150,
+            },
         },
         "test",
-    )  # fmt: skip
+    )
     store, runtime = Store(folder / "store"), choose_runtime("float32", torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_GPT2_CACHE", str(folder / "cache"))
@@ -87,9 +99,7 @@ def audit(session, name, reporter, canaries=()):
         ]
 
     looks = AuditSettings(size=12, windows=60, texts=10)
-    return audit_memorization(
-        session.base, session.for_rows(mix), name, own, looks, reporter, write, PLAIN, canaries
-    )  # fmt: skip
+    return audit_memorization(session.base, session.for_rows(mix), name, own, looks, reporter, write, PLAIN, canaries)
 
 
 def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, reporter):
@@ -125,8 +135,8 @@ def test_no_verbatim_keeps_copies_out(learnt, reporter):
     mix = (("learnt", 1.0),)
     size = 10
     free = generate(learnt, [Request(prompt, mix)], greedy)[0]
-    kept = generate(learnt, [Request(prompt, mix, not_to_copy=[VerbatimIndex(stream, size - 1)])], greedy)[0]
-    index = VerbatimIndex(stream, size)
+    kept = generate(learnt, [Request(prompt, mix, not_to_copy=[NgramIndex(stream, size - 1)])], greedy)[0]
+    index = NgramIndex(stream, size)
     assert (index.find(own.tokenizer.encode(prompt + free.text)) >= 0).any(), "without it there is a copy"
     assert not (index.find(own.tokenizer.encode(prompt + kept.text)) >= 0).any()
 
@@ -203,14 +213,17 @@ def test_places_are_spread_and_hold_two_runs():
 def test_copies_name_the_document_and_leave_common_runs_out(learnt, reporter):
     own = read_own_text(learnt.store, "learnt", reporter)
     documents = [d.text for d in own.documents["train"]]
-    index = VerbatimIndex(own.prepared.train.stream, 6)
-    found = find_copies(index, VerbatimIndex(np.zeros(0), 6), own, [documents[3], "", "x y z"])
+    index = NgramIndex(own.prepared.train.stream, 6)
+    found = find_copies(index, NgramIndex(np.zeros(0), 6), own, [documents[3], "", "x y z"])
     assert (found["texts"], found["with_copies"]) == (3, 1)
-    common = VerbatimIndex(np.array(own.tokenizer.encode(documents[3])), 6)
+    common = NgramIndex(np.array(own.tokenizer.encode(documents[3])), 6)
     assert find_copies(index, common, own, [documents[3]])["with_copies"] == 0, "held-out text has it too"
     assert found["longest_copy_tokens"] == len(own.tokenizer.encode(documents[3]))
-    assert found["worst"][0] == {"tokens": found["longest_copy_tokens"], "source": "training document 4",
-                                 "text": documents[3]}  # fmt: skip
+    assert found["worst"][0] == {
+        "tokens": found["longest_copy_tokens"],
+        "source": "training document 4",
+        "text": documents[3],
+    }
     assert np.asarray(own.prepared.train.stream).size > 100
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, UsageError
-from lora_gpt2.data.records import Document
+from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.bootstrap import find_interval, resample_ratio
 from lora_gpt2.evaluation.matrix import Source, measure_matrix, read_sources
 from lora_gpt2.evaluation.perplexity import (
@@ -174,9 +174,20 @@ def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup)
         assert cells[4].ratio == pytest.approx(cells[4].score.perplexity / cells[3].score.perplexity)
         assert cells[3].ratio == 1.0
     assert set(cells[0].to_json()) == {
-        "adapter", "source", "tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte",
-        "documents", "perplexity_interval", "ratio_to_base", "profile", "documents_trained_on", "ratio_interval",
-    }  # fmt: skip
+        "adapter",
+        "source",
+        "tokens",
+        "nll_nats_per_token",
+        "perplexity",
+        "word_perplexity",
+        "bits_per_byte",
+        "documents",
+        "perplexity_interval",
+        "ratio_to_base",
+        "profile",
+        "documents_trained_on",
+        "ratio_interval",
+    }
 
 
 def test_batches_hold_several_adapters_only_where_that_is_asked_for(base, lineup):

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.data.records import Document
+from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.matrix import Source
 from lora_gpt2.evaluation.quality import (
     Task,
@@ -46,8 +46,13 @@ def test_self_bleu_tells_copies_from_different_texts():
     assert measure_self_bleu(["one"]) is None
 
 
-@pytest.mark.parametrize(("plain", "says"), [("all words here differ from the next one", "the sampling"),
-                                             ("again and again and again and again and", "the model")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("plain", "says"),
+    [
+        ("all words here differ from the next one", "the sampling"),
+        ("again and again and again and again and", "the model"),
+    ],
+)
 def test_the_cause_of_repetition_is_found_by_sampling_plainly(plain, says):
     def write(adapter, prompts, settings):
         return [plain if settings.temperature == 1 else "x y z w " * 10 for _ in prompts]

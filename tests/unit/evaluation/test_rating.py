@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, UsageError
-from lora_gpt2.evaluation.form import build_form
-from lora_gpt2.evaluation.preferences import measure_round
-from lora_gpt2.evaluation.rating import (
+from lora_gpt2.rating.form import build_form
+from lora_gpt2.rating.ranking import summarize_round
+from lora_gpt2.rating.rounds import (
     ANSWERS,
     Answer,
     Round,
@@ -94,7 +94,7 @@ def test_a_round_goes_on_where_it_was_left_and_the_newest_answer_counts(folder):
 
 def test_the_ranking_is_that_of_the_judgements():
     answers = judge(ROUND, "anna", lambda t: t.number % 6 != 5) + judge(ROUND, "ben")
-    report = measure_round(ROUND, answers)
+    report = summarize_round(ROUND, answers)
     assert [row["adapter"] for row in report["ranking"]] == list(ROUND.adapters)
     best = report["ranking"][0]
     assert best["interval"][0] < best["strength"] < best["interval"][1]
@@ -105,27 +105,29 @@ def test_the_ranking_is_that_of_the_judgements():
 
 
 def test_a_scale_has_means_and_pairs_of_the_same_prompt():
-    report = measure_round(SCALE, judge(SCALE, "anna") + judge(SCALE, "ben"))
+    report = summarize_round(SCALE, judge(SCALE, "anna") + judge(SCALE, "ben"))
     assert [(row["adapter"], row["mean"]) for row in report["ranking"]] == [
-        ("secretgood", 5.0), ("secretfair", 3.0), ("secretpoor", 1.0)
-    ]  # fmt: skip
+        ("secretgood", 5.0),
+        ("secretfair", 3.0),
+        ("secretpoor", 1.0),
+    ]
     assert report["agreement"]["overall"] == 1
     assert [row["a_preferred"] for row in report["missing"]] == [1.0, 1.0, 1.0]
 
 
 def test_few_or_equal_judgements_have_no_interval():
-    sure = measure_round(ROUND, judge(ROUND, "anna"))
+    sure = summarize_round(ROUND, judge(ROUND, "anna"))
     assert sure["ranking"][0]["interval"] is not None
     same = Round("x", ("a", "b"), tuple("pqrstu"), (("x", "y"),) * 6, criteria=("style",))
-    report = measure_round(same, [Answer("anna", n, "style", "first") for n in range(6)])
+    report = summarize_round(same, [Answer("anna", n, "style", "first") for n in range(6)])
     assert report["ranking"][0]["interval"] is None, "six that are equal do not say how far chance goes"
     one = Round("x", ("a", "b"), ("p",), (("x", "y"),), criteria=("style",))
-    crowd = measure_round(one, [Answer(f"rater {n}", 0, "style", "first") for n in range(9)])
+    crowd = summarize_round(one, [Answer(f"rater {n}", 0, "style", "first") for n in range(9)])
     assert crowd["missing"][0]["more"] > 0, "nine raters of one text settle nothing about others"
 
 
 def test_without_answers_nothing_is_claimed():
-    report = measure_round(ROUND, [])
+    report = summarize_round(ROUND, [])
     assert {row["preferred"] for row in report["ranking"]} == {None}
     assert all(row["more"] is None for row in report["missing"])
     assert set(report["agreement"].values()) == {None}
@@ -134,13 +136,15 @@ def test_without_answers_nothing_is_claimed():
 @pytest.mark.parametrize(
     "values",
     [
-        {}, [], {"rater": "a", "task": 99, "criterion": "style", "value": "tie"},
+        {},
+        [],
+        {"rater": "a", "task": 99, "criterion": "style", "value": "tie"},
         {"rater": "a", "task": True, "criterion": "style", "value": "tie"},
         {"rater": "a", "task": 0, "criterion": "taste", "value": "tie"},
         {"rater": "a", "task": 0, "criterion": "style", "value": 3},
         {"rater": "a", "task": 0, "criterion": "style", "value": ["tie"]},
     ],
-)  # fmt: skip
+)
 def test_answers_of_another_round_are_refused(values):
     with pytest.raises(DataError):
         check_answer(ROUND, values)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from lora_gpt2.audit.watermark import detect_watermark
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.evaluation.watermark import detect_watermark
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.sampling import mark_logits
 from lora_gpt2.inference.session import Session
@@ -70,9 +70,11 @@ def count_by_hand(text, tokenizer, key):
 @pytest.mark.parametrize("kind", ["plain", "marked", "repeated", "other language"])
 def test_the_report_is_the_binomial_test_of_the_different_pairs(base, kind, key):
     text = {
-        "plain": PLAIN, "marked": write(base, 2, watermark=True), "repeated": PLAIN * 7,
+        "plain": PLAIN,
+        "marked": write(base, 2, watermark=True),
+        "repeated": PLAIN * 7,
         "other language": "Üben über Ödland, größer — 水の上を歩く",
-    }[kind]  # fmt: skip
+    }[kind]
     report = detect_watermark(text, base.tokenizer, key)
     pairs, green = count_by_hand(text, base.tokenizer, key)
     assert report.tokens == pairs

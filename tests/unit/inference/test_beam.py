@@ -25,18 +25,26 @@ def session(base):
     return session
 
 
-@pytest.mark.parametrize("beams", [2, 3, 10])
+@pytest.mark.parametrize("num_beams", [2, 3, 10])
 @pytest.mark.parametrize(("penalty", "ngram"), [(1.0, 0), (0.8, 4), (0.0, 0), (2.0, 2)])
-def test_the_best_continuation_is_that_of_transformers(session, base_folder, beams, penalty, ngram):
+def test_the_best_continuation_is_that_of_transformers(session, base_folder, num_beams, penalty, ngram):
     model = GPT2LMHeadModel.from_pretrained(base_folder).eval()
     eos = session.base.tokenizer.eos_id
-    settings = GenerateSettings(beams=beams, length_penalty=penalty, no_repeat_ngram=ngram)
+    settings = GenerateSettings(num_beams=num_beams, length_penalty=penalty, no_repeat_ngram_size=ngram)
     for ids in PROMPTS:
         wanted = model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), num_beams=beams, do_sample=False,
-            max_new_tokens=12, length_penalty=penalty, no_repeat_ngram_size=ngram, pad_token_id=eos,
-            early_stopping=False, return_dict_in_generate=True, output_scores=True,
-        )  # fmt: skip
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),
+            num_beams=num_beams,
+            do_sample=False,
+            max_new_tokens=12,
+            length_penalty=penalty,
+            no_repeat_ngram_size=ngram,
+            pad_token_id=eos,
+            early_stopping=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
         best = search_beams(session, ids, (), 12, settings)[0]
         found = wanted.sequences[0, len(ids) :].tolist()
         assert list(best.ids) == [token for token in found if token != eos]
@@ -55,7 +63,7 @@ def test_with_as_many_beams_as_continuations_the_best_of_all_is_found(session):
         value, other = (first[token] + second).max(0)
         if float(value) > best[0]:
             best = (float(value), (token, int(other)))
-    settings = GenerateSettings(beams=64, length_penalty=0.0)
+    settings = GenerateSettings(num_beams=64, length_penalty=0.0)
     found = search_beams(session, [7], mix, 2, settings)
     longest = [hypothesis for hypothesis in found if len(hypothesis.ids) == 2]
     assert longest[0].ids == best[1]
@@ -63,7 +71,7 @@ def test_with_as_many_beams_as_continuations_the_best_of_all_is_found(session):
 
 
 def test_generate_uses_beams_and_stops_at_stop_texts(session):
-    settings = GenerateSettings(beams=3, max_new_tokens=10)
+    settings = GenerateSettings(num_beams=3, max_new_tokens=10)
     (output,) = generate(session, [Request("the cat", (("law", 1.0),), 1)], settings)
     again = generate(session, [Request("the cat", (("law", 1.0),), 2)], settings)[0]
     assert (output.text, output.tokens) == (again.text, again.tokens), "nothing is drawn"
@@ -85,15 +93,23 @@ def ending_folder(tmp_path_factory):
     return folder
 
 
-def search_in_transformers(folder, ids, beams, budget, penalty):
+def search_in_transformers(folder, ids, num_beams, budget, penalty):
     """Returns the hypotheses of transformers, best first: ids without EOS, score, and whether EOS ended it."""
     model = GPT2LMHeadModel.from_pretrained(folder).eval()
     eos = model.config.eos_token_id
     found = model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), num_beams=beams, num_return_sequences=beams,
-        do_sample=False, max_new_tokens=budget, length_penalty=penalty, pad_token_id=eos, early_stopping=False,
-        return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids)),
+        num_beams=num_beams,
+        num_return_sequences=num_beams,
+        do_sample=False,
+        max_new_tokens=budget,
+        length_penalty=penalty,
+        pad_token_id=eos,
+        early_stopping=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     hypotheses = []
     for sequence, score in zip(found.sequences[:, len(ids) :].tolist(), found.sequences_scores.tolist(), strict=True):
         own = sequence[: sequence.index(eos)] if eos in sequence else sequence
@@ -102,14 +118,16 @@ def search_in_transformers(folder, ids, beams, budget, penalty):
 
 
 @pytest.mark.parametrize("penalty", [-1.0, 0.8, 2.0])
-@pytest.mark.parametrize(("beams", "budget"), [(2, 8), (3, 12), (6, 6), (6, 1)])
-def test_every_continuation_that_is_kept_is_that_of_transformers_where_texts_end(ending_folder, beams, budget, penalty):
-    """An end counts only among the first `beams` candidates; whatever ends later in the list does not."""
+@pytest.mark.parametrize(("num_beams", "budget"), [(2, 8), (3, 12), (6, 6), (6, 1)])
+def test_every_continuation_that_is_kept_is_that_of_transformers_where_texts_end(
+    ending_folder, num_beams, budget, penalty
+):
+    """An end counts only among the first `num_beams` candidates; whatever ends later in the list does not."""
     session = Session(load_base(str(ending_folder), choose_runtime("float32", torch.device("cpu"))))
-    settings = GenerateSettings(beams=beams, length_penalty=penalty)
+    settings = GenerateSettings(num_beams=num_beams, length_penalty=penalty)
     reasons = set()
     for ids in PROMPTS:
-        wanted = search_in_transformers(ending_folder, ids, beams, budget, penalty)
+        wanted = search_in_transformers(ending_folder, ids, num_beams, budget, penalty)
         found = search_beams(session, ids, (), budget, settings)
         assert [(hypothesis.ids, hypothesis.finish_reason) for hypothesis in found] == [
             (own, reason) for own, _, reason in wanted

@@ -7,10 +7,10 @@ import torch
 
 import lora_gpt2.inference.engine as engine_module
 from lora_gpt2.core.errors import ResourceError
-from lora_gpt2.inference.engine import Engine, Row, StopWatch
+from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
+from lora_gpt2.inference.engine import Engine, Row, StopStringMatcher
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session, show_name
-from lora_gpt2.inference.static import StaticStep
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
@@ -44,12 +44,12 @@ def run_alone(session, row):
     return row
 
 
-@pytest.mark.parametrize(("max_rows", "is_static"), [(1, False), (3, False), (8, False), (5, True), (8, True)])
-def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_rows, is_static):
+@pytest.mark.parametrize(("max_num_seqs", "is_static"), [(1, False), (3, False), (8, False), (5, True), (8, True)])
+def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_num_seqs, is_static):
     rows, alone = make_rows(session, 24), [run_alone(session, row) for row in make_rows(session, 24)]
-    engine, waiting, draw = Engine(session, max_rows, 48), list(rows), random.Random(1)
+    engine, waiting, draw = Engine(session, max_num_seqs, 48), list(rows), random.Random(1)
     if is_static:  # the step that a GPU replays, here as it is
-        engine.static = StaticStep(session, engine.cache)
+        engine.static = CudaGraphDecoder(session, engine.cache)
     largest = 0
     while engine.is_busy or waiting:
         for _ in range(draw.randint(0, 3)):
@@ -61,7 +61,7 @@ def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_row
     assert [(row.new_ids, row.text, row.finish_reason) for row in rows] == [
         (row.new_ids, row.text, row.finish_reason) for row in alone
     ]
-    assert largest == max_rows
+    assert largest == max_num_seqs
     assert {row.finish_reason for row in rows} <= {"stop", "length"}
 
 
@@ -92,12 +92,16 @@ def test_each_request_may_have_its_own_settings(session):
 @pytest.mark.parametrize(
     ("stops", "shown", "hit"),
     [
-        (["cd"], "ab", True), (["x"], "abcdabce", False), (["abce", "zz"], "abcd", True), (["e"], "abcdabc", True),
-        (["da", "cda"], "ab", True), (["abcdabcex"], "abcdabce", False),
+        (["cd"], "ab", True),
+        (["x"], "abcdabce", False),
+        (["abce", "zz"], "abcd", True),
+        (["e"], "abcdabc", True),
+        (["da", "cda"], "ab", True),
+        (["abcdabcex"], "abcdabce", False),
     ],
-)  # fmt: skip
+)
 def test_stop_texts_are_found_across_pieces_and_nothing_of_them_is_shown(stops, shown, hit, chunk):
-    watch, text, found = StopWatch(stops), "abcdabce", ""
+    watch, text, found = StopStringMatcher(stops), "abcdabce", ""
     for start in range(0, len(text), chunk):
         found += watch.push(text[start : start + chunk])
         if watch.is_hit:
@@ -111,9 +115,11 @@ def test_a_stop_text_ends_the_continuation_before_it(session):
     stop = whole.text[4:6]
     pieces = []
     (cut,) = generate(
-        session, [Request("the cat", (("law", 1.0),), 3)], OPEN.model_copy(update={"stop": (stop,)}),
+        session,
+        [Request("the cat", (("law", 1.0),), 3)],
+        OPEN.model_copy(update={"stop": (stop,)}),
         on_text=lambda index, piece: pieces.append(piece),
-    )  # fmt: skip
+    )
     assert cut.text == whole.text[: whole.text.index(stop)] == "".join(pieces)
     assert cut.finish_reason == "stop"
 
@@ -134,8 +140,8 @@ def test_logprobs_are_those_of_the_network(session):
 
 
 def test_beams_and_samples_grow_side_by_side(session):
-    beams = OPEN.model_copy(update={"beams": 3, "max_new_tokens": 8})
-    requests = [Request("the", (("law", 1.0),), 1, settings) for settings in (OPEN, beams, OPEN, beams)]
+    num_beams = OPEN.model_copy(update={"num_beams": 3, "max_new_tokens": 8})
+    requests = [Request("the", (("law", 1.0),), 1, settings) for settings in (OPEN, num_beams, OPEN, num_beams)]
     together = generate(session, requests, OPEN)
     assert [output.text for output in together] == [generate(session, [r], OPEN)[0].text for r in requests]
     assert together[1].text != together[0].text
@@ -178,7 +184,7 @@ def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
 
 
 def test_beams_count_as_rows_and_wide_ones_wait_for_an_empty_engine(session):
-    wide = OPEN.model_copy(update={"beams": 4})
+    wide = OPEN.model_copy(update={"num_beams": 4})
     rows = [Row(k, (), [1, 2], 5, settings, k, session.base.tokenizer) for k, settings in enumerate((OPEN, wide, OPEN))]
     engine = Engine(session, 2, 48)
     for row in rows:
@@ -186,15 +192,15 @@ def test_beams_count_as_rows_and_wide_ones_wait_for_an_empty_engine(session):
     largest = 0
     while engine.is_busy:
         engine.step()
-        largest = max(largest, engine.num_growing)
+        largest = max(largest, engine.num_running)
     assert all(row.finish_reason for row in rows)
     assert largest == 4, "alone"
 
 
-def make_row(session, mix, beams=1, budget=30, **settings):
+def make_row(session, mix, num_beams=1, budget=30, **settings):
     """Returns a row that ends by its budget, unless something else ends it."""
     bias = {session.base.tokenizer.eos_id: -100.0}
-    settings = OPEN.model_copy(update={"beams": beams, "logit_bias": bias, "temperature": 0.0, **settings})
+    settings = OPEN.model_copy(update={"num_beams": num_beams, "logit_bias": bias, "temperature": 0.0, **settings})
     return Row(0, mix, [1, 2, 3], budget, settings, 0, session.base.tokenizer)
 
 
@@ -207,16 +213,16 @@ def list_free(session):
 LAW, CODE, BOTH = MIXES[1:]
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("how", ["length", "stop text", "stopped", "all stopped", "error", "no budget"])
-def test_whatever_ends_a_row_its_adapters_are_free_afterwards_and_not_before(session, monkeypatch, beams, how):
+def test_whatever_ends_a_row_its_adapters_are_free_afterwards_and_not_before(session, monkeypatch, num_beams, how):
     budget = {"length": 3, "no budget": 0}.get(how, 30)
     stop = ()
     if how == "stop text":
-        seen = run_alone(session, make_row(session, BOTH, beams))
+        seen = run_alone(session, make_row(session, BOTH, num_beams))
         stop = (seen.text[2:4],)
         list_free(session)
-    rows = [make_row(session, BOTH, beams, budget, stop=stop), make_row(session, LAW, beams, budget, stop=stop)]
+    rows = [make_row(session, BOTH, num_beams, budget, stop=stop), make_row(session, LAW, num_beams, budget, stop=stop)]
     engine = Engine(session, 8, 48)
     for row in rows:
         engine.submit(row)
@@ -230,12 +236,12 @@ def test_whatever_ends_a_row_its_adapters_are_free_afterwards_and_not_before(ses
     elif how == "all stopped":
         assert engine.stop_all("interrupted") == rows
     elif how == "error":
-        name = "adjust_logits" if beams > 1 else "choose_token"
-        module = "lora_gpt2.inference.beam" if beams > 1 else "lora_gpt2.inference.engine"
+        name = "adjust_logits" if num_beams > 1 else "choose_token"
+        module = "lora_gpt2.inference.beam" if num_beams > 1 else "lora_gpt2.inference.engine"
         monkeypatch.setattr(f"{module}.{name}", lambda *arguments: [][0])
     while engine.is_busy:
         engine.step()
-    assert engine.num_growing == 0
+    assert engine.num_running == 0
     reason = {"stopped": "cancelled", "all stopped": "interrupted", "error": "error", "stop text": "stop"}
     assert rows[0].finish_reason == reason.get(how, "length")
     assert list_free(session) == ["code", "law"]
@@ -248,8 +254,8 @@ def test_many_searches_and_rows_need_no_more_slots_than_there_are(base, store, s
     small = Session(base, store, max_slots=2)
     engine = Engine(small, 4, 48)
     for name in ("a3", "law", "a4", "code", "a5", "law", "a6", "a3"):
-        for beams in (3, 1):
-            row = make_row(small, ((name, 1.0),), beams, 2)
+        for num_beams in (3, 1):
+            row = make_row(small, ((name, 1.0),), num_beams, 2)
             engine.submit(row)
             while engine.is_busy:
                 engine.step()
@@ -269,14 +275,17 @@ def test_an_adapter_is_held_once_for_each_row_that_uses_it(session):
     assert free == [[], ["code"], [], [], [], ["law"]], "code with the first row, law with the last"
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("budget", [0, 5])
 @pytest.mark.parametrize("company", [0, 1])
-def test_a_row_that_is_stopped_before_its_turn_never_grows(session, beams, budget, company):
+def test_a_row_that_is_stopped_before_its_turn_never_grows(session, num_beams, budget, company):
     engine = Engine(session, 4, 48)
     others = [make_row(session, LAW, budget=4) for _ in range(company)]
-    row, last = make_row(session, CODE, beams, budget, logprobs=int(beams == 1)), make_row(session, LAW, budget=2)
-    row.scores_prompt = beams == 1
+    row, last = (
+        make_row(session, CODE, num_beams, budget, logprobs=int(num_beams == 1)),
+        make_row(session, LAW, budget=2),
+    )
+    row.scores_prompt = num_beams == 1
     for each in (*others, row, last):
         engine.submit(each)
     engine.stop(row, "cancelled")

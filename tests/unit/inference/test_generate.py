@@ -5,7 +5,7 @@ from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.inference.generate import Request, encode_prompt, generate
 from lora_gpt2.inference.session import Session, describe_mix, parse_mix
-from lora_gpt2.model.packed import pack_projections
+from lora_gpt2.model.prepacked import prepack_weights
 from lora_gpt2.model.probe import compute_logits, measure_difference
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
 from lora_gpt2.store.files import Origin, publish_adapter
@@ -44,9 +44,12 @@ def test_greedy_decoding_with_the_cache_equals_running_the_whole_text_each_time(
 
 def test_a_request_gives_the_same_alone_and_in_any_batch(session):
     requests = [
-        Request("the cat", law(), 1), Request("a", (("code", 1.0),), 2), Request("the dog and the rain", (), 3),
-        Request("", (("law", 0.6), ("code", 0.4)), 4), Request("the cat", law(), 5),
-    ]  # fmt: skip
+        Request("the cat", law(), 1),
+        Request("a", (("code", 1.0),), 2),
+        Request("the dog and the rain", (), 3),
+        Request("", (("law", 0.6), ("code", 0.4)), 4),
+        Request("the cat", law(), 5),
+    ]
     together = generate(session, requests, SETTINGS)
     alone = [generate(session, [request], SETTINGS)[0] for request in requests]
     assert together == alone
@@ -162,7 +165,7 @@ def test_merged_weights_write_the_same_and_leave_the_base_alone(session, base):
     for mix in (law(), (("law", 0.5), ("code", 0.5)), ()):
         requests = [Request("the cat", mix, seed) for seed in (1, 2)]
         plain = generate(session, requests, SETTINGS)
-        merged = generate(session, requests, SETTINGS.model_copy(update={"merged": True}))
+        merged = generate(session, requests, SETTINGS.model_copy(update={"merge_into_base": True}))
         assert [output.text for output in merged] == [output.text for output in plain]
         assert merged[0].provenance["adapters"] == plain[0].provenance["adapters"]
         assert merged[0].adapter == plain[0].adapter
@@ -171,8 +174,8 @@ def test_merged_weights_write_the_same_and_leave_the_base_alone(session, base):
         assert measure_difference(compute_logits(folded.base), wanted) < 1e-4
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.model.state_dict().items())
     with pytest.raises(UsageError, match="one adapter or mix"):
-        generate(session, [Request("a", law()), Request("a")], SETTINGS.model_copy(update={"merged": True}))
-    pack_projections(base.model)
+        generate(session, [Request("a", law()), Request("a")], SETTINGS.model_copy(update={"merge_into_base": True}))
+    prepack_weights(base.model)
     mix = session.resolve(law())
     difference = measure_difference(compute_logits(session.fold(mix).base), compute_logits(base, session.for_rows(mix)))
     assert 0 < difference < 0.02, "packed weights are merged into, and rounded once more"

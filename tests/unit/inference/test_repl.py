@@ -8,9 +8,9 @@ import pytest
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, LoraGpt2Error, NotFoundError, RecipeError, UsageError
-from lora_gpt2.core.log import LocalLog, find_log
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.history import LocalLog, find_log
 from lora_gpt2.inference.repl import HELP, Repl
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import EvaluateSettings, GenerateSettings
@@ -86,11 +86,11 @@ def test_settings_are_checked_together(repl):
     repl.run("/set generate.top_k=7")
     assert (repl.settings.temperature, repl.settings.top_k, repl.settings.max_new_tokens) == (0.5, 7, 6)
     repl.run("/set logprobs 2")
-    wrong = {"/set temperature -1": RecipeError, "/set beams 2": RecipeError, "/set tempe 1": UsageError}
+    wrong = {"/set temperature -1": RecipeError, "/set num_beams 2": RecipeError, "/set tempe 1": UsageError}
     for line, kind in wrong.items():
         with pytest.raises(kind):
             repl.run(line)
-    assert (repl.settings.temperature, repl.settings.beams) == (0.5, 1)
+    assert (repl.settings.temperature, repl.settings.num_beams) == (0.5, 1)
     assert "temperature 0.5" in repl.run("/set")
     assert repl.run("/set seed 5") == "the next seed is 5"
     repl.run("a")
@@ -152,9 +152,17 @@ def test_help_lists_every_command_and_a_wrong_one_gets_the_nearest(repl):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("/us", ["/use"]), ("/use l", ["law"]), ("/mix law ", ["code", "law"]), ("/compare b", ["base"]),
-     ("/set temp", ["temperature"]), ("/set temperature ", []), ("plain te", []), ("/sa", ["/save"])],
-)  # fmt: skip
+    [
+        ("/us", ["/use"]),
+        ("/use l", ["law"]),
+        ("/mix law ", ["code", "law"]),
+        ("/compare b", ["base"]),
+        ("/set temp", ["temperature"]),
+        ("/set temperature ", []),
+        ("plain te", []),
+        ("/sa", ["/save"]),
+    ],
+)
 def test_completion(repl, text, words):
     assert repl.complete(text) == words
 

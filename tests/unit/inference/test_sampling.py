@@ -102,7 +102,7 @@ def test_the_likeliest_token_is_always_kept(given):
 
 
 def test_when_all_is_forbidden_the_likeliest_is_taken():
-    settings = GenerateSettings(temperature=0, no_repeat_ngram=1)
+    settings = GenerateSettings(temperature=0, no_repeat_ngram_size=1)
     seen = torch.arange(5)
     assert choose_token(torch.tensor([0.0, 2, 1, 0, 0]), seen, settings, torch.Generator()) == 1
 

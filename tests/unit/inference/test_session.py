@@ -181,8 +181,21 @@ def add_up(base, weighted):
     return Adapter(updates)
 
 
-WEIGHTS = [(1.0, 0.0), (-1.0, 0.0), (-0.5, 0.0), (0.25, 0.0), (2.0, 0.0), (-16.0, 0.0), (0.6, 0.4), (0.6, -0.4),
-           (-0.6, 0.4), (-1.5, -0.5), (1.0, -1.0), (0.0, -0.5), (0.0, 0.0)]  # fmt: skip
+WEIGHTS = [
+    (1.0, 0.0),
+    (-1.0, 0.0),
+    (-0.5, 0.0),
+    (0.25, 0.0),
+    (2.0, 0.0),
+    (-16.0, 0.0),
+    (0.6, 0.4),
+    (0.6, -0.4),
+    (-0.6, 0.4),
+    (-1.5, -0.5),
+    (1.0, -1.0),
+    (0.0, -0.5),
+    (0.0, 0.0),
+]
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -232,8 +245,12 @@ def test_an_adapter_and_its_negative_are_the_plain_base(base):
 
 def test_a_mix_is_written_with_its_signs():
     assert parse_mix(["law:-0.5", "code:16", "x:-16", "y:+1", "z"]) == (
-        ("law", -0.5), ("code", 16.0), ("x", -16.0), ("y", 1.0), ("z", 1.0),
-    )  # fmt: skip
+        ("law", -0.5),
+        ("code", 16.0),
+        ("x", -16.0),
+        ("y", 1.0),
+        ("z", 1.0),
+    )
     for wrong in ("law:-16.1", "law:17", "law:-inf", "law:nan", "law:-", "law:--1"):
         with pytest.raises(UsageError, match="within ±16"):
             parse_mix([wrong])

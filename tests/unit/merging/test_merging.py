@@ -11,8 +11,8 @@ from lora_gpt2.evaluation.matrix import Source
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.inference.session import BASE, Session
 from lora_gpt2.merging import combine
-from lora_gpt2.merging.bake import bake_adapters
 from lora_gpt2.merging.combine import MERGED, merge_adapters
+from lora_gpt2.merging.into_base import merge_into_base
 from lora_gpt2.merging.search import search_weights
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter, LoraUpdate
@@ -116,7 +116,7 @@ def test_an_adapter_of_another_base_is_refused(session, reporter, store, tmp_pat
 @pytest.mark.parametrize(("dtype", "limit"), [("auto", 1e-4), ("float16", 0.05), ("bfloat16", 0.4)])
 def test_a_merged_base_runs_in_transformers_as_the_mix_does(session, reporter, tmp_path, base, dtype, limit):
     how = MergeSettings(dtype=dtype, max_shard_bytes=1_000_000)
-    report = bake_adapters(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
+    report = merge_into_base(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
     mixed = compute_logits(base, session.for_rows(MIX))
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_a_merged_base_runs_in_transformers_as_the_mix_does(session, reporter, t
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == report.dtype
     assert {cell.adapter for cell in report.cells} == {BASE, "law", "code", "law:0.7+code:0.4", "(merge)"}
     with pytest.raises(ConflictError, match="exists"):
-        bake_adapters(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
+        merge_into_base(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
 
 
 def test_a_large_base_is_written_in_shards(reporter, store, tmp_path):
@@ -137,7 +137,7 @@ def test_a_large_base_is_written_in_shards(reporter, store, tmp_path):
     publish_adapter(store, "law", make_adapter(wide.config), wide, Origin())
     session = Session(wide, store)
     how = MergeSettings(max_shard_bytes=1_000_000)
-    report = bake_adapters(session, (("law", 1.0),), tmp_path / "out", how, [], SETTINGS, reporter)
+    report = merge_into_base(session, (("law", 1.0),), tmp_path / "out", how, [], SETTINGS, reporter)
     assert "model-00002-of-00002.safetensors" in report.files
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out")(build_probe(wide)).logits
@@ -145,9 +145,9 @@ def test_a_large_base_is_written_in_shards(reporter, store, tmp_path):
 
 
 def test_a_failed_bake_leaves_no_folder(session, reporter, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_gpt2.merging.bake.combine_site", lambda *rest: combine.combine_site(*rest) * 1.1)
+    monkeypatch.setattr("lora_gpt2.merging.into_base.combine_site", lambda *rest: combine.combine_site(*rest) * 1.1)
     with pytest.raises(CheckFailed):
-        bake_adapters(session, MIX, tmp_path / "out", MergeSettings(), SOURCES, SETTINGS, reporter)
+        merge_into_base(session, MIX, tmp_path / "out", MergeSettings(), SOURCES, SETTINGS, reporter)
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
@@ -159,7 +159,7 @@ def test_gguf_holds_the_merged_tensors_and_the_tokenizer(session, reporter, stor
     if with_head:
         settings = LoraSettings(rank=4, targets=(*BLOCKS, "lm_head"))
         publish_adapter(store, "law", make_adapter(base.config, 3, settings), base, Origin())
-    bake_adapters(session, MIX, tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter)
+    merge_into_base(session, MIX, tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter)
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
@@ -242,7 +242,7 @@ def test_a_quantised_base_is_not_merged_into(store, reporter, base, base_folder,
     publish_adapter(store, "law", make_adapter(base.config), base, Origin())
     coarse = load_base(str(base_folder), choose_runtime("float32"), "int8")
     with pytest.raises(MismatchError, match="quantised"):
-        bake_adapters(Session(coarse, store), MIX[:1], tmp_path / "out", MergeSettings(), [], SETTINGS, reporter)
+        merge_into_base(Session(coarse, store), MIX[:1], tmp_path / "out", MergeSettings(), [], SETTINGS, reporter)
 
 
 def test_a_base_that_llama_cpp_would_run_wrongly_gives_no_gguf(store, reporter, tmp_path):
@@ -252,6 +252,6 @@ def test_a_base_that_llama_cpp_would_run_wrongly_gives_no_gguf(store, reporter, 
     exact = load_base(str(folder), choose_runtime("float32"))
     publish_adapter(store, "law", make_adapter(exact.config), exact, Origin())
     with pytest.raises(MismatchError, match="GELU"):
-        bake_adapters(
+        merge_into_base(
             Session(exact, store), MIX[:1], tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter
         )

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import MismatchError
-from lora_gpt2.model.bank import AdapterBank, InferenceRows
+from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
 from lora_gpt2.model.base import load_base
-from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter, merge_ranks, plan_targets
-from lora_gpt2.model.loss import chunked_cross_entropy
+from lora_gpt2.model.loss import fused_linear_cross_entropy
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import LoraSettings
 from tests.builders import make_adapter
@@ -23,7 +23,7 @@ def open_bank(base, adapters, layout="inference", num_slots=None):
 
 
 def run(base, tokens, bank, rows):
-    active = InferenceRows(bank, torch.tensor(rows))
+    active = InferenceAdapters(bank, torch.tensor(rows))
     return base.model.logits(base.model(tokens, active), active)
 
 
@@ -95,7 +95,7 @@ def test_idle_slots_between_used_ones_are_left_out(base, tokens):
     adapters = [make_adapter(base.config, seed) for seed in range(8)]
     weights = torch.zeros(3, 8)
     weights[0, 1], weights[2, 7] = 1.0, 0.5
-    rows = InferenceRows(open_bank(base, adapters), weights)
+    rows = InferenceAdapters(open_bank(base, adapters), weights)
     assert rows.weights.shape == (3, 2)
     found = base.model.logits(base.model(tokens, rows), rows)
     assert torch.allclose(
@@ -105,7 +105,7 @@ def test_idle_slots_between_used_ones_are_left_out(base, tokens):
 
 @pytest.mark.parametrize("layout", ["training", "inference"])
 def test_reading_a_slot_gives_back_what_was_loaded(base, layout):
-    adapters = [make_adapter(base.config, 1), make_adapter(base.config, 2, LoraSettings(rank=2, rslora=True))]
+    adapters = [make_adapter(base.config, 1), make_adapter(base.config, 2, LoraSettings(rank=2, use_rslora=True))]
     bank = open_bank(base, adapters, layout)
     for slot, adapter in enumerate(adapters):
         read = bank.read(slot)
@@ -148,11 +148,11 @@ def test_a_document_in_a_packed_row_is_computed_as_if_it_were_alone(base):
     def compute(tokens, targets, **options):
         bank = open_bank(base, [adapter], "training")
         buffer = bank.enable_gradients()
-        rows = TrainingRows(bank, [0])
+        rows = TrainingAdapters(bank, [0])
         hidden = base.model(tokens, rows, **options)
         weights = torch.ones(targets.shape)
-        update = rows.update_head(hidden)
-        chunked_cross_entropy(hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, update)[0].backward()
+        update = rows.low_rank_logits(hidden)
+        fused_linear_cross_entropy(hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, update)[0].backward()
         with torch.no_grad():
             return base.model.logits(hidden, rows)[0], buffer
 
@@ -171,11 +171,11 @@ def gradients(base, adapters, slots, tokens_by_slot):
     bank = open_bank(base, adapters, "training")
     buffer = bank.enable_gradients()
     tokens = torch.cat([tokens_by_slot[slot] for slot in slots])
-    rows = TrainingRows(bank, slots)
+    rows = TrainingAdapters(bank, slots)
     hidden, targets = base.model(tokens[:, :-1], rows), tokens[:, 1:].flatten()
     weights = torch.full(targets.shape, len(slots) / len(targets))
-    update = rows.update_head(hidden)
-    chunked_cross_entropy(hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, update)[0].backward()
+    update = rows.low_rank_logits(hidden)
+    fused_linear_cross_entropy(hidden.flatten(0, 1), base.model.head, targets, weights, 0.0, update)[0].backward()
     return bank, buffer
 
 
@@ -205,9 +205,9 @@ def test_padding_gets_no_gradient_and_absent_slots_none(base):
     assert not buffer[1].any()
     assert buffer[0].any()
     padded = bank.sites["h.0.mlp.c_fc"]
-    assert not padded.a_gradient[0, 2:].any()
-    assert not padded.bt_gradient[0, 2:].any()
-    assert padded.bt_gradient[0, :2].any()
+    assert not padded.grad_a[0, 2:].any()
+    assert not padded.grad_b_t[0, 2:].any()
+    assert padded.grad_b_t[0, :2].any()
 
 
 def test_the_mask_keeps_the_blocks_of_sliced_targets(base):
@@ -230,7 +230,7 @@ def test_dropout_is_repeatable(base, tokens):
     bank = open_bank(base, [adapter], "training")
 
     def forward(seed, dropout=0.5):
-        return base.model(tokens, TrainingRows(bank, [0], None, dropout, range(seed, seed + len(tokens))))
+        return base.model(tokens, TrainingAdapters(bank, [0], None, dropout, range(seed, seed + len(tokens))))
 
     assert torch.equal(forward(1), forward(1))
     assert not torch.equal(forward(1), forward(2))
@@ -241,14 +241,18 @@ def test_dropout_is_repeatable(base, tokens):
 def test_dropout_drops_its_share_and_averages_out(base, dropout):
     """Srivastava et al. 2014: what is kept is divided by the chance of being kept, so the mean stays."""
     bank = open_bank(base, [make_adapter(base.config)], "training")
-    rows, site, linear = TrainingRows(bank, [0], None, dropout, range(1000)), "h.0.mlp.c_fc", base.model.h[0].mlp.c_fc
+    rows, site, linear = (
+        TrainingAdapters(bank, [0], None, dropout, range(1000)),
+        "h.0.mlp.c_fc",
+        base.model.h[0].mlp.c_fc,
+    )
     x = torch.randn(1, 10, 16).expand(1000, -1, -1)
     mask = rows.draw_mask(site, x)
     assert torch.allclose(mask.unique(), torch.tensor([0, 1 / (1 - dropout)]))
     # 160,000 draws: four standard deviations of the share are at most 0.005
     assert float((mask == 0).float().mean()) == pytest.approx(dropout, abs=0.005)
     update = rows.project(site, linear, None, x) - linear(x)
-    wanted = TrainingRows(bank, [0]).project(site, linear, None, x[:1])[0] - linear(x[0])
+    wanted = TrainingAdapters(bank, [0]).project(site, linear, None, x[:1])[0] - linear(x[0])
     deviation = update.std(0) / 1000**0.5
     assert ((update.mean(0) - wanted).abs() <= 5 * deviation + 1e-6).all()
     lora = bank.read(0).updates[site]

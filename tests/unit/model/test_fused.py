@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_gpt2.model.bank import AdapterBank
-from lora_gpt2.model.fused import TrainingRows
-from lora_gpt2.model.loss import chunked_cross_entropy
+from lora_gpt2.model.fused import TrainingAdapters
+from lora_gpt2.model.loss import fused_linear_cross_entropy
 from lora_gpt2.recipe import BLOCKS, LoraSettings
 from tests.builders import make_adapter
 
@@ -31,7 +31,7 @@ class PlainRows:
         h = x if before is None else before(x)
         return linear(h) + self.update(site, h)
 
-    def update_head(self, hidden):
+    def low_rank_logits(self, hidden):
         raise AssertionError("loss_of adds it")
 
     def update(self, site, h):
@@ -48,7 +48,9 @@ def loss_of(base, rows, tokens, **options):
     if isinstance(rows, PlainRows):
         logits = F.linear(hidden, head) + rows.update("lm_head", hidden)
         return 0.01 * F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
-    return chunked_cross_entropy(hidden.flatten(0, 1), head, targets, weights, 0.0, rows.update_head(hidden))[0]
+    return fused_linear_cross_entropy(hidden.flatten(0, 1), head, targets, weights, 0.0, rows.low_rank_logits(hidden))[
+        0
+    ]
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def tokens(base):
 @pytest.mark.parametrize("targets", [LoraSettings().targets, ("mlp.c_proj",), ("lm_head",)])
 def test_gradients_equal_autograds(base, tokens, targets, dropout, checkpointing):
     bank, gradient = open_bank(base, LoraSettings(rank=3, alpha=5, targets=targets))
-    rows = TrainingRows(bank, [0], None, dropout, [7, 8, 9])
+    rows = TrainingAdapters(bank, [0], None, dropout, [7, 8, 9])
     ours = loss_of(base, rows, tokens, checkpoint_blocks=checkpointing)
     ours.backward()
     adapter = bank.read(0)
@@ -81,11 +83,11 @@ def test_gradients_equal_autograds(base, tokens, targets, dropout, checkpointing
 def test_a_mask_depends_on_the_row_and_the_site_alone(base):
     bank, _ = open_bank(base)
     like = torch.ones(2, 5, 16)
-    first = TrainingRows(bank, [0], None, 0.5, [3, 4]).draw_mask("h.0.mlp.c_fc", like)
-    turned = TrainingRows(bank, [0], None, 0.5, [4, 3]).draw_mask("h.0.mlp.c_fc", like)
+    first = TrainingAdapters(bank, [0], None, 0.5, [3, 4]).draw_mask("h.0.mlp.c_fc", like)
+    turned = TrainingAdapters(bank, [0], None, 0.5, [4, 3]).draw_mask("h.0.mlp.c_fc", like)
     assert torch.equal(first[0], turned[1])
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, TrainingRows(bank, [0], None, 0.5, [3, 4]).draw_mask("h.1.mlp.c_fc", like))
+    assert not torch.equal(first, TrainingAdapters(bank, [0], None, 0.5, [3, 4]).draw_mask("h.1.mlp.c_fc", like))
     assert set(first.unique().tolist()) == {0.0, 2.0}
 
 
@@ -109,23 +111,23 @@ def kept_widths(base, tokens, rows):
 def test_ten_widths_are_kept_per_token_and_block(base, tokens):
     bank, _ = open_bank(base)
     layers, products = base.config.layers, sum(bank.ranks.values()) / base.config.width
-    ours = kept_widths(base, tokens, TrainingRows(bank, [0]))
+    ours = kept_widths(base, tokens, TrainingAdapters(bank, [0]))
     assert ours - products <= 10 * layers + 2.2
     updates = {
         site: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_(), u.scale)
         for site, u in bank.read(0).updates.items()
     }
-    plain = kept_widths(base, tokens, PlainRows(TrainingRows(bank, [0]), updates))
+    plain = kept_widths(base, tokens, PlainRows(TrainingAdapters(bank, [0]), updates))
     assert plain > 1.5 * ours, "plain autograd, for comparison"
 
 
 def test_nothing_is_kept_below_the_first_adapted_block(base, tokens):
     bank, gradient = open_bank(base, LoraSettings(rank=3, first_layer=1))
     assert all(site.startswith("h.1.") or site == "lm_head" for site in bank.sites)
-    upper = kept_widths(base, tokens, TrainingRows(bank, [0]))
+    upper = kept_widths(base, tokens, TrainingAdapters(bank, [0]))
     whole, _ = open_bank(base)
-    assert upper < 0.6 * kept_widths(base, tokens, TrainingRows(whole, [0]))
-    loss_of(base, TrainingRows(bank, [0]), tokens).backward()
+    assert upper < 0.6 * kept_widths(base, tokens, TrainingAdapters(whole, [0]))
+    loss_of(base, TrainingAdapters(bank, [0]), tokens).backward()
     assert gradient.any()
 
 
@@ -141,14 +143,14 @@ def test_a_slots_scale_is_applied_before_rounding_to_the_bases_dtype(base, dtype
     z = torch.randn(len(slots), 50, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     scales = torch.tensor([1 / 3, 7 / 3, 0.1 / 3])[slots]
     for site in ("h.0.mlp.c_fc", "lm_head"):
-        found = TrainingRows(bank, slots).scaled(z, bank.sites[site])
+        found = TrainingAdapters(bank, slots).scaled(z, bank.sites[site])
         assert found.dtype == dtype
         assert torch.equal(found, (z.float() * scales[:, None, None]).to(dtype)), site
 
 
 def test_noise_is_added_to_the_embeddings(base, tokens):
     bank, gradient = open_bank(base)
-    rows, noise = TrainingRows(bank, [0]), torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0))
+    rows, noise = TrainingAdapters(bank, [0]), torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(0))
     found = loss_of(base, rows, tokens, noise=noise)
     found.backward()
     with_noise, kept = gradient.clone(), base.model.wte.register_forward_hook(lambda m, i, embedded: embedded + noise)
@@ -167,7 +169,7 @@ def test_label_smoothing_equals_torchs(smoothing):
     hidden, head = torch.randn(6, 4, generator=generator), torch.randn(9, 4, generator=generator)
     targets = torch.randint(0, 9, (6,), generator=generator)
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    loss, nll = chunked_cross_entropy(ours, head, targets, torch.full((6,), 1 / 6), smoothing, None)
+    loss, nll = fused_linear_cross_entropy(ours, head, targets, torch.full((6,), 1 / 6), smoothing, None)
     wanted = F.cross_entropy(theirs @ head.T, targets, label_smoothing=smoothing)
     loss.backward()
     wanted.backward()

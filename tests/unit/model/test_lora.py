@@ -40,10 +40,10 @@ def test_the_papers_setting_has_the_published_codes_count(size):
 
 @pytest.mark.parametrize(
     ("given", "scale", "scale_at_4"),
-    [({}, 2, 2), ({"rank": 64}, 2, 2), ({"rslora": True}, 2, 4), ({"alpha": 4.0}, 0.25, 1)],
+    [({}, 2, 2), ({"rank": 64}, 2, 2), ({"use_rslora": True}, 2, 4), ({"alpha": 4.0}, 0.25, 1)],
 )
 def test_an_unset_alpha_is_twice_the_rank_of_each_target(given, scale, scale_at_4):
-    updates = build_adapter(config_of("small"), LoraSettings(**given, ranks={"mlp.c_fc": 4}), 0).updates
+    updates = build_adapter(config_of("small"), LoraSettings(**given, rank_pattern={"mlp.c_fc": 4}), 0).updates
     assert (updates["h.0.attn.c_attn"].scale, updates["h.0.mlp.c_fc"].scale) == (scale, scale_at_4)
 
 
@@ -53,11 +53,11 @@ def test_q_and_v_become_a_rank_8_adapter_with_alpha_64():
     assert plan.blocks == ((slice(0, 1024), slice(0, 4)), (slice(2048, 3072), slice(4, 8)))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_slices_keep_the_scale_of_one_slice(rslora):
-    settings = LoraSettings(rank=4, alpha=12, targets=("c_attn.q", "c_attn.k", "c_attn.v"), rslora=rslora)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_slices_keep_the_scale_of_one_slice(use_rslora):
+    settings = LoraSettings(rank=4, alpha=12, targets=("c_attn.q", "c_attn.k", "c_attn.v"), use_rslora=use_rslora)
     update = build_adapter(config_of("small"), settings, 0).updates["h.0.attn.c_attn"]
-    assert update.scale == pytest.approx(12 / (2 if rslora else 4), rel=1e-12)
+    assert update.scale == pytest.approx(12 / (2 if use_rslora else 4), rel=1e-12)
     assert update.rank == 12
 
 

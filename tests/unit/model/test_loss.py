@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_gpt2.model import loss
-from lora_gpt2.model.gpt2 import HeadUpdate
-from lora_gpt2.model.loss import IGNORE, chunked_cross_entropy, measure_nll
+from lora_gpt2.model.gpt2 import LowRankLogits
+from lora_gpt2.model.loss import IGNORE, fused_linear_cross_entropy, token_nll
 
 
 @pytest.fixture(params=[3, 1000])
@@ -25,7 +25,7 @@ def draw():
 def test_loss_and_gradient_equal_autograds():
     hidden, head, targets, weights = draw()
     ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    found, nll = chunked_cross_entropy(ours, head, targets, weights, 0.0, None)
+    found, nll = fused_linear_cross_entropy(ours, head, targets, weights, 0.0, None)
     wanted = F.cross_entropy(theirs @ head.T, targets, reduction="none", ignore_index=IGNORE)
     (3 * found).backward()
     (3 * (wanted * weights).sum()).backward()
@@ -47,29 +47,31 @@ def test_what_adapters_add_to_the_head_gets_autograds_gradients(groups):
     wanted = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE)
     (3 * (wanted * weights).sum()).backward()
     ours, thin, found = hidden.clone().requires_grad_(), inner.clone().requires_grad_(), []
-    loss_value, nll = chunked_cross_entropy(ours, head, targets, weights, 0.0, HeadUpdate(thin, outer, found.append))
+    loss_value, nll = fused_linear_cross_entropy(
+        ours, head, targets, weights, 0.0, LowRankLogits(thin, outer, found.append)
+    )
     (3 * loss_value).backward()
     assert torch.allclose(nll, wanted.detach(), atol=1e-5)
     for mine, theirs in zip((ours.grad, thin.grad, found[0]), leaves, strict=True):
         assert torch.allclose(mine, theirs.grad, atol=1e-5)
-    assert torch.allclose(measure_nll(hidden, head, targets, HeadUpdate(inner, outer)), nll, atol=1e-6)
+    assert torch.allclose(token_nll(hidden, head, targets, LowRankLogits(inner, outer)), nll, atol=1e-6)
 
 
 @pytest.mark.usefixtures("rows")
 def test_scoring_equals_the_training_loss_per_token():
     hidden, head, targets, weights = draw()
-    _, nll = chunked_cross_entropy(hidden, head, targets, weights, 0.0, None)
-    assert torch.allclose(measure_nll(hidden, head, targets, None), nll, atol=1e-6)
+    _, nll = fused_linear_cross_entropy(hidden, head, targets, weights, 0.0, None)
+    assert torch.allclose(token_nll(hidden, head, targets, None), nll, atol=1e-6)
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():
-    nll = measure_nll(torch.randn(5, 4), torch.zeros(50257, 4), torch.arange(5), None)
+    nll = token_nll(torch.randn(5, 4), torch.zeros(50257, 4), torch.arange(5), None)
     assert torch.allclose(nll.exp(), torch.full((5,), 50257.0), rtol=1e-5)
 
 
 def test_the_largest_logits_do_not_overflow():
     hidden = torch.tensor([[1e4]], requires_grad=True)
-    loss_value, _ = chunked_cross_entropy(
+    loss_value, _ = fused_linear_cross_entropy(
         hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]), torch.ones(1), 0.0, None
     )
     loss_value.backward()
@@ -114,7 +116,7 @@ def test_scoring_over_a_head_in_16_bits_takes_the_softmax_in_float32(dtype, is_u
     if not is_updated:
         outer = torch.zeros_like(outer)
     wanted = F.cross_entropy(exact_logits(hidden, head, inner, outer), targets, reduction="none", ignore_index=IGNORE)
-    found = measure_nll(hidden, head, targets, HeadUpdate(inner, outer) if is_updated else None)
+    found = token_nll(hidden, head, targets, LowRankLogits(inner, outer) if is_updated else None)
     assert found.dtype == torch.float32
     assert torch.allclose(found, wanted, atol=1e-5)  # in bfloat16 a sum of 700 is off by 1e-3
 
@@ -126,7 +128,7 @@ def test_the_training_loss_over_a_head_in_16_bits_takes_the_softmax_in_float32(d
     hidden, head, targets, weights, inner, outer = draw_exact(dtype)
     logits = exact_logits(hidden, head, inner, outer)
     each = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
-    loss_value, nll = chunked_cross_entropy(hidden, head, targets, weights, smoothing, HeadUpdate(inner, outer))
+    loss_value, nll = fused_linear_cross_entropy(hidden, head, targets, weights, smoothing, LowRankLogits(inner, outer))
     assert loss_value.dtype == nll.dtype == torch.float32
     assert torch.allclose(nll, F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE), atol=1e-5)
     assert loss_value.item() == pytest.approx((each * weights).sum().item(), rel=1e-6)
@@ -143,8 +145,8 @@ def test_gradients_in_16_bits_are_float32s_but_for_rounding(dtype, smoothing):
     each = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
     (each * weights).sum().backward()
     ours, thin, found = hidden.clone().requires_grad_(), inner.clone().requires_grad_(), []
-    update = HeadUpdate(thin, outer, found.append)
-    chunked_cross_entropy(ours, head, targets, weights, smoothing, update)[0].backward()
+    update = LowRankLogits(thin, outer, found.append)
+    fused_linear_cross_entropy(ours, head, targets, weights, smoothing, update)[0].backward()
     assert (ours.grad.dtype, thin.grad.dtype, found[0].dtype) == (dtype, dtype, torch.float32)
     epsilon = torch.finfo(dtype).eps  # a rounding errs by at most half of it, and by 0.29 of it in the mean square
     for mine, theirs in zip((ours.grad, thin.grad, found[0]), leaves, strict=True):
@@ -163,8 +165,8 @@ def test_the_gradient_of_the_logits_is_rounded_to_16_bits_once(dtype, smoothing)
     logits, found = exact_logits(hidden, head, inner, outer).requires_grad_(), []
     each = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
     (each * weights).sum().backward()
-    update = HeadUpdate(inner, outer, found.append)
-    chunked_cross_entropy(hidden.requires_grad_(), head, targets, weights, smoothing, update)[0].backward()
+    update = LowRankLogits(inner, outer, found.append)
+    fused_linear_cross_entropy(hidden.requires_grad_(), head, targets, weights, smoothing, update)[0].backward()
     error, wanted = (found[0][:, 0] - logits.grad).abs(), logits.grad.abs()
     # 1e-3: float32's own; the smoothed slope is a difference, of which it is more
     assert (error <= (0.5 + 1e-3) * torch.finfo(dtype).eps * wanted + 1e-6 * wanted.max()).all()

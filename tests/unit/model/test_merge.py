@@ -12,13 +12,13 @@ from lora_gpt2.model.merge import (
     choose_rank,
     combine_adapters,
     combine_site,
-    concatenate,
+    concatenate_updates,
     cut_rank,
     drop_and_rescale,
     measure_inner,
     measure_norm,
     scale_weights,
-    to_dense,
+    to_delta,
 )
 from lora_gpt2.recipe import LoraSettings, MergeSettings
 from tests.builders import make_adapter
@@ -26,10 +26,10 @@ from tests.builders import make_adapter
 SITE = "h.0.mlp.c_fc"
 
 
-def make_update(seed, rank=3, outputs=20, inputs=12, rslora=False):
+def make_update(seed, rank=3, outputs=20, inputs=12, use_rslora=False):
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
-    return LoraUpdate(a, b, 6.0, rslora)
+    return LoraUpdate(a, b, 6.0, use_rslora)
 
 
 def parents(*seeds):
@@ -37,26 +37,26 @@ def parents(*seeds):
 
 
 def dense(adapters):
-    return [to_dense(adapter.updates[SITE]) for adapter in adapters]
+    return [to_delta(adapter.updates[SITE]) for adapter in adapters]
 
 
 def test_concatenation_is_the_weighted_sum_across_ranks_scales_and_signs():
-    updates = [make_update(1, 2), make_update(2, 5, rslora=True)]
-    whole = concatenate(updates, [0.7, -1.3])
-    expected = 0.7 * to_dense(updates[0]) - 1.3 * to_dense(updates[1])
+    updates = [make_update(1, 2), make_update(2, 5, use_rslora=True)]
+    whole = concatenate_updates(updates, [0.7, -1.3])
+    expected = 0.7 * to_delta(updates[0]) - 1.3 * to_delta(updates[1])
     assert whole.rank == 7
-    torch.testing.assert_close(to_dense(whole), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(to_delta(whole), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (4, 30)])
 def test_cutting_a_rank_is_the_best_approximation_and_says_its_error(shape):
-    update = concatenate([make_update(1, 3, *shape), make_update(2, 4, *shape)], [1.0, 0.5])
-    values = torch.linalg.svdvals(to_dense(update).double())
+    update = concatenate_updates([make_update(1, 3, *shape), make_update(2, 4, *shape)], [1.0, 0.5])
+    values = torch.linalg.svdvals(to_delta(update).double())
     for rank in (1, 2, 4):
-        for cut, error in (cut_rank(update, rank, 0.0), approximate(to_dense(update), rank, 0.0)):
+        for cut, error in (cut_rank(update, rank, 0.0), approximate(to_delta(update), rank, 0.0)):
             assert cut.rank == rank
             assert error == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-4)
-            assert float((to_dense(update) - to_dense(cut)).norm()) == pytest.approx(error, rel=1e-3, abs=1e-4)
+            assert float((to_delta(update) - to_delta(cut)).norm()) == pytest.approx(error, rel=1e-3, abs=1e-4)
     assert cut_rank(update, 7, 0.0) == (update, 0.0)
 
 
@@ -65,8 +65,8 @@ def test_the_smallest_rank_within_an_error_is_found():
     whole = float(values.norm())
     assert choose_rank(values, 2, 0.0) == 2
     assert [choose_rank(values, 0, error) for error in (1e-9, 1.01 / whole, 2.3 / whole, 0.99)] == [3, 2, 1, 1]
-    update = concatenate([make_update(1, 3), make_update(2, 4)], [1.0, 1.0])
-    for cut, error in (cut_rank(update, 99, 0.2), approximate(to_dense(update), 99, 0.2)):
+    update = concatenate_updates([make_update(1, 3), make_update(2, 4)], [1.0, 1.0])
+    for cut, error in (cut_rank(update, 99, 0.2), approximate(to_delta(update), 99, 0.2)):
         assert error <= 0.2 * measure_norm(update)
         _, larger_error = cut_rank(update, cut.rank - 1, 0.0)
         assert larger_error > 0.2 * measure_norm(update)
@@ -170,8 +170,8 @@ def test_linear_divides_by_the_sum_of_weights_with_its_sign(base, weights):
     assert sum(scale_weights(weights, how)) == pytest.approx(1)
     combined = combine_adapters([one, other], weights, how).adapter.updates
     for site in one.updates:
-        expected = sum(w / total * to_dense(a.updates[site]) for w, a in zip(weights, (one, other), strict=True))
-        torch.testing.assert_close(to_dense(combined[site]), expected, atol=1e-5, rtol=1e-4)
+        expected = sum(w / total * to_delta(a.updates[site]) for w, a in zip(weights, (one, other), strict=True))
+        torch.testing.assert_close(to_delta(combined[site]), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_only_linear_changes_the_weights_and_a_sum_of_zero_is_refused(base):
@@ -183,7 +183,7 @@ def test_only_linear_changes_the_weights_and_a_sum_of_zero_is_refused(base):
 
 
 def test_inner_products_come_from_the_factors():
-    one, other = make_update(1, 3), make_update(2, 5, rslora=True)
-    left, right = to_dense(one), to_dense(other)
+    one, other = make_update(1, 3), make_update(2, 5, use_rslora=True)
+    left, right = to_delta(one), to_delta(other)
     assert measure_inner(one, other) == pytest.approx(float((left * right).sum()), rel=1e-5)
     assert measure_norm(one) == pytest.approx(float(left.norm()), rel=1e-5)

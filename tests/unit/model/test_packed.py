@@ -7,7 +7,7 @@ from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.open import load_for_inference
 from lora_gpt2.inference.session import Session
-from lora_gpt2.model.packed import PackedLinear, pack_projections
+from lora_gpt2.model.prepacked import PrepackedLinear, prepack_weights
 from lora_gpt2.model.probe import compute_logits, measure_difference
 from lora_gpt2.recipe import GenerateSettings
 from tests.builders import make_adapter
@@ -32,7 +32,7 @@ def test_logits_and_adapters_are_nearly_those_of_float32(base, base_folder):
 
 def test_what_is_packed_can_be_read_back():
     weight, bias = torch.randn(24, 16), torch.randn(24)
-    packed = PackedLinear(weight, bias)
+    packed = PrepackedLinear(weight, bias)
     error = (packed.dense(torch.float32) - weight).abs().max() / weight.abs().max()
     assert 0 < error < LARGEST
     x = torch.randn(2, 3, 16)
@@ -53,5 +53,5 @@ def test_a_batch_writes_what_each_row_writes_alone(base_folder):
 def test_without_fbgemm_it_says_what_to_use(base, monkeypatch):
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack"])
     with pytest.raises(ResourceError, match="x86") as caught:
-        pack_projections(base.model)
-    assert "precision=float32" in caught.value.hint
+        prepack_weights(base.model)
+    assert "dtype=float32" in caught.value.hint

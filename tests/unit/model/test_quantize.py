@@ -13,7 +13,7 @@ from lora_gpt2.model.base import load_base
 from lora_gpt2.model.quantize import QuantizedLinear, bytes_per_weight, check_quantization
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import build_recipe
-from lora_gpt2.training.domain import Domain
+from lora_gpt2.training.slot import Domain
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_base_folder
 
@@ -41,11 +41,26 @@ def test_a_quantised_base_holds_its_projections_in_codes_and_all_else_as_it_was(
 
 
 # Dettmers et al. 2023, appendix E
-NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
 
 
 def draw_weight(outputs=256, inputs=128):
@@ -134,9 +149,14 @@ def test_training_over_a_quantised_base_lowers_the_loss_also_after_an_evaluation
     wide_folder, text_file, reporter, kind
 ):
     recipe = build_recipe(
-        {"name": "one", "data": {"sources": [str(text_file)], "block_size": 16}, "lora": {"rank": 2},
-         "train": {"steps": 40, "batch_tokens": 64, "learning_rate": 1e-2, "quantize": kind}}, "test",
-    )  # fmt: skip
+        {
+            "name": "one",
+            "data": {"sources": [str(text_file)], "block_size": 16},
+            "lora": {"rank": 2},
+            "train": {"steps": 40, "batch_tokens": 64, "learning_rate": 1e-2, "quantize": kind},
+        },
+        "test",
+    )
     base = load_base(str(wide_folder), RUNTIME, kind)
     before = [module.codes.clone() for module in base.model.modules() if isinstance(module, QuantizedLinear)]
     trainer = Trainer(base, [Domain("one", recipe, prepare_data(recipe.data, base.tokenizer, reporter))], reporter)

@@ -6,7 +6,7 @@ import base64
 import pytest
 from starlette.datastructures import Headers
 
-from lora_gpt2.serving.guard import SAFE_HEADERS, Guard, has_key
+from lora_gpt2.serving.middleware import SAFE_HEADERS, AccessMiddleware, has_key
 
 KEY, ADMIN_KEY = "s3cret:Key", "adm1n"
 
@@ -38,37 +38,70 @@ def knock(guard, host="localhost", authorization=None):
 @pytest.mark.parametrize(
     "host",
     [
-        "localhost", "LocalHost:8000", "box.example", "BOX.example:80", "second.example", "127.0.0.1", "127.0.0.1:80",
-        "10.1.2.3:9000", "[::1]", "[::1]:80", "[fe80::1]:8000",
+        "localhost",
+        "LocalHost:8000",
+        "box.example",
+        "BOX.example:80",
+        "second.example",
+        "127.0.0.1",
+        "127.0.0.1:80",
+        "10.1.2.3:9000",
+        "[::1]",
+        "[::1]:80",
+        "[fe80::1]:8000",
     ],
-)  # fmt: skip
+)
 def test_our_names_and_any_ip_address_are_answered(host):
-    assert knock(Guard(app, ("Box.Example", "second.example"), None, None), host)[0] == 200
+    assert knock(AccessMiddleware(app, ("Box.Example", "second.example"), None, None), host)[0] == 200
 
 
 @pytest.mark.parametrize(
     "host",
     [
-        "evilbox.example", "xlocalhost", "x.localhost", "a.box.example", "", None, ":80", "localhost.evil.example",
-        "box.example.evil.example", "box.example.", "localhost@evil.example", "box",
-        "example", "localhos", "ocalhost", "localhost:80:90", "localhost:80.evil.example",
-        "127.0.0.1:x", "[localhost]", "box.example,evil.example", "*",
-        "127.0.0.1.evil.example", "evil.127.0.0.1", "127.0.0.1.nip.io:80", "1.2.3", "0x7f000001", "[::1].evil.example",
-        "second", "box.example second.example", "evil.example",
+        "evilbox.example",
+        "xlocalhost",
+        "x.localhost",
+        "a.box.example",
+        "",
+        None,
+        ":80",
+        "localhost.evil.example",
+        "box.example.evil.example",
+        "box.example.",
+        "localhost@evil.example",
+        "box",
+        "example",
+        "localhos",
+        "ocalhost",
+        "localhost:80:90",
+        "localhost:80.evil.example",
+        "127.0.0.1:x",
+        "[localhost]",
+        "box.example,evil.example",
+        "*",
+        "127.0.0.1.evil.example",
+        "evil.127.0.0.1",
+        "127.0.0.1.nip.io:80",
+        "1.2.3",
+        "0x7f000001",
+        "[::1].evil.example",
+        "second",
+        "box.example second.example",
+        "evil.example",
     ],
-)  # fmt: skip
+)
 def test_every_other_name_is_refused_whatever_of_ours_it_holds(host):
-    guard = Guard(app, ("box.example", "second.example"), None, None)
+    guard = AccessMiddleware(app, ("box.example", "second.example"), None, None)
     status, _, body = knock(guard, host)
     assert (status, b"host_not_allowed" in body, b"inside" in body) == (403, True, False)
     assert b"--allow-host" in body
-    keyed = Guard(app, ("box.example", "second.example"), KEY, ADMIN_KEY)
+    keyed = AccessMiddleware(app, ("box.example", "second.example"), KEY, ADMIN_KEY)
     assert knock(keyed, host, f"Bearer {KEY}")[0] == 403, "a key does not help"
 
 
 def test_a_host_that_was_not_allowed_at_the_start_is_none():
-    assert knock(Guard(app, (), None, None), "box.example")[0] == 403
-    assert knock(Guard(app, (), None, None), "localhost")[0] == 200
+    assert knock(AccessMiddleware(app, (), None, None), "box.example")[0] == 403
+    assert knock(AccessMiddleware(app, (), None, None), "localhost")[0] == 200
 
 
 def basic(text):
@@ -78,24 +111,50 @@ def basic(text):
 @pytest.mark.parametrize(
     "authorization",
     [
-        f"Bearer {KEY}", f"bearer {KEY}", f"BEARER  {KEY} ", basic(f"me:{KEY}"), basic(f":{KEY}"),
-        basic(f"me:{KEY}").replace("Basic", "basic"), f"Bearer {ADMIN_KEY}", basic(f"me:{ADMIN_KEY}"),
+        f"Bearer {KEY}",
+        f"bearer {KEY}",
+        f"BEARER  {KEY} ",
+        basic(f"me:{KEY}"),
+        basic(f":{KEY}"),
+        basic(f"me:{KEY}").replace("Basic", "basic"),
+        f"Bearer {ADMIN_KEY}",
+        basic(f"me:{ADMIN_KEY}"),
     ],
-)  # fmt: skip
+)
 def test_either_key_opens_as_a_bearer_token_or_as_a_password(authorization):
-    assert knock(Guard(app, (), KEY, ADMIN_KEY), authorization=authorization)[::2] == (200, b"inside")
+    assert knock(AccessMiddleware(app, (), KEY, ADMIN_KEY), authorization=authorization)[::2] == (200, b"inside")
 
 
 NEARLY = [
-    "", KEY[:-1], KEY[:1], KEY[1:], KEY + "x", "x" + KEY, KEY + KEY, KEY.upper(), KEY.lower(), KEY.swapcase(),
-    KEY[::-1], KEY.replace("s", "S", 1), f"{KEY} {KEY}", f"{KEY},{ADMIN_KEY}", f'"{KEY}"', KEY.partition(":")[0],
-    KEY.partition(":")[2], ADMIN_KEY[:-1], ADMIN_KEY + "x", ADMIN_KEY.upper(), "None", "*", "\u00e9",
-]  # fmt: skip
+    "",
+    KEY[:-1],
+    KEY[:1],
+    KEY[1:],
+    KEY + "x",
+    "x" + KEY,
+    KEY + KEY,
+    KEY.upper(),
+    KEY.lower(),
+    KEY.swapcase(),
+    KEY[::-1],
+    KEY.replace("s", "S", 1),
+    f"{KEY} {KEY}",
+    f"{KEY},{ADMIN_KEY}",
+    f'"{KEY}"',
+    KEY.partition(":")[0],
+    KEY.partition(":")[2],
+    ADMIN_KEY[:-1],
+    ADMIN_KEY + "x",
+    ADMIN_KEY.upper(),
+    "None",
+    "*",
+    "\u00e9",
+]
 
 
 @pytest.mark.parametrize("key", NEARLY)
 def test_nothing_but_the_whole_key_opens(key):
-    guard = Guard(app, (), KEY, ADMIN_KEY)
+    guard = AccessMiddleware(app, (), KEY, ADMIN_KEY)
     for authorization in (f"Bearer {key}", basic(f"me:{key}"), basic(f":{key}"), basic(f"{KEY}:{key}")):
         status, headers, body = knock(guard, authorization=authorization)
         assert (status, b"invalid_api_key" in body, b"inside" in body) == (401, True, False), authorization
@@ -105,22 +164,36 @@ def test_nothing_but_the_whole_key_opens(key):
 @pytest.mark.parametrize(
     "authorization",
     [
-        None, "", "Bearer", "Basic", KEY, f"Token {KEY}", f"Bearer:{KEY}", f"Bearer{KEY}", "Basic ???", f"Basic {KEY}",
-        basic(KEY), basic("me:") + "=", f"Digest {KEY}", basic(f"me:{KEY}").replace("Basic", "Bearer"),
+        None,
+        "",
+        "Bearer",
+        "Basic",
+        KEY,
+        f"Token {KEY}",
+        f"Bearer:{KEY}",
+        f"Bearer{KEY}",
+        "Basic ???",
+        f"Basic {KEY}",
+        basic(KEY),
+        basic("me:") + "=",
+        f"Digest {KEY}",
+        basic(f"me:{KEY}").replace("Basic", "Bearer"),
     ],
-)  # fmt: skip
+)
 def test_a_key_in_another_place_or_none_opens_nothing(authorization):
-    assert knock(Guard(app, (), KEY, ADMIN_KEY), authorization=authorization)[0] == 401
+    assert knock(AccessMiddleware(app, (), KEY, ADMIN_KEY), authorization=authorization)[0] == 401
 
 
 def test_without_a_key_everything_is_open_and_the_admin_key_alone_closes_nothing():
-    for guard in (Guard(app, (), None, None), Guard(app, (), None, ADMIN_KEY)):
+    for guard in (AccessMiddleware(app, (), None, None), AccessMiddleware(app, (), None, ADMIN_KEY)):
         for authorization in (None, "Bearer wrong"):
             assert knock(guard, authorization=authorization)[0] == 200
-    only = Guard(app, (), KEY, None)
+    only = AccessMiddleware(app, (), KEY, None)
     assert [knock(only, authorization=value)[0] for value in (f"Bearer {KEY}", "Bearer ", "Bearer None")] == [
-        200, 401, 401,
-    ]  # fmt: skip
+        200,
+        401,
+        401,
+    ]
 
 
 @pytest.mark.parametrize("key", NEARLY)
@@ -133,7 +206,7 @@ def test_one_key_is_not_another(key):
 
 
 def test_every_answer_has_the_safe_headers_refusals_included():
-    guard = Guard(app, (), KEY, None)
+    guard = AccessMiddleware(app, (), KEY, None)
     answers = [knock(guard), knock(guard, "evil.example"), knock(guard, authorization=f"Bearer {KEY}")]
     assert [answer[0] for answer in answers] == [401, 403, 200]
     for _, headers, _ in answers:

@@ -7,7 +7,7 @@ import pytest
 from lora_gpt2.inference.engine import Row
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
-from lora_gpt2.serving.wire import MAX_SEED, ApiError, build_rows, build_usage, list_prompts, parse_body
+from lora_gpt2.serving.protocol import MAX_SEED, ApiError, build_rows, build_usage, list_prompts, parse_body
 
 LIMITS, DEFAULTS = ServeSettings(max_choices=8), GenerateSettings(max_new_tokens=5)
 
@@ -41,9 +41,13 @@ def test_token_ids_end_below_the_size_of_the_vocabulary(session):
 
 def test_a_prompt_is_a_text_or_ids_or_a_list_of_either():
     for prompt, found in (
-        ("a", ["a"]), ("", [""]), (["a", "b"], ["a", "b"]), ([5], [[5]]), ([5, 6], [[5, 6]]),
+        ("a", ["a"]),
+        ("", [""]),
+        (["a", "b"], ["a", "b"]),
+        ([5], [[5]]),
+        ([5, 6], [[5, 6]]),
         ([[5], [6, 7]], [[5], [6, 7]]),
-    ):  # fmt: skip
+    ):
         assert list_prompts(prompt) == found
     for prompt in (None, 5, [], [[]], ["a", 5], [5, "a"], [[5], []], [[5], "a"], [True], [1.0], [[True]], {"a": 1}):
         with pytest.raises(ApiError) as caught:
@@ -54,8 +58,13 @@ def test_a_prompt_is_a_text_or_ids_or_a_list_of_either():
 def test_each_prompt_has_n_rows_side_by_side_with_seeds_that_count_up(session):
     rows = rows_of(session, 7, prompt=[[5], [6, 7, 8], [9, 9]], n=2)
     assert [(row.index, row.prompt_ids, row.seed) for row in rows] == [
-        (0, [5], 7), (1, [5], 8), (2, [6, 7, 8], 7), (3, [6, 7, 8], 8), (4, [9, 9], 7), (5, [9, 9], 8),
-    ]  # fmt: skip
+        (0, [5], 7),
+        (1, [5], 8),
+        (2, [6, 7, 8], 7),
+        (3, [6, 7, 8], 8),
+        (4, [9, 9], 7),
+        (5, [9, 9], 8),
+    ]
     assert [row.seed for row in rows_of(session, MAX_SEED, prompt="a", n=2)] == [MAX_SEED, 0], "a seed has 63 bits"
 
 
@@ -67,8 +76,10 @@ def test_usage_counts_each_prompt_once_and_every_continuation(session, lengths, 
         row.new_ids = [3] * (row.index + 1)
     written = sum(range(1, len(rows) + 1))
     assert build_usage(rows, choices) == {
-        "prompt_tokens": sum(lengths), "completion_tokens": written, "total_tokens": sum(lengths) + written,
-    }  # fmt: skip
+        "prompt_tokens": sum(lengths),
+        "completion_tokens": written,
+        "total_tokens": sum(lengths) + written,
+    }
 
 
 def test_a_token_that_ends_a_row_is_not_counted_as_written(session):
@@ -80,9 +91,9 @@ def test_a_token_that_ends_a_row_is_not_counted_as_written(session):
 def test_as_many_rows_are_taken_as_are_allowed_and_not_one_more(session):
     assert len(rows_of(session, prompt=["a"] * 4, n=2)) == 8
     assert refusal(session, prompt=["a"] * 3, n=3) == (400, "n")
-    assert len(rows_of(session, prompt=["a"] * 2, beams=4)) == 2
-    assert refusal(session, prompt=["a"] * 3, beams=3) == (400, "beams")
-    assert refusal(session, prompt="a", n=2, beams=2) == (400, "beams")
+    assert len(rows_of(session, prompt=["a"] * 2, num_beams=4)) == 2
+    assert refusal(session, prompt=["a"] * 3, num_beams=3) == (400, "num_beams")
+    assert refusal(session, prompt="a", n=2, num_beams=2) == (400, "num_beams")
 
 
 def test_a_prompt_and_what_is_asked_for_fill_the_context_and_no_more(session):

@@ -9,7 +9,7 @@ from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.inference.engine import Engine, Row
 from lora_gpt2.inference.session import Session, show_name
 from lora_gpt2.recipe import GenerateSettings
-from lora_gpt2.serving.worker import MAX_FAILURES, BusyError, EngineFailed, Ticket, Worker
+from lora_gpt2.serving.worker import MAX_FAILURES, BusyError, EngineFailed, PendingRequest, Worker
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
 
@@ -21,11 +21,11 @@ PATIENCE_SECONDS = 60  # for what takes milliseconds: nobody waits for it unless
 class Asked:
     """A request and what became of it."""
 
-    def __init__(self, base, mixes=(LAW,), budget=4, beams=1):
-        settings = GREEDY.model_copy(update={"beams": beams, "logit_bias": {base.tokenizer.eos_id: -100.0}})
+    def __init__(self, base, mixes=(LAW,), budget=4, num_beams=1):
+        settings = GREEDY.model_copy(update={"num_beams": num_beams, "logit_bias": {base.tokenizer.eos_id: -100.0}})
         self.rows = [Row(k, mix, [1, 2, 3], budget, settings, k, base.tokenizer) for k, mix in enumerate(mixes)]
         self.errors, self.ended, self.over, self.begun = [], [], threading.Event(), threading.Event()
-        self.ticket = Ticket(self.rows, self._grow, self._fail)
+        self.ticket = PendingRequest(self.rows, self._grow, self._fail)
 
     def _grow(self, events):
         self.begun.set()
@@ -51,7 +51,7 @@ def session(base, store):
 
 @pytest.fixture
 def worker(session):
-    worker = Worker(session, max_rows=3, max_waiting=6)
+    worker = Worker(session, max_num_seqs=3, max_waiting=6)
     yield worker
     worker.close()
 
@@ -89,11 +89,11 @@ def drop_all(worker):
 
 
 def test_a_failure_is_told_to_everybody_and_leaves_nothing_held(worker, base, fail):
-    requests = [Asked(base, (LAW, BOTH)), Asked(base, (BOTH,), beams=2), Asked(base, ((), LAW, LAW))]
+    requests = [Asked(base, (LAW, BOTH)), Asked(base, (BOTH,), num_beams=2), Asked(base, ((), LAW, LAW))]
     fail += [False, True]
     for asked in requests:
         worker.submit(asked.ticket)
-    assert worker.num_admitted == 7, "beams count each"
+    assert worker.num_admitted == 7, "num_beams count each"
     worker.start()
     for asked in requests:
         (error,) = asked.wait().errors
@@ -176,7 +176,7 @@ def test_a_request_that_is_cancelled_holds_nothing_and_the_others_go_on(worker, 
         for ticket in (stopped.ticket, searching.ticket, waiting.ticket):
             worker.cancel(ticket)
 
-    stopped.ticket.on_grown = cancel_when_it_has_begun
+    stopped.ticket.on_output = cancel_when_it_has_begun
     for asked in (stopped, other, searching, waiting):
         worker.submit(asked.ticket)
     worker.start()
@@ -191,11 +191,11 @@ def test_a_request_that_is_cancelled_holds_nothing_and_the_others_go_on(worker, 
 
 def test_room_is_for_what_grows_and_what_may_wait(worker, base):
     worker.submit(Asked(base, (LAW,) * 5).ticket)
-    for too_many in (Asked(base, (LAW,), beams=5), Asked(base, (LAW,) * 5), Asked(base, (LAW, BOTH), beams=3)):
+    for too_many in (Asked(base, (LAW,), num_beams=5), Asked(base, (LAW,) * 5), Asked(base, (LAW, BOTH), num_beams=3)):
         worker.check_room()
         with pytest.raises(BusyError, match="5 continuations"):
             worker.submit(too_many.ticket)
-    worker.submit(Asked(base, (LAW,), beams=4).ticket)
+    worker.submit(Asked(base, (LAW,), num_beams=4).ticket)
     assert worker.num_admitted == 9
     for refused in (worker.check_room, lambda: worker.submit(Asked(base).ticket)):
         with pytest.raises(BusyError):

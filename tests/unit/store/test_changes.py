@@ -268,7 +268,7 @@ def read_under_writers(store, base, base_folder, count):
 
 def make_digest(base, seed):
 
-    from lora_gpt2.store.interop import to_peft
+    from lora_gpt2.store.peft.tensors import to_peft
 
     return hashlib.sha256(to_peft(make_adapter(base.config, seed), base.name, base.config)[WEIGHTS]).hexdigest()
 
@@ -375,13 +375,23 @@ def damage_manifest(store, reference, changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"files": {"../.bashrc": "0" * 63 + "1"}}, {"files": {"/etc/x": "0" * 63 + "1"}}, {"files": {"a": 7}},
-        {"figures": {"train_tokens": "many"}}, {"figures": {"trained_parameters": "x"}}, {"data": {"sources": [1]}},
-        {"data": {"sources": "x"}}, {"parents": [{"reference": "../../root@1", "digest": "a" * 64}]},
-        {"parents": [{"reference": "law@1"}]}, {"parents": [7]}, {"version": -1}, {"created": "yesterday"},
-        {"base": {"name": "x"}}, {"size_bytes": True}, {"name": "other"},
+        {"files": {"../.bashrc": "0" * 63 + "1"}},
+        {"files": {"/etc/x": "0" * 63 + "1"}},
+        {"files": {"a": 7}},
+        {"figures": {"train_tokens": "many"}},
+        {"figures": {"trained_parameters": "x"}},
+        {"data": {"sources": [1]}},
+        {"data": {"sources": "x"}},
+        {"parents": [{"reference": "../../root@1", "digest": "a" * 64}]},
+        {"parents": [{"reference": "law@1"}]},
+        {"parents": [7]},
+        {"version": -1},
+        {"created": "yesterday"},
+        {"base": {"name": "x"}},
+        {"size_bytes": True},
+        {"name": "other"},
     ],
-)  # fmt: skip
+)
 def test_sealed_but_hostile_manifests_are_refused(base, store, three, changes):
     load_adapter(store, "law", base)
     damage_manifest(store, "law", changes)

@@ -34,10 +34,10 @@ from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.store.archive import pack_archive, read_archive
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.compare import compare_adapters
-from lora_gpt2.store.exchange import export_adapter, fetch_source, import_source, push_adapter
+from lora_gpt2.store.exchange import export_adapter, fetch_adapter, import_adapter, push_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
-from lora_gpt2.store.interop import to_peft
 from lora_gpt2.store.manifest import MANIFEST, PEFT_CONFIG, WEIGHTS
+from lora_gpt2.store.peft.tensors import to_peft
 from lora_gpt2.store.verify import CHECKS, verify_files, verify_on_base
 from tests.builders import make_adapter, make_base_folder, train_and_save
 
@@ -67,7 +67,7 @@ def train_in_peft(base_folder, base, folder, **options):
 
 
 def bring_in(source, store, base, name="in", **options):
-    return import_source(fetch_source(str(source)), store, name, base, **options)
+    return import_adapter(fetch_adapter(str(source)), store, name, base, **options)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_patterns_that_hang_pythons_engine_run_here_in_linear_time(base, store, 
 
 @pytest.mark.parametrize("target", ["folder", "file.tar.gz"])
 def test_what_goes_out_comes_back_exactly_with_its_origin(base, store, tmp_path, target):
-    settings = LoraSettings(rank=3, rslora=True, targets=("c_attn.q", "mlp.c_fc"))
+    settings = LoraSettings(rank=3, use_rslora=True, targets=("c_attn.q", "mlp.c_fc"))
     old = publish_adapter(store, "law", make_adapter(base.config, 1, settings), base, ORIGIN)
     export_adapter(store, "law", tmp_path / target)
     new = bring_in(tmp_path / target, other := Store(tmp_path / "other"), base, "back").manifest
@@ -329,13 +329,13 @@ def test_sources_that_are_nothing_say_what_would_be(tmp_path):
         (tmp_path, NotFoundError),
     ):
         with pytest.raises(error) as caught:
-            fetch_source(str(source))
+            fetch_adapter(str(source))
         assert caught.value.hint
 
 
 def test_an_unreachable_hub_loses_nothing_and_says_what_to_do(base, store):
     publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
-    for work in (lambda: push_adapter(store, "law", "me/law", private=True), lambda: fetch_source("me/law")):
+    for work in (lambda: push_adapter(store, "law", "me/law", private=True), lambda: fetch_adapter("me/law")):
         with pytest.raises(ResourceError) as caught:
             work()
         assert caught.value.exit_code == 7
@@ -377,7 +377,9 @@ def test_a_pull_comes_from_the_hubs_cache_without_a_network(base, store, tmp_pat
 
 
 def test_verification_passes_sound_adapters_by_pefts_own_numbers(base, store):
-    for seed, settings in enumerate((LoraSettings(rank=3), LoraSettings(rank=2, rslora=True, targets=("c_attn.v",)))):
+    for seed, settings in enumerate(
+        (LoraSettings(rank=3), LoraSettings(rank=2, use_rslora=True, targets=("c_attn.v",)))
+    ):
         publish_adapter(store, f"a{seed}", make_adapter(base.config, seed, settings), base, ORIGIN)
     manifests = [verify_files(store, name)[1] for name in store.list_names()]
     for verdict in verify_on_base(store, manifests, base):
@@ -507,9 +509,9 @@ def test_a_pull_asks_the_hub_first_and_the_cache_where_it_is_away(base, store, t
         return str(store.resolve("law"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    fetch_source("me/law")
+    fetch_adapter("me/law")
     assert asked == [False]
-    fetch_source("me/law")
+    fetch_adapter("me/law")
     assert asked == [False, False, True]
 
 
@@ -523,7 +525,7 @@ def test_a_card_edited_on_the_way_is_no_damage_and_a_foreign_manifest_none_of_ou
 
 
 def test_a_pattern_hidden_in_layers_pattern_does_not_reach_peft():
-    from lora_gpt2.store.peft_config import parse_peft_config
+    from lora_gpt2.store.peft.config import parse_peft_config
 
     content = {"r": 4, "target_modules": ["c_fc"], "layers_to_transform": [0], "layers_pattern": ["((h|.)+)+X"]}
     assert not parse_peft_config(json.dumps(content).encode(), "x").is_plain

@@ -9,7 +9,7 @@ import pytest
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import LoraGpt2Error
-from lora_gpt2.core.paths import os_errors_as_ours, write_file
+from lora_gpt2.core.files import wrap_os_errors, write_file
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.combine import merge_adapters
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
@@ -24,7 +24,7 @@ from lora_gpt2.store.changes import (
     restore_adapter,
     roll_back,
 )
-from lora_gpt2.store.exchange import fetch_source, import_source
+from lora_gpt2.store.exchange import fetch_adapter, import_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from tests.builders import make_adapter
@@ -39,7 +39,7 @@ WORKS = {
     "restore": lambda store, base: restore_adapter(store, "gone"),
     "copy": lambda store, base: copy_adapter(store, "law", "twin"),
     "rename": lambda store, base: rename_adapter(store, "law", "right"),
-    "import": lambda store, base: import_source(fetch_source(str(store.folder_of("code") / "1")), store, "law", base),
+    "import": lambda store, base: import_adapter(fetch_adapter(str(store.folder_of("code") / "1")), store, "law", base),
     "merge": lambda store, base: merge_adapters(
         Session(base, store),
         (("law", 0.5), ("code", 0.5)),
@@ -163,7 +163,7 @@ def test_there_are_enough_faults_to_inject(pristine, base, tmp_path):
 def publish_in_place(store, base):
     """A store as it must not be: files are written over each other, and CURRENT first."""
     folder = store.folder_of("law") / "2"
-    with os_errors_as_ours("publish"):
+    with wrap_os_errors("publish"):
         write_file(folder.parent / "CURRENT", b"2\n")
         for path in sorted(folder.iterdir()):
             write_file(path, Path(store.folder_of("law") / "1" / path.name).read_bytes())
@@ -177,7 +177,7 @@ def test_the_sweep_finds_a_store_that_points_before_it_writes(pristine, base, tm
     def add_badly(self, name, files, make_manifest):
         folder, version = self.folder_of(name), max(self.list_versions(name)) + 1
         self.use_version(name, version)
-        with os_errors_as_ours("publish"):
+        with wrap_os_errors("publish"):
             (folder / str(version)).mkdir()
             catalog.write_version(folder / str(version), make_manifest(version), files)
         return version

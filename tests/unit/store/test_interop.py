@@ -10,15 +10,15 @@ from safetensors.torch import load, save
 from lora_gpt2.core.errors import CorruptError, IntegrityError, MismatchError, NotFoundError
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.recipe import BLOCKS, LoraSettings
-from lora_gpt2.store.interop import from_peft, read_peft_files, to_peft
 from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS
+from lora_gpt2.store.peft.tensors import from_peft, read_peft_files, to_peft
 from tests.builders import make_adapter
 
 SETTINGS = [
     LoraSettings(rank=4, alpha=10),
-    LoraSettings(rank=3, alpha=7.5, rslora=True),
+    LoraSettings(rank=3, alpha=7.5, use_rslora=True),
     LoraSettings(rank=4, targets=("c_attn.q", "c_attn.v"), alpha=32),
-    LoraSettings(rank=2, ranks={"mlp.c_fc": 5}, targets=("mlp.c_fc", "mlp.c_proj", "attn.c_proj")),
+    LoraSettings(rank=2, rank_pattern={"mlp.c_fc": 5}, targets=("mlp.c_fc", "mlp.c_proj", "attn.c_proj")),
     LoraSettings(rank=2, targets=("c_attn.k", "mlp.c_fc")),
 ]
 
@@ -36,7 +36,7 @@ def test_round_trips_are_exact(base, settings):
         other = again.updates[site]
         assert torch.equal(update.a, other.a)
         assert torch.equal(update.b, other.b)
-        assert (update.alpha, update.rslora, update.scale) == (other.alpha, other.rslora, other.scale)
+        assert (update.alpha, update.use_rslora, update.scale) == (other.alpha, other.use_rslora, other.scale)
 
 
 def test_ranks_that_differ_by_layer_survive(base):

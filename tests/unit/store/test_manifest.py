@@ -11,12 +11,20 @@ from lora_gpt2.store.manifest import KINDS, NO_DIGEST, OPTIONAL, WEIGHTS, BaseId
 
 DIGEST = hashlib.sha256(b"weights").hexdigest()
 FULL = Manifest(
-    name="law", version=3, created=datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC),
-    base=BaseIdentity("gpt2", "f" * 64, "e" * 64), files={WEIGHTS: DIGEST, "README.md": "0" * 64}, size_bytes=100,
-    num_parameters=25, data={"sources": ["a.txt"]}, recipe={"lora": {"rank": 4}}, figures={"test_perplexity": 12.5},
-    parents=(Parent("code@2", DIGEST, -0.5), Parent("law@1", "0" * 64)), made={"by": "merge"},
+    name="law",
+    version=3,
+    created=datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC),
+    base=BaseIdentity("gpt2", "f" * 64, "e" * 64),
+    files={WEIGHTS: DIGEST, "README.md": "0" * 64},
+    size_bytes=100,
+    num_parameters=25,
+    data={"sources": ["a.txt"]},
+    recipe={"lora": {"rank": 4}},
+    figures={"test_perplexity": 12.5},
+    parents=(Parent("code@2", DIGEST, -0.5), Parent("law@1", "0" * 64)),
+    made={"by": "merge"},
     libraries={"torch": "2"},
-)  # fmt: skip
+)
 
 
 def seal(values):
@@ -59,11 +67,15 @@ def test_a_manifest_without_its_own_checksum_at_its_end_is_refused(kind):
     values = {**FULL.to_json(), "checksum": json.loads(FULL.to_bytes())["checksum"]}
     other = json.loads(replace(FULL, version=4).to_bytes())["checksum"]
     content = {
-        "none": without(values, "checksum"), "null": {**values, "checksum": None}, "empty": {**values, "checksum": ""},
-        "zeros": {**values, "checksum": NO_DIGEST}, "another": {**values, "checksum": other},
-        "number": {**values, "checksum": 7}, "before the end": {"checksum": values["checksum"], **FULL.to_json()},
+        "none": without(values, "checksum"),
+        "null": {**values, "checksum": None},
+        "empty": {**values, "checksum": ""},
+        "zeros": {**values, "checksum": NO_DIGEST},
+        "another": {**values, "checksum": other},
+        "number": {**values, "checksum": 7},
+        "before the end": {"checksum": values["checksum"], **FULL.to_json()},
         "twice": {"checksum": other, **values},
-    }[kind]  # fmt: skip
+    }[kind]
     written = (json.dumps(content, indent=1) + "\n").encode()
     if kind == "twice":  # a checksum is a key of the whole, not of a part of it
         written = FULL.to_bytes().rstrip()[:-1].rstrip() + b',\n "checksum": "' + other.encode() + b'"\n}\n'
@@ -108,9 +120,22 @@ def test_a_value_of_another_kind_is_refused(key, value):
 
 
 NO_DIGESTS = [
-    "x", "", DIGEST[:-1], DIGEST + "0", DIGEST.upper(), " " + DIGEST[1:], DIGEST + "\n", "g" * 64, "sha256:" + DIGEST,
-    None, 7, True, [DIGEST], {"a": DIGEST}, "\u0660" * 64,
-]  # fmt: skip
+    "x",
+    "",
+    DIGEST[:-1],
+    DIGEST + "0",
+    DIGEST.upper(),
+    " " + DIGEST[1:],
+    DIGEST + "\n",
+    "g" * 64,
+    "sha256:" + DIGEST,
+    None,
+    7,
+    True,
+    [DIGEST],
+    {"a": DIGEST},
+    "\u0660" * 64,
+]
 
 
 @pytest.mark.parametrize("digest", NO_DIGESTS, ids=repr)
@@ -127,16 +152,41 @@ def test_a_digest_is_64_small_hexadecimal_digits_wherever_it_stands(digest):
 @pytest.mark.parametrize(
     "parent",
     [
-        7, "code@2", None, [], {}, {"digest": DIGEST}, {"reference": "code@2"}, {"reference": "code", "digest": DIGEST},
-        *({"reference": name, "digest": DIGEST} for name in (
-            "", "@", "@1", "code@", "code@x", "code@-1", "code@1.5", "code@1@2", "Code@1", "../code@1", "/etc@1",
-            "base@1", "code@1#x", "a" * 65 + "@1", 7, None, ["code@2"],
-        )),
+        7,
+        "code@2",
+        None,
+        [],
+        {},
+        {"digest": DIGEST},
+        {"reference": "code@2"},
+        {"reference": "code", "digest": DIGEST},
+        *(
+            {"reference": name, "digest": DIGEST}
+            for name in (
+                "",
+                "@",
+                "@1",
+                "code@",
+                "code@x",
+                "code@-1",
+                "code@1.5",
+                "code@1@2",
+                "Code@1",
+                "../code@1",
+                "/etc@1",
+                "base@1",
+                "code@1#x",
+                "a" * 65 + "@1",
+                7,
+                None,
+                ["code@2"],
+            )
+        ),
         {"reference": "code@2", "digest": DIGEST, "weight": "much"},
         {"reference": "code@2", "digest": DIGEST, "weight": None},
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_a_parent_is_a_version_with_a_digest_and_a_weight(parent):
     with pytest.raises(ValueError, match=r"parent|could not convert"):
         parse_manifest(changed(parents=[parent]))

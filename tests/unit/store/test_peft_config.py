@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lora_gpt2.model.gpt2 import ADAPTABLE
-from lora_gpt2.store.peft_config import module_of, parse_peft_config
+from lora_gpt2.store.peft.config import module_of, parse_peft_config
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -24,12 +24,50 @@ def parse(**values):
 
 
 PATTERNS = [
-    "proj", "c_proj", "attn.c_proj", "mlp.c_proj", "fc", "c_fc", "_fc", "c_f", "h.0.mlp.c_fc", "0.mlp.c_fc",
-    "transformer.h.1.attn.c_attn", "h.1.attn.c_attn", "1.attn.c_attn", "c_attn", "attn", "mlp", "transformer", "h",
-    "lm_head", "head", "lm_hea", "^c_fc", "^transformer.h.0.mlp.c_fc", "^lm_head", "c_fc$", ".*c_fc", "c_.*", ".*",
-    r"h\.1\..*", r".*\.1\..*", r"h\.\d\.mlp\.c_fc", r"h\.\d+\.mlp\.c_fc", "c_fc|c_attn", "(c_fc|c_attn)", "attn|c_fc",
-    "C_FC", "c_fc ", "", "c_proj|", "x", "[a-z_]+", r"\w+", r"h\.(0|1[01])\.attn\.c_proj",
-]  # fmt: skip
+    "proj",
+    "c_proj",
+    "attn.c_proj",
+    "mlp.c_proj",
+    "fc",
+    "c_fc",
+    "_fc",
+    "c_f",
+    "h.0.mlp.c_fc",
+    "0.mlp.c_fc",
+    "transformer.h.1.attn.c_attn",
+    "h.1.attn.c_attn",
+    "1.attn.c_attn",
+    "c_attn",
+    "attn",
+    "mlp",
+    "transformer",
+    "h",
+    "lm_head",
+    "head",
+    "lm_hea",
+    "^c_fc",
+    "^transformer.h.0.mlp.c_fc",
+    "^lm_head",
+    "c_fc$",
+    ".*c_fc",
+    "c_.*",
+    ".*",
+    r"h\.1\..*",
+    r".*\.1\..*",
+    r"h\.\d\.mlp\.c_fc",
+    r"h\.\d+\.mlp\.c_fc",
+    "c_fc|c_attn",
+    "(c_fc|c_attn)",
+    "attn|c_fc",
+    "C_FC",
+    "c_fc ",
+    "",
+    "c_proj|",
+    "x",
+    "[a-z_]+",
+    r"\w+",
+    r"h\.(0|1[01])\.attn\.c_proj",
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -64,14 +102,33 @@ LAYERS = [None, [], [1], [0, 11], 1, [5]]
 @pytest.mark.parametrize(
     "targets",
     [
-        ["c_attn"], ["c_proj"], ["attn.c_proj"], ["proj"], ["attn"], ["lm_head"], ["head"], ["c_fc", "lm_head"],
-        ["transformer.h.0.mlp.c_fc"], ["h.0.mlp.c_fc", "h.1.attn.c_attn"], [".*"], [r"c_.*"],
-        r".*\.c_fc", "c_fc", ".*c_fc", r"transformer\.h\.1\..*", "lm_head", ".*proj", ".*",
-        r".*\.c_f", r"transformer\.h\.1", r"transformer\.h\.1|lm_head", r".*\.c_attn|.*\.c_f",
+        ["c_attn"],
+        ["c_proj"],
+        ["attn.c_proj"],
+        ["proj"],
+        ["attn"],
+        ["lm_head"],
+        ["head"],
+        ["c_fc", "lm_head"],
+        ["transformer.h.0.mlp.c_fc"],
+        ["h.0.mlp.c_fc", "h.1.attn.c_attn"],
+        [".*"],
+        [r"c_.*"],
+        r".*\.c_fc",
+        "c_fc",
+        ".*c_fc",
+        r"transformer\.h\.1\..*",
+        "lm_head",
+        ".*proj",
+        ".*",
+        r".*\.c_f",
+        r"transformer\.h\.1",
+        r"transformer\.h\.1|lm_head",
+        r".*\.c_attn|.*\.c_f",
         r".*\.h\.(0|1)\.mlp\.c_(fc|proj)",
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_site_is_adapted_where_peft_adapts_it(targets):
     for excluded, layers in itertools.product(EXCLUDED, LAYERS):
         values = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
@@ -85,19 +142,27 @@ def test_a_site_is_adapted_where_peft_adapts_it(targets):
 
 def test_what_is_not_said_is_pefts_default():
     spec = parse_peft_config(b"{}", "here")
-    assert (spec.rank, spec.alpha, spec.rslora, spec.dora, spec.pissa) == (8, 8.0, False, False, False)
+    assert (spec.rank, spec.alpha, spec.use_rslora, spec.dora, spec.pissa) == (8, 8.0, False, False, False)
     assert [site for site in SITES if spec.is_target(site)] == [site for site in SITES if site.endswith("c_attn")]
 
 
 def test_matching_is_plain_only_without_expressions():
     for plain in (
-        {"target_modules": ["c_fc", "h.0.mlp.c_proj"]}, {"rank_pattern": {"c_fc": 2, "^h.0.c_fc": 3}}, {},
-        {"exclude_modules": ["lm_head"]}, {"layers_pattern": ["h"]},
-    ):  # fmt: skip
+        {"target_modules": ["c_fc", "h.0.mlp.c_proj"]},
+        {"rank_pattern": {"c_fc": 2, "^h.0.c_fc": 3}},
+        {},
+        {"exclude_modules": ["lm_head"]},
+        {"layers_pattern": ["h"]},
+    ):
         assert parse(**plain).is_plain, plain
     for hidden in (
-        {"target_modules": "c_fc"}, {"target_modules": ["c_fc", "c_.*"]}, {"rank_pattern": {"c_.*": 2}},
-        {"alpha_pattern": {"a|b": 2}}, {"exclude_modules": ".*"}, {"exclude_modules": ["(a)"]},
-        {"layers_pattern": "h"}, {"layers_pattern": ["h+"]},
-    ):  # fmt: skip
+        {"target_modules": "c_fc"},
+        {"target_modules": ["c_fc", "c_.*"]},
+        {"rank_pattern": {"c_.*": 2}},
+        {"alpha_pattern": {"a|b": 2}},
+        {"exclude_modules": ".*"},
+        {"exclude_modules": ["(a)"]},
+        {"layers_pattern": "h"},
+        {"layers_pattern": ["h+"]},
+    ):
         assert not parse(**hidden).is_plain, hidden

@@ -42,8 +42,12 @@ def test_a_version_holds_the_agreed_files_with_their_hashes(base, store):
     manifest = publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
     folder = store.resolve("law")
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", PEFT_CONFIG, WEIGHTS, MANIFEST, "metrics.jsonl",
-    ]  # fmt: skip
+        "README.md",
+        PEFT_CONFIG,
+        WEIGHTS,
+        MANIFEST,
+        "metrics.jsonl",
+    ]
     assert (folder.parent / "CURRENT").read_text() == "1\n"
     for name, digest in manifest.files.items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
@@ -147,14 +151,20 @@ BIG = 10**400
         {"parents": [{"reference": "a@1", "digest": "0" * 64, "weight": BIG}]},
         {"parents": [{"reference": "a@1", "digest": "0" * 64, "weight": float("nan")}]},
         {"parents": [{"reference": "a@1", "digest": "0" * 64, "weight": float("inf")}]},
-        {"size_bytes": BIG}, {"num_parameters": -BIG}, {"figures": {"train_tokens": BIG}},
-        {"figures": {"general_perplexity": BIG}}, {"data": {"tokens": {"train": [BIG]}}},
-        {"recipe": {"description": "\ud800"}}, {"made": {"\udfff": 1}}, {"libraries": {"torch": "\ud800"}},
-        {"data": {"sources": ["a\udcff.txt"]}}, {"recipe": json.loads("[" * 100 + "]" * 100)},
+        {"size_bytes": BIG},
+        {"num_parameters": -BIG},
+        {"figures": {"train_tokens": BIG}},
+        {"figures": {"general_perplexity": BIG}},
+        {"data": {"tokens": {"train": [BIG]}}},
+        {"recipe": {"description": "\ud800"}},
+        {"made": {"\udfff": 1}},
+        {"libraries": {"torch": "\ud800"}},
+        {"data": {"sources": ["a\udcff.txt"]}},
+        {"recipe": json.loads("[" * 100 + "]" * 100)},
         {"recipe": {"x": json.loads('{"a":' * 100 + "1" + "}" * 100)}},
     ],
     ids=lambda change: str(change)[:40],
-)  # fmt: skip
+)
 def test_values_that_cannot_be_used_make_a_manifest_corrupt(base, store, run, change):
     publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
     path = store.resolve("law") / MANIFEST

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from lora_gpt2.store.tensors import NAMES, iter_safetensors, pack_safetensors, read_own_safetensors
+from lora_gpt2.store.safetensors import NAMES, iter_safetensors, pack_safetensors, read_own_safetensors
 
 CASES = {
     "adapter": {f"h.{i}.lora_{ab}.weight": torch.randn(3, 4) for i in (10, 2, 1) for ab in "BA"},

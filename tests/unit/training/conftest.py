@@ -7,4 +7,4 @@ from lora_gpt2.training import run
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    monkeypatch.setattr(run, "draw_pages", lambda *args: {})
+    monkeypatch.setattr(run, "render_report", lambda *args: {})

@@ -1,7 +1,7 @@
 import numpy as np
 
 from lora_gpt2.data.blocks import TokenBlocks
-from lora_gpt2.training.batches import BlockOrder
+from lora_gpt2.training.block_order import BlockOrder
 
 
 def make(num_blocks, rows, seed=0):

@@ -15,7 +15,9 @@ IDENTITY = {
     "passes": {"one": {"size": 64}},
     "order": ["one"],
     "base": "abc",
-    "adapters": {"one": {"data": "d1", "lora": {"rank": 2, "targets": ["c_attn", "c_fc"]}, "train": {"clip": None}}},
+    "adapters": {
+        "one": {"data": "d1", "lora": {"rank": 2, "targets": ["c_attn", "c_fc"]}, "train": {"max_grad_norm": None}}
+    },
 }
 
 
@@ -42,8 +44,8 @@ OTHERS = [
     ("adapters.one.lora.rank", {"adapters__one__lora__rank": ...}),
     ("adapters.one.lora.targets.1", {"adapters__one__lora__targets__1": "c_proj"}),
     ("adapters.one.lora.targets.1", {"adapters__one__lora__targets": ["c_attn"]}),
-    ("adapters.one.train.clip", {"adapters__one__train__clip": 1.0}),
-    ("adapters.one.train.clip", {"adapters__one__train__clip": ...}),
+    ("adapters.one.train.max_grad_norm", {"adapters__one__train__max_grad_norm": 1.0}),
+    ("adapters.one.train.max_grad_norm", {"adapters__one__train__max_grad_norm": ...}),
     ("adapters.two.data", {"adapters__two": {"data": "d2"}}),
     ("order.1", {"order": ["one", "two"]}),
     ("processes", {"processes": 2}),

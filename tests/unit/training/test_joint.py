@@ -11,11 +11,11 @@ from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import Runtime
-from lora_gpt2.training.domain import Domain
-from lora_gpt2.training.optimizer import GROWTH_STEPS, START_SCALE, LossScale, SlotAdamW
+from lora_gpt2.training.optimizer import GROWTH_STEPS, START_SCALE, GradScaler, SlotAdamW
+from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.run import train_recipes
-from lora_gpt2.training.trainer import MOST_SKIPS, Trainer
-from lora_gpt2.training.world import World
+from lora_gpt2.training.slot import Domain
+from lora_gpt2.training.trainer import MAX_SKIPS, Trainer
 from tests.builders import make_text
 from tests.unit.training.test_trainer import are_equal, make_recipe, make_trainer, script_validations, weights_of
 
@@ -52,7 +52,7 @@ def test_a_slot_that_stops_early_frees_its_rows_and_the_other_is_as_alone(base_f
 
 
 def test_one_domains_divergence_does_not_hurt_the_others(base_folder, text_file, other_text, store, reporter):
-    hot = make_recipe(base_folder, text_file, "hot", learning_rate=1e38, clip=0.0)
+    hot = make_recipe(base_folder, text_file, "hot", learning_rate=1e38, max_grad_norm=0.0)
     calm = make_recipe(base_folder, other_text, "calm", steps=8)
     with pytest.raises(TrainingDiverged, match=r"'hot' diverged at step 1.*published: calm@1") as caught:
         train_recipes([hot, calm], store, reporter)
@@ -79,7 +79,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_the_loss_scale_halves_on_overflow_and_doubles_after_many_good_steps():
-    scale, active = LossScale(3, CPU), torch.tensor([True, True, False])
+    scale, active = GradScaler(3, CPU), torch.tensor([True, True, False])
     for step in range(GROWTH_STEPS):
         scale.update(torch.tensor([True, step != 3, False]), active)
     assert scale.values.tolist() == [2 * START_SCALE, START_SCALE / 2, START_SCALE]
@@ -97,7 +97,7 @@ def test_float16_trains_with_loss_scaling_and_its_skips_are_counted(base_folder,
     (trained,) = trainer.train(StopRequest())
     domain = trained.domain
     assert trained.validation_nll < trained.base_nll - 0.3
-    assert 0 < domain.num_skipped < MOST_SKIPS
+    assert 0 < domain.num_skipped < MAX_SKIPS
     assert domain.records[0]["loss"] is None
     assert domain.records[domain.num_skipped]["loss"] > 0
     assert trainer.runner.optimizer.counts.item() == 60 - domain.num_skipped
@@ -115,7 +115,7 @@ def test_looking_ahead_changes_nothing_but_when_python_learns_of_it(base_folder,
     def train(lookahead):
         recipes = [
             make_recipe(base_folder, text_file, validate_every=4, steps=9),
-            make_recipe(base_folder, other_text, "two", steps=7, learning_rate=1e38, clip=0.0),
+            make_recipe(base_folder, other_text, "two", steps=7, learning_rate=1e38, max_grad_norm=0.0),
         ]
         trainer = make_trainer(recipes, reporter)
         trainer.lookahead = lookahead
@@ -131,9 +131,9 @@ def test_looking_ahead_changes_nothing_but_when_python_learns_of_it(base_folder,
 
 
 def test_lora_plus_moves_b_faster_by_its_ratio(base_folder, text_file, reporter):
-    steps = {"steps": 1, "warmup_share": 0.0, "keep_best": False}
+    steps = {"steps": 1, "warmup_fraction": 0.0, "keep_best": False}
     plain = make_trainer([make_recipe(base_folder, text_file, **steps)], reporter)
-    plus = make_trainer([make_recipe(base_folder, text_file, lora_plus_ratio=16, **steps)], reporter)
+    plus = make_trainer([make_recipe(base_folder, text_file, loraplus_lr_ratio=16, **steps)], reporter)
     before = plain.bank.read(0)
     (one,), (other,) = plain.train(StopRequest()), plus.train(StopRequest())
     for site, update in before.updates.items():
@@ -143,7 +143,7 @@ def test_lora_plus_moves_b_faster_by_its_ratio(base_folder, text_file, reporter)
         assert moved.b.any()
 
 
-@pytest.mark.parametrize("change", [{"label_smoothing": 0.2}, {"neftune_alpha": 10}, {"lora": {"dropout": 0.3}}])
+@pytest.mark.parametrize("change", [{"label_smoothing": 0.2}, {"neftune_noise_alpha": 10}, {"lora": {"dropout": 0.3}}])
 def test_what_regularises_changes_training_and_is_repeatable(base_folder, text_file, reporter, change):
     made = []
     for options in ({}, change, change):
@@ -173,7 +173,7 @@ def test_each_process_takes_its_share_and_the_shares_add_up_to_the_whole(base_fo
     total = torch.zeros_like(whole.runner.gradient)
     for rank in range(3):
         part = make_trainer([recipe], reporter)
-        part.passes.world = World(rank, 3)
+        part.passes.world = ProcessGroup(rank, 3)
         part.runner.compute_gradients(part.passes.build([0], 0)[0])
         total += part.runner.gradient
     assert torch.allclose(total, whole.runner.gradient, rtol=1e-4, atol=1e-7)

@@ -10,13 +10,12 @@ from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.config import parse_config
-from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.lora import build_ranks
 from lora_gpt2.model.quantize import QuantizedLinear
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.training import memory
-from lora_gpt2.training.domain import Domain
 from lora_gpt2.training.memory import (
     CPU_RESERVE,
     count_pass_tokens,
@@ -24,9 +23,10 @@ from lora_gpt2.training.memory import (
     fit_recipes,
     list_changes,
     measure_budget,
-    memory_errors_as_ours,
+    wrap_oom_errors,
 )
 from lora_gpt2.training.plan import build_random_data, plan_run
+from lora_gpt2.training.slot import Domain
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_base_folder
 
@@ -40,9 +40,15 @@ def wide_folder(tmp_path_factory):
 
 def make_recipe(folder, name="one", rank=8, quantize="none", lora=None, data=None, **train):
     return build_recipe(
-        {"name": name, "base": str(folder), "data": data or {"block_size": 128}, "lora": {"rank": rank, **(lora or {})},
-         "train": {"steps": 3, "batch_tokens": 4096, "precision": "float32", "quantize": quantize, **train}}, "test",
-    )  # fmt: skip
+        {
+            "name": name,
+            "base": str(folder),
+            "data": data or {"block_size": 128},
+            "lora": {"rank": rank, **(lora or {})},
+            "train": {"steps": 3, "batch_tokens": 4096, "dtype": "float32", "quantize": quantize, **train},
+        },
+        "test",
+    )
 
 
 def measure_peak(base, recipes):
@@ -62,7 +68,7 @@ def measure_peak(base, recipes):
     optimizer = trainer.runner.optimizer
     buffers = (trainer.bank.flat, trainer.runner.gradient, trainer.best, optimizer.mean, optimizer.square)
     held += sum(t.numel() * t.element_size() for t in buffers)
-    held += sum(t.numel() * 4 for t in (trainer.runner.mask, trainer.runner.boost) if t is not None)
+    held += sum(t.numel() * 4 for t in (trainer.runner.mask, trainer.runner.lr_multipliers) if t is not None)
     copies = trainer.bank.compute
     return peak + held + (copies.numel() * copies.element_size() if copies is not trainer.bank.flat else 0)
 
@@ -77,8 +83,8 @@ def measure_peak(base, recipes):
         (3, torch.float32, {"batch_tokens": 1024, "micro_batch_tokens": 3072}),
         (1, torch.float32, {"quantize": "int8"}),
         (1, torch.float32, {"quantize": "nf4"}),
-        (1, torch.float32, {"neftune_alpha": 5}),
-        (1, torch.float32, {"lora_plus_ratio": 4, "batch_tokens": 128, "rank": 64}),
+        (1, torch.float32, {"neftune_noise_alpha": 5}),
+        (1, torch.float32, {"loraplus_lr_ratio": 4, "batch_tokens": 128, "rank": 64}),
         (1, torch.float32, {"lora": {"dropout": 0.1}}),
         (1, torch.float32, {"lora": {"first_layer": 2}}),
         (1, torch.float32, {"lora": {"targets": ["c_attn.q", "c_attn.v"]}}),
@@ -113,7 +119,7 @@ def measure_kept(base, recipe):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    rows = TrainingRows(bank, [0], dropout=recipe.lora.dropout, row_seeds=range(len(tokens)))
+    rows = TrainingAdapters(bank, [0], dropout=recipe.lora.dropout, row_seeds=range(len(tokens)))
     checkpointing = recipe.train.gradient_checkpointing
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = base.model(tokens, rows, checkpoint_blocks=checkpointing)
@@ -152,7 +158,7 @@ def test_the_activations_are_what_autograd_keeps(wide_folder, dtype, change):
 def test_the_adapters_are_the_buffers_of_a_run(wide_folder, dtype, ratios):
     runtime = Runtime(torch.device("cpu"), dtype)
     recipes = [
-        make_recipe(wide_folder, f"r{rank}", rank=rank, batch_tokens=128, lora_plus_ratio=ratio)
+        make_recipe(wide_folder, f"r{rank}", rank=rank, batch_tokens=128, loraplus_lr_ratio=ratio)
         for rank, ratio in zip((3, 5), ratios, strict=True)
     ]
     base = load_base(str(wide_folder), runtime)
@@ -160,7 +166,7 @@ def test_the_adapters_are_the_buffers_of_a_run(wide_folder, dtype, ratios):
     trainer = Trainer(base, domains, None)
     runner, bank = trainer.runner, trainer.bank
     buffers = [bank.flat, runner.gradient, trainer.best, runner.optimizer.mean, runner.optimizer.square]
-    buffers += [bank.compute] * (dtype != torch.float32) + [runner.boost] * (runner.boost is not None)
+    buffers += [bank.compute] * (dtype != torch.float32) + [runner.lr_multipliers] * (runner.lr_multipliers is not None)
     assert estimate_memory(base.config, recipes, runtime).adapters == sum(buffer.nbytes for buffer in buffers)
 
 
@@ -194,10 +200,10 @@ def test_out_of_memory_names_settings_that_need_less(wide_folder):
         MemoryError(),
     ):
         expected = pytest.raises(ResourceError, match=r"needs about 0\.\d+ GB on cpu")
-        with expected as caught, memory_errors_as_ours(base, [recipe]):
+        with expected as caught, wrap_oom_errors(base, [recipe]):
             raise error
         assert "--set train." in caught.value.hint
-    with pytest.raises(RuntimeError, match="shape"), memory_errors_as_ours(base, [recipe]):
+    with pytest.raises(RuntimeError, match="shape"), wrap_oom_errors(base, [recipe]):
         raise RuntimeError("shape mismatch")
 
 
@@ -229,7 +235,7 @@ def test_weights_are_counted_exactly(wide_folder, dtype, quantize):
 def test_recipes_that_do_not_share_passes_are_counted_apart_and_keep_what_they_ask_for(wide_folder):
     config = parse_config(json.loads((wide_folder / "config.json").read_text()), "")
     small = make_recipe(wide_folder, "small", micro_batch_tokens=1024)
-    large = make_recipe(wide_folder, "large", micro_batch_tokens=4096, neftune_alpha=5)
+    large = make_recipe(wide_folder, "large", micro_batch_tokens=4096, neftune_noise_alpha=5)
     together = estimate_memory(config, [small, large], FLOAT32)
     assert together == estimate_memory(config, [large, small], FLOAT32)
     assert together.activations == estimate_memory(config, [large], FLOAT32).activations

@@ -3,14 +3,25 @@
 import pytest
 
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.training.report import CURVE, REPORT, _smooth, draw_pages
+from lora_gpt2.training.report import CURVE, REPORT, _smooth, render_report
 
 FIGURES = {
-    "verdict": "about <right>", "forgetting": "little", "base_perplexity": 100.0, "validation_perplexity": 50.0,
-    "base_test_perplexity": 71.5, "test_perplexity": 52.25,
-    "base_general_perplexity": 60.0, "general_perplexity": 66.0, "best_step": 2, "steps": 3, "train_tokens": 1234,
-    "tokens_per_second": 99.5, "peak_memory_bytes": 10**9, "trained_parameters": 10, "seconds": 90.0,
-}  # fmt: skip
+    "verdict": "about <right>",
+    "forgetting": "little",
+    "base_perplexity": 100.0,
+    "validation_perplexity": 50.0,
+    "base_test_perplexity": 71.5,
+    "test_perplexity": 52.25,
+    "base_general_perplexity": 60.0,
+    "general_perplexity": 66.0,
+    "best_step": 2,
+    "steps": 3,
+    "train_tokens": 1234,
+    "tokens_per_second": 99.5,
+    "peak_memory_bytes": 10**9,
+    "trained_parameters": 10,
+    "seconds": 90.0,
+}
 
 
 def records(count, validations=True):
@@ -27,7 +38,7 @@ def records(count, validations=True):
 @pytest.mark.parametrize("count", [1, 2, 300])
 @pytest.mark.parametrize("validations", [False, True])
 def test_any_run_can_be_drawn(count, validations):
-    pages = draw_pages("mine", Recipe(), records(count, validations), FIGURES)
+    pages = render_report("mine", Recipe(), records(count, validations), FIGURES)
     page = pages[REPORT].decode()
     assert pages[CURVE].startswith(b"\x89PNG")
     assert page.count("<svg") == 3 + validations
@@ -39,11 +50,11 @@ def test_any_run_can_be_drawn(count, validations):
 def test_skipped_steps_are_left_out_of_the_curve():
     made = records(4)
     made[1] = {**made[1], "loss": None}
-    assert draw_pages("mine", Recipe(), made, FIGURES)[CURVE]
+    assert render_report("mine", Recipe(), made, FIGURES)[CURVE]
 
 
 def test_the_same_records_give_the_same_bytes():
-    assert draw_pages("mine", Recipe(), records(9), FIGURES) == draw_pages("mine", Recipe(), records(9), FIGURES)
+    assert render_report("mine", Recipe(), records(9), FIGURES) == render_report("mine", Recipe(), records(9), FIGURES)
 
 
 def test_smoothing_is_the_mean_of_the_neighbours():

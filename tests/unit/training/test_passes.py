@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_gpt2.data.blocks import IGNORE
-from lora_gpt2.model.fused import TrainingRows
-from lora_gpt2.model.merge import DeltaRows, to_dense
+from lora_gpt2.model.fused import TrainingAdapters
+from lora_gpt2.model.merge import DeltaAdapters, to_delta
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.training.step import draw_noise
 from tests.builders import make_adapter
@@ -56,13 +56,13 @@ def test_a_rows_seed_depends_on_the_recipes_seed_the_step_and_its_place_alone(ba
 
 
 def test_noise_and_dropout_are_drawn_anew_in_every_step(base_folder, text_file, reporter):
-    recipe = make_recipe(base_folder, text_file, neftune_alpha=5, lora={"dropout": 0.5})
+    recipe = make_recipe(base_folder, text_file, neftune_noise_alpha=5, lora={"dropout": 0.5})
     trainer = make_trainer([recipe], reporter)
     noises, masks = [], []
     for step in range(4):
         (each,) = trainer.passes.build([0], step)[0]
         noises.append(draw_noise(each, 16))
-        rows = TrainingRows(trainer.bank, each.slots, each.places, each.dropout, each.row_seeds)
+        rows = TrainingAdapters(trainer.bank, each.slots, each.places, each.dropout, each.row_seeds)
         masks.append(rows.draw_mask("h.0.mlp.c_fc", noises[0]))
     # over 1,024 draws the correlation of independent ones deviates by 0.03: five of these
     for drawn in (noises, masks):
@@ -71,7 +71,12 @@ def test_noise_and_dropout_are_drawn_anew_in_every_step(base_folder, text_file, 
 
 
 def test_a_pass_has_the_settings_of_its_recipe(base_folder, text_file, reporter):
-    regular = {"label_smoothing": 0.1, "neftune_alpha": 5, "gradient_checkpointing": True, "lora": {"dropout": 0.3}}
+    regular = {
+        "label_smoothing": 0.1,
+        "neftune_noise_alpha": 5,
+        "gradient_checkpointing": True,
+        "lora": {"dropout": 0.3},
+    }
     recipes = [make_recipe(base_folder, text_file, "plain"), make_recipe(base_folder, text_file, "regular", **regular)]
     plain, other = make_trainer(recipes, reporter).passes.build([0, 1], 0)[0]
     assert (list(plain.slots), list(other.slots)) == ([0], [1])
@@ -89,10 +94,15 @@ def short_texts(tmp_path):
 
 def packed_recipe(base_folder, source, layout="packed", **train):
     return build_recipe(
-        {"name": "one", "base": str(base_folder),
-         "data": {"sources": [str(source)], "block_size": 32, "layout": layout, "profile": "raw"},
-         "lora": {"rank": 2}, "train": {"precision": "float32", "batch_tokens": 160, "steps": 3, **train}}, "test",
-    )  # fmt: skip
+        {
+            "name": "one",
+            "base": str(base_folder),
+            "data": {"sources": [str(source)], "block_size": 32, "layout": layout, "profile": "raw"},
+            "lora": {"rank": 2},
+            "train": {"dtype": "float32", "batch_tokens": 160, "steps": 3, **train},
+        },
+        "test",
+    )
 
 
 def split_documents(rows):
@@ -108,7 +118,7 @@ def split_documents(rows):
 def nll_alone(trainer, documents, adapter):
     """Returns the NLL of each document on its own, the adapter added to the weights."""
     model = trainer.base.model
-    rows = DeltaRows(lambda site: to_dense(adapter.updates[site]) if site in adapter.updates else None)
+    rows = DeltaAdapters(lambda site: to_delta(adapter.updates[site]) if site in adapter.updates else None)
     hidden = (model(inputs, rows) for inputs, _ in documents)
     logits = [model.logits(states, rows)[0] for states in hidden]
     return [
@@ -151,7 +161,7 @@ def test_packed_text_is_measured_document_by_document(base_folder, short_texts, 
     documents = split_documents(blocks.read(range(blocks.num_blocks)))
     assert len(documents) > blocks.num_blocks
     wanted = float(sum(nll_alone(trainer, documents, adapter))) / sum(inputs.numel() for inputs, _ in documents)
-    assert trainer.measure_blocks(blocks, TrainingRows(trainer.bank, [0])) == pytest.approx(wanted, rel=1e-5)
+    assert trainer.measure_blocks(blocks, TrainingAdapters(trainer.bank, [0])) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_in_layout_concat_documents_see_what_stands_before_them(base_folder, short_texts, reporter):

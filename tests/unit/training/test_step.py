@@ -9,11 +9,11 @@ import torch
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import build_ranks
-from lora_gpt2.model.merge import DeltaRows, to_dense
+from lora_gpt2.model.merge import DeltaAdapters, to_delta
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import LoraSettings
-from lora_gpt2.training.step import Pass, StepRunner, draw_noise
-from lora_gpt2.training.world import World
+from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.step import MicroBatch, StepRunner, draw_noise
 from tests.builders import make_adapter
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def make_pass(slots, rows=2, time=9, vocab=260, **options):
     weights = torch.cat([torch.full((rows * time,), (1 + slot) / (rows * time)) for slot in slots])
     settings = {"dropout": 0.0, "smoothing": 0.0, "noise_alpha": 0.0, "checkpointing": False, **options}
     seeds = [100 * slot + row for slot in slots for row in range(rows)]
-    return Pass(slots, torch.tensor(slots), inputs, targets, weights, row_seeds=seeds, **settings)
+    return MicroBatch(slots, torch.tensor(slots), inputs, targets, weights, row_seeds=seeds, **settings)
 
 
 def make_runner(base_folder, dtype, num_slots=3):
@@ -39,7 +39,7 @@ def make_runner(base_folder, dtype, num_slots=3):
     bank = AdapterBank(base.config, build_ranks(base.config, SETTINGS), num_slots, "training", base.model.wte.weight)
     for slot in range(num_slots):
         bank.load(slot, make_adapter(base.config, slot, SETTINGS))
-    return StepRunner(base.model, bank, None, None, World())
+    return StepRunner(base.model, bank, None, None, ProcessGroup())
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_slots_loss_is_its_rows_weighted_and_its_gradient_does_not_depend_on_t
 def _logits(runner, slot, tokens, noise=None):
     """Returns the logits under a slot's adapter, with its updates added to the weights."""
     updates = runner.bank.read(slot).updates
-    rows = DeltaRows(lambda site: to_dense(updates[site]) if site in updates else None)
+    rows = DeltaAdapters(lambda site: to_delta(updates[site]) if site in updates else None)
     hidden = runner.model(tokens, rows, noise=noise)
     return runner.model.logits(hidden, rows)
 

@@ -22,11 +22,11 @@ from lora_gpt2.core.errors import (
 )
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.locks import hold_lock
-from lora_gpt2.data.documents import list_documents
+from lora_gpt2.data.inspect import list_documents
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.model.base import load_base
-from lora_gpt2.model.fused import TrainingRows
+from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.store.catalog import Store
@@ -35,8 +35,8 @@ from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training import run as run_module
 from lora_gpt2.training import trainer as trainer_module
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
-from lora_gpt2.training.domain import Domain
 from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.slot import Domain
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_text
 
@@ -49,9 +49,15 @@ def make_recipe(base_folder, source, name="one", **train):
     train = {**sizes, "learning_rate": 1e-2, **train}
     lora = train.pop("lora", {})
     return build_recipe(
-        {"name": name, "base": str(base_folder), "data": {"sources": [str(source)], "block_size": 16},
-         "lora": {"rank": 2, **lora}, "train": {"precision": "float32", **train}}, "test",
-    )  # fmt: skip
+        {
+            "name": name,
+            "base": str(base_folder),
+            "data": {"sources": [str(source)], "block_size": 16},
+            "lora": {"rank": 2, **lora},
+            "train": {"dtype": "float32", **train},
+        },
+        "test",
+    )
 
 
 @pytest.fixture
@@ -100,10 +106,19 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(base_folder, te
 @pytest.mark.parametrize("clip", [0.5, 0.0])
 def test_trained_together_equals_trained_alone(base_folder, text_file, other_text, store, reporter, clip):
     recipes = [
-        make_recipe(base_folder, text_file, "one", clip=clip),
-        make_recipe(base_folder, other_text, "two", steps=4, learning_rate=3e-3, batch_tokens=48, seed=5, clip=clip,
-                    lora={"rank": 3, "targets": ["c_attn.q", "c_attn.v", "mlp.c_proj"]}),
-    ]  # fmt: skip
+        make_recipe(base_folder, text_file, "one", max_grad_norm=clip),
+        make_recipe(
+            base_folder,
+            other_text,
+            "two",
+            steps=4,
+            learning_rate=3e-3,
+            batch_tokens=48,
+            seed=5,
+            max_grad_norm=clip,
+            lora={"rank": 3, "targets": ["c_attn.q", "c_attn.v", "mlp.c_proj"]},
+        ),
+    ]
     together = make_trainer(recipes, reporter).train(StopRequest())
     for recipe, joint in zip(recipes, together, strict=True):
         (alone,) = make_trainer([recipe], reporter).train(StopRequest())
@@ -172,7 +187,7 @@ def are_equal(one, other):
     )
 
 
-EVERY_STEP = {"validate_every": 1, "learning_rate": 0.05, "schedule": "constant", "warmup_share": 0.0}
+EVERY_STEP = {"validate_every": 1, "learning_rate": 0.05, "schedule": "constant", "warmup_fraction": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -228,9 +243,9 @@ def test_the_best_weights_are_published_unless_told_otherwise(base_folder, text_
     measured = {}
     for step in (3, 6):
         fresh.bank.load(0, seen[step])
-        data, rows = fresh.domains[0].data, TrainingRows(fresh.bank, [0])
+        data, rows = fresh.domains[0].data, TrainingAdapters(fresh.bank, [0])
         documents = list_documents(data, "test", fresh.base.tokenizer)
-        score = measure_perplexity(fresh.base, documents, recipe.evaluate, lambda _: TrainingRows(fresh.bank, [0]))
+        score = measure_perplexity(fresh.base, documents, recipe.evaluate, lambda _: TrainingAdapters(fresh.bank, [0]))
         measured[step] = [fresh.measure_blocks(data.validation, rows), score.nll_nats_per_token]
     published, other = (3, 6) if keep_best else (6, 3)
     assert [trained.validation_nll, trained.test_nll[1]] == pytest.approx(measured[published], abs=1e-5)
@@ -293,7 +308,7 @@ def test_the_end_of_a_run_counts_to_its_total_and_measures_the_base_once(base_fo
 
 def test_a_diverging_run_stops_within_a_step_and_publishes_nothing(base_folder, text_file, store, reporter):
     with pytest.raises(TrainingDiverged) as caught:
-        train_recipes([make_recipe(base_folder, text_file, learning_rate=1e38, clip=0.0)], store, reporter)
+        train_recipes([make_recipe(base_folder, text_file, learning_rate=1e38, max_grad_norm=0.0)], store, reporter)
     assert caught.value.exit_code == 8
     assert "diverged at step 1" in caught.value.message
     assert "learning rate" in caught.value.message
@@ -302,7 +317,7 @@ def test_a_diverging_run_stops_within_a_step_and_publishes_nothing(base_folder, 
 
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_a_last_step_that_diverges_publishes_nothing(base_folder, text_file, store, reporter, keep_best):
-    hot = {"steps": 1, "learning_rate": 1e38, "clip": 0.0, "warmup_share": 0.0, "keep_best": keep_best}
+    hot = {"steps": 1, "learning_rate": 1e38, "max_grad_norm": 0.0, "warmup_fraction": 0.0, "keep_best": keep_best}
     with pytest.raises(TrainingDiverged, match="validation loss"):
         train_recipes([make_recipe(base_folder, text_file, **hot)], store, reporter)
     assert not store.list_names()

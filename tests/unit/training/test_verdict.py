@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from lora_gpt2.evaluation.perplexity import Score
-from lora_gpt2.training.verdict import judge_curve, judge_forgetting
+from lora_gpt2.training.diagnosis import diagnose_curve, diagnose_forgetting
 
-judge = partial(judge_curve, passes=2.0, validation_tokens=9_000)
+judge = partial(diagnose_curve, passes=2.0, validation_tokens=9_000)
 
 
 def records(validations, training=None, every=10):
@@ -30,7 +30,7 @@ def records(validations, training=None, every=10):
         ([4.0, 3.0, 3.1, 3.3], [4.0, 3.0, 2.5, 2.0], 90, "(stopped early, of 90)"),
         ([4.0, 3.0], None, 20, "fewer than three validations"),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_follows_the_curve(validations, training, num_steps, said):
     assert said in judge(records(validations, training), num_steps)
 
@@ -90,9 +90,9 @@ def test_skipped_steps_do_not_break_the_verdict():
 
 def test_nothing_is_claimed_of_too_little():
     flat = records([4.0, 3.0, 3.0, 3.001])
-    assert judge_curve(flat, 40, 1.0, 2_000).startswith("best at step 20")
+    assert diagnose_curve(flat, 40, 1.0, 2_000).startswith("best at step 20")
     for passes, tokens, why in ((0.99, 2_000, "seen 0.99 times"), (3.0, 1_999, "1,999 tokens of validation text")):
-        said = judge_curve(flat, 40, passes, tokens)
+        said = diagnose_curve(flat, 40, passes, tokens)
         assert said.startswith("too little to judge: ")
         assert why in said
         assert "right length" not in said
@@ -107,7 +107,7 @@ def score(nats, documents=12):
     [(-0.1, "little"), (0.099, "little"), (0.101, "some of it"), (0.299, "some of it"), (0.301, "much")],
 )
 def test_forgetting_is_graded_in_nats(change, said):
-    found = judge_forgetting(score(4.0), score(4.0 + change))
+    found = diagnose_forgetting(score(4.0), score(4.0 + change))
     assert f"{said} is forgotten" in found
     assert f"({change:+.3f} nats per token, {change:+.3f} to {change:+.3f})" in found, "equal documents: no spread"
 
@@ -117,7 +117,9 @@ def test_the_interval_of_forgetting_is_of_the_difference_over_passages():
     before, change = rng.uniform(300, 500, 40), rng.uniform(0, 40, 40)
     sizes = np.full(40, 100.0)
     scores = [Score(float(nats.sum()), 4000, 1, 1, np.stack([nats, sizes])) for nats in (before, before + change)]
-    low, high = (float(x) for x in re.findall(r"token, ([+-][0-9.]+) to ([+-][0-9.]+)", judge_forgetting(*scores))[0])
+    low, high = (
+        float(x) for x in re.findall(r"token, ([+-][0-9.]+) to ([+-][0-9.]+)", diagnose_forgetting(*scores))[0]
+    )
     mean, spread = change.mean() / 100, change.std() / 100 / 40**0.5
     assert low == pytest.approx(mean - 1.96 * spread, abs=0.004), "that of the perplexities would be ten times as wide"
     assert high == pytest.approx(mean + 1.96 * spread, abs=0.004)

@@ -1,0 +1,308 @@
+"""`adapters list | show | history | diff | verify`: looking at a store, changing nothing."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_gpt2.commands.shared import (
+    base_option,
+    emit,
+    end_as_failed,
+    format_bytes,
+    format_table,
+    json_option,
+    store_option,
+)
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError, ResourceError, UsageError
+from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.printable import printable
+from lora_gpt2.core.user_files import check_output
+from lora_gpt2.store.audits import read_audits
+from lora_gpt2.store.card import build_card
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.changes import list_history
+from lora_gpt2.store.lineage import compare_manifests, describe_lineage
+from lora_gpt2.store.listing import list_current, summarise
+from lora_gpt2.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from lora_gpt2.store.verify import VerificationResult
+
+
+@click.command("list")
+@store_option
+@json_option
+@click.pass_obj
+def list_(reporter: Reporter, store: Store, as_json: bool) -> None:
+    """List the adapters: version in use, base, size, training tokens, perplexity against the base's, age.
+
+    Perplexity is on held-out test text, or, marked ~, on validation text.
+
+    \b
+    Example:
+      lora-gpt2 adapters list --json
+    """
+    rows, errors = list_current(store)
+    for error in errors:
+        reporter.message(f"damaged: {error.message}")
+    emit({"adapters": rows}, as_json, lambda: _render_list(rows, store))
+
+
+@click.command("show")
+@click.argument("reference", metavar="NAME[@VERSION]")
+@store_option
+@json_option
+def show(reference: str, store: Store, as_json: bool) -> None:
+    """Show everything a version says about itself: origin and parents, data, recipe, figures, hashes, libraries.
+
+    \b
+    Example:
+      lora-gpt2 adapters show shakespeare
+    """
+    manifest = store.read_manifest(reference)
+    content = manifest.to_json()
+    content |= {"path": str(store.resolve(reference)), "versions": store.list_versions(manifest.name)}
+    content["lineage"] = describe_lineage(store, manifest)
+    emit({"adapter": content}, as_json, lambda: _render_show(content))
+
+
+@click.command("card")
+@click.argument("reference", metavar="NAME[@VERSION]")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write it to a file.")
+@store_option
+@json_option
+def card(reference: str, out: Path | None, store: Store, as_json: bool) -> None:
+    """Build a version's model card from its manifest and what audits and evaluations found since.
+
+    'audit memorization' and 'evaluate --keep' leave their results for it; 'adapters push' sends it.
+
+    \b
+    Examples:
+      lora-gpt2 adapters card shakespeare
+      lora-gpt2 adapters card mine --out README.md
+    """
+    check_output(out)
+    manifest = store.read_manifest(reference)
+    text = build_card(manifest, read_audits(store, manifest))
+    if out:
+        with wrap_os_errors(f"write {out}"):
+            out.write_text(text, encoding="utf-8")
+    result = {"adapter": manifest.reference, "card": text, "path": str(out) if out else None}
+    emit(result, as_json, lambda: [f"written to {out}"] if out else text)
+
+
+@click.command("history")
+@click.argument("name")
+@store_option
+@json_option
+def history(name: str, store: Store, as_json: bool) -> None:
+    """List an adapter's versions, oldest first; * is the one in use.
+
+    \b
+    Example:
+      lora-gpt2 adapters history shakespeare
+    """
+    rows = []
+    for entry in list_history(store, name):
+        row: dict[str, Any] = {"version": entry.version, "in_use": entry.in_use}
+        is_sound = isinstance(entry.found, Manifest)
+        rows.append(row | (summarise(entry.found) if is_sound else {"damaged": entry.found.message}))  # type: ignore[arg-type, union-attr]
+    emit({"adapter": {"name": name, "versions": rows}}, as_json, lambda: _render_history(rows))
+
+
+@click.command("diff")
+@click.argument("one", metavar="ONE[@VERSION]")
+@click.argument("other", metavar="OTHER[@VERSION]")
+@store_option
+@json_option
+@click.pass_obj
+def diff(reporter: Reporter, one: str, other: str, store: Store, as_json: bool) -> None:
+    """Compare two versions: settings, data, figures, and how far apart their updates are.
+
+    For each projection: the norms of both updates, that of their difference, and their cosine (1 the same direction, 0
+    nothing in common, -1 opposite).
+
+    \b
+    Examples:
+      lora-gpt2 adapters diff law@1 law@2
+      lora-gpt2 adapters diff cooking shakespeare --json
+    """
+    manifests = [store.read_manifest(reference) for reference in (one, other)]
+    names = [manifest.reference for manifest in manifests]
+    result: dict[str, Any] = {"adapters": names, "differences": compare_manifests(*manifests)}
+    result["same_weights"] = manifests[0].digest == manifests[1].digest
+    try:
+        result["updates"] = _compare_updates(store, manifests)
+    except (NotFoundError, ResourceError) as error:
+        result["updates"] = []
+        reporter.message(f"the updates are not compared: {error.message}")
+    emit(result, as_json, lambda: _render_diff(result, names))
+
+
+@click.command("verify")
+@click.argument("references", nargs=-1, metavar="[NAME[@VERSION]]...")
+@click.option("--files-only", is_flag=True, help="Check bytes only; needs no base.")
+@base_option
+@store_option
+@json_option
+@click.pass_obj
+def verify(
+    reporter: Reporter, references: tuple[str, ...], files_only: bool, base: str | None, store: Store, as_json: bool
+) -> None:
+    """Check adapters (all if none is named): bytes, base, format, logits against transformers + PEFT, effect.
+
+    Ends with code 9 if one is not sound. An adapter that changes nothing is not.
+
+    \b
+    Examples:
+      lora-gpt2 adapters verify
+      lora-gpt2 adapters verify law@2 --files-only
+    """
+    from lora_gpt2.store.verify import verify_files
+
+    for reference in references:
+        if not store.has_adapter(reference.partition("@")[0]):
+            store.resolve(reference)  # says what is missing
+    wanted = references or tuple(store.list_names())
+    verdicts: list[VerificationResult] = []
+    sound: list[Manifest] = []
+    for verdict, manifest in (verify_files(store, reference) for reference in wanted):
+        if manifest is None or files_only:
+            verdicts.append(verdict)
+        else:
+            sound.append(manifest)
+    with reporter.task("verifying", len(sound), "adapters") as task:
+        for name in dict.fromkeys(manifest.base.name for manifest in sound):
+            group = [manifest for manifest in sound if manifest.base.name == name]
+            for verdict in _verify_group(store, group, base or name):
+                verdicts.append(verdict)
+                task.advance(1, verdict.reference)
+    order = [reference.partition("@")[0] for reference in wanted]
+    verdicts.sort(key=lambda verdict: order.index(verdict.reference.partition("@")[0]))
+    rows = [vars(verdict) | {"sound": verdict.is_sound} for verdict in verdicts]
+    emit({"adapters": rows}, as_json, lambda: _render_verdicts(verdicts, store))
+    if broken := [verdict.reference for verdict in verdicts if not verdict.is_sound]:
+        end_as_failed(f"not sound: {', '.join(broken)}", "restore them, 'adapters rollback' or train again", as_json)
+
+
+COMMANDS = (list_, show, card, history, diff, verify)
+
+
+def _verify_group(store: Store, manifests: list[Manifest], base_name: str) -> list[VerificationResult]:
+    from lora_gpt2.model.base import load_base
+    from lora_gpt2.model.runtime import choose_runtime
+    from lora_gpt2.store.verify import VerificationResult, verify_on_base
+
+    try:
+        base = load_base(base_name, choose_runtime("float32"))
+    except LoraGpt2Error as error:
+        return [VerificationResult(m.reference, ["files"], f"base: {error.message}") for m in manifests]
+    return list(verify_on_base(store, manifests, base))
+
+
+def _compare_updates(store: Store, manifests: list[Manifest]) -> list[dict[str, Any]]:
+    if manifests[0].base.fingerprint != manifests[1].base.fingerprint:
+        return []
+    from lora_gpt2.model.config import parse_config
+    from lora_gpt2.model.locate import find_base, read_config
+    from lora_gpt2.store.compare import compare_adapters
+    from lora_gpt2.store.files import read_version
+
+    folder = find_base(manifests[0].base.name)
+    config = parse_config(read_config(folder), str(folder / "config.json"))
+    adapters = []
+    for manifest in manifests:
+        with store.pin(manifest.reference) as version:
+            adapters.append(read_version(version, manifest, config))
+    return [vars(row) for row in compare_adapters(adapters[0], adapters[1], config)]
+
+
+def _render_list(rows: list[dict[str, Any]], store: Store) -> str:
+    if not rows:
+        return f"no adapters in {printable(str(store.root))}; make one: lora-gpt2 train --data FILE --name NAME"
+    header = ["adapter", "version", "base", "size", "tokens", "base ppl", "ppl", "age"]
+    return format_table(
+        header, [[row["name"], str(row["version"]), row["base"], *_render_figures(row)] for row in rows]
+    )
+
+
+def _render_figures(row: dict[str, Any]) -> list[str]:
+    on_test = row["test_perplexity"] is not None
+    keys = ("base_test_perplexity", "test_perplexity") if on_test else ("base_perplexity", "validation_perplexity")
+    figures = ["" if row[key] is None else f"{'' if on_test else '~'}{row[key]:,.2f}" for key in keys]
+    tokens = "" if row["train_tokens"] is None else f"{row['train_tokens']:,}"
+    age = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(row["created"])).total_seconds())
+    shown = f"{age / 86400:.0f} d" if age >= 86400 else f"{age / 3600:.0f} h" if age >= 3600 else f"{age / 60:.0f} min"
+    return [format_bytes(row["size_bytes"]), tokens, *figures, shown]
+
+
+def _render_history(rows: list[dict[str, Any]]) -> str:
+    table = []
+    for row in rows:
+        mark = f"{row['version']}{'*' if row['in_use'] else ''}"
+        table.append([mark, *(_render_figures(row) if "damaged" not in row else ["damaged", "", "", "", ""])])
+    return format_table(["version", "size", "tokens", "base ppl", "ppl", "age"], table)
+
+
+def _render_show(content: dict[str, Any]) -> list[str]:
+    rest = {key: value for key, value in content.items() if key not in ("lineage", "parents", "made")}
+    return [*_render_tree(rest), "lineage", *_render_lineage(content["lineage"], "  ")]
+
+
+def _render_lineage(node: dict[str, Any], indent: str) -> list[str]:
+    if "made" not in node:
+        return [f"{indent}{node['reference']} at {node['weight']:g}: no longer in this store"]
+    made = ", ".join(f"{key} {value}" for key, value in node["made"].items())
+    share = f" at {node['weight']:g}" if "weight" in node else ""
+    found = f" (now {node['found']})" if node.get("found", node["reference"]) != node["reference"] else ""
+    text = f"; text {', '.join(node['sources'])}" if node["sources"] else ""
+    lines = [f"{indent}{node['reference']}{share}{found}: {made}{text}"]
+    return [*lines, *(line for parent in node["parents"] for line in _render_lineage(parent, indent + "  "))]
+
+
+def _render_tree(value: Any, indent: str = "") -> list[str]:
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            lines += [f"{indent}{key}", *_render_tree(item, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {item}")
+    return lines
+
+
+def _render_diff(result: dict[str, Any], names: list[str]) -> str:
+    rows = [
+        [f"{section}.{key}", *(_shorten(value) for value in values)]
+        for section, changes in result["differences"].items()
+        for key, values in changes.items()
+    ]
+    parts = [format_table(["", *names], rows)]
+    if result["same_weights"]:
+        parts.append("the weights are the same")
+    elif result["updates"]:
+        header = ["projection", "norm", "norm of other", "of difference", "cosine"]
+        keys = ("norm", "other_norm", "difference", "cosine")
+        parts.append(format_table(header, [[r["site"], *(f"{r[key]:.4f}" for key in keys)] for r in result["updates"]]))
+    else:
+        parts.append("their updates cannot be compared: they belong to different bases, or theirs is not here")
+    return "\n\n".join(parts)
+
+
+def _shorten(value: Any) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _render_verdicts(verdicts: list[VerificationResult], store: Store) -> str:
+    if not verdicts:
+        raise UsageError(f"there are no adapters in {store.root}", "name a store with --store")
+    rows = []
+    for verdict in verdicts:
+        figures = [f"{x:.1e}" if x is not None else "" for x in (verdict.max_logit_difference, verdict.effect)]
+        rows.append([verdict.reference, verdict.failure or "sound", " ".join(verdict.passed), *figures])
+    return format_table(["adapter", "", "passed", "from PEFT", "effect"], rows)

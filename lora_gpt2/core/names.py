@@ -1,0 +1,30 @@
+"""Names of adapters: which are allowed, on every system."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from lora_gpt2.core.errors import UsageError
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+RESERVED_NAMES = frozenset({"base", "all", "auto"})
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.")  # and names that Windows shortens
+
+
+def is_name(name: str) -> bool:
+    """True if `name` can name an adapter."""
+    if os.name == "nt" and WINDOWS_DEVICES.fullmatch(name):
+        return False
+    return NAME_PATTERN.fullmatch(name) is not None and name not in RESERVED_NAMES
+
+
+def check_name(name: str) -> str:
+    """Returns `name` if it can name an adapter; raises `UsageError` otherwise."""
+    if not is_name(name):
+        raise UsageError(
+            f"'{name[:80]}' is not a name for an adapter",
+            "use 1 to 64 of a-z 0-9 . _ - beginning with a letter or digit, and not 'base', 'all' or 'auto'"
+            + (", on Windows not a device such as 'con', and no dot at the end" if os.name == "nt" else ""),
+        )
+    return name

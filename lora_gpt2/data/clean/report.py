@@ -1,0 +1,58 @@
+"""The receipts of a preparation as a page: what was read, what each rule did, what was rejected and why."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from lora_gpt2.core.html_page import build_cards, build_page, build_table
+from lora_gpt2.data.clean.rules import BOILERPLATE, RULES
+
+DESCRIPTIONS = {
+    **{name: (rule.apply.__doc__ or "").partition("\n")[0].removeprefix("Returns ") for name, rule in RULES.items()},
+    BOILERPLATE: "the text without lines that most documents begin or end with.",
+}
+
+
+def list_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the figures of a preparation and what each is."""
+    lengths, tokens = report["tokens_per_document"], report["tokens"]
+    figures = [
+        (f"{report['documents_read']:,} → {report['documents_kept']:,}", "documents read → kept"),
+        *((f"{tokens[part]:,}", f"{part} tokens in {report['documents'][part]:,} documents") for part in tokens),
+        (f"{lengths['median']:,.0f} / {lengths['p95']:,.0f}", "tokens per document, median / 95th percentile"),
+        (f"{report['characters']['distinct_beyond_ascii']:,}", "different characters beyond ASCII"),
+    ]
+    if report["loss_tokens"] != tokens:
+        figures.append((f"{report['loss_tokens']['train']:,}", "training tokens that carry loss"))
+    if report["settings"]["layout"] == "packed":
+        figures.append((f"{report['fill']['train']:.1%}", "of the training blocks is filled"))
+    return figures
+
+
+def build_report_page(report: Mapping[str, Any]) -> str:
+    """Returns the page."""
+    rules = [
+        (name, DESCRIPTIONS[name], done["documents"], done["characters_removed"])
+        for name in DESCRIPTIONS
+        if (done := report["rules"].get(name))
+    ]
+    examples = [
+        (name, repr(example["before"]), repr(example["after"]))
+        for name, rule in report["rules"].items()
+        for example in rule["examples"]
+    ]
+    near = [(entry["text"], entry["text_of"], f"{entry['similarity']:.2f}") for entry in report["near_duplicates"]]
+    sections = [
+        ("What each rule did", build_table(rules, ("rule", "leaves", "documents", "characters removed"))),
+        ("Prologue and after", build_table(examples, ("rule", "before", "after"))),
+        ("Rejected", build_table(list(report["rejected"].items()), ("reason", "documents"))),
+        ("Near copies that were dropped", build_table(near, ("dropped", "because of", "similarity"))),
+        ("Looks like personal data", build_table(list(report["pii"].items()), ("kind", "documents"))),
+        ("Settings", build_table([(key, str(value)) for key, value in report["settings"].items()])),
+    ]
+    sources = ", ".join(report["settings"]["sources"])
+    body = f'<h1>Prepared text</h1><p class="lead">{html.escape(sources)}</p>{build_cards(list_figures(report))}'
+    shown = (f"<h2>{title}</h2>{table}" for title, table in sections if "<td" in table)
+    return build_page("Prepared text", body + "".join(shown))

@@ -1,0 +1,405 @@
+"""Cleaning rules: each one a function from text to text, idempotent, in linear time.
+
+A profile says which rules are on, and the recipe changes that rule by rule. Expressions that could take longer are
+RE2's, and so are searches that usually find nothing; it is slow only where it replaces much. Where removing something
+can make the same thing anew (`{{ {{x}} }}`), a rule goes on until nothing changes, a limited number of rounds, and then
+drops the characters that would feed it.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.suggest import suggest
+from lora_gpt2.data.clean.html import extract_text
+from lora_gpt2.data.clean.pii import find_pii, mask_pii
+
+MAX_EXAMPLES = 3
+EXAMPLE_WIDTH = 60
+MAX_ROUNDS = 8
+LINE_ENDS = ("\r\n", "\r", "\u2028", "\u2029", "\u0085")
+SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+INVISIBLE_PATTERN = (
+    r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u180e\u200b\u200c\u200e\u200f\u202a-\u202e"
+    r"\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
+)
+INVISIBLE = re.compile(INVISIBLE_PATTERN)
+HAS_INVISIBLE = re2.compile(
+    re.sub(r"\\[xu]([0-9a-f]{2,4})", r"\\x{\1}", INVISIBLE_PATTERN)
+)  # much faster where none is
+PICTURES = "\u231a-\u23ff\u2600-\u27bf\u2b05-\u2b55\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+LONE_JOINER = re.compile(f"(?<![{PICTURES}\ufe0f\u200d\u2190-\u21ff])\u200d|\u200d(?=\u200d)")
+PICTURE = re.compile(
+    f"(?:[0-9#*]\ufe0f?\u20e3|[{PICTURES}](?:[\ufe0f\U0001f3fb-\U0001f3ff]|[\U000e0020-\U000e007f]|\u200d[{PICTURES}"
+    "\u2190-\u21ff])*)"
+)
+ODD_LINE = re.compile("[^\x00-\x7f]{2}|[\u00c2\u00c3\u00e2]|[\x80-\x9f]")
+ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+FRONT_MATTER = re2.compile(
+    r"\A\s*(?:---|\+\+\+)[ \t]*\n\s*[\w.-]+[ \t]*[:=](?:[^\n]*\n)+?(?:---|\+\+\+)[ \t]*(?:\n|\z)"
+)
+TEMPLATE = re.compile(r"\{\{[^{}]*\}\}|\{%[^{}]*%\}|\{#[^{}]*#\}")
+LINK_TO_NOTHING = re.compile(r"!?\[([^\[\]\n]*)\]\(\s*\)")
+NAMES = (
+    "a|abbr|acronym|address|article|aside|b|big|blockquote|body|br|caption|center|cite|code|col|colgroup|dd|del|details|dfn"
+    "|div|dl|dt|em|figcaption|figure|font|footer|h[1-6]|head|header|hr|html|i|iframe|img|input|ins|kbd|li|link|main|mark"
+    "|meta|nav|ol|p|picture|pre|q|s|samp|section|small|source|span|strike|strong|sub|summary|sup|table|tbody|td|tfoot|th"
+    "|thead|title|tr|tt|u|ul|var|video|wbr"
+)
+HIDDEN = [  # one by one: together, one that is never closed would be looked for again after each of the others
+    re2.compile(p)
+    for p in (r"(?s)<!--.*?-->", r"(?is)<script\b[^<>]*>.*?</script\s*>", r"(?is)<style\b[^<>]*>.*?</style\s*>")
+]
+BREAK = re.compile(r"(?i)<(?:br|hr)\s*/?>|</(?:p|div|li|tr|h[1-6]|table|ul|ol|dl|blockquote|pre|section|article)\s*>")
+TAG = re.compile(rf"(?i)</?(?:{NAMES})(?:\s[^<>]*)?/?>")
+LICENCE_BEGIN = re2.compile(
+    r"(?im)^[ \t]*(?:\*{3}[ ]?START OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*|\*END\*? ?THE SMALL PRINT![^\n]*"
+    r"|\*\*\* START: FULL LICENSE[^\n]*)\n?"
+)
+LICENCE_END = re2.compile(
+    r"(?im)^[ \t]*(?:\*{3}[ ]?END OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*"
+    r"|End of (?:the |this )?Project Gutenberg[^\n]*)\n?"
+)
+CREDITS = re2.compile(
+    r"(?i)\A\s*(?:Produced by|E-?text prepared by|This e-?text was (?:produced|prepared) by)[^\n]*\n(?:[^\n]+\n)*"
+)
+URL = re.compile(r"""(?i)\b(?:https?://|ftp://|www\.)[^\s<>"`\[\](){}]*[^\s<>"`\[\](){}.,;:!?']""")
+LINK = re.compile(r"(!?)\[([^\[\]\n]*)\]\([^()\s]+(?:\s+\"[^\"\n]*\")?\)")
+LONG_WORD, HAS_LONG_WORD = re.compile(r"(?<!\S)[!-~]{1001,}(?!\S)"), re2.compile(r"[!-~]{1000}")
+HEX, LEAST_ENCODED = frozenset("0123456789abcdefABCDEF"), 40
+LINE_END_BLANKS, BLANKS = re.compile(r"(?<![ \t])[ \t]++(?=\n|\Z)"), re.compile(r"(?<=\S)(?:[ \t]{2,}|\t)")
+HAS_ODD_BLANKS, GAP = re2.compile(r"[ \t]\n|[^\s][ \t]{2}|[^\s]\t"), re.compile(r"\n{3,}")
+
+
+def _until_stable(step: Callable[[str], str], text: str, feed: str) -> str:
+    """Returns what `step` makes of a text when it changes nothing more; after `MAX_ROUNDS`, without `feed`."""
+    for _ in range(MAX_ROUNDS):
+        changed = step(text)
+        if changed == text:
+            return text
+        text = changed
+    for character in feed:
+        text = text.replace(character, "")
+    return text
+
+
+def _shorten(cut: Callable[[str], str], text: str) -> str:
+    """Returns what remains of a text when there is nothing more to cut from it."""
+    while len(shorter := cut(text)) < len(text):
+        text = shorter
+    return text
+
+
+def read_page(text: str, _mode: str = "on") -> str:
+    """Returns the text of a web page: paragraphs and `<pre>`, without navigation, scripts and styles."""
+    return extract_text(text)
+
+
+def normalize_newlines(text: str, _mode: str = "on") -> str:
+    """Returns the text with every line end as a line feed."""
+    for end in LINE_ENDS:
+        text = text.replace(end, "\n")
+    return text
+
+
+def drop_nul(text: str, _mode: str = "on") -> str:
+    """Returns the text without NUL characters."""
+    return text.replace("\0", "")
+
+
+def fix_mojibake(text: str, _mode: str = "on") -> str:
+    """Returns the text with what was decoded wrongly decoded again, line by line, where `ftfy` is sure."""
+    if text.isascii():
+        return text
+    import ftfy
+
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if not line.isascii() and ODD_LINE.search(line):
+            lines[number] = _until_stable(ftfy.fix_encoding, line, "")
+    return "\n".join(lines)
+
+
+def drop_control(text: str, _mode: str = "on") -> str:
+    """Returns the text without control and invisible characters; what joins emoji, tabs and line feeds stay."""
+    if HAS_INVISIBLE.search(text):
+        text = _until_stable(lambda text: INVISIBLE.sub("", text), text, "\x1b")
+    return _until_stable(lambda text: LONE_JOINER.sub("", text), text, "\u200d") if "\u200d" in text else text
+
+
+def normalize_unicode(text: str, mode: str = "nfc") -> str:
+    """Returns the text in Unicode normal form C, or KC, which also makes full-width letters and ligatures plain."""
+    return unicodedata.normalize("NFKC" if mode == "nfkc" else "NFC", text)
+
+
+def straighten_quotes(text: str, _mode: str = "on") -> str:
+    """Returns the text with straight quotation marks."""
+    import ftfy.fixes
+
+    return ftfy.fixes.uncurl_quotes(text)
+
+
+def decode_entities(text: str, _mode: str = "on") -> str:
+    """Returns the text with `&#8217;` and `&amp;` as the characters they stand for."""
+    if "&" not in text:
+        return text
+    return _until_stable(lambda text: ENTITY.sub(lambda match: html.unescape(match[0]), text), text, "&")
+
+
+def drop_front_matter(text: str, _mode: str = "on") -> str:
+    """Returns the text without the settings that static site generators keep at its top."""
+    if not text.lstrip().startswith(("---", "+++")):
+        return text
+    return _shorten(lambda text: str(FRONT_MATTER.sub("", text, count=1)), text)
+
+
+def drop_template_tags(text: str, _mode: str = "on") -> str:
+    """Returns the text without template tags such as `{{< ref >}}`, and links that led only to one as their text."""
+    if "{" not in text:
+        return text
+    return _until_stable(lambda text: LINK_TO_NOTHING.sub(r"\1", TEMPLATE.sub("", text)), text, "{")
+
+
+def drop_tags(text: str, _mode: str = "on") -> str:
+    """Returns the text without HTML tags and comments; where a block or line ended, a line ends."""
+    if "<" not in text:
+        return text
+    return _until_stable(lambda text: TAG.sub("", BREAK.sub("\n", _drop_hidden(text))), text, "<")
+
+
+def _drop_hidden(text: str) -> str:
+    if "<!--" in text or "</" in text:
+        for pattern in HIDDEN:
+            text = str(pattern.sub("", text))
+    return text
+
+
+def drop_licence(text: str, _mode: str = "on") -> str:
+    """Returns a Project Gutenberg book without the licence around it."""
+    if "Gutenberg" not in text and "GUTENBERG" not in text:
+        return text
+    return _shorten(_cut_licence, text)
+
+
+def _cut_licence(text: str) -> str:
+    begin = LICENCE_BEGIN.search(text)
+    if begin and begin.start() < len(text) / 2:
+        text = text[begin.end() :]
+        text = str(CREDITS.sub("", text, count=1))
+    end = LICENCE_END.search(text)
+    return text[: end.start()] if end else text
+
+
+def replace_emoji(text: str, mode: str = "drop") -> str:
+    """Returns the text without emoji and pictographs, or with their names, as in `:grinning_face:`."""
+    if text.isascii():
+        return text
+    return PICTURE.sub((lambda match: _name_picture(match[0])) if mode == "name" else "", text)
+
+
+@lru_cache(maxsize=4096)
+def _name_picture(picture: str) -> str:
+    names = [unicodedata.name(c, "") for c in picture if not ("\U0001f3fb" <= c <= "\U0001f3ff" or c in "\ufe0f\u200d")]
+    shown = "_".join(re.sub(r"[^a-z0-9]+", "_", name.lower()) for name in names if name and "TAG " not in name)
+    return f":{shown}:" if shown else ""
+
+
+def redact_urls(text: str, mode: str = "mask") -> str:
+    """Returns the text with web addresses dropped or masked as `<url>`, and Markdown links as their text."""
+    if "](" not in text and "://" not in text and "www." not in text.lower():
+        return text
+    mask = "<url>" if mode == "mask" else ""
+
+    def change(text: str) -> str:
+        text = LINK.sub(lambda match: "" if match[1] else match[2], text)
+        return URL.sub(mask, text)
+
+    return _until_stable(change, text, "[/")
+
+
+def redact_pii(text: str, mode: str = "report") -> str:
+    """Returns the text with personal data masked, as in `<email>`; with `report`, as it is."""
+    return _until_stable(mask_pii, text, "") if mode == "mask" else text
+
+
+def drop_long_words(text: str, _mode: str = "on") -> str:
+    """Returns the text without encoded data: runs of over 1,000 ASCII characters that look like base64, hex or hashes.
+
+    Scripts without spaces, and sequences over a small alphabet (DNA, proteins, moves of a game), stay.
+    """
+    return LONG_WORD.sub(lambda match: "" if _is_encoded(match[0]) else match[0], text) if _has_long(text) else text
+
+
+def _has_long(text: str) -> bool:
+    return HAS_LONG_WORD.search(text) is not None
+
+
+def _is_encoded(run: str) -> bool:
+    """True for hexadecimal digits, and for a mixture of upper case, lower case and digits from most of the alphabet."""
+    used = set(run)
+    kinds = [any(low <= c <= high for c in used) for low, high in ("09", "az", "AZ")]
+    return (all(kinds) and len(used) >= LEAST_ENCODED) or (kinds[0] and used <= HEX and len(used) > len("ACGTN"))
+
+
+def normalize_whitespace(text: str, _mode: str = "on") -> str:
+    """Returns the text with plain single spaces between words, one blank line between paragraphs, indents as they are.
+
+    Nothing stands at line ends, at the beginning or at the end.
+    """
+    text = text if text.isascii() else SPACES.sub(" ", text)
+    if HAS_ODD_BLANKS.search(text):
+        text = BLANKS.sub(" ", LINE_END_BLANKS.sub("", text))
+    return GAP.sub("\n\n", text).strip()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule and its modes, the first of which is what `true` means."""
+
+    apply: Callable[[str, str], str]
+    modes: tuple[str, ...] = ("on",)
+
+
+RULES: dict[str, Rule] = {
+    "html": Rule(read_page),
+    "entities": Rule(decode_entities),
+    "newlines": Rule(normalize_newlines),
+    "nul": Rule(drop_nul),
+    "mojibake": Rule(fix_mojibake),
+    "control": Rule(drop_control),
+    "unicode": Rule(normalize_unicode, ("nfc", "nfkc")),
+    "quotes": Rule(straighten_quotes),
+    "front_matter": Rule(drop_front_matter),
+    "template_tags": Rule(drop_template_tags),
+    "tags": Rule(drop_tags),
+    "licence": Rule(drop_licence),
+    "emoji": Rule(replace_emoji, ("drop", "name")),
+    "urls": Rule(redact_urls, ("mask", "drop")),
+    "pii": Rule(redact_pii, ("report", "mask")),
+    "long_words": Rule(drop_long_words),
+    "whitespace": Rule(normalize_whitespace),
+}  # in the order in which they are applied
+BOILERPLATE = "boilerplate"  # lines that most documents begin or end with; needs to have seen them, see `boilerplate`
+BOILERPLATE_MODES = ("all", "pages")
+"""Of all documents, or of those that were web pages."""
+PROFILES: dict[str, tuple[str, ...]] = {  # a rule, or rule:mode where it is not the first of its modes
+    "prose": (
+        "html",
+        "entities",
+        "newlines",
+        "mojibake",
+        "control",
+        "unicode",
+        "front_matter",
+        "template_tags",
+        "tags",
+        "licence",
+        "pii",
+        "long_words",
+        "whitespace",
+        f"{BOILERPLATE}:pages",
+    ),
+    "code": ("newlines", "nul", "pii"),
+    "raw": (),
+}
+
+
+def choose_rules(profile: str, changes: Mapping[str, bool | str]) -> dict[str, str]:
+    """Returns the rules that are on, in order, with their modes; raises `UsageError` for one that does not exist."""
+    known = {**{name: rule.modes for name, rule in RULES.items()}, BOILERPLATE: BOILERPLATE_MODES}
+    chosen = {name: mode or known[name][0] for rule in PROFILES[profile] for name, _, mode in [rule.partition(":")]}
+    for name, wanted in changes.items():
+        if name not in known:
+            raise UsageError(f"data.rules: there is no rule '{name}'", suggest(name, known))
+        off = wanted in (False, "off", "keep")
+        mode = known[name][0] if wanted is True or wanted == "on" else str(wanted)
+        if not off and mode not in known[name]:
+            modes = ", ".join((*known[name], "off"))
+            raise UsageError(f"data.rules.{name}: there is no mode '{mode}'", f"its modes are {modes}")
+        chosen.pop(name, None)
+        if not off:
+            chosen[name] = mode
+    return {name: chosen[name] for name in known if name in chosen}
+
+
+@dataclass
+class RuleReport:
+    """What one rule did: documents touched, characters removed, and a few places before and after."""
+
+    documents: int = 0
+    characters_removed: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, other: RuleReport) -> None:
+        """Adds what the rule did elsewhere."""
+        self.documents += other.documents
+        self.characters_removed += other.characters_removed
+        self.examples = [*self.examples, *other.examples][:MAX_EXAMPLES]
+
+
+@dataclass
+class CleaningReport:
+    """What cleaning did to a set of documents; `personal` counts the documents in which each kind was found.
+
+    `whole` is the report that this one will be added to, whose examples need no more.
+    """
+
+    rules: dict[str, RuleReport] = field(default_factory=dict)
+    pii: Counter[str] = field(default_factory=Counter)
+    whole: CleaningReport | None = None
+
+    def clean(self, text: str, rules: Mapping[str, str]) -> str:
+        """Returns the cleaned text and takes note of what each rule changed."""
+        for name, mode in rules.items():
+            if name == BOILERPLATE:
+                continue
+            if name == "pii":
+                self.pii.update({finding.kind for finding in find_pii(text)})
+            text = self.note(name, text, RULES[name].apply(text, mode))
+        return text
+
+    def note(self, name: str, before: str, after: str) -> str:
+        """Takes note of what a rule changed; returns `after`."""
+        if before != after:
+            report = self.rules.setdefault(name, RuleReport())
+            report.documents += 1
+            report.characters_removed += len(before) - len(after)
+            shown = self.whole.rules.get(name, report) if self.whole else report
+            if len(shown.examples) < MAX_EXAMPLES:
+                report.examples.append(_show_change(before, after))
+        return after
+
+    def add(self, other: CleaningReport) -> None:
+        """Adds what was done elsewhere."""
+        for name, rule in other.rules.items():
+            self.rules.setdefault(name, RuleReport()).add(rule)
+        self.pii.update(other.pii)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        return {"rules": {name: asdict(rule) for name, rule in self.rules.items()}, "pii": dict(self.pii)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CleaningReport:
+        """Returns the report that `to_json` wrote."""
+        rules = {name: RuleReport(**rule) for name, rule in values["rules"].items()}
+        return cls(rules, Counter(values["pii"]))
+
+
+def _show_change(before: str, after: str) -> dict[str, str]:
+    same, differs = 0, min(len(before), len(after)) + 1  # halved: comparing slices is much faster than characters
+    while differs - same > 1:
+        middle = (same + differs) // 2
+        same, differs = (middle, differs) if before[:middle] == after[:middle] else (same, middle)
+    start = max(0, same - EXAMPLE_WIDTH // 3)
+    return {"before": before[start : start + EXAMPLE_WIDTH], "after": after[start : start + EXAMPLE_WIDTH]}

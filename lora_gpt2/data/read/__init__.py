@@ -1,0 +1,1 @@
+"""From files, tables and data sets to documents, as they are."""

@@ -1,0 +1,204 @@
+"""What `data.sources` names: files, folders, globs, stdin, saved data sets and data sets of the hub.
+
+A source knows its kind and its fingerprint; `formats` reads it. Nothing is opened before it has proved to be a
+regular file, and the network is asked for `hf:` alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import re
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
+from lora_gpt2.core.fingerprint import hash_file
+from lora_gpt2.core.user_files import check_stdin
+from lora_gpt2.recipe import DataSettings
+
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".html": "html",
+    ".htm": "html",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+SHOWN = ", ".join(KINDS)
+DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub")
+HUB = "hf:"
+STDIN = "-"
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words that name a split, as `datasets` knows them; they stand alone in a file's name or in that of its folder."""
+ABOUT = ("readme", "license", "licence", "changelog", "notice", "citation")
+OUR_FILES = "adapter_config.json", "train.signatures.npy"  # folders with one are of a store, or text prepared already
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to read; `path` is a file or a saved data set's folder, and None for the hub."""
+
+    name: str
+    kind: str
+    path: Path | None
+
+    @property
+    def is_gzip(self) -> bool:
+        """True for a file that is unpacked while it is read."""
+        return self.path is not None and self.path.suffix.lower() == ".gz"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk; 0 for the hub."""
+        return sum(file.stat().st_size for file in self._files())
+
+    def fingerprint(self) -> list[str]:
+        """Returns what names the content: how it is read and a sha256 for each file, or the commit of a data set."""
+        if self.path is None:
+            from lora_gpt2.data.read.hub_dataset import find_commit
+
+            return [self.name, find_commit(self.name.removeprefix(HUB))]
+        kind = f"{self.kind}{'.gz' * self.is_gzip}"
+        return [kind, *(hash_file(file) for file in self._files())]
+
+    def _files(self) -> list[Path]:
+        if self.path is None:
+            return []
+        return sorted(p for p in self.path.rglob("*") if p.is_file()) if self.path.is_dir() else [self.path]
+
+
+def find_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
+    """Returns what some sources name, sorted within each; a folder gives every file in it that we can read.
+
+    Raises:
+        NotFoundError: a source names nothing.
+        UsageError: a source is empty, or stdin holds nothing, or never ends.
+        DataError: it is a device, a pipe, or of a kind that we do not read.
+    """
+    found: list[Source] = []
+    for spec in specs:
+        path = Path(spec)
+        if not spec.strip():  # Path("") is the current folder
+            raise UsageError("a source has no name", "name a file, a folder, a glob, - or hf:NAME; . is this folder")
+        if spec == STDIN:
+            found.append(_spool_stdin(settings.format))
+        elif spec.startswith(HUB):
+            found.append(Source(spec, "hub", None))
+        elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            found.append(Source(str(path), "saved", path))
+        elif path.is_dir():
+            found += _list_folder(path, settings)
+        elif path.exists():
+            found.append(_name_file(path, settings))
+        else:
+            found += _glob(spec, settings)
+    return found
+
+
+def find_splits(specs: Sequence[str], settings: DataSettings) -> dict[str, list[Source]]:
+    """Returns the sources of each split where their names say it: `train`, and `validation`, `test` or both.
+
+    That is so where every file is named for a split (`train.jsonl`, `dev/part-1.txt`), those about the data excepted
+    (README, LICENSE), and there is one to train on and one that is not. Else the result is empty.
+    """
+    sources = find_sources(specs, settings)
+    named = [(source, _find_split(source)) for source in sources if source.path is not None and source.kind != "saved"]
+    named = [(source, split) for source, split in named if split or not _is_about(source)]
+    splits: dict[str, list[Source]] = {name: [] for name in SPLIT_WORDS}
+    if len(named) < 2 or len(named) < sum(not _is_about(source) for source in sources) or not all(s for _, s in named):
+        return {}
+    for source, split in named:
+        splits[split].append(source)
+    return splits if splits["train"] and (splits["validation"] or splits["test"]) else {}
+
+
+def _find_split(source: Source) -> str:
+    """Returns the split that a file's name or its folder's names, the name first; "" if neither does."""
+    assert source.path is not None
+    for text in (source.path.name, source.path.parent.name):
+        words = re.split(r"[^a-z]+", text.lower())
+        found = [split for split, known in SPLIT_WORDS.items() if any(word in words for word in known)]
+        if len(found) == 1:
+            return found[0]
+    return ""
+
+
+def _is_about(source: Source) -> bool:
+    return source.path is not None and source.path.name.lower().startswith(ABOUT)
+
+
+def _find_kind(path: Path, settings: DataSettings) -> str | None:
+    """Returns how a file is read: as the settings say, or by its name, with or without .gz."""
+    inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return KINDS.get(inner.suffix.lower()) if settings.format == "auto" else settings.format
+
+
+def _name_file(path: Path, settings: DataSettings) -> Source:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(f"{path} is not a regular file", "write its content to a file, or pipe it in: --data -")
+    kind = _find_kind(path, settings)
+    if kind is None:
+        hint = f"read by name are {SHOWN}, also .gz; say what it is with --set data.format=text"
+        if path.suffix.lower() in DOCUMENTS:
+            hint = "convert it first: pdftotext file.pdf, or pandoc -t plain -o file.txt file.docx"
+        raise DataError(f"{path}: files of kind '{path.suffix}' are not read", hint)
+    return Source(str(path), kind, path)
+
+
+def _list_folder(folder: Path, settings: DataSettings) -> list[Source]:
+    paths = [path for path in sorted(folder.rglob("*")) if _find_kind(path, settings) and path.is_file()]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    paths = [path for path in paths if not any((path.parent / name).exists() for name in OUR_FILES)]
+    if not paths:
+        raise DataError(f"{folder} holds no {SHOWN} file", "name the files, or another folder")
+    return [_name_file(path, settings) for path in paths]
+
+
+def _glob(spec: str, settings: DataSettings) -> list[Source]:
+    path = Path(spec)
+    root = Path(path.anchor) if path.is_absolute() else Path()
+    pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else spec
+    paths: list[Path] = []
+    if any(c in spec for c in "*?["):
+        try:
+            paths = [p for p in sorted(root.glob(pattern)) if p.is_file() and _find_kind(p, settings)]
+        except ValueError as error:
+            raise DataError(f"'{spec}' is not a pattern: {error}", "** stands alone, as in texts/**/*.txt") from error
+    if not paths:
+        raise NotFoundError(f"there is no file, folder or match for '{spec}'", f"check the path; read are {SHOWN}")
+    return [_name_file(path, settings) for path in paths]
+
+
+@lru_cache(maxsize=1)
+def _spool_stdin(wanted: str) -> Source:
+    """Keeps stdin in a file until the process ends, because it is read twice: for its fingerprint and its text."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("there is nothing on stdin", "pipe text in, as in: cat my_text.txt | lora-gpt2 prepare -")
+    check_stdin()
+    folder = Path(tempfile.mkdtemp(prefix="lora-gpt2-stdin-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    head = sys.stdin.buffer.read(4096)
+    path = folder / ("stdin.gz" if head.startswith(b"\x1f\x8b") else "stdin")
+    with path.open("wb") as file:
+        piece = head
+        while piece:
+            file.write(piece)
+            piece = sys.stdin.buffer.read(1 << 20)
+    if wanted == "auto":
+        start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        kinds = {b"{": "jsonl", b"[": "json", b"<!doctype html": "html", b"<html": "html"}
+        wanted = next((kind for mark, kind in kinds.items() if start.startswith(mark)), "text")
+    return Source("<stdin>", wanted, path)

@@ -1,0 +1,118 @@
+"""The text that an adapter in the store was trained on, and what was held out of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import NotFoundError
+from lora_gpt2.data.inspect import list_documents
+from lora_gpt2.data.prepared import SKETCH, SPLITS, PreparedData, prepare_data
+from lora_gpt2.data.read.records import Document
+from lora_gpt2.data.text_sketch import TextSketch
+from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.evaluation.matrix import BASE, Cell, Source
+from lora_gpt2.model.locate import load_base_tokenizer
+from lora_gpt2.recipe import build_recipe
+from lora_gpt2.renamed_settings import upgrade_section
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.store.version import read_checked, read_manifest
+
+SAME_NATS = 1e-3
+COMPARED = ("documents", "profile", "protocol", "window", "stride", "dtype")
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """The version, its blocks, and its documents by split: `train`, `validation` and `test`."""
+
+    manifest: Manifest
+    prepared: PreparedData
+    tokenizer: Tokenizer
+    documents: dict[str, list[Document]]
+
+    @property
+    def test_files(self) -> list[list[str]]:
+        """What names the files that the test split is from, where it has some of its own."""
+        return list(self.prepared.report["test_files"]) or [["test split", self.prepared.fingerprint]]
+
+    @property
+    def held_out(self) -> list[Document]:
+        """The test split, or without one what training was validated on."""
+        return self.documents["test"] or self.documents["validation"]
+
+    @property
+    def is_same(self) -> bool:
+        """True if it is prepared exactly as it was for training; else it changed, or our version did."""
+        return self.prepared.fingerprint == self.manifest.data.get("fingerprint")
+
+
+def read_sketch(store: Store, reference: str) -> TextSketch | None:
+    """Returns what tells whether a text was trained on, or None where a version does not have it."""
+    with store.pin(reference) as folder:
+        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
+        return TextSketch.from_bytes(read_checked(folder, manifest, SKETCH)) if SKETCH in manifest.files else None
+
+
+def read_sketches(store: Store | None, references: Iterable[str]) -> dict[str, TextSketch]:
+    """Returns the sketches of those adapters that have one."""
+    found = {name: read_sketch(store, name) for name in references} if store is not None else {}
+    return {name: sketch for name, sketch in found.items() if sketch is not None}
+
+
+def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | None = None) -> OwnText:
+    """Returns the text of an adapter as training saw it, from the cache or prepared again; `base` for one that moved.
+
+    Raises `NotFoundError` where the version does not say what it was trained on, or its sources are no longer there.
+    """
+    manifest = store.read_manifest(reference)
+    sources = manifest.recipe.get("data", {}).get("sources")
+    if not sources:
+        raise NotFoundError(f"{manifest.reference} does not say which text it was trained on", "name a file instead")
+    tokenizer = load_base_tokenizer(base or manifest.base.name)
+    stored = upgrade_section("data", manifest.recipe["data"])
+    settings = build_recipe({"data": stored}, manifest.reference).data
+    try:
+        prepared = prepare_data(settings, tokenizer, reporter)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"the text of {manifest.reference} is not where it was: {error.message}",
+            "run this in the folder of training",
+        ) from error
+    found = {split: list_documents(prepared, split, tokenizer) for split in SPLITS}
+    own = OwnText(manifest, prepared, tokenizer, found)
+    if not own.is_same:
+        reporter.message(f"the text of {manifest.reference} is not prepared as it was: it was changed, or our version")
+    return own
+
+
+def list_differences(
+    store: Store, references: Sequence[str], sources: Sequence[Source], cells: Sequence[Cell], how: Mapping[str, Any]
+) -> list[str]:
+    """Returns a line for each adapter whose figure on its own test text is not the one that training stored, and why.
+
+    `how` has protocol, window, stride and dtype of the cells.
+    """
+    lines = []
+    for source in sources:
+        for reference in references:
+            manifest = store.read_manifest(reference) if reference != BASE else None
+            stored = manifest.figures.get("test_perplexity") if manifest else None
+            then = manifest.figures.get("test") if manifest else None
+            if not stored or not isinstance(then, dict) or not source.files or manifest is None:
+                continue
+            own = then.get("files") or [["test split", manifest.data.get("fingerprint")]]
+            cell = next(c for c in cells if c.source == source.label and c.adapter == reference)
+            nats = cell.score.nll_nats_per_token - math.log(stored)
+            if list(map(list, source.files)) == own and not abs(nats) <= SAME_NATS:
+                now = {**how, "profile": source.profile, "documents": len(source.documents)}
+                changed = [f"{k} {then[k]} then, {now[k]} now" for k in COMPARED if then.get(k) != now.get(k)]
+                lines.append(
+                    f"{manifest.reference} on {source.label}: perplexity {cell.score.perplexity:.2f} here, "
+                    f"{stored:.2f} when it was trained ({'; '.join(changed) or 'rounding, or another version'})"
+                )
+    return lines

@@ -1,0 +1,206 @@
+"""Writes adapters into the base: a plain GPT-2 in safetensors that any tool loads, proved before it appears.
+
+The sum is made in float32 from the base's own file, never from a quantised or once-merged copy, and each projection
+is rounded once to the dtype that is asked for. What is written is loaded again and compared with the unmerged
+computation, logits and perplexity, before the folder takes its name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, ResourceError
+from lora_gpt2.core.files import rename_path, sync_tree, temporary_dir, wrap_os_errors
+from lora_gpt2.evaluation.general import add_general
+from lora_gpt2.evaluation.held_out import read_sketches
+from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
+from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix
+from lora_gpt2.merging.checks import check_effect, check_exact
+from lora_gpt2.merging.combine import Parents, check_deltas, open_parents, unmerged_rows
+from lora_gpt2.merging.gguf import check_gguf, write_gguf
+from lora_gpt2.model.base import TRANSPOSED, list_weight_files, load_base, read_stored_dtype
+from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.locate import read_config
+from lora_gpt2.model.merge import combine_site, scale_weights
+from lora_gpt2.model.probe import compute_logits, measure_difference
+from lora_gpt2.model.quantize import QuantizedLinear
+from lora_gpt2.model.runtime import DTYPES
+from lora_gpt2.recipe import EvaluateSettings, MergeSettings
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+GGUF = "model.gguf"
+
+
+@dataclass(frozen=True)
+class MergedBaseReport:
+    """A merged base and its proof; `cells` has the base, the mix before and the merged base on each text."""
+
+    method: str
+    path: str
+    dtype: str
+    size_bytes: int
+    files: list[str]
+    max_logit_difference: float
+    effect: float
+    cells: list[Cell]
+
+
+def merge_into_base(
+    session: Session,
+    mix: Mix,
+    out: Path,
+    how: MergeSettings,
+    sources: Sequence[Source],
+    settings: EvaluateSettings,
+    reporter: Reporter,
+) -> MergedBaseReport:
+    """Writes base + mix to the new folder `out` and returns what was measured.
+
+    Raises:
+        UsageError: see `merge_adapters`.
+        ConflictError: `out` exists.
+        CheckFailed: what was written does not compute what it should; `out` is not there.
+    """
+    if out.exists():
+        raise ConflictError(f"{out} exists", "choose a new folder, or remove it first")
+    base = session.base
+    if any(isinstance(module, QuantizedLinear) for module in base.model.modules()):
+        raise MismatchError(f"'{base.name}' is quantised", "merge onto the 16- or 32-bit base: no train.quantize here")
+    if how.gguf:
+        check_gguf(base.config)
+    parents = open_parents(session, mix)
+    dtype = read_stored_dtype(base.folder) if how.dtype == "auto" else DTYPES[how.dtype]
+    state = build_state(session, parents, how, dtype)
+    unmerged = unmerged_rows(session, parents, how)
+    reference = compute_logits(base, unmerged)
+    with wrap_os_errors(f"write {out}"), temporary_dir(out.absolute().parent, out.name) as work:
+        _write_folder(work, session, parents, state, dtype, how)
+        if how.gguf:
+            write_gguf(work / GGUF, state, base)
+        check_written(work, state)
+        del state
+        written = load_base(str(work), base.runtime)
+        found, plain, what = compute_logits(written), compute_logits(base), f"the base merged with {describe_mix(mix)}"
+        difference, effect = measure_difference(reference, found), measure_difference(plain, found)
+        check_effect(difference, effect, plain, what)
+        if difference >= effect:
+            raise CheckFailed(f"{what} loses its effect in {dtype}", "use --set merge.dtype=float32")
+        if dtype == torch.float32 and base.runtime.dtype == torch.float32:
+            check_exact(difference, reference, what)
+        singles = {name: session.for_rows(((name, 1.0),)) for name, _ in mix}
+        rows = {BASE: session.for_rows(()), **singles, describe_mix(mix): unmerged}
+        texts = add_general(sources)
+        known = read_sketches(session.store, [name for name, _ in mix])
+        before = measure_matrix(base, rows, texts, settings, reporter, sketches=known)
+        after = measure_matrix(written, {"(merge)": lambda rows: None}, texts, settings, reporter)
+        card = _build_card(session, parents, how, difference, [*before, *after])
+        (work / "README.md").write_text(card, encoding="utf-8", newline="\n")
+        sync_tree(work)
+        rename_path(work, out)
+    files = sorted(path.name for path in out.iterdir())
+    size = sum((out / name).stat().st_size for name in files if name.endswith(".safetensors"))
+    name = str(dtype).removeprefix("torch.")
+    return MergedBaseReport(how.method, str(out), name, size, files, difference, effect, [*before, *after])
+
+
+def check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Raises `CheckFailed` unless the folder's files hold exactly these tensors."""
+    found = {key: tensor for file in list_weight_files(folder) for key, tensor in load_file(file).items()}
+    if set(found) != set(state) or not all(torch.equal(found[key], tensor) for key, tensor in state.items()):
+        raise CheckFailed(f"{folder} does not hold what was written", "check the disk; nothing was kept")
+
+
+def build_state(session: Session, parents: Parents, how: MergeSettings, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns the merged base's tensors on the CPU under Hugging Face's names, projections as `Conv1D` has them."""
+    check_deltas(parents, how)
+    factors = scale_weights(parents.weights, how)
+    adapted = {site for adapter in parents.adapters for site in adapter.updates}
+    tensors = session.base.model.state_dict()
+    if HEAD in adapted:  # which ends where the token embeddings stay
+        tensors.setdefault(f"{HEAD}.weight", tensors["wte.weight"])
+    state = {}
+    for key in list(tensors):
+        tensor = tensors.pop(key).detach().to("cpu", torch.float32)
+        site = key.removesuffix(".weight")
+        if key.endswith(".weight") and site in adapted:
+            tensor = tensor + combine_site(parents.adapters, factors, how, site)
+        if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
+            raise CorruptError(f"{key} of the merged base does not fit {dtype}", "use --set merge.dtype=float32")
+        tensor = tensor.mT if key.endswith(TRANSPOSED) else tensor
+        state[key if site == HEAD else f"transformer.{key}"] = tensor.to(dtype).contiguous()
+    return state
+
+
+def _write_folder(
+    folder: Path,
+    session: Session,
+    parents: Parents,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    how: MergeSettings,
+) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    source = session.base.folder
+    try:
+        save_torch_state_dict(dict(state), folder, max_shard_size=how.max_shard_bytes, metadata={"format": "pt"})
+    except SafetensorError as error:  # it wraps the system's errors in text
+        raise ResourceError(f"cannot write {folder}: {error}", "free some space, or choose another disk") from error
+    config: dict[str, Any] = read_config(source) | {"architectures": ["GPT2LMHeadModel"]}
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["tie_word_embeddings"] = f"{HEAD}.weight" not in state
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _build_card(
+    session: Session, parents: Parents, how: MergeSettings, difference: float, cells: Sequence[Cell]
+) -> str:
+    base = session.base
+    made = "\n".join(
+        f"- `{manifest.reference}` at {weight:g} (sha256 of its weights `{manifest.digest[:16]}`)"
+        for manifest, weight in zip(parents.manifests, parents.weights, strict=True)
+    )
+    rows = "\n".join(f"| {cell.adapter} | {cell.source} | {cell.score.perplexity:.3f} |" for cell in cells)
+    return f"""---
+base_model: {base.name}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, lora-gpt2]
+---
+# A merged GPT-2
+
+`{base.name}` (fingerprint `{base.fingerprint}`) with these adapters written into its weights by lora-gpt2, method
+{how.method}:
+
+{made}
+
+Largest difference of its logits from the unmerged computation: {difference:.2e}.
+
+| computed | text | perplexity |
+|---|---|---|
+{rows}
+
+It states false things fluently, carries the bias of its text, and may repeat passages of it.
+"""

@@ -1,0 +1,198 @@
+"""What people's answers say: who is preferred, how surely, how far raters agree, and how many more would settle it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, draw_counts, find_interval
+from lora_gpt2.rating.agreement import (
+    count_missing,
+    count_wins,
+    fit_bradley_terry,
+    measure_alpha,
+)
+from lora_gpt2.rating.choices import Choice
+from lora_gpt2.rating.rounds import Answer, Round
+
+VALUES = {"first": 1.0, "second": 0.0, "tie": 0.5}
+ROUNDS = 300
+
+
+def summarize_round(made: Round, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Returns ranking, agreement and what is missing; the keys are those of `rate --json`."""
+    report: dict[str, Any] = {
+        "mode": made.mode,
+        "criteria": list(made.criteria),
+        "raters": sorted({a.rater for a in answers}),
+        "tasks": len(made.tasks),
+        "answers": len(answers),
+        "agreement": measure_agreement(made, answers),
+    }
+    rank = _rank_pairs if made.mode == "pairwise" else _rank_scales
+    report["ranking"] = rank(made, answers)
+    report["by_criterion"] = {c: rank(made, [a for a in answers if a.criterion == c]) for c in made.criteria}
+    report["missing"] = find_missing(made, answers)
+    return report
+
+
+def rank_votes(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Returns the ranking of models by blind choices, with the keys of `summarize_round`.
+
+    Who was chosen is preferred to each other model of the same page; a choice is one draw of the bootstrap.
+    """
+    bases = {choice.base for choice in choices}
+
+    def label(choice: Choice, model: str) -> str:
+        return model if len(bases) == 1 else f"{model} on {choice.base}"
+
+    names = sorted({label(choice, model) for choice in choices for model in choice.models})
+    outcomes: list[dict[tuple[int, int], list[float]]] = []
+    for choice in choices:
+        best = names.index(label(choice, choice.chosen))
+        others = [names.index(label(choice, other)) for other in choice.models if other != choice.chosen]
+        outcomes.append({(best, other): [1.0] for other in others})
+    missing = []
+    for (first, a), (second, b) in combinations(enumerate(names), 2):
+        values = [1.0 for found in outcomes if (first, second) in found]
+        values += [0.0 for found in outcomes if (second, first) in found]
+        missing.append(_describe_pair(a, b, values))
+    return {
+        "mode": "pairwise",
+        "criteria": ["best"],
+        "raters": ["the web page"],
+        "tasks": len(choices),
+        "answers": len(choices),
+        "agreement": {},
+        "ranking": _rank_wins(names, outcomes),
+        "by_criterion": {},
+        "missing": missing,
+    }
+
+
+def measure_agreement(made: Round, answers: Sequence[Answer]) -> dict[str, float | None]:
+    """Returns Krippendorff's alpha for each criterion and over all: nominal for pairs, ordinal for 1 to 5.
+
+    Of every other task the sides are turned round: if one adapter were always named first, and were the better, chance
+    alone would seem to agree.
+    """
+    units: dict[tuple[int, str], list[float]] = {}
+    for answer in answers:
+        value = _to_number(answer)
+        value = 1 - value if made.mode == "pairwise" and answer.task % 2 else value
+        units.setdefault((answer.task, answer.criterion), []).append(value)
+    metric: Literal["nominal", "ordinal"] = "nominal" if made.mode == "pairwise" else "ordinal"
+    found = {c: measure_alpha([v for (_, name), v in units.items() if name == c], metric) for c in made.criteria}
+    return {**found, "overall": measure_alpha(list(units.values()), metric)}
+
+
+def _to_number(answer: Answer) -> float:
+    """Returns 1 for the first of a pair, 0 for the second, or the mark."""
+    return VALUES[answer.value] if isinstance(answer.value, str) else float(answer.value)
+
+
+def _collect(made: Round, answers: Sequence[Answer]) -> dict[int, list[float]]:
+    """Returns for each task its judgements, the mean over the criteria of each rater: 1 is the first adapter."""
+    judged: dict[tuple[int, str], list[float]] = {}
+    for answer in answers:
+        judged.setdefault((answer.task, answer.rater), []).append(_to_number(answer))
+    found: dict[int, list[float]] = {}
+    for (task, _), values in judged.items():
+        found.setdefault(task, []).append(float(np.mean(values)))
+    return found
+
+
+def _rank_pairs(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over tasks."""
+    tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
+    place = {name: index for index, name in enumerate(made.adapters)}
+    outcomes = [{(place[tasks[t].adapters[0]], place[tasks[t].adapters[1]]): values} for t, values in judged.items()]
+    return _rank_wins(made.adapters, outcomes)
+
+
+def _rank_wins(
+    names: Sequence[str], outcomes: Sequence[Mapping[tuple[int, int], Sequence[float]]]
+) -> list[dict[str, Any]]:
+    """Returns names by strength from the outcomes of each task, by the places of two names."""
+    number = len(names)
+    table = np.array([count_wins(found, number) for found in outcomes]).reshape(-1, number, number)
+    wins = table.sum(axis=0)
+    strengths = fit_bradley_terry(wins)
+    draws = draw_counts(len(table), ROUNDS) if is_varied(table) else np.zeros((0, len(table)))
+    resampled = [fit_bradley_terry(np.tensordot(counts, table, axes=1)) for counts in draws]
+    rows = []
+    for index, name in enumerate(names):
+        games = wins[index].sum() + wins[:, index].sum()
+        rows.append(
+            {
+                "adapter": name,
+                "strength": float(strengths[index]),
+                "interval": find_interval([s[index] for s in resampled]) if resampled else None,
+                "preferred": float(wins[index].sum() / games) if games else None,
+                "judgements": round(float(games)),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["strength"])
+
+
+def is_varied(values: np.ndarray) -> bool:
+    """True if a bootstrap over tasks says something: there are some, and not all the same."""
+    return len(values) >= MIN_DOCUMENTS and bool((values != values[:1]).any())
+
+
+def _rank_scales(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Returns the adapters by their mean, with intervals from a bootstrap over tasks."""
+    tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
+    rows: list[dict[str, Any]] = []
+    for name in made.adapters:
+        means = np.array([np.mean(v) for t, v in judged.items() if tasks[t].adapters[0] == name])
+        draws = draw_counts(len(means), ROUNDS) @ means / len(means) if is_varied(means) else None
+        rows.append(
+            {
+                "adapter": name,
+                "mean": float(means.mean()) if len(means) else None,
+                "interval": find_interval(draws) if draws is not None else None,
+                "judgements": sum(len(v) for t, v in judged.items() if tasks[t].adapters[0] == name),
+            }
+        )
+    return sorted(rows, key=lambda row: -(row["mean"] or 0.0))
+
+
+def find_missing(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Returns for each two adapters how often the first is preferred, and about how many more ratings would settle it.
+
+    A rating is the mean of all raters on one task: raters of one text are not independent of each other. On a scale,
+    two texts of one prompt are compared that the same rater has judged.
+    """
+    rows = []
+    for a, b in combinations(made.adapters, 2):
+        outcomes = _compare(made, answers, a, b)
+        rows.append(_describe_pair(a, b, outcomes))
+    return rows
+
+
+def _describe_pair(a: str, b: str, outcomes: Sequence[float]) -> dict[str, Any]:
+    share = float(np.mean(outcomes)) if outcomes else None
+    return {"a": a, "b": b, "ratings": len(outcomes), "a_preferred": share, "more": count_missing(outcomes)}
+
+
+def _compare(made: Round, answers: Sequence[Answer], a: str, b: str) -> list[float]:
+    tasks = {task.number: task for task in made.tasks}
+    if made.mode == "pairwise":
+        judged = _collect(made, answers)
+        return [float(np.mean(values)) for t, values in judged.items() if tasks[t].adapters == (a, b)]
+    given: dict[tuple[str, str], Mapping[str, list[float]]] = {}
+    for answer in answers:
+        task = tasks[answer.task]
+        marks = given.setdefault((answer.rater, task.prompt), {a: [], b: []})
+        if task.adapters[0] in marks:
+            marks[task.adapters[0]].append(float(answer.value))
+    found: dict[str, list[float]] = {}
+    for (_, prompt), marks in given.items():
+        if marks[a] and marks[b]:
+            outcome = 0.5 + 0.5 * float(np.sign(np.mean(marks[a]) - np.mean(marks[b])))
+            found.setdefault(prompt, []).append(outcome)
+    return [float(np.mean(outcomes)) for outcomes in found.values()]

@@ -1,0 +1,84 @@
+"""What stands before every route: the Host that was asked, the key, and headers that keep a browser in its place.
+
+A name in Host that is not ours is how a web page reaches a server on this machine (DNS rebinding, CVE-2024-28224), so
+only IP addresses, `localhost` and the hosts given at the start are answered. A body must be `application/json`, which
+a page of another origin cannot send without asking first; nothing allows it to unless CORS was turned on.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ipaddress
+from collections.abc import Collection
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lora_gpt2.serving.protocol import ApiError
+
+SAFE_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'"),
+)
+
+
+class AccessMiddleware:
+    """Checks Host and key, adds headers; an ASGI application around another.
+
+    Args:
+        app: what is guarded.
+        hosts: names, besides `localhost` and IP addresses, that the server is asked under.
+        key: what a client must send, as a bearer token or as the password of basic authentication; None for nothing.
+        admin_key: opens everything as well.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str], key: str | None, admin_key: str | None) -> None:
+        self.app, self.hosts = app, {"localhost", *(host.lower() for host in hosts)}
+        self.keys = [each for each in (key, admin_key) if each] if key else []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers 403 or 401, or lets a request through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_safe(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *SAFE_HEADERS]
+            await send(message)
+
+        headers = Headers(scope=scope)
+        answer: ASGIApp = self.app
+        if not self._is_known(headers.get("host", "")):
+            error = ApiError(403, "this host is not served; start with --allow-host NAME", None, "host_not_allowed")
+            answer = JSONResponse(error.to_json(), 403)
+        elif self.keys and not any(has_key(headers, key) for key in self.keys):
+            error = ApiError(401, "a key is needed: Authorization: Bearer KEY", None, "invalid_api_key")
+            answer = JSONResponse(error.to_json(), 401, {"WWW-Authenticate": 'Basic realm="lora-gpt2"'})
+        await answer(scope, receive, send_safe)
+
+    def _is_known(self, host: str) -> bool:
+        before, _, port = host.rpartition(":")
+        name = before if port.isascii() and port.isdecimal() else host
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name.lower() in self.hosts
+        return True
+
+
+def has_key(headers: Headers, key: str) -> bool:
+    """True if a request carries the key; compared in constant time."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            value = base64.b64decode(value, validate=True).decode(errors="replace").partition(":")[2]
+        except (binascii.Error, ValueError):
+            return False
+    elif scheme.lower() != "bearer":
+        return False
+    return hmac.compare_digest(value.strip().encode(), key.encode())

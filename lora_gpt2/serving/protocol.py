@@ -1,0 +1,358 @@
+"""The completions API on the wire: a request's body becomes rows, rows become OpenAI's JSON.
+
+Names and shapes are those of OpenAI's `/v1/completions`; what GPT-2 adds (`top_k`, `min_p`, `repetition_penalty`,
+`no_repeat_ngram_size`, `num_beams`, `length_penalty`, `watermark`, `truncate`, and `provenance` in the answer) goes
+through the official client as `extra_body`. Parameters that a request leaves out are those of the server's recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError, UsageError
+from lora_gpt2.core.names import is_name
+from lora_gpt2.core.suggest import suggest
+from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.inference.engine import Row, TokenLogprobs
+from lora_gpt2.inference.generate import keep_tokens
+from lora_gpt2.inference.session import BASE, Loaded, Mix, Session, parse_mix
+from lora_gpt2.recipe import GenerateSettings, ServeSettings
+
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "logit_bias",
+    "num_beams",
+    "length_penalty",
+    "watermark",
+)
+LOG = logging.getLogger("lora_gpt2.serving")
+PATH = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s'\";,()]+)+")
+"""An absolute path inside a message."""
+MAX_SEED = 2**63 - 1
+MAX_MIX = 8
+
+
+class ApiError(Exception):
+    """An answer that is no success: status, and the fields of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the body."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        message = self.message.encode("utf-8", "replace").decode()  # a name on disk may be no Unicode
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
+    """Returns the answer to one of our errors; paths of this machine are in the log alone."""
+    whole = f"{error.message}; {error.hint}"
+    text = PATH.sub(lambda match: re.split(r"[/\\]", match[0])[-1], whole)
+    if text != whole:
+        LOG.warning("%s", whole)
+    if isinstance(error, NotFoundError):
+        return ApiError(404, text, param, "model_not_found")
+    if isinstance(error, IntegrityError):
+        return ApiError(503, text, param, "adapter_unusable")
+    return ApiError(400 if error.exit_code in (2, 3) else 503, text, param)
+
+
+class CompletionBody(BaseModel):
+    """The body of a completions request; numbers are numbers, not texts or truth values."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(min_length=1, max_length=2000)
+    prompt: Any = ""
+    max_tokens: int | None = Field(None, ge=0, le=1024)
+    n: int = Field(1, ge=1)
+    best_of: int | None = None
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    suffix: str | None = None
+    user: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    logit_bias: dict[str, float] | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    watermark: bool | None = None
+    truncate: Literal["left"] | None = None
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """Returns a JSON object; raises `ApiError` for anything else, keys given twice, NaN, and lone surrogates."""
+    try:
+        text = content.decode(json.detect_encoding(content))
+        values = json.loads(text, object_pairs_hook=_refuse_twice, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not JSON in UTF-8: byte {error.start} is wrong") from error
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    if "\\u" in text:  # an escape may be half of a surrogate pair, which no answer could repeat
+        _refuse_halves(values)
+    return values
+
+
+def _refuse_halves(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            name = key.encode("utf-8", "replace").decode()
+            raise ApiError(400, f"{name}: half of a surrogate pair is no character", name) from error
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is given twice")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def parse_body(content: bytes) -> CompletionBody:
+    """Returns a completions request; raises `ApiError` that names the parameter and what it may be."""
+    values = parse_json(content)
+    try:
+        body = CompletionBody.model_validate(values)
+    except ValidationError as error:
+        raise _describe_invalid(error) from error
+    if body.best_of not in (None, body.n):
+        raise ApiError(400, "best_of is not supported, except as n", "best_of")
+    if body.suffix:
+        raise ApiError(400, "suffix is not supported: GPT-2 continues text", "suffix")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is for streams", "stream_options")
+    return body
+
+
+def _describe_invalid(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return ApiError(400, reason)
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"there is no parameter '{name}'; {suggest(name, CompletionBody.model_fields)}", name)
+    return ApiError(400, f"{name}: {reason}, found {json.dumps(first['input'])[:100]}", name)
+
+
+def build_settings(body: CompletionBody, defaults: GenerateSettings) -> GenerateSettings:
+    """Returns how a request is continued; raises `ApiError` for a value outside its bounds."""
+    values = {key: getattr(body, key) for key in SAMPLING if getattr(body, key) is not None}
+    if body.max_tokens is not None:
+        values["max_new_tokens"] = max(1, body.max_tokens)
+    if body.stop is not None:
+        values["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    values["logprobs"] = 0 if body.logprobs is None else max(1, body.logprobs)
+    try:
+        return GenerateSettings.model_validate({**defaults.model_dump(), **values})
+    except ValidationError as error:
+        raise _describe_invalid(error) from error
+
+
+def list_prompts(prompt: Any) -> list[str | list[int]]:
+    """Returns the prompts of a request, each a text or token ids; raises `ApiError` if they are neither."""
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_id, prompt))):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(item, str) for item in prompt):
+            return list(prompt)
+        if all(isinstance(item, list) and item and all(map(_is_id, item)) for item in prompt):
+            return list(prompt)
+    raise ApiError(400, "prompt is a text, a list of texts, or of token ids", "prompt")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def parse_model(model: str, session: Session) -> Mix:
+    """Returns the mix that `model` names, held to versions: an adapter, `name@version`, `a:0.6+b:0.4`, or the base.
+
+    Raises `ApiError` 404 for a name without adapter.
+    """
+    names = model.split("+")
+    if len(names) > MAX_MIX:
+        raise ApiError(400, f"a mix of {len(names)} adapters, at most {MAX_MIX} are allowed", "model")
+    is_own = model == session.base.name and not (session.store and is_name(model) and session.store.has_adapter(model))
+    with _model_errors():
+        return session.resolve(() if model == BASE or is_own else parse_mix(names))
+
+
+def read_model(model: str, session: Session) -> tuple[Mix, dict[str, Loaded]]:
+    """Returns the mix that `model` names and its adapters, read and checked; raises `ApiError` 404 or 503."""
+    mix = parse_model(model, session)
+    with _model_errors():
+        return mix, {name: session.read(name) for name, _ in mix}
+
+
+@contextmanager
+def _model_errors() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:  # what cannot be a name is none
+        raise ApiError(404, f"{error.message}; {error.hint}", "model", "model_not_found") from error
+    except LoraGpt2Error as error:
+        raise translate_error(error, "model") from error
+
+
+def build_rows(
+    body: CompletionBody, session: Session, defaults: GenerateSettings, limits: ServeSettings, seed: int
+) -> list[Row]:
+    """Returns a row for each prompt and each of its `n` continuations, with the adapters they need read from disk.
+
+    The k-th continuation of a prompt draws with `seed` + k. Raises `ApiError`.
+    """
+    settings, prompts = build_settings(body, defaults), list_prompts(body.prompt)
+    if len(prompts) * body.n > limits.max_choices:
+        raise ApiError(400, f"{len(prompts)} prompts times n={body.n} are more than {limits.max_choices}", "n")
+    if settings.num_beams > 1 and (body.n > 1 or len(prompts) * settings.num_beams > limits.max_choices):
+        text = f"beam search gives one choice, and prompts times num_beams are at most {limits.max_choices}"
+        raise ApiError(400, text, "num_beams")
+    mix, loaded = read_model(body.model, session)
+    rows: list[Row] = []
+    for prompt in prompts:
+        ids, budget = _fit_prompt(prompt, body, session, settings)
+        for choice in range(body.n):
+            row_seed = (seed + choice) % (MAX_SEED + 1)
+            scores = body.echo and body.logprobs is not None
+            tokenizer = session.base.tokenizer
+            rows.append(Row(len(rows), mix, ids, budget, settings, row_seed, tokenizer, loaded, scores))
+    return rows
+
+
+def _fit_prompt(
+    prompt: str | list[int], body: CompletionBody, session: Session, settings: GenerateSettings
+) -> tuple[list[int], int]:
+    """Returns a prompt's token ids and how many tokens may follow."""
+    tokenizer, context = session.base.tokenizer, session.base.config.context
+    if isinstance(prompt, str):
+        try:
+            ids = tokenizer.encode(prompt)
+        except LoraGpt2Error as error:
+            raise ApiError(400, f"{error.message}; {error.hint}", "prompt") from error
+    else:
+        ids = prompt
+        if max(ids) >= tokenizer.vocab_size:
+            raise ApiError(400, f"token ids are below {tokenizer.vocab_size}", "prompt")
+    ids = ids or [tokenizer.eos_id]
+    wanted = 0 if body.max_tokens == 0 else settings.max_new_tokens
+    if body.truncate and len(ids) + wanted > context:
+        ids = ids[-min(len(ids), keep_tokens(context, settings)) :]
+    asked = wanted if body.max_tokens is not None else 1
+    if len(ids) + asked > context and not body.truncate:
+        raise ApiError(
+            400,
+            f"the prompt has {len(ids)} tokens and {asked} are to follow; the context is {context}. "
+            "Shorten it, lower max_tokens, or send truncate='left'",
+            "prompt",
+            "context_length_exceeded",
+        )
+    return ids, min(wanted, context - len(ids))
+
+
+class Choice:
+    """One continuation on its way to a client: knows what was sent already."""
+
+    def __init__(self, row: Row, body: CompletionBody) -> None:
+        self.row, self.body, self.index = row, body, row.index
+        self._is_first, self._num_sent = True, 0
+        self._offset, self._stream = 0, TextStream(row.tokenizer)
+
+    def to_json(self, text: str, num_logprobs: int, is_end: bool) -> dict[str, Any]:
+        """Returns what is new, as an element of `choices`; the first one begins with the echoed prompt.
+
+        `num_logprobs` of the row's log-probabilities belong to the text so far; the worker may have added others.
+        """
+        row, logprobs, echoes = self.row, None, self.body.echo and self._is_first
+        self._is_first = False
+        if self.body.logprobs is not None:
+            prompt: list[int | TokenLogprobs] = [row.prompt_ids[0], *row.prompt_logprobs] if echoes else []
+            fresh = row.logprobs[self._num_sent : num_logprobs]
+            self._num_sent = num_logprobs
+            logprobs = self._describe([*prompt, *fresh], self.body.logprobs)
+        return {
+            "index": self.index,
+            "text": (row.tokenizer.decode(row.prompt_ids) if echoes else "") + text,
+            "logprobs": logprobs,
+            "finish_reason": row.finish_reason if is_end else None,
+        }
+
+    def _describe(self, items: Sequence[int | TokenLogprobs], count: int) -> dict[str, Any]:
+        """Returns tokens as OpenAI does; the prompt's first is an id alone, for it has no log-probability."""
+        tokenizer = self.row.tokenizer
+        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for item in items:
+            token, logprob, top = (item, None, ()) if isinstance(item, int) else (item.token, item.logprob, item.top)
+            found["tokens"].append(show_token(token, tokenizer))
+            found["token_logprobs"].append(logprob)
+            shown = {show_token(other, tokenizer): value for other, value in top[:count]}
+            found["top_logprobs"].append(shown or None)
+            found["text_offset"].append(self._offset)
+            self._offset += len(self._stream.push(token))
+        return found | ({} if count else {"top_logprobs": None})
+
+
+def show_token(token: int, tokenizer: Tokenizer) -> str:
+    """Returns a token's text; one that is part of a character as `bytes:\\xe2\\x82`, as OpenAI does."""
+    if token == tokenizer.eos_id:
+        return "<|endoftext|>"
+    content = tokenizer.token_bytes[token]
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+def build_usage(rows: Sequence[Row], num_choices: int) -> dict[str, int]:
+    """Returns token counts: each prompt once, every continuation."""
+    prompt = sum(len(row.prompt_ids) for row in rows[::num_choices])
+    written = sum(len(row.new_ids) for row in rows)
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+
+def build_answer(
+    identifier: str, created: int, model: str, choices: Sequence[Mapping[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """Returns a `text_completion` object, whole or a piece of a stream."""
+    return {
+        "id": identifier,
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": list(choices),
+        **more,
+    }

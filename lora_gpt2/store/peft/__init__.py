@@ -1,0 +1,1 @@
+"""PEFT's adapter format and the formats that become it; imports torch."""

@@ -1,0 +1,73 @@
+"""What a training curve says in a sentence, and what an adapter forgot; and when there is too little to tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_gpt2.data.prepared import FEW_VALIDATION_TOKENS
+from lora_gpt2.evaluation.bootstrap import find_interval, resample_ratio
+from lora_gpt2.evaluation.perplexity import Score
+
+RISE = 0.02
+STILL_FALLING = 0.005
+LITTLE, MUCH = 0.1, 0.3
+"""Nats per token of general English: 0.1 is 11 % of perplexity, 0.3 is 35 %."""
+
+
+def diagnose_curve(records: Sequence[dict[str, Any]], num_steps: int, passes: float, validation_tokens: int) -> str:
+    """Returns whether a run over-fitted, stopped too early, or ended where it should, and what to do about it.
+
+    `records` are those of the metrics file, `passes` how often the training text was seen. A rise of validation loss
+    by 0.02 nats (2 % of perplexity) after its best counts, unless training loss rose too; a fall by 0.005 nats in the
+    last interval counts as unfinished. Below one pass, or 2,000 tokens of validation text, nothing is claimed.
+    """
+    points = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
+    if validation_tokens < FEW_VALIDATION_TOKENS:
+        return f"too little to judge: {validation_tokens:,} tokens of validation text, under {FEW_VALIDATION_TOKENS:,}"
+    if len(points) < 3:
+        return "too little to judge: fewer than three validations"
+    best_step, best = min(points, key=lambda point: point[1])
+    last_step, last = points[-1]
+    stopped = f" (stopped early, of {num_steps})" if last_step < num_steps else ""
+    if last - best >= RISE:
+        fell = _mean_loss(records, points[-2][0], last_step) < _mean_loss(records, 0, best_step)
+        why = "while training fell: more data or fewer steps" if fell else "with training: a smaller learning rate"
+        return f"best at step {best_step}{stopped}; after it validation rose by {_percent(last - best)} {why}"
+    if best_step == last_step and points[-2][1] - last >= STILL_FALLING and not stopped:
+        return f"still improving at step {last_step}: more steps would help"
+    if passes < 1:
+        return f"too little to judge: the text was seen {passes:.2f} times; validation is no longer falling"
+    return f"best at step {best_step}{stopped}; the curve is flat after it: about the right length"
+
+
+def diagnose_forgetting(base: Score, adapted: Score) -> str:
+    """Returns what became of general English under an adapter, in nats per token with its 95 % interval.
+
+    The interval is from a bootstrap over the passages, with the same draws for both.
+    """
+    change = adapted.nll_nats_per_token - base.nll_nats_per_token
+    shown = f"general English {base.perplexity:.1f} -> {adapted.perplexity:.1f}"
+    if not math.isfinite(change):
+        return f"{shown}: it is not predicted any more"
+    nats, tokens = np.stack([base.per_document[0], adapted.per_document[0]]), base.per_document[1]
+    interval = ""
+    if nats.shape[1] > 1:
+        means = resample_ratio(nats, tokens)
+        low, high = find_interval(means[:, 1] - means[:, 0])
+        interval = f", {low:+.3f} to {high:+.3f}"
+    much = "little" if change < LITTLE else "some of it" if change < MUCH else "much"
+    hint = "" if change < LITTLE else "; fewer steps, a smaller learning rate or rank keep more"
+    return f"{shown} ({change:+.3f} nats per token{interval}): {much} is forgotten{hint}"
+
+
+def _mean_loss(records: Sequence[dict[str, Any]], after: int, until: int) -> float:
+    losses = [r["loss"] for r in records if after < r["step"] <= until and r["loss"] is not None]
+    return sum(losses) / len(losses) if losses else math.inf
+
+
+def _percent(nats: float) -> str:
+    return f"{100 * math.expm1(nats):.0f} %"

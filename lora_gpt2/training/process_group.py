@@ -1,0 +1,66 @@
+"""The processes that train together, one per device: `accelerate launch -m lora_gpt2 train …`, or torchrun.
+
+Each takes its share of the rows of every step; the adapters' gradients are summed as one flat buffer, which is small,
+so nothing else needs to be split. The first process alone validates, writes and speaks. A process on its own is a
+world of one, and nothing is imported for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """This process's place among `size` of them, and the device it was given (None: choose freely)."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = None
+
+    @property
+    def is_main_process(self) -> bool:
+        """True for the process that validates, writes and speaks."""
+        return self.rank == 0
+
+    def share(self, num_rows: int) -> range:
+        """Returns the rows of a batch that are this process's."""
+        return range(self.rank, num_rows, self.size)
+
+    def all_reduce(self, *tensors: Tensor) -> None:
+        """Replaces each tensor by its sum over the processes."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def broadcast_object(self, value: T) -> T:
+        """Returns the first process's value in all of them."""
+        if self.size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def main_process_first(self, work: Callable[[], T]) -> T:
+        """Runs `work` in the first process, then in the others, which find what it left on disk."""
+        first = [work()] if self.is_main_process else []
+        self.broadcast_object(None)
+        return first[0] if first else work()
+
+
+def init_process_group() -> ProcessGroup:
+    """Returns this process's world: that of the launcher which started it, else itself alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return ProcessGroup()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return ProcessGroup(state.process_index, state.num_processes, state.device)
