@@ -29,10 +29,10 @@ from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.evaluation.held_out import OwnText
-from lora_gpt2.evaluation.perplexity import Jobs
+from lora_gpt2.evaluation.perplexity import ScoringWindows
 from lora_gpt2.evaluation.quality import PROMPT_TOKENS, Write
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.probe import AdaptersForRows
+from lora_gpt2.model.probe import AdapterSelector, select_base
 from lora_gpt2.recipe import EvaluateSettings, GenerateSettings
 
 Stream = Sequence[int] | NDArray[Any]
@@ -94,7 +94,7 @@ def find_tests(stream: Stream, size: int, count: int, eos_id: int) -> list[int]:
 
 
 @torch.inference_mode()
-def measure_extraction(base: Base, adapters_for: AdaptersForRows, stream: Stream, size: int, count: int) -> Extraction:
+def measure_extraction(base: Base, select: AdapterSelector, stream: Stream, size: int, count: int) -> Extraction:
     """Returns how much of a stream of tokens greedy decoding gives back; see the module's docstring."""
     places = find_tests(stream, size, count, base.tokenizer.eos_id)
     rows = max(1, BATCH_TOKENS // (2 * size))
@@ -102,9 +102,9 @@ def measure_extraction(base: Base, adapters_for: AdaptersForRows, stream: Stream
     for start in range(0, len(places), rows):
         batch = np.stack([np.asarray(stream[p : p + 2 * size], dtype=np.int64) for p in places[start : start + rows]])
         tokens = torch.from_numpy(batch).to(base.runtime.device)
-        hidden = base.model(tokens[:, :-1], adapters_for(len(batch)))[:, size - 1 :]
+        hidden = base.model(tokens[:, :-1], select([0] * len(batch)))[:, size - 1 :]
         for row, states in enumerate(hidden):
-            is_right = base.model.logits(states[None], adapters_for(1))[0].argmax(-1) == tokens[row, size:]
+            is_right = base.model.logits(states[None], select([0]))[0].argmax(-1) == tokens[row, size:]
             matched.append(int(is_right.cumprod(0).sum()))
     whole = tuple(place for place, length in zip(places, matched, strict=True) if length == size)
     return Extraction(len(places), len(whole), float(np.mean(matched)) if matched else 0.0, whole)
@@ -174,7 +174,7 @@ def read_canaries(path: Path) -> list[Canary]:
     return canaries
 
 
-def measure_exposure(base: Base, adapters_for: AdaptersForRows, canaries: Sequence[Canary]) -> list[dict[str, Any]]:
+def measure_exposure(base: Base, select: AdapterSelector, canaries: Sequence[Canary]) -> list[dict[str, Any]]:
     """Returns for each canary its rank among `CANDIDATES` random secrets and itself, exposure in bits, and its p."""
     found = []
     for number, canary in enumerate(canaries):
@@ -184,8 +184,7 @@ def measure_exposure(base: Base, adapters_for: AdaptersForRows, canaries: Sequen
             others.add("".join(generator.choices("0123456789", k=len(canary.secret))))
         others.discard(canary.secret)
         texts = [canary.text, *(canary.form.replace("{}", other) for other in sorted(others))]
-        jobs = Jobs(base, [texts], EvaluateSettings())
-        nats = jobs.measure(lambda columns: adapters_for(len(columns)))[0][0].per_document[0]
+        nats = ScoringWindows(base, [texts], EvaluateSettings()).measure(select)[0][0].per_document[0]
         rank = 1 + int((nats[1:] < nats[0]).sum())
         exposure = math.log2(len(texts)) - math.log2(rank)
         found.append(
@@ -229,7 +228,7 @@ def describe_place(own: OwnText, place: int, length: int) -> dict[str, str]:
 
 def audit_memorization(
     base: Base,
-    adapters_for: AdaptersForRows,
+    select: AdapterSelector,
     name: str,
     own: OwnText,
     settings: AuditSettings,
@@ -239,18 +238,18 @@ def audit_memorization(
     canaries: Sequence[Canary] = (),
 ) -> dict[str, Any]:
     """Returns what an adapter repeats, with a verdict; the keys are those of `audit memorization --json`."""
-    size, copied = choose_sizes(own, settings.size, base.config.context)
+    size, copied = choose_sizes(own, settings.size, base.config.n_positions)
     train, held_out = own.prepared.train.stream, [own.prepared.test.stream, own.prepared.validation.stream]
     reporter.message(f"looking at {settings.windows} places of {len(train):,} training tokens")
     extraction = {
-        "train": measure_extraction(base, adapters_for, train, size, settings.windows),
-        "held_out": measure_extraction(base, adapters_for, np.concatenate(held_out), size, settings.windows),
-        "base_on_train": measure_extraction(base, lambda rows: None, train, size, settings.windows),
+        "train": measure_extraction(base, select, train, size, settings.windows),
+        "held_out": measure_extraction(base, select, np.concatenate(held_out), size, settings.windows),
+        "base_on_train": measure_extraction(base, select_base, train, size, settings.windows),
     }
     prompts = _choose_prompts(own, settings.texts)
     indexes = NgramIndex(train, copied), NgramIndex(np.concatenate(held_out), copied)
     copies = find_copies(*indexes, own, write(name, prompts, sampling)) if prompts else None
-    exposure = measure_exposure(base, adapters_for, canaries)
+    exposure = measure_exposure(base, select, canaries)
     control = choose_control(extraction["held_out"], extraction["base_on_train"])
     own_hits = extraction["train"]
     chance = compare_shares(own_hits.extracted, own_hits.windows, control.extracted, control.windows)

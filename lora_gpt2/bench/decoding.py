@@ -24,9 +24,11 @@ from lora_gpt2.bench.child import run_in_turn
 from lora_gpt2.bench.training import SIZES, build_random_base
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.evaluation.general import read_general
-from lora_gpt2.inference.engine import Engine, Row
+from lora_gpt2.inference.engine import Engine
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import load_for_inference
-from lora_gpt2.inference.session import Mix, Session
+from lora_gpt2.inference.sequence import SequenceState
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import GPT2Config, parse_config
 from lora_gpt2.model.locate import find_base, read_config
@@ -143,13 +145,24 @@ def _run_ours(spec: Spec, dtype: str) -> dict[str, Any]:
     base = load_for_inference(spec.folder, dtype)
     session, config = Session(base), base.config
     adapters = {str(k): from_peft(*read_peft_files(Path(spec.work) / str(k)), config, str(k)) for k in range(ROWS)}
-    session.add(adapters)
+    session.load_in_memory(adapters)
     settings = GenerateSettings(temperature=0, max_new_tokens=spec.tokens, logit_bias={config.eos_id: -100.0})
     prompt = _build_prompt(base.tokenizer.vocab_size)
 
-    def write(used: Session, mixes: Sequence[Mix], budget: int) -> tuple[float, list[Row]]:
+    def write(used: Session, mixes: Sequence[Mix], budget: int) -> tuple[float, list[SequenceState]]:
         engine = Engine(used, len(mixes), PROMPT_TOKENS + spec.tokens)
-        rows = [Row(k, mix, prompt, budget, settings, 0, base.tokenizer) for k, mix in enumerate(mixes)]
+        rows = [
+            SequenceState(
+                index=index,
+                mix=mix,
+                prompt_ids=prompt,
+                max_new_tokens=budget,
+                settings=settings,
+                seed=0,
+                tokenizer=base.tokenizer,
+            )
+            for index, mix in enumerate(mixes)
+        ]
         started = time.perf_counter()
         for row in rows:
             engine.submit(row)
@@ -161,18 +174,20 @@ def _run_ours(spec: Spec, dtype: str) -> dict[str, Any]:
         write(used, mixes, 2)
         return write(used, mixes, spec.tokens)[0]
 
-    every: list[Mix] = [((name, 1.0),) for name in adapters]
+    every = [Mix.single(name) for name in adapters]
     figures: dict[str, Any] = {
         "single": measure(session, every[:1]),
         "batch_one": measure(session, every[:1] * ROWS),
         "batch_mixed": measure(session, every),
-        "ids": [row.new_ids for row in write(session, every, COMPARED)[1]],
-        "merged": measure(session.fold(every[0]), [()]),
+        "ids": [sequence.new_ids for sequence in write(session, every, COMPARED)[1]],
+        "merged": measure(session.merge_into_base(every[0]), [Mix()]),
     }
     turns = iter(every * REPEATS)
-    figures["swap_seconds"] = _time(lambda: session.rows([next(turns)]), REPEATS)
+    figures["swap_seconds"] = _time(lambda: session.adapters_for([next(turns)]), REPEATS)
     folder = Path(spec.work) / "3"
-    figures["load_seconds"] = _time(lambda: session.add({"3": from_peft(*read_peft_files(folder), config, "3")}), 5)
+    figures["load_seconds"] = _time(
+        lambda: session.load_in_memory({"3": from_peft(*read_peft_files(folder), config, "3")}), 5
+    )
     figures["nll_nats"] = _measure_loss(base)
     return figures
 
@@ -182,7 +197,7 @@ def _measure_loss(base: Base) -> float:
     """Returns the loss on English text through the very projections and head that write."""
     ids = base.tokenizer.encode("\n".join(read_general()))[: LOSS_TOKENS + 1]
     tokens = torch.tensor(ids, device=base.runtime.device)
-    time_tokens = min(256, base.config.context)
+    time_tokens = min(256, base.config.n_positions)
     rows = tokens[: (len(tokens) - 1) // time_tokens * time_tokens].view(-1, time_tokens)
     targets = tokens[1 : rows.numel() + 1].view_as(rows)
     logits = base.model.logits(base.model(rows), None).float()

@@ -14,12 +14,14 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError
 from lora_gpt2.data.read.sources import KINDS
 from lora_gpt2.evaluation.matrix import Cell, measure_matrix, read_sources
-from lora_gpt2.inference.session import BASE, Session, parse_mix
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.references import BASE
 from lora_gpt2.training.run import AdapterReport, train_recipes
 
 SPLITS = {"train": "sources", "valid": "validation", "test": "test"}
@@ -48,7 +50,7 @@ def measure_domains(
     report = train_recipes(recipes, store, reporter, fresh=True)
     settings = recipes[0].evaluate
     session = Session(load_base(recipes[0].base, choose_runtime(settings.dtype)), store)
-    rows = {name: session.for_rows(parse_mix([name])) for name in [BASE, *(recipe.name for recipe in recipes)]}
+    rows = {name: session.select(Mix.parse([name])) for name in [BASE, *(recipe.name for recipe in recipes)]}
     sources = read_sources([f"{recipe.name}={recipe.data.test[0]}" for recipe in recipes], recipes[0].data, reporter)
     return DomainsReport(report.adapters, measure_matrix(session.base, rows, sources, settings, reporter))
 

@@ -24,7 +24,8 @@ from lora_gpt2.bench.child import run_in_turn
 from lora_gpt2.bench.training import SIZES, build_random_base
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.evaluation.general import read_general
-from lora_gpt2.evaluation.perplexity import Jobs, measure_perplexity
+from lora_gpt2.evaluation.perplexity import ScoringWindows, measure_perplexity
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.locate import find_base
@@ -110,7 +111,7 @@ Measure = Callable[[str], tuple[int, float]]
 def _prepare_ours(settings: EvaluateSettings) -> Callable[[Spec], Measure]:
     def prepare(spec: Spec) -> Measure:
         base = load_base(spec.folder, choose_runtime("float32"))
-        stride = spec.stride if settings.protocol == "stream" else base.config.context
+        stride = spec.stride if settings.protocol == "stream" else base.config.n_positions
         own = settings.model_copy(update={"stride": stride})
 
         def measure(text: str) -> tuple[int, float]:
@@ -180,20 +181,22 @@ def _measure_lineup(folder: str) -> list[dict[str, float]]:
     base = load_base(folder, choose_runtime("float32"))
     session = Session(base)
     names = [f"a{place}" for place in range(LINEUP)]
-    session.add({name: build_adapter(base.config, LoraSettings(rank=8), place) for place, name in enumerate(names)})
-    mixes = [((name, 1.0),) for name in names]
+    session.load_in_memory(
+        {name: build_adapter(base.config, LoraSettings(rank=8), place) for place, name in enumerate(names)}
+    )
+    mixes = [Mix.single(name) for name in names]
     found = []
     for length in LENGTHS:
-        jobs = Jobs(base, [[" ".join(read_general())[:length]]], EvaluateSettings())
+        windows = ScoringWindows(base, [[" ".join(read_general())[:length]]], EvaluateSettings())
         together, apart = [], []
         for _ in range(5):
             started = time.perf_counter()
-            jobs.measure(lambda columns: session.rows([mixes[c] for c in columns]), LINEUP, mixes=True)
+            windows.measure(session.select(*mixes), LINEUP)
             together.append(time.perf_counter() - started)
             started = time.perf_counter()
             for mix in mixes:
-                jobs.measure(lambda columns, mix=mix: session.rows([mix] * len(columns)))  # type: ignore[misc]
+                windows.measure(session.select(mix))
             apart.append(time.perf_counter() - started)
         seconds = {"together_seconds": statistics.median(together), "one_by_one_seconds": statistics.median(apart)}
-        found.append({"tokens": jobs.forward_tokens, **seconds})
+        found.append({"tokens": windows.forward_tokens, **seconds})
     return found

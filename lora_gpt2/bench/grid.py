@@ -2,7 +2,7 @@
 
 All learning rates and domains of one shape of adapter train together, as slots over one base, so a grid costs one run
 per shape. Finished shapes are kept in a file, line by line, and skipped when the grid is started again. The figure is
-perplexity on each domain's test text, in blocks as in training, of the weights with the best validation.
+perplexity on each slot's test text, in blocks as in training, of the weights with the best validation.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, Recipe
 from lora_gpt2.training.schedule import lr_factor
-from lora_gpt2.training.slot import Domain
+from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import Trainer
+from lora_gpt2.training.validation import measure_blocks
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "all": BLOCKS,
@@ -45,13 +46,13 @@ FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True)
 class Point:
-    """Perplexity on a domain's test text of one setting; `targets` is `full` for a full fine-tune.
+    """Perplexity on a slot's test text of one setting; `targets` is `full` for a full fine-tune.
 
     `setup` is a fingerprint of everything else: base, text and the other settings. A run that diverged has infinity.
     """
 
     setup: str
-    domain: str
+    slot: str
     targets: str
     rank: int
     learning_rate: float
@@ -62,7 +63,7 @@ class Point:
     @property
     def key(self) -> tuple[str, str, str, int, float]:
         """What makes it another point."""
-        return self.setup, self.domain, self.targets, self.rank, self.learning_rate
+        return self.setup, self.slot, self.targets, self.rank, self.learning_rate
 
 
 def measure_grid(
@@ -75,7 +76,7 @@ def measure_grid(
     reporter: Reporter,
     full: bool = False,
 ) -> list[Point]:
-    """Returns a point for each domain and setting; `full` adds full fine-tunes at `FULL_RATES` of the same budget."""
+    """Returns a point for each slot and setting; `full` adds full fine-tunes at `FULL_RATES` of the same budget."""
     recipes = [build_recipe_for(folder, overrides) for folder in folders]
     base = load_base(recipes[0].base, choose_runtime(recipes[0].train.dtype))
     data = {recipe.name: prepare_data(recipe.data, base.tokenizer, reporter) for recipe in recipes}
@@ -128,23 +129,23 @@ def _train_shape(
     name: str,
     reporter: Reporter,
 ) -> Iterator[Point]:
-    """Trains every domain at every rate together and yields their points."""
-    slots = []
+    """Trains every slot at every rate together and yields their points."""
+    recipes = []
     for recipe, rate in pairs:
         lora = recipe.lora.model_copy(
             update={"rank": rank, "alpha": None, "targets": TARGETS[name], "rank_pattern": {}}
         )
         train = recipe.train.model_copy(update={"learning_rate": rate, "sample_tokens": 0})
-        slots.append(recipe.model_copy(update={"lora": lora, "train": train}))
-    trainer = Trainer(base, [Domain(recipe.name, recipe, data[recipe.name]) for recipe in slots], reporter)
+        recipes.append(recipe.model_copy(update={"lora": lora, "train": train}))
+    trainer = Trainer(base, [TrainingSlot(recipe, data[recipe.name]) for recipe in recipes], reporter)
     found: dict[int, tuple[float, float]] = {}
     with catch_signals() as stop, contextlib.suppress(TrainingDiverged):
-        found = {id(trained.domain): trained.test_nll or (math.nan, math.nan) for trained in trainer.train(stop)}
-    for domain in trainer.domains:
-        before, after = found.get(id(domain)) or (trainer.measure_blocks(domain.data.test, None), math.inf)
-        rate = domain.recipe.train.peak_learning_rate(base.config.width)
-        figures = to_perplexity(before), to_perplexity(after), domain.best_step
-        yield Point(setups[domain.name], domain.name, name, rank, rate, *figures)
+        found = {id(trained.slot): trained.test_nll or (math.nan, math.nan) for trained in trainer.train(stop)}
+    for slot in trainer.slots:
+        before, after = found.get(id(slot)) or (measure_blocks(base, slot.data.test, None), math.inf)
+        rate = slot.recipe.train.peak_learning_rate(base.config.n_embd)
+        figures = to_perplexity(before), to_perplexity(after), slot.best_step
+        yield Point(setups[slot.name], slot.name, name, rank, rate, *figures)
 
 
 def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate: float, reporter: Reporter) -> Point:
@@ -153,7 +154,7 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
 
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel.from_pretrained(base.folder, dtype=torch.float32, **quiet).to(base.runtime.device)
-    domain = Domain(recipe.name, recipe, data)
+    slot = TrainingSlot(recipe, data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=recipe.train.weight_decay)
 
     def forward(rows: Rows) -> torch.Tensor:
@@ -164,7 +165,7 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
 
     @torch.no_grad()
     def measure(part: str, limit: int | None = None) -> float:
-        blocks = getattr(domain.data, part)
+        blocks = getattr(slot.data, part)
         count = blocks.num_blocks if limit is None else min(blocks.num_blocks, max(1, limit // blocks.block_size))
         total = seen = 0.0
         for index in range(count):
@@ -174,42 +175,42 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
         return total / seen
 
     best, best_step, best_state = math.inf, 0, model.state_dict()
-    with reporter.task(f"full fine-tune of {recipe.name} at {rate:g}", domain.num_steps, "steps") as task:
-        for step in range(domain.num_steps):
+    with reporter.task(f"full fine-tune of {recipe.name} at {rate:g}", slot.num_steps, "steps") as task:
+        for step in range(slot.num_steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate * lr_factor(step, domain.num_steps, recipe.train)
-            forward(domain.order.read(step)).backward()  # type: ignore[no-untyped-call]
+                group["lr"] = rate * lr_factor(step, slot.num_steps, recipe.train)
+            forward(slot.order.read(step)).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            if (step + 1) % domain.validate_every == 0 or step + 1 == domain.num_steps:
-                nll = measure("validation", domain.validation_tokens)
+            if (step + 1) % slot.validate_every == 0 or step + 1 == slot.num_steps:
+                nll = measure("validation", slot.validation_tokens)
                 if nll < best:
                     best, best_step = nll, step + 1
                     best_state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
             task.advance(1)
-    before = Trainer(base, [domain], reporter).measure_blocks(domain.data.test, None)
+    before = measure_blocks(base, slot.data.test, None)
     model.load_state_dict(best_state)
     after = math.exp(measure("test"))
     return Point(setup, recipe.name, "full", 0, rate, math.exp(before), after, best_step)
 
 
 def find_best(points: Sequence[Point]) -> Mapping[str, Point]:
-    """Returns each domain's best point among the adapters."""
+    """Returns each slot's best point among the adapters."""
     best: dict[str, Point] = {}
     for point in points:
-        if point.targets != "full" and point.perplexity < best.get(point.domain, point).perplexity + 1e-12:
-            best[point.domain] = point
+        if point.targets != "full" and point.perplexity < best.get(point.slot, point).perplexity + 1e-12:
+            best[point.slot] = point
     return best
 
 
 def rank_settings(points: Sequence[Point]) -> list[tuple[str, int, float, float, float]]:
-    """Returns (targets, rank, rate, worst, mean) of perplexity over the domain's best, the best setting first."""
+    """Returns (targets, rank, rate, worst, mean) of perplexity over the slot's best, the best setting first."""
     best = find_best(points)
     groups: dict[tuple[str, int, float], list[float]] = {}
     for point in points:
         if point.targets != "full":
             key = (point.targets, point.rank, point.learning_rate)
-            groups.setdefault(key, []).append(point.perplexity / best[point.domain].perplexity)
+            groups.setdefault(key, []).append(point.perplexity / best[point.slot].perplexity)
     rows = [(*key, max(ratios), sum(ratios) / len(ratios)) for key, ratios in groups.items()]
     return sorted(rows, key=lambda row: row[3])

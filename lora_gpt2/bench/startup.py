@@ -71,7 +71,17 @@ def fill_store(store: Store, count: int) -> None:
     figures = {"train_tokens": 102_400, "base_perplexity": 101.5, "validation_perplexity": 52.25}
     identity = BaseIdentity("nano", "0" * 32, "0" * 32)
     recipe = Recipe().model_dump(mode="json")
-    manifest = Manifest("a", 1, utc_now(), identity, {}, 595_752, 147_456, recipe=recipe, figures=figures)
+    manifest = Manifest(
+        name="a",
+        version=1,
+        created=utc_now(),
+        base=identity,
+        files={},
+        size_bytes=595_752,
+        num_parameters=147_456,
+        recipe=recipe,
+        figures=figures,
+    )
     for number in range(count):
         folder = store.folder_of(f"a{number}")
         (folder / "1").mkdir(parents=True)

@@ -87,7 +87,7 @@ class Side:
 
 def count_flops_per_token(config: GPT2Config, time_tokens: int, lora: LoraSettings) -> float:
     """Returns the arithmetic of one training step per token: no gradients of frozen weights (FACTS, section 4)."""
-    d, blocks = config.width, config.layers
+    d, blocks = config.n_embd, config.n_layer
     ranks = build_ranks(config, lora)
     adapters = sum(rank * sum(config.shape_of(target_of(site))) for site, rank in ranks.items())
     return 4 * (12 * blocks * d * d + config.vocab_size * d) + 7 * blocks * time_tokens * d + 6 * adapters
@@ -230,7 +230,7 @@ def run_side() -> None:
     spec, name = Spec(**request["spec"]), request["name"]
     tokens = torch.from_numpy(np.load(Path(spec.work) / "tokens.npy"))
     config = parse_config(read_config(Path(spec.folder)), spec.folder)
-    shape = (torch.device(spec.device), DTYPES[spec.dtype], config.width, spec.rows * spec.time)
+    shape = (torch.device(spec.device), DTYPES[spec.dtype], config.n_embd, spec.rows * spec.time)
     before = measure_gemm(*shape)
     if name.startswith("ours"):
         measured = _run_ours(spec, tokens, spec.slots if name == "ours together" else 1)
@@ -249,7 +249,12 @@ def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
     for slot in range(slots):
         bank.load(slot, adapter)
     runner = StepRunner(base.model, bank, None, None, ProcessGroup())
-    each_slot = [torch.tensor([value] * slots, device=device) for value in (LEARNING_RATE, 0.0, 1.0, True)]
+    hyperparams = SlotHyperparams(
+        learning_rates=torch.full((slots,), LEARNING_RATE, device=device),
+        weight_decays=torch.zeros(slots, device=device),
+        max_grad_norms=torch.ones(slots, device=device),
+        is_active=torch.ones(slots, dtype=torch.bool, device=device),
+    )
     weights = torch.full((slots * spec.rows * spec.time,), 1 / (spec.rows * (spec.time - 1)), device=device)
     losses: list[torch.Tensor] = []
     first = 0.0
@@ -263,19 +268,19 @@ def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
             began = time.monotonic()
         targets = torch.full_like(inputs, IGNORE)
         targets[:, :-1] = inputs[:, 1:]
-        each = MicroBatch(
-            list(range(slots)),
-            torch.arange(slots, device=device),
-            inputs.to(device),
-            targets.to(device),
-            weights,
-            0.0,
-            0.0,
-            [0] * len(inputs),
-            0.0,
-            spec.checkpointing,
+        batch = MicroBatch(
+            slots=list(range(slots)),
+            slot_ids=torch.arange(slots, device=device),
+            inputs=inputs.to(device),
+            targets=targets.to(device),
+            weights=weights,
+            dropout=0.0,
+            label_smoothing=0.0,
+            seeds=[0] * len(inputs),
+            noise_alpha=0.0,
+            gradient_checkpointing=spec.checkpointing,
         )
-        losses.append(runner.run([each], SlotHyperparams(*each_slot))[0, 0].clone())
+        losses.append(runner.run([batch], hyperparams)[0, 0].clone())
     values = [loss.item() for loss in losses]
     return _figures(spec, slots * spec.steps * spec.rows * spec.time, time.monotonic() - began, first, values)
 

@@ -63,9 +63,9 @@ def data(
     recipe = load_recipe(None, overrides, base=base)
     from lora_gpt2.audit.training_text import TextAudit, measure_swaps
     from lora_gpt2.data.pipeline import read_clean
-    from lora_gpt2.evaluation.perplexity import Jobs
+    from lora_gpt2.evaluation.perplexity import ScoringWindows
+    from lora_gpt2.inference.mix import Mix
     from lora_gpt2.inference.open import open_session
-    from lora_gpt2.inference.session import parse_mix
 
     audit = TextAudit()
     for document in read_clean(sources, recipe.data, reporter).documents:
@@ -75,9 +75,10 @@ def data(
         session, _ = open_session(store, [adapter] if adapter else [], recipe, recipe.evaluate.dtype)
 
         def judge(name: str, sentences: Sequence[str]) -> Sequence[float]:
-            rows = session.for_rows(parse_mix([name]))
-            jobs = Jobs(session.base, [sentences], recipe.evaluate.model_copy(update={"protocol": "document"}))
-            nats: Sequence[float] = jobs.measure(lambda columns: rows(len(columns)))[0][0].per_document[0].tolist()
+            windows = ScoringWindows(
+                session.base, [sentences], recipe.evaluate.model_copy(update={"protocol": "document"})
+            )
+            nats: Sequence[float] = windows.measure(session.select(Mix.parse(name)))[0][0].per_document[0].tolist()
             return nats
 
         control = partial(judge, "base") if adapter else None
@@ -145,8 +146,8 @@ def memorization(
     from lora_gpt2.core.interrupt import catch_signals
     from lora_gpt2.evaluation.held_out import read_own_text
     from lora_gpt2.inference.generate import build_writer
+    from lora_gpt2.inference.mix import Mix
     from lora_gpt2.inference.open import open_session
-    from lora_gpt2.inference.session import parse_mix
 
     planted = read_canaries(canaries) if canaries else []
     own = read_own_text(store, adapter, reporter, base)
@@ -154,7 +155,7 @@ def memorization(
     with catch_signals() as stop:
         result = audit_memorization(
             session.base,
-            session.for_rows(parse_mix([adapter])),
+            session.select(Mix.parse(adapter)),
             adapter,
             own,
             AuditSettings(windows=windows, texts=texts),

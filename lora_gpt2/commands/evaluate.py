@@ -21,7 +21,7 @@ from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
     from lora_gpt2.data.read.records import Document
-    from lora_gpt2.evaluation.matrix import Cell, Source
+    from lora_gpt2.evaluation.matrix import Cell, EvaluationText
     from lora_gpt2.evaluation.quality import Task
     from lora_gpt2.inference.session import Session
 
@@ -130,18 +130,18 @@ def command(
         end_as_failed("; ".join(result["failures"]), hint, as_json)
 
 
-def _read(sources: Sequence[str], settings: Recipe, store: Store, reporter: Reporter) -> list[Source]:
+def _read(sources: Sequence[str], settings: Recipe, store: Store, reporter: Reporter) -> list[EvaluationText]:
     from lora_gpt2.evaluation.held_out import read_own_text
-    from lora_gpt2.evaluation.matrix import Source, read_sources
+    from lora_gpt2.evaluation.matrix import EvaluationText, read_sources
 
     own_base = settings.base if "base" in settings.model_fields_set else None
 
-    def find_held_out(label: str, name: str) -> Source | None:
+    def find_held_out(label: str, name: str) -> EvaluationText | None:
         plain = name.partition("@")[0]
         if not (is_name(plain) and store.has_adapter(plain)):
             return None
         own = read_own_text(store, name, reporter, own_base)
-        return Source(label, own.held_out, own.manifest.recipe["data"].get("profile", ""), own.test_files)
+        return EvaluationText(label, own.held_out, own.manifest.recipe["data"].get("profile", ""), own.test_files)
 
     return read_sources(sources, settings.data, reporter, find_held_out)
 
@@ -149,7 +149,7 @@ def _read(sources: Sequence[str], settings: Recipe, store: Store, reporter: Repo
 def _measure(
     session: Session,
     references: Sequence[str],
-    sources: Sequence[Source],
+    sources: Sequence[EvaluationText],
     recipe: Recipe,
     general: bool,
     reporter: Reporter,
@@ -158,19 +158,20 @@ def _measure(
     from lora_gpt2.evaluation.general import GENERAL, add_general
     from lora_gpt2.evaluation.held_out import read_sketches
     from lora_gpt2.evaluation.matrix import measure_matrix
-    from lora_gpt2.inference.session import BASE, parse_mix
+    from lora_gpt2.inference.mix import Mix
+    from lora_gpt2.store.references import BASE
 
-    session.open([name for name in references if name != BASE])
-    mixes = {name: parse_mix([name]) for name in [BASE, *(name for name in references if name != BASE)]}
+    session.load([name for name in references if name != BASE])
+    mixes = {name: Mix.parse([name]) for name in [BASE, *(name for name in references if name != BASE)]}
     columns = list(mixes.values())
     wants_general = general and len(mixes) > 1 and GENERAL not in [source.label for source in sources]
     cells = measure_matrix(
         session.base,
-        {name: session.for_rows(mix) for name, mix in mixes.items()},
+        {name: session.select(mix) for name, mix in mixes.items()},
         add_general(sources) if wants_general else sources,
         recipe.evaluate,
         reporter,
-        together=lambda places: session.rows([columns[place] for place in places]),
+        together=lambda places: session.adapters_for([columns[place] for place in places]),
         sketches=read_sketches(session.store, [name for name in mixes if name != BASE]),
     )
     split = len(mixes) if wants_general else 0
@@ -188,10 +189,11 @@ def _generate(
     from lora_gpt2.evaluation.perplexity import measure_perplexity
     from lora_gpt2.evaluation.quality import measure_quality
     from lora_gpt2.inference.generate import build_writer
-    from lora_gpt2.inference.session import BASE, parse_mix
+    from lora_gpt2.inference.mix import Mix
+    from lora_gpt2.store.references import BASE
 
     def judge(name: str, texts: Sequence[Document]) -> float:
-        rows = session.for_rows(parse_mix([name]))
+        rows = session.select(Mix.parse([name]))
         return measure_perplexity(session.base, texts, recipe.evaluate, rows).perplexity
 
     names = [BASE, *(name for name in references if name != BASE)]

@@ -125,16 +125,16 @@ class _Job:
         names = dict.fromkeys(name for request in requests for name, _ in request.mix)
         texts = [read_own_text(self.store, name, self.reporter, own_base).prepared.train.stream for name in names]
         indexes = [NgramIndex(text, self.no_verbatim - 1) for text in texts]
-        return [replace(request, not_to_copy=indexes) for request in requests]
+        return [replace(request, no_verbatim=indexes) for request in requests]
 
     def run_file(self, prompts: Path, out: Path, adapters: tuple[str, ...]) -> None:
         from lora_gpt2.core.interrupt import catch_signals
         from lora_gpt2.inference.batch import generate_file, read_prompts
+        from lora_gpt2.inference.mix import Mix
         from lora_gpt2.inference.open import open_session
-        from lora_gpt2.inference.session import parse_mix
 
         check_output(out)
-        requests = read_prompts(prompts, parse_mix(adapters), self.seed)
+        requests = read_prompts(prompts, Mix.parse(adapters), self.seed)
         names = [name for request in requests for name, _ in request.mix]
         session, _ = open_session(self.store, names, self.recipe, self.recipe.generate.dtype)
         with catch_signals() as stop:
@@ -150,8 +150,8 @@ class _Job:
     def run_prompt(self, prompt: str, adapters: tuple[str, ...], compare: str | None, num: int) -> None:
         from lora_gpt2.core.interrupt import catch_signals
         from lora_gpt2.inference.generate import Request, count_dropped, generate_all, raise_first_error
+        from lora_gpt2.inference.mix import Mix
         from lora_gpt2.inference.open import open_session
-        from lora_gpt2.inference.session import parse_mix
 
         auto = adapters == ("auto",)
         references = [name.partition(":")[0] for name in adapters] or [n for n in (compare or "").split(",") if n]
@@ -159,9 +159,9 @@ class _Job:
         session, references = open_session(self.store, wanted, self.recipe, self.recipe.generate.dtype)
         chosen = self._choose(session, prompt, references) if auto else {}
         if auto:
-            mixes = [parse_mix([chosen["adapter"]])]
+            mixes = [Mix.parse([chosen["adapter"]])]
         else:
-            mixes = [parse_mix([name]) for name in references] if compare else [parse_mix(adapters)]
+            mixes = [Mix.parse([name]) for name in references] if compare else [Mix.parse(adapters)]
         requests = [Request(prompt, mix, self.seed + i) for mix in mixes for i in range(num)]
         streams = len(requests) == 1 and not self.as_json
         shown: list[str] = []

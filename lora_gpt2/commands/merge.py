@@ -68,33 +68,33 @@ def command(
     _check_target(name, into_base, search, store)
     recipe = load_recipe(None, overrides, base=base, merge__method=method, merge__rank=rank)
     from lora_gpt2.evaluation.matrix import read_sources
+    from lora_gpt2.inference.mix import Mix
     from lora_gpt2.inference.open import open_session
-    from lora_gpt2.inference.session import parse_mix
     from lora_gpt2.merging.combine import merge_adapters
     from lora_gpt2.merging.into_base import merge_into_base
     from lora_gpt2.merging.search import search_weights
 
-    mix, how = parse_mix(adapters), recipe.merge
+    mix, settings = Mix.parse(adapters), recipe.merge
     sources = read_sources([item for text in texts for item in text.split(",") if item], recipe.data, reporter)
-    session, _ = open_session(store, [reference for reference, _ in mix], recipe, "float32")
-    result: dict[str, Any] = {"method": how.method}
+    session, _ = open_session(store, mix.references, recipe, "float32")
+    result: dict[str, Any] = {"method": settings.method}
     if search:
-        report = search_weights(session, mix, sources, how, recipe.evaluate, reporter)
+        report = search_weights(session, mix, sources, settings, recipe.evaluate, reporter)
         labels = [source.label for source in sources]
         result["search"] = _describe_search(report, labels)
         if not as_json:  # at once: what follows may fail
-            shown = _render_search(report, [reference for reference, _ in mix], labels)
+            shown = _render_search(report, mix.references, labels)
             click.echo(printable(shown, keep_lines=True) + "\n")
         best = report.best
-        mix = tuple((reference, weight) for (reference, _), weight in zip(mix, best.weights, strict=True) if weight)
-        how = how.model_copy(update={"method": best.method})
+        mix = Mix((name, weight) for name, weight in zip(mix.references, best.weights, strict=True) if weight)
+        settings = settings.model_copy(update={"method": best.method})
     lines: list[str] = []
     if name:
-        merged = merge_adapters(session, mix, name, how, sources, recipe.evaluate, reporter)
+        merged = merge_adapters(session, mix, name, settings, sources, recipe.evaluate, reporter)
         result |= asdict(merged) | {"cells": [cell.to_json() for cell in merged.cells]}
         lines += [format_matrix(result["cells"]), _render_merge(merged)]
     if into_base:
-        baked = merge_into_base(session, mix, into_base, how, sources, recipe.evaluate, reporter)
+        baked = merge_into_base(session, mix, into_base, settings, sources, recipe.evaluate, reporter)
         result |= asdict(baked) | {"cells": [cell.to_json() for cell in baked.cells]}
         lines += [format_matrix(result["cells"]), _render_bake(baked)]
     if as_json or lines:

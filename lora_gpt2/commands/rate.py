@@ -169,13 +169,13 @@ def _write_texts(
     from lora_gpt2.core.interrupt import catch_signals
     from lora_gpt2.inference.batch import read_prompts
     from lora_gpt2.inference.generate import build_writer
+    from lora_gpt2.inference.mix import Mix
     from lora_gpt2.inference.open import open_session
-    from lora_gpt2.inference.session import parse_mix
 
-    asked = [request.prompt for request in read_prompts(prompts, (), seed)]
+    asked = [request.prompt for request in read_prompts(prompts, Mix(), seed)]
     if not asked:
         raise UsageError(f"{prompts} has no prompt", "write one on each line")
-    names = [name for spec in adapters for name, _ in parse_mix(spec.split("+"))]
+    names = [name for spec in adapters for name in Mix.parse(spec).references]
     session, _ = open_session(store, names, recipe, recipe.generate.dtype)
     with catch_signals() as stop:
         write = build_writer(session, reporter, stop, seed)
@@ -187,9 +187,9 @@ def _read_texts(
     adapters: Sequence[str],
 ) -> tuple[str, tuple[str, ...], tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
     """Returns what stands for the base, the adapters as the REPL names them, and what it recorded of them."""
-    from lora_gpt2.inference.session import describe_mix, parse_mix
+    from lora_gpt2.inference.mix import Mix
 
-    named = tuple(describe_mix(parse_mix(spec.split("+"))) for spec in adapters)
+    named = tuple(str(Mix.parse(spec)) for spec in adapters)
     return "recorded", named, find_texts(read_log(find_log()), named)
 
 

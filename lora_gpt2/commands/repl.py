@@ -52,13 +52,13 @@ def command(
     """
     recipe = load_recipe(None, overrides, base=base)
     from lora_gpt2.inference.history import LocalLog, find_log
+    from lora_gpt2.inference.mix import Mix
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.repl import Repl
-    from lora_gpt2.inference.session import parse_mix
 
-    mix = parse_mix(adapters)
+    mix = Mix.parse(adapters)
     session, _ = open_session(store, [name for name, _ in mix], recipe, recipe.generate.dtype)
-    session.open([name for name, _ in session.resolve(mix)])
+    session.load([name for name, _ in session.resolve(mix)])
     log = LocalLog(None if no_log else find_log(), reporter)
     first = (secrets.randbelow(2**31) if seed is None else seed) - 1
     repl = Repl(session, recipe.generate, first, log, lambda _, piece: click.echo(piece, nl=False, color=True), mix)

@@ -10,6 +10,8 @@
     │   └── MismatchError     5   sound, but made for another base, tokenizer, data or settings
     ├── ConflictError         6   busy, or it exists already
     ├── ResourceError         7   memory, disk, device, permission, network
+    │   ├── BusyError         7   a server's queue is full
+    │   └── EngineFailed      7   a server's decode step, or one sequence of it
     ├── TrainingDiverged      8   the loss or a gradient is not finite
     ├── CheckFailed           9   a limit set by the user, or a verification
     └── Interrupted         130   Ctrl-C (143 for SIGTERM); what was finished is kept
@@ -84,6 +86,14 @@ class ResourceError(LoraGpt2Error):
     """Not enough memory or disk, no such device, no permission, or no network."""
 
     exit_code = 7
+
+
+class BusyError(ResourceError):
+    """A server's queue is full."""
+
+
+class EngineFailed(ResourceError):
+    """A decode step of a server failed, or one sequence of it; its output is lost."""
 
 
 class TrainingDiverged(LoraGpt2Error):

@@ -21,8 +21,9 @@ from pathlib import Path
 from lora_gpt2.core.console import Reporter, Task
 from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.data.clean.boilerplate import find_boilerplate
+from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.clean.filters import find_reason
-from lora_gpt2.data.clean.rules import BOILERPLATE, CleaningReport, choose_rules
+from lora_gpt2.data.clean.rules import BOILERPLATE, choose_rules
 from lora_gpt2.data.read.formats import ReadingLog, read_source
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.read.sources import Source, find_sources, find_splits

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_gpt2.data.clean.rules import CleaningReport
+from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.dedup import NUM_HASHES, Signatures, find_near_duplicates
 from lora_gpt2.data.rejections import Rejections
 from lora_gpt2.data.shards import load_shard

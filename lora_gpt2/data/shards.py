@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from lora_gpt2.core.files import write_atomic
 from lora_gpt2.data.clean.boilerplate import drop_edges
+from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.clean.filters import find_reason
 from lora_gpt2.data.clean.html import looks_like_page
-from lora_gpt2.data.clean.rules import BOILERPLATE, CleaningReport
+from lora_gpt2.data.clean.rules import BOILERPLATE
 from lora_gpt2.data.dedup import Signatures, content_key, sign
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.rejections import Rejections

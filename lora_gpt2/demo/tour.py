@@ -19,9 +19,10 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.read.formats import MAX_FILE_BYTES
 from lora_gpt2.data.tokenizer import EOS
-from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
+from lora_gpt2.evaluation.matrix import Cell, EvaluationText, measure_matrix
 from lora_gpt2.inference.generate import Output, Request, generate
-from lora_gpt2.inference.session import BASE, Mix, Session
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe, build_recipe
@@ -66,15 +67,15 @@ def run_demo(store: Store, reporter: Reporter) -> DemoReport:
             train, test = _hold_out(texts)
             path = Path(folder) / f"{name}.txt"
             path.write_text("".join(f"{text}\n{EOS}\n" for text in train), encoding="utf-8")
-            sources.append(Source(name.removeprefix("demo-"), test))
+            sources.append(EvaluationText(name.removeprefix("demo-"), test))
             recipes.append(_build_recipe(name, path))
         report = train_recipes(recipes, store, reporter, fresh=True)
     session = Session(load_base("nano", choose_runtime("float32")), store)
-    mixes: list[Mix] = [(), *(((recipe.name, 1.0),) for recipe in recipes)]
+    mixes = [Mix(), *(Mix.single(recipe.name) for recipe in recipes)]
     settings = recipes[0].generate
     samples = [generate(session, [Request(PROMPT, mix, SEED)], settings)[0] for mix in mixes]
-    rows = {mix[0][0] if mix else BASE: session.for_rows(mix) for mix in mixes}
-    cells = measure_matrix(session.base, rows, sources, recipes[0].evaluate, reporter)
+    selectors = {str(mix): session.select(mix) for mix in mixes}
+    cells = measure_matrix(session.base, selectors, sources, recipes[0].evaluate, reporter)
     return DemoReport(report.adapters, samples, cells, time.monotonic() - started)
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_gpt2.evaluation.matrix import Source
+from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.perplexity import Score, measure_perplexity
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.probe import AdaptersForRows
+from lora_gpt2.model.probe import AdapterSelector, select_base
 from lora_gpt2.recipe import EvaluateSettings
 
 TEXT = Path(__file__).parent / "general.txt"
@@ -27,12 +27,12 @@ def read_general() -> list[str]:
     return [text for text in TEXT.read_text(encoding="utf-8").split(SEPARATOR) if text]
 
 
-def measure_general(base: Base, adapters_for: AdaptersForRows = lambda rows: None) -> Score:
+def measure_general(base: Base, select: AdapterSelector = select_base) -> Score:
     """Returns the score on general English, each passage on its own."""
-    window = min(512, base.config.context)
-    return measure_perplexity(base, read_general(), EvaluateSettings(window=window, stride=window), adapters_for)
+    window = min(512, base.config.n_positions)
+    return measure_perplexity(base, read_general(), EvaluateSettings(window=window, stride=window), select)
 
 
-def add_general(sources: Sequence[Source]) -> list[Source]:
-    """Returns the sources with general English before them."""
-    return [Source(GENERAL, read_general()), *sources]
+def add_general(texts: Sequence[EvaluationText]) -> list[EvaluationText]:
+    """Returns the texts with general English before them."""
+    return [EvaluationText(GENERAL, read_general()), *texts]

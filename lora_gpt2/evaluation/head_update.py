@@ -11,7 +11,7 @@ from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.model.base import Base, load_base
-from lora_gpt2.model.probe import bind_adapter
+from lora_gpt2.model.probe import select_adapter
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import EvaluateSettings
 from lora_gpt2.store.catalog import Store
@@ -42,7 +42,7 @@ def measure_head(store: Store, reference: str, reporter: Reporter) -> HeadPrice:
     """
     base = load_base(store.read_manifest(reference).base.name, choose_runtime("float32"))
     _, adapter = load_adapter(store, reference, base)
-    sides = [bind_adapter(base, adapter), bind_adapter(base, drop_head(adapter))]
+    sides = [select_adapter(base, adapter), select_adapter(base, drop_head(adapter))]
     general = [measure_general(base, side).perplexity for side in sides]
     found = {"general English": (general[0], general[1])}
     try:

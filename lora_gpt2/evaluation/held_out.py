@@ -14,12 +14,13 @@ from lora_gpt2.data.prepared import SKETCH, SPLITS, PreparedData, prepare_data
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.evaluation.matrix import BASE, Cell, Source
+from lora_gpt2.evaluation.matrix import Cell, EvaluationText
 from lora_gpt2.model.locate import load_base_tokenizer
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.renamed_settings import upgrade_section
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.store.references import BASE
 from lora_gpt2.store.version import read_checked, read_manifest
 
 SAME_NATS = 1e-3
@@ -91,7 +92,11 @@ def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | 
 
 
 def list_differences(
-    store: Store, references: Sequence[str], sources: Sequence[Source], cells: Sequence[Cell], how: Mapping[str, Any]
+    store: Store,
+    references: Sequence[str],
+    sources: Sequence[EvaluationText],
+    cells: Sequence[Cell],
+    how: Mapping[str, Any],
 ) -> list[str]:
     """Returns a line for each adapter whose figure on its own test text is not the one that training stored, and why.
 

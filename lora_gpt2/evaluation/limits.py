@@ -12,7 +12,8 @@ from typing import Any
 from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.core.user_files import read_user_file
 from lora_gpt2.evaluation.general import GENERAL
-from lora_gpt2.evaluation.matrix import BASE, Cell
+from lora_gpt2.evaluation.matrix import Cell
+from lora_gpt2.store.references import BASE
 
 HOW = ("base", "protocol", "window", "stride")
 

@@ -1,4 +1,4 @@
-"""Adapters × sources: the perplexity of each adapter, and of the plain base, on each text, and how sure it is."""
+"""Adapters × texts: the perplexity of each adapter, and of the plain base, on each text, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.pipeline import read_clean
 from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, Interval, find_interval, resample_ratio
-from lora_gpt2.evaluation.perplexity import AdaptersForColumns, Jobs, Score, Text, split_prompt, to_perplexity
+from lora_gpt2.evaluation.perplexity import Score, ScoringWindows, Text, split_prompt, to_perplexity
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.probe import AdaptersForRows
+from lora_gpt2.model.probe import AdapterSelector
 from lora_gpt2.recipe import DataSettings, EvaluateSettings
-
-BASE = "base"
+from lora_gpt2.store.references import BASE
 
 
 @dataclass(frozen=True)
-class Source:
-    """A text to measure on, under the name that the matrix shows.
+class EvaluationText:
+    """A text to measure on.
 
-    `profile` says how it was cleaned, `files` which files it is from, by sha256; both where they are known.
+    Args:
+        label: its name in the matrix.
+        documents: its documents.
+        profile: the cleaning profile, if it is known.
+        files: the sha256 of the files that it is from, if they are known.
     """
 
     label: str
@@ -36,13 +39,19 @@ class Source:
     files: Sequence[Sequence[str]] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One entry of the matrix.
+    """One cell of the matrix.
 
-    `interval` is what the perplexity lies within (95 %, bootstrap over documents), `ratio` the perplexity over the
-    base's on the same text, with its own interval; None where there are too few documents, or no base. `trained_on`
-    counts the documents that the adapter was trained on; None where its training text is not known.
+    Args:
+        adapter: the row.
+        source: the column.
+        score: what was measured.
+        interval: 95 % bootstrap confidence interval of the perplexity, over documents; None for too few documents.
+        ratio: perplexity over the base's on the same text; None without the base.
+        ratio_interval: its confidence interval, from the same draws.
+        profile: cleaning profile of the text.
+        trained_on: number of documents that the adapter was trained on; None if its training text is not known.
     """
 
     adapter: str
@@ -74,13 +83,13 @@ def read_sources(
     specs: Sequence[str],
     settings: DataSettings,
     reporter: Reporter,
-    find_own: Callable[[str, str], Source | None] = lambda label, name: None,
-) -> list[Source]:
+    find_own: Callable[[str, str], EvaluationText | None] = lambda label, name: None,
+) -> list[EvaluationText]:
     """Reads `path` or `label=path` items, cleaned as training cleans them, so that a text has one number everywhere.
 
-    What is no path is given to `find_own`, which returns the source of that label and name, or None if it knows none.
+    An item that is not a path is passed to `find_own`, which returns the text of that label and name, or None.
     """
-    sources: list[Source] = []
+    sources: list[EvaluationText] = []
     for spec in specs:
         label, separator, path = spec.partition("=")
         if not separator or Path(spec).exists():
@@ -90,39 +99,44 @@ def read_sources(
         own = None if Path(path).exists() else find_own(label, path)
         if own is None:
             text = read_clean([path], settings, reporter)
-            own = Source(label, text.documents, settings.profile, text.files)
+            own = EvaluationText(label, text.documents, settings.profile, text.files)
         sources.append(own)
     return sources
 
 
 def measure_matrix(
     base: Base,
-    adapters: Mapping[str, AdaptersForRows],
-    sources: Sequence[Source],
+    adapters: Mapping[str, AdapterSelector],
+    sources: Sequence[EvaluationText],
     settings: EvaluateSettings,
     reporter: Reporter,
-    together: AdaptersForColumns | None = None,
+    together: AdapterSelector | None = None,
     sketches: Mapping[str, TextSketch] | None = None,
 ) -> list[Cell]:
     """Returns the cells source by source, one for each of `adapters` in their order, all in one pass over the base.
 
-    `sketches` are the training texts of the adapters for which they are known. With `together`, which takes the
-    places of the adapters of a batch's rows, a batch may hold several of them.
+    Args:
+        base: the base.
+        adapters: a selector for each row of the matrix.
+        sources: the texts.
+        settings: protocol and windows.
+        reporter: shows progress.
+        together: one selector of all `adapters`, in their order, if a batch may contain several of them.
+        sketches: the training texts of those adapters for which they are known.
     """
-    jobs = Jobs(base, [source.documents for source in sources], settings)
+    windows = ScoringWindows(base, [source.documents for source in sources], settings)
     one_each = list(adapters.values())
-    adapters_for = together or (lambda columns: one_each[columns[0]](len(columns)))
-    with reporter.task("measuring", jobs.forward_tokens * len(adapters), "tokens") as task:
-        scores = jobs.measure(adapters_for, len(adapters), mixes=together is not None, on_tokens=task.advance)
+    select = together or (lambda choices: one_each[choices[0]]([0] * len(choices)))
+    with reporter.task("measuring", windows.forward_tokens * len(adapters), "tokens") as task:
+        scores = windows.measure(select, len(adapters), can_mix=together is not None, on_tokens=task.advance)
     cells = []
-    for place, source in enumerate(sources):
-        cells += _compare(
-            source, {name: row[place] for name, row in zip(adapters, scores, strict=True)}, sketches or {}
-        )
+    for column, source in enumerate(sources):
+        by_adapter = {name: row[column] for name, row in zip(adapters, scores, strict=True)}
+        cells += _compare(source, by_adapter, sketches or {})
     return cells
 
 
-def _compare(source: Source, scores: Mapping[str, Score], sketches: Mapping[str, TextSketch]) -> list[Cell]:
+def _compare(source: EvaluationText, scores: Mapping[str, Score], sketches: Mapping[str, TextSketch]) -> list[Cell]:
     """Returns the cells of one source, all resampled by the same draws."""
     texts = ["".join(split_prompt(document)) for document in source.documents]
     documents = np.stack([score.per_document for score in scores.values()])
@@ -140,7 +154,18 @@ def _compare(source: Source, scores: Mapping[str, Score], sketches: Mapping[str,
         difference = score.nll_nats_per_token - base.nll_nats_per_token if base is not None else math.nan
         ratio = to_perplexity(difference) if base is not None else None
         seen = sketches[name].count_seen(texts) if name in sketches else None
-        cells.append(Cell(name, source.label, score, interval, ratio, ratio_interval, source.profile, seen))
+        cells.append(
+            Cell(
+                adapter=name,
+                source=source.label,
+                score=score,
+                interval=interval,
+                ratio=ratio,
+                ratio_interval=ratio_interval,
+                profile=source.profile,
+                trained_on=seen,
+            )
+        )
     return cells
 
 

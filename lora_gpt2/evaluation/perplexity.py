@@ -6,7 +6,7 @@ document has a prompt, that is seen and not scored. `stream`: all text as one se
 stride, the first token of the text (and, with stride = window, of every window) not scored: the loop of Hugging Face's
 documentation.
 
-Windows of all texts and adapters form one list of jobs, sorted by length within each adapter, so that a batch is full
+The windows of all texts and adapters form one list, sorted by length within each adapter, so that batches are full
 whatever the texts are; the head runs on scored positions only, and nothing waits for the device before the end.
 """
 
@@ -26,15 +26,12 @@ from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.gpt2 import ActiveAdapters
-from lora_gpt2.model.loss import score_tokens
-from lora_gpt2.model.probe import AdaptersForRows
+from lora_gpt2.model.probe import AdapterSelector, select_base
 from lora_gpt2.model.runtime import as_float64, choose_float64_device
+from lora_gpt2.model.scoring import token_nll
 from lora_gpt2.recipe import EvaluateSettings
 
 Text = str | Document
-Column = int
-AdaptersForColumns = Callable[[Sequence[Column]], ActiveAdapters | None]
-"""From the adapter of each row, by its place, to what the network adds in such a batch."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def iter_stream_windows(length: int, window: int, stride: int) -> Iterator[Windo
 
 def choose_window(base: Base, settings: EvaluateSettings) -> tuple[int, int]:
     """Returns window and stride in tokens; raises `UsageError` if they do not fit the base or each other."""
-    context = base.config.context
+    context = base.config.n_positions
     window = settings.window or context
     stride = settings.stride or max(1, window // 2)
     if window > context or stride > window or window < 2:
@@ -129,29 +126,29 @@ def measure_perplexity(
     base: Base,
     documents: Sequence[Text],
     settings: EvaluateSettings,
-    adapters_for: AdaptersForRows = lambda rows: None,
+    select: AdapterSelector = select_base,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> Score:
-    """Returns the score of documents; `adapters_for(rows)` gives the adapters of a batch of that many rows.
+    """Returns the score of documents under the adapter or mix of a selector.
 
-    `on_tokens` hears how many tokens a batch had.
+    `on_tokens` receives the number of tokens of each batch.
 
     Raises:
         DataError: there is nothing to score.
         UsageError: see `choose_window`.
     """
-    jobs = Jobs(base, [documents], settings)
-    return jobs.measure(lambda columns: adapters_for(len(columns)), on_tokens=on_tokens)[0][0]
+    windows = ScoringWindows(base, [documents], settings)
+    return windows.measure(select, on_tokens=on_tokens)[0][0]
 
 
-class _Job(NamedTuple):
-    owner: int  # the document's place among all
-    sequence: list[int]
+class _ScoringWindow(NamedTuple):
+    document: int  # index among the documents of all sources
+    ids: list[int]
     span: Window
 
 
-class Jobs:
-    """The windows of some sources, each a sequence of texts, ready to be scored under any number of adapters.
+class ScoringWindows:
+    """The windows of some sources, each a list of texts, ready to be scored under any number of adapters.
 
     Raises what `measure_perplexity` does.
     """
@@ -159,102 +156,117 @@ class Jobs:
     def __init__(self, base: Base, sources: Sequence[Sequence[Text]], settings: EvaluateSettings) -> None:
         self.base, self.settings = base, settings
         self.texts: list[list[str]] = []
-        self.jobs: list[_Job] = []
+        self.windows: list[_ScoringWindow] = []
         window, stride = choose_window(base, settings)
         for source in sources:
-            before = len(self.jobs)
+            before = len(self.windows)
             self._add(source, window, stride)
-            if len(self.jobs) == before:
+            if len(self.windows) == before:
                 raise DataError("there is no text to score", "give a file with at least one token")
-        self.jobs.sort(key=lambda job: job.span.begin - job.span.end)
+        self.windows.sort(key=lambda scored: scored.span.begin - scored.span.end)
         self.num_documents = sum(map(len, self.texts))
         counts = np.zeros(self.num_documents)
-        for job in self.jobs:
-            counts[job.owner] += job.span.end + 1 - job.span.first
+        for scored in self.windows:
+            counts[scored.document] += scored.span.end + 1 - scored.span.first
         self.tokens = counts
 
     def _add(self, source: Sequence[Text], window: int, stride: int) -> None:
         encode, first = self.base.tokenizer.encode_batch, sum(map(len, self.texts))
         if self.settings.protocol == "stream":
             text = "\n\n".join("".join(split_prompt(item)) for item in source)
-            sequence = encode([text])[0]
+            ids = encode([text])[0]
             self.texts.append([text])
-            self.jobs += [_Job(first, sequence, span) for span in iter_stream_windows(len(sequence), window, stride)]
+            spans = iter_stream_windows(len(ids), window, stride)
+            self.windows += [_ScoringWindow(first, ids, span) for span in spans]
             return
         pairs = [split_prompt(item) for item in source]
         self.texts.append([text for _, text in pairs])
         prompts = encode([prompt for prompt, _ in pairs]) if any(prompt for prompt, _ in pairs) else [[]] * len(pairs)
-        for place, (prompt, ids) in enumerate(zip(prompts, encode(self.texts[-1]), strict=True)):
-            sequence = [self.base.tokenizer.eos_id, *prompt, *ids]
-            spans = iter_document_windows(len(sequence) - 1, window, stride, len(prompt))
-            self.jobs += [_Job(first + place, sequence, span) for span in spans]
+        for index, (prompt, scored) in enumerate(zip(prompts, encode(self.texts[-1]), strict=True), start=first):
+            ids = [self.base.tokenizer.eos_id, *prompt, *scored]
+            spans = iter_document_windows(len(ids) - 1, window, stride, len(prompt))
+            self.windows += [_ScoringWindow(index, ids, span) for span in spans]
 
     @property
     def forward_tokens(self) -> int:
         """Tokens that the network reads for one adapter."""
-        return sum(job.span.end - job.span.begin for job in self.jobs)
+        return sum(window.span.end - window.span.begin for window in self.windows)
 
     @torch.inference_mode()
     def measure(
         self,
-        adapters_for: AdaptersForColumns,
-        num_columns: int = 1,
-        mixes: bool = False,
+        select: AdapterSelector,
+        num_choices: int = 1,
+        can_mix: bool = False,
         on_tokens: Callable[[int], None] = lambda tokens: None,
     ) -> list[list[Score]]:
-        """Returns the scores `[columns][sources]`; a batch holds rows of several columns only if `mixes`.
+        """Returns the scores `[choices][sources]`.
 
-        `on_tokens` hears how many tokens a batch had.
+        Args:
+            select: the adapters or mixes to measure.
+            num_choices: how many the selector has.
+            can_mix: a batch may have windows of several choices.
+            on_tokens: receives the number of tokens of each batch.
         """
         device = choose_float64_device(self.base.runtime.device)
-        totals = torch.zeros(num_columns * self.num_documents, dtype=torch.float64, device=device)
-        for batch in self._iter_batches(num_columns, mixes):
-            nll, owners = self._score(batch, adapters_for([column for column, _ in batch]))
-            totals.index_add_(0, owners.to(device), as_float64(nll))
-            on_tokens(sum(job.span.end - job.span.begin for _, job in batch))
-        nats = totals.view(num_columns, -1).cpu().numpy()
-        return [self._collect(column) for column in nats]
+        totals = torch.zeros(num_choices * self.num_documents, dtype=torch.float64, device=device)
+        for batch in self._iter_batches(num_choices, can_mix):
+            nll, indices = self._score(batch, select([choice for choice, _ in batch]))
+            totals.index_add_(0, indices.to(device), as_float64(nll))
+            on_tokens(sum(window.span.end - window.span.begin for _, window in batch))
+        nats = totals.view(num_choices, -1).cpu().numpy()
+        return [self._collect(choice) for choice in nats]
 
-    def _iter_batches(self, num_columns: int, mixes: bool) -> Iterator[list[tuple[Column, _Job]]]:
-        """Yields batches; every other adapter begins with the short windows, so that neighbours are alike in length."""
-        batch: list[tuple[Column, _Job]] = []
+    def _iter_batches(self, num_choices: int, can_mix: bool) -> Iterator[list[tuple[int, _ScoringWindow]]]:
+        """Yields batches of similar lengths: every other choice begins with the short windows."""
+        batch: list[tuple[int, _ScoringWindow]] = []
         longest = 0
-        for column in range(num_columns):
-            for job in self.jobs if column % 2 == 0 else reversed(self.jobs):
-                length = job.span.end - job.span.begin
+        for choice in range(num_choices):
+            for window in self.windows if choice % 2 == 0 else reversed(self.windows):
+                length = window.span.end - window.span.begin
                 if batch and (len(batch) + 1) * max(longest, length) > self.settings.batch_tokens:
                     yield batch
                     batch, longest = [], 0
-                batch.append((column, job))
+                batch.append((choice, window))
                 longest = max(longest, length)
-            if batch and not mixes:
+            if batch and not can_mix:
                 yield batch
                 batch, longest = [], 0
         if batch:
             yield batch
 
-    def _score(self, batch: Sequence[tuple[Column, _Job]], adapters: ActiveAdapters | None) -> tuple[Tensor, Tensor]:
-        """Returns the NLL of each scored token of a batch, and its place among the totals."""
-        longest = max(job.span.end - job.span.begin for _, job in batch)
+    def _score(
+        self, batch: Sequence[tuple[int, _ScoringWindow]], adapters: ActiveAdapters | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the NLL of each scored token of a batch, and the index of its document in the totals."""
+        longest = max(window.span.end - window.span.begin for _, window in batch)
         tokens = torch.zeros(len(batch), longest + 1, dtype=torch.long)
         scored = torch.zeros(len(batch), longest, dtype=torch.bool)
-        owners = torch.zeros(len(batch), 1, dtype=torch.long)
-        for row, (column, (owner, sequence, span)) in enumerate(batch):
-            tokens[row, : span.end + 1 - span.begin] = torch.tensor(sequence[span.begin : span.end + 1])
+        indices = torch.zeros(len(batch), 1, dtype=torch.long)
+        for row, (choice, (document, ids, span)) in enumerate(batch):
+            tokens[row, : span.end + 1 - span.begin] = torch.tensor(ids[span.begin : span.end + 1])
             scored[row, span.first - span.begin - 1 : span.end - span.begin] = True
-            owners[row] = column * self.num_documents + owner
-        places = scored.flatten().nonzero()[:, 0]
+            indices[row] = choice * self.num_documents + document
+        positions = scored.flatten().nonzero()[:, 0]
         device = self.base.runtime.device
-        hidden = self.base.model(tokens[:, :-1].to(device), adapters)
-        targets = tokens[:, 1:].flatten()[places].to(device)
-        nll = score_tokens(self.base.model, hidden, adapters, targets, places.to(device))
-        return nll, owners.expand(-1, longest).flatten()[places]
+        targets = tokens[:, 1:].flatten()[positions].to(device)
+        inputs = tokens[:, :-1].to(device)
+        nll = token_nll(self.base.model, inputs, targets, adapters, select=positions.to(device))
+        return nll, indices.expand(-1, longest).flatten()[positions]
 
     def _collect(self, nats: NDArray[np.float64]) -> list[Score]:
-        scores, place = [], 0
+        scores, first = [], 0
         for texts in self.texts:
-            part = np.stack([nats[place : place + len(texts)], self.tokens[place : place + len(texts)]])
-            place += len(texts)
-            words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
-            scores.append(Score(float(part[0].sum()), int(part[1].sum()), words, size, part))
+            documents = slice(first, first + len(texts))
+            per_document = np.stack([nats[documents], self.tokens[documents]])
+            first = documents.stop
+            scores.append(
+                Score(
+                    nll_nats=float(per_document[0].sum()),
+                    tokens=int(per_document[1].sum()),
+                    words=sum(len(text.split()) for text in texts),
+                    bytes=sum(len(text.encode()) for text in texts),
+                    per_document=per_document,
+                )
+            )
         return scores

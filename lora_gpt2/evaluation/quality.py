@@ -15,7 +15,7 @@ import numpy as np
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.evaluation.matrix import BASE, Source
+from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.perplexity import split_prompt
 from lora_gpt2.evaluation.style import (
     cut_pieces,
@@ -27,6 +27,7 @@ from lora_gpt2.evaluation.style import (
     split_words,
 )
 from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.store.references import BASE
 
 Write = Callable[[str, Sequence[str], GenerateSettings], list[str]]
 """From an adapter's name, prompts and settings to their continuations."""
@@ -86,7 +87,7 @@ class Quality:
         return dict(vars(self))
 
 
-def build_task(source: Source, tokenizer: Tokenizer, count: int) -> Task:
+def build_task(source: EvaluationText, tokenizer: Tokenizer, count: int) -> Task:
     """Returns `count` prompts of a source, spread over it; fewer if it has fewer, `DataError` if it has none."""
     pairs = [split_prompt(document) for document in source.documents]
     domain = "\n".join(text for _, text in pairs)

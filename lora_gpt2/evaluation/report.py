@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_gpt2.core.chart import INK, Margins, draw_chart, draw_svg
-from lora_gpt2.core.html_page import build_cards, build_page, build_table
-from lora_gpt2.evaluation.matrix import BASE
+from lora_gpt2.core.pages import embed_svg, render_page
+from lora_gpt2.store.references import BASE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +16,19 @@ if TYPE_CHECKING:
 Cells = Sequence[Mapping[str, Any]]
 LIMIT = 4.0  # the ratio to the base at which the colour is full
 DARK = 0.6
+NOT_METRICS = ("adapter", "source", "warnings", "samples")
+COLUMNS = (
+    "adapter",
+    "text",
+    "perplexity",
+    "95 % interval",
+    "over base",
+    "95 % interval",
+    "per word",
+    "bits per byte",
+    "tokens",
+    "documents",
+)
 METHOD = {
     "document": "each document on its own, its first token predicted from EOS",
     "stream": "all text as one sequence, its first token not scored",
@@ -98,79 +110,64 @@ def _shade(cell: Mapping[str, Any]) -> float:
 def build_matrix_page(result: Mapping[str, Any]) -> str:
     """Returns the page of a result of `evaluate --json`; it loads nothing."""
     cells: Cells = result["cells"]
-    shown = [*cells, *result.get("forgetting", [])]
+    forgetting: Cells = result.get("forgetting", [])
+    shown = [*cells, *forgetting]
     size, margins = _measure_map(shown)
-    chart = draw_svg(lambda axes: _plot(axes, shown), size, margins)
-    own = find_own(cells)
-    gains = [(f"{name} on its own text", describe_gain(cell)) for name, cell in own.items()]
-    forgotten = [
-        (f"{c['adapter']} on general English", describe_gain(c))
-        for c in result.get("forgetting", [])
-        if c["adapter"] != BASE
-    ]
-    sources = _names(cells, "source")
-    cards = [
-        (f"{len(_names(cells, 'adapter'))} × {len(sources)}", "adapters and base × texts"),
-        (f"{sum(next(c['tokens'] for c in cells if c['source'] == s) for s in sources):,}", "tokens scored for each"),
-        *(
-            [(f"{sum(_is_best(cell, cells) for cell in own.values())} of {len(own)}", "best on their own text")]
-            if own
-            else []
-        ),
-    ]
-    rows = [
-        (
-            cell["adapter"],
-            cell["source"],
-            f"{cell['perplexity']:,.2f}",
-            _show(cell["perplexity_interval"]),
-            "" if cell["ratio_to_base"] is None else f"{cell['ratio_to_base']:.3f}",
-            _show(cell["ratio_interval"], 3),
-            f"{cell['word_perplexity']:,.1f}",
-            f"{cell['bits_per_byte']:.3f}",
-            cell["tokens"],
-            cell["documents"],
-        )
-        for cell in shown
-    ]
-    header = (
-        "adapter",
-        "text",
-        "perplexity",
-        "95 % interval",
-        "over base",
-        "95 % interval",
-        "per word",
-        "bits per byte",
-        "tokens",
-        "documents",
-    )
-    method = (
-        f"Perplexity: exp of the mean negative log-likelihood of a token, {METHOD[result['protocol']]}; window "
+    generation: Cells = result.get("generation", [])
+    metrics = [key for key in generation[0] if key not in NOT_METRICS] if generation else []
+    return render_page(
+        "matrix.html",
+        title="Adapters × texts",
+        base=str(result["base"]),
+        figures=_list_figures(cells),
+        chart=embed_svg(draw_svg(lambda axes: _plot(axes, shown), size, margins)),
+        width_px=round(96 * size[0]),
+        gained=[(f"{name} on its own text", describe_gain(cell)) for name, cell in find_own(cells).items()],
+        forgotten=[
+            (f"{c['adapter']} on general English", describe_gain(c)) for c in forgetting if c["adapter"] != BASE
+        ],
+        quality=[
+            (row["adapter"], row["source"], *("" if row[key] is None else f"{row[key]:.4g}" for key in metrics))
+            for row in generation
+        ],
+        quality_header=["adapter", "text", *(key.replace("_", " ") for key in metrics)],
+        cells=[_list_columns(cell) for cell in shown],
+        cells_header=COLUMNS,
+        method=f"Perplexity: exp of the mean negative log-likelihood of a token, {METHOD[result['protocol']]}; window "
         f"{result['window']}, stride {result['stride']} tokens, each token scored once. Intervals: bootstrap over "
-        "documents; those of the ratio to the base use the same draws for both."
+        "documents; those of the ratio to the base use the same draws for both.",
     )
-    quality = build_quality_table(result.get("generation", []))
-    body = (
-        f'<h1>Adapters × texts</h1><p class="lead">base {html.escape(str(result["base"]))}</p>{build_cards(cards)}'
-        f'<div class="charts" style="display:block;max-width:{96 * size[0]:.0f}px">{chart}</div>'
-        f"{_section('Gained', gains)}{_section('Forgotten', forgotten)}{quality}"
-        f'<h2>Every cell</h2><div style="overflow-x:auto">{build_table(rows, header)}</div>'
-        f'<p class="lead">{html.escape(method)}</p>'
-    )
-    return build_page("Adapters × texts", body)
 
 
-def build_quality_table(rows: Cells) -> str:
-    """Returns how generated texts read, as HTML; nothing without rows."""
-    if not rows:
-        return ""
-    keys = [key for key in rows[0] if key not in ("adapter", "source", "warnings", "samples")]
-    table = [
-        (row["adapter"], row["source"], *("" if row[k] is None else f"{row[k]:.4g}" for k in keys)) for row in rows
+def _list_figures(cells: Cells) -> list[tuple[str, str]]:
+    """Returns the figures at the top of the page, each with its label."""
+    sources, own = _names(cells, "source"), find_own(cells)
+    num_tokens = sum(next(cell["tokens"] for cell in cells if cell["source"] == source) for source in sources)
+    figures = [
+        (f"{len(_names(cells, 'adapter'))} × {len(sources)}", "adapters and base × texts"),
+        (f"{num_tokens:,}", "tokens scored for each"),
     ]
-    header = ("adapter", "text", *(key.replace("_", " ") for key in keys))
-    return f'<h2>Generated texts</h2><div style="overflow-x:auto">{build_table(table, header)}</div>'
+    if own:
+        figures.append(
+            (f"{sum(_is_best(cell, cells) for cell in own.values())} of {len(own)}", "best on their own text")
+        )
+    return figures
+
+
+def _list_columns(cell: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Returns a cell as the table shows it, column by column."""
+    return (
+        cell["adapter"],
+        cell["source"],
+        f"{cell['perplexity']:,.2f}",
+        _show(cell["perplexity_interval"]),
+        "" if cell["ratio_to_base"] is None else f"{cell['ratio_to_base']:.3f}",
+        _show(cell["ratio_interval"], 3),
+        f"{cell['word_perplexity']:,.1f}",
+        f"{cell['bits_per_byte']:.3f}",
+        cell["tokens"],
+        cell["documents"],
+    )
 
 
 def _is_best(cell: Mapping[str, Any], cells: Cells) -> bool:
@@ -179,7 +176,3 @@ def _is_best(cell: Mapping[str, Any], cells: Cells) -> bool:
 
 def _show(interval: Sequence[float] | None, digits: int = 2) -> str:
     return "" if interval is None else f"{interval[0]:,.{digits}f} – {interval[1]:,.{digits}f}"
-
-
-def _section(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    return f"<h2>{title}</h2>{build_table(rows)}" if rows else ""

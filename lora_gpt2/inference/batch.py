@@ -22,7 +22,8 @@ from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.inference.generate import Output, Request, iter_outputs, raise_first_error
-from lora_gpt2.inference.session import Mix, Session, parse_mix
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 
 
@@ -49,7 +50,7 @@ def _parse_line(line: str, where: str, mix: Mix, seed: int) -> Request:
     adapter, own = values.get("adapter"), values.get("seed", seed)
     if not isinstance(adapter, str | None) or not isinstance(own, int) or isinstance(own, bool) or own < 0:
         raise DataError(f"{where}: adapter is a text such as law:0.6+code:0.4, seed a whole number", "mend the line")
-    return Request(values["prompt"], parse_mix(adapter.split("+")) if adapter else mix, own)
+    return Request(values["prompt"], Mix.parse(adapter) if adapter else mix, own)
 
 
 def find_done(out: Path, requests: Sequence[Request]) -> set[int]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_gpt2.inference.session import BASE, Session, parse_mix
-from lora_gpt2.model.loss import score_tokens
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.runtime import as_float64
+from lora_gpt2.model.scoring import token_nll
+from lora_gpt2.store.references import BASE
 
 SURE = 0.8
 BATCH = 16
@@ -36,7 +38,7 @@ def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
     The text is scored after EOS; of a text that is longer than the context, what fits at its end.
     """
     base = session.base
-    ids = base.tokenizer.encode(text)[-base.config.context + 1 :]
+    ids = base.tokenizer.encode(text)[-base.config.n_positions + 1 :]
     candidates = [name for name in names if name != BASE]
     if not ids or not candidates:
         return Choice(BASE, 0.0, {})
@@ -44,14 +46,13 @@ def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
     tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
     totals: list[float] = []
     for start in range(0, len(candidates), BATCH):
-        mixes = [parse_mix([name]) for name in candidates[start : start + BATCH]]
-        adapters = session.rows(mixes)
-        hidden = base.model(tokens[:-1].expand(len(mixes), -1), adapters)
-        nll = score_tokens(base.model, hidden, adapters, tokens[1:].repeat(len(mixes)))
+        mixes = [Mix.parse([name]) for name in candidates[start : start + BATCH]]
+        inputs, targets = tokens[:-1].expand(len(mixes), -1), tokens[1:].repeat(len(mixes))
+        nll = token_nll(base.model, inputs, targets, session.adapters_for(mixes))
         sums = as_float64(nll).view(len(mixes), -1).sum(1)
         totals += sums.where(sums.isfinite(), torch.inf).tolist()  # an adapter that fails here is not likely at all
     probabilities = torch.tensor(totals, dtype=torch.float64).neg().softmax(0).tolist()
-    best = max(range(len(candidates)), key=lambda place: probabilities[place])
+    best = max(range(len(candidates)), key=lambda index: probabilities[index])
     sure = probabilities[best] >= SURE
     per_token = {name: total / len(ids) for name, total in zip(candidates, totals, strict=True)}
     return Choice(candidates[best] if sure else BASE, probabilities[best], per_token)

@@ -1,43 +1,62 @@
-"""Continues prompts, each with its own mix of adapters, seed and settings, through one engine."""
+"""Generates continuations of prompts, each with its own mix of adapters, seed and settings, in one engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error, ResourceError, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.inference.engine import Engine, Row, TokenLogprobs
-from lora_gpt2.inference.session import Mix, Session, describe_mix, parse_mix
+from lora_gpt2.inference.engine import Engine
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
 from lora_gpt2.recipe import GenerateSettings
 
-MAX_ROWS = 16
+MAX_NUM_SEQS = 16
+BASE_MIX = Mix()
 OnText = Callable[[int, str], None]
+"""Receives the index of a request and the text that its continuation has grown by."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, the mix that continues it (empty: the base), and the seed of its random choices."""
+    """One prompt and how it is continued.
+
+    Args:
+        prompt: the text to continue; "" starts a new one.
+        mix: the adapters to continue it with; empty for the base.
+        seed: random seed.
+        settings: its own sampling settings; None takes those of the call.
+        no_verbatim: texts that the continuation does not copy for longer than the n-grams of their indexes.
+    """
 
     prompt: str
-    mix: Mix = ()
+    mix: Mix = BASE_MIX
     seed: int = 0
     settings: GenerateSettings | None = None
-    """Its own settings; without them, those of the call."""
-    not_to_copy: Sequence[NgramIndex] = ()
-    """Texts of which it has no longer run than the size of their indexes, but for what the prompt has of it."""
+    no_verbatim: Sequence[NgramIndex] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Output:
-    """One continuation; `finish_reason` is `stop` (EOS or a stop text), `length`, `interrupted` or `error`.
+    """One continuation.
 
-    `error` says why a continuation could not go on; the others of its batch are not touched.
+    Args:
+        prompt: the request's prompt.
+        text: the continuation, without the prompt.
+        adapter: the mix, as people write it.
+        tokens: number of generated tokens.
+        finish_reason: `stop` (EOS or a stop string), `length`, `interrupted` or `error`.
+        seed: the request's seed.
+        provenance: base, adapters with the sha256 of their weights, seed and settings.
+        logprobs: log-probabilities of the tokens, where they were requested.
+        error: the error that finished this continuation; the others of its batch are not affected.
     """
 
     prompt: str
@@ -51,7 +70,7 @@ class Output:
     error: LoraGpt2Error | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the continuation with the key names of `generate --json`; log-probabilities where they were asked."""
+        """Returns the continuation with the keys of `generate --json`."""
         values = {key: value for key, value in vars(self).items() if key not in ("logprobs", "error")}
         values |= {"logprobs": [vars(item) for item in self.logprobs]} if self.logprobs else {}
         return values | ({"error": self.error.message} if self.error else {})
@@ -60,15 +79,15 @@ class Output:
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, context: int, settings: GenerateSettings, truncate_left: bool
 ) -> tuple[list[int], int]:
-    """Returns a prompt's token ids and how many tokens may follow; an empty prompt is EOS, GPT-2's own beginning.
+    """Returns a prompt's token ids and how many tokens may follow; an empty prompt becomes EOS, GPT-2's own BOS.
 
-    Raises `UsageError` if the prompt leaves no room, unless `truncate_left` lets its beginning go.
+    Raises `UsageError` if the prompt leaves no room, unless `truncate_left` drops its beginning.
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     if len(ids) >= context:
         if not truncate_left:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the base has room for {context} with the continuation",
+                f"the prompt has {len(ids)} tokens, which leaves no room for a continuation in a context of {context}",
                 "shorten it, or use --truncate left to keep its end",
             )
         ids = ids[-keep_tokens(context, settings) :]
@@ -76,42 +95,46 @@ def encode_prompt(
 
 
 def keep_tokens(context: int, settings: GenerateSettings) -> int:
-    """Returns how many tokens of a prompt that is too long are kept: what the continuation leaves, at least half."""
+    """Returns how many tokens of a prompt that is too long are kept: all but `max_new_tokens`, at least half."""
     return max(context // 2, context - settings.max_new_tokens)
 
 
 def count_dropped(base: Base, prompt: str, settings: GenerateSettings) -> int:
-    """Returns how many tokens of a prompt `truncate_left` leaves out."""
-    length, context = len(base.tokenizer.encode(prompt)), base.config.context
+    """Returns how many tokens of a prompt `truncate_left` drops."""
+    length, context = len(base.tokenizer.encode(prompt)), base.config.n_positions
     return length - keep_tokens(context, settings) if length >= context else 0
 
 
-class Options(TypedDict, total=False):
-    """What `iter_outputs` takes besides."""
-
-    on_text: OnText | None
-    stop: StopRequest | None
-    truncate_left: bool
-
-
 def generate(
-    session: Session, requests: Sequence[Request], settings: GenerateSettings, **options: Unpack[Options]
+    session: Session,
+    requests: Sequence[Request],
+    settings: GenerateSettings,
+    *,
+    on_text: OnText | None = None,
+    stop: StopRequest | None = None,
+    truncate_left: bool = False,
 ) -> list[Output]:
     """Returns one continuation per request, in their order; see `iter_outputs`.
 
-    Raises the first continuation's error, if one failed, when all have ended.
+    Raises the error of the first continuation that failed, after all have finished.
     """
-    outputs = generate_all(session, requests, settings, **options)
+    outputs = generate_all(session, requests, settings, on_text=on_text, stop=stop, truncate_left=truncate_left)
     raise_first_error(outputs)
     return outputs
 
 
 def generate_all(
-    session: Session, requests: Sequence[Request], settings: GenerateSettings, **options: Unpack[Options]
+    session: Session,
+    requests: Sequence[Request],
+    settings: GenerateSettings,
+    *,
+    on_text: OnText | None = None,
+    stop: StopRequest | None = None,
+    truncate_left: bool = False,
 ) -> list[Output]:
     """Returns one continuation per request, in their order, failed ones with their `error`; see `iter_outputs`."""
-    found = dict(iter_outputs(session, requests, settings, **options))
-    return [found[index] for index in range(len(requests))]
+    outputs = dict(iter_outputs(session, requests, settings, on_text=on_text, stop=stop, truncate_left=truncate_left))
+    return [outputs[index] for index in range(len(requests))]
 
 
 def raise_first_error(outputs: Sequence[Output]) -> None:
@@ -126,18 +149,17 @@ def build_writer(
 ) -> Callable[[str, Sequence[str], GenerateSettings], list[str]]:
     """Returns a function from an adapter's name, prompts and settings to continuations, with progress.
 
-    It raises `Interrupted` where `stop` was asked for. A prompt that is too long loses its beginning.
+    It raises `Interrupted` if a stop was requested. Prompts that are too long lose their beginning.
     """
 
     def write(adapter: str, prompts: Sequence[str], settings: GenerateSettings) -> list[str]:
-        requests = [
-            Request(prompt, parse_mix(adapter.split("+")), seed + place) for place, prompt in enumerate(prompts)
-        ]
+        mix = Mix.parse(adapter)
+        requests = [Request(prompt, mix, seed + index) for index, prompt in enumerate(prompts)]
         texts = [""] * len(requests)
-        with reporter.task(f"writing with {adapter}", len(requests), "texts") as task:
-            for place, output in iter_outputs(session, requests, settings, stop=stop, truncate_left=True):
+        with reporter.task(f"generating with {adapter}", len(requests), "texts") as task:
+            for index, output in iter_outputs(session, requests, settings, stop=stop, truncate_left=True):
                 raise_first_error([output])
-                texts[place] = output.text
+                texts[index] = output.text
                 task.advance(1)
         stop.raise_if_asked("nothing is kept of an unfinished measurement")
         return texts
@@ -149,98 +171,116 @@ def iter_outputs(
     session: Session,
     requests: Sequence[Request],
     settings: GenerateSettings,
+    *,
     on_text: OnText | None = None,
     stop: StopRequest | None = None,
     truncate_left: bool = False,
 ) -> Iterator[tuple[int, Output]]:
-    """Yields each request's place and continuation as it ends; `on_text(place, piece)` gets the text as it grows.
+    """Yields each request's index and continuation as it finishes.
 
-    When `stop` is asked for, what grows ends as it is, and what has not begun ends empty, as `interrupted`. One that
-    fails ends with its `error`, alone.
+    Args:
+        session: base and adapters.
+        requests: what to continue.
+        settings: for requests without their own.
+        on_text: receives text as it is generated.
+        stop: if a stop is requested, running continuations finish as they are, and waiting ones empty, as
+            `interrupted`.
+        truncate_left: drop the beginning of prompts that are too long, instead of raising.
 
     Raises:
         UsageError: a prompt does not fit.
         NotFoundError, IntegrityError: an adapter cannot be used.
     """
-    rows = _build_rows(session, requests, settings, truncate_left)
-    origins = [describe_provenance(session, row) for row in rows]
+    sequences = _build_sequences(session, requests, settings, truncate_left)
+    provenance = [describe_provenance(session, sequence) for sequence in sequences]
     if settings.merge_into_base:
-        session = _fold(session, rows)
-    size = max((len(row.prompt_ids) + row.budget for row in rows), default=1)
-    engine = Engine(session, max(1, min(len(rows), MAX_ROWS)), size)
-    for row in rows:
-        engine.submit(row)
+        session = _merge_mix(session, sequences)
+    max_tokens = max((len(s.prompt_ids) + s.max_new_tokens for s in sequences), default=1)
+    engine = Engine(session, max(1, min(len(sequences), MAX_NUM_SEQS)), max_tokens)
+    for sequence in sequences:
+        engine.submit(sequence)
     while engine.is_busy:
-        grown = engine.step()
-        for row, shown in grown:
-            if shown and on_text is not None:
-                on_text(row.index, shown)
-        ended = [row for row, _ in grown if row.finish_reason]
+        outputs = engine.step()
+        for sequence, text in outputs:
+            if text and on_text is not None:
+                on_text(sequence.index, text)
+        finished = [sequence for sequence, _ in outputs if sequence.finish_reason]
         if stop is not None and stop.signal_number:
-            ended = engine.stop_all("interrupted") + ended
-        for row in ended:
-            yield row.index, _to_output(requests[row.index], row, origins[row.index])
+            finished = engine.stop_all("interrupted") + finished
+        for sequence in finished:
+            yield sequence.index, _to_output(requests[sequence.index], sequence, provenance[sequence.index])
 
 
-def _build_rows(
+def _build_sequences(
     session: Session, requests: Sequence[Request], settings: GenerateSettings, truncate_left: bool
-) -> list[Row]:
-    tokenizer, context = session.base.tokenizer, session.base.config.context
-    rows = []
+) -> list[SequenceState]:
+    tokenizer, context = session.base.tokenizer, session.base.config.n_positions
+    sequences = []
     for index, request in enumerate(requests):
         own = request.settings or settings
-        if request.not_to_copy and own.num_beams > 1:
-            raise UsageError("beams are not kept from copying", "leave --no-verbatim or generate.num_beams out")
-        ids, budget = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
-        row = Row(index, session.resolve(request.mix), ids, budget, own, request.seed, tokenizer)
-        row.not_to_copy = request.not_to_copy
-        rows.append(row)
-    for name in dict.fromkeys(name for row in rows for name, _ in row.mix):
-        session.open([name])  # all are checked before any is used; where they are many, they are read again in turn
-    return rows
+        if request.no_verbatim and own.num_beams > 1:
+            raise UsageError(
+                "--no-verbatim does not work with beam search", "leave --no-verbatim or generate.num_beams out"
+            )
+        prompt_ids, max_new_tokens = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
+        sequences.append(
+            SequenceState(
+                index=index,
+                mix=session.resolve(request.mix),
+                prompt_ids=prompt_ids,
+                max_new_tokens=max_new_tokens,
+                settings=own,
+                seed=request.seed,
+                tokenizer=tokenizer,
+                no_verbatim=request.no_verbatim,
+            )
+        )
+    for reference in dict.fromkeys(reference for sequence in sequences for reference, _ in sequence.mix):
+        session.load([reference])  # all are verified before any is used; where they are many, they are loaded in turn
+    return sequences
 
 
-def _fold(session: Session, rows: Sequence[Row]) -> Session:
-    """Returns a session whose base has the rows' one mix in its weights, and leaves the rows without one."""
-    if len({row.mix for row in rows}) > 1:
+def _merge_mix(session: Session, sequences: Sequence[SequenceState]) -> Session:
+    """Returns a session whose base has the sequences' one mix merged into it, and takes the mix from the sequences."""
+    if len({sequence.mix for sequence in sequences}) > 1:
         raise UsageError(
             "generate.merge_into_base is for one adapter or mix at a time", "leave it out to compare several"
         )
-    folded = session.fold(rows[0].mix) if rows and rows[0].mix else session
-    for row in rows:
-        row.mix = ()
-    return folded
+    merged = session.merge_into_base(sequences[0].mix) if sequences and sequences[0].mix else session
+    for sequence in sequences:
+        sequence.mix = Mix()
+    return merged
 
 
-def describe_provenance(session: Session, row: Row) -> dict[str, Any]:
+def describe_provenance(session: Session, sequence: SequenceState) -> dict[str, Any]:
     """Returns where a text comes from: the base, the adapters by the sha256 of their weights, seed and settings."""
     base = session.base
     return {
         "base": base.name,
         "base_fingerprint": base.fingerprint,
-        "adapters": session.describe_origin(row.mix, row.loaded),
-        "seed": row.seed,
-        "settings": row.settings.model_dump(mode="json", exclude={"watermark_key"}),
+        "adapters": session.describe_origin(sequence.mix, sequence.loaded),
+        "seed": sequence.seed,
+        "settings": sequence.settings.model_dump(mode="json", exclude={"watermark_key"}),
     }
 
 
-def _to_output(request: Request, row: Row, origin: dict[str, Any]) -> Output:
+def _to_output(request: Request, sequence: SequenceState, provenance: dict[str, Any]) -> Output:
     return Output(
-        request.prompt,
-        row.text,
-        describe_mix(request.mix),
-        len(row.new_ids),
-        row.finish_reason,
-        request.seed,
-        origin,
-        tuple(row.logprobs),
-        _to_ours(row.error),
+        prompt=request.prompt,
+        text=sequence.text,
+        adapter=str(Mix(request.mix)),
+        tokens=len(sequence.new_ids),
+        finish_reason=sequence.finish_reason,
+        seed=request.seed,
+        provenance=provenance,
+        logprobs=tuple(sequence.logprobs),
+        error=_wrap_error(sequence.error),
     )
 
 
-def _to_ours(error: Exception | None) -> LoraGpt2Error | None:
+def _wrap_error(error: Exception | None) -> LoraGpt2Error | None:
     if error is None or isinstance(error, LoraGpt2Error):
         return error
-    found = ResourceError(f"the continuation failed: {error}", "change its settings, or use fewer rows at once")
-    found.__cause__ = error
-    return found
+    wrapped = ResourceError(f"the continuation failed: {error}", "change its settings, or generate fewer at once")
+    wrapped.__cause__ = error
+    return wrapped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_gpt2.inference.session import BASE, Session
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.prepacked import prepack_weights
 from lora_gpt2.model.runtime import choose_device, choose_runtime
@@ -12,6 +12,7 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.listing import list_current
 from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.store.references import BASE
 
 
 def open_session(store: Store, references: Sequence[str], recipe: Recipe, dtype: str) -> tuple[Session, list[str]]:

@@ -23,12 +23,14 @@ from lora_gpt2.core.suggest import suggest
 from lora_gpt2.core.user_files import read_user_file
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all, raise_first_error
 from lora_gpt2.inference.history import LocalLog
-from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix, parse_mix
-from lora_gpt2.model.loss import score_tokens
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.runtime import as_float64
+from lora_gpt2.model.scoring import token_nll
 from lora_gpt2.recipe import GenerateSettings, build_recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.listing import list_current
+from lora_gpt2.store.references import BASE
 
 HELP = {
     "use": ("NAME", "continue with this adapter (name or name@version)"),
@@ -69,7 +71,7 @@ class Repl:
     seed: int
     log: LocalLog
     on_text: OnText
-    mix: Mix = ()
+    mix: Mix = field(default_factory=Mix)
     text: str = ""
     is_over: bool = False
     num_tokens: int = 0
@@ -80,7 +82,7 @@ class Repl:
     @property
     def name(self) -> str:
         """What continues the text now: `base`, an adapter, a mix."""
-        return describe_mix(self.mix)
+        return str(self.mix)
 
     def list_adapters(self) -> list[str]:
         """Returns the names of the adapters of this base."""
@@ -150,13 +152,13 @@ class Repl:
     def _take(self, specs: Sequence[str], usage: str) -> str:
         if not specs:
             raise UsageError("name an adapter", usage)
-        mix = parse_mix(specs)
-        self.session.open([name for name, _ in self.session.resolve(mix)])
+        mix = Mix.parse(specs)
+        self.session.load(self.session.resolve(mix).references)
         self.mix = mix
         return f"{self.name} continues"
 
     def _do_base(self, rest: str) -> str:
-        self.mix = ()
+        self.mix = Mix()
         return "the base continues"
 
     def _do_scale(self, rest: str) -> str:
@@ -166,12 +168,12 @@ class Repl:
             factor = math.nan
         if not self.mix or not math.isfinite(factor):
             raise UsageError("/scale multiplies the weights of the adapter in use", "/use NAME, then /scale 0.5")
-        self.mix = parse_mix([f"{name}:{weight * factor:g}" for name, weight in self.mix])
+        self.mix = Mix.parse([f"{name}:{weight * factor:g}" for name, weight in self.mix])
         return f"{self.name} continues"
 
     def _do_compare(self, rest: str) -> str:
         names = rest.replace(",", " ").split() or [*self.list_adapters(), BASE]
-        mixes = [parse_mix(name.split("+")) for name in names]
+        mixes = [Mix.parse(name) for name in names]
         self.seed += 1
         outputs = self._write(self.text, mixes, self.seed, None)
         return "\n\n".join(f"=== {output.adapter}\n{output.error or output.text}" for output in outputs)
@@ -262,17 +264,14 @@ class Repl:
     @torch.inference_mode()
     def _do_stats(self, rest: str) -> str:
         base = self.session.base
-        ids = base.tokenizer.encode(self.text)[-base.config.context + 1 :]
+        ids = base.tokenizer.encode(self.text)[-base.config.n_positions + 1 :]
         lines = [f"{self.num_tokens} tokens written, {self.num_tokens / max(self.seconds, 1e-9):.1f} tokens/s"]
         if ids:
             tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
-            for mix in dict.fromkeys([self.mix, ()]):
-                adapters = self.session.rows([self.session.resolve(mix)])
-                hidden = base.model(tokens[None, :-1], adapters)
-                nll = as_float64(score_tokens(base.model, hidden, adapters, tokens[1:])).mean()
-                lines.append(
-                    f"perplexity of the text under {describe_mix(mix)}: {math.exp(nll):.2f} ({len(ids)} tokens)"
-                )
+            for mix in dict.fromkeys([self.mix, Mix()]):
+                adapters = self.session.adapters_for([self.session.resolve(mix)])
+                nll = as_float64(token_nll(base.model, tokens[None, :-1], tokens[1:], adapters)).mean()
+                lines.append(f"perplexity of the text under {mix!s}: {math.exp(nll):.2f} ({len(ids)} tokens)")
         return "\n".join([*lines, f"last seed {self.seed}"])
 
     def _do_help(self, rest: str) -> str:

@@ -3,12 +3,14 @@
 Repetition penalty (Keskar et al. 2019, arXiv:1909.05858, section 4.1), presence and frequency penalty (OpenAI's API),
 no repeated n-grams (Paulus et al. 2017, arXiv:1705.04304, section 2.5), temperature, top-k (Fan et al. 2018,
 arXiv:1805.04833), top-p (Holtzman et al. 2019, arXiv:1904.09751), min-p (Nguyen et al. 2024, arXiv:2407.01082).
-The watermark is transformers' own processor.
+They are written here because transformers' processors cost 2 s of imports before the first token; tests compare with
+them. The watermark is transformers' own processor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -18,11 +20,36 @@ from torch import Tensor
 
 from lora_gpt2.recipe import GenerateSettings
 
+MAX_LOGIT = 1e30  # remains finite when it is divided by the smallest temperature
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen; names, meaning and defaults without effect are those of vLLM."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    watermark_key: int | None = None
+
+    @classmethod
+    def from_settings(cls, settings: GenerateSettings) -> SamplingParams:
+        """Returns the parameters in a recipe's section."""
+        names = set(cls.__dataclass_fields__) - {"watermark_key"}
+        key = settings.watermark_key if settings.watermark else None
+        return cls(**{name: getattr(settings, name) for name in names}, watermark_key=key)
+
 
 def penalise_repetition(
     logits: Float[Tensor, " vocab"], seen: Int[Tensor, " tokens"], penalty: float
 ) -> Float[Tensor, " vocab"]:
-    """Returns logits with tokens in `seen` made less likely: positive ones divided, negative ones multiplied."""
+    """Returns logits with tokens in `seen` made less likely: positive logits are divided, negative ones multiplied."""
     if penalty == 1 or not len(seen):
         return logits
     scores = logits[seen]
@@ -54,19 +81,16 @@ def forbid_tokens(logits: Float[Tensor, " vocab"], tokens: Sequence[int]) -> Flo
 
 
 def adjust_logits(
-    logits: Float[Tensor, " vocab"], seen: Int[Tensor, " tokens"], num_prompt: int, settings: GenerateSettings
+    logits: Float[Tensor, " vocab"], ids: Int[Tensor, " tokens"], num_prompt_tokens: int, params: SamplingParams
 ) -> Float[Tensor, " vocab"]:
-    """Returns logits after bias and penalties; `seen` is the prompt's `num_prompt` tokens and the continuation."""
-    if settings.logit_bias:
-        ids = [token for token in settings.logit_bias if 0 <= token < len(logits)]
-        bias = torch.tensor([settings.logit_bias[token] for token in ids])
-        logits = logits.index_add(0, torch.tensor(ids, dtype=torch.long), bias)
-    logits = penalise_repetition(logits, seen, settings.repetition_penalty)
-    logits = penalise_counts(logits, seen[num_prompt:], settings.presence_penalty, settings.frequency_penalty)
-    return forbid_ngrams(logits, seen, settings.no_repeat_ngram_size)
-
-
-LARGEST = 1e30  # what a division by the smallest temperature leaves finite
+    """Returns logits after bias and penalties; `ids` are the prompt's tokens and then the generated ones."""
+    if params.logit_bias:
+        biased = [token for token in params.logit_bias if 0 <= token < len(logits)]
+        bias = torch.tensor([params.logit_bias[token] for token in biased])
+        logits = logits.index_add(0, torch.tensor(biased, dtype=torch.long), bias)
+    logits = penalise_repetition(logits, ids, params.repetition_penalty)
+    logits = penalise_counts(logits, ids[num_prompt_tokens:], params.presence_penalty, params.frequency_penalty)
+    return forbid_ngrams(logits, ids, params.no_repeat_ngram_size)
 
 
 @lru_cache(maxsize=4)
@@ -76,55 +100,66 @@ def _build_watermark(vocab_size: int, key: int) -> Any:
     return WatermarkLogitsProcessor(vocab_size, "cpu", hashing_key=key)
 
 
-def mark_logits(
-    logits: Float[Tensor, " vocab"], seen: Int[Tensor, " tokens"], settings: GenerateSettings
-) -> Float[Tensor, " vocab"]:
-    """Returns logits in which a quarter of the vocabulary, chosen by the token before and the key, is likelier."""
-    if not settings.watermark or not len(seen):
+def watermark_logits(logits: Float[Tensor, " vocab"], ids: Int[Tensor, " tokens"], key: int) -> Float[Tensor, " vocab"]:
+    """Returns logits in which a quarter of the vocabulary, chosen by the previous token and the key, is more likely."""
+    if not len(ids):
         return logits
-    marked: Tensor = _build_watermark(len(logits), settings.watermark_key)(seen[None], logits[None].clone())
+    marked: Tensor = _build_watermark(len(logits), key)(ids[None], logits[None].clone())
     return marked[0]
 
 
-def shape_logits(logits: Float[Tensor, " vocab"], settings: GenerateSettings) -> Float[Tensor, " vocab"]:
+def warp_logits(
+    logits: Float[Tensor, " vocab"], temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Float[Tensor, " vocab"]:
     """Returns logits after temperature, top-k, top-p and min-p; excluded tokens are -inf. Temperature is positive."""
-    logits = logits / settings.temperature
-    if 0 < settings.top_k < len(logits):
-        smallest = torch.topk(logits, settings.top_k).values[-1]
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        smallest = torch.topk(logits, top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if settings.top_p < 1:
+    if top_p < 1:
         ordered, order = logits.sort(descending=True)
-        likelier = ordered.softmax(0).cumsum(0).roll(1)
-        likelier[0] = 0
-        is_sectioned = likelier >= settings.top_p
-        is_sectioned[0] = False  # the likeliest stays, also where top_p is less than any float32
-        logits = logits.scatter(0, order, ordered.masked_fill(is_sectioned, -torch.inf))
-    if settings.min_p:
+        more_likely = ordered.softmax(0).cumsum(0).roll(1)
+        more_likely[0] = 0
+        is_cut = more_likely >= top_p
+        is_cut[0] = False  # the most likely token stays, also where top_p is less than any float32
+        logits = logits.scatter(0, order, ordered.masked_fill(is_cut, -torch.inf))
+    if min_p:
         probabilities = logits.softmax(0)
-        logits = logits.masked_fill(probabilities < settings.min_p * probabilities.max(), -torch.inf)
+        logits = logits.masked_fill(probabilities < min_p * probabilities.max(), -torch.inf)
     return logits
 
 
 def choose_token(
     logits: Float[Tensor, " vocab"],
-    seen: Int[Tensor, " tokens"],
-    settings: GenerateSettings,
+    ids: Int[Tensor, " tokens"],
+    params: SamplingParams,
     generator: torch.Generator,
-    num_prompt: int = 0,
-    forbidden: Sequence[int] = (),
+    *,
+    num_prompt_tokens: int = 0,
+    banned: Sequence[int] = (),
 ) -> int:
-    """Returns the next token: the likeliest at temperature 0, else one drawn with `generator`.
+    """Returns the next token: the most likely one at temperature 0, else one sampled with `generator`.
 
-    Where everything was forbidden, the likeliest of the untouched logits.
+    If every token was excluded, returns the most likely one of the original logits.
+
+    Args:
+        logits: of the next token.
+        ids: the prompt's tokens and then the generated ones.
+        params: sampling parameters.
+        generator: source of randomness.
+        num_prompt_tokens: number of prompt tokens in `ids`.
+        banned: tokens that must not be chosen.
     """
-    adjusted = mark_logits(adjust_logits(logits.float(), seen, num_prompt, settings), seen, settings)
-    adjusted = forbid_tokens(adjusted, forbidden)
+    adjusted = adjust_logits(logits.float(), ids, num_prompt_tokens, params)
+    if params.watermark_key is not None:
+        adjusted = watermark_logits(adjusted, ids, params.watermark_key)
+    adjusted = forbid_tokens(adjusted, banned)
     if not torch.isfinite(adjusted).any():
         adjusted = logits.float()
-    if settings.temperature == 0:
+    if params.temperature == 0:
         return int(adjusted.argmax())
-    if (largest := adjusted.max()) < -LARGEST:
-        adjusted = adjusted - largest
-    adjusted = adjusted.clamp(max=LARGEST)
-    probabilities = shape_logits(adjusted, settings).softmax(0)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    if (maximum := adjusted.max()) < -MAX_LOGIT:
+        adjusted = adjusted - maximum
+    adjusted = adjusted.clamp(max=MAX_LOGIT)
+    warped = warp_logits(adjusted, params.temperature, params.top_k, params.top_p, params.min_p)
+    return int(torch.multinomial(warped.softmax(0), 1, generator=generator))

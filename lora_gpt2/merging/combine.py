@@ -1,4 +1,4 @@
-"""Several adapters into one new adapter: combined, proved, and only then published."""
+"""Several adapters into one new adapter: combined, verified, and only then published."""
 
 from __future__ import annotations
 
@@ -15,30 +15,24 @@ from lora_gpt2.data.prepared import SKETCH
 from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.evaluation.general import add_general
 from lora_gpt2.evaluation.held_out import read_sketches
-from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
-from lora_gpt2.inference.session import BASE, Mix, Session
+from lora_gpt2.evaluation.matrix import Cell, EvaluationText, measure_matrix
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.checks import check_effect, check_exact
 from lora_gpt2.model.lora import Adapter, merge_ranks
-from lora_gpt2.model.merge import (
-    SUMS,
-    CombinedAdapter,
-    DeltaAdapters,
-    combine_adapters,
-    combine_site,
-    scale_weights,
-    to_delta,
-)
-from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference
+from lora_gpt2.model.merge import CombinedAdapter, DeltaAdapters, MergeRule, combine_adapters, to_delta
+from lora_gpt2.model.probe import AdapterSelector, compute_logits, measure_difference
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import Manifest, Parent
+from lora_gpt2.store.references import BASE
 
 MERGED = "(merge)"  # not a name, so no adapter is called so
 
 
 @dataclass(frozen=True)
 class Parents:
-    """The adapters of a merge, checked, with their weights."""
+    """The adapters of a merge, verified, with their weights."""
 
     mix: Mix
     manifests: list[Manifest]
@@ -46,22 +40,29 @@ class Parents:
 
     @property
     def weights(self) -> list[float]:
-        """How much of each."""
+        """The weight of each."""
         return [weight for _, weight in self.mix]
 
     def to_lineage(self, factors: Sequence[float]) -> tuple[Parent, ...]:
-        """Returns what the merge's manifest says of them."""
+        """Returns the parents as the merge's manifest records them."""
         return tuple(
             Parent(reference=manifest.reference, digest=manifest.digest, weight=factor)
             for manifest, factor in zip(self.manifests, factors, strict=True)
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """A published merge and its proof; `cells` has the parents, the merge and the base on each text.
+    """A published merge and its verification.
 
-    `max_logit_difference` is from the unmerged computation, `effect` the same from the base.
+    Args:
+        name, version: the new adapter.
+        method: the merge method.
+        num_parameters, largest_rank: its size.
+        relative_error: norm of what truncation cut off, over that of the whole update.
+        max_logit_difference: maximum difference of its logits from the unmerged computation.
+        effect: the same from the base.
+        cells: parents, merge and base on each text.
     """
 
     name: str
@@ -91,77 +92,101 @@ def open_parents(session: Session, mix: Mix) -> Parents:
         if other := seen.get(manifest.digest):
             raise UsageError(f"{manifest.reference} and {other} are the same weights", "give one, with its weight")
         seen[manifest.digest] = manifest.reference
-    session.add({reference: adapter for (reference, _), (_, adapter) in zip(mix, loaded, strict=True)})
+    session.load_in_memory({reference: adapter for (reference, _), (_, adapter) in zip(mix, loaded, strict=True)})
     return Parents(mix, [manifest for manifest, _ in loaded], [adapter for _, adapter in loaded])
+
+
+def build_rule(settings: MergeSettings) -> MergeRule:
+    """Returns the merge rule in a recipe's section."""
+    return MergeRule(method=settings.method, density=settings.density, seed=settings.seed)
 
 
 def merge_adapters(
     session: Session,
     mix: Mix,
     name: str,
-    how: MergeSettings,
-    sources: Sequence[Source],
-    settings: EvaluateSettings,
+    settings: MergeSettings,
+    texts: Sequence[EvaluationText],
+    evaluate: EvaluateSettings,
     reporter: Reporter,
 ) -> MergeReport:
     """Combines a mix into a new version of `name` and returns what was measured.
 
     Raises:
         UsageError: see `open_parents`; or the weights cancel, so that nothing would change.
-        CheckFailed: the result is not what the method says; nothing is published.
+        CheckFailed: the result is not what the method promises; nothing is published.
     """
     assert session.store is not None
     check_name(name)
     session.store.check_writable()
-    parents = open_parents(session, mix)
-    check_deltas(parents, how)
-    combined = combine_adapters(parents.adapters, parents.weights, how)
-    base = session.base
-    session.add({MERGED: combined.adapter})
-    reference = compute_logits(base, unmerged_rows(session, parents, how))
-    merged_rows = session.for_rows(((MERGED, 1.0),))
-    difference = measure_difference(reference, compute_logits(base, merged_rows))
-    what, plain = f"the merge by {how.method}", compute_logits(base)
-    effect = measure_difference(plain, compute_logits(base, merged_rows))
-    check_effect(difference, effect, plain, what)
-    if not combined.relative_error:
-        check_exact(difference, reference, what)
-    check_error(parents, combined, how)
-    singles = {reference: session.for_rows(((reference, 1.0),)) for reference, _ in mix}
-    rows = {BASE: session.for_rows(()), **singles, MERGED: merged_rows}
-    known = read_sketches(session.store, [reference for reference, _ in mix])
-    cells = measure_matrix(base, rows, add_general(sources), settings, reporter, sketches=known)
-    factors = scale_weights(parents.weights, how)
-    made = {"by": "merge", "relative_error": combined.relative_error, "max_logit_difference": difference}
-    made |= how.model_dump(include={"method", *(set() if how.method in SUMS else {"density", "seed"})})
-    figures = {"perplexity": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == MERGED}}
-    figures |= {"base_perplexities": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == BASE}}
-    pages = _join_sketches(session, parents)
-    origin = Origin(
-        {"sources": sorted({s for m in parents.manifests for s in m.data.get("sources", [])})},
-        {"description": f"Merged from {' and '.join(m.reference for m in parents.manifests)} by {how.method}."},
-        figures,
-        parents.to_lineage(factors),
-        made,
-        pages=pages,
+    parents, rule = open_parents(session, mix), build_rule(settings)
+    check_deltas(parents, rule)
+    combined = combine_adapters(
+        parents.adapters, parents.weights, rule, rank=settings.rank, max_error=settings.max_error
     )
-    manifest = publish_adapter(session.store, name, combined.adapter, base, origin)
-    largest = max(combined.adapter.ranks.values())
+    session.load_in_memory({MERGED: combined.adapter})
+    select_merged = session.select(Mix.single(MERGED))
+    difference, effect = _verify(session, parents, combined, rule)
+    singles = {reference: session.select(Mix.single(reference)) for reference, _ in mix}
+    rows = {BASE: session.select(Mix()), **singles, MERGED: select_merged}
+    known = read_sketches(session.store, mix.references)
+    cells = measure_matrix(session.base, rows, add_general(texts), evaluate, reporter, sketches=known)
+    origin = _describe_origin(session, parents, rule, combined, difference, cells)
+    manifest = publish_adapter(session.store, name, combined.adapter, session.base, origin)
     return MergeReport(
-        name,
-        manifest.version,
-        how.method,
-        manifest.num_parameters,
-        largest,
-        combined.relative_error,
-        difference,
-        effect,
-        cells,
+        name=name,
+        version=manifest.version,
+        method=rule.method,
+        num_parameters=manifest.num_parameters,
+        largest_rank=max(combined.adapter.ranks.values()),
+        relative_error=combined.relative_error,
+        max_logit_difference=difference,
+        effect=effect,
+        cells=cells,
+    )
+
+
+def _verify(session: Session, parents: Parents, combined: CombinedAdapter, rule: MergeRule) -> tuple[float, float]:
+    """Returns how far the merge's logits are from the unmerged computation and from the base; raises `CheckFailed`."""
+    base, label = session.base, f"the merge by {rule.method}"
+    reference = compute_logits(base, select_unmerged(session, parents, rule))
+    merged, plain = compute_logits(base, session.select(Mix.single(MERGED))), compute_logits(base)
+    difference, effect = measure_difference(reference, merged), measure_difference(plain, merged)
+    check_effect(difference, effect, plain, label)
+    if not combined.relative_error:
+        check_exact(difference, reference, label)
+    check_error(parents, combined, rule)
+    return difference, effect
+
+
+def _describe_origin(
+    session: Session,
+    parents: Parents,
+    rule: MergeRule,
+    combined: CombinedAdapter,
+    difference: float,
+    cells: Sequence[Cell],
+) -> Origin:
+    """Returns what the manifest records: the parents, how they were merged, and the perplexities."""
+    provenance = {"by": "merge", "relative_error": combined.relative_error, "max_logit_difference": difference}
+    provenance["method"] = rule.method
+    if not rule.steps.is_sum:
+        provenance |= {"density": rule.density, "seed": rule.seed}
+    return Origin(
+        data={"sources": sorted({s for m in parents.manifests for s in m.data.get("sources", [])})},
+        recipe={"description": f"Merged from {' and '.join(m.reference for m in parents.manifests)} by {rule.method}."},
+        figures={
+            "perplexity": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == MERGED},
+            "base_perplexities": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == BASE},
+        },
+        parents=parents.to_lineage(rule.scale_weights(parents.weights)),
+        provenance=provenance,
+        pages=_join_sketches(session, parents),
     )
 
 
 def _join_sketches(session: Session, parents: Parents) -> dict[str, bytes]:
-    """Returns the file that tells whether a text was trained on by one of the parents; none where that is not known."""
+    """Returns the parents' sketches of their training texts as one file; nothing if one of them has none."""
     references = [manifest.reference for manifest in parents.manifests]
     found = read_sketches(session.store, references)
     if len(found) < len(references):
@@ -169,12 +194,12 @@ def _join_sketches(session: Session, parents: Parents) -> dict[str, bytes]:
     return {SKETCH: TextSketch.build([sketch.runs for sketch in found.values()]).to_bytes()}
 
 
-def check_deltas(parents: Parents, how: MergeSettings) -> None:
-    """Raises `UsageError` if a mix changes nothing, `CorruptError` if its change of a projection is not finite."""
-    factors = scale_weights(parents.weights, how)
+def check_deltas(parents: Parents, rule: MergeRule) -> None:
+    """Raises `UsageError` if a mix changes nothing, `CorruptError` if its update of a projection is not finite."""
+    weights = rule.scale_weights(parents.weights)
     has_effect = False
     for site in dict.fromkeys(site for adapter in parents.adapters for site in adapter.updates):
-        delta = combine_site(parents.adapters, factors, how, site)
+        delta = rule.combine_site(parents.adapters, weights, site)
         if not torch.isfinite(delta).all():
             raise CorruptError(f"the merge is not finite at {site}", "use smaller weights, or another --method")
         has_effect = has_effect or bool(delta.any())
@@ -182,29 +207,31 @@ def check_deltas(parents: Parents, how: MergeSettings) -> None:
         raise UsageError("the merge changes nothing: its weights are zero", "use other weights")
 
 
-def check_error(parents: Parents, combined: CombinedAdapter, how: MergeSettings) -> None:
-    """Raises `CheckFailed` unless the error that a merge states is the one that is found by comparing matrices."""
-    factors = scale_weights(parents.weights, how)
+def check_error(parents: Parents, combined: CombinedAdapter, rule: MergeRule) -> None:
+    """Raises `CheckFailed` unless the error that a merge reports is the one found by comparing dense matrices."""
+    weights = rule.scale_weights(parents.weights)
     lost = whole = 0.0
     for site, update in combined.adapter.updates.items():
-        delta = combine_site(parents.adapters, factors, how, site).double()
+        delta = rule.combine_site(parents.adapters, weights, site).double()
         lost += float((delta - to_delta(update).double()).square().sum())
         whole += float(delta.square().sum())
     found = math.sqrt(lost / whole)
     if not abs(found - combined.relative_error) <= 1e-5 + 0.01 * combined.relative_error:
         raise CheckFailed(
-            f"the merge by {how.method} says that it lost {combined.relative_error:.2e} and lost {found:.2e}",
+            f"the merge by {rule.method} reports a relative error of {combined.relative_error:.2e}, "
+            f"but it is {found:.2e}",
             "nothing was written; please report it, with the adapters if you can",
         )
 
 
-def unmerged_rows(session: Session, parents: Parents, how: MergeSettings) -> AdaptersForRows:
-    """Returns the computation that a merge must reproduce: a soft mix in the bank where the method is a sum."""
-    if how.method not in SUMS:
-        weights, adapted = parents.weights, merge_ranks(adapter.ranks for adapter in parents.adapters)
-        return lambda rows: DeltaAdapters(
-            lambda site: combine_site(parents.adapters, weights, how, site) if site in adapted else None
+def select_unmerged(session: Session, parents: Parents, rule: MergeRule) -> AdapterSelector:
+    """Returns the computation that a merge must reproduce: a mix in the bank if the method is a sum, else dense ΔW."""
+    weights = rule.scale_weights(parents.weights)
+    if rule.steps.is_sum:
+        return session.select(
+            Mix((reference, weight) for (reference, _), weight in zip(parents.mix, weights, strict=True))
         )
-    factors = scale_weights(parents.weights, how)
-    mix = tuple((reference, factor) for (reference, _), factor in zip(parents.mix, factors, strict=True))
-    return session.for_rows(mix)
+    adapted = merge_ranks(adapter.ranks for adapter in parents.adapters)
+    return lambda choices: DeltaAdapters(
+        lambda site: rule.combine_site(parents.adapters, weights, site) if site in adapted else None
+    )

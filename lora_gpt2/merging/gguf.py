@@ -43,7 +43,7 @@ def check_gguf(config: GPT2Config) -> None:
         raise ResourceError(
             "writing GGUF needs the package gguf, which is not installed", "pip install gguf"
         ) from error
-    if config.gelu != "tanh" or config.scale_by_layer:
+    if config.gelu_approximate != "tanh" or config.scale_attn_by_inverse_layer_idx:
         raise MismatchError(
             "llama.cpp's GPT-2 has GELU by tanh and unscaled layers; this base has not", "leave GGUF out"
         )
@@ -59,12 +59,12 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
     config = base.config
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_name(base.name)
-    writer.add_block_count(config.layers)
-    writer.add_context_length(config.context)
-    writer.add_embedding_length(config.width)
-    writer.add_feed_forward_length(config.inner)
-    writer.add_head_count(config.heads)
-    writer.add_layer_norm_eps(config.epsilon)
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_inner)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
     tokens, merges = base.tokenizer.list_vocabulary()
     padding = [f"[PAD{index}]" for index in range(len(tokens), config.vocab_size)]
     tokens += padding

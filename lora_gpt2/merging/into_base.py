@@ -1,4 +1,4 @@
-"""Writes adapters into the base: a plain GPT-2 in safetensors that any tool loads, proved before it appears.
+"""Writes adapters into the base: a plain GPT-2 in safetensors that any tool loads, verified before it appears.
 
 The sum is made in float32 from the base's own file, never from a quantised or once-merged copy, and each projection
 is rounded once to the dtype that is asked for. What is written is loaded again and compared with the unmerged
@@ -24,19 +24,21 @@ from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, Mism
 from lora_gpt2.core.files import rename_path, sync_tree, temporary_dir, wrap_os_errors
 from lora_gpt2.evaluation.general import add_general
 from lora_gpt2.evaluation.held_out import read_sketches
-from lora_gpt2.evaluation.matrix import Cell, Source, measure_matrix
-from lora_gpt2.inference.session import BASE, Mix, Session, describe_mix
+from lora_gpt2.evaluation.matrix import Cell, EvaluationText, measure_matrix
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.checks import check_effect, check_exact
-from lora_gpt2.merging.combine import Parents, check_deltas, open_parents, unmerged_rows
+from lora_gpt2.merging.combine import MERGED, Parents, build_rule, check_deltas, open_parents, select_unmerged
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
-from lora_gpt2.model.base import TRANSPOSED, list_weight_files, load_base, read_stored_dtype
+from lora_gpt2.model.base import TRANSPOSED, Base, list_weight_files, load_base, read_stored_dtype
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.locate import read_config
-from lora_gpt2.model.merge import combine_site, scale_weights
-from lora_gpt2.model.probe import compute_logits, measure_difference
+from lora_gpt2.model.merge import MergeRule
+from lora_gpt2.model.probe import AdapterSelector, compute_logits, measure_difference, select_base
 from lora_gpt2.model.quantize import QuantizedLinear
 from lora_gpt2.model.runtime import DTYPES
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
+from lora_gpt2.store.references import BASE
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,9 +51,9 @@ TOKENIZER_FILES = (
 GGUF = "model.gguf"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergedBaseReport:
-    """A merged base and its proof; `cells` has the base, the mix before and the merged base on each text."""
+    """A merged base and its verification; `cells` has the base, the mix before and the merged base on each text."""
 
     method: str
     path: str
@@ -67,9 +69,9 @@ def merge_into_base(
     session: Session,
     mix: Mix,
     out: Path,
-    how: MergeSettings,
-    sources: Sequence[Source],
-    settings: EvaluateSettings,
+    settings: MergeSettings,
+    texts: Sequence[EvaluationText],
+    evaluate: EvaluateSettings,
     reporter: Reporter,
 ) -> MergedBaseReport:
     """Writes base + mix to the new folder `out` and returns what was measured.
@@ -84,41 +86,55 @@ def merge_into_base(
     base = session.base
     if any(isinstance(module, QuantizedLinear) for module in base.model.modules()):
         raise MismatchError(f"'{base.name}' is quantised", "merge onto the 16- or 32-bit base: no train.quantize here")
-    if how.gguf:
+    if settings.gguf:
         check_gguf(base.config)
-    parents = open_parents(session, mix)
-    dtype = read_stored_dtype(base.folder) if how.dtype == "auto" else DTYPES[how.dtype]
-    state = build_state(session, parents, how, dtype)
-    unmerged = unmerged_rows(session, parents, how)
-    reference = compute_logits(base, unmerged)
+    parents, rule = open_parents(session, mix), build_rule(settings)
+    dtype = read_stored_dtype(base.folder) if settings.dtype == "auto" else DTYPES[settings.dtype]
+    state = build_state(session, parents, rule, dtype)
+    unmerged = select_unmerged(session, parents, rule)
     with wrap_os_errors(f"write {out}"), temporary_dir(out.absolute().parent, out.name) as work:
-        _write_folder(work, session, parents, state, dtype, how)
-        if how.gguf:
+        _write_folder(work, base.folder, state, dtype, settings.max_shard_bytes)
+        if settings.gguf:
             write_gguf(work / GGUF, state, base)
         check_written(work, state)
         del state
         written = load_base(str(work), base.runtime)
-        found, plain, what = compute_logits(written), compute_logits(base), f"the base merged with {describe_mix(mix)}"
-        difference, effect = measure_difference(reference, found), measure_difference(plain, found)
-        check_effect(difference, effect, plain, what)
-        if difference >= effect:
-            raise CheckFailed(f"{what} loses its effect in {dtype}", "use --set merge.dtype=float32")
-        if dtype == torch.float32 and base.runtime.dtype == torch.float32:
-            check_exact(difference, reference, what)
-        singles = {name: session.for_rows(((name, 1.0),)) for name, _ in mix}
-        rows = {BASE: session.for_rows(()), **singles, describe_mix(mix): unmerged}
-        texts = add_general(sources)
-        known = read_sketches(session.store, [name for name, _ in mix])
-        before = measure_matrix(base, rows, texts, settings, reporter, sketches=known)
-        after = measure_matrix(written, {"(merge)": lambda rows: None}, texts, settings, reporter)
-        card = _build_card(session, parents, how, difference, [*before, *after])
+        difference, effect = _verify(base, unmerged, written, dtype, f"the base merged with {mix}")
+        singles = {name: session.select(Mix.single(name)) for name in mix.references}
+        selectors = {BASE: select_base, **singles, str(mix): unmerged}
+        texts = add_general(texts)
+        known = read_sketches(session.store, mix.references)
+        before = measure_matrix(base, selectors, texts, evaluate, reporter, sketches=known)
+        after = measure_matrix(written, {MERGED: select_base}, texts, evaluate, reporter)
+        card = _build_card(base, parents, rule, difference, [*before, *after])
         (work / "README.md").write_text(card, encoding="utf-8", newline="\n")
         sync_tree(work)
         rename_path(work, out)
     files = sorted(path.name for path in out.iterdir())
-    size = sum((out / name).stat().st_size for name in files if name.endswith(".safetensors"))
-    name = str(dtype).removeprefix("torch.")
-    return MergedBaseReport(how.method, str(out), name, size, files, difference, effect, [*before, *after])
+    return MergedBaseReport(
+        method=rule.method,
+        path=str(out),
+        dtype=str(dtype).removeprefix("torch."),
+        size_bytes=sum((out / name).stat().st_size for name in files if name.endswith(".safetensors")),
+        files=files,
+        max_logit_difference=difference,
+        effect=effect,
+        cells=[*before, *after],
+    )
+
+
+def _verify(
+    base: Base, unmerged: AdapterSelector, written: Base, dtype: torch.dtype, label: str
+) -> tuple[float, float]:
+    """Returns how far a merged base's logits are from the unmerged computation and from the base; or `CheckFailed`."""
+    reference, plain, found = compute_logits(base, unmerged), compute_logits(base), compute_logits(written)
+    difference, effect = measure_difference(reference, found), measure_difference(plain, found)
+    check_effect(difference, effect, plain, label)
+    if difference >= effect:
+        raise CheckFailed(f"{label} loses its effect in {dtype}", "use --set merge.dtype=float32")
+    if dtype == torch.float32 and base.runtime.dtype == torch.float32:
+        check_exact(difference, reference, label)
+    return difference, effect
 
 
 def check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -128,20 +144,20 @@ def check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
         raise CheckFailed(f"{folder} does not hold what was written", "check the disk; nothing was kept")
 
 
-def build_state(session: Session, parents: Parents, how: MergeSettings, dtype: torch.dtype) -> dict[str, Tensor]:
+def build_state(session: Session, parents: Parents, rule: MergeRule, dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the merged base's tensors on the CPU under Hugging Face's names, projections as `Conv1D` has them."""
-    check_deltas(parents, how)
-    factors = scale_weights(parents.weights, how)
+    check_deltas(parents, rule)
+    weights = rule.scale_weights(parents.weights)
     adapted = {site for adapter in parents.adapters for site in adapter.updates}
     tensors = session.base.model.state_dict()
-    if HEAD in adapted:  # which ends where the token embeddings stay
+    if HEAD in adapted:  # then the head is no longer tied to the token embeddings
         tensors.setdefault(f"{HEAD}.weight", tensors["wte.weight"])
     state = {}
     for key in list(tensors):
         tensor = tensors.pop(key).detach().to("cpu", torch.float32)
         site = key.removesuffix(".weight")
         if key.endswith(".weight") and site in adapted:
-            tensor = tensor + combine_site(parents.adapters, factors, how, site)
+            tensor = tensor + rule.combine_site(parents.adapters, weights, site)
         if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
             raise CorruptError(f"{key} of the merged base does not fit {dtype}", "use --set merge.dtype=float32")
         tensor = tensor.mT if key.endswith(TRANSPOSED) else tensor
@@ -150,18 +166,13 @@ def build_state(session: Session, parents: Parents, how: MergeSettings, dtype: t
 
 
 def _write_folder(
-    folder: Path,
-    session: Session,
-    parents: Parents,
-    state: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    how: MergeSettings,
+    folder: Path, source: Path, state: Mapping[str, Tensor], dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
+    """Writes weights, configuration and tokenizer; the latter two are those of the base in `source`."""
     from huggingface_hub import save_torch_state_dict
 
-    source = session.base.folder
     try:
-        save_torch_state_dict(dict(state), folder, max_shard_size=how.max_shard_bytes, metadata={"format": "pt"})
+        save_torch_state_dict(dict(state), folder, max_shard_size=max_shard_bytes, metadata={"format": "pt"})
     except SafetensorError as error:  # it wraps the system's errors in text
         raise ResourceError(f"cannot write {folder}: {error}", "free some space, or choose another disk") from error
     config: dict[str, Any] = read_config(source) | {"architectures": ["GPT2LMHeadModel"]}
@@ -174,11 +185,8 @@ def _write_folder(
             shutil.copyfile(source / name, folder / name)
 
 
-def _build_card(
-    session: Session, parents: Parents, how: MergeSettings, difference: float, cells: Sequence[Cell]
-) -> str:
-    base = session.base
-    made = "\n".join(
+def _build_card(base: Base, parents: Parents, rule: MergeRule, difference: float, cells: Sequence[Cell]) -> str:
+    adapters = "\n".join(
         f"- `{manifest.reference}` at {weight:g} (sha256 of its weights `{manifest.digest[:16]}`)"
         for manifest, weight in zip(parents.manifests, parents.weights, strict=True)
     )
@@ -192,9 +200,9 @@ tags: [gpt2, lora-gpt2]
 # A merged GPT-2
 
 `{base.name}` (fingerprint `{base.fingerprint}`) with these adapters written into its weights by lora-gpt2, method
-{how.method}:
+{rule.method}:
 
-{made}
+{adapters}
 
 Largest difference of its logits from the unmerged computation: {difference:.2e}.
 

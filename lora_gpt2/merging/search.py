@@ -16,22 +16,24 @@ from dataclasses import dataclass
 from lora_gpt2.core.console import Reporter, Task
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.read.records import Document
-from lora_gpt2.evaluation.matrix import Source
+from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.perplexity import Score, Text, measure_perplexity, split_prompt, to_perplexity
-from lora_gpt2.inference.session import Mix, Session
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.combine import Parents, open_parents
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.merge import METHODS_THAT_PRUNE, combine_adapters
-from lora_gpt2.model.probe import AdaptersForRows
+from lora_gpt2.model.merge import METHODS, MergeRule, combine_adapters
+from lora_gpt2.model.probe import AdapterSelector, select_base
 from lora_gpt2.recipe import EvaluateSettings, MergeMethod, MergeSettings
 
 TRIED = "(tried)"
+PRUNING_METHODS: list[MergeMethod] = [name for name, method in METHODS.items() if method.pruning != "none"]
 FIRST_STEP, LAST_STEP, LARGEST_WEIGHT = 0.25, 0.03, 2.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mix and what it scores: mean NLL in nats per token on each text, in the order of the texts."""
+    """A mix and its mean NLL in nats per token on each text, in the order of the texts."""
 
     method: MergeMethod
     weights: tuple[float, ...]
@@ -65,9 +67,9 @@ class SearchReport:
 def search_weights(
     session: Session,
     mix: Mix,
-    sources: Sequence[Source],
-    how: MergeSettings,
-    settings: EvaluateSettings,
+    texts: Sequence[EvaluationText],
+    settings: MergeSettings,
+    evaluate: EvaluateSettings,
     reporter: Reporter,
 ) -> SearchReport:
     """Returns the mixes that were measured; the weights of `mix` are the first tried.
@@ -75,23 +77,24 @@ def search_weights(
     Raises:
         UsageError: there are fewer than two adapters, no text, or settings that the search chooses.
     """
-    if len(mix) < 2 or not sources:
+    if len(mix) < 2 or not texts:
         raise UsageError(
             "--search needs two adapters and text to measure them on",
             "such as: merge law code --search --on law=law.txt,code=code.txt --as both",
         )
-    if how.method != "cat" or how.rank or how.max_error:
+    if settings.method != "cat" or settings.rank or settings.max_error:
         raise UsageError(
             "--search chooses the method, and measures mixes at full rank", "leave --method and --rank out, or --search"
         )
     parents = open_parents(session, mix)
-    texts = [cut_text(session.base, source, how.search_tokens) for source in sources]
-    with reporter.task("searching", how.search_steps + len(METHODS_THAT_PRUNE), "mixes") as task:
-        search = _Search(session, parents, texts, settings, task)
-        base = Candidate("cat", (0.0,) * len(mix), search.measure(lambda rows: None))
-        search.explore(how.search_steps)
+    documents = [cut_text(session.base, text, settings.search_tokens) for text in texts]
+    with reporter.task("searching", settings.search_steps + len(PRUNING_METHODS), "mixes") as task:
+        search = _Search(session, parents, documents, evaluate, task)
+        base = Candidate("cat", (0.0,) * len(mix), search.measure(select_base))
+        search.explore(settings.search_steps)
         best = min(search.found, key=lambda candidate: candidate.mean)
-        pruned = [search.try_method(method, best.weights, how) for method in METHODS_THAT_PRUNE]
+        rules = [MergeRule(method=name, density=settings.density, seed=settings.seed) for name in PRUNING_METHODS]
+        pruned = [search.try_rule(rule, best.weights) for rule in rules]
     candidates = sorted([*search.found, *pruned], key=lambda candidate: candidate.mean)
     front = [one for one in candidates if not any(_beats(other, one) for other in candidates)]
     return SearchReport(candidates, front, base)
@@ -110,10 +113,10 @@ class _Search:
     def found(self) -> list[Candidate]:
         return list(self.known.values())
 
-    def measure(self, adapters_for: AdaptersForRows) -> tuple[float, ...]:
+    def measure(self, select: AdapterSelector) -> tuple[float, ...]:
         """Returns the mean NLL on each text."""
         scores: list[Score] = [
-            measure_perplexity(self.session.base, text, self.settings, adapters_for) for text in self.texts
+            measure_perplexity(self.session.base, text, self.settings, select) for text in self.texts
         ]
         return tuple(n if math.isfinite(n := score.nll_nats_per_token) else math.inf for score in scores)
 
@@ -121,24 +124,23 @@ class _Search:
         """Measures a weighted sum, softly mixed in the bank."""
         key = tuple(round(weight, 4) for weight in weights)
         if key not in self.known:
-            mix = tuple((ref, weight) for (ref, _), weight in zip(self.parents.mix, key, strict=True) if weight)
-            self.known[key] = Candidate("cat", key, self.measure(self.session.for_rows(mix)))
+            mix = Mix((ref, weight) for ref, weight in zip(self.parents.mix.references, key, strict=True) if weight)
+            self.known[key] = Candidate("cat", key, self.measure(self.session.select(mix)))
             self.task.advance(1, f"best {min(c.mean for c in self.found):.4f} nats")
         return self.known[key]
 
-    def try_method(self, method: MergeMethod, weights: tuple[float, ...], how: MergeSettings) -> Candidate:
-        """Measures a method that has to be merged first."""
-        kept = [place for place, weight in enumerate(weights) if weight]  # as the published merge will have it
-        how = how.model_copy(update={"method": method})
-        combined = combine_adapters([self.parents.adapters[k] for k in kept], [weights[k] for k in kept], how)
-        self.session.add({TRIED: combined.adapter})
-        self.task.advance(1, method)
-        return Candidate(method, weights, self.measure(self.session.for_rows(((TRIED, 1.0),))))
+    def try_rule(self, rule: MergeRule, weights: tuple[float, ...]) -> Candidate:
+        """Measures a method whose result is not a weighted sum, so that it has to be merged first."""
+        kept = [index for index, weight in enumerate(weights) if weight]  # as the published merge will have it
+        combined = combine_adapters([self.parents.adapters[k] for k in kept], [weights[k] for k in kept], rule)
+        self.session.load_in_memory({TRIED: combined.adapter})
+        self.task.advance(1, rule.method)
+        return Candidate(rule.method, weights, self.measure(self.session.select(Mix.single(TRIED))))
 
     def explore(self, limit: int) -> None:
         """Measures up to `limit` weighted sums."""
         count = len(self.parents.mix)
-        starts = [tuple(self.parents.weights), *(_single(count, place) for place in range(count))]
+        starts = [tuple(self.parents.weights), *(_one_hot(count, index) for index in range(count))]
         starts += [(share,) * count for share in (1 / count, 0.5 * (1 + 1 / count), 1.0)]
         for weights in dict.fromkeys(starts):
             if len(self.known) < limit:
@@ -146,32 +148,32 @@ class _Search:
         step, best = FIRST_STEP, min(self.found, key=lambda candidate: candidate.mean)
         while step >= LAST_STEP and len(self.known) < limit:
             before = best
-            for place in range(count):
+            for index in range(count):
                 for change in (step, -step):
                     moved = list(best.weights)
-                    moved[place] = min(LARGEST_WEIGHT, max(0.0, moved[place] + change))
+                    moved[index] = min(LARGEST_WEIGHT, max(0.0, moved[index] + change))
                     if any(moved) and len(self.known) < limit:
                         best = min(best, self.try_weights(moved), key=lambda candidate: candidate.mean)
             if best is before:
                 step /= 2
 
 
-def _single(count: int, place: int) -> tuple[float, ...]:
-    return tuple(1.0 if index == place else 0.0 for index in range(count))
+def _one_hot(count: int, hot: int) -> tuple[float, ...]:
+    return tuple(1.0 if index == hot else 0.0 for index in range(count))
 
 
 def _beats(one: Candidate, other: Candidate) -> bool:
     return one.nll != other.nll and all(a <= b for a, b in zip(one.nll, other.nll, strict=True))
 
 
-def cut_text(base: Base, source: Source, max_tokens: int) -> list[Text]:
+def cut_text(base: Base, text: EvaluationText, max_tokens: int) -> list[Text]:
     """Returns the first documents of a text, up to a number of scored tokens; the last one may be cut."""
     kept: list[Text] = []
     left = max_tokens
-    for document in source.documents:
-        prompt, text = split_prompt(document)
-        ids = base.tokenizer.encode(text)
-        kept.append(Document(text if len(ids) <= left else base.tokenizer.decode(ids[:left]), "", prompt))
+    for document in text.documents:
+        prompt, scored = split_prompt(document)
+        ids = base.tokenizer.encode(scored)
+        kept.append(Document(scored if len(ids) <= left else base.tokenizer.decode(ids[:left]), "", prompt))
         left -= len(ids)
         if left <= 0:
             break

@@ -135,7 +135,7 @@ def _assign(model: GPT2, key: str, tensor: Tensor, quantize: str) -> None:
 def _read_state(files: list[Path], config: GPT2Config) -> list[tuple[str, Tensor]]:
     state = []
     for key, tensor in _iter_tensors(files):
-        if BUFFERS.fullmatch(key) or (key == "lm_head.weight" and config.tied):
+        if BUFFERS.fullmatch(key) or (key == "lm_head.weight" and config.tie_word_embeddings):
             continue
         state.append((key, tensor.t() if key.endswith(TRANSPOSED) else tensor))
     return state
@@ -164,7 +164,7 @@ def fingerprint_base(folder: Path) -> str:
     files = list_weight_files(folder)
     config = parse_config(read_config(folder), str(folder))
     stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for f in files for s in [f.stat()]]
-    key = fingerprint_json([vars(config), stats])
+    key = fingerprint_json([config.to_fingerprint(), stats])
     cached = find_cache_dir() / "fingerprints" / key
     try:
         remembered = cached.read_bytes()
@@ -172,9 +172,9 @@ def fingerprint_base(folder: Path) -> str:
             return remembered.decode("ascii")
     except OSError:
         pass
-    digest = hashlib.sha256(canonical_json(vars(config)))
+    digest = hashlib.sha256(canonical_json(config.to_fingerprint()))
     for name, tensor in sorted(_iter_tensors(files), key=lambda pair: pair[0]):
-        if BUFFERS.fullmatch(name) or (name == "lm_head.weight" and config.tied):
+        if BUFFERS.fullmatch(name) or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

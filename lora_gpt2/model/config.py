@@ -11,36 +11,51 @@ from lora_gpt2.core.printable import show_value
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
 HEAD = "lm_head"
+FINGERPRINT_KEYS = {
+    "n_positions": "context",
+    "n_embd": "width",
+    "n_layer": "layers",
+    "n_head": "heads",
+    "n_inner": "inner",
+    "layer_norm_epsilon": "epsilon",
+    "gelu_approximate": "gelu",
+    "tie_word_embeddings": "tied",
+    "scale_attn_by_inverse_layer_idx": "scale_by_layer",
+}
 MAX_LAYERS = 1024
 MAX_SIZE = 1_048_576  # beyond any GPT-2: a damaged or hostile configuration
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-    """The shape of a GPT-2; `context` is the largest number of positions."""
+    """The shape of a GPT-2, named as in Hugging Face's `config.json`; `gelu_approximate` is that of `nn.GELU`."""
 
     vocab_size: int
-    context: int
-    width: int
-    layers: int
-    heads: int
-    inner: int
-    epsilon: float
-    gelu: str
-    tied: bool
-    scale_by_layer: bool
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    layer_norm_epsilon: float
+    gelu_approximate: str
+    tie_word_embeddings: bool
+    scale_attn_by_inverse_layer_idx: bool
     eos_id: int
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.width // self.heads
+        return self.n_embd // self.n_head
 
     def shape_of(self, target: str) -> tuple[int, int]:
         """Returns (inputs, outputs) of one of `TARGETS`, or of the head."""
-        d, i = self.width, self.inner
+        d, i = self.n_embd, self.n_inner
         blocks = {"attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d), "mlp.c_fc": (d, i), "mlp.c_proj": (i, d)}
         return (d, self.vocab_size) if target == HEAD else blocks[target]
+
+    def to_fingerprint(self) -> dict[str, Any]:
+        """Returns the shape under the keys that the fingerprints in stored adapters were computed with."""
+        return {FINGERPRINT_KEYS.get(key, key): value for key, value in vars(self).items()}
 
 
 def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
@@ -68,15 +83,15 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
         raise MismatchError(f"{where}: eos_token_id {shown} is outside the vocabulary of {vocab_size}", hint)
     return GPT2Config(
         vocab_size=vocab_size,
-        context=read.size("n_positions", 1024),
-        width=width,
-        layers=read.size("n_layer", 12, MAX_LAYERS),
-        heads=heads,
-        inner=4 * width if values.get("n_inner") is None else read.size("n_inner", 0),
-        epsilon=read.epsilon(),
-        gelu=ACTIVATIONS[activation],
-        tied=read.switch("tie_word_embeddings", True),
-        scale_by_layer=read.switch("scale_attn_by_inverse_layer_idx", False),
+        n_positions=read.size("n_positions", 1024),
+        n_embd=width,
+        n_layer=read.size("n_layer", 12, MAX_LAYERS),
+        n_head=heads,
+        n_inner=4 * width if values.get("n_inner") is None else read.size("n_inner", 0),
+        layer_norm_epsilon=read.epsilon(),
+        gelu_approximate=ACTIVATIONS[activation],
+        tie_word_embeddings=read.switch("tie_word_embeddings", True),
+        scale_attn_by_inverse_layer_idx=read.switch("scale_attn_by_inverse_layer_idx", False),
         eos_id=eos_id,
     )
 

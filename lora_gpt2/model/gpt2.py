@@ -1,19 +1,19 @@
 """A plain GPT-2 (Radford et al. 2019), equal to transformers' to rounding.
 
-It gives up everything an inference over one frozen base does not need (cross-attention, head pruning, attention
-outputs, training of its own weights) for a place in every projection where adapters take over, a static KV cache with
-a length per row, and a hidden state that leaves before the head, so that a loss can be chunked.
-Weights are stored `[out, in]`, transposed against the `Conv1D` of Hugging Face checkpoints.
+It omits whatever inference over one frozen base does not need (cross-attention, head pruning, attention outputs,
+training of its own weights). In exchange, adapters take over at every projection, the KV cache is static, and hidden
+states leave before the head, so that a loss can be computed in chunks.
+Weights are stored `[out, in]`, transposed with respect to the `Conv1D` of Hugging Face checkpoints.
 
-What precedes a projection (LayerNorm, GELU or nothing) is handed to it as `before`, so that training can keep the
-input of the norm or activation and compute its output again, instead of keeping both.
+The operation in front of a projection (LayerNorm, GELU or none) is passed to it as its `prologue`, so that training can
+store the input of the norm or activation and recompute its output, instead of storing both.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_gpt2.model.config import HEAD, GPT2Config
+from lora_gpt2.model.kv_cache import KVCache
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 ADAPTABLE = (*TARGETS, HEAD)
@@ -37,124 +38,67 @@ class _Uninitialised:
 
 
 class Linear(_Uninitialised, nn.Linear):
-    """`nn.Linear` without random weights; quantised bases put another class in its place."""
+    """`nn.Linear` without random initialisation; quantized and prepacked bases replace it by a subclass."""
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
-        """Returns the weight as numbers to compute with."""
+        """Returns the weight in a dtype to compute in."""
         return self.weight.to(dtype)
 
     def with_weight(self, weight: Float[Tensor, "outputs inputs"]) -> Linear:
-        """Returns a projection with this weight, in this one's dtype, and the same bias."""
-        made = copy.copy(self)
-        made._parameters = dict(self._parameters)  # the copy's own
-        made.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
-        return made
+        """Returns a layer with this weight, in this layer's dtype, and the same bias."""
+        replaced = copy.copy(self)
+        replaced._parameters = dict(self._parameters)  # the copy's own
+        replaced.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        return replaced
 
 
 class Embedding(_Uninitialised, nn.Embedding):
-    """`nn.Embedding` without random weights."""
+    """`nn.Embedding` without random initialisation."""
 
 
 class LayerNorm(_Uninitialised, nn.LayerNorm):
-    """`nn.LayerNorm` whose weights are not set."""
+    """`nn.LayerNorm` without initialisation."""
 
 
 Prologue = LayerNorm | nn.GELU | None
+"""The operation that is applied to a projection's input first; None for the identity."""
 
 
 @dataclass(frozen=True)
 class LowRankLogits:
-    """What adapters add to the logits, as factors, because the sum for a whole batch would not fit.
+    """The adapters' contribution to the logits, `hidden_a @ b_t`, as factors: the product of a batch is too large.
 
-    `inner` `[tokens, rank]` has the tokens of each group one after another, as many in each; `outer`
-    `[groups, rank, vocab]`. `add_gradient` takes in the gradient of `outer`, where that is trained.
+    Args:
+        hidden_a: hidden states times A, `[tokens, rank]`; the tokens of each group are contiguous and equally many.
+        b_t: B transposed, `[groups, rank, vocab]`.
+        add_gradient: accumulates the gradient of `b_t` where B is trained.
     """
 
-    inner: Float[Tensor, "tokens rank"]
-    outer: Float[Tensor, "groups rank vocab"]
+    hidden_a: Float[Tensor, "tokens rank"]
+    b_t: Float[Tensor, "groups rank vocab"]
     add_gradient: Callable[[Tensor], None] | None = None
 
-    def pick(self, places: Int[Tensor, " picked"]) -> LowRankLogits:
-        """Returns the update of some tokens; there is one group."""
-        return LowRankLogits(self.inner[places], self.outer)
+    def select(self, tokens: Int[Tensor, " selected"]) -> LowRankLogits:
+        """Returns the contribution for some of the tokens; there must be one group."""
+        return LowRankLogits(self.hidden_a[tokens], self.b_t)
 
 
 @runtime_checkable
 class ActiveAdapters(Protocol):
-    """What the network asks at each adapted projection."""
+    """The adapters of a batch: the network calls them at each adapted projection."""
 
     def project(
-        self, site: str, linear: Linear, before: Prologue, x: Float[Tensor, "rows time inputs"]
-    ) -> Float[Tensor, "rows time outputs"]:
-        """Returns the projection of `before(x)` plus the update of the adapters at `site`."""
+        self, site: str, linear: Linear, prologue: Prologue, x: Float[Tensor, "batch time inputs"]
+    ) -> Float[Tensor, "batch time outputs"]:
+        """Returns the projection of `prologue(x)` plus the update of the adapters at `site`."""
 
-    def low_rank_logits(self, hidden: Float[Tensor, "rows time width"]) -> LowRankLogits | None:
-        """Returns what the adapters add to the logits of these hidden states."""
-
-
-class KVCache:
-    """Keys and values of a batch, allocated once, with a length per row.
-
-    Rows may have different lengths: prompts are padded on the right, and what a row wrote beyond its length is
-    masked until its own later tokens overwrite it. A mask hides finite values only (0 * NaN is NaN), so a row that is
-    given up is zeroed, as far as it was written: whoever gets it next depends on nothing that was in it.
-    """
-
-    def __init__(self, config: GPT2Config, rows: int, max_tokens: int, like: Tensor) -> None:
-        shape = (config.layers, 2, rows, config.heads, max_tokens, config.head_dim)
-        self.buffer = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
-        self.places = torch.arange(rows, device=like.device)[:, None]
-        self.used = 0
-        self.written, self.first = [0] * rows, 0
-
-    @property
-    def capacity(self) -> int:
-        """Tokens for which a row has room."""
-        return self.buffer.shape[4]
-
-    def write(self, layer: int, positions: Tensor, fresh: Float[Tensor, "rows time 2 heads head_dim"]) -> Tensor:
-        """Stores keys and values at `positions` `[rows, time]`; returns all, `[2, rows, heads, used, head_dim]`."""
-        store = self.buffer[layer]
-        store[:, self.places, :, positions] = fresh
-        return store[:, :, :, : self.used]
-
-    def note_written(self, end: int) -> None:
-        """Takes note that each row was written up to position `end` at most."""
-        for row in range(self.first, self.first + self.buffer.shape[2]):
-            self.written[row] = max(self.written[row], end)
-
-    def view(self, begin: int, end: int, used: int) -> KVCache:
-        """Returns the rows from `begin` to `end` in the same memory; `used` is the largest of their lengths."""
-        part = copy.copy(self)
-        part.buffer, part.lengths, part.used = self.buffer[:, :, begin:end], self.lengths[begin:end], used
-        part.places, part.first = self.places[: end - begin], self.first + begin
-        return part
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Makes these rows, in this order and perhaps more than once, the cache."""
-        self.buffer, self.lengths = self.buffer[:, :, rows], self.lengths[rows]
-        self.places = torch.arange(len(rows), device=rows.device)[:, None]
-        self.written = [max(self.written)] * len(rows)
-
-    def truncate(self, row: int, length: int) -> None:
-        """Zeroes what a row wrote from position `length` on."""
-        if self.written[row] > length:
-            self.buffer[:, :, row, :, length : self.written[row]] = 0
-        self.written[row] = length
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Moves a row, of which `length` tokens count, to another index; nothing of either row's past is left."""
-        self.truncate(target, 0)
-        self.buffer[:, :, target, :, :length] = self.buffer[:, :, source, :, :length]
-        self.lengths[target] = self.lengths[source]
-        self.written[target] = length
-        self.truncate(source, 0)
+    def low_rank_logits(self, hidden: Float[Tensor, "batch time width"]) -> LowRankLogits | None:
+        """Returns the adapters' contribution to the logits of these hidden states; None if there is none."""
 
 
-@dataclass
-class Context:
-    """What one forward pass carries from block to block."""
+@dataclass(frozen=True, kw_only=True)
+class ForwardContext:
+    """The state of one forward pass that all blocks share; `mask` is additive, None for plain causal attention."""
 
     adapters: ActiveAdapters | None
     cache: KVCache | None
@@ -167,28 +111,28 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.c_attn = Linear(config.width, 3 * config.width)
-        self.c_proj = Linear(config.width, config.width)
-        self.layer, self.heads = layer, config.heads
-        self.scale = 1 / math.sqrt(config.head_dim) / (layer + 1 if config.scale_by_layer else 1)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.layer, self.n_head = layer, config.n_head
+        self.scale = 1 / math.sqrt(config.head_dim) / (layer + 1 if config.scale_attn_by_inverse_layer_idx else 1)
 
     def forward(
-        self, x: Float[Tensor, "rows time width"], norm: LayerNorm, context: Context
-    ) -> Float[Tensor, "rows time width"]:
+        self, x: Float[Tensor, "batch time width"], norm: LayerNorm, context: ForwardContext
+    ) -> Float[Tensor, "batch time width"]:
         """Returns the attention's contribution to the residual stream `x`."""
-        rows, time, width = x.shape
+        batch, time, width = x.shape
         fused = project(self.c_attn, f"h.{self.layer}.attn.c_attn", norm, x, context.adapters)
-        parts = fused.view(rows, time, 3, self.heads, width // self.heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        qkv = fused.view(batch, time, 3, self.n_head, width // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if context.cache is not None:
-            cached = context.cache.write(self.layer, context.positions, parts[:, :, 1:])
+            cached = context.cache.append(self.layer, context.positions, qkv[:, :, 1:])
             if context.mask is not None:
                 k, v = cached
-        mixed = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
         )
-        mixed = mixed.transpose(1, 2).reshape(rows, time, width)
-        return project(self.c_proj, f"h.{self.layer}.attn.c_proj", None, mixed, context.adapters)
+        attended = attended.transpose(1, 2).reshape(batch, time, width)
+        return project(self.c_proj, f"h.{self.layer}.attn.c_proj", None, attended, context.adapters)
 
 
 class MLP(nn.Module):
@@ -196,13 +140,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.c_fc = Linear(config.width, config.inner)
-        self.c_proj = Linear(config.inner, config.width)
-        self.layer, self.act = layer, nn.GELU(approximate=config.gelu)
+        self.c_fc = Linear(config.n_embd, config.n_inner)
+        self.c_proj = Linear(config.n_inner, config.n_embd)
+        self.layer, self.act = layer, nn.GELU(approximate=config.gelu_approximate)
 
     def forward(
-        self, x: Float[Tensor, "rows time width"], norm: LayerNorm, context: Context
-    ) -> Float[Tensor, "rows time width"]:
+        self, x: Float[Tensor, "batch time width"], norm: LayerNorm, context: ForwardContext
+    ) -> Float[Tensor, "batch time width"]:
         """Returns the MLP's contribution to the residual stream `x`."""
         inner = project(self.c_fc, f"h.{self.layer}.mlp.c_fc", norm, x, context.adapters)
         return project(self.c_proj, f"h.{self.layer}.mlp.c_proj", self.act, inner, context.adapters)
@@ -213,12 +157,14 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config.width, eps=config.epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer)
-        self.ln_2 = LayerNorm(config.width, eps=config.epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config, layer)
 
-    def forward(self, x: Float[Tensor, "rows time width"], context: Context) -> Float[Tensor, "rows time width"]:
+    def forward(
+        self, x: Float[Tensor, "batch time width"], context: ForwardContext
+    ) -> Float[Tensor, "batch time width"]:
         """Returns the residual stream after the block."""
         x = x + self.attn(x, self.ln_1, context)
         result: Tensor = x + self.mlp(x, self.ln_2, context)
@@ -226,20 +172,20 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The frozen base. `forward` gives hidden states; `logits` applies the head to those that need it."""
+    """The frozen base. `forward` returns hidden states; `logits` applies the head to those that need it."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.wte = Embedding(config.vocab_size, config.width)
-        self.wpe = Embedding(config.context, config.width)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.ln_f = LayerNorm(config.width, eps=config.epsilon)
-        self.lm_head = None if config.tied else Linear(config.width, config.vocab_size, bias=False)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
         self.prepacked_head: Linear | None = None
 
     def iter_linears(self) -> Iterator[Linear]:
-        """Yields every projection of the blocks that an adapter may change."""
+        """Yields every linear layer of the blocks that an adapter may change."""
         for name, module in self.named_modules():
             if name.endswith(TARGETS) and isinstance(module, Linear):
                 yield module
@@ -250,7 +196,7 @@ class GPT2(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def add_to_head(self, delta: Float[Tensor, "vocab width"]) -> None:
-        """Changes the head; the token embeddings stay as they are, also where they were the head."""
+        """Adds to the head's weight, which is untied first: the token embeddings stay as they are."""
         weight = self.head.float() + delta.to(self.head.device)
         self.lm_head = Linear(delta.shape[1], delta.shape[0], bias=False, device="meta")
         self.lm_head.weight = nn.Parameter(weight.to(self.wte.weight.dtype), requires_grad=False)
@@ -259,34 +205,43 @@ class GPT2(nn.Module):
 
     def forward(
         self,
-        tokens: Int[Tensor, "rows time"],
+        tokens: Int[Tensor, "batch time"],
         adapters: ActiveAdapters | None = None,
         cache: KVCache | None = None,
-        noise: Float[Tensor, "rows time width"] | None = None,
+        noise: Float[Tensor, "batch time width"] | None = None,
         checkpoint_blocks: bool = False,
-        positions: Int[Tensor, "rows time"] | None = None,
-    ) -> Float[Tensor, "rows time width"]:
+        positions: Int[Tensor, "batch time"] | None = None,
+        num_tokens: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch time width"]:
         """Returns the hidden states after the last norm.
 
-        `noise` is added to the token embeddings. `checkpoint_blocks` keeps only the input of each block for the
-        backward pass, which computes the block again (Chen et al. 2016, arXiv:1604.06174).
-        With a cache the tokens continue each row at its own length; the caller sets the lengths afterwards
-        (`generate` does), because rows padded on the right grow by less than `time`. Positions beyond the
-        context are the caller's error and raise `IndexError`.
-        `positions` that begin anew at 0 within a row mark documents that do not see each other (no cache then).
+        Args:
+            tokens: token ids. With a cache they continue each of its sequences, whose lengths the cache advances.
+            adapters: the adapters of the batch; None for the plain base.
+            cache: keys and values of what came before.
+            noise: is added to the token embeddings.
+            checkpoint_blocks: store only the input of each block for the backward pass, which recomputes the block
+                (Chen et al. 2016, arXiv:1604.06174).
+            positions: positions that restart at 0 within a row separate documents that do not attend to each other;
+                not with a cache.
+            num_tokens: with a cache, how many tokens of each row count; the others are padding on the right.
+
+        Raises:
+            IndexError: more tokens than the base has positions, or than the cache has room for.
         """
-        time = tokens.shape[1]
-        steps = torch.arange(time, device=tokens.device)
-        if cache is None:
-            if time > self.config.context:
-                raise IndexError(f"{time} tokens exceed the context of {self.config.context}")
-            if positions is None:
-                context = Context(adapters, None, steps[None].expand(tokens.shape[0], -1), None)
-            else:
-                context = Context(adapters, None, positions, mask_documents(positions, self.wpe.weight.dtype))
+        batch, time = tokens.shape
+        mask: Tensor | None = None
+        if cache is not None:
+            positions, visible = cache.begin(time)
+            mask = None if visible is None else build_mask(visible, self.wpe.weight.dtype)
+        elif time > self.config.n_positions:
+            raise IndexError(f"{time} tokens exceed the context of {self.config.n_positions}")
+        elif positions is not None:
+            mask = mask_documents(positions, self.wpe.weight.dtype)
         else:
-            context = self._continue(steps, adapters, cache)
-        x = self.wte(tokens) + self.wpe(context.positions)
+            positions = torch.arange(time, device=tokens.device)[None].expand(batch, -1)
+        context = ForwardContext(adapters=adapters, cache=cache, positions=positions, mask=mask)
+        x = self.wte(tokens) + self.wpe(positions)
         if noise is not None:
             x = x + noise.to(x)
         for block in self.h:
@@ -294,61 +249,50 @@ class GPT2(nn.Module):
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, context)
+        if cache is not None:
+            cache.advance(time if num_tokens is None else num_tokens)
         result: Tensor = self.ln_f(x)
         return result
 
-    def _continue(self, steps: Tensor, adapters: ActiveAdapters | None, cache: KVCache) -> Context:
-        positions = cache.lengths[:, None] + steps[None]
-        fresh = cache.used == 0
-        cache.used += steps.shape[0]
-        if cache.used > cache.capacity:
-            raise IndexError(f"{cache.used} tokens exceed the cache of {cache.capacity}")
-        cache.note_written(cache.used)
-        if fresh:
-            return Context(adapters, cache, positions, None)
-        keys = torch.arange(cache.used, device=steps.device)
-        mask = build_mask(keys[None, None] <= positions[:, :, None], self.wpe.weight.dtype)
-        return Context(adapters, cache, positions, mask)
-
     def logits(
-        self, hidden: Float[Tensor, "rows time width"], adapters: ActiveAdapters | None
-    ) -> Float[Tensor, "rows time vocab"]:
-        """Returns the scores of the next token for each hidden state, under the adapters that it was computed with."""
+        self, hidden: Float[Tensor, "batch time width"], adapters: ActiveAdapters | None
+    ) -> Float[Tensor, "batch time vocab"]:
+        """Returns the logits of hidden states, under the adapters that they were computed with."""
         scores = F.linear(hidden, self.head) if self.prepacked_head is None else self.prepacked_head(hidden)
         if adapters is not None and (update := adapters.low_rank_logits(hidden)) is not None:
-            groups = scores.view(len(update.outer), -1, scores.shape[-1])
-            groups.baddbmm_(update.inner.view(*groups.shape[:2], -1), update.outer)
+            groups = scores.view(len(update.b_t), -1, scores.shape[-1])
+            groups.baddbmm_(update.hidden_a.view(*groups.shape[:2], -1), update.b_t)
         return scores
 
 
-def mask_documents(positions: Int[Tensor, "rows time"], dtype: torch.dtype) -> Float[Tensor, "rows 1 time time"]:
-    """Returns what is added to the attention's scores: each token sees those before it in its own document."""
+def mask_documents(positions: Int[Tensor, "batch time"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time time"]:
+    """Returns the additive attention mask of packed documents: causal, and block-diagonal over the documents."""
     document = (positions == 0).cumsum(1)
     return build_mask((document[:, :, None] == document[:, None, :]).tril_(), dtype)
 
 
-def build_mask(seen: Bool[Tensor, "rows time keys"], dtype: torch.dtype) -> Float[Tensor, "rows 1 time keys"]:
-    """Returns what is added to the attention's scores so that each token sees what it may.
+def build_mask(visible: Bool[Tensor, "batch time keys"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time keys"]:
+    """Returns an additive attention mask: 0 where a key is visible, -inf elsewhere.
 
-    It is made once for all layers; a mask of booleans would be turned into this one in each.
+    It is built once for all layers; `scaled_dot_product_attention` would convert a boolean mask in each.
     """
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)[:, None]
 
 
-def apply_prologue(before: Prologue, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
-    """Returns the input of a projection: the norm or activation of `x`, or `x`."""
-    return x if before is None else before(x)
+def apply_prologue(prologue: Prologue, x: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape width"]:
+    """Returns the input of a projection: the norm or activation of `x`, or `x` itself."""
+    return x if prologue is None else prologue(x)
 
 
 def project(
     linear: Linear,
     site: str,
-    before: Prologue,
-    x: Float[Tensor, "rows time inputs"],
+    prologue: Prologue,
+    x: Float[Tensor, "batch time inputs"],
     adapters: ActiveAdapters | None,
-) -> Float[Tensor, "rows time outputs"]:
-    """Returns the frozen projection of `before(x)`, with the adapters' update where there are any."""
+) -> Float[Tensor, "batch time outputs"]:
+    """Returns the frozen projection of `prologue(x)`, plus the adapters' update if there are any."""
     if adapters is not None:
-        return adapters.project(site, linear, before, x)
-    result: Tensor = linear(apply_prologue(before, x))
+        return adapters.project(site, linear, prologue, x)
+    result: Tensor = linear(apply_prologue(prologue, x))
     return result

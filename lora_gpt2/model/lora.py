@@ -1,9 +1,10 @@
-"""The maths of one adapter: which projections it changes, how it starts, how it is scaled.
+"""The maths of one adapter: which projections it changes, how it is initialised, how it is scaled.
 
-An update of a projection with weight W `[out, in]` is `scale * B @ A` with A `[rank, in]`, B `[out, rank]` and
-scale = alpha / rank (Hu et al. 2021, section 4.1) or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).
-Adapting only some of q, k and v of rank r is exactly a c_attn update of rank n·r whose B is zero outside n blocks
-(slice rows × the slice's own columns), with alpha raised so that the scale stays: any PEFT loader can run it.
+The update of a projection with weight W `[out, in]` is ΔW = scaling * B @ A with A `[rank, in]`, B `[out, rank]` and
+scaling = alpha / rank (Hu et al. 2021, arXiv:2106.09685, section 4.1) or alpha / sqrt(rank) (rsLoRA, Kalajdzievski
+2023, arXiv:2312.03732).
+Adapting only some of q, k and v at rank r is exactly a c_attn update of rank n·r whose B is zero outside n blocks
+(rows of the slice × columns of its own), with alpha raised so that the scaling stays: any PEFT loader can run it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ SLICES = ("c_attn.q", "c_attn.k", "c_attn.v")
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """The update of one projection: `a` `[rank, in]`, `b` `[out, rank]`, both float32."""
+    """The update of one projection, ΔW = scaling * B @ A.
+
+    Args:
+        a: A, `[rank, in]`, float32.
+        b: B, `[out, rank]`, float32.
+        alpha: the numerator of the scaling (PEFT's `lora_alpha`).
+        use_rslora: divide alpha by sqrt(rank) instead of rank.
+    """
 
     a: Tensor
     b: Tensor
@@ -38,8 +46,8 @@ class LoraUpdate:
         return self.a.shape[0]
 
     @property
-    def scale(self) -> float:
-        """The factor of `b @ a`."""
+    def scaling(self) -> float:
+        """The factor of B @ A."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
@@ -67,7 +75,7 @@ class TargetPlan:
 
 def list_sites(config: GPT2Config, targets: tuple[str, ...] = ADAPTABLE) -> list[str]:
     """Returns the site names of the targets, layer by layer, and last the head."""
-    sites = [f"h.{layer}.{target}" for layer in range(config.layers) for target in targets if target != HEAD]
+    sites = [f"h.{layer}.{target}" for layer in range(config.n_layer) for target in targets if target != HEAD]
     return [*sites, HEAD] if HEAD in targets else sites
 
 
@@ -86,10 +94,10 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
 
     Raises `UsageError` if `first_layer` leaves no block to adapt.
     """
-    if settings.first_layer >= config.layers:
+    if settings.first_layer >= config.n_layer:
         raise UsageError(
-            f"lora.first_layer {settings.first_layer} leaves nothing to adapt: the base has {config.layers} blocks",
-            f"use at most {config.layers - 1}",
+            f"lora.first_layer {settings.first_layer} leaves nothing to adapt: the base has {config.n_layer} blocks",
+            f"use at most {config.n_layer - 1}",
         )
     plans = []
     slices = [s for s in SLICES if s in settings.targets]
@@ -99,7 +107,7 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
             rank = settings.rank_of(name)
             plans.append(TargetPlan(target, rank, settings.alpha_of(name), None))
         elif name == "c_attn" and slices:
-            rank, count, d = settings.rank_of(slices[0]), len(slices), config.width
+            rank, count, d = settings.rank_of(slices[0]), len(slices), config.n_embd
             alpha = settings.alpha_of(slices[0]) * (math.sqrt(count) if settings.use_rslora else count)
             blocks = tuple(
                 (slice(SLICES.index(s) * d, (SLICES.index(s) + 1) * d), slice(i * rank, (i + 1) * rank))
@@ -147,5 +155,5 @@ def count_parameters(config: GPT2Config, settings: LoraSettings) -> int:
             trained = outputs * plan.rank
         else:
             trained = sum((r.stop - r.start) * (c.stop - c.start) for r, c in plan.blocks)
-        total += (inputs * plan.rank + trained) * (1 if plan.target == HEAD else config.layers - settings.first_layer)
+        total += (inputs * plan.rank + trained) * (1 if plan.target == HEAD else config.n_layer - settings.first_layer)
     return total

@@ -1,9 +1,9 @@
-"""Cross-entropy over a frozen head, a chunk of rows at a time.
+"""Cross-entropy over a frozen head, a chunk of tokens at a time ("fused linear cross-entropy").
 
 The logits of a whole batch never exist: each chunk's are computed, scored in float32, overwritten by their gradient
-and folded into the gradient of the hidden states. The head gets no gradient, so nothing is computed twice and the
-extra memory is one chunk, `rows * vocabulary` numbers, whatever the batch is. What adapters add to the head is a
-product of two factors, added to each chunk, and both get their gradients.
+and multiplied into the gradient of the hidden states. The head gets no gradient, so nothing is computed twice, and the
+extra memory is one chunk, `tokens * vocab_size` values, whatever the batch size. The adapters' contribution to the
+logits is a product of two factors that is added to each chunk, and both factors get their gradients.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE
-from lora_gpt2.model.gpt2 import GPT2, ActiveAdapters, LowRankLogits
+from lora_gpt2.model.gpt2 import LowRankLogits
 
-CPU_ROWS, DEVICE_ROWS = 256, 1024
-
-
-def rows_per_chunk(device: torch.device) -> int:
-    """Rows whose logits fit a CPU's cache, or fill a GPU."""
-    return CPU_ROWS if device.type == "cpu" else DEVICE_ROWS
+CPU_TOKENS, DEVICE_TOKENS = 256, 1024
 
 
-def token_nll(
+def tokens_per_chunk(device: torch.device) -> int:
+    """Returns the number of tokens whose logits fit a CPU's cache, or fill a GPU."""
+    return CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS
+
+
+def linear_nll(
     hidden: Float[Tensor, "tokens width"],
     head: Float[Tensor, "vocab width"],
     targets: Int[Tensor, " tokens"],
@@ -34,70 +34,57 @@ def token_nll(
 ) -> Float[Tensor, " tokens"]:
     """Returns the negative log-likelihood of each target in nats, float32; 0 where the target is `IGNORE`.
 
-    `update` is what the adapters add to the head for these hidden states.
+    `update` is the adapters' contribution to the logits of these hidden states.
     """
     nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     with torch.no_grad():
-        chunk = _Chunk(hidden, head, update or _build_empty(hidden, head))
-        for group, rows in chunk.split():
-            wanted = targets[rows].clamp_min(0)[:, None]
-            logits = chunk.compute(group, rows)
-            chosen = logits.gather(1, wanted)[:, 0]
-            nll[rows] = (logits.exp_().sum(1).log() - chosen) * (targets[rows] != IGNORE)
+        chunks = _Chunks(hidden, head, update or _build_empty(hidden, head))
+        for group, tokens in chunks.split():
+            ids = targets[tokens].clamp_min(0)[:, None]
+            logits = chunks.compute_logits(group, tokens)
+            target_logits = logits.gather(1, ids)[:, 0]
+            nll[tokens] = (logits.exp_().sum(1).log() - target_logits) * (targets[tokens] != IGNORE)
     return nll
 
 
-def score_tokens(
-    model: GPT2,
-    hidden: Float[Tensor, "rows time width"],
-    adapters: ActiveAdapters | None,
-    targets: Int[Tensor, " tokens"],
-    places: Int[Tensor, " tokens"] | None = None,
-) -> Float[Tensor, " tokens"]:
-    """Returns `token_nll` of hidden states under the adapters that they were computed with.
-
-    `places` picks some of the `rows * time` states, in any order; without it all of them are scored.
-    """
-    flat, update = hidden.flatten(0, 1), None if adapters is None else adapters.low_rank_logits(hidden)
-    if places is not None:
-        flat, update = flat[places], None if update is None else update.pick(places)
-    return token_nll(flat, model.head, targets, update)
-
-
 def _build_empty(hidden: Tensor, head: Tensor) -> LowRankLogits:
-    """Returns an update of rank 0."""
+    """Returns a contribution of rank 0."""
     return LowRankLogits(hidden.new_empty(len(hidden), 0), head.new_empty(1, 0, len(head)))
 
 
-class _Chunk:
-    """Room for the logits of `rows` rows, used again for each chunk, because fresh memory costs as much as sums."""
+class _Chunks:
+    """A buffer for the logits of one chunk, reused for each, because fresh memory costs as much as the arithmetic."""
 
     def __init__(self, hidden: Tensor, head: Tensor, update: LowRankLogits) -> None:
         self.hidden, self.head, self.update = hidden, head, update
-        self.group_rows = len(hidden) // len(update.outer)
-        self.rows = min(rows_per_chunk(hidden.device), self.group_rows)
-        self.narrow = hidden.new_empty(self.rows, len(head))
-        self.wide = self.narrow if self.narrow.dtype == torch.float32 else self.narrow.to(torch.float32)
+        self.group_tokens = len(hidden) // len(update.b_t)
+        self.num_tokens = min(tokens_per_chunk(hidden.device), self.group_tokens)
+        self.logits_lowp = hidden.new_empty(self.num_tokens, len(head))
+        is_float32 = self.logits_lowp.dtype == torch.float32
+        self.logits = self.logits_lowp if is_float32 else self.logits_lowp.to(torch.float32)
 
     def split(self) -> Iterator[tuple[int, slice]]:
-        """Yields the chunks: the group of the update, and the rows, which are all of that group."""
-        for first in range(0, len(self.hidden), self.group_rows):
-            for start in range(first, first + self.group_rows, self.rows):
-                yield first // self.group_rows, slice(start, min(start + self.rows, first + self.group_rows))
+        """Yields the chunks: the group of the update, and the tokens, which are all of that group."""
+        for first in range(0, len(self.hidden), self.group_tokens):
+            end = first + self.group_tokens
+            for start in range(first, end, self.num_tokens):
+                yield first // self.group_tokens, slice(start, min(start + self.num_tokens, end))
 
-    def compute(self, group: int, rows: slice) -> Tensor:
-        """Returns the logits of some rows in float32, less the largest of each; valid until the next call."""
-        count = rows.stop - rows.start
-        scores, logits = self.narrow[:count], self.wide[:count]
-        torch.mm(self.hidden[rows], self.head.T, out=scores)
-        scores.addmm_(self.update.inner[rows], self.update.outer[group])
-        if self.wide is not self.narrow:
-            logits.copy_(scores)
+    def compute_logits(self, group: int, tokens: slice) -> Tensor:
+        """Returns the logits of some tokens in float32, minus the maximum of each; valid until the next call."""
+        count = tokens.stop - tokens.start
+        lowp, logits = self.logits_lowp[:count], self.logits[:count]
+        torch.mm(self.hidden[tokens], self.head.T, out=lowp)
+        lowp.addmm_(self.update.hidden_a[tokens], self.update.b_t[group])
+        if self.logits is not self.logits_lowp:
+            logits.copy_(lowp)
         return logits.sub_(logits.amax(1, keepdim=True))
 
-    def to_narrow(self, slope: Tensor) -> Tensor:
-        """Returns what stands in the logits' place in the numbers of the head."""
-        return slope if self.wide is self.narrow else self.narrow[: len(slope)].copy_(slope)
+    def cast_gradient(self, grad_logits: Tensor) -> Tensor:
+        """Returns the gradient of the logits in the head's dtype."""
+        if self.logits is self.logits_lowp:
+            return grad_logits
+        return self.logits_lowp[: len(grad_logits)].copy_(grad_logits)
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -105,7 +92,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        inner: Tensor,
+        hidden_a: Tensor,
         head: Tensor,
         targets: Tensor,
         weights: Tensor,
@@ -114,39 +101,38 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden)
-        inner_gradient = torch.empty_like(inner)
-        outer_gradient = torch.zeros_like(update.outer, dtype=torch.float32)
-        chunk = _Chunk(hidden, head, update)
-        for group, rows in chunk.split():
-            kept = targets[rows] != IGNORE
-            wanted = targets[rows].clamp_min(0)[:, None]
-            factor = weights[rows] * kept
-            logits = chunk.compute(group, rows)
-            chosen, mean = logits.gather(1, wanted)[:, 0], logits.mean(1) if smoothing else None
-            total = logits.exp_().sum(1)
-            nll[rows] = (total.log() - chosen) * kept
-            loss += (1 - smoothing) * (nll[rows] * factor).sum()
-            slope = logits.mul_((factor / total)[:, None])  # softmax times factor, in place of the logits
-            slope.scatter_add_(1, wanted, ((smoothing - 1) * factor)[:, None])
+        grad_hidden, grad_hidden_a = torch.empty_like(hidden), torch.empty_like(hidden_a)
+        grad_b_t = torch.zeros_like(update.b_t, dtype=torch.float32)
+        chunks = _Chunks(hidden, head, update)
+        for group, tokens in chunks.split():
+            has_loss = targets[tokens] != IGNORE
+            ids = targets[tokens].clamp_min(0)[:, None]
+            factor = weights[tokens] * has_loss
+            logits = chunks.compute_logits(group, tokens)
+            target_logits, mean = logits.gather(1, ids)[:, 0], logits.mean(1) if smoothing else None
+            normaliser = logits.exp_().sum(1)
+            nll[tokens] = (normaliser.log() - target_logits) * has_loss
+            loss += (1 - smoothing) * (nll[tokens] * factor).sum()
+            grad_logits = logits.mul_((factor / normaliser)[:, None])  # softmax times factor, in place of the logits
+            grad_logits.scatter_add_(1, ids, ((smoothing - 1) * factor)[:, None])
             if mean is not None:
-                loss += smoothing * ((total.log() - mean) * factor).sum()
-                slope.sub_((factor * (smoothing / logits.shape[1]))[:, None])
-            slope = chunk.to_narrow(slope)
-            torch.mm(slope, head, out=gradient[rows])
-            torch.mm(slope, update.outer[group].T, out=inner_gradient[rows])
-            outer_gradient[group] += torch.mm(inner[rows].T, slope)
+                loss += smoothing * ((normaliser.log() - mean) * factor).sum()
+                grad_logits.sub_((factor * (smoothing / logits.shape[1]))[:, None])
+            grad_logits = chunks.cast_gradient(grad_logits)
+            torch.mm(grad_logits, head, out=grad_hidden[tokens])
+            torch.mm(grad_logits, update.b_t[group].T, out=grad_hidden_a[tokens])
+            grad_b_t[group] += torch.mm(hidden_a[tokens].T, grad_logits)
         ctx.update = update
-        ctx.save_for_backward(gradient, inner_gradient, outer_gradient)
+        ctx.save_for_backward(grad_hidden, grad_hidden_a, grad_b_t)
         return loss, nll
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, inner_gradient, outer_gradient = ctx.saved_tensors
-        factor = upstream[0].to(gradient.dtype)
+        grad_hidden, grad_hidden_a, grad_b_t = ctx.saved_tensors
+        factor = upstream[0].to(grad_hidden.dtype)
         if ctx.update.add_gradient is not None:
-            ctx.update.add_gradient(outer_gradient.mul_(upstream[0]))  # in place: there may be many slots
-        return gradient * factor, inner_gradient * factor, None, None, None, None, None
+            ctx.update.add_gradient(grad_b_t.mul_(upstream[0]))  # in place: there may be many slots
+        return grad_hidden * factor, grad_hidden_a * factor, None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
@@ -157,14 +143,20 @@ def fused_linear_cross_entropy(
     smoothing: float,
     update: LowRankLogits | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
-    """Returns (sum of weight × loss, NLL per token), in nats; differentiable in `hidden` through the first.
+    """Returns (sum of weight × loss, NLL per token) in nats; differentiable in `hidden` through the first.
 
-    The loss is the NLL, with label smoothing ε the cross-entropy to (1 - ε) of the target and ε of all words alike.
+    The loss is the NLL; with label smoothing ε it is the cross-entropy to (1 - ε) of the target and ε of the uniform
+    distribution (Szegedy et al. 2015, arXiv:1512.00567, section 7).
 
-    `update` is what the adapters add to the head for these hidden states; it gets its gradients too.
-    Targets equal to `IGNORE` count nothing. With weights 1/n_k on the tokens of domain k, the sum is the sum over the
-    domains of their mean NLL, so each domain's gradient is what it would be alone.
+    Args:
+        hidden: hidden states; the tokens of each group of `update` are contiguous.
+        head: the weight of the output projection, which gets no gradient.
+        targets: token ids; `IGNORE` contributes nothing.
+        weights: weight of each token. With 1/n_k on the n_k tokens of slot k, the sum is the sum over the slots of
+            their mean NLL, so each slot's gradient is what it would be alone.
+        smoothing: label smoothing ε.
+        update: the adapters' contribution to the logits, whose factors get their gradients too.
     """
     update = update or _build_empty(hidden, head)
-    loss, nll = _FusedLinearCrossEntropy.apply(hidden, update.inner, head, targets, weights, smoothing, update)  # type: ignore[no-untyped-call]
+    loss, nll = _FusedLinearCrossEntropy.apply(hidden, update.hidden_a, head, targets, weights, smoothing, update)  # type: ignore[no-untyped-call]
     return loss, nll.detach()

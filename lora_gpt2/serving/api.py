@@ -1,7 +1,7 @@
 """The routes: completions, models, adapters, health, metrics, and the web page's files.
 
-A handler reads and checks a body, has the adapters read in another thread, admits the rows to the worker, and passes
-on what they write. Nothing here computes, and nothing waits without a limit.
+A handler reads and validates a body, fetches the adapters in another thread, submits the sequences to the worker, and
+returns or streams their outputs. Nothing here computes, and nothing waits without a timeout.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.errors import BusyError, EngineFailed, LoraGpt2Error
 from lora_gpt2.inference.generate import describe_provenance
 from lora_gpt2.inference.history import LocalLog
-from lora_gpt2.inference.session import BASE, Loaded, Mix, Session, describe_mix, show_name
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.slots import LoadedAdapter
 from lora_gpt2.rating.choices import check_vote
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.middleware import AccessMiddleware, has_key
 from lora_gpt2.serving.protocol import (
     ApiError,
-    Choice,
-    build_rows,
+    CompletionChoice,
+    build_sequences,
+    fetch_model,
     parse_body,
     parse_json,
     parse_model,
-    read_model,
     translate_error,
 )
-from lora_gpt2.serving.request import Call, EventStream
-from lora_gpt2.serving.worker import BusyError, EngineFailed, Worker
+from lora_gpt2.serving.request import CompletionRequest, EventStream
+from lora_gpt2.serving.worker import Worker
 from lora_gpt2.store.listing import list_current
+from lora_gpt2.store.references import BASE, label_of
 
 PAGE = Path(__file__).parent / "page"
 CREATED = 1_546_300_800  # what OpenAI's list says of a base: when it came out; GPT-2's year, 2019
@@ -64,7 +67,7 @@ class Access:
 
 @dataclass
 class Server:
-    """A session, the worker that grows its rows, what is counted, and where blind choices are recorded."""
+    """A session, the worker that decodes, the metrics, and the file of blind votes."""
 
     session: Session
     defaults: GenerateSettings
@@ -75,10 +78,10 @@ class Server:
     is_draining: bool = False
 
     def __post_init__(self) -> None:
-        self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self._note_step)
+        self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self._record_step)
 
-    def _note_step(self, grown: int, growing: int, waiting: int) -> None:
-        self.metrics.note_step(grown, growing, waiting, self.session.num_loads)
+    def _record_step(self, batch_size: int, num_running: int, num_waiting: int) -> None:
+        self.metrics.record_step(batch_size, num_running, num_waiting, self.session.slots.num_loads)
 
     def build_app(self) -> Starlette:
         """Returns the ASGI application; the worker must be started."""
@@ -170,13 +173,14 @@ class Server:
             raise ApiError(503, "the server is shutting down")
         self.worker.check_room()
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed % 2**63
-        rows = await run_in_threadpool(build_rows, body, self.session, self.defaults, self.limits, seed)
-        origin = describe_provenance(self.session, rows[0]) | {"seeds": [row.seed for row in rows]}
-        call = Call(self.worker, self.metrics, body, [Choice(row, body) for row in rows], origin, started)
-        call.submit()
+        sequences = await run_in_threadpool(build_sequences, body, self.session, self.defaults, self.limits, seed)
+        provenance = describe_provenance(self.session, sequences[0]) | {"seeds": [s.seed for s in sequences]}
+        choices = [CompletionChoice(sequence, body) for sequence in sequences]
+        completion = CompletionRequest(self.worker, self.metrics, body, choices, provenance, started)
+        completion.submit()
         if body.stream:
-            return EventStream(call, self.limits.send_timeout_seconds)
-        return JSONResponse(await call.collect(request))
+            return EventStream(completion, self.limits.send_timeout_seconds)
+        return JSONResponse(await completion.collect(request))
 
     async def record_vote(self, request: Request) -> Response:
         """POST /v1/choices: records what was chosen while the names were hidden, each held to its version."""
@@ -185,7 +189,7 @@ class Server:
             return JSONResponse({"kept": False})
 
         def pin(model: str) -> str:
-            return describe_mix(tuple((show_name(name), weight) for name, weight in parse_model(model, self.session)))
+            return str(parse_model(model, self.session))
 
         pinned = {model: await run_in_threadpool(pin, model) for model in choice.models}
         record = {**vars(choice), "models": list(pinned.values()), "chosen": pinned[choice.chosen]}
@@ -207,7 +211,7 @@ class Server:
 
     def _describe_models(self) -> list[dict[str, Any]]:
         base, store = self.session.base, self.session.store
-        models = [describe_model(BASE, base=base.name, context=base.config.context)]
+        models = [describe_model(BASE, base=base.name, context=base.config.n_positions)]
         for row in list_current(store)[0] if store is not None else []:
             if row["base_fingerprint"] == base.fingerprint:
                 models.append(describe_model(row["name"], **{key: row[key] for key in row if key != "name"}))
@@ -216,29 +220,29 @@ class Server:
     async def list_adapters(self, request: Request) -> Response:
         """GET /v1/adapters: what is in the slots."""
         self._check_admin(request)
-        loaded = await self._call(lambda: self.session.loaded)
-        return JSONResponse({"loaded": [show_name(name) for name in loaded], "max_slots": self.limits.max_slots})
+        loaded = await self._call(lambda: self.session.slots.references)
+        return JSONResponse({"loaded": [label_of(name) for name in loaded], "max_slots": self.limits.max_slots})
 
     async def load_adapter(self, request: Request) -> Response:
         """POST /v1/adapters/load {"name": ...}: brings an adapter into a slot before it is asked for."""
         _, loaded = await self._read_admin_model(request)
-        await self._call(lambda: self.session.put(loaded))
-        return JSONResponse({"loaded": [show_name(name) for name in loaded]})
+        await self._call(lambda: self.session.slots.load(loaded))
+        return JSONResponse({"loaded": [label_of(name) for name in loaded]})
 
     async def unload_adapter(self, request: Request) -> Response:
         """POST /v1/adapters/unload {"name": ...}: frees its slot; 409 while it is in use."""
         mix, _ = await self._read_admin_model(request)
-        dropped = await self._call(lambda: [name for name, _ in mix if self.session.drop(name)])
+        dropped = await self._call(lambda: [name for name, _ in mix if self.session.slots.evict(name)])
         if not dropped:
             raise ApiError(409, "the adapter is in use, or not loaded", "name")
-        return JSONResponse({"unloaded": [show_name(name) for name in dropped]})
+        return JSONResponse({"unloaded": [label_of(name) for name in dropped]})
 
-    async def _read_admin_model(self, request: Request) -> tuple[Mix, dict[str, Loaded]]:
+    async def _read_admin_model(self, request: Request) -> tuple[Mix, dict[str, LoadedAdapter]]:
         self._check_admin(request)
         name = parse_json(await self.read_body(request)).get("name")
         if not isinstance(name, str):
             raise ApiError(400, "name is an adapter, or name@version", "name")
-        return await run_in_threadpool(read_model, name, self.session)
+        return await run_in_threadpool(fetch_model, name, self.session)
 
     def _check_admin(self, request: Request) -> None:
         key = self.access.admin_key

@@ -1,4 +1,4 @@
-"""The completions API on the wire: a request's body becomes rows, rows become OpenAI's JSON.
+"""The protocol of the completions API: a request's body becomes sequences, their outputs become OpenAI's JSON.
 
 Names and shapes are those of OpenAI's `/v1/completions`; what GPT-2 adds (`top_k`, `min_p`, `repetition_penalty`,
 `no_repeat_ngram_size`, `num_beams`, `length_penalty`, `watermark`, `truncate`, and `provenance` in the answer) goes
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -20,10 +20,14 @@ from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError, 
 from lora_gpt2.core.names import is_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
-from lora_gpt2.inference.engine import Row, TokenLogprobs
 from lora_gpt2.inference.generate import keep_tokens
-from lora_gpt2.inference.session import BASE, Loaded, Mix, Session, parse_mix
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
+from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.slots import LoadedAdapter
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.worker import StepOutput
+from lora_gpt2.store.references import BASE
 
 SAMPLING = (
     "temperature",
@@ -170,7 +174,7 @@ def _describe_invalid(error: ValidationError) -> ApiError:
 
 
 def build_settings(body: CompletionBody, defaults: GenerateSettings) -> GenerateSettings:
-    """Returns how a request is continued; raises `ApiError` for a value outside its bounds."""
+    """Returns the sampling settings of a request; raises `ApiError` for a value outside its bounds."""
     values = {key: getattr(body, key) for key in SAMPLING if getattr(body, key) is not None}
     if body.max_tokens is not None:
         values["max_new_tokens"] = max(1, body.max_tokens)
@@ -200,7 +204,7 @@ def _is_id(value: Any) -> bool:
 
 
 def parse_model(model: str, session: Session) -> Mix:
-    """Returns the mix that `model` names, held to versions: an adapter, `name@version`, `a:0.6+b:0.4`, or the base.
+    """Returns the resolved mix that `model` names: an adapter, `name@version`, `a:0.6+b:0.4`, or the base.
 
     Raises `ApiError` 404 for a name without adapter.
     """
@@ -209,14 +213,14 @@ def parse_model(model: str, session: Session) -> Mix:
         raise ApiError(400, f"a mix of {len(names)} adapters, at most {MAX_MIX} are allowed", "model")
     is_own = model == session.base.name and not (session.store and is_name(model) and session.store.has_adapter(model))
     with _model_errors():
-        return session.resolve(() if model == BASE or is_own else parse_mix(names))
+        return session.resolve(Mix() if model == BASE or is_own else Mix.parse(names))
 
 
-def read_model(model: str, session: Session) -> tuple[Mix, dict[str, Loaded]]:
-    """Returns the mix that `model` names and its adapters, read and checked; raises `ApiError` 404 or 503."""
+def fetch_model(model: str, session: Session) -> tuple[Mix, dict[str, LoadedAdapter]]:
+    """Returns the mix that `model` names and its adapters, fetched and verified; raises `ApiError` 404 or 503."""
     mix = parse_model(model, session)
     with _model_errors():
-        return mix, {name: session.read(name) for name, _ in mix}
+        return mix, {name: session.fetch(name) for name, _ in mix}
 
 
 @contextmanager
@@ -229,12 +233,12 @@ def _model_errors() -> Iterator[None]:
         raise translate_error(error, "model") from error
 
 
-def build_rows(
+def build_sequences(
     body: CompletionBody, session: Session, defaults: GenerateSettings, limits: ServeSettings, seed: int
-) -> list[Row]:
-    """Returns a row for each prompt and each of its `n` continuations, with the adapters they need read from disk.
+) -> list[SequenceState]:
+    """Returns a sequence for each prompt and each of its `n` continuations, with their adapters fetched from disk.
 
-    The k-th continuation of a prompt draws with `seed` + k. Raises `ApiError`.
+    The k-th continuation of a prompt samples with `seed` + k. Raises `ApiError`.
     """
     settings, prompts = build_settings(body, defaults), list_prompts(body.prompt)
     if len(prompts) * body.n > limits.max_choices:
@@ -242,23 +246,32 @@ def build_rows(
     if settings.num_beams > 1 and (body.n > 1 or len(prompts) * settings.num_beams > limits.max_choices):
         text = f"beam search gives one choice, and prompts times num_beams are at most {limits.max_choices}"
         raise ApiError(400, text, "num_beams")
-    mix, loaded = read_model(body.model, session)
-    rows: list[Row] = []
+    mix, loaded = fetch_model(body.model, session)
+    sequences: list[SequenceState] = []
     for prompt in prompts:
-        ids, budget = _fit_prompt(prompt, body, session, settings)
+        prompt_ids, max_new_tokens = _fit_prompt(prompt, body, session, settings)
         for choice in range(body.n):
-            row_seed = (seed + choice) % (MAX_SEED + 1)
-            scores = body.echo and body.logprobs is not None
-            tokenizer = session.base.tokenizer
-            rows.append(Row(len(rows), mix, ids, budget, settings, row_seed, tokenizer, loaded, scores))
-    return rows
+            sequences.append(
+                SequenceState(
+                    index=len(sequences),
+                    mix=mix,
+                    prompt_ids=prompt_ids,
+                    max_new_tokens=max_new_tokens,
+                    settings=settings,
+                    seed=(seed + choice) % (MAX_SEED + 1),
+                    tokenizer=session.base.tokenizer,
+                    loaded=loaded,
+                    scores_prompt=body.echo and body.logprobs is not None,
+                )
+            )
+    return sequences
 
 
 def _fit_prompt(
     prompt: str | list[int], body: CompletionBody, session: Session, settings: GenerateSettings
 ) -> tuple[list[int], int]:
     """Returns a prompt's token ids and how many tokens may follow."""
-    tokenizer, context = session.base.tokenizer, session.base.config.context
+    tokenizer, context = session.base.tokenizer, session.base.config.n_positions
     if isinstance(prompt, str):
         try:
             ids = tokenizer.encode(prompt)
@@ -284,46 +297,57 @@ def _fit_prompt(
     return ids, min(wanted, context - len(ids))
 
 
-class Choice:
-    """One continuation on its way to a client: knows what was sent already."""
+class CompletionChoice:
+    """One choice of a response: collects a sequence's outputs, and turns what was not sent yet into JSON."""
 
-    def __init__(self, row: Row, body: CompletionBody) -> None:
-        self.row, self.body, self.index = row, body, row.index
-        self._is_first, self._num_sent = True, 0
-        self._offset, self._stream = 0, TextStream(row.tokenizer)
+    def __init__(self, sequence: SequenceState, body: CompletionBody) -> None:
+        self.sequence, self.body = sequence, body
+        self.num_tokens = 0
+        self._text, self._finish_reason = "", ""
+        self._logprobs: list[int | TokenLogprobs] = []
+        self._is_first = True
+        self._offset, self._stream = 0, TextStream(sequence.tokenizer)
 
-    def to_json(self, text: str, num_logprobs: int, is_end: bool) -> dict[str, Any]:
-        """Returns what is new, as an element of `choices`; the first one begins with the echoed prompt.
+    def add(self, output: StepOutput) -> None:
+        """Adds an output of the sequence."""
+        if self.num_tokens == 0 and output.prompt_logprobs:
+            self._logprobs += [self.sequence.prompt_ids[0], *output.prompt_logprobs]
+        self._text += output.text
+        self._logprobs += output.logprobs
+        self.num_tokens, self._finish_reason = output.num_tokens, output.finish_reason
 
-        `num_logprobs` of the row's log-probabilities belong to the text so far; the worker may have added others.
-        """
-        row, logprobs, echoes = self.row, None, self.body.echo and self._is_first
-        self._is_first = False
+    def take_json(self) -> dict[str, Any]:
+        """Returns what was added since the last call, as an element of `choices`; the first one may echo the prompt."""
+        sequence, echoes, logprobs = self.sequence, self.body.echo and self._is_first, None
         if self.body.logprobs is not None:
-            prompt: list[int | TokenLogprobs] = [row.prompt_ids[0], *row.prompt_logprobs] if echoes else []
-            fresh = row.logprobs[self._num_sent : num_logprobs]
-            self._num_sent = num_logprobs
-            logprobs = self._describe([*prompt, *fresh], self.body.logprobs)
-        return {
-            "index": self.index,
-            "text": (row.tokenizer.decode(row.prompt_ids) if echoes else "") + text,
-            "logprobs": logprobs,
-            "finish_reason": row.finish_reason if is_end else None,
-        }
+            if echoes and not isinstance(next(iter(self._logprobs), None), int):
+                self._logprobs.insert(0, sequence.prompt_ids[0])  # a prompt of one token has no log-probabilities
+            logprobs = self._describe(self._logprobs, self.body.logprobs)
+        text = (sequence.tokenizer.decode(sequence.prompt_ids) if echoes else "") + self._text
+        self._is_first, self._text, self._logprobs = False, "", []
+        reason = self._finish_reason or None
+        return {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _describe(self, items: Sequence[int | TokenLogprobs], count: int) -> dict[str, Any]:
-        """Returns tokens as OpenAI does; the prompt's first is an id alone, for it has no log-probability."""
-        tokenizer = self.row.tokenizer
+        """Returns tokens as OpenAI does; the prompt's first is an id alone, because it has no log-probability."""
+        tokenizer = self.sequence.tokenizer
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for item in items:
             token, logprob, top = (item, None, ()) if isinstance(item, int) else (item.token, item.logprob, item.top)
             found["tokens"].append(show_token(token, tokenizer))
             found["token_logprobs"].append(logprob)
-            shown = {show_token(other, tokenizer): value for other, value in top[:count]}
-            found["top_logprobs"].append(shown or None)
+            alternatives = {show_token(other, tokenizer): value for other, value in top[:count]}
+            found["top_logprobs"].append(alternatives or None)
             found["text_offset"].append(self._offset)
             self._offset += len(self._stream.push(token))
         return found | ({} if count else {"top_logprobs": None})
+
+
+def count_usage(choices: Sequence[CompletionChoice], n: int) -> dict[str, int]:
+    """Returns OpenAI's `usage`: the tokens of each prompt once, and those of all its `n` continuations."""
+    prompt = sum(len(choice.sequence.prompt_ids) for choice in choices[::n])
+    generated = sum(choice.num_tokens for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 def show_token(token: int, tokenizer: Tokenizer) -> str:
@@ -335,24 +359,3 @@ def show_token(token: int, tokenizer: Tokenizer) -> str:
         return content.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-
-
-def build_usage(rows: Sequence[Row], num_choices: int) -> dict[str, int]:
-    """Returns token counts: each prompt once, every continuation."""
-    prompt = sum(len(row.prompt_ids) for row in rows[::num_choices])
-    written = sum(len(row.new_ids) for row in rows)
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-
-
-def build_answer(
-    identifier: str, created: int, model: str, choices: Sequence[Mapping[str, Any]], **more: Any
-) -> dict[str, Any]:
-    """Returns a `text_completion` object, whole or a piece of a stream."""
-    return {
-        "id": identifier,
-        "object": "text_completion",
-        "created": created,
-        "model": model,
-        "choices": list(choices),
-        **more,
-    }

@@ -1,4 +1,4 @@
-"""One completions request on its way through the worker: its rows, and how what they write reaches the client."""
+"""One completions request on its way through the worker, and how its output reaches the client."""
 
 from __future__ import annotations
 
@@ -16,101 +16,114 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.errors import EngineFailed, LoraGpt2Error
 from lora_gpt2.serving.metrics import Metrics
-from lora_gpt2.serving.protocol import ApiError, Choice, CompletionBody, build_answer, build_usage, translate_error
-from lora_gpt2.serving.worker import EngineFailed, PendingRequest, StepOutput, Worker
+from lora_gpt2.serving.protocol import ApiError, CompletionBody, CompletionChoice, count_usage, translate_error
+from lora_gpt2.serving.worker import PendingRequest, StepOutput, Worker
 
 
 @dataclass
-class Call:
-    """One completions request on its way through the worker."""
+class CompletionRequest:
+    """One completions request: its choices, and the queue that their outputs arrive in.
+
+    Args:
+        worker: decodes the sequences.
+        metrics: counts them.
+        body: the request.
+        choices: one for each sequence, in the order of their indices.
+        provenance: is sent with the answer.
+        started: when the body had arrived, by `time.monotonic`.
+    """
 
     worker: Worker
     metrics: Metrics
     body: CompletionBody
-    choices: list[Choice]
-    origin: dict[str, Any]
+    choices: list[CompletionChoice]
+    provenance: dict[str, Any]
     started: float
 
     def __post_init__(self) -> None:
         self.identifier, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
         loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[list[StepOutput] | BaseException]()
 
-        def pass_on(item: list[StepOutput] | BaseException) -> None:
-            with suppress(RuntimeError):  # the loop has ended: nobody waits any more
+        def enqueue(item: list[StepOutput] | BaseException) -> None:
+            with suppress(RuntimeError):  # the loop has ended: nobody is waiting any more
                 loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
-        self._ticket = PendingRequest([choice.row for choice in self.choices], pass_on, pass_on)
+        self._pending = PendingRequest([choice.sequence for choice in self.choices], enqueue, enqueue)
 
     def submit(self) -> None:
-        """Admits it; raises `BusyError`."""
-        self.worker.submit(self._ticket)
+        """Submits it to the worker; raises `BusyError`."""
+        self.worker.submit(self._pending)
 
     def cancel(self) -> None:
-        """Ends what its client does not wait for any more."""
-        self.worker.cancel(self._ticket)
+        """Ends its sequences, because the client is no longer waiting."""
+        self.worker.cancel(self._pending)
 
-    async def iter_grown(self) -> AsyncIterator[list[StepOutput]]:
-        """Yields what its rows wrote, step by step, until all have ended; raises what the engine failed of."""
-        left, is_first = len(self.choices), True
-        while left:
+    async def iter_outputs(self) -> AsyncIterator[list[StepOutput]]:
+        """Yields the outputs of each step until all sequences have finished; raises the engine's errors."""
+        num_running, is_first = len(self.choices), True
+        while num_running:
             item = await self._queue.get()
             if isinstance(item, BaseException):
                 raise item
             if is_first:
                 is_first = False
-                self.metrics.first_token.observe(time.monotonic() - self.started)
-            if failed := [grown.row.error for grown in item if grown.row.error is not None]:
+                self.metrics.time_to_first_token.observe(time.monotonic() - self.started)
+            if failed := [output.error for output in item if output.error is not None]:
                 self.cancel()
                 if isinstance(failed[0], LoraGpt2Error):
                     raise failed[0]
-                raise EngineFailed(f"a continuation failed: {failed[0]}", "change its parameters") from failed[0]
-            left -= sum(grown.is_end for grown in item)
+                raise EngineFailed(f"a sequence failed: {failed[0]}", "change its parameters") from failed[0]
+            num_running -= sum(bool(output.finish_reason) for output in item)
+            for output in item:
+                self.choices[output.index].add(output)
             yield item
-        self.metrics.note_done(time.monotonic() - self.started, self.count_usage())
+        self.metrics.record_request(time.monotonic() - self.started, count_usage(self.choices, self.body.n))
 
     async def collect(self, request: Request) -> dict[str, Any]:
-        """Returns the whole answer; ends the work if the client goes away meanwhile."""
+        """Returns the whole response; ends the work if the client disconnects meanwhile."""
         try:
             await run_until_gone(request.receive, self._finish())
         except BaseException:
             self.cancel()
             raise
-        choices = [choice.to_json(choice.row.text, len(choice.row.logprobs), True) for choice in self.choices]
-        return self.build(choices, usage=self.count_usage(), provenance=self.origin)
+        choices = [choice.take_json() for choice in self.choices]
+        return self.build(choices, usage=count_usage(self.choices, self.body.n), provenance=self.provenance)
 
     async def _finish(self) -> None:
-        async for _ in self.iter_grown():
+        async for _ in self.iter_outputs():
             pass
 
-    def count_usage(self) -> dict[str, int]:
-        """Returns the tokens that it took."""
-        return build_usage([choice.row for choice in self.choices], self.body.n)
-
     def build(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Returns an answer, or a piece of one."""
-        return build_answer(self.identifier, self.created, self.body.model, choices, **more)
+        """Returns a `text_completion` object: the whole response, or a chunk of a stream."""
+        return {
+            "id": self.identifier,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.body.model,
+            "choices": choices,
+            **more,
+        }
 
-    async def iter_events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yields the pieces of a stream; the first one has the provenance."""
-        more: dict[str, Any] = {"provenance": self.origin}
-        by_row = {id(choice.row): choice for choice in self.choices}
-        async for grown in self.iter_grown():
-            pieces = [
-                by_row[id(item.row)].to_json(item.text, item.num_logprobs, item.is_end)
-                for item in grown
-                if item.text or item.is_end or self.body.logprobs is not None
+    async def iter_chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """Yields the chunks of a stream; the first one has the provenance."""
+        more: dict[str, Any] = {"provenance": self.provenance}
+        async for outputs in self.iter_outputs():
+            chunks = [
+                self.choices[output.index].take_json()
+                for output in outputs
+                if output.text or output.finish_reason or self.body.logprobs is not None
             ]
-            if pieces:
-                yield self.build(pieces, **more)
+            if chunks:
+                yield self.build(chunks, **more)
                 more = {}
         if (self.body.stream_options or {}).get("include_usage"):
-            yield self.build([], usage=self.count_usage())
+            yield self.build([], usage=count_usage(self.choices, self.body.n))
 
 
 async def run_until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Does some work; raises `ClientDisconnect`, and ends it, if the client goes away first."""
+    """Awaits some work; cancels it and raises `ClientDisconnect` if the client disconnects first."""
 
     async def wait() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -128,26 +141,26 @@ async def run_until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> N
 
 
 class EventStream(Response):
-    """Server-sent events, as OpenAI streams them; a client that takes nothing for `send_timeout_seconds` is let go."""
+    """Server-sent events as OpenAI streams them; disconnects clients that read nothing for `send_timeout_seconds`."""
 
-    def __init__(self, call: Call, send_timeout_seconds: float) -> None:
+    def __init__(self, completion: CompletionRequest, send_timeout_seconds: float) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self.call, self.send_timeout_seconds = call, send_timeout_seconds
+        self.completion, self.send_timeout_seconds = completion, send_timeout_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends events until the rows have ended or the client has gone."""
+        """Sends events until the sequences have finished or the client has disconnected."""
         try:
             with suppress(ClientDisconnect, TimeoutError, OSError):
                 await run_until_gone(receive, self._send_all(send))
         finally:
-            self.call.cancel()
+            self.completion.cancel()
 
     async def _send_all(self, send: Send) -> None:
         put = partial(self._send, send)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async for event in self.call.iter_events():
+            async for event in self.completion.iter_chunks():
                 await put(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
         except LoraGpt2Error as error:
             ours = ApiError(500, error.message) if isinstance(error, EngineFailed) else translate_error(error)

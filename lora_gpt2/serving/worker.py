@@ -1,8 +1,8 @@
-"""One thread owns the session and grows every request's rows in one batch; the rest of the server only asks it.
+"""The engine's thread: it owns the session and decodes all requests in one batch; the rest of the server only asks it.
 
-A request is admitted whole or not at all: what may wait is bounded, so an overload is answered at once instead of
-being kept. A step that fails ends what it grew, with an error, and the next request finds a new engine; when it fails
-again and again the worker is dead, says so, and the server ends.
+A request is admitted as a whole or not at all: the queue is bounded, so an overload is answered at once instead of
+being queued without limit. A step that fails ends the sequences that were running, with an error, and the next request
+finds an empty engine; after several failures in a row the worker is dead, says so, and the server ends.
 """
 
 from __future__ import annotations
@@ -13,49 +13,80 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lora_gpt2.core.errors import LoraGpt2Error, ResourceError
-from lora_gpt2.inference.engine import Engine, Row
+from lora_gpt2.core.errors import BusyError, EngineFailed, LoraGpt2Error, ResourceError
+from lora_gpt2.inference.engine import Engine
+from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 
 MAX_FAILURES = 3
 T = TypeVar("T")
 
 
-class BusyError(ResourceError):
-    """As much is waiting as may wait."""
-
-
-class EngineFailed(ResourceError):
-    """A step failed, or one row of it; what it grew is lost."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What a step did to one row: the text it completed, its log-probabilities by then, and whether it has ended."""
+    """What a step produced for one sequence; immutable, so that another thread may read it.
 
-    row: Row
+    Args:
+        index: the sequence's index in its request.
+        text: the text that the step completed.
+        logprobs: log-probabilities of the step's tokens.
+        prompt_logprobs: those of the prompt, in the first output of a sequence that scores it.
+        num_tokens: tokens generated so far.
+        finish_reason: "" while the sequence is running.
+        error: the error that finished it, if one did.
+    """
+
+    index: int
     text: str
-    num_logprobs: int
-    is_end: bool
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+    num_tokens: int
+    finish_reason: str
+    error: Exception | None
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """The rows of one request, and where its answers go; both callbacks are called in the worker's thread."""
+    """The sequences of one request, and the callbacks for its outputs, both called in the worker's thread."""
 
-    rows: Sequence[Row]
+    sequences: Sequence[SequenceState]
     on_output: Callable[[list[StepOutput]], None]
     on_error: Callable[[BaseException], None]
 
 
+@dataclass
+class _Progress:
+    """The request of a sequence, and how many log-probabilities were passed on."""
+
+    request: PendingRequest
+    num_logprobs: int = 0
+    is_new: bool = True
+
+    def take(self, sequence: SequenceState, text: str) -> StepOutput:
+        """Returns what is new about a sequence."""
+        logprobs = tuple(sequence.logprobs[self.num_logprobs :])
+        prompt_logprobs = tuple(sequence.prompt_logprobs) if self.is_new else ()
+        self.num_logprobs += len(logprobs)
+        self.is_new = False
+        return StepOutput(
+            index=sequence.index,
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            num_tokens=len(sequence.new_ids),
+            finish_reason=sequence.finish_reason,
+            error=sequence.error,
+        )
+
+
 class Worker:
-    """Grows the rows of tickets until they end; `error` is what it died of.
+    """Decodes the sequences of requests until they finish; `error` is set when it has died.
 
     Args:
-        session: used by nobody else from now on, its `resolve` and `read` excepted.
-        max_num_seqs: continuations that grow at the same time.
-        max_waiting: continuations that may wait.
-        on_step: called after each step with the number of rows that grew, of those that go on and of those that wait.
+        session: used by nobody else from now on, except for its `resolve` and `fetch`.
+        max_num_seqs: maximum number of sequences decoded concurrently.
+        max_waiting: maximum number of queued sequences.
+        on_step: called after each step with the numbers of sequences in it, still running, and waiting.
     """
 
     def __init__(
@@ -67,10 +98,10 @@ class Worker:
     ) -> None:
         self.session, self.max_num_seqs, self.max_waiting, self.on_step = session, max_num_seqs, max_waiting, on_step
         self.error: BaseException | None = None
-        self._engine = Engine(session, max_num_seqs, session.base.config.context)
+        self._engine = Engine(session, max_num_seqs, session.base.config.n_positions)
         self._changed = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._tickets: dict[int, PendingRequest] = {}
+        self._progress: dict[SequenceState, _Progress] = {}
         self._num_admitted = 0
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="lora-gpt2-engine", daemon=True)
@@ -81,41 +112,42 @@ class Worker:
 
     @property
     def num_admitted(self) -> int:
-        """Rows that grow or wait."""
+        """Number of sequences that are running or queued."""
         return self._num_admitted
 
     def check_room(self) -> None:
-        """Raises what `submit` would for one more row; asked before anything is read for it."""
+        """Raises what `submit` would for one more sequence; asked before anything is read for it."""
         with self._changed:
             self._check_alive()
             self._check_room(1)
 
-    def _check_room(self, wanted: int) -> None:
-        if self._num_admitted and self._num_admitted + wanted > self.max_num_seqs + self.max_waiting:
-            raise BusyError(f"{self._num_admitted} continuations are in work or waiting", "try again later")
+    def _check_room(self, num_sequences: int) -> None:
+        if self._num_admitted and self._num_admitted + num_sequences > self.max_num_seqs + self.max_waiting:
+            raise BusyError(f"{self._num_admitted} sequences are running or queued", "retry later")
 
-    def submit(self, ticket: PendingRequest) -> None:
+    def submit(self, request: PendingRequest) -> None:
         """Admits a request; any thread may call it.
 
         Raises:
-            BusyError: too many rows grow and wait already.
+            BusyError: too many sequences are running and queued already.
             ResourceError: the worker is dead or closed.
         """
+        num_sequences = sum(map(_count_beams, request.sequences))
         with self._changed:
             self._check_alive()
-            self._check_room(sum(map(_weigh, ticket.rows)))
-            self._num_admitted += sum(map(_weigh, ticket.rows))
-            self._inbox.append(lambda: self._admit(ticket))
+            self._check_room(num_sequences)
+            self._num_admitted += num_sequences
+            self._inbox.append(lambda: self._admit(request))
             self._changed.notify()
 
-    def cancel(self, ticket: PendingRequest) -> None:
-        """Ends a request whose client has gone; any thread may call it."""
+    def cancel(self, request: PendingRequest) -> None:
+        """Ends a request whose client has disconnected; any thread may call it."""
         with self._changed:
-            self._inbox.append(lambda: self._stop(ticket))
+            self._inbox.append(lambda: self._stop(request))
             self._changed.notify()
 
     def call(self, action: Callable[[], T]) -> Future[T]:
-        """Lets the worker's thread do something with the session between two steps; any thread may call it."""
+        """Runs an action on the session in the worker's thread, between two steps; any thread may call it."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -123,7 +155,7 @@ class Worker:
                 return
             try:
                 future.set_result(action())
-            except Exception as error:  # noqa: BLE001 - it is raised again where it is waited for
+            except Exception as error:  # noqa: BLE001 - it is raised again where the result is awaited
                 future.set_exception(error)
 
         with self._changed:
@@ -133,7 +165,7 @@ class Worker:
         return future
 
     def close(self) -> None:
-        """Ends the thread; what has not ended by then gets an error."""
+        """Ends the thread; requests that have not finished by then get an error."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -144,7 +176,7 @@ class Worker:
         if self.error is not None:
             raise EngineFailed("the engine has failed", "restart the server")
         if self._is_closed:
-            raise ResourceError("the server is shutting down", "ask another one")
+            raise ResourceError("the server is shutting down", "retry on another server")
 
     def _run(self) -> None:
         try:
@@ -162,14 +194,14 @@ class Worker:
             for action in actions:
                 action()
             if self._is_closed:
-                self._fail_all(ResourceError("the server was shut down", "ask again"))
+                self._fail_all(ResourceError("the server was shut down", "retry on another server"))
                 return
             if not self._engine.is_busy:
                 continue
             try:
                 self._step()
                 failures = 0
-            except Exception as error:  # noqa: BLE001 - those who wait are told, and the next ones find it empty
+            except Exception as error:  # noqa: BLE001 - the waiting requests are told, and the next ones find it empty
                 failures += 1
                 if failures >= MAX_FAILURES:
                     self._die(error)
@@ -181,53 +213,49 @@ class Worker:
             self.error = error
             actions, self._inbox = self._inbox, []
         for action in actions:
-            action()  # who has just come is told as well
+            action()  # requests that have just arrived are told as well
         self._fail_all(error)
 
-    def _admit(self, ticket: PendingRequest) -> None:
-        for row in ticket.rows:
-            self._tickets[id(row)] = ticket
-            self._engine.submit(row)
+    def _admit(self, request: PendingRequest) -> None:
+        for sequence in request.sequences:
+            self._progress[sequence] = _Progress(request)
+            self._engine.submit(sequence)
 
-    def _stop(self, ticket: PendingRequest) -> None:
-        for row in ticket.rows:
-            if id(row) in self._tickets:
-                self._engine.stop(row, "cancelled")
-                self._forget(row)
+    def _stop(self, request: PendingRequest) -> None:
+        for sequence in request.sequences:
+            if sequence in self._progress:
+                self._engine.stop(sequence, "cancelled")
+                self._forget(sequence)
 
     def _step(self) -> None:
-        grown: dict[PendingRequest, list[StepOutput]] = {}
+        outputs: dict[PendingRequest, list[StepOutput]] = {}
         stepped = self._engine.step()
-        for row, text in stepped:
-            if ticket := self._tickets.get(id(row)):
-                is_end = bool(row.finish_reason)
-                grown.setdefault(ticket, []).append(StepOutput(row, text, len(row.logprobs), is_end))
-                if is_end:
-                    self._forget(row)
+        for sequence, text in stepped:
+            if progress := self._progress.get(sequence):
+                outputs.setdefault(progress.request, []).append(progress.take(sequence, text))
+                if sequence.finish_reason:
+                    self._forget(sequence)
         if self.on_step is not None:
-            self.on_step(len(stepped), self._engine.num_running, len(self._engine.waiting))
-        for ticket, events in grown.items():
-            ticket.on_output(events)
+            self.on_step(len(stepped), self._engine.num_running, self._engine.num_waiting)
+        for request, items in outputs.items():
+            request.on_output(items)
 
-    def _forget(self, row: Row) -> None:
-        del self._tickets[id(row)]
+    def _forget(self, sequence: SequenceState) -> None:
+        del self._progress[sequence]
         with self._changed:
-            self._num_admitted -= _weigh(row)
+            self._num_admitted -= _count_beams(sequence)
 
     def _fail_all(self, error: BaseException) -> None:
-        """Tells every request that it has failed, and forgets its rows and what they held."""
-        tickets = set(self._tickets.values())
-        for ticket in tickets:
-            for row in ticket.rows:
-                if id(row) in self._tickets:
-                    self._forget(row)
+        """Tells every request that it has failed, and forgets its sequences and the adapters they pinned."""
+        requests = {progress.request for progress in self._progress.values()}
+        for sequence in list(self._progress):
+            self._forget(sequence)
         self._engine.reset()
-        self.session.release_all()
-        shown = error if isinstance(error, LoraGpt2Error) else EngineFailed("the engine failed", "ask again")
-        for ticket in tickets:
-            ticket.on_error(shown)
+        self.session.slots.unpin_all()
+        shown = error if isinstance(error, LoraGpt2Error) else EngineFailed("the engine failed", "retry the request")
+        for request in requests:
+            request.on_error(shown)
 
 
-def _weigh(row: Row) -> int:
-    """Returns how many sequences a row is: one, or its beams."""
-    return row.settings.num_beams
+def _count_beams(sequence: SequenceState) -> int:
+    return sequence.settings.num_beams

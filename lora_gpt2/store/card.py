@@ -109,9 +109,9 @@ def _describe_origin(manifest: Manifest) -> str:
     sources = ", ".join(manifest.data.get("sources", []))
     lines = []
     if manifest.parents:
-        made = ", ".join(f"{key} {value}" for key, value in manifest.made.items() if value is not None)
+        provenance = ", ".join(f"{key} {value}" for key, value in manifest.provenance.items() if value is not None)
         parents = ", ".join(f"{parent.reference} at {parent.weight:g}" for parent in manifest.parents)
-        lines.append(f"Made from {parents} ({made}).")
+        lines.append(f"Made from {parents} ({provenance}).")
     if sources or not manifest.parents:
         tokens = manifest.data.get("train_tokens", "an unknown number of")
         lines.append(f"Text: {sources or 'unknown'}; {tokens} training tokens.")

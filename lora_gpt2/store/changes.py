@@ -84,7 +84,7 @@ def copy_adapter(store: Store, reference: str, name: str) -> Manifest:
         manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
         files = read_all_checked(folder, manifest)
     parent = Parent(reference=manifest.reference, digest=manifest.digest)
-    twin = replace(manifest, name=name, created=utc_now(), parents=(parent,), made={"by": "copy"})
+    twin = replace(manifest, name=name, created=utc_now(), parents=(parent,), provenance={"by": "copy"})
     return store.add_version(name, files, lambda number: replace(twin, version=number))
 
 

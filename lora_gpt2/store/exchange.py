@@ -146,7 +146,7 @@ def import_adapter(
         UsageError: a loralib file without `alpha`.
     """
     check_name(name)
-    made: dict[str, Any] = {"by": "import", "from": Path(source.where).name}
+    provenance: dict[str, Any] = {"by": "import", "from": Path(source.where).name}
     if source.manifest is not None:
         check_base(source.manifest, base)
     if source.loralib is not None:
@@ -154,14 +154,21 @@ def import_adapter(
     else:
         adapter, variant, error, difference = _convert(source, base, rank)
     if variant != "lora":
-        made |= {"variant": variant, "relative_error": error, "max_logit_difference": difference}
+        provenance |= {"variant": variant, "relative_error": error, "max_logit_difference": difference}
     old = source.manifest
     if old is None:
-        origin = Origin(data={"sources": []}, made=made)
+        origin = Origin(data={"sources": []}, provenance=provenance)
     else:
         pages = {name: source.files[name] for name in source.files if name in old.files and name not in REWRITTEN}
-        made = {**(old.made or {"by": "train"}), "imported_from": old.reference}
-        origin = Origin(old.data, old.recipe, old.figures, old.parents, made, pages=pages)
+        provenance = {**(old.provenance or {"by": "train"}), "imported_from": old.reference}
+        origin = Origin(
+            data=old.data,
+            recipe=old.recipe,
+            figures=old.figures,
+            parents=old.parents,
+            provenance=provenance,
+            pages=pages,
+        )
     return ImportedAdapter(publish_adapter(store, name, adapter, base, origin), variant, error, difference)
 
 

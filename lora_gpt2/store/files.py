@@ -25,7 +25,7 @@ from lora_gpt2.store.version import read_checked, read_manifest, utc_now
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "lora-gpt2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """Where an adapter comes from and how good it is: what goes into its manifest and card."""
 
@@ -33,7 +33,7 @@ class Origin:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[Parent, ...] = ()
-    made: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[dict[str, Any]] = ()
     pages: Mapping[str, bytes] = field(default_factory=dict)
     """Files for people that go into the version's folder."""
@@ -71,7 +71,7 @@ def publish_adapter(store: Store, name: str, adapter: Adapter, base: Base, origi
             recipe=origin.recipe,
             figures=origin.figures,
             parents=origin.parents,
-            made=dict(origin.made),
+            provenance=dict(origin.provenance),
             libraries=_library_versions(),
             size_bytes=len(files[WEIGHTS]),
             num_parameters=int(origin.figures.get("trained_parameters") or size),

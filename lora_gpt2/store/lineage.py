@@ -24,7 +24,7 @@ def describe_lineage(store: Store, manifest: Manifest, children: tuple[str, ...]
         parents.append({**entry, "weight": parent.weight, "found": found.reference if found else None})
     return {
         "reference": manifest.reference,
-        "made": manifest.made or {"by": "train"},
+        "made": manifest.provenance or {"by": "train"},
         "sources": manifest.data.get("sources", []),
         "data_fingerprint": manifest.data.get("fingerprint"),
         "parents": parents,
@@ -52,7 +52,7 @@ def compare_manifests(one: Manifest, other: Manifest) -> dict[str, dict[str, tup
         "recipe": (one.recipe, other.recipe),
         "data": (one.data, other.data),
         "figures": (one.figures, other.figures),
-        "made": (one.made, other.made),
+        "made": (one.provenance, other.provenance),
     }
     found = {}
     for section, (left, right) in sections.items():

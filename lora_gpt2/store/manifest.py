@@ -25,6 +25,7 @@ WEIGHTS, PEFT_CONFIG, MANIFEST, METRICS, CARD = (
     "metrics.jsonl",
     "README.md",
 )
+PROVENANCE = "made"
 MAX_BYTES = 2**26
 MAX_FILE_BYTES = 2**33
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -61,11 +62,11 @@ class Parent:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The origin, figures and hashes of one version; `files` has the sha256 of each guarded file.
 
-    `made` says how it came about where it was not trained: merged, copied or imported, and with which settings.
+    `provenance` (`made` in the file) is how it was made if not trained: merged, copied or imported, with the settings.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Manifest:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
     parents: tuple[Parent, ...] = ()
-    made: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -94,7 +95,8 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as JSON values."""
-        return {"schema": SCHEMA, **asdict(self), "created": self.created.isoformat()}
+        values = {PROVENANCE if key == "provenance" else key: value for key, value in asdict(self).items()}
+        return {"schema": SCHEMA, **values, "created": self.created.isoformat()}
 
     def to_bytes(self) -> bytes:
         """Returns `manifest.json`, sealed with its checksum."""
@@ -116,10 +118,10 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     "recipe": dict,
     "figures": dict,
     "parents": list,
-    "made": dict,
+    PROVENANCE: dict,
     "libraries": dict,
 }
-OPTIONAL = frozenset({"data", "recipe", "figures", "parents", "made", "libraries"})
+OPTIONAL = frozenset({"data", "recipe", "figures", "parents", PROVENANCE, "libraries"})
 
 
 def parse_manifest(content: bytes) -> Manifest:
@@ -134,7 +136,7 @@ def parse_manifest(content: bytes) -> Manifest:
         match = CHECKSUM.search(content, max(0, len(content) - 200))
         if match is None or hashlib.sha256(_fill(content, match, NO_DIGEST)).hexdigest().encode() != match[1]:
             raise ValueError("its checksum is not that of its content")
-    known = {key: values[key] for key in KINDS if key in values}
+    known: dict[str, Any] = {key: values[key] for key in KINDS if key in values}
     _check_values(known)
     if wrong := _find_wrong(known):
         raise ValueError(f"{wrong} is missing or not what it should be")
@@ -143,6 +145,7 @@ def parse_manifest(content: bytes) -> Manifest:
         known["created"] = created if created.tzinfo else created.replace(tzinfo=UTC)
         known["base"] = BaseIdentity(**{key: str(known["base"][key]) for key in BaseIdentity.__dataclass_fields__})
         known["parents"] = tuple(_parse_parent(parent) for parent in known.get("parents", ()))
+        known["provenance"] = known.pop(PROVENANCE, {})
     except (TypeError, KeyError, OverflowError) as error:
         raise ValueError("its base or a parent is not what it should be") from error
     return Manifest(**known)

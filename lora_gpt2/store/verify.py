@@ -18,12 +18,12 @@ from torch import Tensor
 from lora_gpt2.core.errors import LoraGpt2Error, MismatchError
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.probe import (
-    allow_rounding,
-    bind_adapter,
     build_probe,
     check_finite_logits,
     compute_logits,
     measure_difference,
+    rounding_tolerance,
+    select_adapter,
 )
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import check_base, read_version
@@ -87,9 +87,9 @@ def _verify_one(
         raise MismatchError(f"{manifest.reference}: its configuration holds expressions", "import it again")
     verdict.passed.append("format")
     check_finite_logits(base, adapter, manifest.reference)
-    ours = compute_logits(base, bind_adapter(base, adapter))
+    ours = compute_logits(base, select_adapter(base, adapter))
     verdict.max_logit_difference = measure_difference(ours, reference.compute(folder))
-    limit = allow_rounding(ours)
+    limit = rounding_tolerance(ours)
     if not verdict.max_logit_difference <= limit:
         verdict.failure = f"logits: they differ by {verdict.max_logit_difference:.2e} from PEFT's, allowed {limit:.1e}"
         return

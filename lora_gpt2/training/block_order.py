@@ -11,25 +11,25 @@ from lora_gpt2.data.blocks import Rows, TokenBlocks
 
 
 class BlockOrder:
-    """Shuffles the blocks anew in every epoch and deals them out `rows` at a time, across epoch boundaries."""
+    """Shuffles the blocks in each epoch and takes `batch_size` at a time, across epoch boundaries."""
 
-    def __init__(self, blocks: TokenBlocks, rows: int, seed: int) -> None:
-        self.blocks, self.rows, self.seed = blocks, rows, seed
+    def __init__(self, blocks: TokenBlocks, batch_size: int, seed: int) -> None:
+        self.blocks, self.batch_size, self.seed = blocks, batch_size, seed
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> NDArray[np.int64]:
         return np.random.default_rng([self.seed, epoch]).permutation(self.blocks.num_blocks)
 
     def indices(self, step: int) -> list[int]:
-        """Returns the blocks of one step."""
-        places = range(step * self.rows, (step + 1) * self.rows)
+        """Returns the indices of the blocks of one step."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         count = self.blocks.num_blocks
-        return [int(self._permutation(place // count)[place % count]) for place in places]
+        return [int(self._permutation(position // count)[position % count]) for position in positions]
 
     def read(self, step: int) -> Rows:
-        """Returns the rows of one step."""
+        """Returns the batch of one step."""
         return self.blocks.read(self.indices(step))
 
     def num_steps(self, epochs: float) -> int:
-        """Steps in so many passes, at least one."""
-        return max(1, round(epochs * self.blocks.num_blocks / self.rows))
+        """Returns the number of steps in so many epochs, at least one."""
+        return max(1, round(epochs * self.blocks.num_blocks / self.batch_size))

@@ -22,7 +22,7 @@ from lora_gpt2.core.memory import is_out_of_memory
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.lora import build_ranks, layer_of, merge_ranks, plan_targets, target_of
-from lora_gpt2.model.loss import rows_per_chunk
+from lora_gpt2.model.loss import tokens_per_chunk
 from lora_gpt2.model.quantize import bytes_per_weight
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import Recipe
@@ -60,15 +60,15 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     copies = item if item != 4 else 0
     buffers = BUFFERS + any(r.train.loraplus_lr_ratio > 1 for r in recipes)
     buffers += any(plan.blocks is not None for r in recipes for plan in plan_targets(config, r.lora))
-    dense = config.width * config.inner * (item + 2) if settings.quantize != "none" else 0
+    dense = config.n_embd * config.n_inner * (item + 2) if settings.quantize != "none" else 0
     largest = (0, 0)
     for group in _iter_groups(recipes):
         tokens = count_pass_tokens(group)
         kept, backward = _measure_token(config, group[0], ranks, item)
-        noise = 4 * config.width * tokens if group[0].train.neftune_noise_alpha else 0
+        noise = 4 * config.n_embd * tokens if group[0].train.neftune_noise_alpha else 0
         if group[0].data.layout == "packed":
             noise += tokens * group[0].data.block_size * item  # what hides other documents from each
-        chunk = min(rows_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
+        chunk = min(tokens_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
         chunk += ranks.get(HEAD, 0) * config.vocab_size * (4 * len(group) + item)  # the gradient of its update
         largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + dense)), key=sum)
     parts = {
@@ -90,15 +90,15 @@ def _iter_groups(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
 
 def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], item: int) -> tuple[int, int]:
     """Returns the bytes kept per token when the loss is computed, and what the backward pass adds at its peak."""
-    width, inner = config.width * item, config.inner * item
-    live = config.layers - min(
-        (layer for site in ranks if (layer := layer_of(site)) is not None), default=config.layers
+    width, inner = config.n_embd * item, config.n_inner * item
+    live = config.n_layer - min(
+        (layer for site in ranks if (layer := layer_of(site)) is not None), default=config.n_layer
     )
     products = sum(ranks.values()) * item
-    block = KEPT_WIDTHS * width + inner + 4 * config.heads  # the last for the attention's float32 normaliser
+    block = KEPT_WIDTHS * width + inner + 4 * config.n_head  # the last for the attention's float32 normaliser
     backward = width + 2 * inner + (inner if recipe.lora.dropout else 0) - FREED_WIDTHS * width
     if recipe.train.gradient_checkpointing:
-        return (live + END_WIDTHS) * width, backward + block - width + products // config.layers
+        return (live + END_WIDTHS) * width, backward + block - width + products // config.n_layer
     return live * block + products + END_WIDTHS * width, backward
 
 
@@ -111,10 +111,10 @@ def count_pass_tokens(recipes: Sequence[Recipe]) -> int:
 
 
 def _count_weights(config: GPT2Config, quantize: str, item: int) -> int:
-    d, inner = config.width, config.inner
-    projections = config.layers * (4 * d * d + 2 * d * inner)
-    others = config.layers * (9 * d + inner) + 2 * d  # norms and biases
-    embeddings = (config.vocab_size * (1 if config.tied else 2) + config.context) * d
+    d, inner = config.n_embd, config.n_inner
+    projections = config.n_layer * (4 * d * d + 2 * d * inner)
+    others = config.n_layer * (9 * d + inner) + 2 * d  # norms and biases
+    embeddings = (config.vocab_size * (1 if config.tie_word_embeddings else 2) + config.n_positions) * d
     return int(projections * bytes_per_weight(quantize, item) + (others + embeddings) * item)
 
 

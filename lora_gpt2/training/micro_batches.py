@@ -1,4 +1,4 @@
-"""From the blocks of several domains to passes through the network: each slot with the same number of rows."""
+"""From the blocks of several slots to micro-batches: each slot with the same number of sequences."""
 
 from __future__ import annotations
 
@@ -12,80 +12,76 @@ from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE, Rows
 from lora_gpt2.training.process_group import ProcessGroup
-from lora_gpt2.training.slot import Domain, group_recipes
+from lora_gpt2.training.slot import TrainingSlot, group_recipes
 from lora_gpt2.training.step import MicroBatch
 
 _Array = np.ndarray[Any, Any]
 
 
 class MicroBatchBuilder:
-    """Deals the rows of each step out: to the processes of `world`, then to passes of `micro_batch_tokens`.
+    """Splits the batches of each step over the processes of `world`, then into micro-batches.
 
-    Every row has a seed of its own, a function of the recipe's seed, the step and its place in the batch: what is
-    random about it depends on nothing else.
+    Every sequence has a seed of its own, a function of the recipe's seed, the step and its index in the batch, and
+    nothing else that is random about it.
     """
 
-    def __init__(self, domains: Sequence[Domain], device: torch.device, world: ProcessGroup) -> None:
-        self.domains, self.device, self.world = domains, device, world
-        self.block_size = domains[0].recipe.data.block_size
+    def __init__(self, slots: Sequence[TrainingSlot], device: torch.device, world: ProcessGroup) -> None:
+        self.slots, self.device, self.world = slots, device, world
+        self.block_size = slots[0].recipe.data.block_size
 
-    def read(self, active: Sequence[int], step: int) -> tuple[dict[int, Rows], list[int]]:
-        """Returns the rows of a step's whole batches, and the number of targets per slot."""
-        batches = {slot: self.domains[slot].order.read(step) for slot in active}
-        counts = [int((batches[k].targets != IGNORE).sum()) if k in batches else 0 for k in range(len(self.domains))]
+    def read(self, slot_ids: Sequence[int], step: int) -> tuple[dict[int, Rows], list[int]]:
+        """Returns the whole batches of a step, and the number of targets in each slot's."""
+        batches = {slot_id: self.slots[slot_id].order.read(step) for slot_id in slot_ids}
+        counts = [int((batches[k].targets != IGNORE).sum()) if k in batches else 0 for k in range(len(self.slots))]
         return batches, counts
 
-    def build(self, active: Sequence[int], step: int) -> tuple[list[MicroBatch], list[int]]:
+    def build(self, slot_ids: Sequence[int], step: int) -> tuple[list[MicroBatch], list[int]]:
         """Returns this process's share of a step, and the number of targets of each slot in the whole of it.
 
-        Slots with different `SHARED_SETTINGS` do not share a pass.
+        Slots with different `PER_MICRO_BATCH` settings do not share a micro-batch.
         """
-        batches, counts = self.read(active, step)
-        passes, slots = [], list(batches)
-        for places in group_recipes([self.domains[slot].recipe for slot in slots]):
-            group = [slots[place] for place in places]
-            shares = {slot: list(self.world.share(len(batches[slot].inputs))) for slot in group}
-            limit = min(self.domains[slot].recipe.train.micro_batch_tokens for slot in group)
-            width = max(1, limit // self.block_size // len(group))
-            for start in range(0, max(len(shares[slot]) for slot in group), width):
-                pieces = {slot: shares[slot][start : start + width] for slot in group if len(shares[slot]) > start}
-                passes.append(self._build_pass(pieces, batches, counts, step))
-        return passes, counts
+        batches, counts = self.read(slot_ids, step)
+        micro_batches = []
+        for indices in group_recipes([self.slots[slot_id].recipe for slot_id in batches]):
+            group = [list(batches)[index] for index in indices]
+            shares = {slot_id: list(self.world.share(len(batches[slot_id].inputs))) for slot_id in group}
+            limit = min(self.slots[slot_id].recipe.train.micro_batch_tokens for slot_id in group)
+            size = max(1, limit // self.block_size // len(group))
+            for start in range(0, max(len(shares[slot_id]) for slot_id in group), size):
+                parts = {k: shares[k][start : start + size] for k in group if len(shares[k]) > start}
+                micro_batches.append(self._build_one(parts, batches, counts, step))
+        return micro_batches, counts
 
-    def _build_pass(
-        self,
-        pieces: dict[int, list[int]],
-        batches: dict[int, Rows],
-        counts: Sequence[int],
-        step: int,
+    def _build_one(
+        self, parts: dict[int, list[int]], batches: dict[int, Rows], counts: Sequence[int], step: int
     ) -> MicroBatch:
-        """Puts rows of several slots together; a slot with fewer rows gets empty ones."""
-        slots, rows = list(pieces), max(map(len, pieces.values()))
-        inputs = np.zeros((len(slots), rows, self.block_size), dtype=np.int64)
+        """Puts sequences of several slots together; a slot with fewer of them gets empty ones."""
+        slot_ids, size = list(parts), max(map(len, parts.values()))
+        inputs = np.zeros((len(slot_ids), size, self.block_size), dtype=np.int64)
         targets, positions = np.full_like(inputs, IGNORE), np.zeros_like(inputs)
-        seeds = [0] * (len(slots) * rows)
-        for place, (slot, indices) in enumerate(pieces.items()):
-            taken = batches[slot].take(indices)
-            inputs[place, : len(indices)], targets[place, : len(indices)] = taken.inputs, taken.targets
+        seeds = [0] * (len(slot_ids) * size)
+        for row, (slot_id, indices) in enumerate(parts.items()):
+            taken = batches[slot_id].take(indices)
+            inputs[row, : len(indices)], targets[row, : len(indices)] = taken.inputs, taken.targets
             if taken.positions is not None:
-                positions[place, : len(indices)] = taken.positions
-            for row, index in enumerate(indices):
-                seed = f"{self.domains[slot].recipe.train.seed} {step} {index}"
-                seeds[place * rows + row] = zlib.crc32(seed.encode())
-        settings = self.domains[slots[0]].recipe
-        weights = torch.tensor([1 / max(1, counts[slot]) for slot in slots]).repeat_interleave(rows * self.block_size)
+                positions[row, : len(indices)] = taken.positions
+            for column, index in enumerate(indices):
+                seed = f"{self.slots[slot_id].recipe.train.seed} {step} {index}"
+                seeds[row * size + column] = zlib.crc32(seed.encode())
+        settings = self.slots[slot_ids[0]].recipe
+        weights = torch.tensor([1 / max(1, counts[k]) for k in slot_ids]).repeat_interleave(size * self.block_size)
         return MicroBatch(
-            slots,
-            torch.tensor(slots).to(self.device),
-            self._to_device(inputs),
-            self._to_device(targets),
-            weights.to(self.device),
-            settings.lora.dropout,
-            settings.train.label_smoothing,
-            seeds,
-            settings.train.neftune_noise_alpha,
-            settings.train.gradient_checkpointing,
-            self._to_device(positions) if settings.data.layout == "packed" else None,
+            slots=slot_ids,
+            slot_ids=torch.tensor(slot_ids).to(self.device),
+            inputs=self._to_device(inputs),
+            targets=self._to_device(targets),
+            weights=weights.to(self.device),
+            dropout=settings.lora.dropout,
+            label_smoothing=settings.train.label_smoothing,
+            seeds=seeds,
+            noise_alpha=settings.train.neftune_noise_alpha,
+            gradient_checkpointing=settings.train.gradient_checkpointing,
+            positions=self._to_device(positions) if settings.data.layout == "packed" else None,
         )
 
     def _to_device(self, array: _Array) -> Tensor:

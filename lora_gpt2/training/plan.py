@@ -32,7 +32,7 @@ from lora_gpt2.training.memory import (
     measure_budget,
 )
 from lora_gpt2.training.process_group import init_process_group
-from lora_gpt2.training.slot import Domain, check_together
+from lora_gpt2.training.slot import TrainingSlot, check_together
 from lora_gpt2.training.step import WARM_UP
 from lora_gpt2.training.trainer import Trainer
 
@@ -74,8 +74,8 @@ def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None =
     tokens = None
     if data is not None or all(recipe.train.steps for recipe in chosen):
         blocks = data or [build_random_data(recipe, config.vocab_size) for recipe in chosen]
-        domains = [Domain(recipe.name, recipe, each) for recipe, each in zip(chosen, blocks, strict=True)]
-        tokens = sum(d.num_steps * d.order.rows * d.recipe.data.block_size for d in domains)
+        slots = [TrainingSlot(recipe, each) for recipe, each in zip(chosen, blocks, strict=True)]
+        tokens = sum(slot.num_steps * slot.tokens_per_step for slot in slots)
     return Plan(
         fitting is not None,
         estimate_memory(config, chosen, runtime),
@@ -133,16 +133,15 @@ def _measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Report
     warm_up = WARM_UP + 1 if runtime.device.type == "cuda" else 1
     num_steps = warm_up + PROBE_STEPS
     short = [r.model_copy(update={"train": r.train.model_copy(update={"steps": num_steps})}) for r in recipes]
-    domains = [Domain(r.name, r, build_random_data(r, base.config.vocab_size)) for r in short]
-    trainer = Trainer(base, domains, reporter)
-    slots = list(range(len(domains)))
+    slots = [TrainingSlot(r, build_random_data(r, base.config.vocab_size)) for r in short]
+    trainer = Trainer(base, slots, reporter)
     with reporter.task("probing", num_steps, "steps") as task:
         for step in range(num_steps):
             if step == warm_up:
                 started = time.monotonic()
-            trainer.run_step(slots)
+            trainer.run_step(list(range(len(slots))))
             task.advance(1)
-    tokens = sum(d.order.rows * d.recipe.data.block_size for d in domains)
+    tokens = sum(slot.tokens_per_step for slot in slots)
     return PROBE_STEPS * tokens / (time.monotonic() - started)
 
 

@@ -5,13 +5,12 @@ Both are drawn from the records of the metrics file, so they can be drawn again 
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_gpt2.core.chart import INK, draw_chart, draw_svg
-from lora_gpt2.core.html_page import build_cards, build_page, build_table
+from lora_gpt2.core.pages import embed_svg, render_page
 from lora_gpt2.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -92,19 +91,24 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _build_html(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any], notes: Sequence[str]) -> str:
-    charts = "".join(f"<figure style='margin:0'>{draw_svg(plot)}</figure>" for plot in _list_charts(records))
-    title = html.escape(name)
-    return build_page(
-        name,
-        f"""<h1>{title}</h1>
-<p class="lead">{html.escape(recipe.description or "A LoRA adapter")} · base {html.escape(recipe.base)}</p>
-<div class="verdict">{html.escape(figures["verdict"])}<br>{html.escape(figures["forgetting"])}</div>
-{_build_figures(figures)}
-<h2>Curves</h2><div class="charts">{charts}</div>
-{_build_samples(records)}
-{_build_notes(notes)}
-<details><summary>Settings</summary>{_build_settings(recipe)}</details>
-""",
+    sections = ("data", "lora", "train", "generate")
+    settings = [(f"{s}.{k}", str(v)) for s in sections for k, v in getattr(recipe, s).model_dump(mode="json").items()]
+    return render_page(
+        "training.html",
+        title=name,
+        description=recipe.description or "A LoRA adapter",
+        base=recipe.base,
+        verdict=figures["verdict"],
+        forgetting=figures["forgetting"],
+        figures=_list_figures(figures),
+        charts=[embed_svg(draw_svg(plot)) for plot in _list_charts(records)],
+        samples=[
+            (r["step"], f"{math.exp(min(r['validation_loss'], 700)):.2f}", r["sample"])
+            for r in records
+            if r.get("sample")
+        ],
+        notes=notes,
+        settings=settings,
     )
 
 
@@ -119,12 +123,13 @@ def _list_charts(records: Records) -> list[Callable[[Axes], None]]:
     return charts
 
 
-def _build_figures(figures: Mapping[str, Any]) -> str:
+def _list_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the figures at the top of the page, each with its label."""
     on_test = []
     if figures["test_perplexity"] is not None:
         shown = f"{figures['base_test_perplexity']:.2f} → {figures['test_perplexity']:.2f}"
         on_test = [(shown, "on test text, kept back")]
-    cards = [
+    return [
         (f"{figures['base_perplexity']:.2f} → {figures['validation_perplexity']:.2f}", "perplexity on validation text"),
         *on_test,
         (f"{figures['base_general_perplexity']:.1f} → {figures['general_perplexity']:.1f}", "on general English"),
@@ -135,29 +140,3 @@ def _build_figures(figures: Mapping[str, Any]) -> str:
         (f"{figures['trained_parameters']:,}", "trained parameters"),
         (f"{figures['seconds'] / 60:,.1f} min", "training time"),
     ]
-    return build_cards(cards)
-
-
-def _build_samples(records: Records) -> str:
-    rows = [
-        f"<tr><td class=number>{r['step']:,}</td><td class=number>{math.exp(min(r['validation_loss'], 700)):.2f}</td>"
-        f"<td class=sample>{html.escape(r['sample'])}</td></tr>"
-        for r in records
-        if r.get("sample")
-    ]
-    if not rows:
-        return ""
-    head = "<tr><th>step</th><th>perplexity</th><th>sample</th></tr>"
-    return f"<h2>Samples while it learnt</h2><table>{head}{''.join(rows)}</table>"
-
-
-def _build_notes(notes: Sequence[str]) -> str:
-    """Returns what reading and cleaning did to the text, a line each."""
-    lines = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    return f"<h2>What became of the text</h2><ul>{lines}</ul>" if lines else ""
-
-
-def _build_settings(recipe: Recipe) -> str:
-    sections = ("data", "lora", "train", "generate")
-    values = [(s, getattr(recipe, s).model_dump(mode="json")) for s in sections]
-    return build_table([(f"{s}.{key}", str(value)) for s, settings in values for key, value in settings.items()])

@@ -19,6 +19,7 @@ from lora_gpt2.core.names import check_name
 from lora_gpt2.data.prepared import SKETCH, PreparedData, describe_preparation, measure_overlaps, prepare_data
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import count_parameters
@@ -34,7 +35,7 @@ from lora_gpt2.training.memory import wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.report import render_report
 from lora_gpt2.training.samples import generate_sample
-from lora_gpt2.training.slot import Domain, TrainedAdapter, check_together
+from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, check_together
 from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
@@ -122,17 +123,17 @@ def _train_locked(
     for recipe, data in zip(recipes, prepared, strict=True):
         for line in describe_preparation(data):
             reporter.message(f"{recipe.name}: {line}")
-    recipes = [resolve_learning_rate(recipe, base.config.width) for recipe in recipes]
-    domains = [Domain(recipe.name, recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
-    _warn_of_overlaps(domains, reporter)
-    identity = _identify_run(base, domains, world)
+    recipes = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
+    slots = [TrainingSlot(recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
+    _warn_of_overlaps(slots, reporter)
+    identity = _identify_run(base, slots, world)
     resume = world.broadcast_object(resume and world.is_main_process and _can_resume(run, identity, reporter))
     if resume and (published := world.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {', '.join(published)}")
         found = [_report_published(store, reference) for reference in published] if world.is_main_process else []
         return TrainReport(found, already_complete=True)
-    with catch_signals() as stop, wrap_oom_errors(base, [d.recipe for d in domains]):
-        trainer = Trainer(base, domains, reporter, run, world, generate_sample)
+    with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in slots]):
+        trainer = Trainer(base, slots, reporter, run, world, generate_sample)
         if checkpoint := world.broadcast_object(run.load(reporter) if resume and world.is_main_process else None):
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")
@@ -157,9 +158,9 @@ def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
-def _warn_of_overlaps(domains: Sequence[Domain], reporter: Reporter) -> None:
-    threshold = max(domain.recipe.data.near_duplicate_threshold for domain in domains)
-    prepared = {domain.name: domain.data for domain in domains}
+def _warn_of_overlaps(slots: Sequence[TrainingSlot], reporter: Reporter) -> None:
+    threshold = max(slot.recipe.data.near_duplicate_threshold for slot in slots)
+    prepared = {slot.name: slot.data for slot in slots}
     for of, among, copies, documents in measure_overlaps(prepared, threshold) if threshold else ():
         reporter.message(f"'{among}' trains on near copies of {copies} of the {documents} documents held out of '{of}'")
 
@@ -173,77 +174,83 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     return True
 
 
-def _identify_run(base: Base, domains: Sequence[Domain], world: ProcessGroup) -> dict[str, Any]:
+def _identify_run(base: Base, slots: Sequence[TrainingSlot], world: ProcessGroup) -> dict[str, Any]:
     """Returns everything that decides the numbers of a run; what is under `PASSES` only by rounding."""
     of_passes = {"micro_batch_tokens", "gradient_checkpointing"}
     irrelevant = {"checkpoint_every", "trackers", *of_passes}
     return {
-        PASSES: {d.name: d.recipe.train.model_dump(mode="json", include=of_passes) for d in domains},
-        "order": [d.name for d in domains],
+        PASSES: {slot.name: slot.recipe.train.model_dump(mode="json", include=of_passes) for slot in slots},
+        "order": [slot.name for slot in slots],
         "base": base.fingerprint,
         "dtype": base.runtime.dtype_name,
         "device": base.runtime.device.type,
         "processes": world.size,
         "adapters": {
-            d.name: {
-                "data": d.data.fingerprint,
-                "lora": d.recipe.lora.model_dump(mode="json"),
-                "train": d.recipe.train.model_dump(mode="json", exclude=irrelevant)
-                | {"learning_rate": d.recipe.train.peak_learning_rate(base.config.width)},
+            slot.name: {
+                "data": slot.data.fingerprint,
+                "lora": slot.recipe.lora.model_dump(mode="json"),
+                "train": slot.recipe.train.model_dump(mode="json", exclude=irrelevant)
+                | {"learning_rate": slot.recipe.train.peak_learning_rate(base.config.n_embd)},
             }
-            for d in domains
+            for slot in slots
         },
     }
 
 
 def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Score, resumed: bool) -> AdapterReport:
     """Publishes an adapter, unless a run that was interrupted afterwards has done so already."""
-    domain, adapter = outcome.domain, outcome.adapter
+    slot, adapter = outcome.slot, outcome.adapter
     if resumed and (version := _find_published(store, base, outcome)):
-        return _report_published(store, f"{domain.name}@{version}")
+        return _report_published(store, f"{slot.name}@{version}")
     count = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
     check_room(COPIES * 4 * count + ROOM_BYTES)
     session = Session(base)
-    session.add({domain.name: adapter})
-    general = measure_general(base, session.for_rows(((domain.name, 1.0),)))
-    passes = domain.train_tokens / max(1, domain.data.train.num_targets)
+    session.load_in_memory({slot.name: adapter})
+    general = measure_general(base, session.select(Mix.single(slot.name)))
+    passes = slot.train_tokens / max(1, slot.data.train.num_targets)
     report = AdapterReport(
-        name=domain.name,
+        name=slot.name,
         version=0,
-        steps=domain.last_step,
-        best_step=domain.best_step,
-        train_tokens=domain.train_tokens,
+        steps=slot.last_step,
+        best_step=slot.best_step,
+        train_tokens=slot.train_tokens,
         base_perplexity=to_perplexity(outcome.base_nll),
         validation_perplexity=to_perplexity(outcome.validation_nll),
         base_test_perplexity=to_perplexity(outcome.test_nll[0]) if outcome.test_nll else None,
         test_perplexity=to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
         base_general_perplexity=base_general.perplexity,
         general_perplexity=general.perplexity,
-        tokens_per_second=domain.train_tokens / max(outcome.seconds, 1e-9),
+        tokens_per_second=slot.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device),
         seconds=outcome.seconds,
-        verdict=diagnose_curve(domain.records, domain.num_steps, passes, domain.data.validation.num_targets),
+        verdict=diagnose_curve(slot.records, slot.num_steps, passes, slot.data.validation.num_targets),
         forgetting=diagnose_forgetting(base_general, general),
     )
     figures = {key: value for key, value in vars(report).items() if key not in ("name", "version")}
-    figures["trained_parameters"] = count_parameters(base.config, domain.recipe.lora)
+    figures["trained_parameters"] = count_parameters(base.config, slot.recipe.lora)
     figures["dtype"] = base.runtime.dtype_name
-    figures["test"] = _describe_test(base, domain)
-    pages = render_report(domain.name, domain.recipe, domain.records, figures, describe_preparation(domain.data))
-    pages |= {SKETCH: domain.data.sketch.to_bytes()}
-    recipe = domain.recipe.model_dump(mode="json")
-    origin = Origin(_describe_data(domain.recipe, domain.data), recipe, figures, metrics=domain.records, pages=pages)
-    return replace(report, version=publish_adapter(store, domain.name, adapter, base, origin).version)
+    figures["test"] = _describe_test(base, slot)
+    pages = render_report(slot.name, slot.recipe, slot.records, figures, describe_preparation(slot.data))
+    pages |= {SKETCH: slot.data.sketch.to_bytes()}
+    recipe = slot.recipe.model_dump(mode="json")
+    origin = Origin(
+        data=_describe_data(slot.recipe, slot.data),
+        recipe=recipe,
+        figures=figures,
+        metrics=slot.records,
+        pages=pages,
+    )
+    return replace(report, version=publish_adapter(store, slot.name, adapter, base, origin).version)
 
 
-def _describe_test(base: Base, domain: Domain) -> dict[str, Any]:
+def _describe_test(base: Base, slot: TrainingSlot) -> dict[str, Any]:
     """Returns how the test figure was measured, so that one that differs can be explained."""
-    settings, report = domain.recipe.evaluate, domain.data.report
+    settings, report = slot.recipe.evaluate, slot.data.report
     window, stride = choose_window(base, settings)
     return {
         "documents": report["documents"]["test"],
         "files": report["test_files"],
-        "profile": domain.recipe.data.profile,
+        "profile": slot.recipe.data.profile,
         "protocol": settings.protocol,
         "window": window,
         "stride": stride,
@@ -253,7 +260,7 @@ def _describe_test(base: Base, domain: Domain) -> dict[str, Any]:
 
 def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:
     """Returns the newest version if it has this adapter's weights; a kill may have left it without being in use."""
-    name = outcome.domain.name
+    name = outcome.slot.name
     digest = hashlib.sha256(to_peft(outcome.adapter, base.name, base.config)[WEIGHTS]).hexdigest()
     for version in store.list_versions(name)[-1:]:
         if store.read_manifest(f"{name}@{version}").files.get(WEIGHTS) == digest:

@@ -1,9 +1,9 @@
-"""One slot of a run: what it trains on, how far it has come, and what came out."""
+"""One slot of a run: the recipe and data that its adapter trains on, its progress, and the outcome."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,22 +14,24 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.training.block_order import BlockOrder
 
 MIN_VALIDATION_TOKENS = 4096
-SHARED_SETTINGS = ("lora.dropout", "train.label_smoothing", "train.neftune_noise_alpha", "train.gradient_checkpointing")
-ONE_FOR_ALL = ("base", "data.block_size", "data.layout", "train.dtype", "train.quantize")
+PER_MICRO_BATCH = ("lora.dropout", "train.label_smoothing", "train.neftune_noise_alpha", "train.gradient_checkpointing")
+"""Settings that all slots of a micro-batch have in common."""
+PER_RUN = ("base", "data.block_size", "data.layout", "train.dtype", "train.quantize")
+"""Settings that all recipes of a run have in common."""
 
 
 def check_together(recipes: Sequence[Recipe]) -> None:
     """Raises `UsageError` unless the recipes can be trained over one base."""
-    for key in ONE_FOR_ALL:
+    for key in PER_RUN:
         if len({_get(recipe, key) for recipe in recipes}) > 1:
             raise UsageError(f"recipes trained together need one {key}", "make them equal, or train apart")
 
 
 def group_recipes(recipes: Sequence[Recipe]) -> list[list[int]]:
-    """Returns the places of those recipes that may share passes, group by group."""
+    """Returns the indices of those recipes that may share micro-batches, group by group."""
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for place, recipe in enumerate(recipes):
-        groups.setdefault(tuple(_get(recipe, key) for key in SHARED_SETTINGS), []).append(place)
+    for index, recipe in enumerate(recipes):
+        groups.setdefault(tuple(_get(recipe, key) for key in PER_MICRO_BATCH), []).append(index)
     return list(groups.values())
 
 
@@ -41,10 +43,20 @@ def _get(recipe: Recipe, key: str) -> Any:
 
 
 @dataclass
-class Domain:
-    """The training state of one slot: its recipe, its data and its progress; checkpoints hold the fields in `PROGRESS`.
+class TrainingSlot:
+    """The state of one slot; checkpoints hold the fields in `PROGRESS`.
 
-    `num_written` is the number of records in the metrics file.
+    Args:
+        recipe: its settings; the adapter has its name.
+        data: its prepared text.
+
+    Attributes:
+        order: the blocks of each step.
+        num_steps: the step after which it is done.
+        validate_every: steps between validations.
+        validation_tokens: maximum number of tokens in a validation during the run.
+        records: the lines of its metrics file.
+        num_written: the number of `records` in the file.
     """
 
     PROGRESS: ClassVar[tuple[str, ...]] = (
@@ -59,7 +71,6 @@ class Domain:
         "failure",
         "records",
     )
-    name: str
     recipe: Recipe
     data: PreparedData
     order: BlockOrder = field(init=False)
@@ -79,13 +90,23 @@ class Domain:
     num_written: int = 0
 
     def __post_init__(self) -> None:
-        settings = self.recipe.train
-        rows = max(1, settings.batch_tokens // self.recipe.data.block_size)
-        self.order = BlockOrder(self.data.train, rows, settings.seed)
+        settings, block_size = self.recipe.train, self.recipe.data.block_size
+        batch_size = max(1, settings.batch_tokens // block_size)
+        self.order = BlockOrder(self.data.train, batch_size, settings.seed)
         self.num_steps = settings.steps or self.order.num_steps(settings.epochs)
         self.validate_every = settings.validate_every or max(1, self.num_steps // 10)
-        trained = self.num_steps * rows * self.recipe.data.block_size
+        trained = self.num_steps * self.tokens_per_step
         self.validation_tokens = min(settings.validation_tokens, max(MIN_VALIDATION_TOKENS, trained // 20))
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.recipe.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that go through the network in a step, padding included."""
+        return self.order.batch_size * self.recipe.data.block_size
 
     def is_active(self, step: int) -> bool:
         """True if the slot trains in the step after `step`."""
@@ -95,15 +116,66 @@ class Domain:
         """True if the slot is validated after `step` steps."""
         return self.last_step == step and (step % self.validate_every == 0 or step == self.num_steps)
 
+    def record_step(
+        self,
+        *,
+        step: int,
+        num_tokens: int,
+        loss: float,
+        learning_rate: float,
+        gradient_norm: float,
+        is_applied: bool,
+        seconds: float,
+    ) -> None:
+        """Adds the outcome of a step; one that was not applied, because it overflowed, has neither loss nor norm."""
+        self.train_tokens += num_tokens
+        self.skipped_in_a_row = 0 if is_applied else self.skipped_in_a_row + 1
+        self.num_skipped += not is_applied
+        record: dict[str, Any] = {
+            "step": step,
+            "tokens": self.train_tokens,
+            "loss": loss if is_applied else None,
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm if is_applied else None,
+            "seconds": round(seconds, 3),
+        }
+        self.records.append(record if is_applied else record | {"skipped": self.num_skipped})
 
-@dataclass(frozen=True)
+    def record_validation(self, step: int, nll: float) -> bool:
+        """Adds the loss of a validation; returns True if it is the lowest so far. Sets `stopped` by the patience."""
+        self.validations_without_improvement += 1
+        if is_best := nll < self.best_nll:
+            self.best_nll, self.best_step, self.validations_without_improvement = nll, step, 0
+        patience = self.recipe.train.patience
+        self.stopped = bool(patience and self.validations_without_improvement >= patience and step < self.num_steps)
+        return is_best
+
+    def progress_to_json(self) -> dict[str, Any]:
+        """Returns the progress for a checkpoint."""
+        values = {key: getattr(self, key) for key in self.PROGRESS}
+        return values | {"best_nll": self.best_nll if self.best_step else None}
+
+    def restore_progress(self, values: Mapping[str, Any]) -> None:
+        """Sets the progress to that of a checkpoint."""
+        for key in self.PROGRESS:
+            setattr(self, key, values[key])
+        self.best_nll = math.inf if values["best_nll"] is None else values["best_nll"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainedAdapter:
-    """The outcome of one slot; NLL in nats per token over the whole validation part.
+    """The outcome of one slot.
 
-    `test_nll` has the base's and the adapter's over the test part, which no choice was made on; None without one.
+    Args:
+        slot: the slot.
+        adapter: its adapter.
+        base_nll, validation_nll: mean NLL of the base and of the adapter over the whole validation split, in nats per
+            token.
+        test_nll: those over the test split, which no choice was made on; None without one.
+        seconds: duration of the training.
     """
 
-    domain: Domain
+    slot: TrainingSlot
     adapter: Adapter
     base_nll: float
     validation_nll: float

@@ -25,45 +25,53 @@ from lora_gpt2.training.process_group import ProcessGroup
 WARM_UP = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows that go through the network at once: the same number for each of `slots`, in order.
+    """Sequences that go through the network at once: the same number for each of `slots`, in order.
 
-    `inputs`, `targets`, `positions` `[rows, time]` (see `blocks.Rows`); `weights` `[rows * time]` sum to a slot's share
-    of its batch; `row_seeds` decide dropout and noise.
+    Args:
+        slots: the slots.
+        slot_ids: the same as a tensor on the device.
+        inputs, targets, positions: `[batch, time]`; see `blocks.Rows`.
+        weights: `[batch * time]`; they sum to a slot's share of its batch.
+        dropout: dropout rate of the adapters' inputs.
+        label_smoothing: see `fused_linear_cross_entropy`.
+        seeds: one for each sequence; they decide dropout and noise.
+        noise_alpha: strength of NEFTune's noise.
+        gradient_checkpointing: compute activations again in the backward pass.
     """
 
     slots: Sequence[int]
-    places: Tensor
+    slot_ids: Tensor
     inputs: Tensor
     targets: Tensor
     weights: Tensor
     dropout: float
-    smoothing: float
-    row_seeds: Sequence[int]
+    label_smoothing: float
+    seeds: Sequence[int]
     noise_alpha: float
-    checkpointing: bool
+    gradient_checkpointing: bool
     positions: Tensor | None = None
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """What a recorded pass cannot change."""
-        return (*self.slots, *self.inputs.shape, self.smoothing, self.checkpointing)
+        """What a captured graph cannot change."""
+        return (*self.slots, *self.inputs.shape, self.label_smoothing, self.gradient_checkpointing)
 
     @property
     def is_random(self) -> bool:
-        """True if a pass draws numbers, which a recording would repeat."""
+        """True if random numbers are drawn, which a captured graph would repeat."""
         return self.dropout > 0 or self.noise_alpha > 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlotHyperparams:
-    """Per slot `[slots]`: learning rate, weight decay, limit of the gradient's norm, and whether it trains."""
+    """The hyperparameters of each slot in a step, `[slots]`; `is_active` is False for slots that do not train."""
 
-    rates: Tensor
-    decays: Tensor
-    limits: Tensor
-    active: Tensor
+    learning_rates: Tensor
+    weight_decays: Tensor
+    max_grad_norms: Tensor
+    is_active: Tensor
 
 
 class StepRunner:
@@ -90,88 +98,94 @@ class StepRunner:
         self.num_runs: dict[tuple[object, ...], int] = {}
         self.graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[MicroBatch], SlotHyperparams]] = {}
 
-    def run(self, passes: list[MicroBatch], rates: SlotHyperparams) -> Tensor:
+    def run(self, batches: list[MicroBatch], hyperparams: SlotHyperparams) -> Tensor:
         """Makes one step; returns `stats` `[3, slots]`: loss in nats per token, gradient norm, 1 if it was applied.
 
         On a GPU the result is there when the device has caught up.
         """
         device = self.bank.flat.device
-        key = tuple(part for each in passes for part in each.signature)
-        if device.type != "cuda" or self.world.size > 1 or any(each.is_random for each in passes):
-            self.compute(passes, rates)
+        key = tuple(part for batch in batches for part in batch.signature)
+        if device.type != "cuda" or self.world.size > 1 or any(batch.is_random for batch in batches):
+            self.compute(batches, hyperparams)
             return self.stats
         self.num_runs[key] = self.num_runs.get(key, 0) + 1
         if self.num_runs[key] <= WARM_UP:
             torch.cuda.synchronize()  # CUDA wants some steps on another stream before it records one
             with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-                self.compute(passes, rates)
+                self.compute(batches, hyperparams)
             torch.cuda.synchronize()
             return self.stats
         if key not in self.graphs:
             self.graphs.clear()  # each keeps its memory, and slots that have stopped do not come back
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.compute(passes, rates)
-            self.graphs[key] = (graph, passes, rates)
-        graph, fixed_passes, fixed_rates = self.graphs[key]
-        for fixed, fresh in zip(fixed_passes, passes, strict=True):
-            _copy_tensors(fixed, fresh)
-        _copy_tensors(fixed_rates, rates)
+                self.compute(batches, hyperparams)
+            self.graphs[key] = (graph, batches, hyperparams)
+        graph, static_batches, static_hyperparams = self.graphs[key]
+        for static, fresh in zip(static_batches, batches, strict=True):
+            _copy_tensors(static, fresh)
+        _copy_tensors(static_hyperparams, hyperparams)
         graph.replay()
         return self.stats
 
-    def compute_gradients(self, passes: list[MicroBatch]) -> None:
+    def compute_gradients(self, batches: list[MicroBatch]) -> None:
         """Fills `gradient` `[slots, parameters]` and `losses` `[slots]`, summed over the processes."""
         self.gradient.zero_()
         self.losses.zero_()
-        for each in passes:
-            weights = each.weights
+        for batch in batches:
+            weights = batch.weights
             if self.scale is not None:
-                weights = weights * self.scale.values[each.places].repeat_interleave(
-                    len(weights) // len(each.slots), output_size=len(weights)
+                weights = weights * self.scale.values[batch.slot_ids].repeat_interleave(
+                    len(weights) // len(batch.slots), output_size=len(weights)
                 )
-            rows = TrainingAdapters(self.bank, each.slots, each.places, each.dropout, each.row_seeds)
-            noise = draw_noise(each, self.model.config.width)
+            adapters = TrainingAdapters(self.bank, batch.slots, batch.slot_ids, batch.dropout, batch.seeds)
+            noise = draw_noise(batch, self.model.config.n_embd)
             hidden = self.model(
-                each.inputs, rows, noise=noise, checkpoint_blocks=each.checkpointing, positions=each.positions
+                batch.inputs,
+                adapters,
+                noise=noise,
+                checkpoint_blocks=batch.gradient_checkpointing,
+                positions=batch.positions,
             )
-            update, targets = rows.low_rank_logits(hidden), each.targets.flatten()
+            update, targets = adapters.low_rank_logits(hidden), batch.targets.flatten()
             loss, nll = fused_linear_cross_entropy(
-                hidden.flatten(0, 1), self.model.head, targets, weights, each.smoothing, update
+                hidden.flatten(0, 1), self.model.head, targets, weights, batch.label_smoothing, update
             )
             loss.backward()  # type: ignore[no-untyped-call]
-            self.losses.index_add_(0, each.places, (nll * each.weights).view(len(each.slots), -1).sum(1))
+            self.losses.index_add_(0, batch.slot_ids, (nll * batch.weights).view(len(batch.slots), -1).sum(1))
         self.world.all_reduce(self.gradient, self.losses)
         if self.scale is not None:
             self.gradient.div_(self.scale.values[:, None])
         if self.mask is not None:
             self.gradient.mul_(self.mask)
 
-    def compute(self, passes: list[MicroBatch], rates: SlotHyperparams) -> None:
+    def compute(self, batches: list[MicroBatch], hyperparams: SlotHyperparams) -> None:
         """Gradients, clipping, update and `stats`; runs as it is, or while it is being recorded."""
-        self.compute_gradients(passes)
-        norms = clip_slots(self.gradient, rates.limits)
+        self.compute_gradients(batches)
+        norms = clip_slots(self.gradient, hyperparams.max_grad_norms)
         finite = torch.isfinite(norms) & torch.isfinite(self.losses)
-        applied = finite & rates.active
-        self.optimizer.step(self.gradient, rates.rates, rates.decays, applied, self.lr_multipliers)
-        self.bank.refresh()
+        applied = finite & hyperparams.is_active
+        self.optimizer.step(
+            self.gradient, hyperparams.learning_rates, hyperparams.weight_decays, applied, self.lr_multipliers
+        )
+        self.bank.refresh_casts()
         if self.scale is not None:
-            self.scale.update(finite, rates.active)
+            self.scale.update(finite, hyperparams.is_active)
         torch.stack([self.losses, norms, applied.float()], out=self.stats)
 
 
-def draw_noise(each: MicroBatch, width: int) -> Tensor | None:
+def draw_noise(batch: MicroBatch, width: int) -> Tensor | None:
     """Returns uniform noise of ±alpha / sqrt(time · width) for each row (NEFTune, algorithm 1), or None."""
-    if not each.noise_alpha:
+    if not batch.noise_alpha:
         return None
-    noise = torch.empty(*each.inputs.shape, width)
-    for row, seed in enumerate(each.row_seeds):
+    noise = torch.empty(*batch.inputs.shape, width)
+    for row, seed in enumerate(batch.seeds):
         noise[row].uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
-    return noise.mul_(each.noise_alpha / math.sqrt(noise[0].numel())).to(each.inputs.device)
+    return noise.mul_(batch.noise_alpha / math.sqrt(noise[0].numel())).to(batch.inputs.device)
 
 
-def _copy_tensors(fixed: MicroBatch | SlotHyperparams, fresh: MicroBatch | SlotHyperparams) -> None:
-    for item in fields(fixed):
-        target, source = getattr(fixed, item.name), getattr(fresh, item.name)
+def _copy_tensors(static: MicroBatch | SlotHyperparams, fresh: MicroBatch | SlotHyperparams) -> None:
+    for item in fields(static):
+        target, source = getattr(static, item.name), getattr(fresh, item.name)
         if isinstance(target, Tensor) and target is not source:
             target.copy_(source, non_blocking=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
@@ -20,8 +21,8 @@ def test_the_golden_adapter_loads_with_its_logits():
     assert base.fingerprint == EXPECTED["base_fingerprint"]
     session = Session(base, Store(HERE / "store"))
     tokens = torch.tensor([EXPECTED["tokens"]])
-    rows = session.rows([(("golden", 1.0),)])
-    logits = base.model.logits(base.model(tokens, rows), rows)[0, -1, :8]
+    adapters = session.adapters_for([Mix.single("golden")])
+    logits = base.model.logits(base.model(tokens, adapters), adapters)[0, -1, :8]
     assert logits.tolist() == pytest.approx(EXPECTED["last_logits"], abs=1e-4)
     plain = base.model.logits(base.model(tokens), None)[0, -1, :8]
     assert not torch.allclose(plain, logits, atol=0.01)

@@ -6,8 +6,11 @@ import torch
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
-from lora_gpt2.inference.engine import Engine, Row
+from lora_gpt2.inference.decoder import Decoder
+from lora_gpt2.inference.engine import Engine
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
@@ -17,7 +20,7 @@ from lora_gpt2.recipe import GenerateSettings, LoraSettings, build_recipe
 from lora_gpt2.training.memory import estimate_memory
 from lora_gpt2.training.plan import build_random_data
 from lora_gpt2.training.process_group import ProcessGroup
-from lora_gpt2.training.slot import Domain
+from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.step import MicroBatch, SlotHyperparams, StepRunner
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_adapter, make_base_folder
@@ -48,15 +51,15 @@ def test_training_and_generating_on_the_device(base_folder, text_file, reporter,
         for seed, name in enumerate(("one", "two"))
     ]
     data = prepare_data(recipes[0].data, base.tokenizer, reporter)
-    trainer = Trainer(base, [Domain(recipe.name, recipe, data) for recipe in recipes], reporter)
+    trainer = Trainer(base, [TrainingSlot(recipe, data) for recipe in recipes], reporter)
     assert trainer.bank.flat.device.type == device.type
     trained = trainer.train(StopRequest())
     for outcome in trained:
         assert outcome.validation_nll < outcome.base_nll - 0.3
         assert all(update.a.dtype == torch.float32 for update in outcome.adapter.updates.values())
     session = Session(base)
-    session.add({outcome.domain.name: outcome.adapter for outcome in trained})
-    requests = [Request("the", (("one", 1.0),)), Request("the cat", (("two", 1.0),)), Request("the")]
+    session.load_in_memory({outcome.slot.name: outcome.adapter for outcome in trained})
+    requests = [Request("the", Mix.single("one")), Request("the cat", Mix.single("two")), Request("the")]
     outputs = generate(session, requests, GenerateSettings(max_new_tokens=5))
     assert [output.adapter for output in outputs] == ["one", "two", "base"]
 
@@ -79,15 +82,30 @@ def make_runner(folder, device, dtype=torch.float32, quantize="none"):
 
 
 def make_step(runner, step):
-    """Returns the pass and rates of a step: fixed shapes, other tokens and rates each time."""
+    """Returns the micro-batches and hyperparameters of a step: fixed shapes, other tokens and rates each time."""
     device = runner.bank.flat.device
     tokens = torch.randint(0, 200, (4, 17), generator=torch.Generator().manual_seed(step)).to(device)
     weights = torch.full((4 * 16,), 1 / 32, device=device)
     slots = torch.arange(2, device=device)
-    rates = [torch.tensor([value] * 2, device=device) for value in (1e-2 / (step + 1), 0.0, 1.0, True)]
-    return [
-        MicroBatch([0, 1], slots, tokens[:, :-1], tokens[:, 1:], weights, 0.0, 0.0, [0] * 4, 0.0, False)
-    ], SlotHyperparams(*rates)
+    batch = MicroBatch(
+        slots=[0, 1],
+        slot_ids=slots,
+        inputs=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        weights=weights,
+        dropout=0.0,
+        label_smoothing=0.0,
+        seeds=[0] * 4,
+        noise_alpha=0.0,
+        gradient_checkpointing=False,
+    )
+    hyperparams = SlotHyperparams(
+        learning_rates=torch.full((2,), 1e-2 / (step + 1), device=device),
+        weight_decays=torch.zeros(2, device=device),
+        max_grad_norms=torch.ones(2, device=device),
+        is_active=torch.ones(2, dtype=torch.bool, device=device),
+    )
+    return [batch], hyperparams
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -126,7 +144,7 @@ def test_the_planned_memory_is_the_devices(tmp_path, device, checkpointing):
     base = load_base(str(folder), Runtime(device, torch.float32))
     estimated = estimate_memory(base.config, [recipe], base.runtime)
     if device.type == "cuda":
-        trainer = Trainer(base, [Domain("one", recipe, build_random_data(recipe, base.config.vocab_size))], None)
+        trainer = Trainer(base, [TrainingSlot(recipe, build_random_data(recipe, base.config.vocab_size))], None)
         torch.cuda.reset_peak_memory_stats()
         trainer.run_step([0])
         found = torch.cuda.max_memory_allocated()
@@ -138,15 +156,23 @@ def test_the_planned_memory_is_the_devices(tmp_path, device, checkpointing):
 def test_a_replayed_step_writes_what_one_that_is_computed_writes(base_folder, device):
     base = load_base(str(base_folder), Runtime(device, torch.float32))
     session, names = Session(base), ("one", "two", "three")
-    session.add({name: make_adapter(base.config, seed) for seed, name in enumerate(names)})
-    requests = [Request("the cat", ((name, 1.0),), seed) for seed, name in enumerate((*names, *names))]
-    requests += [Request("a", (), 9), Request("a", (("one", 0.5), ("two", 0.5)), 9)]
+    session.load_in_memory({name: make_adapter(base.config, seed) for seed, name in enumerate(names)})
+    requests = [Request("the cat", Mix.single(name), seed) for seed, name in enumerate((*names, *names))]
+    requests += [Request("a", Mix(), 9), Request("a", Mix([("one", 0.5), ("two", 0.5)]), 9)]
     texts = []
     for static in (True, False):
         engine, settings = Engine(session, 8, 48), GenerateSettings(max_new_tokens=12, temperature=1.0)
-        engine.static = CudaGraphDecoder(session, engine.cache) if static else None
+        engine.decoder = (CudaGraphDecoder if static else Decoder)(session, engine.cache)
         rows = [
-            Row(k, r.mix, base.tokenizer.encode(r.prompt), 5 + k, settings, r.seed, base.tokenizer)
+            SequenceState(
+                index=k,
+                mix=r.mix,
+                prompt_ids=base.tokenizer.encode(r.prompt),
+                max_new_tokens=5 + k,
+                settings=settings,
+                seed=r.seed,
+                tokenizer=base.tokenizer,
+            )
             for k, r in enumerate(requests)
         ]
         for row in rows:

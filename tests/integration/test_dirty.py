@@ -7,8 +7,9 @@ import re
 import pytest
 
 from lora_gpt2.core.errors import DataError, LoraGpt2Error
+from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.clean.filters import find_reason
-from lora_gpt2.data.clean.rules import BOILERPLATE, CleaningReport, choose_rules
+from lora_gpt2.data.clean.rules import BOILERPLATE, choose_rules
 from lora_gpt2.data.read.formats import read_documents, read_source
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.read.sources import find_sources
@@ -154,7 +155,7 @@ CHECKS = {
     ),
     "layout/cr_only_mac.txt": lambda it: "\r" not in it.one and it.one.count("\n") > 100,
     "layout/pii.txt": lambda it: (
-        "@example" in it.one and not re.search(r"@example|078-05-1\d{3}|192\.0\.2\.", clean(it.raw[0], personal="mask"))
+        "@example" in it.one and not re.search(r"@example|078-05-1\d{3}|192\.0\.2\.", clean(it.raw[0], pii="mask"))
     ),
     "layout/urls_markup.txt": lambda it: (
         "{{<" not in it.one and "&#8217;" not in it.one and "://" not in clean(it.raw[0], urls="drop")

@@ -24,6 +24,7 @@ from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
 from lora_gpt2.serving.api import Access, Server
@@ -62,11 +63,11 @@ def alone(base, store, mix, prompt="the cat", settings=GREEDY, seed=0):
     return generate(Session(base, store), [Request(prompt, mix, seed)], settings)[0]
 
 
-LAW, CODE = (("law", 1.0),), (("code", 1.0),)
+LAW, CODE = Mix.single("law"), Mix.single("code")
 
 
 def test_the_official_client_gets_what_generate_writes(client, base, trained):
-    mixes = {"law": LAW, "law@1": LAW, "base": (), "law:0.6+code:0.4": (("law", 0.6), ("code", 0.4))}
+    mixes = {"law": LAW, "law@1": LAW, "base": Mix(), "law:0.6+code:0.4": Mix([("law", 0.6), ("code", 0.4)])}
     answers = {}
     for model, mix in mixes.items():
         answer = client.completions.create(model=model, prompt="the cat", max_tokens=12, seed=0)
@@ -110,7 +111,7 @@ def test_echo_and_logprobs(client, base, trained):
     scores, ids = answer.logprobs, base.tokenizer.encode(prompt)
     assert scores.tokens[: len(ids)] == [base.tokenizer.token_bytes[i].decode() for i in ids]
     assert scores.token_logprobs[0] is None
-    rows = Session(base, trained).rows([LAW])
+    rows = Session(base, trained).adapters_for([LAW])
     wanted = base.model.logits(base.model(torch.tensor([ids]), rows), rows)[0].log_softmax(-1)
     given = scores.token_logprobs[1 : len(ids)]
     assert given == pytest.approx([float(wanted[k, token]) for k, token in enumerate(ids[1:])], abs=1e-4)
@@ -204,7 +205,7 @@ BAD = [
 ]
 
 
-UNNAMED = ("beamslogprobs", "beamswatermark", "prompt")  # together, or too many prompts, which is n's limit
+UNNAMED = ("num_beamslogprobs", "num_beamswatermark", "prompt")  # together, or too many prompts, which is n's limit
 
 
 def test_every_bad_parameter_is_answered_400_and_named(port):
@@ -239,7 +240,7 @@ def test_every_bad_parameter_is_answered_400_and_named(port):
 
 
 def test_a_prompt_that_does_not_fit_is_refused_or_cut(port, base):
-    context = base.config.context
+    context = base.config.n_positions
     for length, wanted, status in (
         (context, 1, 400),
         (context - 3, 3, 200),
@@ -363,7 +364,7 @@ def test_routes_health_metrics_and_admin(port, server):
     ask_completion(port, max_tokens=3)
     text = ask(port, "/metrics")[2].decode()
     assert 'lora_gpt2_requests_total{route="completions",status="200"} 1.0' in text
-    assert "lora_gpt2_tokens_total 3.0" in text
+    assert "lora_gpt2_generation_tokens_total 3.0" in text
     assert "lora_gpt2_adapter_loads_total 2.0" in text
     server.is_draining = True
     assert ask(port, "/readyz")[0] == 503
@@ -460,7 +461,7 @@ def test_a_client_that_goes_frees_its_row(base, trained, count):
             time.sleep(0.02)
         assert server.worker.num_admitted == 0
         assert ask_completion(port)[0] == 200
-        assert not server.session._holds
+        assert not server.session.slots.pinned
 
 
 def test_numbers_that_are_allowed_never_break_the_engine(port, server, base):
@@ -604,9 +605,9 @@ def ask_under_churn(base, store, count, names=("one", "two", "three", "four")):
         if status == 200:
             digest = answer["provenance"]["adapters"][0]["sha256"]
             if (key := (digest, body["max_tokens"])) not in texts:
-                single.add({"known": churn.known[body["model"], digest]})  # it was published under that name
+                single.load_in_memory({"known": churn.known[body["model"], digest]})  # it was published under that name
                 settings = GREEDY.model_copy(update={"max_new_tokens": body["max_tokens"]})
-                texts[key] = generate(single, [Request("the cat", (("known", 1.0),))], settings)[0].text
+                texts[key] = generate(single, [Request("the cat", Mix.single("known"))], settings)[0].text
             wrong += answer["choices"][0]["text"] != texts[key]
     assert len(churn.known) > 10, "adapters were published meanwhile"
     return [status for _, status, _ in answers], wrong
@@ -622,15 +623,15 @@ def test_no_answer_comes_from_a_wrong_adapter_while_adapters_come_and_go(base, s
 
 
 def test_a_switch_for_the_whole_process_would_fail_that_test(base, store, monkeypatch):
-    last = [()]
-    resolve, rows = Session.resolve, Session.rows
+    last = [Mix()]
+    resolve, adapters_for = Session.resolve, Session.adapters_for
     monkeypatch.setattr(Session, "resolve", lambda self, mix: last.__setitem__(0, resolve(self, mix)) or last[0])
 
     def switched(self, mixes):
-        held = [name for name, _ in last[0] if name in self.loaded]
-        return rows(self, [last[0] if held else mix for mix in mixes])
+        is_loaded = any(name in self.slots.references for name in last[0].references)
+        return adapters_for(self, [last[0] if is_loaded else mix for mix in mixes])
 
-    monkeypatch.setattr(Session, "rows", switched)
+    monkeypatch.setattr(Session, "adapters_for", switched)
     assert ask_under_churn(base, store, 96)[1] > 0
 
 
@@ -667,7 +668,7 @@ def test_no_malformed_request_is_a_server_error_and_none_leaves_anything(server,
     assert max(codes) < 500, codes
     assert {200, 400, 404, 405, 415} <= codes
     assert server.worker.num_admitted == 0
-    assert not server.session._holds
+    assert not server.session.slots.pinned
     assert ask_completion(port)[0] == 200
 
 

@@ -7,6 +7,7 @@ import torch
 
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
@@ -29,9 +30,9 @@ def session():
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_shipped_adapter_knows_its_domain_better_than_the_base_and_the_other(session, name):
     (other,) = set(TEXTS) - {name}
-    mixes = {"base": (), name: ((name, 1.0),), other: ((other, 1.0),)}
+    mixes = {"base": Mix(), name: Mix.single(name), other: Mix.single(other)}
     found = {
-        key: measure_perplexity(session.base, [TEXTS[name]], EvaluateSettings(), session.for_rows(mix)).perplexity
+        key: measure_perplexity(session.base, [TEXTS[name]], EvaluateSettings(), session.select(mix)).perplexity
         for key, mix in mixes.items()
     }
     assert found[name] < 0.8 * min(found["base"], found[other])

@@ -168,7 +168,12 @@ def test_members_of_archives(run, tmp_path, base_folder):
 
 def test_fields_of_manifests(run, base, store):
     figures = {"train_tokens": 7, EVIL: EVIL}
-    origin = Origin({"sources": [EVIL]}, {"description": EVIL, "license": EVIL}, figures, made={"by": EVIL})
+    origin = Origin(
+        data={"sources": [EVIL]},
+        recipe={"description": EVIL, "license": EVIL},
+        figures=figures,
+        provenance={"by": EVIL},
+    )
     publish_adapter(store, "law", make_adapter(base.config), base, origin)
     publish_adapter(store, "law", make_adapter(base.config, 2), base, Origin())
     for command in (

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lora_gpt2.evaluation.perplexity import measure_perplexity
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.locate import find_base
@@ -71,16 +72,16 @@ def measure_theirs(harness, folder, peft):
 def test_the_document_protocol_equals_lm_evaluation_harness(harness, store, trained):
     """The adapter's folder is the one in the store, unchanged."""
     folder, base = find_base("nano"), load_base("nano", choose_runtime("float32"))
-    session, mix, peft = Session(base, store), (), None
+    session, mix, peft = Session(base, store), Mix(), None
     if trained != "nothing":
         adapter = make_adapter(base.config, settings=LoraSettings())
         publish_adapter(store, "law", adapter, base, Origin())
-        mix, peft = (("law", 1.0),), store.resolve("law")
-    context = base.config.context
+        mix, peft = Mix.single("law"), store.resolve("law")
+    context = base.config.n_positions
     settings = EvaluateSettings(window=context, stride=context)
     differences = []
     for text, total in zip(TEXTS, measure_theirs(harness, folder, peft), strict=True):
-        score = measure_perplexity(base, [text], settings, session.for_rows(mix))
+        score = measure_perplexity(base, [text], settings, session.select(mix))
         assert score.nll_nats_per_token == pytest.approx(-total / score.tokens, abs=1e-4)
         plain = measure_perplexity(base, [text], settings)
         differences.append(abs(score.nll_nats_per_token - plain.nll_nats_per_token))

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
@@ -62,8 +63,8 @@ def tokens(base):
 
 def our_logits(base, adapter, tokens):
     session = Session(base)
-    session.add({"a": adapter})
-    rows = session.rows([(("a", 1.0),)] * len(tokens))
+    session.load_in_memory({"a": adapter})
+    rows = session.adapters_for([Mix.single("a")] * len(tokens))
     return base.model.logits(base.model(tokens, rows), rows)
 
 
@@ -92,7 +93,7 @@ def test_adapter_gradients_equal_autograds_through_peft(base, store, stored, the
     gradients = bank.read(0, buffer)
     found = dict(wrapped.named_parameters())
     for site, update in gradients.updates.items():
-        for half, ours in (("A", update.a), ("B", update.b)):
+        for half, ours in Mix([("A", update.a), ("B", update.b)]):
             wanted = found[f"base_model.model.{module_of(site)}.lora_{half}.default.weight"].grad
             assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-8, (site, half)
 
@@ -138,7 +139,7 @@ def test_a_head_is_merged_rightly_by_us_and_in_peft_where_it_is_untied_first(bas
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight.clone())
     untied.config.tie_word_embeddings = False
     merged = PeftModel.from_pretrained(untied, store.resolve("law")).merge_and_unload().eval()
-    folded = Session(base, store).fold((("law", 1.0),)).base.model
+    folded = Session(base, store).merge_into_base(Mix.single("law")).base.model
     with torch.no_grad():
         assert (merged(tokens).logits - wanted).abs().max() <= 2e-5
         assert (folded.logits(folded(tokens), None) - wanted).abs().max() <= 2e-5
@@ -153,7 +154,7 @@ def test_a_mixed_batch_equals_pefts(base, store, theirs, tokens):
     wrapped.eval()
     with torch.no_grad():
         wanted = wrapped(tokens, adapter_names=["law", "__base__", "code"]).logits
-    rows = session.rows([(("law", 1.0),), (), (("code", 1.0),)])
+    rows = session.adapters_for([Mix.single("law"), Mix(), Mix.single("code")])
     assert (base.model.logits(base.model(tokens, rows), rows) - wanted).abs().max() <= 2e-5
 
 

@@ -15,8 +15,10 @@ import torch
 from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
-from lora_gpt2.inference.engine import Engine, Row
+from lora_gpt2.inference.engine import Engine
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
 from lora_gpt2.model.base import load_base
@@ -53,7 +55,7 @@ def open_bank(base, sound, slots, poisons):
         bank.load(slot, fill(make_adapter(base.config), HUGE[base.runtime.dtype]))
         if value is not None:  # as it would be after an overflow: no adapter is loaded like this
             for views in bank.sites.values():
-                views.a[slot] = value
+                views.lora_a[slot] = value
     return bank
 
 
@@ -110,34 +112,42 @@ def test_an_adapter_that_is_not_finite_in_the_banks_dtype_is_refused_and_the_slo
     bad = make_adapter(base.config)
     getattr(bad.updates["h.1.mlp.c_fc"], factor)[0, 0] = min(value, 1e38) if value == value else value
     session = Session(base)
-    session.add({"law": make_adapter(base.config, 3)})
-    before = session.bank.flat.clone()
+    session.load_in_memory({"law": make_adapter(base.config, 3)})
+    before = session.slots.bank.flat.clone()
     with pytest.raises(CorruptError, match=r"h\.1\.mlp\.c_fc are not finite in float16"):
-        session.bank.load(0, bad)
+        session.slots.bank.load(0, bad)
     with pytest.raises(CorruptError):
-        session.add({"bad": bad})
-    assert torch.equal(session.bank.flat[: len(before)], before)
-    assert session.loaded == ["law"]
+        session.load_in_memory({"bad": bad})
+    assert torch.equal(session.slots.bank.flat[: len(before)], before)
+    assert session.slots.references == ["law"]
 
 
 SETTINGS = GenerateSettings(max_new_tokens=8, temperature=1.0, top_k=0, top_p=1.0)
-SOUND = [(), (("law", 1.0),), (("code", 1.0),), (("law", 0.5), ("code", -16.0))]
-BAD = [(("bad", 1.0),), (("worse", 1.0),), (("law", 1.0), ("bad", -16.0))]
+SOUND = [Mix(), Mix.single("law"), Mix.single("code"), Mix([("law", 0.5), ("code", -16.0)])]
+BAD = [Mix.single("bad"), Mix.single("worse"), Mix([("law", 1.0), ("bad", -16.0)])]
 
 
 def open_session(base_folder, dtype):
     base = load_base(str(base_folder), Runtime(CPU, dtype))
     huge = HUGE[dtype]
     session = Session(base)
-    session.add({"bad": fill(make_adapter(base.config), huge), "law": make_adapter(base.config, 1)})
-    session.add({"worse": fill(make_adapter(base.config), huge / 1e3), "code": make_adapter(base.config, 2)})
+    session.load_in_memory({"bad": fill(make_adapter(base.config), huge), "law": make_adapter(base.config, 1)})
+    session.load_in_memory({"worse": fill(make_adapter(base.config), huge / 1e3), "code": make_adapter(base.config, 2)})
     return session
 
 
 def make_row(session, draw, index, mix, num_beams):
     ids = [draw.randrange(200) for _ in range(draw.randint(1, 20))]
     settings = SETTINGS.model_copy(update={"temperature": draw.choice([0.0, 1.0]), "num_beams": num_beams})
-    return Row(index, mix, ids, draw.randint(1, 8), settings, index, session.base.tokenizer)
+    return SequenceState(
+        index=index,
+        mix=mix,
+        prompt_ids=ids,
+        max_new_tokens=draw.randint(1, 8),
+        settings=settings,
+        seed=index,
+        tokenizer=session.base.tokenizer,
+    )
 
 
 @pytest.mark.parametrize("is_static", [False, True], ids=["eager", "static"])
@@ -161,7 +171,7 @@ def test_rows_beside_and_after_poisoned_ones_write_what_they_write_alone(base_fo
         alone.append(row)
     engine = Engine(session, 4, 48)
     if is_static:
-        engine.static = CudaGraphDecoder(session, engine.cache)
+        engine.decoder = CudaGraphDecoder(session, engine.cache)
     for row in rows:
         engine.submit(row)
     while engine.is_busy:
@@ -181,7 +191,17 @@ def test_what_padding_wrote_behind_a_shorter_prompt_is_gone(base_folder):
     session = open_session(base_folder, torch.float32)
     engine = Engine(session, 2, 48)
     for index, ids in enumerate(([1, 2], list(range(30)))):
-        engine.submit(Row(index, (), ids, 4, SETTINGS, 0, session.base.tokenizer))
+        engine.submit(
+            SequenceState(
+                index=index,
+                mix=Mix(),
+                prompt_ids=ids,
+                max_new_tokens=4,
+                settings=SETTINGS,
+                seed=0,
+                tokenizer=session.base.tokenizer,
+            )
+        )
     engine.step()
     assert engine.cache.buffer[:, :, 0, :, :2].any()
     assert not engine.cache.buffer[:, :, 0, :, 2:].any()
@@ -198,8 +218,8 @@ def test_an_adapter_that_fails_on_a_text_is_not_chosen_for_it(base_folder):
 @pytest.mark.parametrize("num_answers", [160, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_served_answers_are_right_beside_poisoned_ones(base_folder, num_answers):
     session = open_session(base_folder, torch.float32)
-    models = {"base": (), "law": (("law", 1.0),), "code": (("code", 1.0),)}
-    models["law:0.5+code:0.5"] = (("law", 0.5), ("code", 0.5))
+    models = {"base": Mix(), "law": Mix.single("law"), "code": Mix.single("code")}
+    models["law:0.5+code:0.5"] = Mix([("law", 0.5), ("code", 0.5)])
     prompts = ["the cat", "a dog and the rain", "under", "the " * 12]
     greedy = GenerateSettings(temperature=0, max_new_tokens=6)
     wanted = {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
-from lora_gpt2.core.html_page import build_cards, build_page, build_table
+from lora_gpt2.core.pages import render_page
 from lora_gpt2.data.clean.rules import BOILERPLATE, RULES
 
 DESCRIPTIONS = {
@@ -33,26 +32,23 @@ def list_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def build_report_page(report: Mapping[str, Any]) -> str:
     """Returns the page."""
-    rules = [
-        (name, DESCRIPTIONS[name], done["documents"], done["characters_removed"])
-        for name in DESCRIPTIONS
-        if (done := report["rules"].get(name))
-    ]
-    examples = [
-        (name, repr(example["before"]), repr(example["after"]))
-        for name, rule in report["rules"].items()
-        for example in rule["examples"]
-    ]
-    near = [(entry["text"], entry["text_of"], f"{entry['similarity']:.2f}") for entry in report["near_duplicates"]]
-    sections = [
-        ("What each rule did", build_table(rules, ("rule", "leaves", "documents", "characters removed"))),
-        ("Prologue and after", build_table(examples, ("rule", "before", "after"))),
-        ("Rejected", build_table(list(report["rejected"].items()), ("reason", "documents"))),
-        ("Near copies that were dropped", build_table(near, ("dropped", "because of", "similarity"))),
-        ("Looks like personal data", build_table(list(report["pii"].items()), ("kind", "documents"))),
-        ("Settings", build_table([(key, str(value)) for key, value in report["settings"].items()])),
-    ]
-    sources = ", ".join(report["settings"]["sources"])
-    body = f'<h1>Prepared text</h1><p class="lead">{html.escape(sources)}</p>{build_cards(list_figures(report))}'
-    shown = (f"<h2>{title}</h2>{table}" for title, table in sections if "<td" in table)
-    return build_page("Prepared text", body + "".join(shown))
+    return render_page(
+        "preparation.html",
+        title="Prepared text",
+        sources=", ".join(report["settings"]["sources"]),
+        figures=list_figures(report),
+        rules=[
+            (name, DESCRIPTIONS[name], done["documents"], done["characters_removed"])
+            for name in DESCRIPTIONS
+            if (done := report["rules"].get(name))
+        ],
+        examples=[
+            (name, repr(example["before"]), repr(example["after"]))
+            for name, rule in report["rules"].items()
+            for example in rule["examples"]
+        ],
+        rejected=list(report["rejected"].items()),
+        near_duplicates=[(e["text"], e["text_of"], f"{e['similarity']:.2f}") for e in report["near_duplicates"]],
+        pii=list(report["pii"].items()),
+        settings=[(key, str(value)) for key, value in report["settings"].items()],
+    )

@@ -52,7 +52,7 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         from lora_gpt2.evaluation.matrix import Cell
         from lora_gpt2.evaluation.perplexity import measure_perplexity
         from lora_gpt2.model.base import load_base
-        from lora_gpt2.model.probe import bind_adapter
+        from lora_gpt2.model.probe import select_adapter
         from lora_gpt2.model.runtime import choose_runtime
         from lora_gpt2.recipe_files import load_recipe
         from lora_gpt2.store.catalog import Store
@@ -71,11 +71,11 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
             score = measure_perplexity(model, documents, recipe.evaluate)
         else:
             loaded = load_adapter(kept, adapter, model)[1]
-            score = measure_perplexity(model, documents, recipe.evaluate, bind_adapter(model, loaded))
+            score = measure_perplexity(model, documents, recipe.evaluate, select_adapter(model, loaded))
         sketch = read_sketches(kept, [adapter]).get(adapter) if adapter != "base" else None
         seen = None if sketch is None else sketch.count_seen([d.prompt + d.text for d in documents])
         keys = ("tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
         return {
-            **{key: Cell(adapter, "", score).to_json()[key] for key in keys},
+            **{key: Cell(adapter=adapter, source="", score=score).to_json()[key] for key in keys},
             "documents_trained_on": seen,
         }

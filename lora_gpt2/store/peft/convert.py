@@ -21,7 +21,7 @@ from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.gpt2 import Linear
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.model.merge import DeltaAdapters, approximate, concatenate_updates, measure_norm, to_delta
-from lora_gpt2.model.probe import AdaptersForRows, compute_logits, measure_difference
+from lora_gpt2.model.probe import AdapterSelector, compute_logits, measure_difference
 from lora_gpt2.store.peft.tensors import PeftContent
 
 DORA_RANK = 64
@@ -64,11 +64,11 @@ def convert_variant(content: PeftContent, base: Base, rank: int | None) -> Conve
 def _measure(base: Base, plain: Adapter, change_of: Callable[[str], Tensor]) -> float:
     """Returns the largest difference of the logits under an adapter from those under the exact changes."""
 
-    def rows_of(delta_of: Callable[[str], Tensor]) -> AdaptersForRows:
-        return lambda rows: DeltaAdapters(lambda site: delta_of(site) if site in plain.updates else None)
+    def select(delta_of: Callable[[str], Tensor]) -> AdapterSelector:
+        return lambda choices: DeltaAdapters(lambda site: delta_of(site) if site in plain.updates else None)
 
-    exact = compute_logits(base, rows_of(change_of))
-    return measure_difference(exact, compute_logits(base, rows_of(lambda site: to_delta(plain.updates[site]))))
+    exact = compute_logits(base, select(change_of))
+    return measure_difference(exact, compute_logits(base, select(lambda site: to_delta(plain.updates[site]))))
 
 
 def weight_of(base: Base, site: str) -> Tensor:

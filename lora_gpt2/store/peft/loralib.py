@@ -83,7 +83,7 @@ def load_tensors(path: Path) -> Mapping[str, Any]:
 
 
 def _build_update(site: str, halves: Mapping[str, Tensor], config: GPT2Config, alpha: float, where: str) -> LoraUpdate:
-    d = config.width
+    d = config.n_embd
     if set(halves) != {"A", "B"}:
         raise CorruptError(f"{where}: a half of {site} is missing", "save it again with lora_state_dict")
     a, b = halves["A"], halves["B"]
@@ -91,8 +91,8 @@ def _build_update(site: str, halves: Mapping[str, Tensor], config: GPT2Config, a
     if a.ndim != 2 or count not in ENABLED or b.shape[0] != count * d or tuple(a.shape) != (count * b.shape[1], d):
         shapes = f"A {tuple(a.shape)}, B {tuple(b.shape)}"
         raise MismatchError(f"{where}: {site} has {shapes}, which no base of width {d} has", "use its own base")
-    if int(site.split(".")[1]) >= config.layers:
-        raise MismatchError(f"{where}: {site} is not in this base of {config.layers} layers", "use its own base")
+    if int(site.split(".")[1]) >= config.n_layer:
+        raise MismatchError(f"{where}: {site} is not in this base of {config.n_layer} layers", "use its own base")
     rank = b.shape[1]
     if not 0 < rank <= LARGEST_RANK or any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in (a, b)):
         raise CorruptError(f"{where}: {site} has rank {rank}, or numbers that are not in the file", "save it again")

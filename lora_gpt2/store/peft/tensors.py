@@ -190,7 +190,7 @@ def read_peft_files(folder: Path) -> tuple[bytes, bytes]:
 def _check_sites(found: set[str], spec: PeftSpec, config: GPT2Config, where: str) -> None:
     known = list_sites(config)
     if extra := sorted(found - set(known)):
-        raise MismatchError(f"{where}: {extra[0]} is not in this base of {config.layers} layers", "use its own base")
+        raise MismatchError(f"{where}: {extra[0]} is not in this base of {config.n_layer} layers", "use its own base")
     if not found:
         raise CorruptError(f"{where}: {WEIGHTS} holds no adapter", "restore it, or train again")
     for site in known:

@@ -14,6 +14,8 @@ CODES = {
     "MismatchError": 5,
     "ConflictError": 6,
     "ResourceError": 7,
+    "BusyError": 7,
+    "EngineFailed": 7,
     "TrainingDiverged": 8,
     "CheckFailed": 9,
     "Interrupted": 130,

@@ -4,7 +4,8 @@ import random
 import pytest
 
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.data.clean.rules import BOILERPLATE, BOILERPLATE_MODES, PROFILES, RULES, CleaningReport, choose_rules
+from lora_gpt2.data.clean.cleaning import CleaningReport
+from lora_gpt2.data.clean.rules import BOILERPLATE, BOILERPLATE_MODES, PROFILES, RULES, choose_rules
 
 
 @pytest.mark.parametrize(

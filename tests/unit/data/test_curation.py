@@ -10,9 +10,10 @@ import pytest
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.data import shards
 from lora_gpt2.data.clean.boilerplate import drop_edges, find_boilerplate
+from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.clean.filters import find_reason
 from lora_gpt2.data.clean.pii import find_pii, mask_pii
-from lora_gpt2.data.clean.rules import RULES, CleaningReport, Rule
+from lora_gpt2.data.clean.rules import RULES, Rule
 from lora_gpt2.data.dedup import (
     NUM_HASHES,
     choose_band_width,

@@ -4,7 +4,7 @@ import weakref
 import pytest
 
 from lora_gpt2.data import shards
-from lora_gpt2.data.clean.rules import CleaningReport
+from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.read.records import Document
 
 

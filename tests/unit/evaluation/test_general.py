@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lora_gpt2.evaluation import general
 from lora_gpt2.evaluation.general import measure_general, read_general
+from lora_gpt2.inference.mix import Mix
 from tests.builders import make_adapter
 
 
@@ -19,7 +20,7 @@ def test_an_adapter_changes_the_figure_and_the_base_does_not(base):
     from lora_gpt2.inference.session import Session
 
     session = Session(base)
-    session.add({"law": make_adapter(base.config)})
+    session.load_in_memory({"law": make_adapter(base.config)})
     plain = measure_general(base)
-    assert plain.perplexity == measure_general(base, session.for_rows(())).perplexity
-    assert abs(measure_general(base, session.for_rows((("law", 1.0),))).perplexity - plain.perplexity) > 0.1
+    assert plain.perplexity == measure_general(base, session.select(Mix())).perplexity
+    assert abs(measure_general(base, session.select(Mix.single("law"))).perplexity - plain.perplexity) > 0.1

@@ -13,7 +13,10 @@ from lora_gpt2.evaluation.perplexity import Score
 
 LN10 = 2.302585092994046
 HOW = {"base": "x", "protocol": "document", "window": 16, "stride": 8}
-CELLS = [Cell("base", "law", Score(40 * LN10, 20, 1, 1)), Cell("law", "law", Score(20 * LN10, 20, 1, 1))]  # 100 and 10
+CELLS = [
+    Cell(adapter="base", source="law", score=Score(40 * LN10, 20, 1, 1)),
+    Cell(adapter="law", source="law", score=Score(20 * LN10, 20, 1, 1)),
+]  # 100 and 10
 
 
 def test_limits_are_for_all_sources_or_one():
@@ -30,7 +33,7 @@ def test_the_base_fails_only_alone():
     with pytest.raises(UsageError, match="code"):
         check_limits({"code": 50.0}, ["law", "general"])
     check_limits({"": 1.0, "general": 50.0}, ["law", "general"])
-    general = [Cell("law", "general", CELLS[0].score)]
+    general = [Cell(adapter="law", source="general", score=CELLS[0].score)]
     assert find_above(general, {"": 50.0}) == [], "a limit without a name is not for general English"
     assert len(find_above(general, {"general": 50.0})) == 1
 
@@ -40,13 +43,15 @@ def test_a_baseline_finds_what_is_worse_missing_or_of_another_text(tmp_path):
     path.write_text(json.dumps({"cells": [cell.to_json() for cell in CELLS], **HOW}))
     baseline = read_baseline(path)
     assert find_regressions(CELLS, HOW, baseline, 0.01) == []
-    worse = [CELLS[0], Cell("law", "law", Score(20.4 * LN10, 20, 1, 1))]
+    worse = [CELLS[0], Cell(adapter="law", source="law", score=Score(20.4 * LN10, 20, 1, 1))]
     assert find_regressions(worse, HOW, baseline, 0.01) == ["law on law: perplexity 10.47, was 10.00 (+4.7%)"]
     assert find_regressions(worse, HOW, baseline, 0.05) == []
-    other = [CELLS[0], Cell("law", "law", Score(19 * LN10, 19, 1, 1))]
+    other = [CELLS[0], Cell(adapter="law", source="law", score=Score(19 * LN10, 19, 1, 1))]
     assert "not the same text" in find_regressions(other, HOW, baseline, 0.01)[0]
     assert find_regressions(CELLS[:1], HOW, baseline, 0.01) == ["law on law: not measured now"]
-    assert find_regressions([*CELLS, Cell("new", "law", CELLS[0].score)], HOW, baseline, 0.01) == []
+    assert (
+        find_regressions([*CELLS, Cell(adapter="new", source="law", score=CELLS[0].score)], HOW, baseline, 0.01) == []
+    )
 
 
 def test_a_baseline_measured_otherwise_is_no_baseline(tmp_path):
@@ -70,18 +75,20 @@ class Told(Score):
 
 
 def tell(adapter, perplexity, tokens=20, source="law"):
-    return Cell(adapter, source, Told(perplexity, tokens, 1, 1))
+    return Cell(adapter=adapter, source=source, score=Told(perplexity, tokens, 1, 1))
 
 
 @pytest.mark.parametrize("score", [Score(math.nan, 20, 1, 1), Told(math.nan, 20, 1, 1)])
 @pytest.mark.parametrize("limit", [1.0, 50.0, 1e300])
 def test_what_is_not_a_number_is_above_every_limit(score, limit):
     for label in ("", "law"):
-        (line,) = find_above([CELLS[0], Cell("law", "law", score)], {label: limit})
+        (line,) = find_above([CELLS[0], Cell(adapter="law", source="law", score=score)], {label: limit})
         assert line.startswith("law on law: perplexity ")
         assert line.endswith(f", limit {limit:g}")
-        assert len(find_above([Cell("base", "law", score)], {label: limit})) == 1, "the base alone as well"
-    assert len(find_above([Cell("law", "general", score)], {"general": limit})) == 1
+        assert len(find_above([Cell(adapter="base", source="law", score=score)], {label: limit})) == 1, (
+            "the base alone as well"
+        )
+    assert len(find_above([Cell(adapter="law", source="general", score=score)], {"general": limit})) == 1
 
 
 def test_a_limit_is_the_largest_that_passes():

@@ -28,6 +28,7 @@ from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import open_session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import build_adapter
@@ -78,7 +79,7 @@ def learnt_store(tmp_path_factory):
         patch.setenv("LORA_GPT2_CACHE", str(folder / "cache"))
         train_recipes([recipe], store, SilentReporter())
     base = load_base(str(base_folder), runtime)
-    origin = Origin(store.read_manifest("learnt").data, recipe.model_dump(mode="json"))
+    origin = Origin(data=store.read_manifest("learnt").data, recipe=recipe.model_dump(mode="json"))
     publish_adapter(store, "fresh", build_adapter(base.config, recipe.lora, 1), base, origin)
     return store
 
@@ -90,7 +91,7 @@ def learnt(learnt_store):
 
 
 def audit(session, name, reporter, canaries=()):
-    mix = ((name, 1.0),)
+    mix = Mix.single(name)
     own = read_own_text(session.store, name, reporter)
 
     def write(adapter, prompts, settings):
@@ -99,7 +100,7 @@ def audit(session, name, reporter, canaries=()):
         ]
 
     looks = AuditSettings(size=12, windows=60, texts=10)
-    return audit_memorization(session.base, session.for_rows(mix), name, own, looks, reporter, write, PLAIN, canaries)
+    return audit_memorization(session.base, session.select(mix), name, own, looks, reporter, write, PLAIN, canaries)
 
 
 def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, reporter):
@@ -132,10 +133,10 @@ def test_no_verbatim_keeps_copies_out(learnt, reporter):
     stream = own.prepared.train.stream
     greedy = GenerateSettings(temperature=0, max_new_tokens=40)
     prompt = ""
-    mix = (("learnt", 1.0),)
+    mix = Mix.single("learnt")
     size = 10
     free = generate(learnt, [Request(prompt, mix)], greedy)[0]
-    kept = generate(learnt, [Request(prompt, mix, not_to_copy=[NgramIndex(stream, size - 1)])], greedy)[0]
+    kept = generate(learnt, [Request(prompt, mix, no_verbatim=[NgramIndex(stream, size - 1)])], greedy)[0]
     index = NgramIndex(stream, size)
     assert (index.find(own.tokenizer.encode(prompt + free.text)) >= 0).any(), "without it there is a copy"
     assert not (index.find(own.tokenizer.encode(prompt + kept.text)) >= 0).any()
@@ -144,17 +145,15 @@ def test_no_verbatim_keeps_copies_out(learnt, reporter):
 def test_greedy_decoding_gives_what_extraction_says(learnt, reporter):
     """One pass under the true tokens says the same as decoding token by token."""
     own = read_own_text(learnt.store, "learnt", reporter)
-    stream, mix, size = own.prepared.train.stream, (("learnt", 1.0),), 12
-    found = measure_extraction(learnt.base, learnt.for_rows(mix), stream, size, 30)
+    stream, mix, size = own.prepared.train.stream, Mix.single("learnt"), 12
+    found = measure_extraction(learnt.base, learnt.select(mix), stream, size, 30)
     places = find_tests(stream, size, 30, own.tokenizer.eos_id)
     decoded = []
     for place in places:
         ids = stream[place : place + size].tolist()
         for _ in range(size):
-            rows = learnt.for_rows(mix)(1)
-            ids.append(
-                int(learnt.base.model.logits(learnt.base.model(torch.tensor([ids]), rows), rows)[0, -1].argmax())
-            )
+            adapters, model = learnt.adapters_for([mix]), learnt.base.model
+            ids.append(int(model.logits(model(torch.tensor([ids]), adapters), adapters)[0, -1].argmax()))
         if ids == stream[place : place + 2 * size].tolist():
             decoded.append(place)
     assert list(found.places) == decoded

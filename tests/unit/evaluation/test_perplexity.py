@@ -10,14 +10,15 @@ from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.bootstrap import find_interval, resample_ratio
-from lora_gpt2.evaluation.matrix import Source, measure_matrix, read_sources
+from lora_gpt2.evaluation.matrix import EvaluationText, measure_matrix, read_sources
 from lora_gpt2.evaluation.perplexity import (
-    Jobs,
     Score,
+    ScoringWindows,
     iter_document_windows,
     iter_stream_windows,
     measure_perplexity,
 )
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import DataSettings, EvaluateSettings
 from tests.builders import make_adapter
@@ -151,16 +152,18 @@ def test_a_prompt_longer_than_the_window_leaves_every_token_of_the_text_scored(b
 @pytest.fixture
 def lineup(base):
     session = Session(base)
-    session.add({name: make_adapter(base.config, seed) for seed, name in enumerate(("law", "code"), start=1)})
-    mixes = [(), (("law", 1.0),), (("code", 1.0),)]
-    rows = {name: session.for_rows(mix) for name, mix in zip(("base", "law", "code"), mixes, strict=True)}
-    return rows, lambda places: session.rows([mixes[place] for place in places])
+    session.load_in_memory(
+        {name: make_adapter(base.config, seed) for seed, name in enumerate(("law", "code"), start=1)}
+    )
+    mixes = [Mix(), Mix.single("law"), Mix.single("code")]
+    rows = {name: session.select(mix) for name, mix in zip(("base", "law", "code"), mixes, strict=True)}
+    return rows, session.select(*mixes)
 
 
 def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup):
     rows, together = lineup
     (tmp_path / "a.txt").write_text("the cat \r\n and the dog")
-    sources = [*read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(), SilentReporter()), Source("b", TEXTS)]
+    sources = [*read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(), SilentReporter()), EvaluationText("b", TEXTS)]
     assert [d.text for d in sources[0].documents] == ["the cat\n and the dog"], "cleaned as for training"
     raw = read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(profile="raw"), SilentReporter())
     assert [d.text for d in raw[0].documents] == ["the cat \r\n and the dog"]
@@ -191,13 +194,15 @@ def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup)
 
 
 def test_batches_hold_several_adapters_only_where_that_is_asked_for(base, lineup):
-    jobs = Jobs(base, [TEXTS], EvaluateSettings())
-    sizes = {mixes: [len({c for c, _ in batch}) for batch in jobs._iter_batches(3, mixes)] for mixes in (True, False)}
+    windows = ScoringWindows(base, [TEXTS], EvaluateSettings())
+    sizes = {
+        mixes: [len({c for c, _ in batch}) for batch in windows._iter_batches(3, mixes)] for mixes in (True, False)
+    }
     assert sizes == {True: [3], False: [1, 1, 1]}
     seen = []
-    jobs.measure(lambda columns: seen.append(columns), 2, mixes=True, on_tokens=seen.append)
-    assert seen[0] == [0] * len(jobs.jobs) + [1] * len(jobs.jobs)
-    assert seen[1] == 2 * jobs.forward_tokens
+    windows.measure(lambda choices: seen.append(choices), 2, can_mix=True, on_tokens=seen.append)
+    assert seen[0] == [0] * len(windows.windows) + [1] * len(windows.windows)
+    assert seen[1] == 2 * windows.forward_tokens
 
 
 def test_intervals_hold_the_figure_and_narrow_with_the_number_of_documents(base, lineup):
@@ -205,14 +210,14 @@ def test_intervals_hold_the_figure_and_narrow_with_the_number_of_documents(base,
     generator = random.Random(1)
     texts = [" ".join(generator.choices(["the", "cat", "dog", "rain", "another"], k=6)) for _ in range(64)]
     wide, narrow = (
-        measure_matrix(base, rows, [Source("a", texts[:count])], EvaluateSettings(), SilentReporter())[1]
+        measure_matrix(base, rows, [EvaluationText("a", texts[:count])], EvaluateSettings(), SilentReporter())[1]
         for count in (8, 64)
     )
     for cell in (wide, narrow):
         assert cell.interval[0] < cell.score.perplexity < cell.interval[1]
         assert cell.ratio_interval[0] < cell.ratio < cell.ratio_interval[1]
     assert narrow.interval[1] - narrow.interval[0] < wide.interval[1] - wide.interval[0]
-    few = measure_matrix(base, rows, [Source("a", texts[:3])], EvaluateSettings(), SilentReporter())
+    few = measure_matrix(base, rows, [EvaluationText("a", texts[:3])], EvaluateSettings(), SilentReporter())
     assert few[1].interval is None
 
 
@@ -240,7 +245,7 @@ def test_sizes_are_utf_8_bytes_and_words_of_the_original_text(base, protocol):
 
 def test_a_foreign_prompt_counts_in_no_size_and_each_source_has_its_own(base):
     documents = [Document("größer", "", "Über Öfen und "), Document("水", "", ""), "猫 猫"]
-    one, other = Jobs(base, [documents, FOREIGN], EvaluateSettings()).measure(lambda columns: None)[0]
+    one, other = ScoringWindows(base, [documents, FOREIGN], EvaluateSettings()).measure(lambda columns: None)[0]
     assert (one.bytes, one.words) == (8 + 3 + 7, 4)
     assert (other.bytes, other.words) == (len("".join(FOREIGN).encode()), 11)
     assert one.tokens == sum(len(base.tokenizer.encode(text)) for text in ("größer", "水", "猫 猫"))

@@ -4,7 +4,7 @@ import pytest
 
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.read.records import Document
-from lora_gpt2.evaluation.matrix import Source
+from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.quality import (
     Task,
     build_task,
@@ -20,14 +20,14 @@ SETTINGS = GenerateSettings(temperature=0.1)
 
 def test_prompts_are_beginnings_or_come_with_their_references(base):
     text = "the cat and the dog run in the rain under another sun " * 3
-    task = build_task(Source("a", [text, "short", text.upper()]), base.tokenizer, 10)
+    task = build_task(EvaluationText("a", [text, "short", text.upper()]), base.tokenizer, 10)
     assert len(task.prompts) == 2
     assert text.startswith(task.prompts[0])
     assert task.references == [[], []]
     pairs = [Document("one", "", "p: "), Document(" two", "", "p: "), Document("three", "", "q: ")]
-    task = build_task(Source("b", pairs), base.tokenizer, 10)
+    task = build_task(EvaluationText("b", pairs), base.tokenizer, 10)
     assert (task.prompts, task.references) == (["p: ", "q: "], [["one", "two"], ["three"]])
-    assert build_task(Source("b", pairs), base.tokenizer, 1).prompts == ["p: "]
+    assert build_task(EvaluationText("b", pairs), base.tokenizer, 1).prompts == ["p: "]
 
 
 def test_bleu_chrf_and_rouge_of_an_exact_answer_and_of_a_stranger():
@@ -79,4 +79,4 @@ def test_quality_has_every_figure_and_asks_the_judge_about_the_continuations(bas
     assert judged[0] == ("law", [("once ", "the cat sat on the mat again today")])
     assert all(value is not None for key, value in found.to_json().items() if key not in ("self_bleu", "delta"))
     with pytest.raises(DataError, match="no document of more than"):
-        build_task(Source("a", ["short"]), base.tokenizer, 3)
+        build_task(EvaluationText("a", ["short"]), base.tokenizer, 3)

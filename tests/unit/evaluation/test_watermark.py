@@ -9,7 +9,8 @@ import torch
 from lora_gpt2.audit.watermark import detect_watermark
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.inference.generate import Request, generate
-from lora_gpt2.inference.sampling import mark_logits
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sampling import watermark_logits
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 
@@ -21,7 +22,7 @@ def write(base, samples=10, **settings):
     letters = {token: -100.0 for token, b in enumerate(base.tokenizer.token_bytes) if not b.isalpha()}
     settings = OPEN.model_copy(update={"logit_bias": letters, **settings})
     return "".join(
-        output.text for output in generate(Session(base), [Request("a", (), s) for s in range(samples)], settings)
+        output.text for output in generate(Session(base), [Request("a", Mix(), s) for s in range(samples)], settings)
     )
 
 
@@ -42,7 +43,7 @@ def test_marked_text_is_told_from_unmarked_and_only_with_the_key(base):
 
 def test_marking_is_repeatable_and_the_same_in_a_batch(base):
     settings = OPEN.model_copy(update={"watermark": True})
-    requests = [Request("the cat", (), seed) for seed in (1, 2, 3)]
+    requests = [Request("the cat", Mix(), seed) for seed in (1, 2, 3)]
     together = [output.text for output in generate(Session(base), requests, settings)]
     assert together == [generate(Session(base), [request], settings)[0].text for request in requests]
     assert together != [output.text for output in generate(Session(base), requests, OPEN)]
@@ -60,9 +61,8 @@ def count_by_hand(text, tokenizer, key):
     """Returns how many different pairs of tokens a text has, and in how many the second one is what writing marks."""
     ids = tokenizer.encode(text)
     pairs = set(itertools.pairwise(ids))
-    settings = OPEN.model_copy(update={"watermark": True, "watermark_key": key})
     flat = torch.zeros(tokenizer.vocab_size)
-    marked = {first: mark_logits(flat, torch.tensor([first]), settings) > 0 for first, _ in pairs}
+    marked = {first: watermark_logits(flat, torch.tensor([first]), key) > 0 for first, _ in pairs}
     return len(pairs), sum(bool(marked[first][second]) for first, second in pairs)
 
 
@@ -86,12 +86,12 @@ def test_the_report_is_the_binomial_test_of_the_different_pairs(base, kind, key)
 
 
 def test_marking_makes_a_quarter_of_the_vocabulary_likelier_by_the_same_amount(base):
-    vocab, settings = base.tokenizer.vocab_size, OPEN.model_copy(update={"watermark": True})
-    change = mark_logits(torch.zeros(vocab), torch.tensor([5, 7]), settings)
+    vocab, key = base.tokenizer.vocab_size, OPEN.watermark_key
+    change = watermark_logits(torch.zeros(vocab), torch.tensor([5, 7]), key)
     assert sorted(set(change.tolist())) == [0.0, 2.0]
     assert int((change > 0).sum()) == int(vocab * 0.25)
-    assert torch.equal(change, mark_logits(torch.zeros(vocab), torch.tensor([7]), settings)), "by the token before"
-    assert not torch.equal(change, mark_logits(torch.zeros(vocab), torch.tensor([5]), settings))
+    assert torch.equal(change, watermark_logits(torch.zeros(vocab), torch.tensor([7]), key)), "by the token before"
+    assert not torch.equal(change, watermark_logits(torch.zeros(vocab), torch.tensor([5]), key))
 
 
 @pytest.mark.parametrize("times", [3, 20])

@@ -10,6 +10,7 @@ from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.inference.batch import find_done, generate_file, read_prompts
 from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.store.files import Origin, publish_adapter
@@ -28,7 +29,7 @@ def session(base, store):
 def write_prompts(path, count=20):
     lines = [{"prompt": f"the cat {n}", "adapter": ["law", "law:0.5+code:0.5", "base"][n % 3]} for n in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return read_prompts(path, (), 7)
+    return read_prompts(path, Mix(), 7)
 
 
 def read_results(out):
@@ -80,7 +81,7 @@ def test_results_of_other_prompts_are_not_overwritten(session, tmp_path):
 def test_prompts_are_read_from_text_and_bad_lines_are_named(tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffone\r\n\r\nthree\n\n".encode())
-    assert [(r.prompt, r.seed) for r in read_prompts(path, (), 5)] == [("one", 5), ("", 6), ("three", 7)]
+    assert [(r.prompt, r.seed) for r in read_prompts(path, Mix(), 5)] == [("one", 5), ("", 6), ("three", 7)]
     path = tmp_path / "p.jsonl"
     for line in (
         "{",
@@ -92,10 +93,10 @@ def test_prompts_are_read_from_text_and_bad_lines_are_named(tmp_path):
     ):
         path.write_text('{"prompt": "fine"}\n' + line + "\n")
         with pytest.raises(DataError, match=r"p\.jsonl:2"):
-            read_prompts(path, (), 0)
+            read_prompts(path, Mix(), 0)
     path.write_text('{"prompt": "a", "adapter": "law:x"}\n')
     with pytest.raises(UsageError):
-        read_prompts(path, (), 0)
+        read_prompts(path, Mix(), 0)
 
 
 def sample(session, mix, tokens, seed=0):
@@ -108,7 +109,7 @@ def sample(session, mix, tokens, seed=0):
 
 @pytest.mark.parametrize("name", ["law", "code", "base"])
 def test_a_text_is_given_to_the_adapter_that_wrote_it(session, name):
-    mix = () if name == "base" else ((name, 1.0),)
+    mix = Mix() if name == "base" else Mix.single(name)
     found = [choose_adapter(session, sample(session, mix, 40, seed), ["law", "code"]) for seed in range(5)]
     assert [choice.adapter for choice in found].count(name) >= 4
     for choice in found:
@@ -120,8 +121,8 @@ def test_the_likelihoods_are_those_of_one_row_alone(session):
     choice = choose_adapter(session, "the cat", ["law", "code"])
     base = session.base
     ids = torch.tensor([[base.tokenizer.eos_id, *base.tokenizer.encode("the cat")]])
-    for name, mix in (("law", (("law", 1.0),)), ("base", ())):
-        rows = session.rows([mix])
+    for name, mix in (("law", Mix.single("law")), ("base", Mix())):
+        rows = session.adapters_for([mix])
         logits = base.model.logits(base.model(ids[:, :-1], rows), rows)[0]
         wanted = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
         assert choice.nll[name] == pytest.approx(float(wanted), rel=1e-4)
@@ -139,15 +140,15 @@ def test_without_a_clear_winner_or_a_text_the_base_is_taken(session):
 def test_of_a_text_longer_than_the_context_its_end_is_scored(session, surplus):
     """As many of its last tokens as stand, with the EOS before them, in the context."""
     base = session.base
-    room = base.config.context - 1
+    room = base.config.n_positions - 1
     text = "".join(chr(ord("a") + 7 * place % 26) for place in range(room + surplus + 60))
     ids = base.tokenizer.encode(text)[-(room + surplus) :]
     text = base.tokenizer.decode(ids)
     assert base.tokenizer.encode(text) == ids
     kept = torch.tensor([[base.tokenizer.eos_id, *ids[-room:]]])
     choice = choose_adapter(session, text, ["law", "code"])
-    for name, mix in (("law", (("law", 1.0),)), ("code", (("code", 1.0),)), ("base", ())):
-        rows = session.rows([mix])
+    for name, mix in (("law", Mix.single("law")), ("code", Mix.single("code")), ("base", Mix())):
+        rows = session.adapters_for([mix])
         logits = base.model.logits(base.model(kept[:, :-1], rows), rows)[0]
         wanted = torch.nn.functional.cross_entropy(logits, kept[0, 1:])
         assert choice.nll[name] == pytest.approx(float(wanted), rel=1e-4)  # float32, in a batch of another size

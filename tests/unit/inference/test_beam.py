@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from lora_gpt2.inference.beam import search_beams
+from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
@@ -18,10 +19,17 @@ from tests.builders import make_adapter, make_base_folder
 PROMPTS = [[5], [70, 81, 3, 9], [40, 41, 42, 43, 44, 45, 46, 47]]
 
 
+def search_beams(session, ids, mix, budget, settings):
+    search = BeamSearch(session, ids, mix, budget, settings)
+    while not search.is_done:
+        search.advance()
+    return search.hypotheses
+
+
 @pytest.fixture
 def session(base):
     session = Session(base)
-    session.add({"law": make_adapter(base.config)})
+    session.load_in_memory({"law": make_adapter(base.config)})
     return session
 
 
@@ -45,15 +53,15 @@ def test_the_best_continuation_is_that_of_transformers(session, base_folder, num
             return_dict_in_generate=True,
             output_scores=True,
         )
-        best = search_beams(session, ids, (), 12, settings)[0]
+        best = search_beams(session, ids, Mix(), 12, settings)[0]
         found = wanted.sequences[0, len(ids) :].tolist()
         assert list(best.ids) == [token for token in found if token != eos]
         assert best.score == pytest.approx(float(wanted.sequences_scores[0]), abs=1e-4)
 
 
 def test_with_as_many_beams_as_continuations_the_best_of_all_is_found(session):
-    base, mix = session.base, (("law", 1.0),)
-    rows = session.rows([mix])
+    base, mix = session.base, Mix.single("law")
+    rows = session.adapters_for([mix])
     logits = base.model.logits(base.model(torch.tensor([[7]]), rows), rows)[0, -1]
     first = logits.log_softmax(-1)
     best, vocab = (-torch.inf, ()), base.config.vocab_size
@@ -72,12 +80,12 @@ def test_with_as_many_beams_as_continuations_the_best_of_all_is_found(session):
 
 def test_generate_uses_beams_and_stops_at_stop_texts(session):
     settings = GenerateSettings(num_beams=3, max_new_tokens=10)
-    (output,) = generate(session, [Request("the cat", (("law", 1.0),), 1)], settings)
-    again = generate(session, [Request("the cat", (("law", 1.0),), 2)], settings)[0]
+    (output,) = generate(session, [Request("the cat", Mix.single("law"), 1)], settings)
+    again = generate(session, [Request("the cat", Mix.single("law"), 2)], settings)[0]
     assert (output.text, output.tokens) == (again.text, again.tokens), "nothing is drawn"
     assert len(output.text) >= 4, "there is something to stop at"
     stop = output.text[2:4]
-    (cut,) = generate(session, [Request("the cat", (("law", 1.0),))], settings.model_copy(update={"stop": (stop,)}))
+    (cut,) = generate(session, [Request("the cat", Mix.single("law"))], settings.model_copy(update={"stop": (stop,)}))
     assert cut.text == output.text[: output.text.index(stop)]
     assert cut.finish_reason == "stop"
 
@@ -128,7 +136,7 @@ def test_every_continuation_that_is_kept_is_that_of_transformers_where_texts_end
     reasons = set()
     for ids in PROMPTS:
         wanted = search_in_transformers(ending_folder, ids, num_beams, budget, penalty)
-        found = search_beams(session, ids, (), budget, settings)
+        found = search_beams(session, ids, Mix(), budget, settings)
         assert [(hypothesis.ids, hypothesis.finish_reason) for hypothesis in found] == [
             (own, reason) for own, _, reason in wanted
         ]

@@ -5,18 +5,22 @@ import random
 import pytest
 import torch
 
-import lora_gpt2.inference.engine as engine_module
 from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.inference import decoder as decoder_module
+from lora_gpt2.inference import sequence as sequence_module
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
-from lora_gpt2.inference.engine import Engine, Row, StopStringMatcher
+from lora_gpt2.inference.engine import Engine
 from lora_gpt2.inference.generate import Request, generate
-from lora_gpt2.inference.session import Session, show_name
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState, StopStringMatcher
+from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.references import label_of
 from tests.builders import make_adapter
 
 OPEN = GenerateSettings(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0)
-MIXES = [(), (("law", 1.0),), (("code", 1.0),), (("law", 0.5), ("code", 0.5))]
+MIXES = [Mix(), Mix.single("law"), Mix.single("code"), Mix([("law", 0.5), ("code", 0.5)])]
 
 
 @pytest.fixture
@@ -32,7 +36,17 @@ def make_rows(session, count, seed=0):
         ids = [draw.randrange(200) for _ in range(draw.randint(1, 20))]
         settings = OPEN.model_copy(update={"temperature": draw.choice([0.0, 0.8, 1.3])})
         budget = draw.randint(1, 15)
-        rows.append(Row(index, draw.choice(MIXES), ids, budget, settings, index, session.base.tokenizer))
+        rows.append(
+            SequenceState(
+                index=index,
+                mix=draw.choice(MIXES),
+                prompt_ids=ids,
+                max_new_tokens=budget,
+                settings=settings,
+                seed=index,
+                tokenizer=session.base.tokenizer,
+            )
+        )
     return rows
 
 
@@ -49,7 +63,7 @@ def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_num
     rows, alone = make_rows(session, 24), [run_alone(session, row) for row in make_rows(session, 24)]
     engine, waiting, draw = Engine(session, max_num_seqs, 48), list(rows), random.Random(1)
     if is_static:  # the step that a GPU replays, here as it is
-        engine.static = CudaGraphDecoder(session, engine.cache)
+        engine.decoder = CudaGraphDecoder(session, engine.cache)
     largest = 0
     while engine.is_busy or waiting:
         for _ in range(draw.randint(0, 3)):
@@ -71,7 +85,7 @@ def test_a_row_that_is_stopped_leaves_and_the_others_are_not_disturbed(session):
         row.finish_reason = row.finish_reason if row in alone else ""
     engine = Engine(session, 6, 48)
     for row in rows:
-        row.budget = max(row.budget, 4)
+        row.max_new_tokens = max(row.max_new_tokens, 4)
         engine.submit(row)
     engine.step()
     engine.stop(rows[0], "interrupted")
@@ -84,7 +98,7 @@ def test_a_row_that_is_stopped_leaves_and_the_others_are_not_disturbed(session):
 
 def test_each_request_may_have_its_own_settings(session):
     own = GenerateSettings(max_new_tokens=2, temperature=0)
-    long, short = generate(session, [Request("the", (), 1), Request("the", (), 1, own)], OPEN)
+    long, short = generate(session, [Request("the", Mix(), 1), Request("the", Mix(), 1, own)], OPEN)
     assert short.tokens <= 2 < long.tokens
 
 
@@ -101,22 +115,22 @@ def test_each_request_may_have_its_own_settings(session):
     ],
 )
 def test_stop_texts_are_found_across_pieces_and_nothing_of_them_is_shown(stops, shown, hit, chunk):
-    watch, text, found = StopStringMatcher(stops), "abcdabce", ""
+    matcher, text, found = StopStringMatcher(stops), "abcdabce", ""
     for start in range(0, len(text), chunk):
-        found += watch.push(text[start : start + chunk])
-        if watch.is_hit:
+        found += matcher.push(text[start : start + chunk])
+        if matcher.is_matched:
             break
-    found += "" if watch.is_hit else watch.finish()
-    assert (found, watch.is_hit) == (shown, hit)
+    found += "" if matcher.is_matched else matcher.finish()
+    assert (found, matcher.is_matched) == (shown, hit)
 
 
 def test_a_stop_text_ends_the_continuation_before_it(session):
-    (whole,) = generate(session, [Request("the cat", (("law", 1.0),), 3)], OPEN)
+    (whole,) = generate(session, [Request("the cat", Mix.single("law"), 3)], OPEN)
     stop = whole.text[4:6]
     pieces = []
     (cut,) = generate(
         session,
-        [Request("the cat", (("law", 1.0),), 3)],
+        [Request("the cat", Mix.single("law"), 3)],
         OPEN.model_copy(update={"stop": (stop,)}),
         on_text=lambda index, piece: pieces.append(piece),
     )
@@ -125,12 +139,12 @@ def test_a_stop_text_ends_the_continuation_before_it(session):
 
 
 def test_logprobs_are_those_of_the_network(session):
-    (output,) = generate(session, [Request("the cat", (("law", 1.0),), 3)], OPEN.model_copy(update={"logprobs": 3}))
-    base, mix = session.base, (("law", 1.0),)
+    (output,) = generate(session, [Request("the cat", Mix.single("law"), 3)], OPEN.model_copy(update={"logprobs": 3}))
+    base, mix = session.base, Mix.single("law")
     ids = base.tokenizer.encode("the cat")
     assert len(output.logprobs) == output.tokens
     for item in output.logprobs:
-        rows = session.rows([mix])
+        rows = session.adapters_for([mix])
         wanted = base.model.logits(base.model(torch.tensor([ids]), rows), rows)[0, -1].log_softmax(0)
         assert item.logprob == pytest.approx(float(wanted[item.token]), abs=1e-4)
         assert [token for token, _ in item.top] == wanted.topk(3).indices.tolist()
@@ -141,19 +155,28 @@ def test_logprobs_are_those_of_the_network(session):
 
 def test_beams_and_samples_grow_side_by_side(session):
     num_beams = OPEN.model_copy(update={"num_beams": 3, "max_new_tokens": 8})
-    requests = [Request("the", (("law", 1.0),), 1, settings) for settings in (OPEN, num_beams, OPEN, num_beams)]
+    requests = [Request("the", Mix.single("law"), 1, settings) for settings in (OPEN, num_beams, OPEN, num_beams)]
     together = generate(session, requests, OPEN)
     assert [output.text for output in together] == [generate(session, [r], OPEN)[0].text for r in requests]
     assert together[1].text != together[0].text
 
 
 def test_a_prompts_own_tokens_are_scored_as_one_forward_pass_scores_them(session, monkeypatch):
-    monkeypatch.setattr(engine_module, "SCORED_ROWS", 3)
-    ids, base, mix = [5, 9, 2, 7, 7, 30, 4, 11], session.base, (("law", 1.0),)
-    row = Row(0, mix, ids, 0, OPEN.model_copy(update={"logprobs": 2}), 0, base.tokenizer, scores_prompt=True)
+    monkeypatch.setattr(decoder_module, "SCORED_TOKENS", 3)
+    ids, base, mix = [5, 9, 2, 7, 7, 30, 4, 11], session.base, Mix.single("law")
+    row = SequenceState(
+        index=0,
+        mix=mix,
+        prompt_ids=ids,
+        max_new_tokens=0,
+        settings=OPEN.model_copy(update={"logprobs": 2}),
+        seed=0,
+        tokenizer=base.tokenizer,
+        scores_prompt=True,
+    )
     run_alone(session, row)
     assert (row.new_ids, row.finish_reason, row.text) == ([], "length", "")
-    rows = session.rows([mix])
+    rows = session.adapters_for([mix])
     logits = base.model.logits(base.model(torch.tensor([ids]), rows), rows)[0].log_softmax(-1)
     wanted = [float(logits[place, token]) for place, token in enumerate(ids[1:])]
     assert [item.logprob for item in row.prompt_logprobs] == pytest.approx(wanted, abs=1e-5)
@@ -162,16 +185,41 @@ def test_a_prompts_own_tokens_are_scored_as_one_forward_pass_scores_them(session
 
 
 def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
-    choose = engine_module.choose_token
+    choose = sequence_module.choose_token
 
-    def fail_for_seed_2(logits, seen, settings, generator, *rest):
+    def fail_for_seed_2(logits, ids, params, generator, **options):
         if generator.initial_seed() == 2:
             raise RuntimeError("no such distribution")
-        return choose(logits, seen, settings, generator, *rest)
+        return choose(logits, ids, params, generator, **options)
 
-    rows = [Row(k, (("law", 1.0),), [1, 2], 6, OPEN, k, session.base.tokenizer) for k in (1, 2, 3)]
-    alone = [run_alone(session, Row(k, (("law", 1.0),), [1, 2], 6, OPEN, k, session.base.tokenizer)) for k in (1, 3)]
-    monkeypatch.setattr(engine_module, "choose_token", fail_for_seed_2)
+    rows = [
+        SequenceState(
+            index=k,
+            mix=Mix.single("law"),
+            prompt_ids=[1, 2],
+            max_new_tokens=6,
+            settings=OPEN,
+            seed=k,
+            tokenizer=session.base.tokenizer,
+        )
+        for k in (1, 2, 3)
+    ]
+    alone = [
+        run_alone(
+            session,
+            SequenceState(
+                index=k,
+                mix=Mix.single("law"),
+                prompt_ids=[1, 2],
+                max_new_tokens=6,
+                settings=OPEN,
+                seed=k,
+                tokenizer=session.base.tokenizer,
+            ),
+        )
+        for k in (1, 3)
+    ]
+    monkeypatch.setattr(sequence_module, "choose_token", fail_for_seed_2)
     engine = Engine(session, 3, 48)
     for row in rows:
         engine.submit(row)
@@ -180,12 +228,23 @@ def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
     assert (rows[1].finish_reason, str(rows[1].error)) == ("error", "no such distribution")
     assert [rows[0].new_ids, rows[2].new_ids] == [row.new_ids for row in alone]
     with pytest.raises(ResourceError, match="no such distribution"):
-        generate(session, [Request("a", (), 2)], OPEN)
+        generate(session, [Request("a", Mix(), 2)], OPEN)
 
 
 def test_beams_count_as_rows_and_wide_ones_wait_for_an_empty_engine(session):
     wide = OPEN.model_copy(update={"num_beams": 4})
-    rows = [Row(k, (), [1, 2], 5, settings, k, session.base.tokenizer) for k, settings in enumerate((OPEN, wide, OPEN))]
+    rows = [
+        SequenceState(
+            index=k,
+            mix=Mix(),
+            prompt_ids=[1, 2],
+            max_new_tokens=5,
+            settings=settings,
+            seed=k,
+            tokenizer=session.base.tokenizer,
+        )
+        for k, settings in enumerate((OPEN, wide, OPEN))
+    ]
     engine = Engine(session, 2, 48)
     for row in rows:
         engine.submit(row)
@@ -201,13 +260,21 @@ def make_row(session, mix, num_beams=1, budget=30, **settings):
     """Returns a row that ends by its budget, unless something else ends it."""
     bias = {session.base.tokenizer.eos_id: -100.0}
     settings = OPEN.model_copy(update={"num_beams": num_beams, "logit_bias": bias, "temperature": 0.0, **settings})
-    return Row(0, mix, [1, 2, 3], budget, settings, 0, session.base.tokenizer)
+    return SequenceState(
+        index=0,
+        mix=mix,
+        prompt_ids=[1, 2, 3],
+        max_new_tokens=budget,
+        settings=settings,
+        seed=0,
+        tokenizer=session.base.tokenizer,
+    )
 
 
 def list_free(session):
     """Returns the adapters that nothing holds, and takes them out of their slots."""
     with torch.inference_mode():  # as the engine brings them in
-        return sorted(show_name(name) for name in session.loaded if session.drop(name))
+        return sorted(label_of(name) for name in session.slots.references if session.slots.evict(name))
 
 
 LAW, CODE, BOTH = MIXES[1:]
@@ -229,7 +296,7 @@ def test_whatever_ends_a_row_its_adapters_are_free_afterwards_and_not_before(ses
     engine.step()
     if budget:
         assert list_free(session) == [], "they are in use"
-        assert session.loaded
+        assert session.slots.references
     if how == "stopped":
         for row in rows:
             engine.stop(row, "cancelled")
@@ -237,8 +304,8 @@ def test_whatever_ends_a_row_its_adapters_are_free_afterwards_and_not_before(ses
         assert engine.stop_all("interrupted") == rows
     elif how == "error":
         name = "adjust_logits" if num_beams > 1 else "choose_token"
-        module = "lora_gpt2.inference.beam" if num_beams > 1 else "lora_gpt2.inference.engine"
-        monkeypatch.setattr(f"{module}.{name}", lambda *arguments: [][0])
+        module = "lora_gpt2.inference.beam" if num_beams > 1 else "lora_gpt2.inference.sequence"
+        monkeypatch.setattr(f"{module}.{name}", lambda *arguments, **options: [][0])
     while engine.is_busy:
         engine.step()
     assert engine.num_running == 0
@@ -255,12 +322,12 @@ def test_many_searches_and_rows_need_no_more_slots_than_there_are(base, store, s
     engine = Engine(small, 4, 48)
     for name in ("a3", "law", "a4", "code", "a5", "law", "a6", "a3"):
         for num_beams in (3, 1):
-            row = make_row(small, ((name, 1.0),), num_beams, 2)
+            row = make_row(small, Mix.single(name), num_beams, 2)
             engine.submit(row)
             while engine.is_busy:
                 engine.step()
             assert len(row.new_ids) == 2
-            assert len(small.loaded) <= 2
+            assert len(small.slots.references) <= 2
 
 
 def test_an_adapter_is_held_once_for_each_row_that_uses_it(session):
@@ -295,7 +362,7 @@ def test_a_row_that_is_stopped_before_its_turn_never_grows(session, num_beams, b
     assert (row.new_ids, row.text, row.finish_reason, row.error) == ([], "", "cancelled", None)
     assert (row.logprobs, row.prompt_logprobs) == ([], [])
     assert not any(each is row for each in told), "nobody hears of it"
-    assert [show_name(name) for name in session.loaded] == ["law"], "its adapter is not even loaded"
+    assert [label_of(name) for name in session.slots.references] == ["law"], "its adapter is not even loaded"
     assert [len(each.new_ids) for each in others] == [4] * company
     assert len(last.new_ids) == 2, "who stands behind it takes its turn"
     assert list_free(session) == ["law"]

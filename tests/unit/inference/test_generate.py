@@ -4,7 +4,8 @@ import torch
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.inference.generate import Request, encode_prompt, generate
-from lora_gpt2.inference.session import Session, describe_mix, parse_mix
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.prepacked import prepack_weights
 from lora_gpt2.model.probe import compute_logits, measure_difference
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
@@ -24,7 +25,7 @@ def session(base, store):
 
 
 def law(weight=1.0):
-    return (("law", weight),)
+    return Mix.single("law", weight)
 
 
 def test_greedy_decoding_with_the_cache_equals_running_the_whole_text_each_time(session):
@@ -32,7 +33,7 @@ def test_greedy_decoding_with_the_cache_equals_running_the_whole_text_each_time(
     ids = session.base.tokenizer.encode("the cat")
     expected = []
     for _ in range(12):
-        rows = session.rows([law()])
+        rows = session.adapters_for([law()])
         token = int(session.base.model.logits(session.base.model(torch.tensor([ids]), rows), rows)[0, -1].argmax())
         if token == session.base.tokenizer.eos_id:
             break
@@ -45,9 +46,9 @@ def test_greedy_decoding_with_the_cache_equals_running_the_whole_text_each_time(
 def test_a_request_gives_the_same_alone_and_in_any_batch(session):
     requests = [
         Request("the cat", law(), 1),
-        Request("a", (("code", 1.0),), 2),
-        Request("the dog and the rain", (), 3),
-        Request("", (("law", 0.6), ("code", 0.4)), 4),
+        Request("a", Mix.single("code"), 2),
+        Request("the dog and the rain", Mix(), 3),
+        Request("", Mix([("law", 0.6), ("code", 0.4)]), 4),
         Request("the cat", law(), 5),
     ]
     together = generate(session, requests, SETTINGS)
@@ -63,7 +64,7 @@ def test_seeds_repeat_and_differ(session):
 
 
 def test_swapping_changes_the_text_and_coming_back_restores_it(session):
-    mixes = [(), law(), (("code", 1.0),), law(), ()]
+    mixes = [Mix(), law(), Mix.single("code"), law(), Mix()]
     texts = [generate(session, [Request("the cat and", mix, 1)], SETTINGS)[0].text for mix in mixes]
     assert texts[0] == texts[4]
     assert texts[1] == texts[3]
@@ -77,17 +78,17 @@ def test_the_stream_is_the_text(session):
         assert piece
         pieces[index] += piece
 
-    outputs = generate(session, [Request("the", law(), 1), Request("a", (), 2)], SETTINGS, on_text=take)
+    outputs = generate(session, [Request("the", law(), 1), Request("a", Mix(), 2)], SETTINGS, on_text=take)
     assert [output.text for output in outputs] == [pieces[0], pieces[1]]
 
 
 def test_eos_ends_a_row_and_the_others_go_on(session, monkeypatch):
-    from lora_gpt2.inference import engine as module
+    from lora_gpt2.inference import sequence as module
 
     plans = {"the": [5, 6, session.base.tokenizer.eos_id], "a": [7] * 12}
 
-    def choose(logits, seen, *rest):
-        prompt = "the" if seen[: len(the)].tolist() == the else "a"
+    def choose(logits, ids, *rest, **options):
+        prompt = "the" if ids[: len(the)].tolist() == the else "a"
         return plans[prompt].pop(0)
 
     the = session.base.tokenizer.encode("the")
@@ -138,13 +139,13 @@ def test_odd_prompts_are_continued(session, prompt):
 
 
 def test_mixes_are_parsed_and_described():
-    assert parse_mix(["law:0.6", "code:0.4"]) == (("law", 0.6), ("code", 0.4))
-    assert parse_mix(["law@2"]) == (("law@2", 1.0),)
-    assert parse_mix(["base"]) == parse_mix([]) == ()
-    assert [describe_mix(m) for m in ((), law(), law(0.5))] == ["base", "law", "law:0.5"]
+    assert Mix.parse(["law:0.6", "code:0.4"]) == Mix([("law", 0.6), ("code", 0.4)])
+    assert Mix.parse(["law@2"]) == Mix.single("law@2")
+    assert Mix.parse(["base"]) == Mix.parse([]) == ()
+    assert [str(mix) for mix in (Mix(), law(), law(0.5))] == ["base", "law", "law:0.5"]
     for bad in (["law:x"], ["law:nan"], ["law:inf"], ["law:99"], ["law", "law"], ["base", "law"], ["base:1"]):
         with pytest.raises(UsageError):
-            parse_mix(bad)
+            Mix.parse(bad)
 
 
 def test_adapters_of_growing_rank_join_a_session(base, store):
@@ -153,29 +154,31 @@ def test_adapters_of_growing_rank_join_a_session(base, store):
         publish_adapter(store, f"r{rank}", make_adapter(base.config, rank, LoraSettings(rank=rank)), base, Origin())
     outputs = {}
     for rank in (2, 6, 4, 2, 6):
-        (output,) = generate(session, [Request("the cat", ((f"r{rank}", 1.0),), 1)], SETTINGS)
+        (output,) = generate(session, [Request("the cat", Mix.single(f"r{rank}"), 1)], SETTINGS)
         assert outputs.setdefault(rank, output.text) == output.text
     assert len(set(outputs.values())) == 3
     with pytest.raises(UsageError, match="no store"):
-        Session(base).open(["law"])
+        Session(base).load(["law"])
 
 
 def test_merged_weights_write_the_same_and_leave_the_base_alone(session, base):
     before = {key: tensor.clone() for key, tensor in base.model.state_dict().items()}
-    for mix in (law(), (("law", 0.5), ("code", 0.5)), ()):
+    for mix in (law(), Mix([("law", 0.5), ("code", 0.5)]), Mix()):
         requests = [Request("the cat", mix, seed) for seed in (1, 2)]
         plain = generate(session, requests, SETTINGS)
         merged = generate(session, requests, SETTINGS.model_copy(update={"merge_into_base": True}))
         assert [output.text for output in merged] == [output.text for output in plain]
         assert merged[0].provenance["adapters"] == plain[0].provenance["adapters"]
         assert merged[0].adapter == plain[0].adapter
-        folded = session.fold(session.resolve(mix))
-        wanted = compute_logits(base, session.for_rows(session.resolve(mix)))
+        folded = session.merge_into_base(session.resolve(mix))
+        wanted = compute_logits(base, session.select(session.resolve(mix)))
         assert measure_difference(compute_logits(folded.base), wanted) < 1e-4
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.model.state_dict().items())
     with pytest.raises(UsageError, match="one adapter or mix"):
         generate(session, [Request("a", law()), Request("a")], SETTINGS.model_copy(update={"merge_into_base": True}))
     prepack_weights(base.model)
     mix = session.resolve(law())
-    difference = measure_difference(compute_logits(session.fold(mix).base), compute_logits(base, session.for_rows(mix)))
+    difference = measure_difference(
+        compute_logits(session.merge_into_base(mix).base), compute_logits(base, session.select(mix))
+    )
     assert 0 < difference < 0.02, "packed weights are merged into, and rounded once more"

@@ -11,8 +11,10 @@ from lora_gpt2.core.errors import ConflictError, LoraGpt2Error, NotFoundError, R
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog, find_log
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.repl import HELP, Repl
 from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.slots import AdapterSlots
 from lora_gpt2.recipe import EvaluateSettings, GenerateSettings
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
@@ -38,14 +40,14 @@ def wanted(repl, prompt, mix, seed):
 def test_text_is_continued_and_every_step_can_be_taken_back(repl):
     repl.run("/use law")
     repl.run("the cat")
-    one = "the cat" + wanted(repl, "the cat", (("law", 1.0),), 11)
+    one = "the cat" + wanted(repl, "the cat", Mix.single("law"), 11)
     assert (repl.text, "".join(repl.pieces)) == (one, one.removeprefix("the cat"))
     repl.run("/use code")
     repl.run(" and")
-    two = one + " and" + wanted(repl, one + " and", (("code", 1.0),), 12)
+    two = one + " and" + wanted(repl, one + " and", Mix.single("code"), 12)
     assert repl.text == two
     repl.run("/retry")
-    assert repl.text == one + " and" + wanted(repl, one + " and", (("code", 1.0),), 13) != two
+    assert repl.text == one + " and" + wanted(repl, one + " and", Mix.single("code"), 13) != two
     repl.run("/undo")
     assert repl.text == one
     repl.run("")
@@ -124,7 +126,7 @@ def test_stats_give_the_perplexity_that_evaluate_gives(repl):
     repl.text = "the cat and the dog"
     shown = repl.run("/stats")
     settings = EvaluateSettings(window=48, stride=48)
-    rows = repl.session.for_rows((("law", 1.0),))
+    rows = repl.session.select(Mix.single("law"))
     score = measure_perplexity(repl.session.base, [repl.text], settings, rows)
     assert f"under law: {score.perplexity:.2f} ({score.tokens} tokens)" in shown
     assert "under base:" in shown
@@ -207,7 +209,7 @@ def test_a_retry_that_cannot_be_made_loses_nothing(repl, tmp_path):
     repl.run(" and")
     text = repl.text
     repl.session.store = None
-    repl.session._slots.clear()
+    repl.session.slots = AdapterSlots(repl.session.base, 4)
     with pytest.raises(UsageError):
         repl.run("/retry")
     assert repl.text == text

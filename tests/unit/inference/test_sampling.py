@@ -11,21 +11,27 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lora_gpt2.inference.sampling import adjust_logits, choose_token, forbid_ngrams, penalise_repetition, shape_logits
-from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.inference.sampling import (
+    SamplingParams,
+    adjust_logits,
+    choose_token,
+    forbid_ngrams,
+    penalise_repetition,
+    warp_logits,
+)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.9), (50, 0.95), (1, 0.5), (500, 0.01)])
 def test_shaping_equals_transformers(temperature, top_k, top_p):
     logits = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 3
-    settings = GenerateSettings(temperature=temperature, top_k=top_k, top_p=top_p)
+    shape = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     wanted = TemperatureLogitsWarper(temperature)(None, logits[None])
     if top_k:
         wanted = TopKLogitsWarper(top_k)(None, wanted)
     if top_p < 1:
         wanted = TopPLogitsWarper(top_p)(None, wanted)
-    assert torch.equal(shape_logits(logits, settings), wanted[0])
+    assert torch.equal(warp_logits(logits, **shape), wanted[0])
 
 
 def test_the_repetition_penalty_equals_transformers():
@@ -38,7 +44,7 @@ def test_the_repetition_penalty_equals_transformers():
 
 def test_draws_follow_the_distribution_and_the_seed():
     logits = torch.tensor([0.0, math.log(3), -torch.inf])
-    settings = GenerateSettings(temperature=1.0, top_k=0, top_p=1.0)
+    settings = SamplingParams(temperature=1.0, top_k=0, top_p=1.0)
     none = torch.tensor([], dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
     counts = torch.bincount(
@@ -46,7 +52,7 @@ def test_draws_follow_the_distribution_and_the_seed():
     )
     assert counts[2] == 0
     assert counts[1] / 4000 == pytest.approx(0.75, abs=0.03)
-    assert choose_token(logits, none, GenerateSettings(temperature=0), generator) == 1
+    assert choose_token(logits, none, SamplingParams(temperature=0.0), generator) == 1
     draws = [[choose_token(logits, none, settings, torch.Generator().manual_seed(s)) for _ in range(5)] for s in (1, 1)]
     assert draws[0] == draws[1]
 
@@ -60,10 +66,10 @@ def logits_and_history(vocab=60, seen=30):
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
 def test_min_p_equals_transformers(min_p, temperature):
     logits, _ = logits_and_history()
-    settings = GenerateSettings(temperature=temperature, top_k=20, top_p=0.9, min_p=min_p)
+    shape = {"temperature": temperature, "top_k": 20, "top_p": 0.9, "min_p": min_p}
     wanted = TopKLogitsWarper(20)(None, TemperatureLogitsWarper(temperature)(None, logits[None]))
     wanted = MinPLogitsWarper(min_p)(None, TopPLogitsWarper(0.9)(None, wanted))
-    assert torch.equal(shape_logits(logits, settings), wanted[0])
+    assert torch.equal(warp_logits(logits, **shape), wanted[0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -79,7 +85,7 @@ def test_forbidden_ngrams_are_those_of_transformers(size):
 def test_presence_and_frequency_count_the_continuation_only():
     logits, _ = logits_and_history()
     seen = torch.tensor([1, 2, 2, 3, 3, 3])
-    settings = GenerateSettings(presence_penalty=0.5, frequency_penalty=0.25)
+    settings = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
     change = adjust_logits(logits, seen, 1, settings) - logits
     expected = torch.zeros(60)
     expected[2], expected[3] = -0.5 - 2 * 0.25, -0.5 - 3 * 0.25
@@ -88,21 +94,23 @@ def test_presence_and_frequency_count_the_continuation_only():
 
 def test_a_bias_moves_single_tokens_and_unknown_ones_are_ignored():
     logits, none = torch.zeros(10), torch.tensor([], dtype=torch.long)
-    settings = GenerateSettings(temperature=0, logit_bias={3: 5.0, 99: 100.0})
+    settings = SamplingParams(temperature=0.0, logit_bias={3: 5.0, 99: 100.0})
     assert choose_token(logits, none, settings, torch.Generator()) == 3
-    assert choose_token(logits, none, GenerateSettings(temperature=0, logit_bias={0: -1}), torch.Generator()) == 1
+    assert choose_token(logits, none, SamplingParams(temperature=0.0, logit_bias={0: -1.0}), torch.Generator()) == 1
 
 
-@pytest.mark.parametrize("given", [{"top_p": 1e-300}, {"top_p": 1e-46}, {"min_p": 1.0}, {"top_p": 1e-300, "min_p": 1}])
+@pytest.mark.parametrize(
+    "given", [{"top_p": 1e-300}, {"top_p": 1e-46}, {"min_p": 1.0}, {"top_p": 1e-300, "min_p": 1.0}]
+)
 def test_the_likeliest_token_is_always_kept(given):
     logits, none = torch.tensor([0.0, 3.0, 1.0]), torch.tensor([], dtype=torch.long)
-    settings = GenerateSettings(temperature=1.0, top_k=0, **given)
-    assert torch.isfinite(shape_logits(logits, settings)).tolist() == [False, True, False]
+    settings = SamplingParams(temperature=1.0, top_k=0, **given)
+    assert torch.isfinite(warp_logits(logits, 1.0, **given)).tolist() == [False, True, False]
     assert choose_token(logits, none, settings, torch.Generator().manual_seed(0)) == 1
 
 
 def test_when_all_is_forbidden_the_likeliest_is_taken():
-    settings = GenerateSettings(temperature=0, no_repeat_ngram_size=1)
+    settings = SamplingParams(temperature=0.0, no_repeat_ngram_size=1)
     seen = torch.arange(5)
     assert choose_token(torch.tensor([0.0, 2, 1, 0, 0]), seen, settings, torch.Generator()) == 1
 
@@ -117,7 +125,7 @@ def test_a_logit_of_any_size_gives_a_token_at_any_temperature(temperature, size)
     """A division by the smallest temperature must not make two infinities, whose difference is no number."""
     generator = torch.Generator().manual_seed(0)
     for extra in ({"top_k": 0, "top_p": 1.0}, {"top_k": 2, "top_p": 0.5}, {"top_k": 0, "top_p": 1.0, "min_p": 0.1}):
-        settings = GenerateSettings(temperature=temperature, **extra)
+        settings = SamplingParams(temperature=temperature, **extra)
         for place in range(3):
             logits = torch.tensor([-1.0, 0.0, -size])
             logits[place] = size
@@ -133,18 +141,20 @@ def test_a_logit_of_any_size_gives_a_token_at_any_temperature(temperature, size)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bias_and_penalties_of_every_size_give_a_token(dtype):
-    bounds = {"repetition_penalty": 0.01, "presence_penalty": -2, "frequency_penalty": -2, "logit_bias": {1: 100.0}}
+    bounds = {"repetition_penalty": 0.01, "presence_penalty": -2.0, "frequency_penalty": -2.0, "logit_bias": {1: 100.0}}
     generator, seen = torch.Generator().manual_seed(0), torch.tensor([0, 1, 1, 2])
     logits = torch.tensor([1e35, 2e37, 1.0, -1e36], dtype=dtype)
     for temperature in (0.0, 0.001, 1.0):
-        settings = GenerateSettings(temperature=temperature, top_k=0, top_p=1.0, **bounds)
-        assert choose_token(logits, seen, settings, generator, 1) in (0, 1), "likelier than any other by far"
+        settings = SamplingParams(temperature=temperature, top_k=0, top_p=1.0, **bounds)
+        assert choose_token(logits, seen, settings, generator, num_prompt_tokens=1) in (0, 1), (
+            "likelier than any other by far"
+        )
 
 
 def test_what_no_bound_reaches_is_drawn_as_it_is():
     """The control: what stays finite by itself is not changed by the bound."""
     logits = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 1e3
     for temperature in (0.001, 1.0, 100.0):
-        settings = GenerateSettings(temperature=temperature, top_k=0, top_p=1.0)
+        settings = SamplingParams(temperature=temperature, top_k=0, top_p=1.0)
         wanted = torch.multinomial((logits / temperature).softmax(0), 1, generator=torch.Generator().manual_seed(5))
         assert choose_token(logits, EMPTY, settings, torch.Generator().manual_seed(5)) == int(wanted)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import NotFoundError, UsageError
-from lora_gpt2.inference.engine import Engine, Row
-from lora_gpt2.inference.session import Session, parse_mix
+from lora_gpt2.inference.engine import Engine
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.model.probe import compute_logits
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
@@ -24,16 +26,16 @@ def filled(base, store):
 
 
 def logits(session, name):
-    return compute_logits(session.base, session.for_rows(((name, 1.0),)))
+    return compute_logits(session.base, session.select(Mix.single(name)))
 
 
 def test_the_least_recently_used_makes_room(base, filled):
     session = Session(base, filled, max_slots=2)
     for name, loaded in (("a", ["a"]), ("b", ["a", "b"]), ("a", ["b", "a"]), ("c", ["a", "c"]), ("b", ["c", "b"])):
-        session.open([name])
-        assert session.loaded == loaded
-    session.open(["a", "b", "c", "d"])
-    assert set(session.loaded) == set(NAMES), "a batch that needs more gets them"
+        session.load([name])
+        assert session.slots.references == loaded
+    session.load(["a", "b", "c", "d"])
+    assert set(session.slots.references) == set(NAMES), "a batch that needs more gets them"
 
 
 def test_coming_and_going_changes_nobodys_numbers(base, filled):
@@ -41,66 +43,66 @@ def test_coming_and_going_changes_nobodys_numbers(base, filled):
     session = Session(base, filled, max_slots=2)
     for name in "abcdacbdbbadcabd":
         assert torch.allclose(logits(session, name), wanted[name], atol=1e-5)
-        assert len(session.loaded) <= 2
+        assert len(session.slots.references) <= 2
     assert len({float(value.sum()) for value in wanted.values()}) == 4
 
 
 def test_a_batch_keeps_what_it_needs_while_others_make_room(base, filled):
     session = Session(base, filled, max_slots=2)
-    session.open(["a", "b"])
-    mixes = [(("b", 1.0),), (("c", 0.5), ("d", 0.5)), ()]
-    together = base.model(torch.tensor([[1, 2, 3]] * 3), session.rows(mixes))
+    session.load(["a", "b"])
+    mixes = [Mix.single("b"), Mix([("c", 0.5), ("d", 0.5)]), Mix()]
+    together = base.model(torch.tensor([[1, 2, 3]] * 3), session.adapters_for(mixes))
     for row, mix in enumerate(mixes):
-        alone = base.model(torch.tensor([[1, 2, 3]]), Session(base, filled).rows([mix]))
+        alone = base.model(torch.tensor([[1, 2, 3]]), Session(base, filled).adapters_for([mix]))
         assert torch.allclose(together[row], alone[0], atol=1e-5)
 
 
 def test_a_resolved_mix_stays_what_it_is_when_others_publish_and_roll_back(base, filled):
     session = Session(base, filled)
-    mix = session.resolve((("a", 1.0),))
-    assert mix == ((f"a@1#{filled.read_manifest('a').digest[:16]}", 1.0),)
-    before = compute_logits(base, session.for_rows(mix))
+    mix = session.resolve(Mix.single("a"))
+    assert mix == Mix.single(f"a@1#{filled.read_manifest('a').digest[:16]}")
+    before = compute_logits(base, session.select(mix))
     publish_adapter(filled, "a", make_adapter(base.config, 9), base, Origin())
-    assert session.resolve((("a", 1.0),))[0][0].startswith("a@2#")
-    newer = compute_logits(base, session.for_rows(session.resolve((("a", 1.0),))))
+    assert session.resolve(Mix.single("a"))[0][0].startswith("a@2#")
+    newer = compute_logits(base, session.select(session.resolve(Mix.single("a"))))
     collect_garbage(filled, keep=1)
-    again = compute_logits(base, session.for_rows(mix))
+    again = compute_logits(base, session.select(mix))
     assert torch.allclose(again, before, atol=1e-5), "also when its version is gone"
     assert not torch.allclose(newer, before)
     with pytest.raises(NotFoundError):
-        session.resolve((("nothing", 1.0),))
+        session.resolve(Mix.single("nothing"))
     publish_adapter(filled, "a", make_adapter(base.config, 8), base, Origin())
     roll_back(filled, "a", 2)
-    assert session.resolve((("a", 0.5),))[0][1] == 0.5
+    assert session.resolve(Mix.single("a", 0.5))[0][1] == 0.5
 
 
 def test_adapters_in_memory_go_by_their_own_names(base):
     session = Session(base)
-    session.add({"mine": make_adapter(base.config, 1)})
+    session.load_in_memory({"mine": make_adapter(base.config, 1)})
     first = logits(session, "mine")
-    assert session.resolve((("mine", 1.0),)) == (("mine", 1.0),)
-    session.add({"mine": make_adapter(base.config, 2)})
+    assert session.resolve(Mix.single("mine")) == Mix.single("mine")
+    session.load_in_memory({"mine": make_adapter(base.config, 2)})
     assert not torch.allclose(logits(session, "mine"), first)
-    assert session.loaded == ["mine"]
+    assert session.slots.references == ["mine"]
     with pytest.raises(UsageError, match="no store"):
-        session.open(["other"])
+        session.load(["other"])
 
 
 def test_what_is_held_keeps_its_slot_and_what_is_dropped_leaves_nothing(base, filled):
     session = Session(base, filled, max_slots=2)
-    session.open(["a", "b"])
-    session.hold((("a", 1.0),))
-    session.hold((("a", 1.0), ("b", 0.5)))
-    session.open(["c"])
-    assert session.loaded == ["a", "b", "c"], "nobody could make room"
-    session.release((("a", 1.0), ("b", 0.5)))
-    session.open(["d"])
-    assert session.loaded == ["a", "c", "d"], "b was released, a is still held once"
-    assert not session.drop("a")
-    assert not session.drop("b"), "it is gone already"
-    assert session.drop("c")
-    session.release((("a", 1.0),))
-    assert session.drop("a")
+    session.load(["a", "b"])
+    session.slots.pin(Mix.single("a"))
+    session.slots.pin(Mix([("a", 1.0), ("b", 0.5)]))
+    session.load(["c"])
+    assert session.slots.references == ["a", "b", "c"], "nobody could make room"
+    session.slots.unpin(Mix([("a", 1.0), ("b", 0.5)]))
+    session.load(["d"])
+    assert session.slots.references == ["a", "c", "d"], "b was released, a is still held once"
+    assert not session.slots.evict("a")
+    assert not session.slots.evict("b"), "it is gone already"
+    assert session.slots.evict("c")
+    session.slots.unpin(Mix.single("a"))
+    assert session.slots.evict("a")
     wanted = logits(Session(base, filled), "d")
     assert torch.allclose(logits(session, "d"), wanted, atol=1e-5)
 
@@ -124,49 +126,57 @@ def test_an_adapter_that_is_removed_while_in_use_is_used_to_the_end(base, filled
     assert rows[1].new_ids == rows[0].new_ids
     assert other.finish_reason
     with pytest.raises(NotFoundError):
-        Session(base, filled).open(["a"])
+        Session(base, filled).load(["a"])
 
 
 def make_row(base, name="a@1"):
     settings = GenerateSettings(temperature=0, logit_bias={base.tokenizer.eos_id: -100.0})
-    return Row(0, ((name, 1.0),), [1, 2, 3], 12, settings, 0, base.tokenizer)
+    return SequenceState(
+        index=0,
+        mix=Mix.single(name),
+        prompt_ids=[1, 2, 3],
+        max_new_tokens=12,
+        settings=settings,
+        seed=0,
+        tokenizer=base.tokenizer,
+    )
 
 
 def test_a_name_and_number_that_come_back_are_another_adapter(base, filled):
     session = Session(base, filled)
-    old = session.resolve((("a", 1.0),))
-    before = compute_logits(base, session.for_rows(old))
+    old = session.resolve(Mix.single("a"))
+    before = compute_logits(base, session.select(old))
     remove_adapter(filled, "a")
     with pytest.raises(NotFoundError):
-        session.resolve((("a", 1.0),))
+        session.resolve(Mix.single("a"))
     with pytest.raises(NotFoundError):
-        session.resolve((("a@1", 1.0),))
+        session.resolve(Mix.single("a@1"))
     publish_adapter(filled, "a", make_adapter(base.config, 77), base, Origin())
-    new = session.resolve((("a", 1.0),))
+    new = session.resolve(Mix.single("a"))
     assert new != old
     assert filled.read_manifest("a").version == 1, "numbers begin again"
-    after = compute_logits(base, session.for_rows(new))
+    after = compute_logits(base, session.select(new))
     assert (after - before).abs().max() > 0.1
-    assert torch.allclose(compute_logits(base, session.for_rows(old)), before, atol=1e-5), (
+    assert torch.allclose(compute_logits(base, session.select(old)), before, atol=1e-5), (
         "who holds the old one keeps it"
     )
     with pytest.raises(NotFoundError, match="replaced"):
-        Session(base, filled).open([old[0][0]])
+        Session(base, filled).load([old[0][0]])
 
 
 def test_a_load_that_fails_leaves_no_slot_with_another_ones_weights(base, filled, monkeypatch):
     session = Session(base, filled, max_slots=1)
-    session.open(["a"])
+    session.load(["a"])
     wanted = logits(Session(base, filled), "d")
 
     def fail(*arguments):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(session, "_build_bank", fail)
+    monkeypatch.setattr(session.slots, "_build_bank", fail)
     with pytest.raises(RuntimeError):
-        session.open(["d"])
+        session.load(["d"])
     monkeypatch.undo()
-    assert "d" not in session.loaded
+    assert "d" not in session.slots.references
     assert torch.allclose(logits(session, "d"), wanted, atol=1e-5)
 
 
@@ -176,7 +186,7 @@ def add_up(base, weighted):
     for site in next(iter(weighted))[0].updates:
         parts = [(adapter.updates[site], weight) for adapter, weight in weighted]
         a = torch.cat([update.a for update, _ in parts])
-        b = torch.cat([update.b * (update.scale * weight) for update, weight in parts], dim=1)
+        b = torch.cat([update.b * (update.scaling * weight) for update, weight in parts], dim=1)
         updates[site] = LoraUpdate(a, b, alpha=float(a.shape[0]))  # alpha over rank is 1
     return Adapter(updates)
 
@@ -205,10 +215,12 @@ def test_a_mix_is_the_weighted_sum_of_its_adapters_signs_included(base, folded):
     plain, seen = compute_logits(base), []
     for first, second in WEIGHTS:
         session = Session(base)
-        session.add({"law": law, "code": code, "sum": add_up(base, [(law, first), (code, second)])})
-        mix = (("law", first), ("code", second)) if second else (("law", first),)
-        wanted = compute_logits(base, session.for_rows((("sum", 1.0),)))
-        found = compute_logits(session.fold(mix).base) if folded else compute_logits(base, session.for_rows(mix))
+        session.load_in_memory({"law": law, "code": code, "sum": add_up(base, [(law, first), (code, second)])})
+        mix = Mix([("law", first), ("code", second)]) if second else Mix.single("law", first)
+        wanted = compute_logits(base, session.select(Mix.single("sum")))
+        found = (
+            compute_logits(session.merge_into_base(mix).base) if folded else compute_logits(base, session.select(mix))
+        )
         size = max(1.0, float(wanted.abs().max()))
         assert torch.allclose(found, wanted, atol=1e-4 * size), (first, second)  # float32, summed in another order
         assert torch.allclose(found, plain, atol=1e-5) is (first == second == 0)
@@ -220,16 +232,19 @@ def test_a_mix_is_the_weighted_sum_of_its_adapters_signs_included(base, folded):
 def test_each_row_of_a_batch_has_its_own_weights_and_signs(base):
     law, code = (make_adapter(base.config, seed) for seed in (1, 2))
     session = Session(base)
-    session.add({"law": law, "code": code})
-    mixes = [(("law", first), ("code", second)) for first, second in WEIGHTS] + [(), (("code", -0.5), ("law", 0.25))]
+    session.load_in_memory({"law": law, "code": code})
+    mixes = [Mix([("law", first), ("code", second)]) for first, second in WEIGHTS] + [
+        Mix(),
+        Mix([("code", -0.5), ("law", 0.25)]),
+    ]
     tokens = torch.tensor([[5, 9, 2, 7]])
-    rows = session.rows(mixes)
+    rows = session.adapters_for(mixes)
     together = base.model.logits(base.model(tokens.expand(len(mixes), -1), rows), rows)
     for place, mix in enumerate(mixes):
         weighted = [({"law": law, "code": code}[name], weight) for name, weight in mix] or [(law, 0.0)]
         alone = Session(base)
-        alone.add({"sum": add_up(base, weighted)})
-        one = alone.rows([(("sum", 1.0),)])
+        alone.load_in_memory({"sum": add_up(base, weighted)})
+        one = alone.adapters_for([Mix.single("sum")])
         wanted = base.model.logits(base.model(tokens, one), one)[0]
         size = max(1.0, float(wanted.abs().max()))
         assert torch.allclose(together[place], wanted, atol=1e-4 * size), mix  # float32, summed in another order
@@ -237,14 +252,14 @@ def test_each_row_of_a_batch_has_its_own_weights_and_signs(base):
 
 def test_an_adapter_and_its_negative_are_the_plain_base(base):
     session, adapter = Session(base), make_adapter(base.config, 1)
-    session.add({"law": adapter, "twin": adapter})
-    for mix in ((("law", 0.7), ("twin", -0.7)), (("twin", -2.0), ("law", 2.0))):
+    session.load_in_memory({"law": adapter, "twin": adapter})
+    for mix in (Mix([("law", 0.7), ("twin", -0.7)]), Mix([("twin", -2.0), ("law", 2.0)])):
         # what cancels is as large as an adapter's effect, of which float32 keeps seven digits
-        assert torch.allclose(compute_logits(base, session.for_rows(mix)), compute_logits(base), atol=1e-3)
+        assert torch.allclose(compute_logits(base, session.select(mix)), compute_logits(base), atol=1e-3)
 
 
 def test_a_mix_is_written_with_its_signs():
-    assert parse_mix(["law:-0.5", "code:16", "x:-16", "y:+1", "z"]) == (
+    assert Mix.parse(["law:-0.5", "code:16", "x:-16", "y:+1", "z"]) == (
         ("law", -0.5),
         ("code", 16.0),
         ("x", -16.0),
@@ -253,4 +268,4 @@ def test_a_mix_is_written_with_its_signs():
     )
     for wrong in ("law:-16.1", "law:17", "law:-inf", "law:nan", "law:-", "law:--1"):
         with pytest.raises(UsageError, match="within ±16"):
-            parse_mix([wrong])
+            Mix.parse([wrong])

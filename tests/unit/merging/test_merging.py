@@ -7,23 +7,26 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, UsageError
-from lora_gpt2.evaluation.matrix import Source
+from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.perplexity import measure_perplexity
-from lora_gpt2.inference.session import BASE, Session
-from lora_gpt2.merging import combine
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
+from lora_gpt2.merging import combine, into_base
 from lora_gpt2.merging.combine import MERGED, merge_adapters
 from lora_gpt2.merging.into_base import merge_into_base
 from lora_gpt2.merging.search import search_weights
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter, LoraUpdate
+from lora_gpt2.model.merge import MergeRule
 from lora_gpt2.model.probe import build_probe, compute_logits
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, EvaluateSettings, LoraSettings, MergeSettings
 from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.references import BASE
 from tests.builders import make_adapter, make_base_folder
 
-MIX = (("law", 0.7), ("code", 0.4))
-SOURCES = [Source("one", ["the cat and the dog run"]), Source("two", ["in the rain under another sun"])]
+MIX = Mix([("law", 0.7), ("code", 0.4)])
+SOURCES = [EvaluationText("one", ["the cat and the dog run"]), EvaluationText("two", ["in the rain under another sun"])]
 SETTINGS = EvaluateSettings()
 
 
@@ -40,8 +43,8 @@ def merge(session, reporter, mix=MIX, name="both", **how):
 
 def test_an_exact_merge_computes_what_the_mix_does_and_says_where_it_is_from(session, reporter, base, store):
     report = merge(session, reporter)
-    mixed = compute_logits(base, session.for_rows(MIX))
-    merged = compute_logits(base, Session(base, store).for_rows((("both", 1.0),)))
+    mixed = compute_logits(base, session.select(MIX))
+    merged = compute_logits(base, Session(base, store).select(Mix.single("both")))
     assert float((mixed - merged).abs().max()) < 1e-4
     assert report.max_logit_difference < 1e-4
     assert float((mixed - compute_logits(base)).abs().max()) > 0.01
@@ -49,7 +52,7 @@ def test_an_exact_merge_computes_what_the_mix_does_and_says_where_it_is_from(ses
     assert [(p.reference, p.weight, p.digest) for p in manifest.parents] == [
         (f"{name}@1", weight, store.read_manifest(name).digest) for name, weight in MIX
     ]
-    assert manifest.made["by"] == "merge"
+    assert manifest.provenance["by"] == "merge"
     assert manifest.data["sources"] == ["code.txt", "law.txt"]
 
 
@@ -58,8 +61,8 @@ def test_the_cells_are_those_of_evaluate(session, reporter, base, store):
     assert {adapter for adapter, _ in cells} == {BASE, "law", "code", MERGED}
     assert {source for _, source in cells} == {"general", "one", "two"}
     fresh = Session(base, store)
-    for adapter, mix in {"law": (("law", 1.0),), MERGED: (("both", 1.0),), BASE: ()}.items():
-        score = measure_perplexity(base, SOURCES[0].documents, SETTINGS, fresh.for_rows(mix))
+    for adapter, mix in {"law": Mix.single("law"), MERGED: Mix.single("both"), BASE: Mix()}.items():
+        score = measure_perplexity(base, SOURCES[0].documents, SETTINGS, fresh.select(mix))
         assert cells[adapter, "one"] == pytest.approx(score.nll_nats, rel=1e-6)
 
 
@@ -74,8 +77,8 @@ def test_a_method_that_cuts_states_what_it_lost_and_less_is_lost_at_full_rank(se
 
 
 def test_nothing_is_published_when_the_proof_fails(session, reporter, store, monkeypatch):
-    def spoil(*arguments):
-        combined = spoil.original(*arguments)
+    def spoil(*arguments, **options):
+        combined = spoil.original(*arguments, **options)
         updates = {s: LoraUpdate(u.a, u.b * 1.01, u.alpha) for s, u in combined.adapter.updates.items()}
         return type(combined)(Adapter(updates), combined.relative_error)
 
@@ -89,9 +92,9 @@ def test_nothing_is_published_when_the_proof_fails(session, reporter, store, mon
 @pytest.mark.parametrize(
     ("mix", "error", "message"),
     [
-        ((), UsageError, "needs an adapter"),
-        ((("law", 0.0), ("code", 0.0)), UsageError, "changes nothing"),
-        ((("law", 1.0), ("law@1", 0.5)), UsageError, "the same weights"),
+        (Mix(), UsageError, "needs an adapter"),
+        (Mix([("law", 0.0), ("code", 0.0)]), UsageError, "changes nothing"),
+        (Mix([("law", 1.0), ("law@1", 0.5)]), UsageError, "the same weights"),
     ],
 )
 def test_merges_without_sense_are_refused(session, reporter, store, mix, error, message):
@@ -103,7 +106,7 @@ def test_merges_without_sense_are_refused(session, reporter, store, mix, error, 
 @pytest.mark.parametrize("method", ["ties", "cat"])
 def test_merges_that_overflow_are_refused(session, reporter, store, base, method):
     with pytest.raises((CheckFailed, CorruptError), match="finite"):
-        merge(session, reporter, (("law", 1e39), ("code", 1.0)), method=method)
+        merge(session, reporter, Mix([("law", 1e39), ("code", 1.0)]), method=method)
     assert "both" not in store.list_names()
 
 
@@ -117,7 +120,7 @@ def test_an_adapter_of_another_base_is_refused(session, reporter, store, tmp_pat
 def test_a_merged_base_runs_in_transformers_as_the_mix_does(session, reporter, tmp_path, base, dtype, limit):
     how = MergeSettings(dtype=dtype, max_shard_bytes=1_000_000)
     report = merge_into_base(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
-    mixed = compute_logits(base, session.for_rows(MIX))
+    mixed = compute_logits(base, session.select(MIX))
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
         found = theirs(build_probe(base)).logits
@@ -126,7 +129,7 @@ def test_a_merged_base_runs_in_transformers_as_the_mix_does(session, reporter, t
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("the cat")["input_ids"] == base.tokenizer.encode("the cat")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == report.dtype
-    assert {cell.adapter for cell in report.cells} == {BASE, "law", "code", "law:0.7+code:0.4", "(merge)"}
+    assert {cell.adapter for cell in report.cells} == {BASE, "law", "code", "law:0.7+code:0.4", MERGED}
     with pytest.raises(ConflictError, match="exists"):
         merge_into_base(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
 
@@ -137,15 +140,16 @@ def test_a_large_base_is_written_in_shards(reporter, store, tmp_path):
     publish_adapter(store, "law", make_adapter(wide.config), wide, Origin())
     session = Session(wide, store)
     how = MergeSettings(max_shard_bytes=1_000_000)
-    report = merge_into_base(session, (("law", 1.0),), tmp_path / "out", how, [], SETTINGS, reporter)
+    report = merge_into_base(session, Mix.single("law"), tmp_path / "out", how, [], SETTINGS, reporter)
     assert "model-00002-of-00002.safetensors" in report.files
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out")(build_probe(wide)).logits
-    torch.testing.assert_close(theirs, compute_logits(wide, session.for_rows((("law", 1.0),))), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(theirs, compute_logits(wide, session.select(Mix.single("law"))), atol=1e-4, rtol=1e-4)
 
 
 def test_a_failed_bake_leaves_no_folder(session, reporter, tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_gpt2.merging.into_base.combine_site", lambda *rest: combine.combine_site(*rest) * 1.1)
+    combine_site = MergeRule.combine_site
+    monkeypatch.setattr(into_base.MergeRule, "combine_site", lambda *rest: combine_site(*rest) * 1.1)
     with pytest.raises(CheckFailed):
         merge_into_base(session, MIX, tmp_path / "out", MergeSettings(), SOURCES, SETTINGS, reporter)
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
@@ -167,19 +171,19 @@ def test_gguf_holds_the_merged_tensors_and_the_tokenizer(session, reporter, stor
     assert torch.equal(found["token_embd.weight"], theirs["transformer.wte.weight"])
     assert torch.equal(found["output.weight"], theirs["lm_head.weight"])
     assert torch.equal(found["output.weight"], found["token_embd.weight"]) == (not with_head)
-    assert len(found) == 5 + 12 * base.config.layers
+    assert len(found) == 5 + 12 * base.config.n_layer
     expected = set(gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GPT2])
     known = {gguf.TENSOR_NAMES[kind].replace("{bid}", str(layer)) for kind in expected for layer in range(2)}
     assert {name.removesuffix(".weight").removesuffix(".bias") for name in found} <= known
     read = {field.name: field.contents() for field in reader.fields.values()}
-    assert read["gpt2.block_count"] == base.config.layers
+    assert read["gpt2.block_count"] == base.config.n_layer
     assert read["tokenizer.ggml.tokens"] == base.tokenizer.list_vocabulary()[0]
     assert read["tokenizer.ggml.merges"][0] == "t h"
 
 
 def test_the_search_finds_the_mix_that_the_texts_came_from(session, reporter, base):
     """Both texts are sampled from one mix, so no other mix predicts them better on average."""
-    rows = session.rows([MIX] * 8)
+    rows = session.adapters_for([MIX] * 8)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.full((8, 1), base.config.eos_id)
     with torch.inference_mode():
@@ -187,9 +191,9 @@ def test_the_search_finds_the_mix_that_the_texts_came_from(session, reporter, ba
             probabilities = base.model.logits(base.model(tokens, rows), rows)[:, -1, :200].softmax(-1)
             tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
     texts = [base.tokenizer.decode(row[1:].tolist()).encode("ascii", "ignore").decode() for row in tokens]
-    sources = [Source("one", texts[:4]), Source("two", texts[4:])]
+    sources = [EvaluationText("one", texts[:4]), EvaluationText("two", texts[4:])]
     how = MergeSettings(search_steps=40)
-    report = search_weights(session, (("law", 1.0), ("code", 1.0)), sources, how, SETTINGS, reporter)
+    report = search_weights(session, Mix([("law", 1.0), ("code", 1.0)]), sources, how, SETTINGS, reporter)
     first, *_ = [c for c in report.candidates if c.weights == (1.0, 1.0) and c.method == "cat"]
     assert report.best.mean < first.mean
     assert report.best.mean < report.base.mean
@@ -202,20 +206,20 @@ def test_the_search_finds_the_mix_that_the_texts_came_from(session, reporter, ba
         )
         assert beaten != (one in report.front)
     for best in report.candidates:  # each is what publishing it would give
-        mix = tuple((name, weight) for name, weight in zip(("law", "code"), best.weights, strict=True) if weight)
+        mix = Mix((name, weight) for name, weight in zip(("law", "code"), best.weights, strict=True) if weight)
         if best.method == "cat":
-            rows = session.for_rows(mix)
+            rows = session.select(mix)
         else:
             report = merge_adapters(
                 session, mix, "published", MergeSettings(method=best.method), [], SETTINGS, reporter
             )
-            rows = Session(base, session.store).for_rows(((f"published@{report.version}", 1.0),))
+            rows = Session(base, session.store).select(Mix.single(f"published@{report.version}"))
         found = measure_perplexity(base, texts[:4], SETTINGS, rows)
         assert best.nll[0] == pytest.approx(found.nll_nats_per_token, rel=1e-4)
 
 
 def test_a_search_needs_adapters_and_text(session, reporter):
-    for mix, sources in ((MIX[:1], SOURCES), (MIX, [])):
+    for mix, sources in ((Mix(MIX[:1]), SOURCES), (MIX, [])):
         with pytest.raises(UsageError, match="--search needs"):
             search_weights(session, mix, sources, MergeSettings(), SETTINGS, reporter)
 
@@ -223,18 +227,18 @@ def test_a_search_needs_adapters_and_text(session, reporter):
 def test_logits_that_are_not_finite_are_refused(session, reporter, store, base):
     for how in ({"method": "svd", "rank": 1}, {"method": "ties"}):
         with pytest.raises((CheckFailed, CorruptError)):
-            merge(session, reporter, (("code", 1e19), ("law", 1.0)), **how)
+            merge(session, reporter, Mix([("code", 1e19), ("law", 1.0)]), **how)
     assert "both" not in store.list_names()
 
 
 def test_a_wrongly_stated_error_is_found(session, reporter, monkeypatch):
-    def understate(*arguments):
-        combined = understate.original(*arguments)
+    def understate(*arguments, **options):
+        combined = understate.original(*arguments, **options)
         return type(combined)(combined.adapter, combined.relative_error / 2)
 
     understate.original = combine.combine_adapters
     monkeypatch.setattr(combine, "combine_adapters", understate)
-    with pytest.raises(CheckFailed, match="says that it lost"):
+    with pytest.raises(CheckFailed, match="reports a relative error"):
         merge(session, reporter, method="svd", rank=1)
 
 
@@ -242,7 +246,7 @@ def test_a_quantised_base_is_not_merged_into(store, reporter, base, base_folder,
     publish_adapter(store, "law", make_adapter(base.config), base, Origin())
     coarse = load_base(str(base_folder), choose_runtime("float32"), "int8")
     with pytest.raises(MismatchError, match="quantised"):
-        merge_into_base(Session(coarse, store), MIX[:1], tmp_path / "out", MergeSettings(), [], SETTINGS, reporter)
+        merge_into_base(Session(coarse, store), Mix(MIX[:1]), tmp_path / "out", MergeSettings(), [], SETTINGS, reporter)
 
 
 def test_a_base_that_llama_cpp_would_run_wrongly_gives_no_gguf(store, reporter, tmp_path):
@@ -253,5 +257,5 @@ def test_a_base_that_llama_cpp_would_run_wrongly_gives_no_gguf(store, reporter, 
     publish_adapter(store, "law", make_adapter(exact.config), exact, Origin())
     with pytest.raises(MismatchError, match="GELU"):
         merge_into_base(
-            Session(exact, store), MIX[:1], tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter
+            Session(exact, store), Mix(MIX[:1]), tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter
         )

@@ -86,7 +86,7 @@ def test_a_mix_is_the_weighted_sum_of_the_updates(base, tokens):
     updates = {}
     for site, u in one.updates.items():
         v = two.updates[site]
-        b = torch.cat([0.7 * u.scale * u.b, -0.3 * v.scale * v.b], 1)
+        b = torch.cat([0.7 * u.scaling * u.b, -0.3 * v.scaling * v.b], 1)
         updates[site] = LoraUpdate(torch.cat([u.a, v.a]), b, float(u.rank + v.rank))
     assert torch.allclose(mixed, run(base, tokens, open_bank(base, [Adapter(updates)]), [[1.0]] * 3), atol=1e-5)
 
@@ -113,7 +113,7 @@ def test_reading_a_slot_gives_back_what_was_loaded(base, layout):
         for site, update in adapter.updates.items():
             assert torch.equal(read.updates[site].a, update.a)
             assert torch.equal(read.updates[site].b, update.b)
-            assert read.updates[site].scale == update.scale
+            assert read.updates[site].scaling == update.scaling
 
 
 def test_what_was_read_does_not_follow_the_bank(base):
@@ -216,7 +216,7 @@ def test_the_mask_keeps_the_blocks_of_sliced_targets(base):
     bank = open_bank(base, [adapter], "training")
     mask = bank.build_mask([plan_targets(base.config, settings)])
     ones = bank.read(0, mask).updates["h.1.attn.c_attn"].b
-    d = base.config.width
+    d = base.config.n_embd
     expected = torch.zeros(3 * d, 6)
     expected[:d, :3] = 1
     expected[2 * d :, 3:] = 1
@@ -256,7 +256,7 @@ def test_dropout_drops_its_share_and_averages_out(base, dropout):
     deviation = update.std(0) / 1000**0.5
     assert ((update.mean(0) - wanted).abs() <= 5 * deviation + 1e-6).all()
     lora = bank.read(0).updates[site]
-    by_hand = lora.scale * (x * mask) @ lora.a.mT @ lora.b.mT
+    by_hand = lora.scaling * (x * mask) @ lora.a.mT @ lora.b.mT
     assert torch.allclose(update, by_hand, atol=1e-4), "the adapter's input alone is dropped, not the projection's"
 
 

@@ -35,7 +35,7 @@ def test_an_untied_head_is_used(tmp_path, base_folder):
 
 
 def test_six_layers_load(tmp_path):
-    assert load_base(str(make_base_folder(tmp_path / "d", layers=6)), FLOAT32).config.layers == 6
+    assert load_base(str(make_base_folder(tmp_path / "d", layers=6)), FLOAT32).config.n_layer == 6
 
 
 def test_the_base_is_frozen(base):
@@ -48,7 +48,7 @@ def test_nano_is_bundled_and_small():
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 16e6
     base = load_base("nano", FLOAT32)
     assert 4e6 <= sum(p.numel() for p in base.model.parameters()) <= 8e6
-    assert (base.config.context, base.config.vocab_size, base.tokenizer.eos_id) == (512, 8192, 8191)
+    assert (base.config.n_positions, base.config.vocab_size, base.tokenizer.eos_id) == (512, 8192, 8191)
 
 
 def test_the_fingerprint_covers_every_tensor_and_the_shape(tmp_path, base_folder):

@@ -68,7 +68,7 @@ def test_gradients_equal_autograds(base, tokens, targets, dropout, checkpointing
     ours.backward()
     adapter = bank.read(0)
     updates = {
-        site: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_(), u.scale)
+        site: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_(), u.scaling)
         for site, u in adapter.updates.items()
     }
     theirs = loss_of(base, PlainRows(rows, updates), tokens)
@@ -105,16 +105,16 @@ def kept_widths(base, tokens, rows):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = base.model(tokens, rows)
     assert hidden.requires_grad
-    return sum(kept.values()) / tokens.numel() / base.config.width
+    return sum(kept.values()) / tokens.numel() / base.config.n_embd
 
 
 def test_ten_widths_are_kept_per_token_and_block(base, tokens):
     bank, _ = open_bank(base)
-    layers, products = base.config.layers, sum(bank.ranks.values()) / base.config.width
+    layers, products = base.config.n_layer, sum(bank.ranks.values()) / base.config.n_embd
     ours = kept_widths(base, tokens, TrainingAdapters(bank, [0]))
     assert ours - products <= 10 * layers + 2.2
     updates = {
-        site: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_(), u.scale)
+        site: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_(), u.scaling)
         for site, u in bank.read(0).updates.items()
     }
     plain = kept_widths(base, tokens, PlainRows(TrainingAdapters(bank, [0]), updates))

@@ -15,33 +15,29 @@ def test_decoding_with_a_cache_equals_one_pass(base):
     whole = base.model(tokens)
     cache = KVCache(base.config, 3, 20, base.model.wte.weight)
     parts = [base.model(tokens[:, :7], cache=cache)]
-    cache.lengths += 7
     for step in range(7, 20):
         parts.append(base.model(tokens[:, step : step + 1], cache=cache))
-        cache.lengths += 1
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
     assert not torch.allclose(base.model(tokens.flip(0)), whole, atol=1e-2), "the comparison can fail"
 
 
 def test_rows_of_different_lengths_share_a_cache(base):
     tokens = torch.randint(0, base.config.vocab_size, (2, 12))
-    lengths = torch.tensor([4, 9])
+    lengths = [4, 9]
     cache = KVCache(base.config, 2, 14, base.model.wte.weight)
     padded = tokens.clone()
     padded[0, 4:] = 0
-    base.model(padded[:, :9], cache=cache)
-    cache.lengths += lengths
-    cache.used = 9
+    base.model(padded[:, :9], cache=cache, num_tokens=lengths)
     following = tokens[torch.arange(2), lengths][:, None]
     stepped = base.model(following, cache=cache)
-    for row, length in enumerate(lengths.tolist()):
+    for row, length in enumerate(lengths):
         alone = base.model(tokens[row : row + 1, : length + 1])[:, -1]
         assert torch.allclose(stepped[row], alone, atol=1e-5)
 
 
 def test_positions_beyond_the_context_are_an_error(base):
     with pytest.raises(IndexError, match="context"):
-        base.model(torch.zeros(1, base.config.context + 1, dtype=torch.long))
+        base.model(torch.zeros(1, base.config.n_positions + 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

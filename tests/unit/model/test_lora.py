@@ -26,9 +26,9 @@ def test_parameter_counts_are_those_of_peft(size):
     assert count_parameters(config, LoraSettings(rank=8, targets=BLOCKS)) == ALL_LINEAR_R8[size]
     assert LoraSettings().targets == BLOCKS
     with_head = LoraSettings(rank=8, targets=(*BLOCKS, HEAD))
-    assert count_parameters(config, with_head) == ALL_LINEAR_R8[size] + 16 * (50257 + config.width)
-    upper = LoraSettings(rank=8, targets=(*BLOCKS, HEAD), first_layer=config.layers - 1)
-    assert count_parameters(config, upper) == ALL_LINEAR_R8[size] // config.layers + 16 * (50257 + config.width)
+    assert count_parameters(config, with_head) == ALL_LINEAR_R8[size] + 16 * (50257 + config.n_embd)
+    upper = LoraSettings(rank=8, targets=(*BLOCKS, HEAD), first_layer=config.n_layer - 1)
+    assert count_parameters(config, upper) == ALL_LINEAR_R8[size] // config.n_layer + 16 * (50257 + config.n_embd)
     assert count_parameters(config, LoraSettings(rank=16, targets=("c_attn",))) == C_ATTN_R16[size]
 
 
@@ -44,7 +44,7 @@ def test_the_papers_setting_has_the_published_codes_count(size):
 )
 def test_an_unset_alpha_is_twice_the_rank_of_each_target(given, scale, scale_at_4):
     updates = build_adapter(config_of("small"), LoraSettings(**given, rank_pattern={"mlp.c_fc": 4}), 0).updates
-    assert (updates["h.0.attn.c_attn"].scale, updates["h.0.mlp.c_fc"].scale) == (scale, scale_at_4)
+    assert (updates["h.0.attn.c_attn"].scaling, updates["h.0.mlp.c_fc"].scaling) == (scale, scale_at_4)
 
 
 def test_q_and_v_become_a_rank_8_adapter_with_alpha_64():
@@ -57,7 +57,7 @@ def test_q_and_v_become_a_rank_8_adapter_with_alpha_64():
 def test_slices_keep_the_scale_of_one_slice(use_rslora):
     settings = LoraSettings(rank=4, alpha=12, targets=("c_attn.q", "c_attn.k", "c_attn.v"), use_rslora=use_rslora)
     update = build_adapter(config_of("small"), settings, 0).updates["h.0.attn.c_attn"]
-    assert update.scale == pytest.approx(12 / (2 if use_rslora else 4), rel=1e-12)
+    assert update.scaling == pytest.approx(12 / (2 if use_rslora else 4), rel=1e-12)
     assert update.rank == 12
 
 

@@ -4,12 +4,12 @@ import torch.nn.functional as F
 
 from lora_gpt2.model import loss
 from lora_gpt2.model.gpt2 import LowRankLogits
-from lora_gpt2.model.loss import IGNORE, fused_linear_cross_entropy, token_nll
+from lora_gpt2.model.loss import IGNORE, fused_linear_cross_entropy, linear_nll
 
 
 @pytest.fixture(params=[3, 1000])
 def rows(request, monkeypatch):
-    monkeypatch.setattr(loss, "CPU_ROWS", request.param)
+    monkeypatch.setattr(loss, "CPU_TOKENS", request.param)
 
 
 def draw():
@@ -54,18 +54,18 @@ def test_what_adapters_add_to_the_head_gets_autograds_gradients(groups):
     assert torch.allclose(nll, wanted.detach(), atol=1e-5)
     for mine, theirs in zip((ours.grad, thin.grad, found[0]), leaves, strict=True):
         assert torch.allclose(mine, theirs.grad, atol=1e-5)
-    assert torch.allclose(token_nll(hidden, head, targets, LowRankLogits(inner, outer)), nll, atol=1e-6)
+    assert torch.allclose(linear_nll(hidden, head, targets, LowRankLogits(inner, outer)), nll, atol=1e-6)
 
 
 @pytest.mark.usefixtures("rows")
 def test_scoring_equals_the_training_loss_per_token():
     hidden, head, targets, weights = draw()
     _, nll = fused_linear_cross_entropy(hidden, head, targets, weights, 0.0, None)
-    assert torch.allclose(token_nll(hidden, head, targets, None), nll, atol=1e-6)
+    assert torch.allclose(linear_nll(hidden, head, targets, None), nll, atol=1e-6)
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():
-    nll = token_nll(torch.randn(5, 4), torch.zeros(50257, 4), torch.arange(5), None)
+    nll = linear_nll(torch.randn(5, 4), torch.zeros(50257, 4), torch.arange(5), None)
     assert torch.allclose(nll.exp(), torch.full((5,), 50257.0), rtol=1e-5)
 
 
@@ -116,7 +116,7 @@ def test_scoring_over_a_head_in_16_bits_takes_the_softmax_in_float32(dtype, is_u
     if not is_updated:
         outer = torch.zeros_like(outer)
     wanted = F.cross_entropy(exact_logits(hidden, head, inner, outer), targets, reduction="none", ignore_index=IGNORE)
-    found = token_nll(hidden, head, targets, LowRankLogits(inner, outer) if is_updated else None)
+    found = linear_nll(hidden, head, targets, LowRankLogits(inner, outer) if is_updated else None)
     assert found.dtype == torch.float32
     assert torch.allclose(found, wanted, atol=1e-5)  # in bfloat16 a sum of 700 is off by 1e-3
 

@@ -5,6 +5,7 @@ import torch
 
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import load_for_inference
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.prepacked import PrepackedLinear, prepack_weights
@@ -21,8 +22,8 @@ def test_logits_and_adapters_are_nearly_those_of_float32(base, base_folder):
     found = []
     for each in (base, packed):
         session = Session(each)
-        session.add({"law": adapter})
-        found.append([compute_logits(each), compute_logits(each, session.for_rows((("law", 1.0),)))])
+        session.load_in_memory({"law": adapter})
+        found.append([compute_logits(each), compute_logits(each, session.select(Mix.single("law")))])
     for exact, rough in zip(*found, strict=True):
         error = measure_difference(exact, rough) / float(exact.abs().max())
         assert 0 < error < LARGEST
@@ -43,9 +44,9 @@ def test_what_is_packed_can_be_read_back():
 
 def test_a_batch_writes_what_each_row_writes_alone(base_folder):
     session = Session(load_for_inference(str(base_folder), "float16"))
-    session.add({"law": make_adapter(session.base.config)})
+    session.load_in_memory({"law": make_adapter(session.base.config)})
     settings = GenerateSettings(temperature=0, max_new_tokens=8)
-    requests = [Request("the cat", (("law", 1.0),)), Request("a"), Request("the")]
+    requests = [Request("the cat", Mix.single("law")), Request("a"), Request("the")]
     together = [output.text for output in generate(session, requests, settings)]
     assert together == [generate(session, [request], settings)[0].text for request in requests]
 

@@ -13,8 +13,9 @@ from lora_gpt2.model.base import load_base
 from lora_gpt2.model.quantize import QuantizedLinear, bytes_per_weight, check_quantization
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import build_recipe
-from lora_gpt2.training.slot import Domain
+from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import Trainer
+from lora_gpt2.training.validation import measure_blocks
 from tests.builders import make_base_folder
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -36,7 +37,7 @@ def test_a_quantised_base_holds_its_projections_in_codes_and_all_else_as_it_was(
             alone = QuantizedLinear(wanted.weight, wanted.bias, kind)
             assert torch.equal(module.dense(torch.float32), alone.dense(torch.float32))
             assert torch.equal(module.bias, wanted.bias)
-    assert sum(isinstance(m, QuantizedLinear) for m in near.model.modules()) == 4 * exact.config.layers
+    assert sum(isinstance(m, QuantizedLinear) for m in near.model.modules()) == 4 * exact.config.n_layer
     assert torch.equal(near.model.head, exact.model.head)
 
 
@@ -159,8 +160,8 @@ def test_training_over_a_quantised_base_lowers_the_loss_also_after_an_evaluation
     )
     base = load_base(str(wide_folder), RUNTIME, kind)
     before = [module.codes.clone() for module in base.model.modules() if isinstance(module, QuantizedLinear)]
-    trainer = Trainer(base, [Domain("one", recipe, prepare_data(recipe.data, base.tokenizer, reporter))], reporter)
-    first = trainer.measure_blocks(trainer.domains[0].data.validation, None)
+    trainer = Trainer(base, [TrainingSlot(recipe, prepare_data(recipe.data, base.tokenizer, reporter))], reporter)
+    first = measure_blocks(trainer.base, trainer.slots[0].data.validation, None)
     (trained,) = trainer.train(StopRequest())
     assert trained.validation_nll < first - 0.3
     after = [module.codes for module in base.model.modules() if isinstance(module, QuantizedLinear)]

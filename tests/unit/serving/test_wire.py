@@ -4,10 +4,20 @@ import json
 
 import pytest
 
-from lora_gpt2.inference.engine import Row
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
-from lora_gpt2.serving.protocol import MAX_SEED, ApiError, build_rows, build_usage, list_prompts, parse_body
+from lora_gpt2.serving.protocol import (
+    MAX_SEED,
+    ApiError,
+    CompletionChoice,
+    build_sequences,
+    count_usage,
+    list_prompts,
+    parse_body,
+)
+from lora_gpt2.serving.worker import StepOutput
 
 LIMITS, DEFAULTS = ServeSettings(max_choices=8), GenerateSettings(max_new_tokens=5)
 
@@ -19,7 +29,23 @@ def session(base):
 
 def rows_of(session, seed=0, **body):
     content = json.dumps({"model": "base", "max_tokens": 2, **body}).encode()
-    return build_rows(parse_body(content), session, DEFAULTS, LIMITS, seed)
+    return build_sequences(parse_body(content), session, DEFAULTS, LIMITS, seed)
+
+
+def choice_of(sequence, num_tokens):
+    choice = CompletionChoice(sequence, parse_body(b'{"model": "base"}'))
+    choice.add(
+        StepOutput(
+            index=0,
+            text="",
+            logprobs=(),
+            prompt_logprobs=(),
+            num_tokens=num_tokens,
+            finish_reason="stop",
+            error=None,
+        )
+    )
+    return choice
 
 
 def refusal(session, **body):
@@ -72,10 +98,9 @@ def test_each_prompt_has_n_rows_side_by_side_with_seeds_that_count_up(session):
 def test_usage_counts_each_prompt_once_and_every_continuation(session, lengths, choices):
     rows = rows_of(session, prompt=[[7] * length for length in lengths], n=choices)
     assert len(rows) == len(lengths) * choices
-    for row in rows:
-        row.new_ids = [3] * (row.index + 1)
+    answers = [choice_of(row, row.index + 1) for row in rows]
     written = sum(range(1, len(rows) + 1))
-    assert build_usage(rows, choices) == {
+    assert count_usage(answers, choices) == {
         "prompt_tokens": sum(lengths),
         "completion_tokens": written,
         "total_tokens": sum(lengths) + written,
@@ -83,9 +108,21 @@ def test_usage_counts_each_prompt_once_and_every_continuation(session, lengths, 
 
 
 def test_a_token_that_ends_a_row_is_not_counted_as_written(session):
-    row = Row(0, (), [1, 2], 5, DEFAULTS, 0, session.base.tokenizer)
+    row = SequenceState(
+        index=0,
+        mix=Mix(),
+        prompt_ids=[1, 2],
+        max_new_tokens=5,
+        settings=DEFAULTS,
+        seed=0,
+        tokenizer=session.base.tokenizer,
+    )
     row.finish("stop")
-    assert build_usage([row], 1) == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+    assert count_usage([choice_of(row, len(row.new_ids))], 1) == {
+        "prompt_tokens": 2,
+        "completion_tokens": 0,
+        "total_tokens": 2,
+    }
 
 
 def test_as_many_rows_are_taken_as_are_allowed_and_not_one_more(session):
@@ -97,18 +134,18 @@ def test_as_many_rows_are_taken_as_are_allowed_and_not_one_more(session):
 
 
 def test_a_prompt_and_what_is_asked_for_fill_the_context_and_no_more(session):
-    context = session.base.config.context
+    context = session.base.config.n_positions
     (row,) = rows_of(session, prompt=[5] * (context - 2), max_tokens=2)
-    assert (len(row.prompt_ids), row.budget) == (context - 2, 2)
+    assert (len(row.prompt_ids), row.max_new_tokens) == (context - 2, 2)
     assert refusal(session, prompt=[5] * (context - 1), max_tokens=2) == (400, "prompt")
     (row,) = rows_of(session, prompt=[5] * context, max_tokens=0)
-    assert (len(row.prompt_ids), row.budget) == (context, 0), "only the prompt is read"
+    assert (len(row.prompt_ids), row.max_new_tokens) == (context, 0), "only the prompt is read"
     assert refusal(session, prompt=[5] * (context + 1), max_tokens=0) == (400, "prompt")
     (row,) = rows_of(session, prompt=[5] * (context - 1), max_tokens=None)
-    assert row.budget == 1, "what was not asked for is what fits"
+    assert row.max_new_tokens == 1, "what was not asked for is what fits"
     assert refusal(session, prompt=[5] * context, max_tokens=None) == (400, "prompt")
     (row,) = rows_of(session, prompt=list(range(context + 9)), truncate="left", max_tokens=3)
     assert row.prompt_ids == list(range(12, context + 9)), "its end is kept, with room for what is asked"
-    assert row.budget == 3
+    assert row.max_new_tokens == 3
     (row,) = rows_of(session, prompt="")
     assert row.prompt_ids == [session.base.tokenizer.eos_id]

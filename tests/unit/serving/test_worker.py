@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import ResourceError
-from lora_gpt2.inference.engine import Engine, Row
-from lora_gpt2.inference.session import Session, show_name
+from lora_gpt2.inference.engine import Engine
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState
+from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.serving.worker import MAX_FAILURES, BusyError, EngineFailed, PendingRequest, Worker
 from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.references import label_of
 from tests.builders import make_adapter
 
 GREEDY = GenerateSettings(temperature=0)
-LAW, BOTH = (("law", 1.0),), (("law", 0.5), ("code", 0.5))
+LAW, BOTH = Mix.single("law"), Mix([("law", 0.5), ("code", 0.5)])
 PATIENCE_SECONDS = 60  # for what takes milliseconds: nobody waits for it unless something is broken
 
 
@@ -23,13 +26,24 @@ class Asked:
 
     def __init__(self, base, mixes=(LAW,), budget=4, num_beams=1):
         settings = GREEDY.model_copy(update={"num_beams": num_beams, "logit_bias": {base.tokenizer.eos_id: -100.0}})
-        self.rows = [Row(k, mix, [1, 2, 3], budget, settings, k, base.tokenizer) for k, mix in enumerate(mixes)]
+        self.rows = [
+            SequenceState(
+                index=k,
+                mix=mix,
+                prompt_ids=[1, 2, 3],
+                max_new_tokens=budget,
+                settings=settings,
+                seed=k,
+                tokenizer=base.tokenizer,
+            )
+            for k, mix in enumerate(mixes)
+        ]
         self.errors, self.ended, self.over, self.begun = [], [], threading.Event(), threading.Event()
-        self.ticket = PendingRequest(self.rows, self._grow, self._fail)
+        self.request = PendingRequest(self.rows, self._grow, self._fail)
 
-    def _grow(self, events):
+    def _grow(self, outputs):
         self.begun.set()
-        self.ended += [event.row.index for event in events if event.is_end]
+        self.ended += [output.index for output in outputs if output.finish_reason]
         if len(self.ended) == len(self.rows):
             self.over.set()
 
@@ -73,7 +87,7 @@ def fail(monkeypatch):
 
 def ask(worker, base, **how):
     asked = Asked(base, **how)
-    worker.submit(asked.ticket)
+    worker.submit(asked.request)
     return asked.wait()
 
 
@@ -83,16 +97,16 @@ def drop_all(worker):
 
     @torch.inference_mode()  # as the engine brings them in
     def drop():
-        return [show_name(name) for name in session.loaded if session.drop(name)]
+        return [label_of(name) for name in session.slots.references if session.slots.evict(name)]
 
     return worker.call(drop).result(PATIENCE_SECONDS)
 
 
 def test_a_failure_is_told_to_everybody_and_leaves_nothing_held(worker, base, fail):
-    requests = [Asked(base, (LAW, BOTH)), Asked(base, (BOTH,), num_beams=2), Asked(base, ((), LAW, LAW))]
+    requests = [Asked(base, (LAW, BOTH)), Asked(base, (BOTH,), num_beams=2), Asked(base, (Mix(), LAW, LAW))]
     fail += [False, True]
     for asked in requests:
-        worker.submit(asked.ticket)
+        worker.submit(asked.request)
     assert worker.num_admitted == 7, "num_beams count each"
     worker.start()
     for asked in requests:
@@ -109,7 +123,7 @@ def test_what_follows_a_failure_is_what_it_is_alone(worker, base, fail):
     worker.start()
     wanted = ask(worker, base, mixes=(LAW, BOTH), budget=6)
     fail += [False, False, True]
-    assert ask(worker, base, mixes=(BOTH, LAW, ()), budget=9).errors
+    assert ask(worker, base, mixes=(BOTH, LAW, Mix()), budget=9).errors
     again = ask(worker, base, mixes=(LAW, BOTH), budget=6)
     assert [row.new_ids for row in again.rows] == [row.new_ids for row in wanted.rows]
     assert all(len(row.new_ids) == 6 for row in again.rows)
@@ -136,7 +150,7 @@ def test_failures_in_a_row_end_the_worker_and_it_says_so(worker, base, fail):
         assert len(ask(worker, base, mixes=(LAW, BOTH)).errors) == 1
     assert isinstance(worker.error, RuntimeError)
     assert worker.num_admitted == 0
-    for refused in (worker.check_room, lambda: worker.submit(Asked(base).ticket), lambda: worker.call(lambda: 1)):
+    for refused in (worker.check_room, lambda: worker.submit(Asked(base).request), lambda: worker.call(lambda: 1)):
         with pytest.raises(EngineFailed, match="has failed"):
             refused()
 
@@ -153,9 +167,9 @@ def test_a_failure_within_one_request_counts_once_whatever_its_rows(worker, base
 def test_a_row_that_fails_alone_is_no_failure_of_the_engine(worker, base, monkeypatch):
     worker.start()
     broken = Asked(base, (LAW, BOTH))
-    monkeypatch.setattr(broken.rows[0], "take", lambda token: [][0])
+    monkeypatch.setattr(broken.rows[0], "sample", lambda logits: [][0])
     for _ in range(MAX_FAILURES + 1):
-        worker.submit(broken.ticket)
+        worker.submit(broken.request)
         assert broken.wait().errors == []
         broken.over.clear()
         broken.ended.clear()
@@ -167,18 +181,18 @@ def test_a_row_that_fails_alone_is_no_failure_of_the_engine(worker, base, monkey
 
 
 def test_a_request_that_is_cancelled_holds_nothing_and_the_others_go_on(worker, base):
-    other = Asked(base, ((),), 44)
+    other = Asked(base, (Mix(),), 44)
     stopped, searching, waiting = Asked(base, (LAW,) * 2, 44), Asked(base, (BOTH,), 44, 3), Asked(base, (BOTH,) * 3, 44)
     seen = []
 
     def cancel_when_it_has_begun(events):
         seen.extend(events)
-        for ticket in (stopped.ticket, searching.ticket, waiting.ticket):
-            worker.cancel(ticket)
+        for request in (stopped.request, searching.request, waiting.request):
+            worker.cancel(request)
 
-    stopped.ticket.on_output = cancel_when_it_has_begun
+    stopped.request.on_output = cancel_when_it_has_begun
     for asked in (stopped, other, searching, waiting):
-        worker.submit(asked.ticket)
+        worker.submit(asked.request)
     worker.start()
     assert other.wait().errors == []
     assert len(other.rows[0].new_ids) == 44
@@ -190,14 +204,14 @@ def test_a_request_that_is_cancelled_holds_nothing_and_the_others_go_on(worker, 
 
 
 def test_room_is_for_what_grows_and_what_may_wait(worker, base):
-    worker.submit(Asked(base, (LAW,) * 5).ticket)
+    worker.submit(Asked(base, (LAW,) * 5).request)
     for too_many in (Asked(base, (LAW,), num_beams=5), Asked(base, (LAW,) * 5), Asked(base, (LAW, BOTH), num_beams=3)):
         worker.check_room()
-        with pytest.raises(BusyError, match="5 continuations"):
-            worker.submit(too_many.ticket)
-    worker.submit(Asked(base, (LAW,), num_beams=4).ticket)
+        with pytest.raises(BusyError, match="5 sequences"):
+            worker.submit(too_many.request)
+    worker.submit(Asked(base, (LAW,), num_beams=4).request)
     assert worker.num_admitted == 9
-    for refused in (worker.check_room, lambda: worker.submit(Asked(base).ticket)):
+    for refused in (worker.check_room, lambda: worker.submit(Asked(base).request)):
         with pytest.raises(BusyError):
             refused()
     assert worker.num_admitted == 9, "who is refused takes no room"
@@ -210,8 +224,8 @@ def test_a_request_larger_than_all_room_is_taken_by_an_idle_worker(worker, base)
 
 def test_closing_tells_whoever_waits_and_nobody_comes_afterwards(worker, base):
     growing, waiting = Asked(base, (LAW,) * 3, 40), Asked(base, (BOTH,), 40)
-    worker.submit(growing.ticket)
-    worker.submit(waiting.ticket)
+    worker.submit(growing.request)
+    worker.submit(waiting.request)
     worker.start()
     worker.close()
     for asked in (growing, waiting):
@@ -219,7 +233,7 @@ def test_closing_tells_whoever_waits_and_nobody_comes_afterwards(worker, base):
             assert "shut down" in str(error)
     assert waiting.errors or waiting.ended
     with pytest.raises(ResourceError, match="shutting down"):
-        worker.submit(Asked(base).ticket)
+        worker.submit(Asked(base).request)
 
 
 def test_what_a_call_raises_reaches_who_asked_and_ends_nothing(worker, base):
@@ -235,5 +249,5 @@ def test_what_a_call_raises_reaches_who_asked_and_ends_nothing(worker, base):
 def test_what_a_request_brought_into_a_slot_can_be_taken_out_between_two_steps(worker, base):
     worker.start()
     assert ask(worker, base, mixes=(LAW,)).errors == []
-    (name,) = worker.call(lambda: worker.session.loaded).result(PATIENCE_SECONDS)
-    assert worker.call(lambda: worker.session.drop(name)).result(PATIENCE_SECONDS)
+    (name,) = worker.call(lambda: worker.session.slots.references).result(PATIENCE_SECONDS)
+    assert worker.call(lambda: worker.session.slots.evict(name)).result(PATIENCE_SECONDS)

@@ -25,6 +25,7 @@ from lora_gpt2.core.errors import (
     ResourceError,
     UsageError,
 )
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter, LoraUpdate
@@ -46,12 +47,15 @@ with warnings.catch_warnings():
     from peft import LoraConfig, get_peft_model
 
 ORIGIN = Origin(
-    {"sources": ["a.txt"], "train_tokens": 7}, {"description": "x"}, {"seconds": 1.5}, metrics=[{"step": 1}]
+    data={"sources": ["a.txt"], "train_tokens": 7},
+    recipe={"description": "x"},
+    figures={"seconds": 1.5},
+    metrics=[{"step": 1}],
 )
 
 
 def logits_of(base, store, name):
-    return compute_logits(base, Session(base, store).for_rows(((name, 1.0),)))
+    return compute_logits(base, Session(base, store).select(Mix.single(name)))
 
 
 def train_in_peft(base_folder, base, folder, **options):
@@ -101,8 +105,8 @@ def test_dora_comes_in_as_its_best_approximation_with_the_error_stated(base, bas
     found = float((logits_of(base, store, "rough") - theirs).abs().max())
     assert found == pytest.approx(rough.max_logit_difference, rel=0.01)
     assert 0.01 < rough.relative_error < 1
-    assert store.read_manifest("rough").made["variant"] == "dora"
-    assert store.read_manifest("rough").made["relative_error"] == rough.relative_error
+    assert store.read_manifest("rough").provenance["variant"] == "dora"
+    assert store.read_manifest("rough").provenance["relative_error"] == rough.relative_error
 
 
 @pytest.mark.parametrize(
@@ -152,7 +156,7 @@ def test_what_goes_out_comes_back_exactly_with_its_origin(base, store, tmp_path,
     export_adapter(store, "law", tmp_path / target)
     new = bring_in(tmp_path / target, other := Store(tmp_path / "other"), base, "back").manifest
     assert (new.digest, new.data, new.recipe, new.figures) == (old.digest, old.data, old.recipe, old.figures)
-    assert new.made == {"by": "train", "imported_from": "law@1"}
+    assert new.provenance == {"by": "train", "imported_from": "law@1"}
     assert new.parents == ()
     one, two = load_adapter(store, "law", base)[1], load_adapter(other, "back", base)[1]
     assert all(
@@ -272,9 +276,9 @@ def merged_linear(x, a, b, scaling, enabled, d):
 @pytest.mark.parametrize("enabled", [(0, 2), (0, 1, 2)])
 @pytest.mark.parametrize("wrap", [True, False])
 def test_loralib_files_give_what_loralib_computes(base, store, tmp_path, enabled, wrap):
-    d, rank, generator = base.config.width, 4, torch.Generator().manual_seed(0)
+    d, rank, generator = base.config.n_embd, 4, torch.Generator().manual_seed(0)
     state = {}
-    for layer in range(base.config.layers):
+    for layer in range(base.config.n_layer):
         shapes = {"A": (len(enabled) * rank, d), "B": (len(enabled) * d, rank)}
         for half, shape in shapes.items():
             state[f"module.transformer.h.{layer}.attn.c_attn.lora_{half}"] = torch.randn(shape, generator=generator)
@@ -284,7 +288,7 @@ def test_loralib_files_give_what_loralib_computes(base, store, tmp_path, enabled
     x = torch.randn(2, 5, d, generator=generator)
     a, b = (state[f"module.transformer.h.1.attn.c_attn.lora_{half}"] for half in "AB")
     expected = merged_linear(x, a, b, 32 / rank, enabled, d)
-    torch.testing.assert_close(x @ update.a.mT @ update.b.mT * update.scale, expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(x @ update.a.mT @ update.b.mT * update.scaling, expected, atol=1e-3, rtol=1e-4)
     with pytest.raises(UsageError, match="alpha"):
         bring_in(tmp_path / "e2e.pt", store, base)
 
@@ -398,7 +402,7 @@ def test_verification_finds_each_kind_of_fault(base, store, tmp_path, monkeypatc
     (verdict,) = verify_on_base(store, [store.read_manifest("law")], twin)
     assert "another base" in verdict.failure
     monkeypatch.setattr(
-        "lora_gpt2.model.lora.LoraUpdate.scale", property(lambda update: 1.01 * update.alpha / update.rank)
+        "lora_gpt2.model.lora.LoraUpdate.scaling", property(lambda update: 1.01 * update.alpha / update.rank)
     )
     (verdict,) = verify_on_base(store, [store.read_manifest("law")], base)
     assert verdict.failure.startswith("logits: they differ")
@@ -415,7 +419,7 @@ def test_distances_are_those_of_the_dense_updates(base):
     other = make_adapter(base.config, 2, LoraSettings(rank=5, targets=("mlp.c_fc", "mlp.c_proj")))
     rows = {row.site: row for row in compare_adapters(one, other, base.config)}
     site = "h.1.mlp.c_fc"
-    left, right = (a.updates[site].b @ a.updates[site].a * a.updates[site].scale for a in (one, other))
+    left, right = (a.updates[site].b @ a.updates[site].a * a.updates[site].scaling for a in (one, other))
     assert rows[site].norm == pytest.approx(float(left.norm()), rel=1e-5)
     assert rows[site].difference == pytest.approx(float((left - right).norm()), rel=1e-5)
     cosine = torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0)

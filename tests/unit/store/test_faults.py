@@ -10,6 +10,7 @@ import pytest
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.core.files import wrap_os_errors, write_file
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.combine import merge_adapters
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
@@ -42,7 +43,7 @@ WORKS = {
     "import": lambda store, base: import_adapter(fetch_adapter(str(store.folder_of("code") / "1")), store, "law", base),
     "merge": lambda store, base: merge_adapters(
         Session(base, store),
-        (("law", 0.5), ("code", 0.5)),
+        Mix([("law", 0.5), ("code", 0.5)]),
         "both",
         MergeSettings(),
         [],

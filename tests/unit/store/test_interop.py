@@ -36,7 +36,7 @@ def test_round_trips_are_exact(base, settings):
         other = again.updates[site]
         assert torch.equal(update.a, other.a)
         assert torch.equal(update.b, other.b)
-        assert (update.alpha, update.use_rslora, update.scale) == (other.alpha, other.use_rslora, other.scale)
+        assert (update.alpha, update.use_rslora, update.scaling) == (other.alpha, other.use_rslora, other.scaling)
 
 
 def test_ranks_that_differ_by_layer_survive(base):

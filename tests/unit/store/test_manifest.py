@@ -7,7 +7,17 @@ from datetime import UTC, datetime
 
 import pytest
 
-from lora_gpt2.store.manifest import KINDS, NO_DIGEST, OPTIONAL, WEIGHTS, BaseIdentity, Manifest, Parent, parse_manifest
+from lora_gpt2.store.manifest import (
+    KINDS,
+    NO_DIGEST,
+    OPTIONAL,
+    PROVENANCE,
+    WEIGHTS,
+    BaseIdentity,
+    Manifest,
+    Parent,
+    parse_manifest,
+)
 
 DIGEST = hashlib.sha256(b"weights").hexdigest()
 FULL = Manifest(
@@ -22,7 +32,7 @@ FULL = Manifest(
     recipe={"lora": {"rank": 4}},
     figures={"test_perplexity": 12.5},
     parents=(Parent("code@2", DIGEST, -0.5), Parent("law@1", "0" * 64)),
-    made={"by": "merge"},
+    provenance={"by": "merge"},
     libraries={"torch": "2"},
 )
 
@@ -41,7 +51,7 @@ def changed(**changes):
 def test_a_manifest_says_the_same_after_being_written_and_read():
     assert parse_manifest(FULL.to_bytes()) == FULL
     assert seal(FULL.to_json()) == FULL.to_bytes(), "sealed as this file seals"
-    bare = replace(FULL, data={}, recipe={}, figures={}, parents=(), made={}, libraries={})
+    bare = replace(FULL, data={}, recipe={}, figures={}, parents=(), provenance={}, libraries={})
     assert parse_manifest(bare.to_bytes()) == bare
     assert parse_manifest(changed(of_a_later_format=[1])) == FULL
 
@@ -99,9 +109,9 @@ def test_a_manifest_of_schema_1_has_no_checksum_and_later_schemas_are_not_known(
 def test_a_key_that_is_missing_is_only_missed_where_it_must_be_there(key):
     content = seal(without(FULL.to_json(), key))
     if key in OPTIONAL:
-        found = parse_manifest(content)
-        assert not getattr(found, key)
-        assert replace(found, **{key: getattr(FULL, key)}) == FULL
+        found, name = parse_manifest(content), "provenance" if key == PROVENANCE else key
+        assert not getattr(found, name)
+        assert replace(found, **{name: getattr(FULL, name)}) == FULL
     else:
         with pytest.raises(ValueError, match=f"{key} is missing"):
             parse_manifest(content)

@@ -14,7 +14,7 @@ from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.training.optimizer import GROWTH_STEPS, START_SCALE, GradScaler, SlotAdamW
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.run import train_recipes
-from lora_gpt2.training.slot import Domain
+from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import MAX_SKIPS, Trainer
 from tests.builders import make_text
 from tests.unit.training.test_trainer import are_equal, make_recipe, make_trainer, script_validations, weights_of
@@ -38,14 +38,14 @@ def test_a_slot_that_stops_early_frees_its_rows_and_the_other_is_as_alone(base_f
     script_validations(trainer, {0: [5.0, 4.0, 4.5, 3.0, 3.1, 3.0, 3.2]})
     rows = []
     original = trainer.runner.run
-    trainer.runner.run = lambda passes, rates: (
-        rows.append(sum(len(p.inputs) for p in passes)) or original(passes, rates)
+    trainer.runner.run = lambda batches, hyperparams: (
+        rows.append(sum(len(batch.inputs) for batch in batches)) or original(batches, hyperparams)
     )
     one, two = trainer.train(StopRequest())
-    assert one.domain.stopped
-    assert (one.domain.best_step, one.domain.last_step) == (4, 7)
+    assert one.slot.stopped
+    assert (one.slot.best_step, one.slot.last_step) == (4, 7)
     assert rows == [8] * 7 + [4] * 5
-    assert one.domain.records[-1]["step"] == one.domain.last_step
+    assert one.slot.records[-1]["step"] == one.slot.last_step
     (alone,) = make_trainer([recipes[1]], reporter).train(StopRequest())
     for site, update in alone.adapter.updates.items():
         assert torch.allclose(two.adapter.updates[site].b, update.b, atol=2e-5), "also with dropout"
@@ -88,14 +88,14 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_many_good_steps():
 def half_trainer(base_folder, text_file, reporter, **train):
     base = load_base(str(base_folder), Runtime(CPU, torch.float16))
     recipe = make_recipe(base_folder, text_file, **train)
-    return Trainer(base, [Domain("one", recipe, prepare_data(recipe.data, base.tokenizer, reporter))], reporter)
+    return Trainer(base, [TrainingSlot(recipe, prepare_data(recipe.data, base.tokenizer, reporter))], reporter)
 
 
 def test_float16_trains_with_loss_scaling_and_its_skips_are_counted(base_folder, text_file, reporter):
     trainer = half_trainer(base_folder, text_file, reporter, steps=60, validate_every=60)
     trainer.runner.scale.values.fill_(2.0**22)  # so large that the first steps overflow
     (trained,) = trainer.train(StopRequest())
-    domain = trained.domain
+    domain = trained.slot
     assert trained.validation_nll < trained.base_nll - 0.3
     assert 0 < domain.num_skipped < MAX_SKIPS
     assert domain.records[0]["loss"] is None
@@ -105,8 +105,8 @@ def test_float16_trains_with_loss_scaling_and_its_skips_are_counted(base_folder,
 
 def test_more_than_twenty_skips_in_a_row_are_divergence(base_folder, text_file, reporter):
     trainer = half_trainer(base_folder, text_file, reporter, steps=60, validate_every=60)
-    trainer.bank.compute.fill_(float("inf"))
-    trainer.bank.refresh = lambda: None
+    trainer.bank.flat_cast.fill_(float("inf"))
+    trainer.bank.refresh_casts = lambda: None
     with pytest.raises(TrainingDiverged, match="step 21"):
         trainer.train(StopRequest())
 
@@ -120,11 +120,11 @@ def test_looking_ahead_changes_nothing_but_when_python_learns_of_it(base_folder,
         trainer = make_trainer(recipes, reporter)
         trainer.lookahead = lookahead
         (one,) = trainer.train(StopRequest())
-        return one, trainer.domains[1]
+        return one, trainer.slots[1]
 
     (now, failed_now), (later, failed_later) = train(0), train(2)
-    strip = [{k: v for k, v in r.items() if k not in ("seconds", "memory_bytes")} for r in now.domain.records]
-    assert strip == [{k: v for k, v in r.items() if k not in ("seconds", "memory_bytes")} for r in later.domain.records]
+    strip = [{k: v for k, v in r.items() if k not in ("seconds", "memory_bytes")} for r in now.slot.records]
+    assert strip == [{k: v for k, v in r.items() if k not in ("seconds", "memory_bytes")} for r in later.slot.records]
     assert failed_now.failure
     assert failed_now.failure == failed_later.failure
     assert all(torch.equal(now.adapter.updates[s].a, u.a) for s, u in later.adapter.updates.items())
@@ -169,12 +169,12 @@ def test_checkpointing_gives_the_same_adapter(base_folder, text_file, reporter):
 def test_each_process_takes_its_share_and_the_shares_add_up_to_the_whole(base_folder, text_file, reporter):
     recipe = make_recipe(base_folder, text_file, batch_tokens=80, micro_batch_tokens=32)
     whole = make_trainer([recipe], reporter)
-    whole.runner.compute_gradients(whole.passes.build([0], 0)[0])
+    whole.runner.compute_gradients(whole.micro_batches.build([0], 0)[0])
     total = torch.zeros_like(whole.runner.gradient)
     for rank in range(3):
         part = make_trainer([recipe], reporter)
-        part.passes.world = ProcessGroup(rank, 3)
-        part.runner.compute_gradients(part.passes.build([0], 0)[0])
+        part.micro_batches.world = ProcessGroup(rank, 3)
+        part.runner.compute_gradients(part.micro_batches.build([0], 0)[0])
         total += part.runner.gradient
     assert torch.allclose(total, whole.runner.gradient, rtol=1e-4, atol=1e-7)
     assert total.any()

@@ -26,7 +26,7 @@ from lora_gpt2.training.memory import (
     wrap_oom_errors,
 )
 from lora_gpt2.training.plan import build_random_data, plan_run
-from lora_gpt2.training.slot import Domain
+from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_base_folder
 
@@ -53,7 +53,7 @@ def make_recipe(folder, name="one", rank=8, quantize="none", lora=None, data=Non
 
 def measure_peak(base, recipes):
     """Returns the most bytes that a step holds beyond what was there before it, as the CPU allocator counts."""
-    domains = [Domain(r.name, r, build_random_data(r, base.config.vocab_size)) for r in recipes]
+    domains = [TrainingSlot(r, build_random_data(r, base.config.vocab_size)) for r in recipes]
     trainer = Trainer(base, domains, None)
     slots = list(range(len(domains)))
     trainer.run_step(slots)
@@ -69,7 +69,7 @@ def measure_peak(base, recipes):
     buffers = (trainer.bank.flat, trainer.runner.gradient, trainer.best, optimizer.mean, optimizer.square)
     held += sum(t.numel() * t.element_size() for t in buffers)
     held += sum(t.numel() * 4 for t in (trainer.runner.mask, trainer.runner.lr_multipliers) if t is not None)
-    copies = trainer.bank.compute
+    copies = trainer.bank.flat_cast
     return peak + held + (copies.numel() * copies.element_size() if copies is not trainer.bank.flat else 0)
 
 
@@ -119,10 +119,10 @@ def measure_kept(base, recipe):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    rows = TrainingAdapters(bank, [0], dropout=recipe.lora.dropout, row_seeds=range(len(tokens)))
+    adapters = TrainingAdapters(bank, [0], dropout=recipe.lora.dropout, seeds=range(len(tokens)))
     checkpointing = recipe.train.gradient_checkpointing
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = base.model(tokens, rows, checkpoint_blocks=checkpointing)
+        hidden = base.model(tokens, adapters, checkpoint_blocks=checkpointing)
     assert hidden.requires_grad
     return sum(kept.values())
 
@@ -143,7 +143,7 @@ def test_the_activations_are_what_autograd_keeps(wide_folder, dtype, change):
     runtime = Runtime(torch.device("cpu"), dtype)
     base = load_base(str(wide_folder), runtime)
     recipe = make_recipe(wide_folder, batch_tokens=256, **change)
-    tokens, width = count_pass_tokens([recipe]), base.config.width
+    tokens, width = count_pass_tokens([recipe]), base.config.n_embd
     # beside it the embeddings, the normed output and its gradient, and the input of the head's update
     beside = 3 * width
     if not recipe.train.gradient_checkpointing:
@@ -162,11 +162,13 @@ def test_the_adapters_are_the_buffers_of_a_run(wide_folder, dtype, ratios):
         for rank, ratio in zip((3, 5), ratios, strict=True)
     ]
     base = load_base(str(wide_folder), runtime)
-    domains = [Domain(r.name, r, build_random_data(r, base.config.vocab_size)) for r in recipes]
+    domains = [TrainingSlot(r, build_random_data(r, base.config.vocab_size)) for r in recipes]
     trainer = Trainer(base, domains, None)
     runner, bank = trainer.runner, trainer.bank
     buffers = [bank.flat, runner.gradient, trainer.best, runner.optimizer.mean, runner.optimizer.square]
-    buffers += [bank.compute] * (dtype != torch.float32) + [runner.lr_multipliers] * (runner.lr_multipliers is not None)
+    buffers += [bank.flat_cast] * (dtype != torch.float32) + [runner.lr_multipliers] * (
+        runner.lr_multipliers is not None
+    )
     assert estimate_memory(base.config, recipes, runtime).adapters == sum(buffer.nbytes for buffer in buffers)
 
 

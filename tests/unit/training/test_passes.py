@@ -15,6 +15,7 @@ from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.merge import DeltaAdapters, to_delta
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.training.step import draw_noise
+from lora_gpt2.training.validation import measure_blocks
 from tests.builders import make_adapter
 from tests.unit.training.test_trainer import make_recipe, make_trainer
 
@@ -22,11 +23,11 @@ from tests.unit.training.test_trainer import make_recipe, make_trainer
 def seeds_of(trainer, slots, step):
     """Returns the seeds of each slot's rows in their order, over all passes, without those that fill passes up."""
     found = {slot: [] for slot in slots}
-    for each in trainer.passes.build(slots, step)[0]:
-        rows = len(each.row_seeds) // len(each.slots)
+    for each in trainer.micro_batches.build(slots, step)[0]:
+        rows = len(each.seeds) // len(each.slots)
         filled = (each.targets != IGNORE).any(1).view(len(each.slots), rows)
         for place, slot in enumerate(each.slots):
-            seeds = each.row_seeds[place * rows : (place + 1) * rows]
+            seeds = each.seeds[place * rows : (place + 1) * rows]
             found[slot] += [seed for seed, real in zip(seeds, filled[place].tolist(), strict=True) if real]
     return found
 
@@ -60,9 +61,9 @@ def test_noise_and_dropout_are_drawn_anew_in_every_step(base_folder, text_file, 
     trainer = make_trainer([recipe], reporter)
     noises, masks = [], []
     for step in range(4):
-        (each,) = trainer.passes.build([0], step)[0]
+        (each,) = trainer.micro_batches.build([0], step)[0]
         noises.append(draw_noise(each, 16))
-        rows = TrainingAdapters(trainer.bank, each.slots, each.places, each.dropout, each.row_seeds)
+        rows = TrainingAdapters(trainer.bank, each.slots, each.slot_ids, each.dropout, each.seeds)
         masks.append(rows.draw_mask("h.0.mlp.c_fc", noises[0]))
     # over 1,024 draws the correlation of independent ones deviates by 0.03: five of these
     for drawn in (noises, masks):
@@ -78,10 +79,15 @@ def test_a_pass_has_the_settings_of_its_recipe(base_folder, text_file, reporter)
         "lora": {"dropout": 0.3},
     }
     recipes = [make_recipe(base_folder, text_file, "plain"), make_recipe(base_folder, text_file, "regular", **regular)]
-    plain, other = make_trainer(recipes, reporter).passes.build([0, 1], 0)[0]
+    plain, other = make_trainer(recipes, reporter).micro_batches.build([0, 1], 0)[0]
     assert (list(plain.slots), list(other.slots)) == ([0], [1])
-    assert (plain.dropout, plain.smoothing, plain.noise_alpha, plain.checkpointing) == (0, 0, 0, False)
-    assert (other.dropout, other.smoothing, other.noise_alpha, other.checkpointing) == (0.3, 0.1, 5, True)
+    assert (plain.dropout, plain.label_smoothing, plain.noise_alpha, plain.gradient_checkpointing) == (0, 0, 0, False)
+    assert (other.dropout, other.label_smoothing, other.noise_alpha, other.gradient_checkpointing) == (
+        0.3,
+        0.1,
+        5,
+        True,
+    )
 
 
 @pytest.fixture
@@ -135,9 +141,9 @@ def test_a_packed_batch_trains_each_document_as_if_it_were_alone(
     trainer = make_trainer([recipe], reporter)
     adapter = make_adapter(trainer.base.config, settings=recipe.lora)
     trainer.bank.load(0, adapter)
-    passes, (count,) = trainer.passes.build([0], 0)
+    passes, (count,) = trainer.micro_batches.build([0], 0)
     trainer.runner.compute_gradients(passes)
-    documents = split_documents(trainer.passes.read([0], 0)[0][0])
+    documents = split_documents(trainer.micro_batches.read([0], 0)[0][0])
     assert len(documents) > 7, "more than rows"
     assert sum(inputs.numel() for inputs, _ in documents) == count
     leaves = {s: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_()) for s, u in adapter.updates.items()}
@@ -155,15 +161,15 @@ def test_a_packed_batch_trains_each_document_as_if_it_were_alone(
 
 def test_packed_text_is_measured_document_by_document(base_folder, short_texts, reporter):
     trainer = make_trainer([packed_recipe(base_folder, short_texts)], reporter)
-    adapter = make_adapter(trainer.base.config, settings=trainer.domains[0].recipe.lora)
+    adapter = make_adapter(trainer.base.config, settings=trainer.slots[0].recipe.lora)
     trainer.bank.load(0, adapter)
-    blocks = trainer.domains[0].data.train  # larger than the validation part
+    blocks = trainer.slots[0].data.train  # larger than the validation part
     documents = split_documents(blocks.read(range(blocks.num_blocks)))
     assert len(documents) > blocks.num_blocks
     wanted = float(sum(nll_alone(trainer, documents, adapter))) / sum(inputs.numel() for inputs, _ in documents)
-    assert trainer.measure_blocks(blocks, TrainingAdapters(trainer.bank, [0])) == pytest.approx(wanted, rel=1e-5)
+    assert measure_blocks(trainer.base, blocks, TrainingAdapters(trainer.bank, [0])) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_in_layout_concat_documents_see_what_stands_before_them(base_folder, short_texts, reporter):
-    passes, _ = make_trainer([packed_recipe(base_folder, short_texts, "concat")], reporter).passes.build([0], 0)
+    passes, _ = make_trainer([packed_recipe(base_folder, short_texts, "concat")], reporter).micro_batches.build([0], 0)
     assert all(each.positions is None for each in passes)

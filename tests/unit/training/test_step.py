@@ -29,9 +29,17 @@ def make_pass(slots, rows=2, time=9, vocab=260, **options):
         sides.append(torch.randint(0, vocab, (2, rows, time), generator=generator))
     inputs, targets = torch.stack(sides, 1).flatten(1, 2)
     weights = torch.cat([torch.full((rows * time,), (1 + slot) / (rows * time)) for slot in slots])
-    settings = {"dropout": 0.0, "smoothing": 0.0, "noise_alpha": 0.0, "checkpointing": False, **options}
+    settings = {"dropout": 0.0, "label_smoothing": 0.0, "noise_alpha": 0.0, "gradient_checkpointing": False, **options}
     seeds = [100 * slot + row for slot in slots for row in range(rows)]
-    return MicroBatch(slots, torch.tensor(slots), inputs, targets, weights, row_seeds=seeds, **settings)
+    return MicroBatch(
+        slots=slots,
+        slot_ids=torch.tensor(slots),
+        inputs=inputs,
+        targets=targets,
+        weights=weights,
+        seeds=seeds,
+        **settings,
+    )
 
 
 def make_runner(base_folder, dtype, num_slots=3):
@@ -87,12 +95,12 @@ def _logits(runner, slot, tokens, noise=None):
     return runner.model.logits(hidden, rows)
 
 
-@pytest.mark.parametrize("change", [{"smoothing": 0.3}, {"noise_alpha": 20.0}])
+@pytest.mark.parametrize("change", [{"label_smoothing": 0.3}, {"noise_alpha": 20.0}])
 def test_smoothing_and_noise_give_the_loss_and_gradient_that_they_say(base_folder, change):
     """The loss in `stats` is the plain NLL, under smoothing too; the gradient is checked along its own direction."""
     runner = make_runner(base_folder, torch.float32, num_slots=1)
     each = make_pass([0], **change)
-    noise = draw_noise(each, runner.model.config.width)
+    noise = draw_noise(each, runner.model.config.n_embd)
     runner.compute_gradients([each])
     gradient, flat = runner.gradient[0].clone().double(), runner.bank.flat[0]
 
@@ -106,7 +114,7 @@ def test_smoothing_and_noise_give_the_loss_and_gradient_that_they_say(base_folde
     before, step, values = flat.clone(), 1e-2, []
     for sign in (1, -1):
         flat.copy_(before + sign * step * direction)
-        values.append(measure(each.smoothing))
+        values.append(measure(each.label_smoothing))
     # the central difference errs by the third derivative times step squared
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(gradient.norm()), rel=5e-3)
 
@@ -130,9 +138,9 @@ def test_noise_is_uniform_within_alpha_over_the_root_of_time_times_width(rows, t
 def test_a_rows_noise_is_a_function_of_its_seed_alone():
     each = make_pass([0, 1], rows=2, time=6, noise_alpha=3.0)
     noise = draw_noise(each, 8)
-    assert len(set(each.row_seeds)) == 4
+    assert len(set(each.seeds)) == 4
     for row in range(4):
-        alone = replace(make_pass([0], rows=1, time=6, noise_alpha=3.0), row_seeds=[each.row_seeds[row]])
+        alone = replace(make_pass([0], rows=1, time=6, noise_alpha=3.0), seeds=[each.seeds[row]])
         assert torch.equal(draw_noise(alone, 8)[0], noise[row])
     correlations = torch.corrcoef(draw_noise(make_pass([0], 4, 100, noise_alpha=3.0), 100).flatten(1))
     assert torch.allclose(correlations, torch.eye(4), atol=0.05), "five deviations of 10,000 draws"

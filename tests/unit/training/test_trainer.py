@@ -27,17 +27,19 @@ from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.fused import TrainingAdapters
+from lora_gpt2.model.probe import select_base
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training import run as run_module
-from lora_gpt2.training import trainer as trainer_module
+from lora_gpt2.training import validation as validation_module
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.run import train_recipes
-from lora_gpt2.training.slot import Domain
+from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import Trainer
+from lora_gpt2.training.validation import measure_blocks
 from tests.builders import make_text
 
 CPU = torch.device("cpu")
@@ -73,7 +75,7 @@ def weights_of(store, name):
 
 def make_trainer(recipes, reporter, run=None, dtype=torch.float32):
     base = load_base(recipes[0].base, Runtime(CPU, dtype))
-    domains = [Domain(r.name, r, prepare_data(r.data, base.tokenizer, reporter)) for r in recipes]
+    domains = [TrainingSlot(r, prepare_data(r.data, base.tokenizer, reporter)) for r in recipes]
     return Trainer(base, domains, reporter, run)
 
 
@@ -122,7 +124,7 @@ def test_trained_together_equals_trained_alone(base_folder, text_file, other_tex
     together = make_trainer(recipes, reporter).train(StopRequest())
     for recipe, joint in zip(recipes, together, strict=True):
         (alone,) = make_trainer([recipe], reporter).train(StopRequest())
-        assert joint.domain.train_tokens == alone.domain.train_tokens
+        assert joint.slot.train_tokens == alone.slot.train_tokens
         assert joint.adapter.ranks == alone.adapter.ranks
         for site, update in alone.adapter.updates.items():
             for half in ("a", "b"):
@@ -136,7 +138,7 @@ def test_accumulated_batches_equal_whole_ones(base_folder, text_file, reporter):
     gradients = []
     for micro in (16, 32, 1000):
         trainer = make_trainer([make_recipe(base_folder, text_file, micro_batch_tokens=micro)], reporter)
-        trainer.runner.compute_gradients(trainer.passes.build([0], 0)[0])
+        trainer.runner.compute_gradients(trainer.micro_batches.build([0], 0)[0])
         gradients.append(trainer.runner.gradient.clone())
     assert gradients[0].abs().max() > 0
     for other in gradients[1:]:
@@ -167,16 +169,15 @@ class StopAt(StopRequest):
 
 def script_validations(trainer, curves):
     """Lets the slots' validations after each step be those of `curves`; returns the weights that were validated."""
-    measure, seen = trainer.measure_blocks, {slot: {} for slot in curves}
+    measure, seen = trainer.measure_validation, {slot: {} for slot in curves}
 
-    def scripted(blocks, rows, limit=None, *more):
-        slot = None if limit is None else rows.slots.start  # the figures at the end are over all text, without a limit
+    def scripted(slot):
         if slot not in curves:
-            return measure(blocks, rows, limit, *more)
+            return measure(slot)
         seen[slot][trainer.step] = trainer.bank.read(slot)
         return curves[slot][trainer.step - 1]
 
-    trainer.measure_blocks = scripted
+    trainer.measure_validation = scripted
     return seen
 
 
@@ -208,7 +209,7 @@ def test_resumed_equals_uninterrupted_bitwise(base_folder, text_file, other_text
         return trainer
 
     unbroken = begin().train(StopRequest())
-    assert (dtype == torch.float16) == bool(unbroken[0].domain.num_skipped)
+    assert (dtype == torch.float16) == bool(unbroken[0].slot.num_skipped)
     run = RunFolder(tmp_path / "run")
     run.begin({})
     broken = begin(run)
@@ -222,9 +223,9 @@ def test_resumed_equals_uninterrupted_bitwise(base_folder, text_file, other_text
         for site, update in other.adapter.updates.items():
             assert torch.equal(one.adapter.updates[site].a, update.a)
             assert torch.equal(one.adapter.updates[site].b, update.b)
-        strip = [{k: v for k, v in r.items() if k not in ("seconds", "memory_bytes")} for r in one.domain.records]
+        strip = [{k: v for k, v in r.items() if k not in ("seconds", "memory_bytes")} for r in one.slot.records]
         assert strip == [
-            {k: v for k, v in r.items() if k not in ("seconds", "memory_bytes")} for r in other.domain.records
+            {k: v for k, v in r.items() if k not in ("seconds", "memory_bytes")} for r in other.slot.records
         ]
 
 
@@ -235,18 +236,18 @@ def test_the_best_weights_are_published_unless_told_otherwise(base_folder, text_
     trainer = make_trainer([recipe], reporter, dtype=dtype)
     (seen,) = script_validations(trainer, {0: [4.0, 3.0, 2.0, 2.5, 2.0, 9.0]}).values()
     (trained,) = trainer.train(StopRequest())
-    assert (trained.domain.best_step, trained.domain.best_nll) == (3, 2.0), "the first of two that are as good"
-    assert [record["validation_loss"] for record in trained.domain.records] == [4.0, 3.0, 2.0, 2.5, 2.0, 9.0]
+    assert (trained.slot.best_step, trained.slot.best_nll) == (3, 2.0), "the first of two that are as good"
+    assert [record["validation_loss"] for record in trained.slot.records] == [4.0, 3.0, 2.0, 2.5, 2.0, 9.0]
     assert [step for step, adapter in seen.items() if are_equal(trained.adapter, adapter)] == [3 if keep_best else 6]
     # the figures are those of what is published: measured on the adapter as a store would give it back
     fresh = make_trainer([recipe], reporter, dtype=dtype)
     measured = {}
     for step in (3, 6):
         fresh.bank.load(0, seen[step])
-        data, rows = fresh.domains[0].data, TrainingAdapters(fresh.bank, [0])
+        data, adapters = fresh.slots[0].data, TrainingAdapters(fresh.bank, [0])
         documents = list_documents(data, "test", fresh.base.tokenizer)
         score = measure_perplexity(fresh.base, documents, recipe.evaluate, lambda _: TrainingAdapters(fresh.bank, [0]))
-        measured[step] = [fresh.measure_blocks(data.validation, rows), score.nll_nats_per_token]
+        measured[step] = [measure_blocks(fresh.base, data.validation, adapters), score.nll_nats_per_token]
     published, other = (3, 6) if keep_best else (6, 3)
     assert [trained.validation_nll, trained.test_nll[1]] == pytest.approx(measured[published], abs=1e-5)
     assert abs(trained.validation_nll - measured[other][0]) > 1e-3, "the comparison can fail"
@@ -270,7 +271,7 @@ def test_each_slot_of_a_run_keeps_its_own_best(base_folder, text_file, other_tex
     resumed.restore(*run.load(reporter))
     later = script_validations(resumed, curves)
     trained = resumed.train(StopRequest())
-    assert [one.domain.best_step for one in trained] == [6, 2, 1]
+    assert [one.slot.best_step for one in trained] == [6, 2, 1]
     for slot, (one, step) in enumerate(zip(trained, (6, 2, 6), strict=True)):
         weights = seen[slot] | later[slot]
         assert [at for at, adapter in weights.items() if are_equal(one.adapter, adapter)] == [step], slot
@@ -287,18 +288,17 @@ def test_the_end_of_a_run_counts_to_its_total_and_measures_the_base_once(base_fo
 
     recipes = [make_recipe(base_folder, text_file, name=name, steps=2) for name in ("one", "two")]
     trainer, plain = make_trainer(recipes, Counting()), []
-    measure = trainer.measure_blocks
 
-    def note(blocks, rows, *more):
-        plain.append(rows is None)
-        return measure(blocks, rows, *more)
+    def note(base, blocks, adapters, **options):
+        plain.append(adapters is None)
+        return measure_blocks(base, blocks, adapters, **options)
 
-    def note_test(base, documents, settings, adapters_for=None, on_tokens=None):
-        plain.append(adapters_for is None)
-        return measure_perplexity(base, documents, settings, adapters_for or (lambda rows: None), on_tokens)
+    def note_test(base, documents, settings, select=None, on_tokens=None):
+        plain.append(select is None)
+        return measure_perplexity(base, documents, settings, select or select_base, on_tokens)
 
-    monkeypatch.setattr(trainer, "measure_blocks", note)
-    monkeypatch.setattr(trainer_module, "measure_perplexity", note_test)
+    monkeypatch.setattr(validation_module, "measure_blocks", note)
+    monkeypatch.setattr(validation_module, "measure_perplexity", note_test)
     one, two = trainer.train(StopRequest())
     assert done["measuring"][0] == done["measuring"][1] > 0
     assert plain.count(True) == 2, "validation and test text, for both adapters"
@@ -497,11 +497,11 @@ def test_recipes_that_cannot_train_together_are_refused(base_folder, text_file, 
 
 def test_measured_blocks_are_weighted_by_tokens(base_folder, text_file, reporter):
     trainer = make_trainer([make_recipe(base_folder, text_file)], reporter)
-    blocks = trainer.domains[0].data.validation
+    blocks = trainer.slots[0].data.validation
     assert blocks.num_tokens % 16, "the last block is partial, or this shows nothing"
     rows = blocks.read(range(blocks.num_blocks))
     logits = trainer.base.model.logits(trainer.base.model(torch.from_numpy(rows.inputs)), None).flatten(0, 1)
     targets = torch.from_numpy(rows.targets).flatten()
     wanted = torch.nn.functional.cross_entropy(logits, targets).item()
-    assert trainer.measure_blocks(blocks, None) == pytest.approx(wanted, abs=1e-5)
+    assert measure_blocks(trainer.base, blocks, None) == pytest.approx(wanted, abs=1e-5)
     assert math.isfinite(wanted)

@@ -1,0 +1,17 @@
+"""`lora-gpt2 bench`: measurements on this machine."""
+
+from __future__ import annotations
+
+import click
+
+from lora_gpt2.commands.bench import latency, quality, throughput
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure this machine: training, writing and serving beside transformers + PEFT, quality, start-up."""
+
+
+for _module in (throughput, latency, quality):
+    for _command in _module.COMMANDS:
+        command.add_command(_command)

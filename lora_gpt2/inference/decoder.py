@@ -1,0 +1,90 @@
+"""Forward passes for running sequences over one KV cache: the prefill of prompts, and decode steps of a token each.
+
+Running sequences occupy the first rows of the cache, so a step computes no idle ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState
+from lora_gpt2.inference.session import Session
+from lora_gpt2.model.bank import InferenceAdapters
+from lora_gpt2.model.kv_cache import KVCache
+from lora_gpt2.model.scoring import next_logits
+
+SCORED_TOKENS = 128
+"""Prompt tokens whose logits exist at the same time: 26 MB in float32 for GPT-2's vocabulary."""
+
+
+class StepFunction(Protocol):
+    """Computes one decode step."""
+
+    def __call__(self, tokens: Sequence[int], lengths: Sequence[int], mixes: Sequence[Mix], /) -> Tensor:
+        """Returns the logits `[batch, vocab]` after `tokens`, one per row, on the CPU; `lengths` exclude them."""
+
+
+class Decoder:
+    """Computes logits for sequences; the caller decides which rows they occupy."""
+
+    def __init__(self, session: Session, cache: KVCache) -> None:
+        self.session, self.cache = session, cache
+        self._adapters: tuple[object, InferenceAdapters | None] = (None, None)
+
+    def step(self, tokens: Sequence[int], lengths: Sequence[int], mixes: Sequence[Mix]) -> Float[Tensor, "batch vocab"]:
+        """Returns the logits after one more token in each of the first rows, on the CPU.
+
+        Args:
+            tokens: the newest token of each sequence.
+            lengths: tokens of each sequence in the cache; the cache knows them itself, a replayed graph does not.
+            mixes: the mix of each sequence.
+        """
+        view = self.cache.view(0, len(tokens))
+        batch = torch.tensor(tokens, device=self.cache.buffer.device)[:, None]
+        return next_logits(self.session.base.model, batch, self._reuse_adapters(mixes), view)[0].cpu()
+
+    def _reuse_adapters(self, mixes: Sequence[Mix]) -> InferenceAdapters | None:
+        """Returns the adapters of a batch; one with the same mixes as before keeps its own."""
+        key = (list(mixes), self.session.slots.num_loads)
+        if self._adapters[0] != key:
+            self._adapters = (key, self.session.adapters_for(mixes))
+        return self._adapters[1]
+
+    def prefill(self, sequences: Sequence[SequenceState], first: int) -> Float[Tensor, "batch vocab"]:
+        """Puts prompts into the cache, from row `first` on; returns the logits that follow each, on the CPU.
+
+        Also computes the log-probabilities of the prompts that want them.
+        """
+        eos = self.session.base.tokenizer.eos_id
+        lengths = [len(sequence.prompt_ids) for sequence in sequences]
+        padded = [s.prompt_ids + [eos] * (max(lengths) - len(s.prompt_ids)) for s in sequences]
+        view = self.cache.view(first, first + len(sequences))
+        adapters = self.session.adapters_for([sequence.mix for sequence in sequences])
+        tokens = torch.tensor(padded, device=self.cache.buffer.device)
+        logits, hidden = next_logits(self.session.base.model, tokens, adapters, view, lengths)
+        self._prompt_hidden = hidden
+        return logits.cpu()
+
+    def iter_prompt_logits(self, row: int, sequence: SequenceState) -> Iterator[tuple[list[int], Tensor]]:
+        """Yields the tokens of a prompt, the first excepted, with the logits that they were predicted by.
+
+        `row` is the sequence's index in the last prefill. Some tokens at a time, `[tokens, vocab]`, on the CPU.
+        """
+        adapters = self.session.adapters_for([sequence.mix])
+        states = self._prompt_hidden[row : row + 1]
+        for start in range(0, len(sequence.prompt_ids) - 1, SCORED_TOKENS):
+            targets = sequence.prompt_ids[start + 1 : start + 1 + SCORED_TOKENS]
+            logits = self.session.base.model.logits(states[:, start : start + len(targets)], adapters)
+            yield targets, logits[0].float().cpu()
+
+    def reset(self) -> None:
+        """Frees every row and forgets the adapters of the last batch."""
+        self._adapters = (None, None)
+        for row in range(self.cache.batch_size):
+            self.cache.free(row)

@@ -1,0 +1,98 @@
+"""Which sequences run, in which rows of the cache, and which wait: continuous batching (Yu et al. 2022, Orca).
+
+Sequences are admitted at any step that has room, in the order of submission. When one finishes, the last running one
+takes its row, so that the running ones are always the first rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.inference.beam import BeamSearch
+from lora_gpt2.inference.sequence import SequenceState
+from lora_gpt2.inference.session import Session
+from lora_gpt2.model.kv_cache import KVCache
+
+SEQUENCE_ERRORS = (LoraGpt2Error, RuntimeError, ValueError, IndexError)
+"""Errors that end one sequence; the others of its batch continue."""
+
+
+@dataclass
+class Admission:
+    """Sequences that were admitted in a step, and those that failed because an adapter could not be loaded."""
+
+    to_sample: list[SequenceState] = field(default_factory=list)
+    to_search: list[SequenceState] = field(default_factory=list)
+    failed: list[SequenceState] = field(default_factory=list)
+
+
+class Scheduler:
+    """Keeps the queue and the rows; the adapters of admitted sequences are loaded and pinned."""
+
+    def __init__(self, session: Session, cache: KVCache, max_num_seqs: int) -> None:
+        self.session, self.cache, self.max_num_seqs = session, cache, max_num_seqs
+        self.waiting: deque[SequenceState] = deque()
+        self.running: list[SequenceState] = []
+        self.searches: list[tuple[SequenceState, BeamSearch]] = []
+
+    @property
+    def num_running(self) -> int:
+        """Number of running sequences; a beam search counts once for each beam."""
+        return len(self.running) + sum(sequence.settings.num_beams for sequence, _ in self.searches)
+
+    @property
+    def sequences(self) -> list[SequenceState]:
+        """All sequences, running or waiting."""
+        return [*self.running, *(sequence for sequence, _ in self.searches), *self.waiting]
+
+    def admit(self) -> Admission:
+        """Takes sequences from the queue as long as there is room.
+
+        A beam search that is wider than the batch is admitted when nothing else is running.
+        """
+        admission, num_running = Admission(), self.num_running
+        while self.waiting:
+            sequence = self.waiting[0]
+            width = sequence.settings.num_beams if sequence.max_new_tokens else 1
+            if num_running and num_running + width > self.max_num_seqs:
+                break
+            self.waiting.popleft()
+            if sequence.finish_reason:  # it was stopped while it waited
+                continue
+            try:
+                loaded = {name: sequence.loaded.get(name) or self.session.fetch(name) for name, _ in sequence.mix}
+                self.session.slots.load(loaded)
+            except SEQUENCE_ERRORS as error:
+                sequence.fail(error)
+                admission.failed.append(sequence)
+                continue
+            self.session.slots.pin(sequence.mix)
+            num_running += width
+            (admission.to_sample if width == 1 else admission.to_search).append(sequence)
+        return admission
+
+    def drop_finished(self) -> None:
+        """Frees the rows and unpins the adapters of finished sequences."""
+        for sequence, _ in self.searches:
+            if sequence.finish_reason:
+                self.session.slots.unpin(sequence.mix)
+        self.searches = [(sequence, search) for sequence, search in self.searches if not sequence.finish_reason]
+        for sequence in self.running:
+            if sequence.finish_reason:
+                self.session.slots.unpin(sequence.mix)
+        for row in range(len(self.running) - 1, -1, -1):
+            if self.running[row].finish_reason:
+                last = self.running.pop()
+                if row < len(self.running):
+                    self.running[row] = last
+                    self.cache.free(row)
+                    self.cache.move(len(self.running), row)
+                else:
+                    self.cache.free(row)
+
+    def clear(self) -> None:
+        """Forgets every sequence; rows and pins are left to the caller."""
+        self.running, self.searches = [], []
+        self.waiting.clear()

@@ -1,0 +1,158 @@
+"""One sequence while it is generated: its tokens, its text, its stop strings, and the reason why it finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_gpt2.data.ngram_index import NgramIndex
+from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sampling import SamplingParams, choose_token
+from lora_gpt2.inference.session import check_logits
+from lora_gpt2.inference.slots import LoadedAdapter
+from lora_gpt2.recipe import GenerateSettings
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token, its log-probability before sampling, and those of the most likely tokens."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, token: int, count: int) -> TokenLogprobs:
+        """Returns the log-probabilities of a token and of the `count` most likely ones, from logits `[vocab]`."""
+        logprobs = logits.float().log_softmax(0)
+        values, ids = logprobs.topk(count)
+        return cls(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+class StopStringMatcher:
+    """Passes text on until one of the stop strings appears; a possible beginning of one is held back."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self.stop_strings, self.pending, self.is_matched = stop_strings, "", False
+
+    def push(self, text: str) -> str:
+        """Returns the text that is certainly not part of a stop string."""
+        self.pending += text
+        offsets = [offset for stop in self.stop_strings if (offset := self.pending.find(stop)) >= 0]
+        if offsets:
+            self.is_matched = True
+            passed, self.pending = self.pending[: min(offsets)], ""
+            return passed
+        held = max((self._count_begun(stop) for stop in self.stop_strings), default=0)
+        split = len(self.pending) - held
+        passed, self.pending = self.pending[:split], self.pending[split:]
+        return passed
+
+    def finish(self) -> str:
+        """Returns the text that was held back, which did not become a stop string."""
+        rest, self.pending = self.pending, ""
+        return rest
+
+    def _count_begun(self, stop: str) -> int:
+        lengths = range(min(len(stop) - 1, len(self.pending)), 0, -1)
+        return next((length for length in lengths if self.pending.endswith(stop[:length])), 0)
+
+
+@dataclass(kw_only=True, eq=False)
+class SequenceState:
+    """A sequence that is being generated.
+
+    Args:
+        index: the caller's number for it.
+        mix: the adapters that it is generated with, resolved.
+        prompt_ids: token ids of the prompt; at least one.
+        max_new_tokens: the most tokens that may follow; 0 only reads the prompt.
+        settings: sampling settings.
+        seed: of the sequence's own random generator.
+        tokenizer: of the base.
+        loaded: adapters of the mix that were fetched beforehand, so that admission waits for no disk.
+        scores_prompt: also compute the log-probabilities of the prompt's tokens, except for the first.
+        no_verbatim: texts that are not copied for longer than their index's n-grams.
+
+    `finish_reason` is empty while the sequence is running; then `stop`, `length`, `error`, or what `Engine.stop` gave.
+    """
+
+    index: int
+    mix: Mix
+    prompt_ids: list[int]
+    max_new_tokens: int
+    settings: GenerateSettings
+    seed: int
+    tokenizer: Tokenizer
+    loaded: Mapping[str, LoadedAdapter] = field(default_factory=dict)
+    scores_prompt: bool = False
+    no_verbatim: Sequence[NgramIndex] = ()
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: Exception | None = None
+    new_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._stream, self._matcher = TextStream(self.tokenizer), StopStringMatcher(self.settings.stop)
+        self._params = SamplingParams.from_settings(self.settings)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    @property
+    def num_cached(self) -> int:
+        """Number of tokens in the KV cache: all but the newest."""
+        return len(self.prompt_ids) + max(0, len(self.new_ids) - 1)
+
+    def sample(self, logits: Tensor) -> str:
+        """Chooses the next token from its logits `[vocab]`; returns the text that it completes.
+
+        Raises `CorruptError` if the logits are not finite.
+        """
+        if not self.max_new_tokens:
+            return self.finish("length")
+        logits = logits[: self.tokenizer.vocab_size]  # a padded head has rows that are not tokens
+        check_logits(logits, self.mix)
+        ids = self.prompt_ids + self.new_ids
+        banned = [token for index in self.no_verbatim for token in index.find_followers(ids)]
+        token = choose_token(
+            logits,
+            torch.tensor(ids),
+            self._params,
+            self._generator,
+            num_prompt_tokens=len(self.prompt_ids),
+            banned=banned,
+        )
+        if token == self.tokenizer.eos_id:
+            return self.finish("stop")
+        if self.settings.logprobs:
+            self.logprobs.append(TokenLogprobs.from_logits(logits, token, self.settings.logprobs))
+        text = self.append(token)
+        is_full = not self.finish_reason and len(self.new_ids) >= self.max_new_tokens
+        return text + (self.finish("length") if is_full else "")
+
+    def append(self, token: int) -> str:
+        """Appends a token; returns the text that it completes. A stop string finishes the sequence."""
+        self.new_ids.append(token)
+        return self._emit(self._matcher.push(self._stream.push(token)))
+
+    def finish(self, reason: str) -> str:
+        """Finishes the sequence; returns the text that was held back."""
+        text = "" if self._matcher.is_matched else self._emit(self._matcher.push(self._stream.finish()))
+        self.finish_reason = self.finish_reason or reason
+        return text + ("" if self._matcher.is_matched else self._emit(self._matcher.finish()))
+
+    def fail(self, error: Exception) -> str:
+        """Finishes the sequence with an error; returns no text."""
+        self.error, self.finish_reason = error, "error"
+        return ""
+
+    def _emit(self, text: str) -> str:
+        self.text += text
+        if self._matcher.is_matched:
+            self.finish_reason = "stop"
+        return text
