@@ -30,8 +30,8 @@ from lora_gpt2.inference.open import load_for_inference
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.config import GPT2Config, parse_config
-from lora_gpt2.model.locate import find_base, read_config
+from lora_gpt2.model.checkpoint import Checkpoint, find_base
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
@@ -85,7 +85,7 @@ def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: R
     names = ["ours", *[PACKED] * (runtime.device.type == "cpu"), "peft"]
     with tempfile.TemporaryDirectory() as work:
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
-        config = parse_config(read_config(folder), str(folder))
+        config = Checkpoint.read(folder).config
         for place in range(ROWS):
             _write_adapter(config, str(folder), Path(work) / str(place), rank, place)
         spec = Spec(str(folder), work, tokens, runtime.dtype_name)

@@ -28,7 +28,7 @@ from lora_gpt2.evaluation.perplexity import ScoringWindows, measure_perplexity
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
-from lora_gpt2.model.locate import find_base
+from lora_gpt2.model.checkpoint import find_base
 from lora_gpt2.model.lora import build_adapter
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import EvaluateSettings, LoraSettings

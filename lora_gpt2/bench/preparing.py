@@ -25,7 +25,7 @@ from lora_gpt2.data.dedup import find_near_duplicates, sign
 from lora_gpt2.data.read.formats import read_documents
 from lora_gpt2.data.read.sources import find_sources
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.model.locate import load_base_tokenizer
+from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.recipe import DataSettings
 
 SAMPLE_SECONDS = 0.2
@@ -149,7 +149,7 @@ def _find_planted(documents: Sequence[str], count: int) -> tuple[int, int]:
 
 
 def _compare_tokenizers(documents: Sequence[str]) -> float:
-    tokenizer = load_base_tokenizer("nano")
+    tokenizer = Checkpoint.open("nano").load_tokenizer()
     batches, size = [list[str]()], 0
     for text in documents:
         if size > TOKENISED_CHARACTERS:

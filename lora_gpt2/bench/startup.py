@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_gpt2.bench.training import SIZES, build_random_base
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.model.base import load_base
-from lora_gpt2.model.locate import find_base
+from lora_gpt2.model.checkpoint import find_base
 from lora_gpt2.model.lora import build_adapter
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import LoraSettings

@@ -26,8 +26,8 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
-from lora_gpt2.model.config import GPT2Config, parse_config
-from lora_gpt2.model.locate import BUNDLED, find_base, load_base_tokenizer, read_config
+from lora_gpt2.model.checkpoint import BUNDLED, Checkpoint, find_base
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import build_adapter, build_ranks, target_of
 from lora_gpt2.model.runtime import DTYPES, Runtime, choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import BLOCKS, LoraSettings
@@ -132,7 +132,7 @@ def measure_training(
     runtime = choose_runtime(dtype)
     with tempfile.TemporaryDirectory() as work:
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
-        config = parse_config(read_config(folder), str(folder))
+        config = Checkpoint.read(folder).config
         spec = Spec(
             str(folder),
             work,
@@ -192,7 +192,7 @@ def build_random_base(size: str, work: Path, reporter: Reporter) -> Path:
     width, layers, heads = SIZES[size]
     torch.manual_seed(0)
     folder = work / "base"
-    eos = load_base_tokenizer(str(BUNDLED / "nano")).eos_id
+    eos = Checkpoint.open(str(BUNDLED / "nano")).load_tokenizer().eos_id
     shape = TheirConfig(n_embd=width, n_layer=layers, n_head=heads, eos_token_id=eos, bos_token_id=eos)
     GPT2LMHeadModel(shape).save_pretrained(folder)
     vocabulary = json.loads((BUNDLED / "nano" / "vocab.json").read_text(encoding="utf-8"))
@@ -217,7 +217,7 @@ def _write_inputs(spec: Spec, config: GPT2Config) -> None:
 
 def _write_lengths(spec: Spec, lines: Path) -> None:
     """Saves how many tokens the lines of a file have, for as many rows as will be trained on."""
-    tokenizer = load_base_tokenizer(spec.folder)
+    tokenizer = Checkpoint.open(spec.folder).load_tokenizer()
     texts = [line for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
     num_rows = (spec.warm_up + spec.steps) * spec.rows
     lengths = [min(spec.time, max(2, len(ids))) for ids in tokenizer.encode_batch(texts[:num_rows])]
@@ -229,7 +229,7 @@ def run_side() -> None:
     request = json.loads(sys.stdin.read())
     spec, name = Spec(**request["spec"]), request["name"]
     tokens = torch.from_numpy(np.load(Path(spec.work) / "tokens.npy"))
-    config = parse_config(read_config(Path(spec.folder)), spec.folder)
+    config = Checkpoint.read(Path(spec.folder)).config
     shape = (torch.device(spec.device), DTYPES[spec.dtype], config.n_embd, spec.rows * spec.time)
     before = measure_gemm(*shape)
     if name.startswith("ours"):
@@ -290,24 +290,7 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     from peft import PeftModel
-    from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
-
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        """Notes the losses, and when the first step is over."""
-
-        def __init__(self) -> None:
-            self.losses: list[float] = []
-            self.first = self.began = self.ended = 0.0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            self.ended = time.monotonic()
-            self.first = self.first or self.ended
-            if state.global_step == spec.warm_up:
-                self.began = self.ended
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-            if logs and "loss" in logs:
-                self.losses.append(logs["loss"])
+    from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
     started = time.monotonic()
     autocast = name == "peft-autocast"
@@ -340,9 +323,31 @@ def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
         dataloader_pin_memory=spec.device == "cuda",
         train_sampling_strategy="sequential",
     )
-    watch = Watch()
+    watch = _build_callback(spec.warm_up)
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[watch]).train()
     return _figures(spec, counted, watch.ended - watch.began, watch.first - started, watch.losses)
+
+
+def _build_callback(warm_up: int) -> Any:
+    """Returns a callback that records the losses and when the first, the warm-up's and the last step ended."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+            self.first = self.began = self.ended = 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            self.ended = time.monotonic()
+            self.first = self.first or self.ended
+            if state.global_step == warm_up:
+                self.began = self.ended
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+            if logs and "loss" in logs:
+                self.losses.append(logs["loss"])
+
+    return Callback()
 
 
 def _pad(row: torch.Tensor, length: int) -> dict[str, torch.Tensor]:

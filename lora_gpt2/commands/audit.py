@@ -237,10 +237,10 @@ def watermark(file: Path, threshold: float, base: str | None, overrides: tuple[s
     """
     recipe = load_recipe(None, overrides, base=base)
     from lora_gpt2.audit.watermark import detect_watermark
-    from lora_gpt2.model.locate import load_base_tokenizer
+    from lora_gpt2.model.checkpoint import Checkpoint
 
     text = read_stdin() if str(file) == "-" else read_user_text(file, errors="replace")
-    tokenizer = load_base_tokenizer(recipe.base)
+    tokenizer = Checkpoint.open(recipe.base).load_tokenizer()
     report = detect_watermark(text, tokenizer, recipe.generate.watermark_key)
     is_marked = report.is_marked(threshold)
     verdict = "marked" if is_marked else "no mark found"

@@ -23,7 +23,7 @@ def list_(as_json: bool) -> None:
     Example:
       lora-gpt2 bases list
     """
-    from lora_gpt2.model.locate import HUB_NAMES, list_bundled
+    from lora_gpt2.model.checkpoint import HUB_NAMES, list_bundled
 
     rows = [{"name": name, "where": "bundled"} for name in list_bundled()]
     rows += [{"name": name, "where": f"hub: {identifier}"} for name, identifier in HUB_NAMES.items()]

@@ -72,9 +72,9 @@ def command(
     from lora_gpt2.data.clean.report import build_report_page
     from lora_gpt2.data.inspect import preview_documents, write_texts
     from lora_gpt2.data.prepared import describe_amount, prepare_data
-    from lora_gpt2.model.locate import load_base_tokenizer
+    from lora_gpt2.model.checkpoint import Checkpoint
 
-    tokenizer = load_base_tokenizer(settings.base)
+    tokenizer = Checkpoint.open(settings.base).load_tokenizer()
     prepared = prepare_data(settings.data, tokenizer, reporter, out)
     result = {key: prepared.report[key] for key in KEYS}
     result["epochs"] = settings.train.count_epochs(prepared.train.num_tokens)

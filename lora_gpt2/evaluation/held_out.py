@@ -15,13 +15,12 @@ from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.evaluation.matrix import Cell, EvaluationText
-from lora_gpt2.model.locate import load_base_tokenizer
+from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.renamed_settings import upgrade_section
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import Manifest
 from lora_gpt2.store.references import BASE
-from lora_gpt2.store.version import read_checked, read_manifest
 
 SAME_NATS = 1e-3
 COMPARED = ("documents", "profile", "protocol", "window", "stride", "dtype")
@@ -54,9 +53,8 @@ class OwnText:
 
 def read_sketch(store: Store, reference: str) -> TextSketch | None:
     """Returns what tells whether a text was trained on, or None where a version does not have it."""
-    with store.pin(reference) as folder:
-        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
-        return TextSketch.from_bytes(read_checked(folder, manifest, SKETCH)) if SKETCH in manifest.files else None
+    with store.open(reference) as version:
+        return TextSketch.from_bytes(version.read_file(SKETCH)) if SKETCH in version.manifest.files else None
 
 
 def read_sketches(store: Store | None, references: Iterable[str]) -> dict[str, TextSketch]:
@@ -74,7 +72,7 @@ def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | 
     sources = manifest.recipe.get("data", {}).get("sources")
     if not sources:
         raise NotFoundError(f"{manifest.reference} does not say which text it was trained on", "name a file instead")
-    tokenizer = load_base_tokenizer(base or manifest.base.name)
+    tokenizer = Checkpoint.open(base or manifest.base.name).load_tokenizer()
     stored = upgrade_section("data", manifest.recipe["data"])
     settings = build_recipe({"data": stored}, manifest.reference).data
     try:

@@ -31,8 +31,8 @@ from lora_gpt2.merging.checks import check_effect, check_exact
 from lora_gpt2.merging.combine import MERGED, Parents, build_rule, check_deltas, open_parents, select_unmerged
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
 from lora_gpt2.model.base import TRANSPOSED, Base, list_weight_files, load_base, read_stored_dtype
+from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.model.config import HEAD
-from lora_gpt2.model.locate import read_config
 from lora_gpt2.model.merge import MergeRule
 from lora_gpt2.model.probe import AdapterSelector, compute_logits, measure_difference, select_base
 from lora_gpt2.model.quantize import QuantizedLinear
@@ -175,7 +175,7 @@ def _write_folder(
         save_torch_state_dict(dict(state), folder, max_shard_size=max_shard_bytes, metadata={"format": "pt"})
     except SafetensorError as error:  # it wraps the system's errors in text
         raise ResourceError(f"cannot write {folder}: {error}", "free some space, or choose another disk") from error
-    config: dict[str, Any] = read_config(source) | {"architectures": ["GPT2LMHeadModel"]}
+    config: dict[str, Any] = {**Checkpoint.read(source).values} | {"architectures": ["GPT2LMHeadModel"]}
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config["tie_word_embeddings"] = f"{HEAD}.weight" not in state

@@ -22,10 +22,10 @@ from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.files import write_atomic
 from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
 from lora_gpt2.core.memory import is_out_of_memory
-from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
-from lora_gpt2.model.config import GPT2Config, parse_config
+from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.model.checkpoint import Checkpoint, list_bundled
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.gpt2 import GPT2, Linear
-from lora_gpt2.model.locate import find_base, list_bundled, read_config
 from lora_gpt2.model.quantize import QuantizedLinear, check_quantization
 from lora_gpt2.model.runtime import Runtime
 
@@ -80,9 +80,8 @@ def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
     """
     if quantize != "none":
         check_quantization(quantize, runtime.device)
-    folder = find_base(name)
-    config = parse_config(read_config(folder), str(folder / "config.json"))
-    tokenizer = load_tokenizer(folder, config.eos_id)
+    checkpoint = Checkpoint.open(name)
+    folder, config, tokenizer = checkpoint.folder, checkpoint.config, checkpoint.load_tokenizer()
     if tokenizer.vocab_size > config.vocab_size:
         raise MismatchError(
             f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, the model has {config.vocab_size}",
@@ -99,7 +98,7 @@ def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
     model.requires_grad_(False).eval()
     known = name in list_bundled() or not Path(name).is_dir()
     shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder
-    return Base(shown, folder, config, model, tokenizer, fingerprint_base(folder), runtime)
+    return Base(shown, folder, config, model, tokenizer, fingerprint_base(checkpoint), runtime)
 
 
 def _check_state(state: dict[str, Tensor], expected: dict[str, torch.Size], folder: Path) -> None:
@@ -159,10 +158,9 @@ def read_stored_dtype(folder: Path) -> torch.dtype:
     return next(tensor.dtype for name, tensor in _iter_tensors(list_weight_files(folder)) if name == "wte.weight")
 
 
-def fingerprint_base(folder: Path) -> str:
+def fingerprint_base(checkpoint: Checkpoint) -> str:
     """Returns the fingerprint of a base: its shape and its tensors' names, dtypes and bytes."""
-    files = list_weight_files(folder)
-    config = parse_config(read_config(folder), str(folder))
+    files, config = list_weight_files(checkpoint.folder), checkpoint.config
     stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for f in files for s in [f.stat()]]
     key = fingerprint_json([config.to_fingerprint(), stats])
     cached = find_cache_dir() / "fingerprints" / key

@@ -30,7 +30,7 @@ from lora_gpt2.core.locks import hold_lock, hold_shared
 from lora_gpt2.core.names import check_name, is_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.store.manifest import MANIFEST, Manifest, parse_manifest
-from lora_gpt2.store.version import pack_version, read_manifest
+from lora_gpt2.store.version import Version, pack_version, read_manifest
 
 PUBLISH_WAIT_SECONDS = 30.0  # a publication takes milliseconds; another one may be in front
 MAX_POINTER_BYTES = 64
@@ -144,10 +144,19 @@ class Store:
                     return
         raise NotFoundError(f"'{reference}' was removed while it was opened", "see 'adapters list'")
 
-    def read_manifest(self, reference: str) -> Manifest:
-        """Returns the manifest of a version; raises `CorruptError` if it is not one, or not this version's."""
+    @contextmanager
+    def open(self, reference: str) -> Iterator[Version]:
+        """Yields a version, which nobody removes until the block ends.
+
+        Raises what `resolve` does, or `CorruptError` if its manifest is damaged or not its own.
+        """
         with self.pin(reference) as folder:
-            return read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
+            yield Version.read(folder)
+
+    def read_manifest(self, reference: str) -> Manifest:
+        """Returns the manifest of a version; raises as `open`."""
+        with self.open(reference) as version:
+            return version.manifest
 
     def add_version(self, name: str, files: Mapping[str, bytes], make_manifest: Callable[[int], Manifest]) -> Manifest:
         """Publishes a new version and makes it the one in use; returns its manifest.

@@ -22,7 +22,7 @@ from lora_gpt2.core.locks import build_reading_error, hold_for_removal, move_unr
 from lora_gpt2.core.names import check_name, is_name
 from lora_gpt2.store.catalog import NEXT, STAMP, TRASH, Store, write_version
 from lora_gpt2.store.manifest import Manifest, Parent
-from lora_gpt2.store.version import read_all_checked, read_manifest, utc_now
+from lora_gpt2.store.version import Version, utc_now
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,11 @@ def copy_adapter(store: Store, reference: str, name: str) -> Manifest:
     """Publishes a version under another name, with its origin and the original as its parent; returns the manifest.
 
     Raises:
-        NotFoundError, CorruptError: see `Store.resolve` and `read_checked`.
+        NotFoundError, CorruptError: see `Store.open` and `Version.read_file`.
     """
     check_name(name)
-    with store.pin(reference) as folder:
-        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
-        files = read_all_checked(folder, manifest)
+    with store.open(reference) as version:
+        manifest, files = version.manifest, version.read_files()
     parent = Parent(reference=manifest.reference, digest=manifest.digest)
     twin = replace(manifest, name=name, created=utc_now(), parents=(parent,), provenance={"by": "copy"})
     return store.add_version(name, files, lambda number: replace(twin, version=number))
@@ -106,11 +105,9 @@ def rename_adapter(store: Store, old: str, new: str) -> None:
         _hold_all(stack, [store.folder_of(old) / str(version) for version in versions], old)
         with store.new_folder(store.root, new) as work:
             for version in versions:
-                folder = store.folder_of(old) / str(version)
-                manifest = read_manifest(folder, expected=f"{old}@{version}")
-                files = read_all_checked(folder, manifest)
-                (work / folder.name).mkdir()
-                write_version(work / folder.name, replace(manifest, name=new), files)
+                stored = Version.read(store.folder_of(old) / str(version))
+                (work / str(version)).mkdir()
+                write_version(work / str(version), replace(stored.manifest, name=new), stored.read_files())
             write_atomic(work / NEXT, f"{store.next_version(old)}\n".encode())
             write_atomic(work / "CURRENT", f"{current}\n".encode())
             rename_path(work, store.folder_of(new))
@@ -153,10 +150,9 @@ def _find_sound(store: Store, name: str, versions: list[int]) -> Manifest:
 
 
 def _check_sound(store: Store, reference: str) -> Manifest:
-    with store.pin(reference) as folder:
-        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
-        read_all_checked(folder, manifest)
-        return manifest
+    with store.open(reference) as version:
+        version.read_files()
+        return version.manifest
 
 
 def remove_adapter(store: Store, reference: str) -> None:

@@ -27,8 +27,8 @@ from lora_gpt2.core.files import (
 from lora_gpt2.core.hub import download, wrap_hub_errors
 from lora_gpt2.core.names import check_name
 from lora_gpt2.model.base import Base
+from lora_gpt2.model.checkpoint import HUB_ID, HUB_NAMES, locate_for_peft
 from lora_gpt2.model.config import HEAD
-from lora_gpt2.model.locate import HUB_ID, HUB_NAMES, locate_for_peft
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.store.archive import pack_archive, read_archive
 from lora_gpt2.store.audits import read_audits
@@ -40,7 +40,7 @@ from lora_gpt2.store.peft.config import parse_peft_config
 from lora_gpt2.store.peft.convert import convert_variant
 from lora_gpt2.store.peft.loralib import read_loralib
 from lora_gpt2.store.peft.tensors import from_peft, parse_peft, read_peft_files, to_peft
-from lora_gpt2.store.version import read_all_checked, read_checked, read_manifest, verify_hashes
+from lora_gpt2.store.version import verify_hashes
 
 ARCHIVES = (".tar.gz", ".tgz")
 LORALIB = (".pt", ".bin", ".pth")
@@ -229,9 +229,8 @@ def _name_base(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, byte
 
 def has_head(store: Store, reference: str) -> bool:
     """True if a version changes the head, which PEFT and lm-evaluation-harness cannot tie again over it."""
-    with store.pin(reference) as folder:
-        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
-        return HEAD in parse_peft_config(read_checked(folder, manifest, PEFT_CONFIG), reference).list_targets()
+    with store.open(reference) as version:
+        return HEAD in parse_peft_config(version.read_file(PEFT_CONFIG), reference).list_targets()
 
 
 def drop_head(adapter: Adapter) -> Adapter:
@@ -252,9 +251,8 @@ def _leave_head_out(manifest: Manifest, files: Mapping[str, bytes], base: Base) 
 
 def read_version_files(store: Store, reference: str) -> tuple[Manifest, dict[str, bytes]]:
     """Returns a version's manifest and every file of it, all checked."""
-    with store.pin(reference) as folder:
-        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
-        return manifest, {**read_all_checked(folder, manifest), MANIFEST: (folder / MANIFEST).read_bytes()}
+    with store.open(reference) as version:
+        return version.manifest, {**version.read_files(), MANIFEST: (version.folder / MANIFEST).read_bytes()}
 
 
 def push_adapter(store: Store, reference: str, repository: str, private: bool) -> str:

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lora_gpt2.core.errors import MismatchError
@@ -20,7 +19,7 @@ from lora_gpt2.model.probe import check_finite_logits
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import METRICS, PEFT_CONFIG, WEIGHTS, BaseIdentity, Manifest, Parent
 from lora_gpt2.store.peft.tensors import from_peft, to_peft
-from lora_gpt2.store.version import read_checked, read_manifest, utc_now
+from lora_gpt2.store.version import Version, utc_now
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "lora-gpt2")
 
@@ -89,12 +88,11 @@ def load_adapter(store: Store, reference: str, base: Base) -> tuple[Manifest, Ad
         CorruptError: a byte, a shape or a value is not what it should be, or its logits are not finite.
         MismatchError: it was made for another base or tokenizer; both fingerprints are named.
     """
-    with store.pin(reference) as folder:
-        manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
-        check_base(manifest, base)
-        adapter = read_version(folder, manifest, base.config)
-    check_finite_logits(base, adapter, manifest.reference)
-    return manifest, adapter
+    with store.open(reference) as version:
+        check_base(version.manifest, base)
+        adapter = read_adapter(version, base.config)
+    check_finite_logits(base, adapter, version.manifest.reference)
+    return version.manifest, adapter
 
 
 def check_base(manifest: Manifest, base: Base) -> None:
@@ -110,10 +108,10 @@ def check_base(manifest: Manifest, base: Base) -> None:
             )
 
 
-def read_version(folder: Path, manifest: Manifest, config: GPT2Config) -> Adapter:
-    """Returns the adapter in a version's folder; the bytes must have the manifest's hashes."""
-    content = {name: read_checked(folder, manifest, name) for name in (WEIGHTS, PEFT_CONFIG)}
-    return from_peft(content[WEIGHTS], content[PEFT_CONFIG], config, manifest.reference)
+def read_adapter(version: Version, config: GPT2Config) -> Adapter:
+    """Returns the adapter of a version; raises `CorruptError` if its files are not those that were published."""
+    weights, peft_config = version.read_file(WEIGHTS), version.read_file(PEFT_CONFIG)
+    return from_peft(weights, peft_config, config, version.manifest.reference)
 
 
 def _library_versions() -> dict[str, str]:

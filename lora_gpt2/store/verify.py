@@ -26,10 +26,10 @@ from lora_gpt2.model.probe import (
     select_adapter,
 )
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.files import check_base, read_version
+from lora_gpt2.store.files import check_base, read_adapter
 from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
 from lora_gpt2.store.peft.config import parse_peft_config
-from lora_gpt2.store.version import read_all_checked, read_checked, read_manifest
+from lora_gpt2.store.version import Version
 
 CHECKS = ("files", "base", "format", "logits", "effect")
 
@@ -54,14 +54,13 @@ def verify_files(store: Store, reference: str) -> tuple[VerificationResult, Mani
     """Returns whether every byte of a version is as it was published; needs no base."""
     verdict = VerificationResult(reference)
     try:
-        with store.pin(reference) as folder:
-            manifest = read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}")
-            read_all_checked(folder, manifest)
+        with store.open(reference) as version:
+            version.read_files()
     except LoraGpt2Error as error:
         verdict.failure = f"files: {error.message}"
         return verdict, None
     verdict.passed.append("files")
-    return VerificationResult(manifest.reference, ["files"]), manifest
+    return VerificationResult(version.manifest.reference, ["files"]), version.manifest
 
 
 def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> Iterator[VerificationResult]:
@@ -70,25 +69,24 @@ def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> I
     for manifest in manifests:
         verdict = VerificationResult(manifest.reference, ["files"])
         try:
-            with store.pin(manifest.reference) as folder:
-                _verify_one(verdict, folder, manifest, base, reference)
+            with store.open(manifest.reference) as version:
+                _verify_one(verdict, version, base, reference)
         except LoraGpt2Error as error:
             verdict.failure = error.message
         yield verdict
 
 
-def _verify_one(
-    verdict: VerificationResult, folder: Path, manifest: Manifest, base: Base, reference: _Reference
-) -> None:
+def _verify_one(verdict: VerificationResult, version: Version, base: Base, reference: _Reference) -> None:
+    manifest = version.manifest
     check_base(manifest, base)
     verdict.passed.append("base")
-    adapter = read_version(folder, manifest, base.config)
-    if not parse_peft_config(read_checked(folder, manifest, PEFT_CONFIG), manifest.reference).is_plain:
+    adapter = read_adapter(version, base.config)
+    if not parse_peft_config(version.read_file(PEFT_CONFIG), manifest.reference).is_plain:
         raise MismatchError(f"{manifest.reference}: its configuration holds expressions", "import it again")
     verdict.passed.append("format")
     check_finite_logits(base, adapter, manifest.reference)
     ours = compute_logits(base, select_adapter(base, adapter))
-    verdict.max_logit_difference = measure_difference(ours, reference.compute(folder))
+    verdict.max_logit_difference = measure_difference(ours, reference.compute(version.folder))
     limit = rounding_tolerance(ours)
     if not verdict.max_logit_difference <= limit:
         verdict.failure = f"logits: they differ by {verdict.max_logit_difference:.2e} from PEFT's, allowed {limit:.1e}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +15,27 @@ from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.core.files import read_regular, translate_os_error
 from lora_gpt2.store.card import build_card
 from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_BYTES, MAX_FILE_BYTES, Manifest, parse_manifest
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version that is open, so that nobody removes it: its folder, and its manifest, read once."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, folder: Path) -> Version:
+        """Returns the version in a folder of a store; raises as `read_manifest`."""
+        return cls(folder, read_manifest(folder, expected=f"{folder.parent.name}@{folder.name}"))
+
+    def read_file(self, name: str) -> bytes:
+        """Returns a file; raises `CorruptError` unless its bytes have the manifest's hash."""
+        return read_checked(self.folder, self.manifest, name)
+
+    def read_files(self) -> dict[str, bytes]:
+        """Returns every file that the manifest guards; raises as `read_file`."""
+        return {name: self.read_file(name) for name in self.manifest.files}
 
 
 def pack_version(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -46,11 +67,6 @@ def read_checked(folder: Path, manifest: Manifest, name: str) -> bytes:
     content = _read(folder / name)
     verify_hashes({name: content}, manifest, str(folder), [name])
     return content
-
-
-def read_all_checked(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Returns every file that the manifest guards."""
-    return {name: read_checked(folder, manifest, name) for name in manifest.files}
 
 
 def verify_hashes(

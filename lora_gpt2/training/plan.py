@@ -19,8 +19,8 @@ from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.data.blocks import TokenBlocks
 from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.model.base import Base, load_base
-from lora_gpt2.model.config import GPT2Config, parse_config
-from lora_gpt2.model.locate import find_base, load_base_tokenizer, read_config
+from lora_gpt2.model.checkpoint import Checkpoint
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.training.memory import (
@@ -115,15 +115,14 @@ def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Repor
 
 def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:
     """Returns the shape of a recipe's base and where it would be trained, without reading its weights."""
-    folder = find_base(recipe.base)
     runtime = choose_runtime(recipe.train.dtype, init_process_group().device)
-    return parse_config(read_config(folder), str(folder / "config.json")), runtime
+    return Checkpoint.open(recipe.base).config, runtime
 
 
 def _prepare(recipes: Sequence[Recipe], reporter: Reporter) -> list[PreparedData] | None:
     if not all(recipe.data.sources for recipe in recipes):
         return None
-    tokenizer = load_base_tokenizer(recipes[0].base)
+    tokenizer = Checkpoint.open(recipes[0].base).load_tokenizer()
     return [prepare_data(recipe.data, tokenizer, reporter) for recipe in recipes]
 
 

@@ -261,7 +261,7 @@ def test_every_error_has_its_code_message_and_hint_in_text_and_json(
 
 
 def test_a_bug_has_an_identifier_and_no_traceback_without_debug(run, monkeypatch):
-    monkeypatch.setattr("lora_gpt2.model.locate.list_bundled", lambda: 1 / 0)
+    monkeypatch.setattr("lora_gpt2.model.checkpoint.list_bundled", lambda: 1 / 0)
     code, _, err = run("bases", "list")
     assert code == 1
     assert "a bug (" in err
@@ -291,7 +291,7 @@ def test_running_out_of_memory_or_disk_is_a_resource_error(run, monkeypatch):
         def fail(error=error):
             raise error
 
-        monkeypatch.setattr("lora_gpt2.model.locate.list_bundled", fail)
+        monkeypatch.setattr("lora_gpt2.model.checkpoint.list_bundled", fail)
         assert run("bases", "list")[0] == 7
 
 

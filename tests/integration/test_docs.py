@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_gpt2 import cli
-from lora_gpt2.model import locate
+from lora_gpt2.model import checkpoint as locate
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.store.catalog import Store

@@ -10,9 +10,9 @@ from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
+from lora_gpt2.model.checkpoint import find_base
 from lora_gpt2.model.config import parse_config
 from lora_gpt2.model.gpt2 import GPT2
-from lora_gpt2.model.locate import find_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import EvaluateSettings, GenerateSettings
 from tests.builders import make_base_folder

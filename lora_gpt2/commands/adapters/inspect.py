@@ -208,17 +208,15 @@ def _verify_group(store: Store, manifests: list[Manifest], base_name: str) -> li
 def _compare_updates(store: Store, manifests: list[Manifest]) -> list[dict[str, Any]]:
     if manifests[0].base.fingerprint != manifests[1].base.fingerprint:
         return []
-    from lora_gpt2.model.config import parse_config
-    from lora_gpt2.model.locate import find_base, read_config
+    from lora_gpt2.model.checkpoint import Checkpoint
     from lora_gpt2.store.compare import compare_adapters
-    from lora_gpt2.store.files import read_version
+    from lora_gpt2.store.files import read_adapter
 
-    folder = find_base(manifests[0].base.name)
-    config = parse_config(read_config(folder), str(folder / "config.json"))
+    config = Checkpoint.open(manifests[0].base.name).config
     adapters = []
     for manifest in manifests:
-        with store.pin(manifest.reference) as version:
-            adapters.append(read_version(version, manifest, config))
+        with store.open(manifest.reference) as version:
+            adapters.append(read_adapter(version, config))
     return [vars(row) for row in compare_adapters(adapters[0], adapters[1], config)]
 
 

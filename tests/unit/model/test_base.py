@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.model import runtime
 from lora_gpt2.model.base import fingerprint_base, load_base
-from lora_gpt2.model.locate import find_base, list_bundled
+from lora_gpt2.model.checkpoint import Checkpoint, find_base, list_bundled
 from lora_gpt2.model.runtime import DTYPES, choose_runtime, measure_peak_memory
 from tests.builders import make_base_folder
 
@@ -52,20 +52,20 @@ def test_nano_is_bundled_and_small():
 
 
 def test_the_fingerprint_covers_every_tensor_and_the_shape(tmp_path, base_folder):
-    original = fingerprint_base(base_folder)
+    original = fingerprint_base(Checkpoint.read(base_folder))
     copied = shutil.copytree(base_folder, tmp_path / "copy")
-    assert fingerprint_base(copied) == original
-    assert fingerprint_base(make_base_folder(tmp_path / "shards", shards=2)) == original
+    assert fingerprint_base(Checkpoint.read(copied)) == original
+    assert fingerprint_base(Checkpoint.read(make_base_folder(tmp_path / "shards", shards=2))) == original
     tensors = load_file(copied / "model.safetensors")
     for name in [n for n in tensors if not n.endswith("attn.bias")]:
         changed = {**tensors, name: tensors[name].clone()}
         changed[name].view(-1)[0] += 1e-3
         save_file(changed, copied / "model.safetensors", metadata={"format": "pt"})
-        assert fingerprint_base(copied) != original, name
+        assert fingerprint_base(Checkpoint.read(copied)) != original, name
     shutil.copy(base_folder / "model.safetensors", copied)
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-6}))
-    assert fingerprint_base(copied) != original
+    assert fingerprint_base(Checkpoint.read(copied)) != original
 
 
 def damage_missing_tensor(folder):

@@ -1,4 +1,4 @@
-"""Where a base is: the bundle, a folder, or the hub when its name is given; its configuration and tokenizer.
+"""A base on disk: the bundled one, a folder, or one from the hub; its configuration and tokenizer.
 
 Never imports torch, so that preparing text does not pay for it.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError, Resour
 from lora_gpt2.core.hub import download
 from lora_gpt2.core.user_files import read_user_text
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
-from lora_gpt2.model.config import parse_config
+from lora_gpt2.model.config import GPT2Config, parse_config
 
 BUNDLED = Path(__file__).parent.parent / "bases"
 HUB_NAMES = {
@@ -70,7 +72,7 @@ def locate_for_peft(name: str) -> str:
     return str(BUNDLED / name) if name in list_bundled() else HUB_NAMES.get(name, name)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def _read_json(folder: Path) -> dict[str, Any]:
     """Returns the parsed `config.json` of a base's folder."""
     try:
         values = json.loads(read_user_text(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
@@ -83,7 +85,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load_base_tokenizer(name: str) -> Tokenizer:
-    """Returns a base's tokenizer alone, without reading its weights; raises as `load_base`."""
-    folder = find_base(name)
-    return load_tokenizer(folder, parse_config(read_config(folder), str(folder / "config.json")).eos_id)
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base on disk, in Hugging Face's format; its configuration is read once.
+
+    Args:
+        folder: where its files are.
+        values: `config.json` as it is.
+        config: what we run of it.
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+    config: GPT2Config
+
+    @classmethod
+    def open(cls, name: str) -> Checkpoint:
+        """Returns the checkpoint of a base; see `find_base` for names and errors.
+
+        Raises `CorruptError` or `MismatchError` if its configuration is not that of a GPT-2 that we run.
+        """
+        return cls.read(find_base(name))
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Returns the checkpoint in a folder; raises as `open`."""
+        values = _read_json(folder)
+        return cls(folder, values, parse_config(values, str(folder / "config.json")))
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer; raises as `load_tokenizer`."""
+        return load_tokenizer(self.folder, self.config.eos_id)
