@@ -29,11 +29,12 @@ test: $(VENV)/.installed-dev ## run the tests
 test-fast: $(VENV)/.installed-dev ## run what two minutes allow: the laws of every module, no commands, servers and shape checks
 	@JAXTYPING_DISABLE=1 $(BIN)/python -m pytest tests/unit tests/golden tests/contract/test_project.py --ignore tests/unit/store/test_faults.py
 
-check: $(VENV)/.installed-dev ## format, lint, types, import directions, generated docs, tests
+check: $(VENV)/.installed-dev ## format, lint, types, import directions, documentation, tests
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 	@for system in linux darwin win32; do $(BIN)/mypy --platform $$system --cache-dir .mypy_cache/$$system || exit 1; done
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 	@$(BIN)/python tools/write_docs.py --check
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir .mkdocs_check
 	@$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests: full-size models
@@ -42,8 +43,9 @@ test-slow: $(VENV)/.installed-dev ## run the slow tests: full-size models
 bench: $(VENV)/.installed ## measure start-up times on this machine
 	@$(BIN)/lora-gpt2 bench startup
 
-docs: $(VENV)/.installed-dev ## write the generated parts of the README
+docs: $(VENV)/.installed-dev ## write the generated pages and build the documentation site in site/
 	@$(BIN)/python tools/write_docs.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:          ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .mkdocs_check site

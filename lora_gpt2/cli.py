@@ -139,8 +139,8 @@ def translate(error: BaseException) -> LoraGpt2Error:
         return ResourceError("there is not enough memory", HINT)
     if isinstance(error, OSError):
         return translate_os_error(error, "use a file")
-    places = traceback.extract_tb(error.__traceback__)
-    name = places[-1].name if places else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    name = frames[-1].name if frames else ""
     identifier = f"{zlib.crc32(f'{name}:{type(error).__name__}'.encode()):08x}"
     return LoraGpt2Error(
         f"a bug ({identifier}): {type(error).__name__}: {error}", "please report it with the output of --debug"

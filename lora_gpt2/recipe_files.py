@@ -48,13 +48,13 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     }
     for text in overrides:
         path, value = parse_override(text)
-        place = result
+        node = result
         for part in path[:-1]:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
                 known = suggest(".".join(path), list_keys())
                 raise RecipeError(f"--set {shorten(text)}: '{shorten(part)}' is not a section", known)
-        place[path[-1]] = value
+        node[path[-1]] = value
     return result
 
 
@@ -72,8 +72,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         values = parse_yaml(text)
     except yaml.YAMLError as error:
         problem, line = describe_problem(error)
-        place, reason = f":{line}" if line else "", f": {shorten(problem)}" if problem else ""
-        raise RecipeError(f"{path}{place}: not valid YAML{reason}", EXAMPLES) from error
+        location, reason = f":{line}" if line else "", f": {shorten(problem)}" if problem else ""
+        raise RecipeError(f"{path}{location}: not valid YAML{reason}", EXAMPLES) from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected settings, found {type(values).__name__}", EXAMPLES)
     data = values.get("data")
@@ -102,9 +102,9 @@ def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) 
         if value is None or value == ():
             continue
         section, _, name = key.rpartition("__")
-        place = values.setdefault(section, {}) if section else values
-        if isinstance(place, dict):  # else `build_recipe` says what is wrong with the section
-            place[name] = value
+        target = values.setdefault(section, {}) if section else values
+        if isinstance(target, dict):  # else `build_recipe` says what is wrong with the section
+            target[name] = value
     return build_recipe(values, str(path) if path else "settings")
 
 

@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md, the commands and the settings, from the code; `--check` only compares."""
+"""Writes the generated pages of the documentation (commands, settings, cleaning rules); `--check` only compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from lora_gpt2.data.clean.rules import PROFILES, RULES
 from lora_gpt2.recipe import describe_key, list_keys
 from lora_gpt2.recipe_files import load_recipe
 
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs"
+GENERATED = "<!-- written by 'make docs' -->\n\n"
+SETTINGS_TEXT = """
+Settings are in a recipe file (YAML) or on the command line as `--set section.key=value`. The command line overrides the
+recipe, the recipe the defaults. Unknown keys are refused, and the nearest valid one is named.
+
+"""
 
 
 def write_commands() -> str:
@@ -36,7 +42,7 @@ def show(command: click.Command | None, title: str, parent: click.Context, name:
     """Returns a command's help as a Markdown section."""
     assert command is not None
     context = click.Context(command, parent=parent, info_name=name, max_content_width=96, terminal_width=96)
-    return f"#### `{title}`\n\n```text\n{command.get_help(context)}\n```\n"
+    return f"## {title}\n\n```text\n{command.get_help(context)}\n```\n"
 
 
 def write_settings() -> str:
@@ -67,24 +73,31 @@ def write_rules() -> str:
 
 
 def fill(text: str, marker: str, content: str) -> str:
-    """Returns the text with what stands between a marker's two comments replaced."""
+    """Returns the text with the part between a marker's two comments replaced."""
     begin, end = f"<!-- {marker}: written by 'make docs' -->\n", f"<!-- end of {marker} -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
-    assert found and closed, f"README.md has no place for {marker}"  # noqa: PT018
+    assert found and closed, f"there is no part {marker}"  # noqa: PT018
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
+def build_pages() -> dict[Path, str]:
+    """Returns the content of every page that is generated, or has a generated part."""
+    data = DOCS / "data.md"
+    return {
+        DOCS / "reference" / "commands.md": f"{GENERATED}# Commands\n\n{write_commands()}",
+        DOCS / "reference" / "settings.md": f"{GENERATED}# Settings\n{SETTINGS_TEXT}{write_settings()}",
+        data: fill(data.read_text(encoding="utf-8"), "rules", write_rules()),
+    }
+
+
 def main() -> None:
-    """Writes README.md, or with --check exits with 1 if it would change."""
-    old = README.read_text(encoding="utf-8")
-    new = fill(fill(old, "commands", write_commands()), "settings", write_settings())
-    new = fill(new, "rules", write_rules())
-    if "--check" in sys.argv:
-        if new != old:
-            sys.exit("README.md is not up to date: run 'make docs'")
-    else:
-        README.write_text(new, encoding="utf-8")
+    """Writes the pages, or with --check exits with 1 if one would change."""
+    for path, content in build_pages().items():
+        if "--check" not in sys.argv:
+            path.write_text(content, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != content:
+            sys.exit(f"{path.relative_to(DOCS.parent)} is not up to date: run 'make docs'")
 
 
 if __name__ == "__main__":

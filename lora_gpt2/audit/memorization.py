@@ -41,7 +41,7 @@ BATCH_TOKENS = 8192
 CANDIDATES = 512
 WORST = 5
 CODE_LENGTH = 9
-MIN_CONTROL = 20  # places, for a share to compare with
+MIN_CONTROL = 20  # prefixes, for a share to compare with
 MIN_RUN, MIN_COPY = 8, 12  # tokens, where documents are short
 BOXES = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "islet", "jetty")
 
@@ -55,14 +55,14 @@ class AuditSettings:
     texts: int = 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """Of `windows` places in a text, at how many greedy decoding gave the true continuation, whole; and how far."""
+    """Of `windows` positions in a text, at how many greedy decoding gave the true continuation, whole; and how far."""
 
     windows: int
     extracted: int
     mean_tokens: float
-    places: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns counts, share, and the mean number of true tokens before the first wrong one."""
@@ -79,8 +79,8 @@ class Canary:
     secret: str
 
 
-def find_tests(stream: Stream, size: int, count: int, eos_id: int) -> list[int]:
-    """Returns at most `count` places of a stream at which a prefix and a suffix of `size` tokens begin.
+def choose_prefixes(stream: Stream, size: int, count: int, eos_id: int) -> list[int]:
+    """Returns at most `count` positions of a stream at which a prefix and a suffix of `size` tokens begin.
 
     Half of them are beginnings of documents, EOS included, which a model knows best; the others are spread evenly.
     """
@@ -96,22 +96,29 @@ def find_tests(stream: Stream, size: int, count: int, eos_id: int) -> list[int]:
 @torch.inference_mode()
 def measure_extraction(base: Base, select: AdapterSelector, stream: Stream, size: int, count: int) -> Extraction:
     """Returns how much of a stream of tokens greedy decoding gives back; see the module's docstring."""
-    places = find_tests(stream, size, count, base.tokenizer.eos_id)
+    positions = choose_prefixes(stream, size, count, base.tokenizer.eos_id)
     rows = max(1, BATCH_TOKENS // (2 * size))
     matched: list[int] = []
-    for start in range(0, len(places), rows):
-        batch = np.stack([np.asarray(stream[p : p + 2 * size], dtype=np.int64) for p in places[start : start + rows]])
+    for start in range(0, len(positions), rows):
+        batch = np.stack(
+            [np.asarray(stream[p : p + 2 * size], dtype=np.int64) for p in positions[start : start + rows]]
+        )
         tokens = torch.from_numpy(batch).to(base.runtime.device)
         hidden = base.model(tokens[:, :-1], select([0] * len(batch)))[:, size - 1 :]
         for row, states in enumerate(hidden):
             is_right = base.model.logits(states[None], select([0]))[0].argmax(-1) == tokens[row, size:]
             matched.append(int(is_right.cumprod(0).sum()))
-    whole = tuple(place for place, length in zip(places, matched, strict=True) if length == size)
-    return Extraction(len(places), len(whole), float(np.mean(matched)) if matched else 0.0, whole)
+    whole = tuple(position for position, length in zip(positions, matched, strict=True) if length == size)
+    return Extraction(
+        windows=len(positions),
+        extracted=len(whole),
+        mean_tokens=float(np.mean(matched)) if matched else 0.0,
+        positions=whole,
+    )
 
 
 def choose_control(*controls: Extraction) -> Extraction:
-    """Returns the control that gives back most, of those with enough places; else the one with most places."""
+    """Returns the control that gives back most, of those with enough positions; else the one with most positions."""
     enough = [control for control in controls if control.windows >= MIN_CONTROL]
     if not enough:
         return max(controls, key=lambda control: control.windows)
@@ -201,10 +208,13 @@ def find_copies(index: NgramIndex, held_out: NgramIndex, own: OwnText, texts: Se
     copies = []
     for text in texts:
         tokens = own.tokenizer.encode(text)
-        length, place = index.find_longest(tokens)
+        length, position = index.find_longest(tokens)
         if length > held_out.find_longest(tokens)[0]:
-            copies.append((length, place))
-    worst = [{"tokens": n, **describe_place(own, place, n)} for n, place in sorted(set(copies), reverse=True)[:WORST]]
+            copies.append((length, position))
+    worst = [
+        {"tokens": n, **describe_location(own, position, n)}
+        for n, position in sorted(set(copies), reverse=True)[:WORST]
+    ]
     return {
         "run_tokens": index.size,
         "texts": len(texts),
@@ -215,14 +225,14 @@ def find_copies(index: NgramIndex, held_out: NgramIndex, own: OwnText, texts: Se
     }
 
 
-def describe_place(own: OwnText, place: int, length: int) -> dict[str, str]:
+def describe_location(own: OwnText, position: int, length: int) -> dict[str, str]:
     """Returns a piece of the training text and which document it is in."""
     train = own.prepared.train
     if train.starts is not None:  # packed: each document is a run
-        number = int(np.searchsorted(train.starts, place, side="right"))
+        number = int(np.searchsorted(train.starts, position, side="right"))
     else:
-        number = int(np.count_nonzero(np.asarray(train.stream[: place + 1]) == own.tokenizer.eos_id))
-    text = own.tokenizer.decode(train.stream[place : place + length].tolist())
+        number = int(np.count_nonzero(np.asarray(train.stream[: position + 1]) == own.tokenizer.eos_id))
+    text = own.tokenizer.decode(train.stream[position : position + length].tolist())
     return {"source": f"training document {number}", "text": text}
 
 
@@ -232,6 +242,7 @@ def audit_memorization(
     name: str,
     own: OwnText,
     settings: AuditSettings,
+    *,
     reporter: Reporter,
     write: Write,
     sampling: GenerateSettings,
@@ -240,7 +251,7 @@ def audit_memorization(
     """Returns what an adapter repeats, with a verdict; the keys are those of `audit memorization --json`."""
     size, copied = choose_sizes(own, settings.size, base.config.n_positions)
     train, held_out = own.prepared.train.stream, [own.prepared.test.stream, own.prepared.validation.stream]
-    reporter.message(f"looking at {settings.windows} places of {len(train):,} training tokens")
+    reporter.message(f"testing {settings.windows} prefixes of {len(train):,} training tokens")
     extraction = {
         "train": measure_extraction(base, select, train, size, settings.windows),
         "held_out": measure_extraction(base, select, np.concatenate(held_out), size, settings.windows),
@@ -255,7 +266,8 @@ def audit_memorization(
     chance = compare_shares(own_hits.extracted, own_hits.windows, control.extracted, control.windows)
     reasons = _judge(own_hits, control, chance, copies, exposure, size)
     worst = [
-        {"tokens": 2 * size, **describe_place(own, place, 2 * size)} for place in extraction["train"].places[:WORST]
+        {"tokens": 2 * size, **describe_location(own, position, 2 * size)}
+        for position in extraction["train"].positions[:WORST]
     ]
     return {
         "adapter": own.manifest.reference,
@@ -272,7 +284,7 @@ def audit_memorization(
 
 
 def _say(reasons: Sequence[str], own: OwnText, windows: int) -> str:
-    said = "; ".join(reasons) or f"no sign of memorisation at the {windows} places and in the texts looked at"
+    said = "; ".join(reasons) or f"no sign of memorisation after the {windows} prefixes and in the sampled texts"
     return said if own.is_same else f"{said} (but the text may not be that of training: it is prepared otherwise)"
 
 
@@ -282,8 +294,8 @@ def _choose_prompts(own: OwnText, count: int) -> list[str]:
     tokenizer = own.tokenizer
     beginnings = [d.prompt or tokenizer.decode(tokenizer.encode(d.text)[:PROMPT_TOKENS]) for d in held_out]
     half = min(len(beginnings), count // 2)
-    places = np.linspace(0, len(beginnings) - 1, half).astype(int).tolist() if half else []
-    return [""] * (count - half) + [beginnings[place] for place in places]
+    positions = np.linspace(0, len(beginnings) - 1, half).astype(int).tolist() if half else []
+    return [""] * (count - half) + [beginnings[position] for position in positions]
 
 
 def _judge(
@@ -297,8 +309,8 @@ def _judge(
     reasons = []
     if chance < SIGNIFICANT:
         reasons.append(
-            f"gives back the next {size} tokens at {train.extracted} of {train.windows} places of its training text "
-            f"(control: {control.extracted} of {control.windows})"
+            f"reproduces the next {size} tokens after {train.extracted} of {train.windows} prefixes of its training "
+            f"text (control: {control.extracted} of {control.windows})"
         )
     if copies and copies["with_copies"]:
         reasons.append(

@@ -122,12 +122,12 @@ class TextAudit:
         shown = self.examples.setdefault(kind, [])
         if len(shown) < EXAMPLES:
             first, last = max(0, start - CONTEXT), end + CONTEXT
-            pieces, place = [], first
+            pieces, position = [], first
             for finding in find_pii(text):  # of which nothing is repeated, wherever it stands
-                if finding.end > place and finding.start < last:
-                    pieces += [text[place : max(place, finding.start)], f"<{finding.kind}>"]
-                    place = max(place, finding.end)
-            shown.append({"origin": origin, "text": " ".join("".join([*pieces, text[place:last]]).split())})
+                if finding.end > position and finding.start < last:
+                    pieces += [text[position : max(position, finding.start)], f"<{finding.kind}>"]
+                    position = max(position, finding.end)
+            shown.append({"origin": origin, "text": " ".join("".join([*pieces, text[position:last]]).split())})
 
     def report(self) -> dict[str, Any]:
         """Returns the findings; the keys are those of `audit data --json`."""
@@ -152,14 +152,14 @@ class TextAudit:
             first.setdefault(content_key(text), (origin, text))
         unique = list(first.values())
         near = find_near_duplicates(sign([text for _, text in unique]), NEAR)
-        for place, (other, similarity) in list(near.items())[:EXAMPLES]:
-            said = {"origin": unique[place][0], "text": f"{similarity:.0%} like {unique[other][0]}"}
+        for index, (other, similarity) in list(near.items())[:EXAMPLES]:
+            said = {"origin": unique[index][0], "text": f"{similarity:.0%} like {unique[other][0]}"}
             self.examples.setdefault("near copy", []).append(said)
         return sum(keys.values()) - len(keys), len(near)
 
 
 def read_lexicon() -> dict[str, re.Pattern[str]]:
-    """Returns a pattern for each category of harsh words, which matches whole words without case."""
+    """Returns a pattern for each category of toxic terms, which matches whole words without case."""
     terms: dict[str, list[str]] = {}
     category = ""
     for line in LEXICON.read_text(encoding="utf-8").splitlines():

@@ -19,7 +19,7 @@ from lora_gpt2.data.tokenizer import Tokenizer
 MIN_TOKENS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WatermarkReport:
     """Tokens scored, the share in the chosen quarter, its z-score, and how likely unmarked text does as well."""
 
@@ -50,8 +50,8 @@ def detect_watermark(text: str, tokenizer: Tokenizer, key: int) -> WatermarkRepo
     }
     found = WatermarkDetector(shape, "cpu", mark, ignore_repeated_ngrams=True)(torch.tensor([ids]), return_dict=True)
     return WatermarkReport(
-        int(found.num_tokens_scored[0]),
-        float(found.green_fraction[0]),
-        float(found.z_score[0]),
-        float(found.p_value[0]),
+        tokens=int(found.num_tokens_scored[0]),
+        green_fraction=float(found.green_fraction[0]),
+        z_score=float(found.z_score[0]),
+        p_value=float(found.p_value[0]),
     )

@@ -55,7 +55,7 @@ class Spec:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decoding:
     """One side's outcome: tokens per second of one row (also merged), of eight under one adapter, of eight under eight.
 
@@ -86,8 +86,8 @@ def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: R
     with tempfile.TemporaryDirectory() as work:
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
         config = Checkpoint.read(folder).config
-        for place in range(ROWS):
-            _write_adapter(config, str(folder), Path(work) / str(place), rank, place)
+        for index in range(ROWS):
+            _write_adapter(config, str(folder), Path(work) / str(index), rank, index)
         spec = Spec(str(folder), work, tokens, runtime.dtype_name)
         found = run_in_turn(
             __name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['single']:,.1f} tokens/s"
@@ -214,8 +214,8 @@ def _run_peft(spec: Spec) -> dict[str, Any]:
     runtime = choose_runtime("auto")
     base = GPT2LMHeadModel.from_pretrained(spec.folder, dtype=runtime.dtype).to(runtime.device).eval()
     model = PeftModel.from_pretrained(base, f"{spec.work}/0", adapter_name="a0")
-    for place in range(1, ROWS):
-        model.load_adapter(f"{spec.work}/{place}", adapter_name=f"a{place}")
+    for index in range(1, ROWS):
+        model.load_adapter(f"{spec.work}/{index}", adapter_name=f"a{index}")
     vocab_size = len(json.loads((Path(spec.folder) / "vocab.json").read_text(encoding="utf-8")))
     prompt = torch.tensor([_build_prompt(vocab_size)], device=runtime.device)
 
@@ -235,7 +235,7 @@ def _run_peft(spec: Spec) -> dict[str, Any]:
         return write(rows, names, spec.tokens)[0]
 
     model.set_adapter("a0")
-    each = [f"a{place}" for place in range(ROWS)]
+    each = [f"a{index}" for index in range(ROWS)]
     figures: dict[str, Any] = {
         "single": measure(1, None),
         "batch_one": measure(ROWS, None),
@@ -246,6 +246,6 @@ def _run_peft(spec: Spec) -> dict[str, Any]:
     }
     turns = iter(each * REPEATS)
     figures["swap_seconds"] = _time(lambda: model.set_adapter(next(turns)), REPEATS)
-    fresh = iter(f"b{place}" for place in range(ROWS))
+    fresh = iter(f"b{index}" for index in range(ROWS))
     figures["load_seconds"] = _time(lambda: model.load_adapter(f"{spec.work}/3", adapter_name=next(fresh)), 5)
     return figures

@@ -50,7 +50,7 @@ class Spec:
     stride: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One side's outcome: tokens scored, seconds, their mean NLL in nats, and the process's peak memory."""
 
@@ -102,7 +102,20 @@ def run_side() -> None:
     tokens, nll = measure(text)
     seconds = time.perf_counter() - started
     memory = measure_peak_memory(choose_runtime("float32").device)
-    sys.stdout.write(json.dumps(asdict(Evaluation(request["name"], tokens, seconds, nll, memory))) + "\n")
+    sys.stdout.write(
+        json.dumps(
+            asdict(
+                Evaluation(
+                    name=request["name"],
+                    tokens=tokens,
+                    seconds=seconds,
+                    nll_nats_per_token=nll,
+                    peak_memory_bytes=memory,
+                )
+            )
+        )
+        + "\n"
+    )
 
 
 Measure = Callable[[str], tuple[int, float]]
@@ -180,9 +193,9 @@ def _measure_lineup(folder: str) -> list[dict[str, float]]:
     """Returns the seconds for `LINEUP` adapters on one text of each length: in one pass, and one after another."""
     base = load_base(folder, choose_runtime("float32"))
     session = Session(base)
-    names = [f"a{place}" for place in range(LINEUP)]
+    names = [f"a{index}" for index in range(LINEUP)]
     session.load_in_memory(
-        {name: build_adapter(base.config, LoraSettings(rank=8), place) for place, name in enumerate(names)}
+        {name: build_adapter(base.config, LoraSettings(rank=8), index) for index, name in enumerate(names)}
     )
     mixes = [Mix.single(name) for name in names]
     found = []

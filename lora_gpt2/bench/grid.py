@@ -2,7 +2,7 @@
 
 All learning rates and domains of one shape of adapter train together, as slots over one base, so a grid costs one run
 per shape. Finished shapes are kept in a file, line by line, and skipped when the grid is started again. The figure is
-perplexity on each slot's test text, in blocks as in training, of the weights with the best validation.
+perplexity on each domain's test text, in blocks as in training, of the weights with the best validation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,15 +45,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Point:
-    """Perplexity on a slot's test text of one setting; `targets` is `full` for a full fine-tune.
+    """Perplexity on a domain's test text of one setting; `targets` is `full` for a full fine-tune.
 
     `setup` is a fingerprint of everything else: base, text and the other settings. A run that diverged has infinity.
     """
 
     setup: str
-    slot: str
+    domain: str
     targets: str
     rank: int
     learning_rate: float
@@ -63,7 +64,7 @@ class Point:
     @property
     def key(self) -> tuple[str, str, str, int, float]:
         """What makes it another point."""
-        return self.setup, self.slot, self.targets, self.rank, self.learning_rate
+        return self.setup, self.domain, self.targets, self.rank, self.learning_rate
 
 
 def measure_grid(
@@ -72,11 +73,12 @@ def measure_grid(
     ranks: Sequence[int],
     targets: Sequence[str],
     overrides: Sequence[str],
+    *,
     kept: Path,
     reporter: Reporter,
     full: bool = False,
 ) -> list[Point]:
-    """Returns a point for each slot and setting; `full` adds full fine-tunes at `FULL_RATES` of the same budget."""
+    """Returns a point for each domain and setting; `full` adds full fine-tunes at `FULL_RATES` of the same budget."""
     recipes = [build_recipe_for(folder, overrides) for folder in folders]
     base = load_base(recipes[0].base, choose_runtime(recipes[0].train.dtype))
     data = {recipe.name: prepare_data(recipe.data, base.tokenizer, reporter) for recipe in recipes}
@@ -89,7 +91,7 @@ def measure_grid(
         wanted += keys
         if missing := [pair for key, pair in keys.items() if key not in known]:
             reporter.message(f"shape {number} of {len(shapes)}: rank {rank}, {name}")
-            fresh = list(_train_shape(base, data, setups, missing, rank, name, reporter))
+            fresh = list(_train_shape(base, data, setups, missing, rank, name=name, reporter=reporter))
             known |= {point.key: point for point in fresh}
             _append(kept, fresh)
     for recipe, rate in itertools.product(recipes if full else (), FULL_RATES):
@@ -126,10 +128,11 @@ def _train_shape(
     setups: Mapping[str, str],
     pairs: Sequence[tuple[Recipe, float]],
     rank: int,
+    *,
     name: str,
     reporter: Reporter,
 ) -> Iterator[Point]:
-    """Trains every slot at every rate together and yields their points."""
+    """Trains every domain at every rate together and yields their points."""
     recipes = []
     for recipe, rate in pairs:
         lora = recipe.lora.model_copy(
@@ -144,8 +147,23 @@ def _train_shape(
     for slot in trainer.slots:
         before, after = found.get(id(slot)) or (measure_blocks(base, slot.data.test, None), math.inf)
         rate = slot.recipe.train.peak_learning_rate(base.config.n_embd)
-        figures = to_perplexity(before), to_perplexity(after), slot.best_step
-        yield Point(setups[slot.name], slot.name, name, rank, rate, *figures)
+        yield Point(
+            setup=setups[slot.name],
+            domain=slot.name,
+            targets=name,
+            rank=rank,
+            learning_rate=rate,
+            base_perplexity=to_perplexity(before),
+            perplexity=to_perplexity(after),
+            best_step=slot.best_step,
+        )
+
+
+def _compute_loss(model: Any, rows: Rows) -> torch.Tensor:
+    """Returns the mean cross-entropy of a batch under a model of transformers."""
+    inputs, targets = (torch.from_numpy(side).to(model.device) for side in (rows.inputs, rows.targets))
+    loss: torch.Tensor = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+    return loss
 
 
 def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate: float, reporter: Reporter) -> Point:
@@ -157,12 +175,6 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
     slot = TrainingSlot(recipe, data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=recipe.train.weight_decay)
 
-    def forward(rows: Rows) -> torch.Tensor:
-        inputs, targets = (torch.from_numpy(side).to(base.runtime.device) for side in (rows.inputs, rows.targets))
-        logits = model(inputs).logits.flatten(0, 1)
-        loss: torch.Tensor = torch.nn.functional.cross_entropy(logits, targets.flatten())
-        return loss
-
     @torch.no_grad()
     def measure(part: str, limit: int | None = None) -> float:
         blocks = getattr(slot.data, part)
@@ -171,7 +183,7 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
         for index in range(count):
             rows = blocks.read([index])
             scored = int((rows.targets >= 0).sum())
-            total, seen = total + forward(rows).item() * scored, seen + scored
+            total, seen = total + _compute_loss(model, rows).item() * scored, seen + scored
         return total / seen
 
     best, best_step, best_state = math.inf, 0, model.state_dict()
@@ -179,7 +191,7 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
         for step in range(slot.num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate * lr_factor(step, slot.num_steps, recipe.train)
-            forward(slot.order.read(step)).backward()  # type: ignore[no-untyped-call]
+            _compute_loss(model, slot.order.read(step)).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.train.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
@@ -192,25 +204,34 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
     before = measure_blocks(base, slot.data.test, None)
     model.load_state_dict(best_state)
     after = math.exp(measure("test"))
-    return Point(setup, recipe.name, "full", 0, rate, math.exp(before), after, best_step)
+    return Point(
+        setup=setup,
+        domain=recipe.name,
+        targets="full",
+        rank=0,
+        learning_rate=rate,
+        base_perplexity=math.exp(before),
+        perplexity=after,
+        best_step=best_step,
+    )
 
 
 def find_best(points: Sequence[Point]) -> Mapping[str, Point]:
-    """Returns each slot's best point among the adapters."""
+    """Returns each domain's best point among the adapters."""
     best: dict[str, Point] = {}
     for point in points:
-        if point.targets != "full" and point.perplexity < best.get(point.slot, point).perplexity + 1e-12:
-            best[point.slot] = point
+        if point.targets != "full" and point.perplexity < best.get(point.domain, point).perplexity + 1e-12:
+            best[point.domain] = point
     return best
 
 
 def rank_settings(points: Sequence[Point]) -> list[tuple[str, int, float, float, float]]:
-    """Returns (targets, rank, rate, worst, mean) of perplexity over the slot's best, the best setting first."""
+    """Returns (targets, rank, rate, worst, mean) of perplexity over the domain's best, the best setting first."""
     best = find_best(points)
     groups: dict[tuple[str, int, float], list[float]] = {}
     for point in points:
         if point.targets != "full":
             key = (point.targets, point.rank, point.learning_rate)
-            groups.setdefault(key, []).append(point.perplexity / best[point.slot].perplexity)
+            groups.setdefault(key, []).append(point.perplexity / best[point.domain].perplexity)
     rows = [(*key, max(ratios), sum(ratios) / len(ratios)) for key, ratios in groups.items()]
     return sorted(rows, key=lambda row: row[3])

@@ -35,7 +35,7 @@ CHANGED_WORDS = 100  # one of so many words is changed in a planted copy
 PLANTED_WORDS = (50, 400)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preparing:
     """Figures of one preparation; `text_megabytes` is that of the decoded text."""
 
@@ -76,7 +76,15 @@ def measure_preparing(
     documents = list(islice((d.text for d in read_documents(sources, settings)), 4 * planted + 1000))
     found, false_pairs = _find_planted(documents, planted)
     return Preparing(
-        seconds, size, peak, processes, tokens, _compare_tokenizers(documents), planted, found, false_pairs
+        seconds=seconds,
+        text_megabytes=size,
+        peak_memory_bytes=peak,
+        processes=processes,
+        tokens=tokens,
+        tokenisation_share=_compare_tokenizers(documents),
+        planted=planted,
+        found=found,
+        false_pairs=false_pairs,
     )
 
 
@@ -140,10 +148,10 @@ def _find_planted(documents: Sequence[str], count: int) -> tuple[int, int]:
         copies.append("  ".join(words).upper() if rng.random() < 0.5 else "\n".join(words))
     before = find_near_duplicates(sign([" ".join(words) for words in originals]), 0.8)
     after = find_near_duplicates(sign([*(" ".join(words) for words in originals), *copies]), 0.8)
-    found = sum(len(originals) + place in after for place in range(len(copies)))
+    found = sum(len(originals) + index in after for index in range(len(copies)))
     wrong = 0
-    for place, index in enumerate(chosen):
-        first = after.get(len(originals) + place, (index, 0.0))[0]
+    for index, index in enumerate(chosen):
+        first = after.get(len(originals) + index, (index, 0.0))[0]
         wrong += first not in (index, before.get(index, (index, 0.0))[0])
     return found, wrong
 

@@ -27,7 +27,7 @@ PROMPT = "It was a"
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Load:
     """Answers by status (0: the connection was cut), rates, and the seconds of the accepted requests."""
 
@@ -50,7 +50,7 @@ class ServingReport:
 
 
 def measure_serving(
-    base: str, store: Store, clients: int, burst: int, slow: int, tokens: int, reporter: Reporter
+    base: str, store: Store, clients: int, burst: int, slow: int, *, tokens: int, reporter: Reporter
 ) -> ServingReport:
     """Returns how a server of this store does under load.
 
@@ -108,13 +108,13 @@ def _summarise(name: str, answers: Sequence[tuple[int, int, float]], seconds: fl
     accepted = sorted(taken for status, _, taken in answers if status == 200) or [0.0]
     statuses = dict(sorted(Counter(status for status, _, _ in answers).items()))
     return Load(
-        name,
-        statuses,
-        seconds,
-        statuses.get(200, 0) / seconds,
-        sum(tokens for _, tokens, _ in answers) / seconds,
-        accepted[len(accepted) // 2],
-        accepted[min(len(accepted) - 1, int(0.99 * len(accepted)))],
+        name=name,
+        statuses=statuses,
+        seconds=seconds,
+        requests_per_second=statuses.get(200, 0) / seconds,
+        tokens_per_second=sum(tokens for _, tokens, _ in answers) / seconds,
+        median_seconds=accepted[len(accepted) // 2],
+        p99_seconds=accepted[min(len(accepted) - 1, int(0.99 * len(accepted)))],
     )
 
 
@@ -123,8 +123,8 @@ async def _steady(port: int, names: Sequence[str], clients: int, count: int, tok
     left, answers = iter(range(count)), []
 
     async def work() -> None:
-        for place in left:
-            answers.append(await _ask(port, names[place % len(names)], tokens))
+        for index in left:
+            answers.append(await _ask(port, names[index % len(names)], tokens))
 
     started = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(clients)))
@@ -133,7 +133,7 @@ async def _steady(port: int, names: Sequence[str], clients: int, count: int, tok
 
 async def _burst(port: int, names: Sequence[str], count: int, tokens: int) -> Load:
     started = time.perf_counter()
-    answers = await asyncio.gather(*(_ask(port, names[place % len(names)], tokens) for place in range(count)))
+    answers = await asyncio.gather(*(_ask(port, names[index % len(names)], tokens) for index in range(count)))
     return _summarise(f"{count} at once", answers, time.perf_counter() - started)
 
 
@@ -141,10 +141,10 @@ async def _beside_slow(port: int, names: Sequence[str], slow: int, tokens: int) 
     """Honest clients beside some that send half a header, no body, or take no answer."""
     opened = []
     stream = json.dumps({"model": names[0], "prompt": PROMPT, "max_tokens": tokens, "stream": True})
-    for place in range(slow):
+    for index in range(slow):
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         whole = f"{HEAD}Content-Length: {len(stream)}\r\n\r\n"
-        writer.write((HEAD[:30], whole + "{", whole + stream)[place % 3 if place % 30 < 3 else place % 2].encode())
+        writer.write((HEAD[:30], whole + "{", whole + stream)[index % 3 if index % 30 < 3 else index % 2].encode())
         opened.append(writer)
     load = await _steady(port, names, 8, 50, tokens)
     for writer in opened:

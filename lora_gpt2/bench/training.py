@@ -116,6 +116,7 @@ def measure_training(
     time_tokens: int,
     steps: int,
     rounds: int,
+    *,
     reporter: Reporter,
     rank: int = 16,
     dtype: str = "auto",

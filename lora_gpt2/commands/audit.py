@@ -50,7 +50,7 @@ def data(
     store: Store,
     as_json: bool,
 ) -> None:
-    """Report what is risky in text: personal data, copies, harsh words, languages, hints at licences; change nothing.
+    """Report what is risky in text: personal data, duplicates, toxic terms, languages, licence notices; change nothing.
 
     The identity-term swap says how much likelier sentences are than the same ones about another group (he and she,
     Christian and Muslim, ...): of the base, or what the adapter changed.
@@ -89,7 +89,7 @@ def data(
 def _render_data(result: dict[str, Any]) -> str:
     lines = [f"{result['documents']:,} documents, {result['characters']:,} characters"]
     lines.append(f"copies: {result['exact_copies']:,} exact, {result['near_copies']:,} near")
-    for title, key in (("personal data", "pii"), ("harsh words", "harsh"), ("hints at licences", "licences")):
+    for title, key in (("personal data", "pii"), ("toxic terms", "harsh"), ("licence notices", "licences")):
         counts = ", ".join(f"{name} {count:,}" for name, count in result[key].items())
         lines.append(f"{title}: {counts or 'none found'}")
     languages = result["languages"]
@@ -159,10 +159,10 @@ def memorization(
             adapter,
             own,
             AuditSettings(windows=windows, texts=texts),
-            reporter,
-            build_writer(session, reporter, stop),
-            recipe.generate,
-            planted,
+            reporter=reporter,
+            write=build_writer(session, reporter, stop),
+            sampling=recipe.generate,
+            canaries=planted,
         )
     write_audit(store, own.manifest, "memorization", result)
     emit(result, as_json, lambda: _render_memorization(result))
@@ -179,7 +179,7 @@ def _render_memorization(result: dict[str, Any]) -> str:
         [names[key], f"{value['extracted']:,} of {value['windows']:,}", f"{value['mean_tokens']:.2f}"]
         for key, value in result["extraction"].items()
     ]
-    lines.append(format_table([f"next {size} tokens given back", "places", "right tokens on average"], rows))
+    lines.append(format_table([f"next {size} tokens reproduced", "places", "correct tokens on average"], rows))
     copies = result["copies"]
     if copies:
         lines.append(

@@ -171,7 +171,7 @@ def _measure(
         add_general(sources) if wants_general else sources,
         recipe.evaluate,
         reporter,
-        together=lambda places: session.adapters_for([columns[place] for place in places]),
+        together=session.select(*columns),
         sketches=read_sketches(session.store, [name for name in mixes if name != BASE]),
     )
     split = len(mixes) if wants_general else 0

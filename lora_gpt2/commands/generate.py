@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Never copy N tokens in a row from the adapters' training text.",
 )
-@click.option("--disclose", is_flag=True, help="Say with the text, or in a file beside --out, that a machine wrote it.")
+@click.option("--disclose", is_flag=True, help="Add an AI-generated disclosure, to the text or in a file beside --out.")
 @click.option("--truncate", type=click.Choice(["left"]), help="Keep the end of a prompt that is too long.")
 @session_options
 def command(
@@ -77,7 +77,16 @@ def command(
     first_seed = secrets.randbelow(2**31) if seed is None else seed
     if seed is None:
         reporter.message(f"seed {first_seed}")
-    job = _Job(reporter, store, recipe, first_seed, truncate == "left", as_json, no_verbatim, disclose)
+    job = _Job(
+        reporter=reporter,
+        store=store,
+        recipe=recipe,
+        seed=first_seed,
+        truncate_left=truncate == "left",
+        as_json=as_json,
+        no_verbatim=no_verbatim,
+        disclose=disclose,
+    )
     if prompts is not None and out is not None:
         job.run_file(prompts, out, adapters)
     else:
@@ -101,7 +110,7 @@ def _check_options(
         raise UsageError("--prompts takes neither PROMPT, --compare, -n nor 'auto'", "put them into the file's lines")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Job:
     reporter: Reporter
     store: Store
@@ -139,13 +148,19 @@ class _Job:
         session, _ = open_session(self.store, names, self.recipe, self.recipe.generate.dtype)
         with catch_signals() as stop:
             done = generate_file(
-                session, self.guard(requests), out, self.recipe.generate, stop, self.reporter, self.truncate_left
+                session,
+                self.guard(requests),
+                out,
+                self.recipe.generate,
+                stop,
+                reporter=self.reporter,
+                truncate_left=self.truncate_left,
             )
         if self.disclose:
             write_disclosure(out, session.base.name, list(dict.fromkeys(names)))
         result = {"path": str(out), "prompts": len(requests), "done": done}
         emit(result, self.as_json, lambda: [f"{done} of {len(requests)} prompts continued: {out}"])
-        stop.raise_if_asked(f"{done} results are in {out}; the same command goes on")
+        stop.raise_if_asked(f"{done} results are in {out}; run the same command to continue")
 
     def run_prompt(self, prompt: str, adapters: tuple[str, ...], compare: str | None, num: int) -> None:
         from lora_gpt2.core.interrupt import catch_signals

@@ -53,7 +53,7 @@ def command(
     store: Store,
     as_json: bool,
 ) -> None:
-    """Combine adapters into a new one, or write them into the base; prove the result before it is kept.
+    """Combine adapters into a new one, or write them into the base; verify the result before saving it.
 
     The proof: the largest difference of the logits from the unmerged computation, and the perplexity of the base, the
     parents and the merge on general English and on each text of --on.
@@ -90,13 +90,15 @@ def command(
         settings = settings.model_copy(update={"method": best.method})
     lines: list[str] = []
     if name:
-        merged = merge_adapters(session, mix, name, settings, sources, recipe.evaluate, reporter)
+        merged = merge_adapters(session, mix, name, settings, sources, evaluate=recipe.evaluate, reporter=reporter)
         result |= asdict(merged) | {"cells": [cell.to_json() for cell in merged.cells]}
         lines += [format_matrix(result["cells"]), _render_merge(merged)]
     if into_base:
-        baked = merge_into_base(session, mix, into_base, settings, sources, recipe.evaluate, reporter)
-        result |= asdict(baked) | {"cells": [cell.to_json() for cell in baked.cells]}
-        lines += [format_matrix(result["cells"]), _render_bake(baked)]
+        written = merge_into_base(
+            session, mix, into_base, settings, sources, evaluate=recipe.evaluate, reporter=reporter
+        )
+        result |= asdict(written) | {"cells": [cell.to_json() for cell in written.cells]}
+        lines += [format_matrix(result["cells"]), _render_base(written)]
     if as_json or lines:
         emit(result, as_json, lambda: "\n\n".join(lines))
     if name or into_base:
@@ -123,11 +125,11 @@ def _render_merge(merged: MergeReport) -> str:
     )
 
 
-def _render_bake(baked: MergedBaseReport) -> str:
-    where = printable(str(baked.path))
+def _render_base(written: MergedBaseReport) -> str:
+    where = printable(str(written.path))
     return (
-        f"wrote {where} ({baked.dtype}, {format_bytes(baked.size_bytes)}): logits differ by at most "
-        f"{baked.max_logit_difference:.1e} from the unmerged computation, by {baked.effect:.1e} from the base"
+        f"wrote {where} ({written.dtype}, {format_bytes(written.size_bytes)}): logits differ by at most "
+        f"{written.max_logit_difference:.1e} from the unmerged computation, by {written.effect:.1e} from the base"
     )
 
 

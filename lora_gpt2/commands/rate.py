@@ -61,10 +61,10 @@ QUESTION = {"pairwise": "better is 1, 2, or 0 for equally good", "scale": "1 is 
     type=click.Choice(["pairwise", "scale"]),
     default="pairwise",
     show_default=True,
-    help="Two texts beside each other, or each from 1 to 5.",
+    help="Pairwise comparison, or a rating from 1 to 5.",
 )
 @click.option("--criterion", "criteria", multiple=True, metavar="WORD", help=f"Instead of {', '.join(CRITERIA)}.")
-@click.option("--rater", default="me", show_default=True, help="Who rates.")
+@click.option("--rater", default="me", show_default=True, help="Name of the rater.")
 @click.option(
     "--export",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -79,7 +79,7 @@ QUESTION = {"pairwise": "better is 1, 2, or 0 for equally good", "scale": "1 is 
 @click.option(
     "--recorded",
     type=click.Choice(["repl", "page"]),
-    help="Rate what 'repl' wrote, instead of --prompts; or show whom people chose blind on 'serve's page.",
+    help="Rate what 'repl' wrote, instead of --prompts; or show the results of blind comparisons on the web page.",
 )
 @click.option("--report", is_flag=True, help="Only show what is known so far.")
 @seed_option
@@ -140,24 +140,27 @@ def command(
             name, asked, texts = _write_texts(adapters, prompts, seed or 0, reporter, store, recipe)
         else:
             name, adapters, (asked, texts) = _read_texts(adapters)
-        write_round(folder, Round(name, adapters, asked, texts, mode, criteria or CRITERIA))
-    made = read_round(folder)
+        write_round(
+            folder,
+            Round(base=name, adapters=adapters, prompts=asked, texts=texts, mode=mode, criteria=criteria or CRITERIA),
+        )
+    round_ = read_round(folder)
     if files:
-        reporter.message(f"{import_answers(folder, made, files)} answers added")
+        reporter.message(f"{import_answers(folder, round_, files)} answers added")
     if export:
         from lora_gpt2.rating.form import build_form
 
         with wrap_os_errors(f"write {export}"):
-            export.write_text(build_form(made), encoding="utf-8")
-        reporter.message(f"form for {len(made.tasks)} tasks written: {export}; next: rate --import ANSWERS")
+            export.write_text(build_form(round_), encoding="utf-8")
+        reporter.message(f"form for {len(round_.tasks)} tasks written: {export}; next: rate --import ANSWERS")
     if serve:
         _serve(folder, port, reporter)
     elif not (files or export or report):
-        _ask(folder, made, rater)
-    answers = read_answers(folder, made)
-    result = summarize_round(made, answers)
+        _ask(folder, round_, rater)
+    answers = read_answers(folder, round_)
+    result = summarize_round(round_, answers)
     is_rating = not (files or export or report or serve)
-    left = len(find_open(made, answers, rater)) if is_rating else 0
+    left = len(find_open(round_, answers, rater)) if is_rating else 0
     hidden = f"{left} tasks are left for {rater}; who wrote what stays hidden until then (--report shows it)"
     emit(result, as_json, lambda: hidden if left else _render(result))
 
@@ -193,31 +196,31 @@ def _read_texts(
     return "recorded", named, find_texts(read_log(find_log()), named)
 
 
-def _ask(folder: Path, made: Round, rater: str) -> None:
+def _ask(folder: Path, round_: Round, rater: str) -> None:
     """Asks in the terminal until all is answered or the rater stops."""
-    tasks = find_open(made, read_answers(folder, made), rater)
-    click.echo(f"{len(tasks)} tasks for {rater}. {QUESTION[made.mode]}; s skips, q stops.", err=True)
+    tasks = find_open(round_, read_answers(folder, round_), rater)
+    click.echo(f"{len(tasks)} tasks for {rater}. {QUESTION[round_.mode]}; s skips, q stops.", err=True)
     for number, (task, swapped) in enumerate(tasks, start=1):
         _show(task, swapped, f"{number} of {len(tasks)}")
-        values = _read_marks(made)
+        values = _read_marks(round_)
         if values is None:
             return
         if values:
-            add_answers(folder, _to_answers(made, task, swapped, rater, values))
+            add_answers(folder, _to_answers(round_, task, swapped, rater, values))
 
 
 def _show(task: Task, swapped: bool, where: str) -> None:
     texts = task.texts[::-1] if swapped else task.texts
     lines = [f"\n===== {where} ====="]
-    for place, text in enumerate(texts, start=1):
-        lines += [f"--- text {place}" if len(texts) > 1 else "---", task.prompt + text]
+    for number, text in enumerate(texts, start=1):
+        lines += [f"--- text {number}" if len(texts) > 1 else "---", task.prompt + text]
     click.echo(printable("\n".join(lines), keep_lines=True), err=True)
 
 
-def _read_marks(made: Round) -> list[str] | None:
+def _read_marks(round_: Round) -> list[str] | None:
     """Returns a mark for each criterion, none to skip; None to stop. One mark alone is for all criteria."""
-    keys, number = KEYS[made.mode], len(made.criteria)
-    asked = printable(f"{' '.join(made.criteria)} ({'/'.join(keys)}, s, q)")
+    keys, number = KEYS[round_.mode], len(round_.criteria)
+    asked = printable(f"{' '.join(round_.criteria)} ({'/'.join(keys)}, s, q)")
     while True:
         try:
             typed = click.prompt(asked, err=True, prompt_suffix=": ")
@@ -228,14 +231,17 @@ def _read_marks(made: Round) -> list[str] | None:
             return None if marks == ["q"] else []
         if all(mark in keys for mark in marks) and len(marks) in (1, number):
             return marks * number if len(marks) == 1 else marks
-        click.echo(f"type {number} marks, or one for all: {QUESTION[made.mode]}", err=True)
+        click.echo(f"type {number} marks, or one for all: {QUESTION[round_.mode]}", err=True)
 
 
-def _to_answers(made: Round, task: Task, swapped: bool, rater: str, marks: Sequence[str]) -> list[Answer]:
+def _to_answers(round_: Round, task: Task, swapped: bool, rater: str, marks: Sequence[str]) -> list[Answer]:
     other = {"first": "second", "second": "first"}
-    values = [KEYS[made.mode][mark] for mark in marks]
+    values = [KEYS[round_.mode][mark] for mark in marks]
     values = [other.get(str(value), value) if swapped else value for value in values]
-    return [Answer(rater, task.number, c, value) for c, value in zip(made.criteria, values, strict=True)]
+    return [
+        Answer(rater=rater, task=task.number, criterion=c, value=value)
+        for c, value in zip(round_.criteria, values, strict=True)
+    ]
 
 
 def _serve(folder: Path, port: int, reporter: Reporter) -> None:

@@ -16,8 +16,10 @@ from lora_gpt2.store.catalog import Store
 @click.command("serve")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--allow-host", "hosts", multiple=True, metavar="NAME", help="Name that clients may use; repeatable.")
-@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="Web page that may ask; repeatable.")
+@click.option(
+    "--allow-host", "hosts", multiple=True, metavar="NAME", help="Additional Host header to allow; repeatable."
+)
+@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="CORS origin to allow; repeatable.")
 @base_option
 @set_option
 @store_option

@@ -37,7 +37,7 @@ from lora_gpt2.store.catalog import Store
 @base_option
 @set_option
 @skip_bad_option
-@click.option("--resume", is_flag=True, help="Go on with the interrupted run of the same recipes.")
+@click.option("--resume", is_flag=True, help="Resume the interrupted run of the same recipes.")
 @click.option("--fresh", is_flag=True, help="Begin anew; an interrupted run of the same adapters is set aside.")
 @click.option("--fit", is_flag=True, help="Change settings so that it fits into memory; see 'plan'.")
 @memory_option
@@ -90,13 +90,13 @@ def command(
     from lora_gpt2.training.run import train_recipes
 
     if resume and fresh:
-        raise UsageError("--resume and --fresh exclude each other", "--resume goes on, --fresh begins anew")
+        raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     try:
         report = train_recipes(chosen, store, reporter, resume, fresh)
     except ConflictError as error:
         if "--resume" not in error.hint or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
-        goes_on = click.confirm(f"{error.message}: go on with it? (no begins anew)", default=True, err=True)
+        goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
         report = train_recipes(chosen, store, reporter, goes_on, not goes_on)
     if not report.adapters:  # another process of this launch speaks
         return

@@ -41,9 +41,9 @@ class Rows:
 
     def take(self, indices: Sequence[int]) -> Rows:
         """Returns some of the rows."""
-        places = list(indices)
-        positions = None if self.positions is None else self.positions[places]
-        return Rows(self.inputs[places], self.targets[places], positions)
+        taken = list(indices)
+        positions = None if self.positions is None else self.positions[taken]
+        return Rows(self.inputs[taken], self.targets[taken], positions)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TokenBlocks:
     """Tokens seen as blocks.
 
     `stream` holds runs of tokens, of each of which the first is never a target; `loss`, as long, is 0 where a target
-    carries none. In layout concat there is one run; in layout packed `starts` are the runs' places in the stream,
+    carries none. In layout concat there is one run; in layout packed `starts` are the runs' offsets in the stream,
     `[runs + 1]`, and `rows` the first run of each block, `[blocks + 1]`.
     """
 
@@ -82,16 +82,16 @@ class TokenBlocks:
         inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
         positions = None if self.rows is None else np.zeros(shape, dtype=np.int64)
         for row, index in enumerate(indices):
-            place = 0
+            column = 0
             for start, end in self._iter_runs(index):
                 piece = np.asarray(self.stream[start:end], dtype=np.int64)
-                here = slice(place, place + len(piece) - 1)
+                here = slice(column, column + len(piece) - 1)
                 inputs[row, here], targets[row, here] = piece[:-1], piece[1:]
                 if self.loss is not None:
                     targets[row, here][np.asarray(self.loss[start + 1 : end]) == 0] = IGNORE
                 if positions is not None:
                     positions[row, here] = np.arange(len(piece) - 1)
-                place = here.stop
+                column = here.stop
         return Rows(inputs, targets, positions)
 
     def _iter_runs(self, index: int) -> Iterator[tuple[int, int]]:
@@ -135,9 +135,9 @@ def pack_blocks(folder: Path, split: str, block_size: int, eos_id: int, vocab_si
     concat = open_blocks(folder, split, block_size, vocab_size)
     ends = np.flatnonzero(np.asarray(concat.stream) == eos_id)
     runs = [
-        (place, min(place + block_size, end))
+        (start, min(start + block_size, end))
         for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-        for place in range(begin, end, block_size)
+        for start in range(begin, end, block_size)
     ]
     order = sorted(range(len(runs)), key=lambda run: runs[run][0] - runs[run][1])
     bins = fit_best([runs[run][1] - runs[run][0] for run in order], block_size)
@@ -171,15 +171,15 @@ def fit_best(lengths: Sequence[int], size: int) -> list[list[int]]:
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
-            place = with_room[room].pop()
+            bin_id = with_room[room].pop()
             if not with_room[room]:
                 rooms &= ~(1 << room)
         else:
-            place, room = len(bins), size
+            bin_id, room = len(bins), size
             bins.append([])
-        bins[place].append(index)
+        bins[bin_id].append(index)
         if left := room - length:
-            with_room[left].append(place)
+            with_room[left].append(bin_id)
             rooms |= 1 << left
     return bins
 

@@ -46,8 +46,8 @@ def _hash_grams(words: list[str]) -> NDArray[np.uint64]:
     hashes = np.array([zlib.crc32(word.encode()) for word in words] or [0], dtype=np.uint64)
     count = max(1, len(hashes) - WORDS + 1)
     mixed = np.zeros(count, dtype=np.uint64)
-    for place in range(min(WORDS, len(hashes))):
-        mixed = mixed * FACTOR + hashes[place : place + count]
+    for offset in range(min(WORDS, len(hashes))):
+        mixed = mixed * FACTOR + hashes[offset : offset + count]
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     return mixed ^ (mixed >> np.uint64(27))
 

@@ -49,9 +49,9 @@ class NgramIndex:
         found = np.full(len(hashes), -1, dtype=np.int64)
         first = np.searchsorted(self._hashes, hashes)
         for window in np.flatnonzero(first < len(self._hashes)):
-            for place in self._iter_places(int(first[window]), hashes[window]):
-                if np.array_equal(self.stream[place : place + self.size], ids[window : window + self.size]):
-                    found[window] = place
+            for position in self._iter_positions(int(first[window]), hashes[window]):
+                if np.array_equal(self.stream[position : position + self.size], ids[window : window + self.size]):
+                    found[window] = position
                     break
         return found
 
@@ -62,11 +62,11 @@ class NgramIndex:
         best, window = (0, -1), 0
         while window < len(hashes):
             end = window
-            for place in self._iter_places(int(first[window]), hashes[window]):
-                forward = _count_equal(self.stream[place:], ids[window:])
+            for position in self._iter_positions(int(first[window]), hashes[window]):
+                forward = _count_equal(self.stream[position:], ids[window:])
                 if forward >= self.size:  # else another window has this hash
-                    back = _count_equal(self.stream[:place][::-1], ids[:window][::-1])
-                    best = max(best, (forward + back, place - back), key=lambda run: run[0])
+                    back = _count_equal(self.stream[:position][::-1], ids[:window][::-1])
+                    best = max(best, (forward + back, position - back), key=lambda run: run[0])
                     end = max(end, window + forward)
             window = max(window + 1, end - self.size + 1)  # whatever is longer ends behind `end`
         return best
@@ -78,15 +78,16 @@ class NgramIndex:
         tail = np.asarray(tokens[-self.size :])
         hashed = hash_windows(tail, self.size)[0]
         followers = {
-            int(self.stream[place + self.size])
-            for place in self._iter_places(int(np.searchsorted(self._hashes, hashed)), hashed)
-            if place + self.size < len(self.stream) and np.array_equal(self.stream[place : place + self.size], tail)
+            int(self.stream[position + self.size])
+            for position in self._iter_positions(int(np.searchsorted(self._hashes, hashed)), hashed)
+            if position + self.size < len(self.stream)
+            and np.array_equal(self.stream[position : position + self.size], tail)
         }
         return sorted(followers)
 
-    def _iter_places(self, first: int, hashed: np.uint64) -> list[int]:
+    def _iter_positions(self, first: int, hashed: np.uint64) -> list[int]:
         last = int(np.searchsorted(self._hashes, hashed, side="right"))
-        return [int(place) for place in self._order[first:last]]
+        return [int(position) for position in self._order[first:last]]
 
 
 def _count_equal(one: Tokens, other: Tokens) -> int:

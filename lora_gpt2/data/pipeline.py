@@ -71,7 +71,9 @@ def process_sources(
     )
     training = _iter_documents(splits["train"], settings, summary, log, "train")
     rules = choose_rules(settings.profile, settings.rules)
-    context = ShardContext(settings, rules, tokenizer, frozenset(), 0, folder)
+    context = ShardContext(
+        settings=settings, rules=rules, tokenizer=tokenizer, boilerplate=frozenset(), section_length=0, folder=folder
+    )
     ahead = _read_ahead(training)
     context = replace(context, boilerplate=_find_boilerplate([document for _, document in ahead], context))
     wants_split = any(not splits[p] and getattr(settings, f"{p}_fraction") for p in ("validation", "test"))
@@ -136,7 +138,14 @@ def clean_documents(
     documents: Sequence[Document], settings: DataSettings, reporter: Reporter, unreadable: int = 0
 ) -> list[Document]:
     """Returns documents cleaned, without those that training sets aside; says what that changed; see `read_clean`."""
-    context = ShardContext(settings, choose_rules(settings.profile, settings.rules), None, frozenset(), 0, Path())
+    context = ShardContext(
+        settings=settings,
+        rules=choose_rules(settings.profile, settings.rules),
+        tokenizer=None,
+        boilerplate=frozenset(),
+        section_length=0,
+        folder=Path(),
+    )
     context = replace(context, boilerplate=_find_boilerplate(documents[:SAMPLE_DOCUMENTS], context))
     report, kept, rejected = CleaningReport(), list[Document](), Counter({UNREADABLE: unreadable} if unreadable else {})
     for document in documents:
@@ -232,7 +241,7 @@ class _Progress:
     shown: int = 0
 
     def update(self) -> None:
-        now = self.log.place() // 1000
+        now = self.log.offset() // 1000
         self.task.advance(now - self.shown)
         self.shown = now
 

@@ -43,7 +43,7 @@ FEW_TOKENS, COMFORTABLE_TOKENS = 50_000, 200_000
 FEW_VALIDATION_TOKENS = 2_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreparedData:
     """The blocks of one domain and how they came about."""
 
@@ -93,7 +93,9 @@ def prepare_data(
     train, validation, test = (
         open_blocks(folder, split, settings.block_size, tokenizer.vocab_size) for split in SPLITS
     )
-    return PreparedData(folder, fingerprint, train, validation, test, report)
+    return PreparedData(
+        path=folder, fingerprint=fingerprint, train=train, validation=validation, test=test, report=report
+    )
 
 
 def _find_split_sources(settings: DataSettings) -> dict[str, list[Source]]:
@@ -199,11 +201,11 @@ def _iter_encoded(folder: Path, num_shards: int, splits: Sequence[str], wanted: 
     index = 0
     for number in range(num_shards):
         shard, _ = load_shard(folder, number)
-        place = 0
+        offset = 0
         for length, prompt in zip(shard.lengths.tolist(), shard.prompts.tolist(), strict=True):
             if splits[index] == wanted:
-                yield Encoded(shard.ids[place : place + length], prompt)
-            index, place = index + 1, place + length
+                yield Encoded(shard.ids[offset : offset + length], prompt)
+            index, offset = index + 1, offset + length
 
 
 def _build_report(staging: Path, selection: Selection, settings: DataSettings, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -278,8 +280,8 @@ def describe_amount(tokens: int) -> str:
     comfort = f"{COMFORTABLE_TOKENS // 1000}k or more is comfortable"
     shown = f"{tokens / 1000:.0f}k" if tokens >= 1000 else f"{tokens}"
     if tokens < FEW_TOKENS:
-        return f"{shown} tokens to train on: expect memorisation, watch the validation; {comfort}"
-    return f"{shown} tokens to train on: enough for the manner, little for the matter; {comfort}"
+        return f"{shown} tokens to train on: expect memorisation, watch the validation loss; {comfort}"
+    return f"{shown} tokens to train on: enough to learn the style, too little for the content; {comfort}"
 
 
 def measure_overlaps(domains: Mapping[str, PreparedData], threshold: float) -> list[tuple[str, str, int, int]]:

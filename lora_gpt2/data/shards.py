@@ -45,7 +45,7 @@ SHOWN_CHARACTERS = 200
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardContext:
     """The settings that all shards of a preparation share.
 

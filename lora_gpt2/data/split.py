@@ -52,13 +52,13 @@ def iter_sections(text: str, size: int) -> Iterator[str]:
 
 def _iter_pieces(text: str, size: int, cuts: Sequence[re.Pattern[str]]) -> Iterator[tuple[str, str]]:
     """Yields pieces and what follows each; those longer than four sections are cut by the next of `cuts`."""
-    place = 0
-    while place < len(text) or not place:
-        match = cuts[0].search(text, place)
-        if match and match.end() == place:  # an empty match, behind the sentence before
-            match = cuts[0].search(text, place + 1)
+    offset = 0
+    while offset < len(text) or not offset:
+        match = cuts[0].search(text, offset)
+        if match and match.end() == offset:  # an empty match, behind the sentence before
+            match = cuts[0].search(text, offset + 1)
         end, after = match.span() if match else (len(text), len(text))
-        piece = text[place:end]
+        piece = text[offset:end]
         if len(piece) <= 4 * size:
             yield piece, text[end:after]
         elif len(cuts) > 1:
@@ -68,7 +68,7 @@ def _iter_pieces(text: str, size: int, cuts: Sequence[re.Pattern[str]]) -> Itera
         else:
             for start in range(0, len(piece), size):
                 yield piece[start : start + size], text[end:after] if start + size >= len(piece) else ""
-        place = max(after, 1)
+        offset = max(after, 1)
 
 
 def split_keys(keys: Sequence[bytes], validation_fraction: float, test_fraction: float) -> list[str]:
@@ -77,13 +77,13 @@ def split_keys(keys: Sequence[bytes], validation_fraction: float, test_fraction:
     Each split is an interval of the hash space as wide as its fraction, so equal keys are in one split. A held-out
     split with a positive fraction that would be empty gets the nearest key, if there are at least three.
     """
-    places = {key: int.from_bytes(key[:8]) / 2**64 for key in keys}
+    draws = {key: int.from_bytes(key[:8]) / 2**64 for key in keys}
     splits = {}
-    for key, place in places.items():
-        is_test = place < test_fraction
-        is_validation = not is_test and place < test_fraction + validation_fraction
+    for key, draw in draws.items():
+        is_test = draw < test_fraction
+        is_validation = not is_test and draw < test_fraction + validation_fraction
         splits[key] = "test" if is_test else "validation" if is_validation else "train"
-    order = sorted(places, key=lambda key: places[key])
+    order = sorted(draws, key=lambda key: draws[key])
     for split, share in (("validation", validation_fraction), ("test", test_fraction)):
         if share and split not in splits.values() and len(splits) >= 3:
             nearest = next((key for key in order if splits[key] == "train"), None)

@@ -45,7 +45,7 @@ DOMAINS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DemoReport:
     """What `demo` shows: the adapters, their continuations of one prompt, the matrix, and the time it took."""
 
@@ -76,7 +76,7 @@ def run_demo(store: Store, reporter: Reporter) -> DemoReport:
     samples = [generate(session, [Request(PROMPT, mix, SEED)], settings)[0] for mix in mixes]
     selectors = {str(mix): session.select(mix) for mix in mixes}
     cells = measure_matrix(session.base, selectors, sources, recipes[0].evaluate, reporter)
-    return DemoReport(report.adapters, samples, cells, time.monotonic() - started)
+    return DemoReport(adapters=report.adapters, samples=samples, matrix=cells, seconds=time.monotonic() - started)
 
 
 def _build_recipe(name: str, path: Path) -> Recipe:

@@ -26,7 +26,7 @@ SAME_NATS = 1e-3
 COMPARED = ("documents", "profile", "protocol", "window", "stride", "dtype")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OwnText:
     """The version, its blocks, and its documents by split: `train`, `validation` and `test`."""
 
@@ -83,7 +83,7 @@ def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | 
             "run this in the folder of training",
         ) from error
     found = {split: list_documents(prepared, split, tokenizer) for split in SPLITS}
-    own = OwnText(manifest, prepared, tokenizer, found)
+    own = OwnText(manifest=manifest, prepared=prepared, tokenizer=tokenizer, documents=found)
     if not own.is_same:
         reporter.message(f"the text of {manifest.reference} is not prepared as it was: it was changed, or our version")
     return own

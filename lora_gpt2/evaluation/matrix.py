@@ -110,6 +110,7 @@ def measure_matrix(
     sources: Sequence[EvaluationText],
     settings: EvaluateSettings,
     reporter: Reporter,
+    *,
     together: AdapterSelector | None = None,
     sketches: Mapping[str, TextSketch] | None = None,
 ) -> list[Cell]:

@@ -50,7 +50,7 @@ class Task:
     domain: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Quality:
     """Figures of one adapter's continuations on one source; None where there is nothing to measure with.
 
@@ -104,8 +104,8 @@ def build_task(source: EvaluationText, tokenizer: Tokenizer, count: int) -> Task
         raise DataError(
             f"{source.label} has no document of more than {PROMPT_TOKENS} tokens to continue", "give longer documents"
         )
-    places = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int).tolist()
-    chosen = [prompts[place] for place in places]
+    indices = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int).tolist()
+    chosen = [prompts[index] for index in indices]
     return Task(source.label, chosen, [grouped[prompt] for prompt in chosen], domain)
 
 
@@ -118,7 +118,7 @@ def measure_quality(task: Task, adapter: str, settings: GenerateSettings, write:
     for key, name in (("perplexity_under_adapter", adapter), ("perplexity_under_base", BASE)):
         figures[key] = judge(name, written) if written else None
     samples = [{"prompt": p, "text": t} for p, t in list(zip(task.prompts, texts, strict=True))[:3]]
-    return Quality(adapter, task.source, len(texts), warnings=warnings, samples=samples, **figures)
+    return Quality(adapter=adapter, source=task.source, texts=len(texts), warnings=warnings, samples=samples, **figures)
 
 
 def describe_texts(texts: Sequence[str], task: Task) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def measure_self_bleu(texts: Sequence[str]) -> float | None:
         return None
     metric = BLEU(effective_order=True)
     scores = [
-        metric.sentence_score(text, [other for place, other in enumerate(compared) if place != own]).score
+        metric.sentence_score(text, [other for index, other in enumerate(compared) if index != own]).score
         for own, text in enumerate(compared)
     ]
     return float(np.mean(scores))

@@ -125,12 +125,12 @@ def split_words(text: str) -> list[str]:
 def cut_pieces(text: str, words: int) -> list[str]:
     """Returns the words of a text, at most 20,000, in pieces of so many, to compare like with like."""
     split = split_words(text)[:MAX_WORDS]
-    return [" ".join(split[place : place + words]) for place in range(0, len(split), words)] if words else []
+    return [" ".join(split[start : start + words]) for start in range(0, len(split), words)] if words else []
 
 
 def count_ngrams(items: Sequence[str], size: int) -> Counter[tuple[str, ...]]:
     """Returns how often each run of `size` items occurs."""
-    return Counter(zip(*(items[place:] for place in range(size)), strict=False))
+    return Counter(zip(*(items[start:] for start in range(size)), strict=False))
 
 
 def measure_distinct(texts: Sequence[str], size: int) -> float | None:
@@ -193,7 +193,7 @@ def measure_delta(text: str, domain: str) -> float | None:
     500 words; words that do not vary there are left out. None if the domain has fewer than five chunks.
     """
     words = split_words(domain)
-    chunks = [words[place : place + CHUNK_WORDS] for place in range(0, len(words) - CHUNK_WORDS + 1, CHUNK_WORDS)]
+    chunks = [words[start : start + CHUNK_WORDS] for start in range(0, len(words) - CHUNK_WORDS + 1, CHUNK_WORDS)]
     own = split_words(text)
     if len(chunks) < 5 or not own:
         return None

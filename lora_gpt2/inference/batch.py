@@ -1,7 +1,7 @@
 """A file of prompts becomes a file of continuations, line by line, and goes on where it was stopped.
 
 Prompts: JSON lines with `prompt` and, if wanted, `adapter` and `seed` of their own; or plain text, a prompt a line.
-Results: JSON lines with the keys of `generate --json` and `index`, the prompt's place, in the order of finishing. A
+Results: JSON lines with the keys of `generate --json` and `index`, the prompt's index, in the order of finishing. A
 line is written when its continuation is finished, so an interruption loses none; a half line is written again.
 """
 
@@ -28,7 +28,7 @@ from lora_gpt2.recipe import GenerateSettings
 
 
 def read_prompts(path: Path, mix: Mix, seed: int) -> list[Request]:
-    """Returns a request for each line of a file; `mix` and `seed` (plus the line's place) are for lines without own.
+    """Returns a request for each line of a file; `mix` and `seed` (plus the line's index) are for lines without own.
 
     Raises `DataError`, which names the line, for one that is no prompt; for the file itself what `read_user_text` does.
     """
@@ -36,8 +36,8 @@ def read_prompts(path: Path, mix: Mix, seed: int) -> list[Request]:
     while lines and not lines[-1].strip():
         lines.pop()
     if path.suffix != ".jsonl":
-        return [Request(line.rstrip("\r"), mix, seed + place) for place, line in enumerate(lines)]
-    return [_parse_line(line, f"{path}:{place + 1}", mix, seed + place) for place, line in enumerate(lines)]
+        return [Request(line.rstrip("\r"), mix, seed + index) for index, line in enumerate(lines)]
+    return [_parse_line(line, f"{path}:{index + 1}", mix, seed + index) for index, line in enumerate(lines)]
 
 
 def _parse_line(line: str, where: str, mix: Mix, seed: int) -> Request:
@@ -49,12 +49,12 @@ def _parse_line(line: str, where: str, mix: Mix, seed: int) -> Request:
         raise DataError(f"{where} has no field 'prompt' with a text", 'write {"prompt": "..."} on each line')
     adapter, own = values.get("adapter"), values.get("seed", seed)
     if not isinstance(adapter, str | None) or not isinstance(own, int) or isinstance(own, bool) or own < 0:
-        raise DataError(f"{where}: adapter is a text such as law:0.6+code:0.4, seed a whole number", "mend the line")
+        raise DataError(f"{where}: adapter is a text such as law:0.6+code:0.4, seed a whole number", "fix the line")
     return Request(values["prompt"], Mix.parse(adapter) if adapter else mix, own)
 
 
 def find_done(out: Path, requests: Sequence[Request]) -> set[int]:
-    """Returns the places whose results are in `out`; a last half line is cut off.
+    """Returns the indices whose results are in `out`; a last half line is cut off.
 
     Raises `ConflictError` if `out` holds anything else, `UsageError` if it is a pipe or a device.
     """
@@ -68,12 +68,12 @@ def find_done(out: Path, requests: Sequence[Request]) -> set[int]:
         for line in whole.splitlines():
             try:
                 values = json.loads(line)
-                place, prompt = values["index"], values["prompt"]
+                index, prompt = values["index"], values["prompt"]
             except (ValueError, KeyError, TypeError, RecursionError):
-                place, prompt = -1, None
-            if not (isinstance(place, int) and 0 <= place < len(requests) and requests[place].prompt == prompt):
+                index, prompt = -1, None
+            if not (isinstance(index, int) and 0 <= index < len(requests) and requests[index].prompt == prompt):
                 raise ConflictError(f"{out} holds something else than results of these prompts", "choose another file")
-            done.add(place)
+            done.add(index)
         if len(whole) < len(content):
             with out.open("r+b") as file:
                 file.truncate(len(whole))
@@ -86,6 +86,7 @@ def generate_file(
     out: Path,
     settings: GenerateSettings,
     stop: StopRequest,
+    *,
     reporter: Reporter,
     truncate_left: bool = False,
 ) -> int:
@@ -97,7 +98,7 @@ def generate_file(
         CorruptError: an adapter's logits are not finite after a prompt; all other results are kept.
     """
     with hold_output(out):
-        return _generate_missing(session, requests, out, settings, stop, reporter, truncate_left)
+        return _generate_missing(session, requests, out, settings, stop, reporter=reporter, truncate_left=truncate_left)
 
 
 @contextmanager
@@ -119,20 +120,21 @@ def _generate_missing(
     out: Path,
     settings: GenerateSettings,
     stop: StopRequest,
+    *,
     reporter: Reporter,
     truncate_left: bool,
 ) -> int:
     done = find_done(out, requests)
-    places = [place for place in range(len(requests)) if place not in done]
+    pending = [index for index in range(len(requests)) if index not in done]
     with (
         wrap_os_errors(f"write {out}"),
         out.open("a", encoding="utf-8") as file,
-        reporter.task("continuing", len(places), "prompts") as task,
+        reporter.task("continuing", len(pending), "prompts") as task,
     ):
-        for place in _write_outputs(
-            session, [requests[p] for p in places], places, file, settings, stop, truncate_left
+        for index in _write_outputs(
+            session, [requests[p] for p in pending], pending, file, settings, stop=stop, truncate_left=truncate_left
         ):
-            done.add(place)
+            done.add(index)
             task.advance(1)
     return len(done)
 
@@ -140,9 +142,10 @@ def _generate_missing(
 def _write_outputs(
     session: Session,
     requests: Sequence[Request],
-    places: Sequence[int],
+    pending: Sequence[int],
     file: IO[str],
     settings: GenerateSettings,
+    *,
     stop: StopRequest,
     truncate_left: bool,
 ) -> Iterator[int]:
@@ -151,7 +154,7 @@ def _write_outputs(
         if output.error is not None:
             failed.append(output)
         elif output.finish_reason != "interrupted":
-            file.write(json.dumps({"index": places[index], **output.to_json()}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"index": pending[index], **output.to_json()}, ensure_ascii=False) + "\n")
             file.flush()
-            yield places[index]
+            yield pending[index]
     raise_first_error(failed)

@@ -11,8 +11,8 @@ from lora_gpt2.core.user_files import check_output
 
 def describe_origin(base: str, adapter: str) -> str:
     """Returns the line that goes with a text."""
-    made = f"the language model {base}" if adapter == "base" else f"the language model {base} with adapter {adapter}"
-    return f"Written by {made} (lora-gpt2). It may be wrong, and may repeat what it was trained on."
+    author = f"the language model {base}" if adapter == "base" else f"the language model {base} with adapter {adapter}"
+    return f"Written by {author} (lora-gpt2). It may be wrong, and may repeat what it was trained on."
 
 
 def write_disclosure(path: Path, base: str, adapters: Sequence[str]) -> Path:

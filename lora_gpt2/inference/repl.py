@@ -44,7 +44,7 @@ HELP = {
     "new": ("", "begin a new text"),
     "show": ("", "show the whole text"),
     "save": ("FILE", "write the text to a file"),
-    "load": ("FILE", "go on with the text of a file"),
+    "load": ("FILE", "continue the text of a file"),
     "adapters": ("", "list the adapters of this base"),
     "stats": ("", "tokens, speed, and the text's perplexity under the adapter in use"),
     "help": ("", "this list"),

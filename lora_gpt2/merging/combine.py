@@ -107,6 +107,7 @@ def merge_adapters(
     name: str,
     settings: MergeSettings,
     texts: Sequence[EvaluationText],
+    *,
     evaluate: EvaluateSettings,
     reporter: Reporter,
 ) -> MergeReport:

@@ -71,6 +71,7 @@ def merge_into_base(
     out: Path,
     settings: MergeSettings,
     texts: Sequence[EvaluationText],
+    *,
     evaluate: EvaluateSettings,
     reporter: Reporter,
 ) -> MergedBaseReport:

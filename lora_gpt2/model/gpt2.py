@@ -210,6 +210,7 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
         noise: Float[Tensor, "batch time width"] | None = None,
         checkpoint_blocks: bool = False,
+        *,
         positions: Int[Tensor, "batch time"] | None = None,
         num_tokens: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch time width"]:

@@ -32,10 +32,10 @@ def measure_alpha(units: Sequence[Sequence[float]], metric: Metric) -> float | N
     levels = sorted({value for values in paired for value in values})
     if len(levels) < 2:
         return None
-    place = {value: index for index, value in enumerate(levels)}
+    index_of = {value: index for index, value in enumerate(levels)}
     coincidences = np.zeros((len(levels), len(levels)))
     for values in paired:
-        counts = np.bincount([place[value] for value in values], minlength=len(levels)).astype(np.float64)
+        counts = np.bincount([index_of[value] for value in values], minlength=len(levels)).astype(np.float64)
         coincidences += (np.outer(counts, counts) - np.diag(counts)) / (len(values) - 1)
     totals = coincidences.sum(axis=1)
     distances = _measure_distances(np.array(levels), totals, metric)

@@ -22,20 +22,20 @@ VALUES = {"first": 1.0, "second": 0.0, "tie": 0.5}
 ROUNDS = 300
 
 
-def summarize_round(made: Round, answers: Sequence[Answer]) -> dict[str, Any]:
+def summarize_round(round_: Round, answers: Sequence[Answer]) -> dict[str, Any]:
     """Returns ranking, agreement and what is missing; the keys are those of `rate --json`."""
     report: dict[str, Any] = {
-        "mode": made.mode,
-        "criteria": list(made.criteria),
+        "mode": round_.mode,
+        "criteria": list(round_.criteria),
         "raters": sorted({a.rater for a in answers}),
-        "tasks": len(made.tasks),
+        "tasks": len(round_.tasks),
         "answers": len(answers),
-        "agreement": measure_agreement(made, answers),
+        "agreement": measure_agreement(round_, answers),
     }
-    rank = _rank_pairs if made.mode == "pairwise" else _rank_scales
-    report["ranking"] = rank(made, answers)
-    report["by_criterion"] = {c: rank(made, [a for a in answers if a.criterion == c]) for c in made.criteria}
-    report["missing"] = find_missing(made, answers)
+    rank = _rank_pairs if round_.mode == "pairwise" else _rank_scales
+    report["ranking"] = rank(round_, answers)
+    report["by_criterion"] = {c: rank(round_, [a for a in answers if a.criterion == c]) for c in round_.criteria}
+    report["missing"] = find_missing(round_, answers)
     return report
 
 
@@ -73,7 +73,7 @@ def rank_votes(choices: Sequence[Choice]) -> dict[str, Any]:
     }
 
 
-def measure_agreement(made: Round, answers: Sequence[Answer]) -> dict[str, float | None]:
+def measure_agreement(round_: Round, answers: Sequence[Answer]) -> dict[str, float | None]:
     """Returns Krippendorff's alpha for each criterion and over all: nominal for pairs, ordinal for 1 to 5.
 
     Of every other task the sides are turned round: if one adapter were always named first, and were the better, chance
@@ -82,10 +82,10 @@ def measure_agreement(made: Round, answers: Sequence[Answer]) -> dict[str, float
     units: dict[tuple[int, str], list[float]] = {}
     for answer in answers:
         value = _to_number(answer)
-        value = 1 - value if made.mode == "pairwise" and answer.task % 2 else value
+        value = 1 - value if round_.mode == "pairwise" and answer.task % 2 else value
         units.setdefault((answer.task, answer.criterion), []).append(value)
-    metric: Literal["nominal", "ordinal"] = "nominal" if made.mode == "pairwise" else "ordinal"
-    found = {c: measure_alpha([v for (_, name), v in units.items() if name == c], metric) for c in made.criteria}
+    metric: Literal["nominal", "ordinal"] = "nominal" if round_.mode == "pairwise" else "ordinal"
+    found = {c: measure_alpha([v for (_, name), v in units.items() if name == c], metric) for c in round_.criteria}
     return {**found, "overall": measure_alpha(list(units.values()), metric)}
 
 
@@ -94,7 +94,7 @@ def _to_number(answer: Answer) -> float:
     return VALUES[answer.value] if isinstance(answer.value, str) else float(answer.value)
 
 
-def _collect(made: Round, answers: Sequence[Answer]) -> dict[int, list[float]]:
+def _collect(round_: Round, answers: Sequence[Answer]) -> dict[int, list[float]]:
     """Returns for each task its judgements, the mean over the criteria of each rater: 1 is the first adapter."""
     judged: dict[tuple[int, str], list[float]] = {}
     for answer in answers:
@@ -105,18 +105,20 @@ def _collect(made: Round, answers: Sequence[Answer]) -> dict[int, list[float]]:
     return found
 
 
-def _rank_pairs(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def _rank_pairs(round_: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over tasks."""
-    tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
-    place = {name: index for index, name in enumerate(made.adapters)}
-    outcomes = [{(place[tasks[t].adapters[0]], place[tasks[t].adapters[1]]): values} for t, values in judged.items()]
-    return _rank_wins(made.adapters, outcomes)
+    tasks, judged = {task.number: task for task in round_.tasks}, _collect(round_, answers)
+    index_of = {name: index for index, name in enumerate(round_.adapters)}
+    outcomes = [
+        {(index_of[tasks[t].adapters[0]], index_of[tasks[t].adapters[1]]): values} for t, values in judged.items()
+    ]
+    return _rank_wins(round_.adapters, outcomes)
 
 
 def _rank_wins(
     names: Sequence[str], outcomes: Sequence[Mapping[tuple[int, int], Sequence[float]]]
 ) -> list[dict[str, Any]]:
-    """Returns names by strength from the outcomes of each task, by the places of two names."""
+    """Returns names by strength from the outcomes of each task, by the indices of two names."""
     number = len(names)
     table = np.array([count_wins(found, number) for found in outcomes]).reshape(-1, number, number)
     wins = table.sum(axis=0)
@@ -143,11 +145,11 @@ def is_varied(values: np.ndarray) -> bool:
     return len(values) >= MIN_DOCUMENTS and bool((values != values[:1]).any())
 
 
-def _rank_scales(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def _rank_scales(round_: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Returns the adapters by their mean, with intervals from a bootstrap over tasks."""
-    tasks, judged = {task.number: task for task in made.tasks}, _collect(made, answers)
+    tasks, judged = {task.number: task for task in round_.tasks}, _collect(round_, answers)
     rows: list[dict[str, Any]] = []
-    for name in made.adapters:
+    for name in round_.adapters:
         means = np.array([np.mean(v) for t, v in judged.items() if tasks[t].adapters[0] == name])
         draws = draw_counts(len(means), ROUNDS) @ means / len(means) if is_varied(means) else None
         rows.append(
@@ -161,15 +163,15 @@ def _rank_scales(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]
     return sorted(rows, key=lambda row: -(row["mean"] or 0.0))
 
 
-def find_missing(made: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def find_missing(round_: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Returns for each two adapters how often the first is preferred, and about how many more ratings would settle it.
 
     A rating is the mean of all raters on one task: raters of one text are not independent of each other. On a scale,
     two texts of one prompt are compared that the same rater has judged.
     """
     rows = []
-    for a, b in combinations(made.adapters, 2):
-        outcomes = _compare(made, answers, a, b)
+    for a, b in combinations(round_.adapters, 2):
+        outcomes = _compare(round_, answers, a, b)
         rows.append(_describe_pair(a, b, outcomes))
     return rows
 
@@ -179,10 +181,10 @@ def _describe_pair(a: str, b: str, outcomes: Sequence[float]) -> dict[str, Any]:
     return {"a": a, "b": b, "ratings": len(outcomes), "a_preferred": share, "more": count_missing(outcomes)}
 
 
-def _compare(made: Round, answers: Sequence[Answer], a: str, b: str) -> list[float]:
-    tasks = {task.number: task for task in made.tasks}
-    if made.mode == "pairwise":
-        judged = _collect(made, answers)
+def _compare(round_: Round, answers: Sequence[Answer], a: str, b: str) -> list[float]:
+    tasks = {task.number: task for task in round_.tasks}
+    if round_.mode == "pairwise":
+        judged = _collect(round_, answers)
         return [float(np.mean(values)) for t, values in judged.items() if tasks[t].adapters == (a, b)]
     given: dict[tuple[str, str], Mapping[str, list[float]]] = {}
     for answer in answers:

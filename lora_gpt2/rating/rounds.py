@@ -49,7 +49,7 @@ class Answer:
     value: str | int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Round:
     """The texts of every adapter for every prompt, `texts[prompt][adapter]`, and how they are judged."""
 
@@ -85,25 +85,25 @@ def check_free(folder: Path) -> None:
         raise ConflictError(f"{folder} has a round already", "go on with it without --adapter, or choose --out DIR")
 
 
-def write_round(folder: Path, made: Round) -> None:
+def write_round(folder: Path, round_: Round) -> None:
     """Writes a new round; raises `ConflictError` if the folder has one."""
     with wrap_os_errors(f"write {folder}"):
         check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / ROUND, (json.dumps(asdict(made), indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomic(folder / ROUND, (json.dumps(asdict(round_), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_round(folder: Path) -> Round:
     """Returns the round in a folder; raises `NotFoundError` without one, `DataError` if it cannot be read."""
     try:
         values = json.loads(read_user_text(folder / ROUND))
-        made = Round(
-            str(values["base"]),
-            tuple(values["adapters"]),
-            tuple(values["prompts"]),
-            tuple(tuple(texts) for texts in values["texts"]),
-            values["mode"],
-            tuple(values["criteria"]),
+        round_ = Round(
+            base=str(values["base"]),
+            adapters=tuple(values["adapters"]),
+            prompts=tuple(values["prompts"]),
+            texts=tuple(tuple(texts) for texts in values["texts"]),
+            mode=values["mode"],
+            criteria=tuple(values["criteria"]),
         )
     except NotFoundError as error:
         raise NotFoundError(
@@ -111,16 +111,18 @@ def read_round(folder: Path) -> Round:
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / ROUND} is damaged", "restore it, or begin anew with another --out") from error
-    is_whole = len(made.prompts) == len(made.texts) and {len(texts) for texts in made.texts} == {len(made.adapters)}
-    if not is_whole or made.mode not in ("pairwise", "scale"):
+    is_whole = len(round_.prompts) == len(round_.texts) and {len(texts) for texts in round_.texts} == {
+        len(round_.adapters)
+    }
+    if not is_whole or round_.mode not in ("pairwise", "scale"):
         raise DataError(f"{folder / ROUND} is damaged", "restore it, or begin anew with another --out")
-    return made
+    return round_
 
 
-def order_tasks(made: Round, rater: str) -> list[tuple[Task, bool]]:
+def order_tasks(round_: Round, rater: str) -> list[tuple[Task, bool]]:
     """Returns the tasks in this rater's order, and whether the second text stands first."""
-    generator = random.Random(f"{rater}/{len(made.prompts)}")  # noqa: S311 - an order, no secret
-    tasks = list(made.tasks)
+    generator = random.Random(f"{rater}/{len(round_.prompts)}")  # noqa: S311 - an order, no secret
+    tasks = list(round_.tasks)
     generator.shuffle(tasks)
     return [(task, len(task.texts) == 2 and generator.random() < 0.5) for task in tasks]
 
@@ -132,16 +134,18 @@ def check_rater(rater: str) -> str:
     return rater.strip()
 
 
-def check_answer(made: Round, values: Any) -> Answer:
+def check_answer(round_: Round, values: Any) -> Answer:
     """Returns an answer from JSON values; raises `DataError` if it does not belong to the round."""
     try:
-        answer = Answer(str(values["rater"]), values["task"], str(values["criterion"]), values["value"])
+        answer = Answer(
+            rater=str(values["rater"]), task=values["task"], criterion=str(values["criterion"]), value=values["value"]
+        )
     except (KeyError, TypeError) as error:
         raise DataError("an answer has rater, task, criterion and value", "use what the form saved") from error
-    allowed: tuple[Any, ...] = SIDES if made.mode == "pairwise" else (1, 2, 3, 4, 5)
-    numbers = range(len(made.tasks))
+    allowed: tuple[Any, ...] = SIDES if round_.mode == "pairwise" else (1, 2, 3, 4, 5)
+    numbers = range(len(round_.tasks))
     is_right = isinstance(answer.task, int) and not isinstance(answer.task, bool) and answer.task in numbers
-    if not (is_right and answer.criterion in made.criteria and answer.value in allowed) or answer.value is True:
+    if not (is_right and answer.criterion in round_.criteria and answer.value in allowed) or answer.value is True:
         raise DataError(
             f"an answer to task {show_value(answer.task, 20)} is not of this round", "use the form of this round"
         )
@@ -160,7 +164,7 @@ def add_answers(folder: Path, answers: Iterable[Answer]) -> None:
         file.write(lines.encode())
 
 
-def read_answers(folder: Path, made: Round) -> list[Answer]:
+def read_answers(folder: Path, round_: Round) -> list[Answer]:
     """Returns the answers, the newest of each rater to each question; a half line at the end is none."""
     try:
         content = read_user_text(folder / ANSWERS, errors="replace")
@@ -169,41 +173,41 @@ def read_answers(folder: Path, made: Round) -> list[Answer]:
     found: dict[tuple[str, int, str], Answer] = {}
     for number, line in enumerate(content.split("\n")[:-1], start=1):
         try:
-            answer = check_answer(made, json.loads(line))
+            answer = check_answer(round_, json.loads(line))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{folder / ANSWERS}:{number} is not JSON", "remove the line") from error
         found[answer.rater, answer.task, answer.criterion] = answer
     return list(found.values())
 
 
-def import_answers(folder: Path, made: Round, paths: Sequence[Path]) -> int:
+def import_answers(folder: Path, round_: Round, paths: Sequence[Path]) -> int:
     """Adds the answers of files that the form saved; returns how many were new or changed."""
-    known = set(read_answers(folder, made))
+    known = set(read_answers(folder, round_))
     fresh: list[Answer] = []
     for path in paths:
-        values = check_saved(made, read_user_text(path, errors="replace"), str(path))
-        fresh += [answer for answer in (check_answer(made, item) for item in values) if answer not in known]
+        values = check_saved(round_, read_user_text(path, errors="replace"), str(path))
+        fresh += [answer for answer in (check_answer(round_, item) for item in values) if answer not in known]
     add_answers(folder, fresh)
     return len(fresh)
 
 
-def check_saved(made: Round, content: str | bytes, where: str) -> list[Any]:
+def check_saved(round_: Round, content: str | bytes, where: str) -> list[Any]:
     """Returns the answers in what a form saved or sent; raises `DataError` if it is none, or of another round."""
     try:
         saved = json.loads(content)
         identity, values = saved["round"], saved["answers"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{where} holds no answers", "give the file that the form saves") from error
-    if identity != made.identity or not isinstance(values, list):
+    if identity != round_.identity or not isinstance(values, list):
         raise DataError(f"{where} is of another round", "give it with --out DIR of its own round")
     return values
 
 
-def find_open(made: Round, answers: Sequence[Answer], rater: str) -> list[tuple[Task, bool]]:
+def find_open(round_: Round, answers: Sequence[Answer], rater: str) -> list[tuple[Task, bool]]:
     """Returns the tasks that a rater has not fully answered, in order."""
     done = {(a.task, a.criterion) for a in answers if a.rater == rater}
     return [
         (task, swapped)
-        for task, swapped in order_tasks(made, rater)
-        if any((task.number, criterion) not in done for criterion in made.criteria)
+        for task, swapped in order_tasks(round_, rater)
+        if any((task.number, criterion) not in done for criterion in round_.criteria)
     ]

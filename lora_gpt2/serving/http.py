@@ -47,7 +47,7 @@ def bind(host: str, port: int) -> socket.socket:
             bound.bind(address)
             undo.pop_all()
     except PermissionError as error:
-        raise ResourceError(f"port {port} needs rights that this user has not", "use one above 1023") from error
+        raise ResourceError(f"port {port} requires elevated privileges", "use one above 1023") from error
     except OSError as error:
         if isinstance(error, socket.gaierror) or not is_taken(error):
             raise UsageError(f"{host}:{port} is no address of this machine", "use --host 127.0.0.1") from error

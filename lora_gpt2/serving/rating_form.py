@@ -26,8 +26,8 @@ KINDS = {STYLE: "text/css", SCRIPT: "text/javascript"}
 
 def build_rating_server(folder: Path) -> uvicorn.Server:
     """Returns what gives out the form of a round's folder and takes answers; raises what `read_round` does."""
-    made = read_round(folder)
-    page = build_form(made, linked=True)
+    round_ = read_round(folder)
+    page = build_form(round_, linked=True)
 
     async def show(request: Request) -> Response:
         return HTMLResponse(page)
@@ -45,7 +45,7 @@ def build_rating_server(folder: Path) -> uvicorn.Server:
             if len(body) > MAX_BODY_BYTES:
                 return _refuse(413, "that is too much at once")
         try:
-            answers = [check_answer(made, item) for item in check_saved(made, body, "the request")]
+            answers = [check_answer(round_, item) for item in check_saved(round_, body, "the request")]
             add_answers(folder, answers)
         except LoraGpt2Error as error:
             return _refuse(400, error.message)

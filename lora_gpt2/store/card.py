@@ -149,7 +149,7 @@ def _describe_memorization(result: Mapping[str, Any] | None) -> str:
     if not result:
         return "## Memorisation\n\nNot looked at (`lora-gpt2 audit memorization`)."
     found, size, copies = result["extraction"], result["run_tokens"], result["copies"]
-    places = ", ".join(
+    counts = ", ".join(
         f"{name} {found[key]['extracted']} of {found[key]['windows']}"
         for key, name in (("train", "training text"), ("held_out", "held-out text"), ("base_on_train", "the base"))
     )
@@ -157,6 +157,5 @@ def _describe_memorization(result: Mapping[str, Any] | None) -> str:
     said = "It **repeats its text**: it" if result["memorizes"] else "It shows"
     if not result.get("same_text", True):
         sampled += " The text it was compared with may not be that of training."
-    return (
-        f"## Memorisation\n\n{said} {result['verdict']}.\nThe next {size} tokens were given back at: {places}.{sampled}"
-    )
+    extraction = f"Prefixes after which the next {size} tokens were reproduced: {counts}.{sampled}"
+    return f"## Memorisation\n\n{said} {result['verdict']}.\n{extraction}"

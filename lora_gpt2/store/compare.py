@@ -10,7 +10,7 @@ from lora_gpt2.model.lora import Adapter, list_sites
 from lora_gpt2.model.merge import measure_inner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distance:
     """Two changes of a projection (or of all): their Frobenius norms, that of their difference, and their cosine.
 
@@ -44,4 +44,6 @@ def _build(site: str, square: float, other_square: float, inner: float) -> Dista
     norm, other_norm = math.sqrt(max(square, 0.0)), math.sqrt(max(other_square, 0.0))
     cosine = inner / (norm * other_norm) if norm and other_norm else 0.0
     difference = math.sqrt(max(square + other_square - 2 * inner, 0.0))
-    return Distance(site, norm, other_norm, difference, min(1.0, max(-1.0, cosine)))
+    return Distance(
+        site=site, norm=norm, other_norm=other_norm, difference=difference, cosine=min(1.0, max(-1.0, cosine))
+    )

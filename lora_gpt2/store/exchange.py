@@ -69,7 +69,7 @@ class Source:
         return by_hub.get(name, name) if known else ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImportedAdapter:
     """A published import; the differences say what a conversion cost, and are zero where there was none."""
 
@@ -169,7 +169,12 @@ def import_adapter(
             provenance=provenance,
             pages=pages,
         )
-    return ImportedAdapter(publish_adapter(store, name, adapter, base, origin), variant, error, difference)
+    return ImportedAdapter(
+        manifest=publish_adapter(store, name, adapter, base, origin),
+        variant=variant,
+        relative_error=error,
+        max_logit_difference=difference,
+    )
 
 
 def _convert(source: Source, base: Base, rank: int | None) -> tuple[Adapter, str, float, float]:

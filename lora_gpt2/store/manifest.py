@@ -38,7 +38,7 @@ NUMBERS = (
     "base_test_perplexity",
     "test_perplexity",
 )
-"""Figures that are shown and reckoned with."""
+"""Metrics used in listings and comparisons."""
 MAX_DEPTH, LARGEST = 32, 2**63
 NO_DIGEST = "0" * 64
 CHECKSUM = re.compile(rb'"checksum": ?"([0-9a-f]{64})"\s*\}\s*$')
@@ -168,7 +168,7 @@ def _find_wrong(values: Mapping[str, Any]) -> str:
 
 
 def _check_values(values: Any) -> None:
-    """Raises `ValueError` for what could be neither written again nor reckoned with, wherever it stands."""
+    """Raises `ValueError` for a value that could not be written again, wherever it is."""
     level = [values]
     for _ in range(MAX_DEPTH):
         for value in level:

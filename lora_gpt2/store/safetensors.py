@@ -37,12 +37,12 @@ def iter_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     """Yields a safetensors file in pieces: the header, then each tensor's bytes, copied only from another device."""
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     names = sorted(tensors, key=lambda name: (-ORDER.index(tensors[name].dtype), name.encode()))
-    place = 0
+    offset = 0
     for name in names:
-        end = place + tensors[name].numel() * tensors[name].element_size()
+        end = offset + tensors[name].numel() * tensors[name].element_size()
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [place, end]}
-        place = end
+        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     yield memoryview(len(text).to_bytes(LENGTH_BYTES, "little") + text)

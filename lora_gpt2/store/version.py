@@ -46,7 +46,7 @@ def pack_version(manifest: Manifest, files: Mapping[str, bytes]) -> dict[str, by
     try:
         parse_manifest(content)  # what could not be read again is not written
     except ValueError as error:
-        raise CorruptError(f"{manifest.reference} cannot be stored: {error}", "mend what it was made from") from error
+        raise CorruptError(f"{manifest.reference} cannot be stored: {error}", "fix what it was made from") from error
     return {**packed, MANIFEST: content}
 
 

@@ -36,7 +36,7 @@ CGROUP = Path("/sys/fs/cgroup")
 CUDA_RESERVE, CPU_RESERVE, FRAGMENTATION = 450_000_000, 420_000_000, 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """The parts of a run's peak, in bytes; `reserve` is the runtime's own and what allocators waste."""
 
@@ -84,8 +84,8 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
 
 
 def _iter_groups(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
-    for places in group_recipes(recipes):
-        yield [recipes[place] for place in places]
+    for indices in group_recipes(recipes):
+        yield [recipes[index] for index in indices]
 
 
 def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], item: int) -> tuple[int, int]:

@@ -73,7 +73,7 @@ class GradScaler:
     def update(self, finite: Bool[Tensor, " slots"], active: Bool[Tensor, " slots"]) -> None:
         """Halves the scale of active slots that overflowed, doubles it for those that have been good for long."""
         self.good.copy_(torch.where(finite, self.good + active, torch.zeros_like(self.good)))
-        grow = self.good >= GROWTH_STEPS
-        factor = torch.where(grow, 2.0, torch.where(finite | ~active, 1.0, 0.5))
+        is_grown = self.good >= GROWTH_STEPS
+        factor = torch.where(is_grown, 2.0, torch.where(finite | ~active, 1.0, 0.5))
         self.values.mul_(factor).clamp_(1.0, LARGEST_SCALE)
-        self.good.mul_(~grow)
+        self.good.mul_(~is_grown)

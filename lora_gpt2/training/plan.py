@@ -39,7 +39,7 @@ from lora_gpt2.training.trainer import Trainer
 PROBE_STEPS = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run that has not begun: `recipes` as they would be trained, and `changes` that make them fit.
 
@@ -77,15 +77,15 @@ def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None =
         slots = [TrainingSlot(recipe, each) for recipe, each in zip(chosen, blocks, strict=True)]
         tokens = sum(slot.num_steps * slot.tokens_per_step for slot in slots)
     return Plan(
-        fitting is not None,
-        estimate_memory(config, chosen, runtime),
-        limit,
-        runtime.device.type,
-        runtime.dtype_name,
-        chosen,
-        list_changes(recipes, chosen),
-        tokens,
-        speed,
+        fits=fitting is not None,
+        memory=estimate_memory(config, chosen, runtime),
+        budget_bytes=limit,
+        device=runtime.device.type,
+        dtype=runtime.dtype_name,
+        recipes=chosen,
+        changes=list_changes(recipes, chosen),
+        tokens=tokens,
+        tokens_per_second=speed,
     )
 
 
@@ -152,4 +152,4 @@ def build_random_data(recipe: Recipe, vocab_size: int) -> PreparedData:
     bounds = np.arange(0, len(stream) + 1, size + 1) if recipe.data.layout == "packed" else None
     rows = None if bounds is None else np.arange(len(bounds))
     blocks = TokenBlocks(stream, size, None, bounds, rows)
-    return PreparedData(Path(), "", blocks, blocks, blocks, {})
+    return PreparedData(path=Path(), fingerprint="", train=blocks, validation=blocks, test=blocks, report={})

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's place among `size` of them, and the device it was given (None: choose freely)."""
+    """This process's rank among `size` of them, and the device it was given (None: choose freely)."""
 
     rank: int = 0
     size: int = 1

@@ -43,7 +43,7 @@ PASSES = "passes"
 COPIES, ROOM_BYTES = 3, 2**27  # what publishing takes: copies of the adapter, and the libraries' own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterReport:
     """What a user is told about one trained adapter; the names are those of `train --json`."""
 
@@ -104,7 +104,7 @@ def train_recipes(
             if not (resume or fresh) and (step := run.find_last_step()):
                 raise ConflictError(
                     f"an interrupted run of {', '.join(names)} is kept, at step {step}",
-                    "--resume goes on with it, --fresh begins anew",
+                    "--resume continues it, --fresh starts over",
                 )
         return _train_locked(recipes, store, reporter, run, resume, world)
 
@@ -167,7 +167,7 @@ def _warn_of_overlaps(slots: Sequence[TrainingSlot], reporter: Reporter) -> None
 
 def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) -> bool:
     if not run.exists():
-        reporter.message("there is no run to resume: starting anew")
+        reporter.message("there is no run to resume: starting over")
         return False
     if different := run.check_identity(identity, free=(PASSES,)):
         reporter.message(f"equal to rounding only, because passes differ: {different}")
@@ -286,4 +286,4 @@ def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
 def _report_published(store: Store, reference: str) -> AdapterReport:
     manifest = store.read_manifest(reference)
     keys = [key for key in AdapterReport.__dataclass_fields__ if key not in ("name", "version")]
-    return AdapterReport(manifest.name, manifest.version, **{key: manifest.figures[key] for key in keys})
+    return AdapterReport(name=manifest.name, version=manifest.version, **{key: manifest.figures[key] for key in keys})

@@ -13,10 +13,10 @@ from tests.serving import running
 
 pytestmark = pytest.mark.slow
 MADE = Round(
-    "nano",
-    ("secretone", "secrettwo"),
-    ("Take two eggs ", "The <king> "),
-    (("and beat", "in hand"), ("is dead", "lives")),
+    base="nano",
+    adapters=("secretone", "secrettwo"),
+    prompts=("Take two eggs ", "The <king> "),
+    texts=(("and beat", "in hand"), ("is dead", "lives")),
 )
 
 

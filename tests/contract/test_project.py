@@ -27,7 +27,8 @@ def test_imports_go_down_only():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_readmes_generated_parts_are_up_to_date():
+def test_the_readme_is_short_and_the_generated_pages_are_up_to_date():
+    assert len((ROOT / "README.md").read_bytes()) <= 8192
     done = subprocess.run(
         [sys.executable, "tools/write_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -96,3 +97,41 @@ def test_every_dependency_is_pinned_for_the_makefile():
         name = re.split(r"[><=\[]", requirement)[0].lower().replace("_", "-")
         assert name in pinned, name
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_functions_take_six_positional_arguments_at_most():
+    """What follows is named where the function is called. Commands get their options by name, autograd has its own."""
+    import ast
+
+    for path in TREE:
+        if "commands" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+                count = len(names) - (names[:1] in (["self"], ["cls"]))
+                assert count <= 6 or names[:1] == ["ctx"], f"{path}: {node.name} has {count}"
+
+
+VOCABULARY = re.compile(r"^\| `(?P<term>[^|]+)` \| (?P<instead>[^|]+) \| (?P<meaning>[^|]+) \|$", re.MULTILINE)
+
+
+def test_the_code_speaks_the_fields_language():
+    """Words of our own, which CONTRIBUTING's vocabulary replaces, are not identifiers."""
+    import ast
+
+    rows = VOCABULARY.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    banned = {word: term for term, instead, _ in rows for word in re.findall(r"`(\w+)`", instead)}
+    assert len(banned) > 40
+    for path in TREE:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        names |= {
+            node.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        }
+        for word in sorted(banned.keys() & names):
+            pytest.fail(f"{path}: {word}; write {banned[word]}")

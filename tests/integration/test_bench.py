@@ -30,7 +30,7 @@ def check_sides(report, names):
 
 
 def test_both_sides_learn_the_same_and_every_figure_is_there(base_folder, reporter):
-    report = measure_training(str(base_folder), 2, 16, 4, 1, reporter, rank=2, dtype="float32")
+    report = measure_training(str(base_folder), 2, 16, 4, 1, reporter=reporter, rank=2, dtype="float32")
     check_sides(report, ["ours", "peft"])
 
 
@@ -38,7 +38,9 @@ def test_both_sides_learn_the_same_and_every_figure_is_there(base_folder, report
 def test_several_adapters_and_the_usual_notebook_are_measured_too(base_folder, tmp_path, reporter):
     lines = tmp_path / "lines.txt"
     lines.write_text("the cat\nand the dog\n\nsun\n")
-    report = measure_training(str(base_folder), 2, 16, 4, 1, reporter, rank=2, dtype="float32", slots=3, lines=lines)
+    report = measure_training(
+        str(base_folder), 2, 16, 4, 1, reporter=reporter, rank=2, dtype="float32", slots=3, lines=lines
+    )
     sides = check_sides(report, ["ours", "ours together", "peft", "notebook"])
     assert sides["notebook"]["losses"] != pytest.approx(sides["ours"]["losses"], abs=1e-2)
 
@@ -92,7 +94,16 @@ def test_a_grid_trains_every_setting_and_goes_on_where_it_stopped(base_folder, t
 
 def test_settings_are_ranked_by_their_worst_domain():
     def point(domain, rate, perplexity, targets="all"):
-        return Point("", domain, targets, 8, rate, 100.0, perplexity, 1)
+        return Point(
+            setup="",
+            domain=domain,
+            targets=targets,
+            rank=8,
+            learning_rate=rate,
+            base_perplexity=100.0,
+            perplexity=perplexity,
+            best_step=1,
+        )
 
     points = [point("a", 1e-3, 10.0), point("b", 1e-3, 30.0), point("a", 2e-3, 11.0), point("b", 2e-3, 20.0)]
     points.append(point("a", 1e-4, 1.0, "full"))
@@ -116,7 +127,7 @@ def test_writing_is_measured_beside_peft_and_both_write_the_same(base_folder, re
 
 
 def test_serving_is_measured_in_a_process_of_its_own(base, trained, reporter):
-    report = measure_serving(base.name, trained, 3, 40, 6, 4, reporter)
+    report = measure_serving(base.name, trained, 3, 40, 6, tokens=4, reporter=reporter)
     steady, burst, beside = report.loads
     assert report.adapters == ("code", "law")
     assert (steady.statuses, beside.statuses) == ({200: 24}, {200: 50})

@@ -346,7 +346,7 @@ def test_an_interrupted_run_is_gone_on_with_or_set_aside_but_not_overwritten(
     code, _, err = train(run, base_folder, "law", "--data", data)
     assert code == 6
     assert "an interrupted run of law is kept, at step 3" in err
-    assert "--resume goes on with it, --fresh begins anew" in err
+    assert "--resume continues it, --fresh starts over" in err
     assert store.list_names() == []
     code, _, err = train(run, base_folder, "law", "--data", data, "--resume")
     assert code == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_gpt2 import cli
-from lora_gpt2.model import checkpoint as locate
+from lora_gpt2.model import checkpoint
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.store.catalog import Store
@@ -18,6 +18,7 @@ from tests.builders import make_adapter, make_base_folder, make_text
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+OUTSIDE = ("README.md", "CONTRIBUTING.md")
 WAITING = ("serve",)  # runs until it is stopped: its options are read, no more
 
 
@@ -30,7 +31,7 @@ def read_commands(page):
 def folder(tmp_path, monkeypatch):
     bases = tmp_path / "bases"
     make_base_folder(bases / "nano", context=512)
-    monkeypatch.setattr(locate, "BUNDLED", bases)
+    monkeypatch.setattr(checkpoint, "BUNDLED", bases)
     monkeypatch.setenv("LORA_GPT2_STORE", str(tmp_path / "adapters"))
     base = load_base("nano", choose_runtime("float32"))
     for seed, name in enumerate(("shakespeare", "cooking")):
@@ -62,11 +63,11 @@ def test_the_commands_of_a_page_run(page, folder, capsys):
 
 
 def test_every_page_is_in_the_table_and_every_link_leads_somewhere():
-    index = (DOCS / "README.md").read_text()
-    for page in PAGES:
+    index = (DOCS / "index.md").read_text()
+    for page in [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
-        assert page.name == "README.md" or f"({page.name})" in index
+        assert page.name in ("index.md", *OUTSIDE) or f"({page.relative_to(DOCS)})" in index
     assert sum(len(read_commands(page)) for page in PAGES) > 30
 
 

@@ -155,7 +155,11 @@ def test_a_share_above_the_limit_ends_with_nine(run, own, base_folder, monkeypat
     monkeypatch.setattr(
         memorization,
         "measure_extraction",
-        lambda *args: memorization.Extraction(20, 20, 24.0, (0,)) if args[1]([0]) else real(*args),
+        lambda *args: (
+            memorization.Extraction(windows=20, extracted=20, mean_tokens=24.0, positions=(0,))
+            if args[1]([0])
+            else real(*args)
+        ),
     )
     quick = ("--texts", "2", "--windows", "20", "--set", "generate.max_new_tokens=4", "--fail-above", "0.5")
     code, _, err = run("audit", "memorization", "mine", "--base", base_folder, *quick)

@@ -51,7 +51,16 @@ def test_a_round_in_the_terminal_hides_names_stops_and_goes_on(begin, tmp_path):
 
 def test_what_a_rater_says_of_sides_reaches_the_right_adapter(begin, tmp_path):
     folder = tmp_path / "ratings"
-    write_round(folder, Round("x", ("good", "poor"), tuple("abcdefgh"), (("alpha", "omega"),) * 8, criteria=("style",)))
+    write_round(
+        folder,
+        Round(
+            base="x",
+            adapters=("good", "poor"),
+            prompts=tuple("abcdefgh"),
+            texts=(("alpha", "omega"),) * 8,
+            criteria=("style",),
+        ),
+    )
     for _ in range(8):  # the rater looks which side is the good one, then types it
         _, _, err = begin("q\n")
         side = "1" if err.index("alpha") < err.index("omega") else "2"
@@ -134,7 +143,7 @@ def test_what_the_repl_recorded_is_rated_without_writing_it_again(begin, tmp_pat
 @pytest.fixture
 def served(tmp_path):
     folder = tmp_path / "ratings"
-    write_round(folder, Round("x", ("good", "poor"), ("a", "b"), (("x", "y"),) * 2))
+    write_round(folder, Round(base="x", adapters=("good", "poor"), prompts=("a", "b"), texts=(("x", "y"),) * 2))
     with running(build_rating_server(folder)) as port:
         yield folder, port
 

@@ -255,11 +255,11 @@ def _render_show(content: dict[str, Any]) -> list[str]:
 def _render_lineage(node: dict[str, Any], indent: str) -> list[str]:
     if "made" not in node:
         return [f"{indent}{node['reference']} at {node['weight']:g}: no longer in this store"]
-    made = ", ".join(f"{key} {value}" for key, value in node["made"].items())
+    provenance = ", ".join(f"{key} {value}" for key, value in node["made"].items())
     share = f" at {node['weight']:g}" if "weight" in node else ""
     found = f" (now {node['found']})" if node.get("found", node["reference"]) != node["reference"] else ""
     text = f"; text {', '.join(node['sources'])}" if node["sources"] else ""
-    lines = [f"{indent}{node['reference']}{share}{found}: {made}{text}"]
+    lines = [f"{indent}{node['reference']}{share}{found}: {provenance}{text}"]
     return [*lines, *(line for parent in node["parents"] for line in _render_lineage(parent, indent + "  "))]
 
 

@@ -38,7 +38,7 @@ def startup(reporter: Reporter, base: str, runs: int, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def swap(reporter: Reporter, base: str, rank: int, rounds: int, as_json: bool) -> None:
-    """Change adapters beside PEFT: to one that is loaded, and to one that comes from disk.
+    """Benchmark switching adapters against PEFT: to a loaded one, and to one that comes from disk.
 
     \b
     Example:

@@ -83,7 +83,7 @@ def grid(
     """
     from lora_gpt2.bench.grid import measure_grid, rank_settings
 
-    points = measure_grid(folders, rates, ranks, targets, overrides, keep, reporter, full)
+    points = measure_grid(folders, rates, ranks, targets, overrides, kept=keep, reporter=reporter, full=full)
     ranking = rank_settings(points)
     emit(
         {"points": [asdict(point) for point in points], "ranking": ranking},

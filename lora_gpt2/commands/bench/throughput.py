@@ -38,7 +38,7 @@ from lora_gpt2.store.catalog import Store
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Numbers of the frozen base.",
+    help="Dtype of the frozen base's weights.",
 )
 @click.option("--slots", type=click.IntRange(1, 64), default=1, show_default=True, help="Also train so many together.")
 @click.option("--lines", type=click.Path(path_type=Path), help="Also the usual notebook: lines of FILE, padded.")
@@ -57,7 +57,7 @@ def train(
     checkpointing: bool,
     as_json: bool,
 ) -> None:
-    """Train beside transformers' Trainer + PEFT: the same weights, tokens and settings, in turn.
+    """Benchmark training against transformers' Trainer + PEFT: the same weights, tokens and settings, in turn.
 
     \b
     Examples:
@@ -72,7 +72,7 @@ def train(
         batch[1],
         steps,
         rounds,
-        reporter,
+        reporter=reporter,
         dtype=dtype,
         checkpointing=checkpointing,
         slots=slots,
@@ -98,10 +98,10 @@ def _render_training(report: dict[str, Any]) -> str:
     header = [
         "",
         "tokens/s",
-        "ours is faster",
-        "of the limit",
+        "our speed-up",
+        "of GEMM peak",
         "peak memory",
-        "ours takes",
+        "our memory",
         "last loss",
         "to first step",
     ]
@@ -121,7 +121,7 @@ def _render_training(report: dict[str, Any]) -> str:
 @json_option
 @click.pass_obj
 def decode(reporter: Reporter, base: str, tokens: int, rank: int, rounds: int, as_json: bool) -> None:
-    """Write beside transformers + PEFT: one row, eight under one adapter, eight under eight; swap and load adapters.
+    """Benchmark generation against transformers + PEFT: one sequence, eight with one adapter, or eight adapters.
 
     \b
     Examples:
@@ -195,7 +195,7 @@ def serve(
     """
     from lora_gpt2.bench.serving import measure_serving
 
-    report = measure_serving(base, store, clients, burst, slow, tokens, reporter)
+    report = measure_serving(base, store, clients, burst, slow, tokens=tokens, reporter=reporter)
     emit(asdict(report), as_json, lambda: _render_serving(asdict(report)))
 
 
@@ -223,7 +223,7 @@ def _render_serving(report: dict[str, Any]) -> str:
 @json_option
 @click.pass_obj
 def evaluate(reporter: Reporter, base: str, tokens: int, stride: int, rounds: int, as_json: bool) -> None:
-    """Measure perplexity beside the loop of transformers' documentation and, if installed, lm-evaluation-harness.
+    """Benchmark perplexity against the loop of transformers' documentation and, if installed, lm-evaluation-harness.
 
     \b
     Example:

@@ -66,13 +66,13 @@ def measure_depth(page: str) -> int:
 
 def strip_tags(page: str) -> str:
     """Returns the text between the tags, without that of scripts and styles; blocks stand on lines of their own."""
-    parts, place = list[str](), 0
+    parts, offset = list[str](), 0
     for match, name in _iter_tags(page):
         is_end_of_hidden = name in HIDDEN and match[1]
-        parts.append("" if is_end_of_hidden else page[place : match.start()])
+        parts.append("" if is_end_of_hidden else page[offset : match.start()])
         parts.append("" if name in INLINE else "\n")
-        place = match.end()
-    parts.append(page[place:])
+        offset = match.end()
+    parts.append(page[offset:])
     text = html.unescape("".join(parts))
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 

@@ -96,8 +96,8 @@ def _iter_kind(kind: str, pattern: re2._Regexp, check: Callable[[str], bool], te
 
 def mask_pii(text: str) -> str:
     """Returns the text with each finding replaced by its kind, as in `<email>`."""
-    pieces, place = [], 0
+    pieces, offset = [], 0
     for finding in find_pii(text):
-        pieces += [text[place : finding.start], f"<{finding.kind}>"]
-        place = finding.end
-    return "".join([*pieces, text[place:]])
+        pieces += [text[offset : finding.start], f"<{finding.kind}>"]
+        offset = finding.end
+    return "".join([*pieces, text[offset:]])

@@ -125,15 +125,15 @@ def iter_lines(file: BufferedReader, where: str, errors: str, encoding: str = "a
         yield from _decode_lines(raw, where, errors, length)
         return
     decoder = codecs.getincrementaldecoder(chosen)(errors)
-    place, pending = length, ""
+    offset, pending = length, ""
     while piece := file.read(1 << 16):
         try:
             pending += decoder.decode(piece)
         except UnicodeDecodeError as error:
-            raise _refuse(where, place + error.start, chosen, piece[error.start : error.start + 4]) from error
+            raise _refuse(where, offset + error.start, chosen, piece[error.start : error.start + 4]) from error
         except UnicodeError as error:  # UTF-16 without the mark it should begin with
-            raise _refuse(where, place, chosen, piece[:4]) from error
-        place += len(piece)
+            raise _refuse(where, offset, chosen, piece[:4]) from error
+        offset += len(piece)
         *lines, pending = pending.split("\n")
         yield from (_join_surrogates(f"{line}\n", where, errors) for line in lines)
         if len(pending) > MAX_LINE_BYTES:
@@ -160,13 +160,13 @@ def _iter_old_lines(file: BufferedReader, where: str) -> Iterator[bytes]:
         yield pending
 
 
-def _decode_lines(lines: Iterable[bytes], where: str, errors: str, place: int = 0) -> Lines:
+def _decode_lines(lines: Iterable[bytes], where: str, errors: str, offset: int = 0) -> Lines:
     for number, line in enumerate(lines, start=1):
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield _decode_odd_line(line, error, f"{where}:{number}", place, errors)
-        place += len(line)
+            yield _decode_odd_line(line, error, f"{where}:{number}", offset, errors)
+        offset += len(line)
 
 
 def raise_errors(lines: Lines) -> Iterator[str]:
@@ -177,7 +177,7 @@ def raise_errors(lines: Lines) -> Iterator[str]:
         yield line
 
 
-def _decode_odd_line(line: bytes, error: UnicodeDecodeError, where: str, place: int, errors: str) -> str | DataError:
+def _decode_odd_line(line: bytes, error: UnicodeDecodeError, where: str, offset: int, errors: str) -> str | DataError:
     """Returns a line that is not UTF-8: cut short at its end, Windows-1252, with U+FFFD if wanted; or the error."""
     if error.reason == "unexpected end of data" and error.end == len(line) and not line.endswith(b"\n"):
         return line[: error.start].decode("utf-8")  # a download that broke off
@@ -186,20 +186,20 @@ def _decode_odd_line(line: bytes, error: UnicodeDecodeError, where: str, place: 
         return line.decode("cp1252")
     if errors == "replace":
         return line.decode("utf-8", errors)
-    return _refuse(where, place + error.start, "utf-8", line[error.start : error.start + 4])
+    return _refuse(where, offset + error.start, "utf-8", line[error.start : error.start + 4])
 
 
 _ASCII_GONE = dict.fromkeys(range(128))
 
 
-def _decode_as(content: bytes, encoding: str, where: str, errors: str, place: int) -> str:
+def _decode_as(content: bytes, encoding: str, where: str, errors: str, offset: int) -> str:
     try:
         return _join_surrogates(content.decode(encoding, errors), where, errors)
     except UnicodeDecodeError as error:
         found = content[error.start : error.start + 4]
-        raise _refuse(where, place + error.start, encoding, found) from error
-    except UnicodeError as error:  # idna and punycode say no place
-        raise _refuse(where, place, encoding, content[:4]) from error
+        raise _refuse(where, offset + error.start, encoding, found) from error
+    except UnicodeError as error:  # idna and punycode say no offset
+        raise _refuse(where, offset, encoding, content[:4]) from error
 
 
 def _join_surrogates(text: str, where: str, errors: str) -> str:
@@ -213,9 +213,9 @@ def _join_surrogates(text: str, where: str, errors: str) -> str:
         raise DataError(f"{where}: the text holds half of a surrogate pair, which is no character", hint) from error
 
 
-def _refuse(where: str, place: int, encoding: str, found: bytes) -> DataError:
+def _refuse(where: str, offset: int, encoding: str, found: bytes) -> DataError:
     return DataError(
-        f"{where}: byte {place} is not valid {encoding.upper()} (found {found.hex(' ')})",
+        f"{where}: byte {offset} is not valid {encoding.upper()} (found {found.hex(' ')})",
         "name its encoding with --set data.encoding=NAME, or use --set data.encoding_errors=replace",
     )
 

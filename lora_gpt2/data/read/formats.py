@@ -62,7 +62,7 @@ class ReadingLog:
         """Counts something that was decided without being asked for, such as which column is read."""
         self.notes[text] += 1
 
-    def place(self) -> int:
+    def offset(self) -> int:
         """Returns the bytes read so far, as they lie on disk."""
         return self.finished + sum(file.tell() for file in self.open)
 
@@ -70,7 +70,7 @@ class ReadingLog:
 def read_documents(specs: Sequence[str], settings: DataSettings) -> Iterator[Document]:
     """Yields the documents of all sources in order, as they are; raises `DataError` at the first unreadable one.
 
-    What is to be measured or audited comes from `reading.read_clean`, which cleans it as training does.
+    What is to be measured or audited comes from `pipeline.read_clean`, which cleans it as training does.
     """
     for source in find_sources(specs, settings):
         for item in read_source(source, settings):

@@ -53,13 +53,13 @@ def iter_rows(file: BufferedReader, where: str, settings: DataSettings) -> Itera
                 for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
                     yield number, row
                 continue
-            for place, size in enumerate(sizes):
+            for index, size in enumerate(sizes):
                 number += 1
                 if size > MAX_ROW_BYTES:
                     shown = f"{where}:{number}: a row of {size >> 20} MiB, at most {MAX_ROW_BYTES >> 20} are read"
                     yield number, DataError(shown, FIX_HINT)
                 else:
-                    yield number, batch.slice(place, 1).to_pylist()[0]
+                    yield number, batch.slice(index, 1).to_pylist()[0]
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError, NotImplementedError) as error:
         raise DataError(f"{where} is not a Parquet file: {shorten(str(error), 200)}", "write it again") from error
 

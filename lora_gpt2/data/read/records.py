@@ -15,7 +15,7 @@ from lora_gpt2.recipe import DataSettings
 
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 FIELD_HINT = "name it with --set data.text_field=NAME, or build it with --set data.template='{a} {b}'"
-FIX_HINT = "mend or remove it, or set it aside with --skip-bad"
+FIX_HINT = "fix or remove it, or set it aside with --skip-bad"
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        place = f"{where}:{error.lineno}" if error.lineno > 1 else where
-        raise DataError(f"{place}: not JSON: {error.msg}, column {error.colno}", FIX_HINT) from error
+        location = f"{where}:{error.lineno}" if error.lineno > 1 else where
+        raise DataError(f"{location}: not JSON: {error.msg}, column {error.colno}", FIX_HINT) from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DataError(f"{where}: not JSON: {reason}", FIX_HINT) from error
@@ -70,9 +70,9 @@ def build_documents(record: Any, where: str, settings: DataSettings, note: Note 
             yield Document(_check(usual.text, where), where, _check(usual.prompt, where))
         else:
             found = list(_walk(record, settings.text_field.split("."), where))
-            for number, (value, place) in enumerate(found, start=1):
+            for number, (value, location) in enumerate(found, start=1):
                 shown = f"{where}[{number}]" if len(found) > 1 else where
-                yield Document(_check(value, place), shown)
+                yield Document(_check(value, location), shown)
     except DataError as error:
         yield error
 

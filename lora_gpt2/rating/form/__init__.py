@@ -14,10 +14,10 @@ FOLDER = Path(__file__).parent
 STYLE, SCRIPT = "form.css", "form.js"
 
 
-def build_form(made: Round, linked: bool = False) -> str:
+def build_form(round_: Round, linked: bool = False) -> str:
     """Returns the page: whole in itself, or with its style and script `linked` from beside it."""
-    tasks = [{"number": task.number, "prompt": task.prompt, "texts": task.texts} for task in made.tasks]
-    shown = {"id": made.identity, "mode": made.mode, "criteria": made.criteria, "tasks": tasks, "served": linked}
+    tasks = [{"number": task.number, "prompt": task.prompt, "texts": task.texts} for task in round_.tasks]
+    shown = {"id": round_.identity, "mode": round_.mode, "criteria": round_.criteria, "tasks": tasks, "served": linked}
     data = json.dumps(shown).replace("<", "\\u003c")
     page, style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("form.html", STYLE, SCRIPT))
     style = f'<link rel="stylesheet" href="{STYLE}">' if linked else f"<style>\n{style}</style>"

@@ -71,8 +71,8 @@ REASONS = {
     "trainable_token_indices": OTHER_WEIGHTS,
     "layer_replication": "it changes the network's layers",
     "alora_invocation_tokens": "it adapts only the tokens after an invocation",
-    "use_bdlora": "PEFT itself fails on it with GPT-2",
-    "kasa_config": "PEFT itself fails on it with GPT-2",
+    "use_bdlora": "PEFT does not support it for GPT-2",
+    "kasa_config": "PEFT does not support it for GPT-2",
 }
 STARTS = {
     "olora": "PEFT itself changes GPT-2's weights wrongly with it",
@@ -83,7 +83,7 @@ STARTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PeftSpec:
     """What a configuration says, checked: how each projection is adapted."""
 
@@ -131,95 +131,95 @@ def parse_peft_config(content: bytes, where: str) -> PeftSpec:
         CorruptError: it is not JSON, or a value is not what it should be.
         MismatchError: it asks for something that we do not implement, or an expression that RE2 does not take.
     """
-    place = f"{where}: {PEFT_CONFIG}"
-    values = _parse_object(content, place)
+    location = f"{where}: {PEFT_CONFIG}"
+    values = _parse_object(content, location)
     for key, value in values.items():
         if key in READ_KEYS or key in FREE_KEYS or (key in OFF_VALUES and value in OFF_VALUES[key]):
             continue
         if key in OFF_VALUES or value not in (None, False, {}, []):
             reason = REASONS.get(key, "only plain LoRA, rsLoRA, DoRA and PiSSA on GPT-2's projections and head are")
-            raise MismatchError(f"{place}: {shorten(key, 60)} = {show_value(value, 60)} is not supported", reason)
+            raise MismatchError(f"{location}: {shorten(key, 60)} = {show_value(value, 60)} is not supported", reason)
     return PeftSpec(
-        rank=int(_number(values, "r", 8, place)),
-        alpha=_number(values, "lora_alpha", 8, place),
-        use_rslora=_switch(values, "use_rslora", place),
-        dora=_switch(values, "use_dora", place),
-        pissa=_check_start(values.get("init_lora_weights", True), place),
+        rank=int(_number(values, "r", 8, location)),
+        alpha=_number(values, "lora_alpha", 8, location),
+        use_rslora=_switch(values, "use_rslora", location),
+        dora=_switch(values, "use_dora", location),
+        pissa=_check_start(values.get("init_lora_weights", True), location),
         base_name=str(values.get("base_model_name_or_path") or ""),
-        ranks=_patterns(values, "rank_pattern", place),
-        alphas=_patterns(values, "alpha_pattern", place),
-        targets=_modules(values.get("target_modules"), "target_modules", place),
-        excluded=_modules(values.get("exclude_modules") or [], "exclude_modules", place),
-        layers=_layers(values.get("layers_to_transform"), place),
+        ranks=_patterns(values, "rank_pattern", location),
+        alphas=_patterns(values, "alpha_pattern", location),
+        targets=_modules(values.get("target_modules"), "target_modules", location),
+        excluded=_modules(values.get("exclude_modules") or [], "exclude_modules", location),
+        layers=_layers(values.get("layers_to_transform"), location),
         is_plain=_is_plain(values),
     )
 
 
-def _parse_object(content: bytes, place: str) -> dict[str, Any]:
+def _parse_object(content: bytes, location: str) -> dict[str, Any]:
     if len(content) > MAX_CONFIG_BYTES:
-        raise CorruptError(f"{place} is larger than any configuration", "restore it from a copy")
+        raise CorruptError(f"{location} is larger than any configuration", "restore it from a copy")
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{place} is not JSON", "restore it from a copy") from error
+        raise CorruptError(f"{location} is not JSON", "restore it from a copy") from error
     if not isinstance(values, dict):
-        raise CorruptError(f"{place} is not an object", "restore it from a copy")
+        raise CorruptError(f"{location} is not an object", "restore it from a copy")
     return values
 
 
-def _check_start(start: Any, place: str) -> bool:
+def _check_start(start: Any, location: str) -> bool:
     """Returns True for PiSSA, whose start can be computed again; refuses starts that are lost."""
     if any(start is plain or (isinstance(plain, str) and start == plain) for plain in PLAIN_STARTS):
         return False
     if start == "pissa":
         return True
     reason = next((text for name, text in STARTS.items() if str(start).startswith(name)), "it is not known")
-    raise MismatchError(f"{place}: init_lora_weights = {show_value(start, 60)} is not supported", reason)
+    raise MismatchError(f"{location}: init_lora_weights = {show_value(start, 60)} is not supported", reason)
 
 
-def _switch(values: Mapping[str, Any], key: str, place: str) -> bool:
+def _switch(values: Mapping[str, Any], key: str, location: str) -> bool:
     value = values.get(key) or False
     if not isinstance(value, bool):
-        raise CorruptError(f"{place}: {key} is not true or false", "restore it from a copy")
+        raise CorruptError(f"{location}: {key} is not true or false", "restore it from a copy")
     return value
 
 
-def _number(values: Mapping[str, Any], key: str, default: float, place: str) -> float:
+def _number(values: Mapping[str, Any], key: str, default: float, location: str) -> float:
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
         raise CorruptError(
-            f"{place}: {key} is {show_value(value, 40)}, expected a positive number", "restore it from a copy"
+            f"{location}: {key} is {show_value(value, 40)}, expected a positive number", "restore it from a copy"
         )
     return float(value)
 
 
-def _layers(value: Any, place: str) -> tuple[int, ...] | None:
+def _layers(value: Any, location: str) -> tuple[int, ...] | None:
     layers = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(layer) is int for layer in layers):
-        raise CorruptError(f"{place}: layers_to_transform is not a list of layers", "restore it from a copy")
+        raise CorruptError(f"{location}: layers_to_transform is not a list of layers", "restore it from a copy")
     return tuple(layers) or None
 
 
-def _patterns(values: Mapping[str, Any], key: str, place: str) -> tuple[tuple[Any, float], ...]:
+def _patterns(values: Mapping[str, Any], key: str, location: str) -> tuple[tuple[Any, float], ...]:
     patterns = values.get(key) or {}
     if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
-        raise CorruptError(f"{place}: {key} is not an object of patterns", "restore it from a copy")
+        raise CorruptError(f"{location}: {key} is not an object of patterns", "restore it from a copy")
     return tuple(
-        (_compile(rf"(.*\.)?({name})$", f"{place}: {key}"), _number(patterns, name, 0, f"{place}: {key}"))
+        (_compile(rf"(.*\.)?({name})$", f"{location}: {key}"), _number(patterns, name, 0, f"{location}: {key}"))
         for name in patterns
     )
 
 
-def _modules(value: Any, key: str, place: str) -> Any:
+def _modules(value: Any, key: str, location: str) -> Any:
     """Returns a tuple of suffixes, or a compiled expression for a text."""
     if value is None:
         return ("c_attn",)  # PEFT's own default for GPT-2
     if isinstance(value, str) and value.lower() == "all-linear":
         return TARGETS
     if isinstance(value, str):
-        return _compile(rf"(?:{value})$", f"{place}: {key}")
+        return _compile(rf"(?:{value})$", f"{location}: {key}")
     if not isinstance(value, list) or len(value) > MAX_PATTERNS or not all(isinstance(name, str) for name in value):
-        raise CorruptError(f"{place}: {key} is not a list of modules", "restore it from a copy")
+        raise CorruptError(f"{location}: {key} is not a list of modules", "restore it from a copy")
     return tuple(value)
 
 
@@ -233,16 +233,16 @@ def _is_plain(values: Mapping[str, Any]) -> bool:
     return all(isinstance(name, str) and PLAIN.fullmatch(name) for name in names)
 
 
-def _compile(pattern: str, place: str) -> Any:
+def _compile(pattern: str, location: str) -> Any:
     options = re2.Options()
     options.log_errors, options.max_mem = False, PATTERN_MEMORY
     if len(pattern) > MAX_PATTERN_LENGTH:
-        raise MismatchError(f"{place} holds an expression of {len(pattern)} characters", "name modules plainly")
+        raise MismatchError(f"{location} holds an expression of {len(pattern)} characters", "name modules plainly")
     try:
         return re2.compile(pattern, options)
     except re2.error as error:
         raise MismatchError(
-            f"{place} holds an expression that cannot run safely: {pattern[:80]!r}",
+            f"{location} holds an expression that cannot run safely: {pattern[:80]!r}",
             "name modules plainly, such as attn.c_attn",
         ) from error
 

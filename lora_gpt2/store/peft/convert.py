@@ -27,7 +27,7 @@ from lora_gpt2.store.peft.tensors import PeftContent
 DORA_RANK = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Converted:
     """A plain adapter and how far it is from what was saved, by the norm of the updates and in the logits."""
 
@@ -48,7 +48,12 @@ def convert_variant(content: PeftContent, base: Base, rank: int | None) -> Conve
         raise MismatchError("DoRA that starts from PiSSA is not supported", "save it as one of them")
     if content.spec.pissa:
         plain = _subtract_start(content.adapter, base)
-        return Converted(plain, "pissa", 0.0, _measure(base, plain, lambda site: _change_of_pissa(content, base, site)))
+        return Converted(
+            adapter=plain,
+            variant="pissa",
+            relative_error=0.0,
+            max_logit_difference=_measure(base, plain, lambda site: _change_of_pissa(content, base, site)),
+        )
     updates: dict[str, LoraUpdate] = {}
     lost = kept = 0.0
     for site, update in content.adapter.updates.items():
@@ -58,7 +63,9 @@ def convert_variant(content: PeftContent, base: Base, rank: int | None) -> Conve
         kept += measure_norm(updates[site]) ** 2
     relative_error = math.sqrt(lost / (lost + kept)) if lost else 0.0
     difference = _measure(base, Adapter(updates), lambda site: _change_of_dora(content, base, site))
-    return Converted(Adapter(updates), "dora", relative_error, difference)
+    return Converted(
+        adapter=Adapter(updates), variant="dora", relative_error=relative_error, max_logit_difference=difference
+    )
 
 
 def _measure(base: Base, plain: Adapter, change_of: Callable[[str], Tensor]) -> float:

@@ -100,7 +100,7 @@ def _build_update(site: str, halves: Mapping[str, Tensor], config: GPT2Config, a
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise CorruptError(f"{where}: {site} holds NaN or infinity", "train again: it diverged")
     wide = torch.zeros(3 * d, count * rank)
-    for place, name in enumerate(ENABLED[count]):
+    for index, name in enumerate(ENABLED[count]):
         row = SLICES.index(name) * d
-        wide[row : row + d, place * rank : (place + 1) * rank] = b[place * d : (place + 1) * d]
+        wide[row : row + d, index * rank : (index + 1) * rank] = b[index * d : (index + 1) * d]
     return LoraUpdate(a.contiguous(), wide, alpha * count)

@@ -210,7 +210,14 @@ def test_a_document_that_takes_too_long_is_set_aside_and_the_others_go_on(base_f
 
     monkeypatch.setitem(RULES, "whitespace", Rule(crawl))
     monkeypatch.setattr(shards, "MIN_TIMEOUT_SECONDS", 0.2)
-    job = ShardContext(DataSettings(), {"whitespace": "on"}, load_tokenizer(base_folder, 0), frozenset(), 0, tmp_path)
+    job = ShardContext(
+        settings=DataSettings(),
+        rules={"whitespace": "on"},
+        tokenizer=load_tokenizer(base_folder, 0),
+        boilerplate=frozenset(),
+        section_length=0,
+        folder=tmp_path,
+    )
     documents = [Document(text, f"d{i}") for i, text in enumerate(("one", "a slow one", "two"))]
     process_shard(Shard(0, "train", documents), job)
     kept, report = load_shard(tmp_path, 0)

@@ -308,7 +308,7 @@ def test_a_template_keeps_its_own_lines(tokenizer, tmp_path, reporter):
 
 def test_too_little_text_is_said_plainly():
     assert describe_amount(12_000) == (
-        "12k tokens to train on: expect memorisation, watch the validation; 200k or more is comfortable"
+        "12k tokens to train on: expect memorisation, watch the validation loss; 200k or more is comfortable"
     )
-    assert "little for the matter" in describe_amount(100_000)
+    assert "too little for the content" in describe_amount(100_000)
     assert describe_amount(200_000) == ""

@@ -13,11 +13,11 @@ from lora_gpt2.audit.memorization import (
     Extraction,
     audit_memorization,
     choose_control,
+    choose_prefixes,
     choose_sizes,
     compare_shares,
     count_by_chance,
     find_copies,
-    find_tests,
     measure_exposure,
     measure_extraction,
     read_canaries,
@@ -100,7 +100,17 @@ def audit(session, name, reporter, canaries=()):
         ]
 
     looks = AuditSettings(size=12, windows=60, texts=10)
-    return audit_memorization(session.base, session.select(mix), name, own, looks, reporter, write, PLAIN, canaries)
+    return audit_memorization(
+        session.base,
+        session.select(mix),
+        name,
+        own,
+        looks,
+        reporter=reporter,
+        write=write,
+        sampling=PLAIN,
+        canaries=canaries,
+    )
 
 
 def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, reporter):
@@ -109,7 +119,7 @@ def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, re
     found = caught["extraction"]
     assert found["train"]["extracted"] > 8 + found["held_out"]["extracted"]
     assert found["base_on_train"]["extracted"] == 0
-    assert "places of its training text" in caught["verdict"]
+    assert "prefixes of its training text" in caught["verdict"]
     text = caught["extracted_examples"][0]["text"]
     own = read_own_text(learnt.store, "learnt", reporter)
     whole = own.tokenizer.decode(own.prepared.train.stream[:].tolist())
@@ -147,17 +157,17 @@ def test_greedy_decoding_gives_what_extraction_says(learnt, reporter):
     own = read_own_text(learnt.store, "learnt", reporter)
     stream, mix, size = own.prepared.train.stream, Mix.single("learnt"), 12
     found = measure_extraction(learnt.base, learnt.select(mix), stream, size, 30)
-    places = find_tests(stream, size, 30, own.tokenizer.eos_id)
+    positions = choose_prefixes(stream, size, 30, own.tokenizer.eos_id)
     decoded = []
-    for place in places:
+    for place in positions:
         ids = stream[place : place + size].tolist()
         for _ in range(size):
             adapters, model = learnt.adapters_for([mix]), learnt.base.model
             ids.append(int(model.logits(model(torch.tensor([ids]), adapters), adapters)[0, -1].argmax()))
         if ids == stream[place : place + 2 * size].tolist():
             decoded.append(place)
-    assert list(found.places) == decoded
-    assert 0 < found.extracted < found.windows == len(places)
+    assert list(found.positions) == decoded
+    assert 0 < found.extracted < found.windows == len(positions)
 
 
 def test_a_planted_secret_that_was_learnt_is_exposed_and_another_is_not(base, tmp_path):
@@ -203,10 +213,10 @@ def test_chances_by_hand():
 
 
 def test_places_are_spread_and_hold_two_runs():
-    assert find_tests(range(100), 10, 5, -1) == [0, 20, 40, 60, 80]
-    assert find_tests(range(100), 10, 6, 33) == [0, 20, 33, 40, 60, 80]
-    assert find_tests(range(19), 10, 5, -1) == []
-    assert find_tests(range(21), 10, 99, -1) == [0, 1]
+    assert choose_prefixes(range(100), 10, 5, -1) == [0, 20, 40, 60, 80]
+    assert choose_prefixes(range(100), 10, 6, 33) == [0, 20, 33, 40, 60, 80]
+    assert choose_prefixes(range(19), 10, 5, -1) == []
+    assert choose_prefixes(range(21), 10, 99, -1) == [0, 1]
 
 
 def test_copies_name_the_document_and_leave_common_runs_out(learnt, reporter):
@@ -227,9 +237,13 @@ def test_copies_name_the_document_and_leave_common_runs_out(learnt, reporter):
 
 
 def test_a_control_without_places_does_not_hide_what_is_memorised():
-    none, some, base = Extraction(0, 0, 0.0), Extraction(5, 0, 0.0), Extraction(200, 0, 0.0)
+    none, some, base = (
+        Extraction(windows=0, extracted=0, mean_tokens=0.0),
+        Extraction(windows=5, extracted=0, mean_tokens=0.0),
+        Extraction(windows=200, extracted=0, mean_tokens=0.0),
+    )
     assert choose_control(none, base) == choose_control(some, base) == base
-    assert choose_control(Extraction(100, 30, 0.0), base).extracted == 30
+    assert choose_control(Extraction(windows=100, extracted=30, mean_tokens=0.0), base).extracted == 30
     assert choose_control(none, some) == some
 
 

@@ -168,7 +168,7 @@ def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup)
     raw = read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(profile="raw"), SilentReporter())
     assert [d.text for d in raw[0].documents] == ["the cat \r\n and the dog"]
     for how in (None, together):
-        cells = measure_matrix(base, rows, sources, EvaluateSettings(), SilentReporter(), how)
+        cells = measure_matrix(base, rows, sources, EvaluateSettings(), SilentReporter(), together=how)
         assert [(c.adapter, c.source) for c in cells] == [(a, s) for s in "ab" for a in ("base", "law", "code")]
         for cell in cells[3:]:
             alone = measure_perplexity(base, TEXTS, EvaluateSettings(), rows[cell.adapter])

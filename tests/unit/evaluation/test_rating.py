@@ -23,9 +23,21 @@ from lora_gpt2.rating.rounds import (
 
 TEXTS = tuple((f"good {n}", f"fair {n}", f"poor {n}") for n in range(12))
 ROUND = Round(
-    "nano", ("secretgood", "secretfair", "secretpoor"), tuple(f"p{n}" for n in range(12)), TEXTS, "pairwise", ("style",)
+    base="nano",
+    adapters=("secretgood", "secretfair", "secretpoor"),
+    prompts=tuple(f"p{n}" for n in range(12)),
+    texts=TEXTS,
+    mode="pairwise",
+    criteria=("style",),
 )
-SCALE = Round("nano", ROUND.adapters, ROUND.prompts, TEXTS, "scale", ("style", "fluency"))
+SCALE = Round(
+    base="nano",
+    adapters=ROUND.adapters,
+    prompts=ROUND.prompts,
+    texts=TEXTS,
+    mode="scale",
+    criteria=("style", "fluency"),
+)
 WORTH = {"good": 5, "fair": 3, "poor": 1}
 
 
@@ -35,14 +47,14 @@ def folder(tmp_path):
     return tmp_path / "r"
 
 
-def judge(made, rater, right=lambda task: True):
+def judge(round_, rater, right=lambda task: True):
     """Answers as one who prefers good to fair to poor, where `right`; the other way where not."""
     found = []
-    for task in made.tasks:
+    for task in round_.tasks:
         worth = [WORTH[text.split()[0]] for text in task.texts]
-        for criterion in made.criteria:
-            value = worth[0] if made.mode == "scale" else ("second", "first")[(worth[0] > worth[1]) == right(task)]
-            found.append(Answer(rater, task.number, criterion, value))
+        for criterion in round_.criteria:
+            value = worth[0] if round_.mode == "scale" else ("second", "first")[(worth[0] > worth[1]) == right(task)]
+            found.append(Answer(rater=rater, task=task.number, criterion=criterion, value=value))
     return found
 
 
@@ -63,7 +75,7 @@ def test_a_round_is_read_as_it_was_written_and_not_overwritten(folder):
 
 def test_every_pair_of_every_prompt_is_a_task_but_equal_texts():
     assert len(ROUND.tasks) == 12 * 3
-    same = Round("nano", ("a", "b"), ("p",), (("x", "x"),))
+    same = Round(base="nano", adapters=("a", "b"), prompts=("p",), texts=(("x", "x"),))
     assert same.tasks == []
     assert [task.number for task in ROUND.tasks] == list(range(36))
 
@@ -79,12 +91,14 @@ def test_orders_are_a_raters_own_and_sides_are_mixed():
 def test_a_round_goes_on_where_it_was_left_and_the_newest_answer_counts(folder):
     answers = judge(ROUND, "anna")
     add_answers(folder, answers[:5])
-    add_answers(folder, [Answer("anna", answers[0].task, "style", "tie")])
+    add_answers(folder, [Answer(rater="anna", task=answers[0].task, criterion="style", value="tie")])
     with (folder / ANSWERS).open("a") as file:
         file.write('{"rater": "anna", "ta')
     assert len(read_answers(folder, ROUND)) == 5
-    add_answers(folder, [Answer("zoe", 3, "style", "first")])
-    assert read_answers(folder, ROUND)[-1] == Answer("zoe", 3, "style", "first"), "a half line takes no other with it"
+    add_answers(folder, [Answer(rater="zoe", task=3, criterion="style", value="first")])
+    assert read_answers(folder, ROUND)[-1] == Answer(rater="zoe", task=3, criterion="style", value="first"), (
+        "a half line takes no other with it"
+    )
     found = [answer for answer in read_answers(folder, ROUND) if answer.rater == "anna"]
     assert len(found) == 5
     assert found[0].value == "tie"
@@ -118,11 +132,13 @@ def test_a_scale_has_means_and_pairs_of_the_same_prompt():
 def test_few_or_equal_judgements_have_no_interval():
     sure = summarize_round(ROUND, judge(ROUND, "anna"))
     assert sure["ranking"][0]["interval"] is not None
-    same = Round("x", ("a", "b"), tuple("pqrstu"), (("x", "y"),) * 6, criteria=("style",))
-    report = summarize_round(same, [Answer("anna", n, "style", "first") for n in range(6)])
+    same = Round(base="x", adapters=("a", "b"), prompts=tuple("pqrstu"), texts=(("x", "y"),) * 6, criteria=("style",))
+    report = summarize_round(same, [Answer(rater="anna", task=n, criterion="style", value="first") for n in range(6)])
     assert report["ranking"][0]["interval"] is None, "six that are equal do not say how far chance goes"
-    one = Round("x", ("a", "b"), ("p",), (("x", "y"),), criteria=("style",))
-    crowd = summarize_round(one, [Answer(f"rater {n}", 0, "style", "first") for n in range(9)])
+    one = Round(base="x", adapters=("a", "b"), prompts=("p",), texts=(("x", "y"),), criteria=("style",))
+    crowd = summarize_round(
+        one, [Answer(rater=f"rater {n}", task=0, criterion="style", value="first") for n in range(9)]
+    )
     assert crowd["missing"][0]["more"] > 0, "nine raters of one text settle nothing about others"
 
 
@@ -174,7 +190,9 @@ def test_saved_answers_are_imported_once(folder, tmp_path):
 
 
 def test_the_form_names_no_adapter_and_lets_no_text_out_of_its_place():
-    evil = Round("nano", ("secretgood", "b"), ("</script><b>",), (("<!--script--> x", "y"),))
+    evil = Round(
+        base="nano", adapters=("secretgood", "b"), prompts=("</script><b>",), texts=(("<!--script--> x", "y"),)
+    )
     for linked in (False, True):
         page = build_form(evil, linked)
         assert "secretgood" not in page

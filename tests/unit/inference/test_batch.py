@@ -38,7 +38,7 @@ def read_results(out):
 
 def test_each_line_gets_what_it_gets_alone(session, tmp_path, reporter):
     requests = write_prompts(tmp_path / "p.jsonl")
-    assert generate_file(session, requests, tmp_path / "o.jsonl", SETTINGS, StopRequest(), reporter) == 20
+    assert generate_file(session, requests, tmp_path / "o.jsonl", SETTINGS, StopRequest(), reporter=reporter) == 20
     results = read_results(tmp_path / "o.jsonl")
     for place, (request, result) in enumerate(zip(requests, results, strict=True)):
         (alone,) = generate(session, [request], SETTINGS)
@@ -49,7 +49,7 @@ def test_each_line_gets_what_it_gets_alone(session, tmp_path, reporter):
 def test_an_interrupted_file_goes_on_without_gaps_or_repeats(session, tmp_path, reporter):
     requests, out = write_prompts(tmp_path / "p.jsonl", 40), tmp_path / "o.jsonl"
     whole = tmp_path / "whole.jsonl"
-    generate_file(session, requests, whole, SETTINGS, StopRequest(), reporter)
+    generate_file(session, requests, whole, SETTINGS, StopRequest(), reporter=reporter)
 
     class StopSoon(StopRequest):
         asked = 0
@@ -59,13 +59,13 @@ def test_an_interrupted_file_goes_on_without_gaps_or_repeats(session, tmp_path, 
             self.asked += 1
             return 2 if self.asked > 9 else 0
 
-    done = generate_file(session, requests, out, SETTINGS, StopSoon(), reporter)
+    done = generate_file(session, requests, out, SETTINGS, StopSoon(), reporter=reporter)
     assert 0 < done < 40
     out.write_bytes(out.read_bytes() + b'{"index": 39, "prom')
-    assert generate_file(session, requests, out, SETTINGS, StopRequest(), reporter) == 40
+    assert generate_file(session, requests, out, SETTINGS, StopRequest(), reporter=reporter) == 40
     assert read_results(out) == read_results(whole)
     size = out.stat().st_size
-    assert generate_file(session, requests, out, SETTINGS, StopRequest(), reporter) == 40
+    assert generate_file(session, requests, out, SETTINGS, StopRequest(), reporter=reporter) == 40
     assert out.stat().st_size == size
 
 

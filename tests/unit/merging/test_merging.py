@@ -38,7 +38,7 @@ def session(base, store):
 
 
 def merge(session, reporter, mix=MIX, name="both", **how):
-    return merge_adapters(session, mix, name, MergeSettings(**how), SOURCES, SETTINGS, reporter)
+    return merge_adapters(session, mix, name, MergeSettings(**how), SOURCES, evaluate=SETTINGS, reporter=reporter)
 
 
 def test_an_exact_merge_computes_what_the_mix_does_and_says_where_it_is_from(session, reporter, base, store):
@@ -119,7 +119,7 @@ def test_an_adapter_of_another_base_is_refused(session, reporter, store, tmp_pat
 @pytest.mark.parametrize(("dtype", "limit"), [("auto", 1e-4), ("float16", 0.05), ("bfloat16", 0.4)])
 def test_a_merged_base_runs_in_transformers_as_the_mix_does(session, reporter, tmp_path, base, dtype, limit):
     how = MergeSettings(dtype=dtype, max_shard_bytes=1_000_000)
-    report = merge_into_base(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
+    report = merge_into_base(session, MIX, tmp_path / "out", how, SOURCES, evaluate=SETTINGS, reporter=reporter)
     mixed = compute_logits(base, session.select(MIX))
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_merged_base_runs_in_transformers_as_the_mix_does(session, reporter, t
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == report.dtype
     assert {cell.adapter for cell in report.cells} == {BASE, "law", "code", "law:0.7+code:0.4", MERGED}
     with pytest.raises(ConflictError, match="exists"):
-        merge_into_base(session, MIX, tmp_path / "out", how, SOURCES, SETTINGS, reporter)
+        merge_into_base(session, MIX, tmp_path / "out", how, SOURCES, evaluate=SETTINGS, reporter=reporter)
 
 
 def test_a_large_base_is_written_in_shards(reporter, store, tmp_path):
@@ -140,7 +140,9 @@ def test_a_large_base_is_written_in_shards(reporter, store, tmp_path):
     publish_adapter(store, "law", make_adapter(wide.config), wide, Origin())
     session = Session(wide, store)
     how = MergeSettings(max_shard_bytes=1_000_000)
-    report = merge_into_base(session, Mix.single("law"), tmp_path / "out", how, [], SETTINGS, reporter)
+    report = merge_into_base(
+        session, Mix.single("law"), tmp_path / "out", how, [], evaluate=SETTINGS, reporter=reporter
+    )
     assert "model-00002-of-00002.safetensors" in report.files
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out")(build_probe(wide)).logits
@@ -151,7 +153,7 @@ def test_a_failed_bake_leaves_no_folder(session, reporter, tmp_path, monkeypatch
     combine_site = MergeRule.combine_site
     monkeypatch.setattr(into_base.MergeRule, "combine_site", lambda *rest: combine_site(*rest) * 1.1)
     with pytest.raises(CheckFailed):
-        merge_into_base(session, MIX, tmp_path / "out", MergeSettings(), SOURCES, SETTINGS, reporter)
+        merge_into_base(session, MIX, tmp_path / "out", MergeSettings(), SOURCES, evaluate=SETTINGS, reporter=reporter)
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
@@ -163,7 +165,7 @@ def test_gguf_holds_the_merged_tensors_and_the_tokenizer(session, reporter, stor
     if with_head:
         settings = LoraSettings(rank=4, targets=(*BLOCKS, "lm_head"))
         publish_adapter(store, "law", make_adapter(base.config, 3, settings), base, Origin())
-    merge_into_base(session, MIX, tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter)
+    merge_into_base(session, MIX, tmp_path / "out", MergeSettings(gguf=True), [], evaluate=SETTINGS, reporter=reporter)
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
@@ -211,7 +213,7 @@ def test_the_search_finds_the_mix_that_the_texts_came_from(session, reporter, ba
             rows = session.select(mix)
         else:
             report = merge_adapters(
-                session, mix, "published", MergeSettings(method=best.method), [], SETTINGS, reporter
+                session, mix, "published", MergeSettings(method=best.method), [], evaluate=SETTINGS, reporter=reporter
             )
             rows = Session(base, session.store).select(Mix.single(f"published@{report.version}"))
         found = measure_perplexity(base, texts[:4], SETTINGS, rows)
@@ -246,7 +248,15 @@ def test_a_quantised_base_is_not_merged_into(store, reporter, base, base_folder,
     publish_adapter(store, "law", make_adapter(base.config), base, Origin())
     coarse = load_base(str(base_folder), choose_runtime("float32"), "int8")
     with pytest.raises(MismatchError, match="quantised"):
-        merge_into_base(Session(coarse, store), Mix(MIX[:1]), tmp_path / "out", MergeSettings(), [], SETTINGS, reporter)
+        merge_into_base(
+            Session(coarse, store),
+            Mix(MIX[:1]),
+            tmp_path / "out",
+            MergeSettings(),
+            [],
+            evaluate=SETTINGS,
+            reporter=reporter,
+        )
 
 
 def test_a_base_that_llama_cpp_would_run_wrongly_gives_no_gguf(store, reporter, tmp_path):
@@ -257,5 +267,11 @@ def test_a_base_that_llama_cpp_would_run_wrongly_gives_no_gguf(store, reporter, 
     publish_adapter(store, "law", make_adapter(exact.config), exact, Origin())
     with pytest.raises(MismatchError, match="GELU"):
         merge_into_base(
-            Session(exact, store), Mix(MIX[:1]), tmp_path / "out", MergeSettings(gguf=True), [], SETTINGS, reporter
+            Session(exact, store),
+            Mix(MIX[:1]),
+            tmp_path / "out",
+            MergeSettings(gguf=True),
+            [],
+            evaluate=SETTINGS,
+            reporter=reporter,
         )

@@ -47,8 +47,8 @@ WORKS = {
         "both",
         MergeSettings(),
         [],
-        EvaluateSettings(),
-        SilentReporter(),
+        evaluate=EvaluateSettings(),
+        reporter=SilentReporter(),
     ),
     "collect": lambda store, base: collect_garbage(store, keep=1),
 }
