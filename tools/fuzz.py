@@ -228,8 +228,8 @@ class Fuzzer:
     def recipe(self) -> None:
         """A recipe, changed as text or as data."""
         good = (
-            b'name: law\nbase: nano\ndata:\n  sources: ["text.txt"]\n  rules: {spaces: "on"}\n'
-            b"  filters: {min_characters: 3}\nlora:\n  rank: 8\n  alpha: 16\n  targets: [c_attn, c_proj]\n"
+            b'name: law\nbase: nano\ndata:\n  sources: ["text.txt"]\n  rules: {whitespace: "on"}\n'
+            b"  min_characters: 3\nlora:\n  rank: 8\n  alpha: 16\n  targets: [c_attn, c_proj]\n"
             b"  rank_pattern: {c_attn: 4}\ntrain:\n  steps: 5\n"
             b"  learning_rate: 1e-3\n  max_grad_norm: 1.0\ngenerate:\n  temperature: 0.7\n"
         )

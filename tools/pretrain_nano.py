@@ -74,7 +74,7 @@ Made by `tools/pretrain_nano.py`; every setting and the seed are in `training.js
 
 A corpus of general English in a fixed random order: books of Project Gutenberg (public domain in the U.S.), OpenStax
 text books (CC BY 4.0), arXiv abstracts (CC0), documentation of Python (PSF-2.0), SQLite (public domain), Apache httpd
-(Apache-2.0) and the Rust book (MIT/Apache-2.0), pages of the U.S. General Services Administration and the CIA ProcessGroup
+(Apache-2.0) and the Rust book (MIT/Apache-2.0), pages of the U.S. General Services Administration and the CIA World
 Factbook (public domain / CC0), State of the Union addresses (public domain). The weights are under Apache-2.0 like the
 package; OpenStax is to be credited: "Access for free at openstax.org".
 

@@ -204,7 +204,7 @@ def _measure_lineup(folder: str) -> list[dict[str, float]]:
         together, apart = [], []
         for _ in range(5):
             started = time.perf_counter()
-            windows.measure(session.select(*mixes), LINEUP)
+            windows.measure(session.select(*mixes), LINEUP, can_mix=True)
             together.append(time.perf_counter() - started)
             started = time.perf_counter()
             for mix in mixes:

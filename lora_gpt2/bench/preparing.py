@@ -150,8 +150,8 @@ def _find_planted(documents: Sequence[str], count: int) -> tuple[int, int]:
     after = find_near_duplicates(sign([*(" ".join(words) for words in originals), *copies]), 0.8)
     found = sum(len(originals) + index in after for index in range(len(copies)))
     wrong = 0
-    for index, index in enumerate(chosen):
-        first = after.get(len(originals) + index, (index, 0.0))[0]
+    for number, index in enumerate(chosen):
+        first = after.get(len(originals) + number, (index, 0.0))[0]
         wrong += first not in (index, before.get(index, (index, 0.0))[0])
     return found, wrong
 

@@ -115,7 +115,10 @@ def _render_data(result: dict[str, Any]) -> str:
     "--canaries", type=click.Path(path_type=Path), metavar="FILE", help="Secrets that were in the training text."
 )
 @click.option(
-    "--fail-above", type=click.FloatRange(0, 1), metavar="SHARE", help="End with 9 if a larger share is repeated."
+    "--fail-above",
+    type=click.FloatRange(0, 1),
+    metavar="FRACTION",
+    help="Exit with 9 if a larger fraction is reproduced.",
 )
 @session_options
 def memorization(

@@ -51,7 +51,7 @@ file_type = click.Path(path_type=Path, dir_okay=False)
     type=click.FloatRange(0, 10),
     default=0.01,
     show_default=True,
-    help="By what share a cell may be worse than --baseline.",
+    help="Tolerated relative increase over --baseline.",
 )
 @session_options
 def command(

@@ -60,7 +60,7 @@ def command(
 ) -> None:
     """Continue PROMPT (standard input if it is '-' or missing) with an adapter, a mix, or several side by side.
 
-    With --prompts and --out, a file of prompts: run it again to go on after an interruption.
+    With --prompts and --out, a file of prompts; run it again to continue after an interruption.
 
     \b
     Examples:

@@ -55,8 +55,8 @@ def command(
 ) -> None:
     """Combine adapters into a new one, or write them into the base; verify the result before saving it.
 
-    The proof: the largest difference of the logits from the unmerged computation, and the perplexity of the base, the
-    parents and the merge on general English and on each text of --on.
+    Verification: the largest difference of the logits from the unmerged computation, and the perplexity of the base,
+    the parents and the merge on general English and on each text of --on.
 
     \b
     Examples:

@@ -37,8 +37,8 @@ KEYS = (
 @click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="Take settings from a recipe.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the blocks; else the cache.")
 @click.option("--preview", type=click.IntRange(0, 100), default=0, metavar="N", help="Show N documents as tokens.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the receipts as a page.")
-@click.option("--text", type=click.Path(path_type=Path), metavar="DIR", help="Write the clean text of each part.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the cleaning report as a page.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="DIR", help="Write the clean text of each split.")
 @skip_bad_option
 @base_option
 @set_option
@@ -62,10 +62,10 @@ def command(
     \b
     Examples:
       lora-gpt2 prepare my_text.txt
-      lora-gpt2 prepare site/ --html receipts.html --preview 3
+      lora-gpt2 prepare site/ --html preparation.html --preview 3
       lora-gpt2 prepare notes/ "more/*.jsonl" --set data.profile=code --json
-      lora-gpt2 prepare pairs.csv --set data.prompt='Q: {question}\nA:' --set data.text_field=answer
-      cat *.log | lora-gpt2 prepare - --set data.rules='{urls: mask, personal: mask}'
+      lora-gpt2 prepare pairs.csv --set data.prompt='Q: {question} A:' --set data.text_field=answer
+      cat *.log | lora-gpt2 prepare - --set data.rules='{urls: mask, pii: mask}'
     """
     check_output(html)
     settings = load_recipe(recipe, overrides, data__sources=sources, base=base, data__skip_bad=skip_bad or None)

@@ -107,7 +107,7 @@ def command(
     """Let people compare what adapters write, without knowing which is which; say who is preferred, and how surely.
 
     With --adapter and --prompts a round begins: the texts are written, then rated. Without them the round in --out
-    goes on. Answers are kept one by one.
+    continues. Answers are saved one by one.
 
     \b
     Examples:

@@ -41,7 +41,7 @@ def command(
     overrides: tuple[str, ...],
     store: Store,
 ) -> None:
-    """Write a text together with adapters: type, let one go on, try another, take back. /help lists the commands.
+    """Write a text together with adapters: type, let one continue, try another, undo. /help lists the commands.
 
     GPT-2 continues text; it is no partner for a conversation.
 

@@ -34,7 +34,7 @@ def iter_documents(blocks: TokenBlocks, eos_id: int) -> Iterator[tuple[list[int]
 
 
 def list_documents(prepared: PreparedData, split: str, tokenizer: Tokenizer) -> list[Document]:
-    """Returns the documents of a split as text, each with what of it has_loss no loss as its prompt."""
+    """Returns the documents of a split as text, each with its part without loss as its prompt."""
     found = []
     for number, (ids, has_loss) in enumerate(iter_documents(getattr(prepared, split), tokenizer.eos_id), start=1):
         prompt = has_loss.index(True) if True in has_loss else len(ids)
@@ -43,7 +43,7 @@ def list_documents(prepared: PreparedData, split: str, tokenizer: Tokenizer) -> 
 
 
 def preview_documents(blocks: TokenBlocks, tokenizer: Tokenizer, count: int) -> list[list[dict[str, Any]]]:
-    """Returns the first documents as tokens: `text`, `id`, and whether it has_loss `loss`; at most `PREVIEW_TOKENS`."""
+    """Returns the first documents as tokens: `text`, `id`, and whether it has `loss`; at most `PREVIEW_TOKENS`."""
     return [
         [
             {"text": tokenizer.decode([token]), "id": token, "loss": loss}

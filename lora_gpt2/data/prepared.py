@@ -34,7 +34,7 @@ from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 5
+FORMAT = 6
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
 MANIFEST, REJECTED, SKETCH = "manifest.json", "rejected.jsonl", "training_text.bin"
@@ -87,7 +87,7 @@ def prepare_data(
     report = _read_report(folder)
     if report is None:
         with wrap_os_errors(f"write prepared data to {folder}"), _hold_work(folder) as work:
-            report = _read_report(folder)  # another process may have staging it meanwhile
+            report = _read_report(folder)  # another process may have prepared it meanwhile
             if report is None:
                 report = _build(folder, work, sources, settings, tokenizer, reporter)
     train, validation, test = (

@@ -63,7 +63,7 @@ class CudaGraphDecoder(Decoder):
             assert captured.logits is not None
             logits = captured.logits
         result = logits[:num_rows].cpu()
-        self.cache.record_replay([length + 1 for length in lengths])
+        self.cache.record_replay([length + 1 for length in lengths], size)
         return result
 
     def _find(self, size: int, weights: Tensor | None) -> _CapturedGraph:

@@ -36,6 +36,7 @@ class Decoder:
     def __init__(self, session: Session, cache: KVCache) -> None:
         self.session, self.cache = session, cache
         self._adapters: tuple[object, InferenceAdapters | None] = (None, None)
+        self._prompt_hidden: Tensor | None = None
 
     def step(self, tokens: Sequence[int], lengths: Sequence[int], mixes: Sequence[Mix]) -> Float[Tensor, "batch vocab"]:
         """Returns the logits after one more token in each of the first rows, on the CPU.
@@ -68,7 +69,7 @@ class Decoder:
         adapters = self.session.adapters_for([sequence.mix for sequence in sequences])
         tokens = torch.tensor(padded, device=self.cache.buffer.device)
         logits, hidden = next_logits(self.session.base.model, tokens, adapters, view, lengths)
-        self._prompt_hidden = hidden
+        self._prompt_hidden = hidden if any(sequence.scores_prompt for sequence in sequences) else None
         return logits.cpu()
 
     def iter_prompt_logits(self, row: int, sequence: SequenceState) -> Iterator[tuple[list[int], Tensor]]:
@@ -77,6 +78,7 @@ class Decoder:
         `row` is the sequence's index in the last prefill. Some tokens at a time, `[tokens, vocab]`, on the CPU.
         """
         adapters = self.session.adapters_for([sequence.mix])
+        assert self._prompt_hidden is not None, "the prefill has a sequence that scores its prompt"
         states = self._prompt_hidden[row : row + 1]
         for start in range(0, len(sequence.prompt_ids) - 1, SCORED_TOKENS):
             targets = sequence.prompt_ids[start + 1 : start + 1 + SCORED_TOKENS]
@@ -85,6 +87,6 @@ class Decoder:
 
     def reset(self) -> None:
         """Frees every row and forgets the adapters of the last batch."""
-        self._adapters = (None, None)
+        self._adapters, self._prompt_hidden = (None, None), None
         for row in range(self.cache.batch_size):
             self.cache.free(row)

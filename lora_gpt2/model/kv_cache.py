@@ -71,7 +71,8 @@ class KVCache:
         if self._num_keys > self.capacity:
             raise IndexError(f"{self._num_keys} tokens exceed the cache of {self.capacity}")
         for row in rows:
-            self._num_written[row] = max(self._num_written[row], self._num_keys)
+            end = self.capacity if self._has_fixed_keys else self._num_tokens[row] + time
+            self._num_written[row] = max(self._num_written[row], end)
         positions = self.lengths[:, None] + torch.arange(time, device=self.lengths.device)
         if not longest and not self._has_fixed_keys:
             return positions, None
@@ -120,12 +121,15 @@ class KVCache:
         self._num_tokens[self._first + target] = self._num_written[self._first + target] = length
         self.free(source)
 
-    def record_replay(self, num_tokens: Sequence[int]) -> None:
-        """Takes over the lengths of the first rows after a replayed pass, in which no Python ran; frees all others."""
-        for row in range(self.batch_size):
-            if row < len(num_tokens):
-                self._num_tokens[row], self._num_written[row] = num_tokens[row], self.capacity
-            elif self._num_written[row]:
+    def record_replay(self, num_tokens: Sequence[int], num_rows: int) -> None:
+        """Takes over what a replayed pass over the first `num_rows` rows did, in which no Python ran.
+
+        `num_tokens` has the lengths of the first rows; the others were padding, and are freed.
+        """
+        for row in range(num_rows):
+            self._num_tokens[row] = num_tokens[row] if row < len(num_tokens) else 0
+            self._num_written[row] = self.capacity
+            if row >= len(num_tokens):
                 self.free(row)
 
     def _clear_behind(self, row: int) -> None:

@@ -2,7 +2,7 @@
 
 Each takes its share of the rows of every step; the adapters' gradients are summed as one flat buffer, which is small,
 so nothing else needs to be split. The first process alone validates, writes and speaks. A process on its own is a
-world of one, and nothing is imported for it.
+group of one, and nothing is imported for it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ProcessGroup:
 
 
 def init_process_group() -> ProcessGroup:
-    """Returns this process's world: that of the launcher which started it, else itself alone."""
+    """Returns the group of the launcher that started this process, else this process alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ProcessGroup()
     from accelerate import PartialState

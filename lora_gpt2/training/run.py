@@ -40,6 +40,7 @@ from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
 PASSES = "passes"
+CHECKPOINT_FORMAT = 2  # version of what a checkpoint holds
 COPIES, ROOM_BYTES = 3, 2**27  # what publishing takes: copies of the adapter, and the libraries' own
 
 
@@ -180,6 +181,7 @@ def _identify_run(base: Base, slots: Sequence[TrainingSlot], world: ProcessGroup
     irrelevant = {"checkpoint_every", "trackers", *of_passes}
     return {
         PASSES: {slot.name: slot.recipe.train.model_dump(mode="json", include=of_passes) for slot in slots},
+        "format": CHECKPOINT_FORMAT,
         "order": [slot.name for slot in slots],
         "base": base.fingerprint,
         "dtype": base.runtime.dtype_name,

@@ -156,7 +156,7 @@ def verify(
 ) -> None:
     """Check adapters (all if none is named): bytes, base, format, logits against transformers + PEFT, effect.
 
-    Ends with code 9 if one is not sound. An adapter that changes nothing is not.
+    Exits with 9 if one fails. An adapter without effect fails too.
 
     \b
     Examples:

@@ -35,8 +35,8 @@ def import_(
 ) -> None:
     """Import SOURCE: a folder that PEFT saved, a .tar.gz of 'export', a loralib .pt file, or a hub id.
 
-    LoRA, rsLoRA and PiSSA are taken exactly, DoRA as its best approximation, with the error stated. What an adapter
-    here cannot be is refused by name. A loralib file with two slices of c_attn is taken as q and v, with one as q. The
+    LoRA, rsLoRA and PiSSA are taken exactly, DoRA as its best approximation, with the error stated. Adapters that are
+    not supported are refused, and the error names the key. A loralib file with two slices of c_attn is taken as q and v, with one as q. The
     base is that of --base, else the one that the files name.
 
     \b

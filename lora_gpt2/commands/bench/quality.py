@@ -125,7 +125,7 @@ def prepare(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Time the preparation of text, weigh it, and look for near copies planted in it.
+    """Measure time and memory of text preparation, and look for near-duplicates planted in the text.
 
     \b
     Example:

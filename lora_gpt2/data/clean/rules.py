@@ -21,6 +21,7 @@ from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.data.clean.html import extract_text
 from lora_gpt2.data.clean.pii import mask_pii
+from lora_gpt2.renamed_settings import RENAMED_RULES
 
 MAX_ROUNDS = 8
 LINE_ENDS = ("\r\n", "\r", "\u2028", "\u2029", "\u0085")
@@ -316,7 +317,10 @@ def choose_rules(profile: str, changes: Mapping[str, bool | str]) -> dict[str, s
     chosen = {name: mode or known[name][0] for rule in PROFILES[profile] for name, _, mode in [rule.partition(":")]}
     for name, wanted in changes.items():
         if name not in known:
-            raise UsageError(f"data.rules: there is no rule '{name}'", suggest(name, known))
+            new = RENAMED_RULES.get(name)
+            raise UsageError(
+                f"data.rules: there is no rule '{name}'", f"it is called {new} now" if new else suggest(name, known)
+            )
         off = wanted in (False, "off", "keep")
         mode = known[name][0] if wanted is True or wanted == "on" else str(wanted)
         if not off and mode not in known[name]:

@@ -58,12 +58,24 @@ def run_alone(session, row):
     return row
 
 
-@pytest.mark.parametrize(("max_num_seqs", "is_static"), [(1, False), (3, False), (8, False), (5, True), (8, True)])
-def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_num_seqs, is_static):
+class Replaying(CudaGraphDecoder):
+    """Steps as a GPU replays them: the tensors change, and no Python runs that would count on the host."""
+
+    def _compute(self, step):
+        cache = self.cache
+        counts = list(cache._num_tokens), list(cache._num_written)
+        logits = super()._compute(step)
+        cache._num_tokens[:], cache._num_written[:] = counts
+        return logits
+
+
+@pytest.mark.parametrize("decoder", [None, CudaGraphDecoder, Replaying])
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 5, 8])
+def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_num_seqs, decoder):
     rows, alone = make_rows(session, 24), [run_alone(session, row) for row in make_rows(session, 24)]
     engine, waiting, draw = Engine(session, max_num_seqs, 48), list(rows), random.Random(1)
-    if is_static:  # the step that a GPU replays, here as it is
-        engine.decoder = CudaGraphDecoder(session, engine.cache)
+    if decoder:  # the step that a GPU replays, here as it is
+        engine.decoder = decoder(session, engine.cache)
     largest = 0
     while engine.is_busy or waiting:
         for _ in range(draw.randint(0, 3)):
@@ -76,6 +88,8 @@ def test_rows_that_join_at_any_step_write_what_they_write_alone(session, max_num
         (row.new_ids, row.text, row.finish_reason) for row in alone
     ]
     assert largest == max_num_seqs
+    assert not engine.cache.buffer.any(), "a cache without sequences holds nothing"
+    assert not engine.cache.lengths.any()
     assert {row.finish_reason for row in rows} <= {"stop", "length"}
 
 

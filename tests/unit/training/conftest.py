@@ -1,4 +1,4 @@
-"""Publishing draws charts, two seconds an adapter; here they are left out (`test_pages.py` and the CLI tests draw)."""
+"""Publishing draws charts, two seconds an adapter; here they are left out (`test_report.py` and the CLI tests draw)."""
 
 import pytest
 
