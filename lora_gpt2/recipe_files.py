@@ -85,7 +85,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _place_source(source: Any, folder: Path) -> Any:
-    """Returns a source relative to the recipe's folder (an absolute one stays), and what is none as it is."""
+    """Returns a source relative to the recipe's folder (an absolute one stays), and what is not a path as it is."""
     if source == "" or isinstance(source, bool | list | dict | None):
         return source
     return str(folder / str(source))

@@ -1,4 +1,4 @@
-"""`lora-gpt2 prepare`: what `train` does with text before training, on its own, with receipts."""
+"""`lora-gpt2 prepare`: what `train` does with text before training, on its own, with a report."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class LocalLog:
 
 
 def read_log(path: Path | None) -> list[dict[str, Any]]:
-    """Returns the records of a file, the oldest first; a line that an interruption left half is none.
+    """Returns the records of a file, the oldest first; a partial last line, left by an interruption, is ignored.
 
     Raises `NotFoundError` where nothing was recorded.
     """

@@ -91,7 +91,7 @@ class Repl:
     def run(self, line: str) -> str:
         """Does one line: a command, or text to add and continue; returns what to show besides the continuation.
 
-        Raises `UsageError` for a command that is none, and what the command itself raises; the text stays as it was.
+        Raises `UsageError` for an unknown command, and what the command itself raises; the text stays as it was.
         """
         if not line.startswith("/"):
             return self.go_on(line)

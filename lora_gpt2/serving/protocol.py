@@ -227,7 +227,7 @@ def fetch_model(model: str, session: Session) -> tuple[Mix, dict[str, LoadedAdap
 def _model_errors() -> Iterator[None]:
     try:
         yield
-    except UsageError as error:  # what cannot be a name is none
+    except UsageError as error:  # an invalid name names no adapter
         raise ApiError(404, f"{error.message}; {error.hint}", "model", "model_not_found") from error
     except LoraGpt2Error as error:
         raise translate_error(error, "model") from error

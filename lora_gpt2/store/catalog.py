@@ -1,8 +1,8 @@
 """Names, versions and manifests of a store, without torch: what `adapters list` needs and no more.
 
 <root>/<name>/CURRENT        the version in use, replaced atomically
-<root>/<name>/<version>/     immutable; whoever reads it holds it against removal
-<root>/.locks/               one lock per name, held by whoever changes it, released by the system
+<root>/<name>/<version>/     immutable; not removed while a reader holds its lock
+<root>/.locks/               one lock per name, held by the process that changes it
 <root>/.trash/               what was removed, until `gc` (see `store/changes.py`)
 """
 
@@ -47,7 +47,7 @@ class Store:
     root: Path
 
     def list_names(self) -> list[str]:
-        """Returns the names of all adapters that have a version in use; other folders are none of ours."""
+        """Returns the names of all adapters that have a version in use; other folders are ignored."""
         try:
             with os.scandir(self.root) as entries:
                 names = [entry.name for entry in entries if is_name(entry.name)]
@@ -218,7 +218,7 @@ class Store:
         return self.root / check_name(name)
 
     def has_adapter(self, name: str) -> bool:
-        """True if there is an adapter of this name, even a damaged one; a folder of something else is none."""
+        """True if there is an adapter of this name, even a damaged one; other folders do not count."""
         folder = self.folder_of(name)
         versions = (folder / str(version) for version in self.list_versions(name))
         return (folder / "CURRENT").is_file() or any((version / MANIFEST).is_file() for version in versions)

@@ -253,7 +253,7 @@ def _collect_version(store: Store, folder: Path, found: GarbageReport, dry_run: 
 
 
 def _collect_leftovers(store: Store, found: GarbageReport, dry_run: bool) -> None:
-    """Deletes what dead processes left: whoever still needs it holds the lock of its name."""
+    """Deletes what dead processes left; a process that still uses it holds the lock of its name."""
     owners = {path: path.name[1:].rpartition(STAMP)[0] for path in store.root.glob(f".*{STAMP}*.partial")}
     owners |= {path: path.parent.name for path in store.root.glob("*/.*.partial") if path.parent.name[0] != "."}
     for path, name in owners.items():

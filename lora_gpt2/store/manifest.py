@@ -125,7 +125,7 @@ OPTIONAL = frozenset({"data", "recipe", "figures", "parents", PROVENANCE, "libra
 
 
 def parse_manifest(content: bytes) -> Manifest:
-    """Returns the manifest in a file's bytes; raises `ValueError` if it is none, or was changed.
+    """Returns the manifest in a file's bytes; raises `ValueError` if it is invalid or was changed.
 
     Keys of later formats are ignored, not refused.
     """

@@ -59,7 +59,7 @@ def pack_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
 def read_own_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     """Returns the tensors in a file of ours, whose hash was checked, from where it stands to its end.
 
-    Raises `ValueError`, `KeyError` or `TypeError` if it is none.
+    Raises `ValueError`, `KeyError` or `TypeError` for an invalid one.
     """
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     if length > MAX_HEADER_BYTES:

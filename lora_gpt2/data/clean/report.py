@@ -1,4 +1,4 @@
-"""The receipts of a preparation as a page: what was read, what each rule did, what was rejected and why."""
+"""The report of a preparation as a page: what was read, what each rule did, what was rejected and why."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def is_usual(columns: Mapping[str, Any] | list[str]) -> bool:
 
 
 def _read_turns(value: Any) -> list[tuple[str, str]] | None:
-    """Returns role and content of each turn of a chat, or None where it is none."""
+    """Returns role and content of each turn of a chat, or None if it is not one."""
     if not isinstance(value, list) or not value:
         return None
     turns = []
@@ -99,7 +99,7 @@ def _build_instruction(record: Mapping[str, Any]) -> str:
 
 
 def read_columns(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Returns the rows of a table that pandas wrote as JSON by column, by index or split; None if it is none."""
+    """Returns the rows of a table that pandas wrote as JSON by column, by index or split; None if it is not one."""
     if set(value) >= {"columns", "data"} and isinstance(value["columns"], list) and isinstance(value["data"], list):
         names = [str(name) for name in value["columns"]]
         rows = [row for row in value["data"] if isinstance(row, list) and len(row) == len(names)]

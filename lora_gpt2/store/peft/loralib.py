@@ -56,7 +56,7 @@ def read_loralib(path: Path, config: GPT2Config, alpha: float | None) -> Adapter
 def load_tensors(path: Path) -> Mapping[str, Any]:
     """Returns the state dictionary in a PyTorch file, read by the restricted reader, which runs nothing.
 
-    Raises `CorruptError` if it is none, or larger than any adapter.
+    Raises `CorruptError` for an invalid one, or one larger than any adapter.
     """
     with wrap_os_errors(f"read {path}"):
         size = path.stat().st_size
