@@ -1,18 +1,22 @@
 """Progress and messages on stderr; stdout belongs to results.
 
 The domain reports through the `Reporter` protocol and never prints. `RichReporter` draws a live line on a terminal and
-plain lines elsewhere; `SilentReporter` is for tests and libraries. `rich` is imported only when something is drawn.
+plain lines elsewhere; `LoggingReporter` is for Python users, `SilentReporter` for tests. `rich` is imported only when
+something is drawn.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
 from lora_gpt2.core.printable import printable
+
+LOG = logging.getLogger("lora_gpt2")
 
 
 @runtime_checkable
@@ -59,10 +63,16 @@ class SilentReporter:
         yield SilentTask()
 
 
+def _write_line(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
 class LineTask:
     """Progress as plain lines, at most one every five seconds, for logs and pipes."""
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
+    def __init__(self, title: str, total: int, unit: str, write: Callable[[str], None] = _write_line) -> None:
+        self.write = write
         self.title, self.total, self.unit = printable(title), total, unit
         self.done = 0
         self.started = self.last = time.monotonic()
@@ -78,8 +88,24 @@ class LineTask:
         left = max(0, self.total - self.done) / max(rate, 1e-9)
         shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         line = f"{self.title}: {self.done:,}/{self.total:,} {self.unit}, {shown} {self.unit}/s, {left:.0f} s left"
-        sys.stderr.write(f"{line}  {printable(note)}".rstrip() + "\n")
-        sys.stderr.flush()
+        self.write(f"{line}  {printable(note)}".rstrip())
+
+
+class LoggingReporter:
+    """Logs to `logging.getLogger("lora_gpt2")`: messages and progress at INFO, details at DEBUG."""
+
+    def message(self, text: str) -> None:
+        """Logs at INFO."""
+        LOG.info("%s", printable(text))
+
+    def detail(self, text: str) -> None:
+        """Logs at DEBUG."""
+        LOG.debug("%s", printable(text))
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        """Yields a task that logs its progress at INFO, at most every five seconds."""
+        yield LineTask(title, total, unit, LOG.info)
 
 
 class RichReporter:
@@ -91,8 +117,7 @@ class RichReporter:
     def message(self, text: str) -> None:
         """Writes one line unless `-q` was given; what a terminal would obey is written out."""
         if self.verbosity >= 0:
-            sys.stderr.write(printable(text) + "\n")
-            sys.stderr.flush()
+            _write_line(printable(text))
 
     def detail(self, text: str) -> None:
         """Writes one line if `-v` was given."""

@@ -35,9 +35,9 @@ def import_(
 ) -> None:
     """Import SOURCE: a folder that PEFT saved, a .tar.gz of 'export', a loralib .pt file, or a hub id.
 
-    LoRA, rsLoRA and PiSSA are imported exactly, DoRA as its best approximation, with the error stated. Adapters that are
-    not supported are refused, and the error names the key. A loralib file with two slices of c_attn is taken as q and v,
-    with one as q. The base is that of --base, else the one that the files name.
+    LoRA, rsLoRA and PiSSA are imported exactly, DoRA as its best approximation, with the error stated. Adapters that
+    are not supported are refused, and the error names the key. A loralib file with two slices of c_attn is taken as
+    q and v, with one as q. The base is that of --base, else the one that the files name.
 
     \b
     Examples:

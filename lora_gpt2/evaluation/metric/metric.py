@@ -45,7 +45,7 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         import os
         from pathlib import Path
 
-        from lora_gpt2.core.console import SilentReporter
+        from lora_gpt2.core.console import LoggingReporter
         from lora_gpt2.data.pipeline import clean_documents
         from lora_gpt2.data.read.records import Document
         from lora_gpt2.evaluation.held_out import read_sketches
@@ -66,7 +66,7 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         model = load_base(name, choose_runtime(recipe.evaluate.dtype))
         pairs = zip(prompts or [""] * len(predictions), predictions, strict=True)
         given = [Document(text, f"[{number}]", prompt) for number, (prompt, text) in enumerate(pairs, start=1)]
-        documents = clean_documents(given, recipe.data, SilentReporter())
+        documents = clean_documents(given, recipe.data, LoggingReporter())
         if adapter == "base":
             score = measure_perplexity(model, documents, recipe.evaluate)
         else:
