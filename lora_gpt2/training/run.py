@@ -79,7 +79,7 @@ def train_recipes(
 ) -> TrainReport:
     """Trains one adapter per recipe, together, and publishes them; returns the report.
 
-    An interrupted run of the same adapters is gone on with (`resume`) or set aside (`fresh`), never overwritten.
+    An interrupted run of the same adapters is continued (`resume`) or set aside (`fresh`), never overwritten.
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and dtype.
