@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lora_gpt2.data.tokenizer import _byte_alphabet
+from lora_gpt2.data.tokenizer import byte_alphabet
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
 from lora_gpt2.recipe import LoraSettings
@@ -30,7 +30,7 @@ def make_base_folder(
 ) -> Path:
     """Writes a random GPT-2 with a byte-level tokenizer, as transformers would save it; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {symbol: index for index, symbol in enumerate(_byte_alphabet())}
+    vocab = {symbol: index for index, symbol in enumerate(byte_alphabet())}
     for left, right in MERGES:
         vocab[left + right] = len(vocab)
     vocab["<|endoftext|>"] = len(vocab)

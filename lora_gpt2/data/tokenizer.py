@@ -92,7 +92,7 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """The bytes of each token id, added ones included; EOS and unknown ids have none."""
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         table = [b""] * self.vocab_size
         for token, index in self.backend.get_vocab(with_added_tokens=False).items():
             if index != self.eos_id:
@@ -130,7 +130,7 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, `bytes_to_unicode`)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(byte): byte for byte in printable}
