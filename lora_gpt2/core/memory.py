@@ -7,7 +7,9 @@ threads started, or a small thing allocated. So a limit that torch cannot be loa
 from __future__ import annotations
 
 import contextlib
+import importlib
 import mmap
+from typing import Any
 
 from lora_gpt2.core.errors import ResourceError
 
@@ -50,8 +52,7 @@ def check_room(num_bytes: int) -> None:
 def check_address_space(needed_bytes: int) -> None:
     """Raises `ResourceError` if this process may not have so many bytes of addresses (`ulimit -v`)."""
     with contextlib.suppress(ImportError):  # there is no such limit on Windows
-        import resource
-
+        resource: Any = importlib.import_module("resource")
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit not in (-1, resource.RLIM_INFINITY) and limit < needed_bytes:
             raise ResourceError(
