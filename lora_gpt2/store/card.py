@@ -26,7 +26,7 @@ OTHERS = {
     "trained_parameters": "trained parameters",
     "peak_memory_bytes": "peak memory in bytes",
     "seconds": "seconds",
-    "dtype": "numbers of the base",
+    "dtype": "dtype of the base",
     "verdict": "the curve",
     "forgetting": "forgetting",
 }
