@@ -22,6 +22,7 @@ from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, ResourceError, Usa
 from lora_gpt2.core.files import translate_os_error
 from lora_gpt2.core.memory import HINT, is_out_of_memory
 from lora_gpt2.core.printable import printable
+from lora_gpt2.core.synonyms import ARGUMENTS
 
 COMMANDS = {
     "demo": "Train adapters from text on this machine, swap them, print the matrix.",
@@ -39,14 +40,22 @@ COMMANDS = {
     "recipes": "List, show, copy and check recipes.",
     "bases": "List and show bases.",
     "bench": "Measure this machine: training, writing and serving, quality, start-up.",
+    "doctor": "Say what works on this machine, in one block for a bug report.",
+    "completion": "Write the completion script of a shell: bash, zsh or fish.",
 }
 
 
+COMPLETE = "_LORA_GPT2_COMPLETE"
 GLOBAL_OPTIONS = ("-v", "--verbose", "-q", "--quiet", "--debug")
 
 
 class LazyGroup(click.Group):
     """Lists commands from a table and imports one when it is asked for."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keeps what was typed, from which commands suggest the next one."""
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns the names in the table's order."""
@@ -58,6 +67,10 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(f"lora_gpt2.commands.{cmd_name}").command
         assert isinstance(command, click.Command)
+        if COMPLETE in os.environ:
+            from lora_gpt2.commands.complete import add_completion
+
+            add_completion(command)
         return command
 
     def resolve_command(
@@ -65,9 +78,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Finds the command; an unknown one is answered with the nearest."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from lora_gpt2.core.suggest import suggest
-
-            raise UsageError(f"there is no command '{args[0]}'", suggest(args[0], COMMANDS))
+            raise UsageError(f"there is no command '{args[0]}'", _suggest_command(args[0]))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -76,8 +87,30 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="lora-gpt2")
+def _suggest_command(name: str) -> str:
+    """Returns the hint for a word that is no command: what other tools mean by it, else what is spelt like it."""
+    from difflib import get_close_matches
+
+    from lora_gpt2.core.synonyms import COMMANDS as ELSEWHERE
+
+    if found := ELSEWHERE.get(name.lower()):
+        return f"it is: lora-gpt2 {found}"
+    if near := get_close_matches(name.lower(), COMMANDS, n=1, cutoff=0.75):
+        return f"did you mean '{near[0]}'?"
+    return "'lora-gpt2 --help' lists them"
+
+
+def _name_option(name: str) -> str:
+    """Returns an option in our spelling, with `-` for `_`."""
+    return name.replace("_", "-")
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _name_option},
+    invoke_without_command=True,
+)
+@click.version_option(__version__, "-V", "--version", prog_name="lora-gpt2")
 @click.option("-v", "--verbose", count=True, help="Say more on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -88,10 +121,12 @@ def cli(ctx: click.Context, verbose: int, quiet: bool, debug: bool) -> None:
     \b
     Examples:
       lora-gpt2 demo
-      lora-gpt2 train --data my_text.txt --name mine
+      lora-gpt2 train my_text.txt --name mine
       lora-gpt2 generate "Once upon a time" --adapter mine
     """
     ctx.obj = RichReporter(-1 if quiet else verbose)
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Runs the command line; returns the exit code of DESIGN's table."""
     try:
-        result = cli.main(arguments, prog_name="lora-gpt2", standalone_mode=False)
+        result = cli.main(_translate_words(arguments), prog_name="lora-gpt2", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (BrokenPipeError, SystemExit):  # click answers a closed pipe with SystemExit; the reader has gone
@@ -122,6 +157,13 @@ def run(arguments: list[str]) -> int:
         return ours.exit_code
 
 
+def _translate_words(arguments: list[str]) -> list[str]:
+    """Returns the arguments with `help`, `help COMMAND` and `version` as the options that they mean."""
+    if arguments[:1] == ["version"]:
+        return ["--version"]
+    return [*arguments[1:2], "--help"] if arguments[:1] == ["help"] else arguments
+
+
 def translate(error: BaseException) -> LoraGpt2Error:
     """Returns our error for any that reached the top; what we do not know is a bug."""
     if isinstance(error, LoraGpt2Error):
@@ -131,8 +173,8 @@ def translate(error: BaseException) -> LoraGpt2Error:
     if isinstance(error, click.ClickException):
         context = getattr(error, "ctx", None)
         hint = f"see '{context.command_path} --help'" if context else "see 'lora-gpt2 --help'"
-        if isinstance(error, click.NoSuchOption) and error.option_name in GLOBAL_OPTIONS:
-            hint = f"it goes before the command: lora-gpt2 {error.option_name} …"
+        if isinstance(error, click.NoSuchOption):
+            hint = _suggest_option(error) or hint
         is_bare = isinstance(error, click.exceptions.NoArgsIsHelpError)
         return UsageError("a command is missing" if is_bare else " ".join(error.format_message().split()), hint)
     if is_out_of_memory(error):
@@ -145,6 +187,17 @@ def translate(error: BaseException) -> LoraGpt2Error:
     return LoraGpt2Error(
         f"a bug ({identifier}): {type(error).__name__}: {error}", "please report it with the output of --debug"
     )
+
+
+def _suggest_option(error: click.NoSuchOption) -> str:
+    from lora_gpt2.core.synonyms import find_option
+
+    if error.option_name in GLOBAL_OPTIONS:
+        return f"it goes before the command: lora-gpt2 {error.option_name} …"
+    found = find_option(error.option_name)
+    known = {name for param in error.ctx.command.params for name in param.opts} if error.ctx else set()
+    is_here = not found.startswith("--") or found.startswith("--set") or found.split()[0] in known
+    return f"here it is: {found}" if found and is_here else ""
 
 
 def report(error: LoraGpt2Error, as_json: bool) -> None:

@@ -153,6 +153,8 @@ class TrainSettings(Section):
     """Fraction of the steps over which the learning rate warms up linearly."""
     batch_tokens: Positive = 4096
     """Tokens per optimizer step and adapter, rounded down to whole blocks."""
+    batch_size: Positive | None = None
+    """Blocks per optimizer step and adapter; overrides batch_tokens."""
     micro_batch_tokens: Positive = 4096
     """Tokens per forward pass over all adapters; gradients are accumulated over such micro-batches."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -191,10 +193,6 @@ class TrainSettings(Section):
     def peak_learning_rate(self, n_embd: int) -> float:
         """Returns the peak learning rate on a base of this width; by default it scales as in Yang et al. 2022 (arXiv:2203.03466)."""  # noqa: E501
         return self.learning_rate or 0.576 / n_embd
-
-    def count_epochs(self, tokens: int) -> float:
-        """Returns the number of epochs over a training text of this many tokens."""
-        return self.steps * self.batch_tokens / max(1, tokens) if self.steps else self.epochs
 
 
 class EvaluateSettings(Section):
@@ -343,6 +341,16 @@ class Recipe(Section):
     serve: ServeSettings = ServeSettings()
     """Limits and timeouts of the server."""
 
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks in the batch of an optimizer step."""
+        return self.train.batch_size or max(1, self.train.batch_tokens // self.data.block_size)
+
+    def count_epochs(self, tokens: int) -> float:
+        """Returns the number of epochs over a training text of this many tokens."""
+        step_tokens = self.blocks_per_step * self.data.block_size
+        return self.train.steps * step_tokens / max(1, tokens) if self.train.steps else self.train.epochs
+
 
 SECTIONS = ("data", "lora", "train", "evaluate", "generate", "merge", "serve")
 
@@ -374,7 +382,8 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         raise RecipeError(f"{where}: {key or 'recipe'}: {reason}{given}", describe_key(key)) from error
 
 
-def _find_field(key: str) -> FieldInfo | None:
+def find_field(key: str) -> FieldInfo | None:
+    """Returns the field of a dotted key, or None."""
     model: type[BaseModel] = Recipe
     field = None
     for part in key.split("."):
@@ -388,10 +397,4 @@ def _find_field(key: str) -> FieldInfo | None:
 
 def describe_key(key: str) -> str:
     """Returns the help text of a dotted key as a hint."""
-    return f"{key}: {field.description}" if (field := _find_field(key)) else "see 'lora-gpt2 recipes show'"
-
-
-def is_text(key: str) -> bool:
-    """True if the setting is a free text."""
-    field = _find_field(key)
-    return field is not None and field.annotation is str
+    return f"{key}: {field.description}" if (field := find_field(key)) else "see 'lora-gpt2 recipes show'"

@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from lora_gpt2.core.errors import DataError, NotFoundError, RecipeError, UsageError
+from lora_gpt2.core.names import is_name
 from lora_gpt2.core.printable import shorten
 from lora_gpt2.core.strict_yaml import describe_problem, parse_yaml
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.core.user_files import read_user_text
-from lora_gpt2.recipe import SECTIONS, Recipe, build_recipe, is_text, list_keys
+from lora_gpt2.recipe import SECTIONS, Recipe, build_recipe, find_field, list_keys
 
 MAX_RECIPE_BYTES = 2**20
+EVERYDAY: dict[str, tuple[str, ...]] = {
+    "train": (
+        "train.epochs",
+        "train.steps",
+        "train.learning_rate",
+        "train.batch_size",
+        "train.seed",
+        "train.dtype",
+        "train.quantize",
+        "lora.rank",
+        "lora.alpha",
+        "lora.targets",
+        "lora.dropout",
+        "data.block_size",
+        "data.profile",
+    ),
+    "generate": (
+        "generate.max_new_tokens",
+        "generate.temperature",
+        "generate.top_k",
+        "generate.top_p",
+        "generate.min_p",
+        "generate.repetition_penalty",
+        "generate.num_beams",
+        "generate.stop",
+    ),
+    "evaluate": ("evaluate.window", "evaluate.stride", "evaluate.protocol", "data.profile"),
+}
+"""The settings that have an option of their own on the command line, and a keyword in Python, by the last part of
+their key; every other one is set by `--set` and `settings=`."""
 EXAMPLES = "correct it; 'lora-gpt2 recipes show prose' shows one that is valid"
 
 
@@ -25,17 +58,22 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise RecipeError(f"--set {shorten(text)}: expected section.key=value", "for example --set train.steps=300")
-    path = key.strip().split(".")
-    if is_text(key.strip()) and not value.startswith(('"', "'")):
+    return key.strip().split("."), parse_value(key.strip(), value, f"--set {shorten(text)}")
+
+
+def parse_value(key: str, value: str, where: str) -> Any:
+    """Returns what a user typed for a setting: YAML, or for a free text as it is, with `\\n` for line ends."""
+    field = find_field(key)
+    if field is not None and field.annotation is str and not value.startswith(('"', "'")):
         if any("\ud800" <= character <= "\udfff" for character in value):  # bytes that are not UTF-8
-            raise RecipeError(f"--set {shorten(text)}: the value is not valid UTF-8", "type it in UTF-8")
-        return path, value.replace("\\n", "\n").replace("\\t", "\t")
+            raise RecipeError(f"{where}: the value is not valid UTF-8", "type it in UTF-8")
+        return value.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        return path, parse_yaml(value)
+        return parse_yaml(value)
     except yaml.YAMLError as error:
         problem = shorten(describe_problem(error)[0])
         raise RecipeError(
-            f"--set {shorten(text)}: the value is not valid YAML{f': {problem}' if problem else ''}",
+            f"{where}: the value is not valid YAML{f': {problem}' if problem else ''}",
             "quote it, for example 'a.b=\"x: y\"'",
         ) from error
 
@@ -91,21 +129,76 @@ def _place_source(source: Any, folder: Path) -> Any:
     return str(folder / str(source))
 
 
-def load_recipe(path: Path | None, overrides: Iterable[str] = (), **flags: Any) -> Recipe:
-    """Returns the recipe of a file (or the defaults), with `--set` overrides and then named flags on top.
+def load_recipe(
+    path: Path | None, overrides: Iterable[str] = (), flags: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
+    """Returns the recipe of a file (or the defaults), with `--set` overrides and then flags on top.
 
-    `flags` are dotted keys with `.` written as `__`; None and empty tuples are left out.
+    `flags` have dotted keys, such as `train.steps`; None and empty tuples are left out.
     """
     values = read_recipe(path) if path else {}
-    values = apply_overrides(values, overrides)
-    for key, value in flags.items():
+    values = set_values(apply_overrides(values, overrides), flags)
+    return build_recipe(values, str(path) if path else "settings")
+
+
+def set_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a recipe's values with those under dotted keys set; None and empty tuples are left out."""
+    result: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()
+    }
+    for key, value in changes.items():
         if value is None or value == ():
             continue
-        section, _, name = key.rpartition("__")
-        target = values.setdefault(section, {}) if section else values
+        section, _, name = key.partition(".") if "." in key else ("", "", key)
+        target = result.setdefault(section, {}) if section else result
         if isinstance(target, dict):  # else `build_recipe` says what is wrong with the section
             target[name] = value
-    return build_recipe(values, str(path) if path else "settings")
+    return result
+
+
+@dataclass(frozen=True)
+class TrainingItem:
+    """One adapter that a command line names: its recipe, and what goes over it."""
+
+    recipe: Path | None = None
+    name: str | None = None
+    sources: tuple[str, ...] = ()
+
+
+def list_items(words: Sequence[str], data: Sequence[str], name: str | None) -> list[TrainingItem]:
+    """Returns the adapters that `train` and `plan` were asked for.
+
+    A word is a recipe (a .yaml file, or the name of a bundled one), a source of text, or `label=SOURCE`, which names an
+    adapter; the same label again adds to its text. One recipe may stand beside text, and then is for all of it.
+
+    Raises `UsageError` where words do not go together.
+    """
+    recipes = [Path(word) for word in words if _is_recipe(word)]
+    others = [word for word in words if not _is_recipe(word)]
+    pairs = [(word.partition("=")[0], word.partition("=")[2]) for word in others if _is_labelled(word)]
+    plain = [*data, *(word for word in others if not _is_labelled(word))]
+    recipe = recipes[0] if recipes else None
+    if pairs:
+        if plain or name or len(recipes) > 1:
+            raise UsageError("label=SOURCE names adapters, and so does the rest", "give every source a label, or none")
+        labels = dict.fromkeys(label for label, _ in pairs)
+        return [TrainingItem(recipe, each, tuple(s for label, s in pairs if label == each)) for each in labels]
+    if len(recipes) > 1:
+        if [word for word in others if not _is_labelled(word)]:
+            raise UsageError(f"several recipes, and text: {others[0]}", "name the text in the recipes, or with labels")
+        return [TrainingItem(each, name, tuple(plain)) for each in recipes]
+    return [TrainingItem(recipe, name, tuple(plain))]
+
+
+def _is_recipe(word: str) -> bool:
+    if Path(word).suffix in (".yaml", ".yml"):
+        return True
+    return word in {recipe.stem for recipe in list_recipes()} and not Path(word).exists()
+
+
+def _is_labelled(word: str) -> bool:
+    label, separator, path = word.partition("=")
+    return bool(separator and path) and is_name(label) and not Path(word).exists()
 
 
 def _recipe_dirs() -> list[Path]:
@@ -131,6 +224,6 @@ def name_recipe(recipe: Recipe) -> Recipe:
     if recipe.name:
         return recipe
     if not recipe.data.sources:
-        raise UsageError("there is nothing to train on", "give a recipe, or text with --data FILE")
+        raise UsageError("there is nothing to train on", "name a file or a folder of text, or a recipe")
     stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
     return recipe.model_copy(update={"name": stem[:64]})

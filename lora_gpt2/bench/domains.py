@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError
 from lora_gpt2.data.read.sources import KINDS
-from lora_gpt2.evaluation.matrix import Cell, measure_matrix, read_sources
+from lora_gpt2.evaluation.matrix import Cell, LabelledSource, measure_matrix, read_sources
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
@@ -51,17 +51,19 @@ def measure_domains(
     settings = recipes[0].evaluate
     session = Session(load_base(recipes[0].base, choose_runtime(settings.dtype)), store)
     rows = {name: session.select(Mix.parse([name])) for name in [BASE, *(recipe.name for recipe in recipes)]}
-    sources = read_sources([f"{recipe.name}={recipe.data.test[0]}" for recipe in recipes], recipes[0].data, reporter)
+    sources = read_sources(
+        [LabelledSource(recipe.name, recipe.data.test[0]) for recipe in recipes], recipes[0].data, reporter
+    )
     return DomainsReport(report.adapters, measure_matrix(session.base, rows, sources, settings, reporter))
 
 
 def build_recipe_for(folder: Path, overrides: Sequence[str]) -> Recipe:
     """Returns the recipe of a domain's folder; raises `NotFoundError` if a part is missing."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for stem, key in SPLITS.items():
         files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix in KINDS]
         if not files:
             raise NotFoundError(f"{folder} has no {stem} file", "a domain's folder holds train.*, valid.* and test.*")
-        found[f"data__{key}"] = (str(files[0]),)
+        found[f"data.{key}"] = (str(files[0]),)
     name = folder.name.lower().replace("_", "-")
-    return load_recipe(None, overrides, name=name, **found)
+    return load_recipe(None, overrides, {"name": name, **found})

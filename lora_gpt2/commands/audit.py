@@ -15,7 +15,6 @@ from lora_gpt2.commands.shared import (
     base_option,
     emit,
     end_as_failed,
-    format_table,
     json_option,
     seed_option,
     session_options,
@@ -23,6 +22,7 @@ from lora_gpt2.commands.shared import (
 )
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.printable import printable
+from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import read_stdin, read_user_text
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.audits import write_audit
@@ -60,7 +60,7 @@ def data(
       lora-gpt2 audit data my_text.txt
       lora-gpt2 audit data notes/ "more/*.jsonl" --adapter mine --json
     """
-    recipe = load_recipe(None, overrides, base=base)
+    recipe = load_recipe(None, overrides, {"base": base})
     from lora_gpt2.audit.training_text import TextAudit, measure_swaps
     from lora_gpt2.data.pipeline import read_clean
     from lora_gpt2.evaluation.perplexity import ScoringWindows
@@ -144,7 +144,7 @@ def memorization(
       lora-gpt2 audit memorization mine --texts 200 --fail-above 0.01
       lora-gpt2 audit memorization mine --canaries secrets.jsonl --json
     """
-    recipe = load_recipe(None, overrides, base=base)
+    recipe = load_recipe(None, overrides, {"base": base})
     from lora_gpt2.audit.memorization import AuditSettings, audit_memorization, read_canaries
     from lora_gpt2.core.interrupt import catch_signals
     from lora_gpt2.evaluation.held_out import read_own_text
@@ -238,7 +238,7 @@ def watermark(file: Path, threshold: float, base: str | None, overrides: tuple[s
       lora-gpt2 audit watermark story.txt
       lora-gpt2 audit watermark story.txt --base gpt2 --set generate.watermark_key=42
     """
-    recipe = load_recipe(None, overrides, base=base)
+    recipe = load_recipe(None, overrides, {"base": base})
     from lora_gpt2.audit.watermark import detect_watermark
     from lora_gpt2.model.checkpoint import Checkpoint
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import emit, format_table, json_option
+from lora_gpt2.commands.shared import emit, json_option
+from lora_gpt2.core.tables import format_table
 
 
 @click.group("bases")

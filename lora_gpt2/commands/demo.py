@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 import click
 
-from lora_gpt2.commands.shared import emit, format_matrix, json_option, name_store, store_option
+from lora_gpt2.commands.shared import emit, json_option, store_option, suggest_next
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.evaluation.report import format_matrix
 from lora_gpt2.store.catalog import Store
 
 
@@ -40,4 +41,4 @@ def command(reporter: Reporter, store: Store, as_json: bool) -> None:
 
     emit(result, as_json, render, is_own_text=True)
     name = report.adapters[0].name
-    reporter.message(f'next: lora-gpt2 generate "def main" --adapter {name}{name_store(store)}')
+    suggest_next(reporter, "generate", "def main", "--adapter", name, store=store)

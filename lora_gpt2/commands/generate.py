@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CorruptError, UsageError
+from lora_gpt2.core.names import ALL, AUTO
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import check_output, read_stdin
 from lora_gpt2.inference.disclosure import describe_origin, write_disclosure
@@ -26,8 +29,10 @@ if TYPE_CHECKING:
 
 @click.command("generate")
 @click.argument("prompt", required=False)
-@click.option("--adapter", "adapters", multiple=True, metavar="N[:W]", help="Adapter; several mix; 'auto' finds one.")
-@click.option("--compare", metavar="A,B,base", help="Adapters side by side on one prompt, or 'all'.")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="A[:W]", help="Adapter or mix (a:0.6+b:0.4); 'auto' finds one."
+)
+@click.option("--compare", metavar="A,B,base", help="Adapters and mixes side by side on one prompt, or 'all'.")
 @click.option("-n", "--num", type=click.IntRange(1, 64), default=1, show_default=True, help="Continuations of each.")
 @click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Prompts: .jsonl, or one per line.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where --prompts' results go; resumable.")
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option("--disclose", is_flag=True, help="Add an AI-generated disclosure, to the text or in a file beside --out.")
 @click.option("--truncate", type=click.Choice(["left"]), help="Keep the end of a prompt that is too long.")
+@setting_options("generate")
 @session_options
 def command(
     reporter: Reporter,
@@ -53,6 +59,7 @@ def command(
     no_verbatim: int | None,
     disclose: bool,
     truncate: str | None,
+    flags: dict[str, Any],
     base: str | None,
     overrides: tuple[str, ...],
     store: Store,
@@ -65,14 +72,14 @@ def command(
     \b
     Examples:
       lora-gpt2 generate "ROMEO:" --adapter shakespeare
-      lora-gpt2 generate "Take two" --adapter cooking:0.7 --adapter shakespeare:0.3
+      lora-gpt2 generate "Take two" --adapter cooking:0.7+shakespeare:0.3 --max-new-tokens 60
       lora-gpt2 generate "The law" --compare all --seed 1
       lora-gpt2 generate "Preheat the oven" --adapter auto
       lora-gpt2 generate "Once upon a time" --adapter mine --no-verbatim 50 --disclose
       lora-gpt2 generate --prompts prompts.jsonl --out results.jsonl --adapter cooking --seed 1
-      lora-gpt2 generate "Once" --set generate.temperature=0 --set generate.max_new_tokens=40
+      lora-gpt2 generate "Once" --temperature 0 --set generate.no_repeat_ngram_size=3
     """
-    recipe = load_recipe(None, overrides, base=base)
+    recipe = load_recipe(None, overrides, {**flags, "base": base})
     _check_options(prompt, adapters, compare, num, prompts, out)
     first_seed = secrets.randbelow(2**31) if seed is None else seed
     if seed is None:
@@ -89,10 +96,12 @@ def command(
     )
     if prompts is not None and out is not None:
         job.run_file(prompts, out, adapters)
-    else:
-        text = read_stdin().rstrip("\n") if prompt in (None, "-") else prompt
-        assert text is not None
-        job.run_prompt(text, adapters, compare, num)
+        return
+    if prompt in (None, "-") and sys.stdin is not None and sys.stdin.isatty():
+        reporter.message("type the prompt, then Ctrl-D (Ctrl-Z and Enter on Windows)")
+    text = read_stdin().rstrip("\n") if prompt in (None, "-") else prompt
+    assert text is not None
+    job.run_prompt(text, adapters, compare, num)
 
 
 def _check_options(
@@ -168,15 +177,11 @@ class _Job:
         from lora_gpt2.inference.mix import Mix
         from lora_gpt2.inference.open import open_session
 
-        auto = adapters == ("auto",)
-        references = [name.partition(":")[0] for name in adapters] or [n for n in (compare or "").split(",") if n]
-        wanted = ["all"] if auto else references
-        session, references = open_session(self.store, wanted, self.recipe, self.recipe.generate.dtype)
-        chosen = self._choose(session, prompt, references) if auto else {}
-        if auto:
-            mixes = [Mix.parse([chosen["adapter"]])]
-        else:
-            mixes = [Mix.parse([name]) for name in references] if compare else [Mix.parse(adapters)]
+        auto = adapters == (AUTO,)
+        specs = [ALL] if auto else [spec for spec in (compare or "+".join(adapters)).split(",") if spec]
+        session, mixes = open_session(self.store, specs, self.recipe, self.recipe.generate.dtype)
+        chosen = self._choose(session, prompt, list(map(str, mixes))) if auto else {}
+        mixes = [Mix.parse(chosen["adapter"])] if auto else mixes or [Mix()]
         requests = [Request(prompt, mix, self.seed + i) for mix in mixes for i in range(num)]
         streams = len(requests) == 1 and not self.as_json
         shown: list[str] = []

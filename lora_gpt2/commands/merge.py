@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from lora_gpt2.commands.shared import (
-    emit,
-    format_bytes,
-    format_matrix,
-    format_table,
-    name_store,
-    session_options,
-)
+from lora_gpt2.commands.shared import SAMPLE_PROMPT, emit, format_bytes, session_options, suggest_next
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.names import check_name
 from lora_gpt2.core.printable import printable
+from lora_gpt2.core.tables import format_table
+from lora_gpt2.evaluation.report import format_matrix
 from lora_gpt2.recipe import MergeMethod
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -66,16 +61,18 @@ def command(
       lora-gpt2 merge law --into-base ./gpt2-law --set merge.dtype=float16
     """
     _check_target(name, into_base, search, store)
-    recipe = load_recipe(None, overrides, base=base, merge__method=method, merge__rank=rank)
-    from lora_gpt2.evaluation.matrix import read_sources
-    from lora_gpt2.inference.mix import Mix
+    recipe = load_recipe(None, overrides, {"base": base, "merge.method": method, "merge.rank": rank})
+    from lora_gpt2.evaluation.matrix import LabelledSource, read_sources
+    from lora_gpt2.inference.mix import Mix, read_manifests
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.merging.combine import merge_adapters
     from lora_gpt2.merging.into_base import merge_into_base
     from lora_gpt2.merging.search import search_weights
 
     mix, settings = Mix.parse(adapters), recipe.merge
-    sources = read_sources([item for text in texts for item in text.split(",") if item], recipe.data, reporter)
+    wanted = [LabelledSource.parse(item) for text in texts for item in text.split(",") if item]
+    read_manifests(store, adapters)
+    sources = read_sources(wanted, recipe.data, reporter)
     session, _ = open_session(store, mix.references, recipe, "float32")
     result: dict[str, Any] = {"method": settings.method}
     if search:
@@ -102,8 +99,8 @@ def command(
     if as_json or lines:
         emit(result, as_json, lambda: "\n\n".join(lines))
     if name or into_base:
-        which = f"--adapter {name}{name_store(store)}" if name else f"--base {into_base}"
-        reporter.message(f'next: lora-gpt2 generate "..." {which}')
+        which = ("--adapter", name) if name else ("--base", str(into_base))
+        suggest_next(reporter, "generate", SAMPLE_PROMPT, *which, store=store if name else None)
 
 
 def _check_target(name: str | None, into_base: Path | None, search: bool, store: Store) -> None:

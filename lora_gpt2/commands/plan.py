@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import (
     base_option,
     data_option,
     emit,
+    end_as_failed,
     format_bytes,
     format_seconds,
-    format_table,
+    items_argument,
     json_option,
     memory_option,
-    recipes_argument,
     set_option,
+    suggest_next,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.recipe_files import load_recipe
+from lora_gpt2.core.synonyms import ARGUMENTS
+from lora_gpt2.core.tables import format_table
+from lora_gpt2.recipe_files import list_items, load_recipe
 
 if TYPE_CHECKING:
     from lora_gpt2.training.plan import Plan
 
 
 @click.command("plan")
-@recipes_argument
+@items_argument
 @data_option
 @base_option
 @memory_option
 @click.option("--probe/--no-probe", default=True, help="Time two steps on random tokens.  [default: probe]")
+@setting_options("train")
 @set_option
 @json_option
 @click.pass_obj
 def command(
     reporter: Reporter,
-    recipes: tuple[Path, ...],
+    items: tuple[str, ...],
     data: tuple[str, ...],
     base: str | None,
     gpu_memory: int | None,
     probe: bool,
+    flags: dict[str, Any],
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -49,22 +54,28 @@ def command(
 
     \b
     Examples:
-      lora-gpt2 plan prose --data my_texts/
+      lora-gpt2 plan my_texts/ --epochs 5
       lora-gpt2 plan notebook.yaml --gpu-memory 6GB
       lora-gpt2 plan a.yaml b.yaml c.yaml         together, over one base
     """
     from lora_gpt2.training.plan import plan_run
 
-    chosen = [load_recipe(path, overrides, data__sources=data, base=base) for path in recipes or [None]]
+    chosen = [
+        load_recipe(item.recipe, overrides, {**flags, "base": base, "data.sources": item.sources})
+        for item in list_items(items, data, None)
+    ]
     plan = plan_run(chosen, reporter, gpu_memory, probe)
     show_plan(plan, as_json)
-    if plan.fits:
-        reporter.message(f"next: lora-gpt2 train {'--fit ' if plan.changes else ''}with the same recipes and options")
+    typed = click.get_current_context().meta[ARGUMENTS]
+    same = [word for word in typed[typed.index("plan") + 1 :] if word not in ("--probe", "--no-probe", "--json")]
+    suggest_next(reporter, "train", *same, *(["--fit"] if plan.changes else []))
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:
-    """Writes a plan on stdout."""
+    """Writes a plan on stdout; ends the command as failed if it does not fit."""
     emit(_to_json(plan), as_json, lambda: _render(plan))
+    if not plan.fits:
+        end_as_failed("it does not fit", "use a smaller base, or a GPU with more memory", as_json)
 
 
 def _to_json(plan: Plan) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, skip_bad_option
+from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, skip_bad_option, suggest_next
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.printable import printable
@@ -68,7 +68,9 @@ def command(
       cat *.log | lora-gpt2 prepare - --set data.rules='{urls: mask, pii: mask}'
     """
     check_output(html)
-    settings = load_recipe(recipe, overrides, data__sources=sources, base=base, data__skip_bad=skip_bad or None)
+    settings = load_recipe(
+        recipe, overrides, {"data.sources": sources, "base": base, "data.skip_bad": skip_bad or None}
+    )
     from lora_gpt2.data.clean.report import build_report_page
     from lora_gpt2.data.inspect import preview_documents, write_texts
     from lora_gpt2.data.prepared import describe_amount, prepare_data
@@ -77,7 +79,7 @@ def command(
     tokenizer = Checkpoint.open(settings.base).load_tokenizer()
     prepared = prepare_data(settings.data, tokenizer, reporter, out)
     result = {key: prepared.report[key] for key in KEYS}
-    result["epochs"] = settings.train.count_epochs(prepared.train.num_tokens)
+    result["epochs"] = settings.count_epochs(prepared.train.num_tokens)
     result |= {"fingerprint": prepared.fingerprint, "path": str(prepared.path)}
     if preview:
         result["preview"] = preview_documents(prepared.train, tokenizer, preview)
@@ -89,8 +91,13 @@ def command(
     emit(result, as_json, lambda: _render(result, prepared.report, str(prepared.rejected)))
     if advice := describe_amount(prepared.train.num_tokens):
         reporter.message(advice)
-    shown = sources[0] if sources else settings.data.sources[0]
-    reporter.message(f"next: lora-gpt2 train --data {shown} --name NAME")
+    again: list[str | Path] = [
+        *([recipe] if recipe else []),
+        *sources,
+        *(word for item in overrides for word in ("--set", item)),
+    ]
+    again += ["--base", base] if base else []
+    suggest_next(reporter, "train", *again, *(["--skip-bad"] if skip_bad else []))
 
 
 def _render(result: dict[str, Any], report: dict[str, Any], rejected: str) -> str:

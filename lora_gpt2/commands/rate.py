@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import emit, format_table, seed_option, session_options
+from lora_gpt2.commands.shared import emit, seed_option, session_options, suggest_next
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.printable import printable
+from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.inference.history import find_log, find_votes, read_log
 from lora_gpt2.rating.choices import find_texts, read_votes
@@ -136,7 +137,7 @@ def command(
                 "--adapter a --adapter base --prompts FILE, or --recorded repl",
             )
         if prompts:
-            recipe = load_recipe(None, overrides, base=base)
+            recipe = load_recipe(None, overrides, {"base": base})
             name, asked, texts = _write_texts(adapters, prompts, seed or 0, reporter, store, recipe)
         else:
             name, adapters, (asked, texts) = _read_texts(adapters)
@@ -152,7 +153,8 @@ def command(
 
         with wrap_os_errors(f"write {export}"):
             export.write_text(build_form(round_), encoding="utf-8")
-        reporter.message(f"form for {len(round_.tasks)} tasks written: {export}; next: rate --import ANSWERS")
+        reporter.message(f"form for {len(round_.tasks)} tasks written: {export}")
+        suggest_next(reporter, "rate", "--out", folder, "--import", "answers-me.json")
     if serve:
         _serve(folder, port, reporter)
     elif not (files or export or report):

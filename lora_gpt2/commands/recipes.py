@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from lora_gpt2.commands.shared import emit, format_table, json_option, set_option
+from lora_gpt2.commands.shared import emit, json_option, set_option
 from lora_gpt2.core.errors import ConflictError
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
 from lora_gpt2.core.printable import printable
+from lora_gpt2.core.tables import format_table
 from lora_gpt2.recipe import describe_key, list_keys
 from lora_gpt2.recipe_files import find_recipe, list_recipes, load_recipe
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import base_option, seed_option, set_option, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.dirs import find_state_dir
@@ -25,9 +26,12 @@ OWN_TEXT = ("/show", "/compare")  # what the user has written and generated
 
 
 @click.command("repl")
-@click.option("--adapter", "adapters", multiple=True, metavar="N[:W]", help="Adapter to begin with; several mix.")
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="A[:W]", help="Adapter or mix (a:0.6+b:0.4) to begin with."
+)
 @click.option("--no-log", is_flag=True, help="Keep no record of what is written; so does LORA_GPT2_LOG=off.")
 @seed_option
+@setting_options("generate")
 @base_option
 @set_option
 @store_option
@@ -37,6 +41,7 @@ def command(
     adapters: tuple[str, ...],
     no_log: bool,
     seed: int | None,
+    flags: dict[str, Any],
     base: str | None,
     overrides: tuple[str, ...],
     store: Store,
@@ -50,7 +55,7 @@ def command(
       lora-gpt2 repl --adapter shakespeare
       printf 'ROMEO:\\n/stats\\n' | lora-gpt2 repl --adapter shakespeare --seed 1
     """
-    recipe = load_recipe(None, overrides, base=base)
+    recipe = load_recipe(None, overrides, {**flags, "base": base})
     from lora_gpt2.inference.history import LocalLog, find_log
     from lora_gpt2.inference.mix import Mix
     from lora_gpt2.inference.open import open_session

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
+from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import base_option, set_option, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError, UsageError
@@ -20,6 +22,7 @@ from lora_gpt2.store.catalog import Store
     "--allow-host", "hosts", multiple=True, metavar="NAME", help="Additional Host header to allow; repeatable."
 )
 @click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="CORS origin to allow; repeatable.")
+@setting_options("generate")
 @base_option
 @set_option
 @store_option
@@ -30,6 +33,7 @@ def command(
     port: int,
     hosts: tuple[str, ...],
     origins: tuple[str, ...],
+    flags: dict[str, Any],
     base: str | None,
     overrides: tuple[str, ...],
     store: Store,
@@ -46,7 +50,7 @@ def command(
       curl localhost:8000/v1/completions -H "Content-Type: application/json" \\
            -d '{"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 40}'
     """
-    recipe = load_recipe(None, overrides, base=base)
+    recipe = load_recipe(None, overrides, {**flags, "base": base})
     try:
         from lora_gpt2.serving.api import Access, Server
         from lora_gpt2.serving.http import bind, is_loopback, serve

@@ -6,20 +6,24 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+import shlex
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, UsageError
 from lora_gpt2.core.printable import printable
 from lora_gpt2.store.catalog import Store
 
+SAMPLE_PROMPT = "Once upon a time"
 MEMORY_UNITS = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one JSON document on stdout.")
-recipes_argument = click.argument("recipes", nargs=-1, type=click.Path(path_type=Path), metavar="[RECIPE]...")
+items_argument = click.argument("items", nargs=-1, metavar="[SOURCE|RECIPE]...")
 data_option = click.option(
     "--data", multiple=True, metavar="SOURCE", help="File, folder, glob, - or hf:NAME; repeatable."
 )
@@ -34,7 +38,7 @@ skip_bad_option = click.option("--skip-bad", is_flag=True, help="Set aside what 
 
 
 def _open_store(ctx: click.Context, param: click.Parameter, value: str | None) -> Store:
-    return Store(Path(value or os.environ.get("LORA_GPT2_STORE") or "adapters"))
+    return Store.find(value)
 
 
 def _parse_memory(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -65,10 +69,11 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def name_store(store: Store) -> str:
-    """Returns the option that a suggested command needs to find the store: nothing where it is the default one."""
-    default = os.environ.get("LORA_GPT2_STORE") or "adapters"
-    return "" if str(store.root) == default else f" --store {store.root}"
+def suggest_next(reporter: Reporter, *words: str | Path, store: Store | None = None, title: str = "next") -> None:
+    """Names the command to type next, such that it can be pasted; `store` is added where it is not the default one."""
+    where = [] if store is None or store == Store.find() else ["--store", str(store.root)]
+    line = ["lora-gpt2", *map(str, words), *where]
+    reporter.message(f"{title}: {subprocess.list2cmdline(line) if os.name == 'nt' else shlex.join(line)}")
 
 
 def emit(
@@ -101,37 +106,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns columns aligned by width, the first to the left, the others to the right; cells are printable."""
-    table = [[printable(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = []
-    for row in table:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def format_matrix(cells: Sequence[dict[str, Any]]) -> str:
-    """Returns perplexities as adapters × sources; `*` marks the best of each column, `!` text that was trained on."""
-    sources = list(dict.fromkeys(cell["source"] for cell in cells))
-    adapters = list(dict.fromkeys(cell["adapter"] for cell in cells))
-    values = {(cell["adapter"], cell["source"]): cell["perplexity"] for cell in cells}
-    trained = {(cell["adapter"], cell["source"]) for cell in cells if cell.get("documents_trained_on")}
-    best = {
-        source: min((v for a in adapters if not math.isnan(v := values[a, source])), default=0.0) for source in sources
-    }
-    rows = []
-    for adapter in adapters:
-        marks = ["*" if values[adapter, s] == best[s] and len(adapters) > 1 else " " for s in sources]
-        marks = ["!" if (adapter, s) in trained else mark for s, mark in zip(sources, marks, strict=True)]
-        rows.append([adapter, *(f"{values[adapter, s]:,.2f}{mark}" for s, mark in zip(sources, marks, strict=True))])
-    return format_table(["perplexity", *(f"{source} " for source in sources)], rows)
 
 
 def format_seconds(seconds: float) -> str:

@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
 
+from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import (
+    SAMPLE_PROMPT,
     base_option,
     data_option,
     emit,
     format_bytes,
     format_seconds,
-    format_table,
+    items_argument,
     json_option,
     memory_option,
-    name_store,
-    recipes_argument,
     set_option,
     skip_bad_option,
     store_option,
+    suggest_next,
 )
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, UsageError
-from lora_gpt2.recipe_files import load_recipe, name_recipe
+from lora_gpt2.core.tables import format_table
+from lora_gpt2.recipe_files import list_items, load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
 
 
 @click.command("train")
-@recipes_argument
+@items_argument
 @data_option
 @click.option("--name", metavar="N", help="Name of the adapter; else the recipe's, else the first file's.")
 @base_option
+@setting_options("train")
 @set_option
 @skip_bad_option
 @click.option("--resume", is_flag=True, help="Resume the interrupted run of the same recipes.")
@@ -47,10 +49,11 @@ from lora_gpt2.store.catalog import Store
 @click.pass_obj
 def command(
     reporter: Reporter,
-    recipes: tuple[Path, ...],
+    items: tuple[str, ...],
     data: tuple[str, ...],
     name: str | None,
     base: str | None,
+    flags: dict[str, Any],
     overrides: tuple[str, ...],
     skip_bad: bool,
     resume: bool,
@@ -61,21 +64,24 @@ def command(
     store: Store,
     as_json: bool,
 ) -> None:
-    """Train one adapter, or several recipes together over one base.
+    """Train one adapter on a SOURCE of text, or several together over one base.
+
+    A source is a file, a folder, a glob, - or hf:NAME; label=SOURCE names its adapter. A RECIPE is a YAML file, or the
+    name of one that comes with the package.
 
     \b
     Examples:
-      lora-gpt2 train --data my_text.txt --name mine
-      lora-gpt2 train prose --data notes/ --name mine --set train.steps=100
-      lora-gpt2 train a.yaml b.yaml c.yaml        three adapters, one pass over the base
-      lora-gpt2 train a.yaml --resume             after an interruption; --fresh begins anew
+      lora-gpt2 train my_text.txt
+      lora-gpt2 train notes/ --name mine --epochs 5 --rank 32
+      lora-gpt2 train law=law.jsonl code=src/     two adapters, one pass over the base
+      lora-gpt2 train prose notes/ --set train.patience=3
+      lora-gpt2 train a.yaml b.yaml --resume      after an interruption; --fresh begins anew
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
+    own = {**flags, "base": base, "data.skip_bad": skip_bad or None}
     chosen = [
-        name_recipe(
-            load_recipe(path, overrides, data__sources=data, name=name, base=base, data__skip_bad=skip_bad or None)
-        )
-        for path in recipes or [None]
+        name_recipe(load_recipe(item.recipe, overrides, {**own, "name": item.name, "data.sources": item.sources}))
+        for item in list_items(items, data, name)
     ]
     if dry_run:
         from lora_gpt2.commands.plan import show_plan
@@ -92,20 +98,19 @@ def command(
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     try:
-        report = train_recipes(chosen, store, reporter, resume, fresh)
+        report = train_recipes(chosen, store, reporter, resume=resume, fresh=fresh)
     except ConflictError as error:
         if "--resume" not in error.hint or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
         goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
-        report = train_recipes(chosen, store, reporter, goes_on, not goes_on)
+        report = train_recipes(chosen, store, reporter, resume=goes_on, fresh=not goes_on)
     if not report.adapters:  # another process of this launch speaks
         return
     emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))
     for item in report.adapters:
         reporter.message(f"{item.name}: {item.verdict}; {item.forgetting}")
     first = report.adapters[0].name
-    where = name_store(store)
-    reporter.message(f'next: lora-gpt2 generate "..." --adapter {first}{where}')
+    suggest_next(reporter, "generate", SAMPLE_PROMPT, "--adapter", first, store=store)
     reporter.message(f"see:  {store.resolve(first) / 'report.html'}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,9 +22,28 @@ def draw_chart(
     size: tuple[float, float] = (5.6, 3.4),
     margins: Margins = MARGINS,
 ) -> bytes:
-    """Returns a chart as `png` or `svg`; size in inches, margins (left, right, top, bottom) as shares of it."""
-    import matplotlib
+    """Returns a chart as `png` or `svg`; see `build_chart`."""
+    figure = build_chart(plot, size, margins)
+    out = io.BytesIO()
+    with _look():
+        figure.savefig(out, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return out.getvalue()
+
+
+def build_chart(plot: Callable[[Axes], None], size: tuple[float, float], margins: Margins = MARGINS) -> Figure:
+    """Returns a chart; size in inches, margins (left, right, top, bottom) as shares of it."""
     from matplotlib.figure import Figure
+
+    with _look():
+        figure: Figure = Figure(figsize=size)
+        left, right, top, bottom = margins
+        figure.subplots_adjust(left=left, right=right, top=top, bottom=bottom)  # a layout engine would draw it twice
+        plot(figure.add_subplot())
+    return figure
+
+
+def _look() -> AbstractContextManager[None]:
+    import matplotlib
 
     look = {
         "svg.fonttype": "none",
@@ -40,14 +60,7 @@ def draw_chart(
         "axes.axisbelow": True,
         "text.parse_math": False,
     }
-    with matplotlib.rc_context(look):
-        figure: Figure = Figure(figsize=size)
-        left, right, top, bottom = margins
-        figure.subplots_adjust(left=left, right=right, top=top, bottom=bottom)  # a layout engine would draw it twice
-        plot(figure.add_subplot())
-        out = io.BytesIO()
-        figure.savefig(out, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    return out.getvalue()
+    return matplotlib.rc_context(look)
 
 
 def draw_svg(plot: Callable[[Axes], None], size: tuple[float, float] = (5.6, 3.4), margins: Margins = MARGINS) -> str:

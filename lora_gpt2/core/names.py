@@ -8,7 +8,8 @@ import re
 from lora_gpt2.core.errors import UsageError
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-RESERVED_NAMES = frozenset({"base", "all", "auto"})
+ALL, AUTO = "all", "auto"
+RESERVED_NAMES = frozenset({"base", ALL, AUTO})
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.")  # and names that Windows shortens
 
 

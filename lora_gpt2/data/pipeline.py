@@ -70,10 +70,7 @@ def process_sources(
         _iter_documents(splits[split], settings, summary, log, split) for split in splits if split != "train"
     )
     training = _iter_documents(splits["train"], settings, summary, log, "train")
-    rules = choose_rules(settings.profile, settings.rules)
-    context = ShardContext(
-        settings=settings, rules=rules, tokenizer=tokenizer, boilerplate=frozenset(), section_length=0, folder=folder
-    )
+    context = _build_context(settings, tokenizer, folder)
     ahead = _read_ahead(training)
     context = replace(context, boilerplate=_find_boilerplate([document for _, document in ahead], context))
     wants_split = any(not splits[p] and getattr(settings, f"{p}_fraction") for p in ("validation", "test"))
@@ -91,11 +88,24 @@ def process_sources(
     return summary
 
 
+def _build_context(settings: DataSettings, tokenizer: Tokenizer | None, folder: Path) -> ShardContext:
+    of_code = "code" if settings.profile == "prose" else settings.profile
+    return ShardContext(
+        settings=settings,
+        rules=choose_rules(settings.profile, settings.rules),
+        code_rules=choose_rules(of_code, settings.rules),
+        tokenizer=tokenizer,
+        boilerplate=frozenset(),
+        section_length=0,
+        folder=folder,
+    )
+
+
 def _find_boilerplate(documents: Sequence[Document], context: ShardContext) -> frozenset[str]:
     """Returns the lines that the documents have in common at their edges, of those in which they are looked for."""
     if BOILERPLATE not in context.rules:
         return frozenset()
-    chosen = [document for document in documents if has_boilerplate(document.text, context)]
+    chosen = [document for document in documents if has_boilerplate(document, context)]
     cleaned = (clean_within_timeout(document, context, CleaningReport()) for document in chosen)
     return find_boilerplate([document.text for document in cleaned if document])
 
@@ -138,14 +148,7 @@ def clean_documents(
     documents: Sequence[Document], settings: DataSettings, reporter: Reporter, unreadable: int = 0
 ) -> list[Document]:
     """Returns documents cleaned, without those that training sets aside; says what that changed; see `read_clean`."""
-    context = ShardContext(
-        settings=settings,
-        rules=choose_rules(settings.profile, settings.rules),
-        tokenizer=None,
-        boilerplate=frozenset(),
-        section_length=0,
-        folder=Path(),
-    )
+    context = _build_context(settings, None, Path())
     context = replace(context, boilerplate=_find_boilerplate(documents[:SAMPLE_DOCUMENTS], context))
     report, kept, rejected = CleaningReport(), list[Document](), Counter({UNREADABLE: unreadable} if unreadable else {})
     for document in documents:

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -55,10 +55,15 @@ class ShardContext:
 
     settings: DataSettings
     rules: dict[str, str]
+    code_rules: dict[str, str]
     tokenizer: Tokenizer | None
     boilerplate: frozenset[str]
     section_length: int
     folder: Path
+
+    def rules_for(self, document: Document) -> Mapping[str, str]:
+        """Returns the rules that clean a document: source code has its own, unless the profile was chosen for it."""
+        return self.code_rules if document.is_code else self.rules
 
 
 @dataclass(frozen=True)
@@ -161,28 +166,28 @@ def clean_within_timeout(document: Document, context: ShardContext, report: Clea
 def clean_document(document: Document, context: ShardContext, report: CleaningReport) -> Document:
     """Returns a document with text and prompt cleaned; where a prompt stands before it, the space between stays."""
     if not document.prompt:
-        return replace(document, text=_clean(document.text, context, report))
+        return replace(document, text=_clean(document, context, report))
     pieces = []
     for text in (document.prompt, document.text):
         core = text.strip()
         begin = len(text) - len(text.lstrip())
-        pieces.append(f"{text[:begin]}{report.clean(core, context.rules)}{text[begin + len(core) :]}")
+        pieces.append(f"{text[:begin]}{report.clean(core, context.rules_for(document))}{text[begin + len(core) :]}")
     return replace(document, prompt=pieces[0], text=pieces[1])
 
 
-def _clean(text: str, context: ShardContext, report: CleaningReport) -> str:
-    takes_edges = has_boilerplate(text, context)
-    text = report.clean(text, context.rules)
+def _clean(document: Document, context: ShardContext, report: CleaningReport) -> str:
+    takes_edges = has_boilerplate(document, context)
+    text = report.clean(document.text, context.rules_for(document))
     return report.note(BOILERPLATE, text, drop_edges(text, context.boilerplate)) if takes_edges else text
 
 
-def has_boilerplate(text: str, context: ShardContext) -> bool:
+def has_boilerplate(document: Document, context: ShardContext) -> bool:
     """True if the lines that documents have in common are looked for in one: by default in web pages alone.
 
     A template's own lines are meant.
     """
-    mode = "" if context.settings.template else context.rules.get(BOILERPLATE)
-    return mode == "all" or (mode == "pages" and looks_like_page(text))
+    mode = "" if context.settings.template else context.rules_for(document).get(BOILERPLATE)
+    return mode == "all" or (mode == "pages" and looks_like_page(document.text))
 
 
 def process_shard(shard: Shard, context: ShardContext) -> None:

@@ -79,21 +79,32 @@ class Cell:
         }
 
 
+@dataclass(frozen=True)
+class LabelledSource:
+    """What to read, and its name in the matrix."""
+
+    label: str
+    path: str
+
+    @classmethod
+    def parse(cls, spec: str) -> LabelledSource:
+        """Returns what `path` or `label=path` means; a path that exists is one, with `=` in it or not."""
+        label, separator, path = spec.partition("=")
+        return cls(label, path) if separator and not Path(spec).exists() else cls(spec, spec)
+
+
 def read_sources(
-    specs: Sequence[str],
+    wanted: Sequence[LabelledSource],
     settings: DataSettings,
     reporter: Reporter,
     find_own: Callable[[str, str], EvaluationText | None] = lambda label, name: None,
 ) -> list[EvaluationText]:
-    """Reads `path` or `label=path` items, cleaned as training cleans them, so that a text has one number everywhere.
+    """Reads sources, cleaned as training cleans them, so that a text has one number everywhere.
 
-    An item that is not a path is passed to `find_own`, which returns the text of that label and name, or None.
+    One that is not a path is passed to `find_own`, which returns the text of that label and name, or None.
     """
     sources: list[EvaluationText] = []
-    for spec in specs:
-        label, separator, path = spec.partition("=")
-        if not separator or Path(spec).exists():
-            label = path = spec
+    for label, path in ((source.label, source.path) for source in wanted):
         if label in (source.label for source in sources):
             raise UsageError(f"two sources are called '{label}'", "give each a label of its own: label=path")
         own = None if Path(path).exists() else find_own(label, path)

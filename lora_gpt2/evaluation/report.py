@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_gpt2.core.chart import INK, Margins, draw_chart, draw_svg
+from lora_gpt2.core.chart import INK, Margins, build_chart, draw_chart, draw_svg
 from lora_gpt2.core.pages import embed_svg, render_page
+from lora_gpt2.core.tables import format_table
 from lora_gpt2.store.references import BASE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Cells = Sequence[Mapping[str, Any]]
 LIMIT = 4.0  # the ratio to the base at which the colour is full
@@ -50,6 +52,29 @@ def describe_gain(cell: Mapping[str, Any]) -> str:
         return f"perplexity {cell['perplexity']:,.2f}"
     sure = "" if cell["ratio_interval"] is None else " ({:.2f} to {:.2f})".format(*cell["ratio_interval"])
     return f"perplexity {cell['perplexity']:,.2f}, {cell['ratio_to_base']:.2f}{sure} of the base's"
+
+
+def format_matrix(cells: Cells) -> str:
+    """Returns perplexities as adapters × sources; `*` marks the best of each column, `!` text that was trained on."""
+    sources = list(dict.fromkeys(cell["source"] for cell in cells))
+    adapters = list(dict.fromkeys(cell["adapter"] for cell in cells))
+    values = {(cell["adapter"], cell["source"]): cell["perplexity"] for cell in cells}
+    trained = {(cell["adapter"], cell["source"]) for cell in cells if cell.get("documents_trained_on")}
+    best = {
+        source: min((v for a in adapters if not math.isnan(v := values[a, source])), default=0.0) for source in sources
+    }
+    rows = []
+    for adapter in adapters:
+        marks = ["*" if values[adapter, s] == best[s] and len(adapters) > 1 else " " for s in sources]
+        marks = ["!" if (adapter, s) in trained else mark for s, mark in zip(sources, marks, strict=True)]
+        rows.append([adapter, *(f"{values[adapter, s]:,.2f}{mark}" for s, mark in zip(sources, marks, strict=True))])
+    return format_table(["perplexity", *(f"{source} " for source in sources)], rows)
+
+
+def build_figure(cells: Cells) -> Figure:
+    """Returns the heat map as a figure of matplotlib."""
+    size, margins = _measure_map(cells)
+    return build_chart(lambda axes: _plot(axes, cells), size, margins)
 
 
 def draw_matrix(cells: Cells, kind: str = "png") -> bytes:

@@ -69,6 +69,10 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: LoraGpt2Error | None = None
 
+    def __str__(self) -> str:
+        """Returns the continuation."""
+        return self.text
+
     def to_json(self) -> dict[str, Any]:
         """Returns the continuation with the keys of `generate --json`."""
         values = {key: value for key, value in vars(self).items() if key not in ("logprobs", "error")}
@@ -176,13 +180,31 @@ def iter_outputs(
     stop: StopRequest | None = None,
     truncate_left: bool = False,
 ) -> Iterator[tuple[int, Output]]:
-    """Yields each request's index and continuation as it finishes.
+    """Yields each request's index and continuation as it finishes; `on_text` receives text as it is generated.
+
+    For the other arguments and the errors see `iter_pieces`.
+    """
+    for index, text, output in iter_pieces(session, requests, settings, stop=stop, truncate_left=truncate_left):
+        if text and on_text is not None:
+            on_text(index, text)
+        if output is not None:
+            yield index, output
+
+
+def iter_pieces(
+    session: Session,
+    requests: Sequence[Request],
+    settings: GenerateSettings,
+    *,
+    stop: StopRequest | None = None,
+    truncate_left: bool = False,
+) -> Iterator[tuple[int, str, Output | None]]:
+    """Yields a request's index, the text that its continuation has grown by, and at its end the continuation.
 
     Args:
         session: base and adapters.
         requests: what to continue.
         settings: for requests without their own.
-        on_text: receives text as it is generated.
         stop: if a stop is requested, running continuations finish as they are, and waiting ones empty, as
             `interrupted`.
         truncate_left: drop the beginning of prompts that are too long, instead of raising.
@@ -201,14 +223,11 @@ def iter_outputs(
         engine.submit(sequence)
     while engine.is_busy:
         outputs = engine.step()
-        for sequence, text in outputs:
-            if text and on_text is not None:
-                on_text(sequence.index, text)
-        finished = [sequence for sequence, _ in outputs if sequence.finish_reason]
         if stop is not None and stop.signal_number:
-            finished = engine.stop_all("interrupted") + finished
-        for sequence in finished:
-            yield sequence.index, _to_output(requests[sequence.index], sequence, provenance[sequence.index])
+            outputs += [(sequence, "") for sequence in engine.stop_all("interrupted")]
+        for sequence, text in outputs:
+            request, origin = requests[sequence.index], provenance[sequence.index]
+            yield sequence.index, text, _to_output(request, sequence, origin) if sequence.finish_reason else None
 
 
 def _build_sequences(

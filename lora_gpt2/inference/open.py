@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_gpt2.core.names import ALL
+from lora_gpt2.inference.mix import Mix, read_manifests
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.prepacked import prepack_weights
@@ -11,24 +13,25 @@ from lora_gpt2.model.runtime import choose_device, choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.listing import list_current
-from lora_gpt2.store.manifest import Manifest
 from lora_gpt2.store.references import BASE
 
 
-def open_session(store: Store, references: Sequence[str], recipe: Recipe, dtype: str) -> tuple[Session, list[str]]:
-    """Returns a session and the adapters meant; `all` is every adapter of this base, then the base.
+def open_session(store: Store, adapters: Sequence[str], recipe: Recipe, dtype: str) -> tuple[Session, list[Mix]]:
+    """Returns a session and the mixes that are meant; `all` is every adapter of this base, then the base.
 
-    The base is the recipe's where it was set, else that of the first adapter's manifest, else the default.
+    The base is the recipe's where it was set, else that of the first adapter's manifest, else the default. That every
+    adapter is there is checked before the base is loaded.
     """
-    named = [reference for reference in references if reference not in (BASE, "all")]
-    base_name = recipe.base
-    if named and "base" not in recipe.model_fields_set:
-        base_name = store.read_manifest(named[0]).base.name
-    base = load_for_inference(base_name, dtype)
-    if "all" in references:
-        found = [m for m in store.iter_current() if isinstance(m, Manifest) and m.base.fingerprint == base.fingerprint]
-        references = [*(m.name for m in found), *(r for r in references if r not in ("all", BASE)), BASE]
-    return Session(base, store), list(dict.fromkeys(references))
+    manifests = read_manifests(store, adapters)
+    known = bool(manifests) and "base" not in recipe.model_fields_set
+    base = load_for_inference(manifests[0].base.name if known else recipe.base, dtype)
+    if ALL in adapters:
+        adapters = [
+            *(manifest.name for manifest in store.list_for_base(base.fingerprint)),
+            *(spec for spec in adapters if spec not in (ALL, BASE)),
+            BASE,
+        ]
+    return Session(base, store), list(dict.fromkeys(map(Mix.parse, adapters)))
 
 
 def open_store(store: Store, recipe: Recipe) -> Session:

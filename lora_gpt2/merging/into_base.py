@@ -33,6 +33,7 @@ from lora_gpt2.merging.gguf import check_gguf, write_gguf
 from lora_gpt2.model.base import TRANSPOSED, Base, list_weight_files, load_base, read_stored_dtype
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.merge import MergeRule
 from lora_gpt2.model.probe import AdapterSelector, compute_logits, measure_difference, select_base
 from lora_gpt2.model.quantize import QuantizedLinear
@@ -146,11 +147,17 @@ def check_written(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def build_state(session: Session, parents: Parents, rule: MergeRule, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the merged base's tensors on the CPU under Hugging Face's names, projections as `Conv1D` has them."""
+    """Returns what `merge_state` does, of a merge that changes something and is finite."""
     check_deltas(parents, rule)
-    weights = rule.scale_weights(parents.weights)
-    adapted = {site for adapter in parents.adapters for site in adapter.updates}
-    tensors = session.base.model.state_dict()
+    return merge_state(session.base, parents.adapters, rule.scale_weights(parents.weights), rule, dtype)
+
+
+def merge_state(
+    base: Base, adapters: Sequence[Adapter], weights: Sequence[float], rule: MergeRule, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Returns a merged base's tensors on the CPU under Hugging Face's names, projections as `Conv1D` has them."""
+    adapted = {site for adapter in adapters for site in adapter.updates}
+    tensors = base.model.state_dict()
     if HEAD in adapted:  # then the head is no longer tied to the token embeddings
         tensors.setdefault(f"{HEAD}.weight", tensors["wte.weight"])
     state = {}
@@ -158,7 +165,7 @@ def build_state(session: Session, parents: Parents, rule: MergeRule, dtype: torc
         tensor = tensors.pop(key).detach().to("cpu", torch.float32)
         site = key.removesuffix(".weight")
         if key.endswith(".weight") and site in adapted:
-            tensor = tensor + rule.combine_site(parents.adapters, weights, site)
+            tensor = tensor + rule.combine_site(adapters, weights, site)
         if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
             raise CorruptError(f"{key} of the merged base does not fit {dtype}", "use --set merge.dtype=float32")
         tensor = tensor.mT if key.endswith(TRANSPOSED) else tensor

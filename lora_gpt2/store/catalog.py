@@ -36,6 +36,7 @@ PUBLISH_WAIT_SECONDS = 30.0  # a publication takes milliseconds; another one may
 MAX_POINTER_BYTES = 64
 PIN_ATTEMPTS = 20  # each is lost only to a publication and a collection in between
 STAMP = "~"  # not in any name
+DEFAULT_STORE = "adapters"
 LOCKS, TRASH = ".locks", ".trash"
 NEXT = ".next"  # the lowest number that the next version may have, once the highest version was removed
 
@@ -45,6 +46,11 @@ class Store:
     """A folder of adapters."""
 
     root: Path
+
+    @classmethod
+    def find(cls, folder: str | Path | None = None) -> Store:
+        """Returns the store in a folder; without one `$LORA_GPT2_STORE`, else `./adapters`."""
+        return cls(Path(folder or os.environ.get("LORA_GPT2_STORE") or DEFAULT_STORE))
 
     def list_names(self) -> list[str]:
         """Returns the names of all adapters that have a version in use; other folders are ignored."""
@@ -76,6 +82,11 @@ class Store:
             except LoraGpt2Error:  # it may have been collected meanwhile: look again, holding it
                 yield self._try_pinned(name)
 
+    def list_for_base(self, fingerprint: str) -> list[Manifest]:
+        """Returns the versions in use that were trained on a base; damaged ones are left out."""
+        found = (item for item in self.iter_current() if isinstance(item, Manifest))
+        return [manifest for manifest in found if manifest.base.fingerprint == fingerprint]
+
     def _try_pinned(self, name: str) -> Manifest | LoraGpt2Error:
         try:
             return self.read_manifest(name)
@@ -93,8 +104,8 @@ class Store:
         try:
             content = read_regular(path, MAX_POINTER_BYTES)
         except (FileNotFoundError, NotADirectoryError) as error:
-            hint = suggest(name, self.list_names())
-            raise NotFoundError(f"there is no adapter '{name}' in {self.root}", hint) from error
+            hint = f"{suggest(name, self.list_names())}; another store is named with --store or $LORA_GPT2_STORE"
+            raise NotFoundError(f"there is no adapter '{name}' in {self.root.absolute()}", hint) from error
         except OSError as error:
             raise translate_os_error(error, f"read {path}") from error
         wanted = content.removesuffix(b"\n")

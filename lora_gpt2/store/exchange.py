@@ -30,6 +30,7 @@ from lora_gpt2.model.base import Base
 from lora_gpt2.model.checkpoint import HUB_ID, HUB_NAMES, locate_for_peft
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.probe import check_finite_logits
 from lora_gpt2.store.archive import pack_archive, read_archive
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
@@ -49,7 +50,7 @@ HUB_FILES = (WEIGHTS, PEFT_CONFIG, MANIFEST, "metrics.jsonl", "report.html", "cu
 
 
 @dataclass(frozen=True)
-class Source:
+class FetchedAdapter:
     """An adapter that has been fetched and not yet looked into."""
 
     where: str
@@ -79,7 +80,7 @@ class ImportedAdapter:
     max_logit_difference: float = 0.0
 
 
-def fetch_adapter(source: str) -> Source:
+def fetch_adapter(source: str) -> FetchedAdapter:
     """Reads a PEFT folder, an archive, a loralib file, or fetches a hub repository (`owner/name`).
 
     Raises:
@@ -97,9 +98,9 @@ def fetch_adapter(source: str) -> Source:
         for name in (WEIGHTS, PEFT_CONFIG):
             if name not in files:
                 raise CorruptError(f"{source} holds no {name}", "make one with 'lora-gpt2 adapters export'")
-        return Source(source, files, _check_manifest(files, source))
+        return FetchedAdapter(source, files, _check_manifest(files, source))
     if path.is_file() and path.name.endswith(LORALIB):
-        return Source(source, loralib=path)
+        return FetchedAdapter(source, loralib=path)
     if path.exists():
         raise UsageError(f"{source} is neither a folder, an archive nor a .pt file", "give a folder that PEFT saved")
     if HUB_ID.fullmatch(source):
@@ -110,14 +111,14 @@ def fetch_adapter(source: str) -> Source:
     raise NotFoundError(f"there is no {source}", "give a folder, a .tar.gz, a .pt file, or a hub id: owner/name")
 
 
-def _read_folder(path: Path, where: str) -> Source:
+def _read_folder(path: Path, where: str) -> FetchedAdapter:
     weights, config = read_peft_files(path)
     files = {WEIGHTS: weights, PEFT_CONFIG: config}
     if (path / MANIFEST).is_file():
         with wrap_os_errors(f"read {path}"):
             present = [name for name in HUB_FILES if (path / name).is_file()]
             files |= {name: read_regular((path / name).resolve(), MAX_FILE_BYTES) for name in present}
-    return Source(where, files, _check_manifest(files, where))
+    return FetchedAdapter(where, files, _check_manifest(files, where))
 
 
 def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
@@ -137,7 +138,7 @@ def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
 
 
 def import_adapter(
-    source: Source, store: Store, name: str, base: Base, rank: int | None = None, alpha: float | None = None
+    source: FetchedAdapter, store: Store, name: str, base: Base, rank: int | None = None, alpha: float | None = None
 ) -> ImportedAdapter:
     """Checks what was fetched and publishes it as the next version of `name`; `rank` is for conversions.
 
@@ -177,7 +178,25 @@ def import_adapter(
     )
 
 
-def _convert(source: Source, base: Base, rank: int | None) -> tuple[Adapter, str, float, float]:
+def read_adapter(source: FetchedAdapter, base: Base) -> Adapter:
+    """Returns what was fetched as an adapter of the base, without publishing it; a conversion keeps its own rank.
+
+    Raises:
+        CorruptError, MismatchError: it is damaged, unsupported (the key is named), or of another base.
+        UsageError: it is a loralib file, which does not say its alpha.
+    """
+    if source.loralib is not None:
+        raise UsageError(
+            f"{source.where} does not say its alpha", "import it: lora-gpt2 adapters import FILE --name N --alpha A"
+        )
+    if source.manifest is not None:
+        check_base(source.manifest, base)
+    adapter = _convert(source, base, None)[0]
+    check_finite_logits(base, adapter, source.where)
+    return adapter
+
+
+def _convert(source: FetchedAdapter, base: Base, rank: int | None) -> tuple[Adapter, str, float, float]:
     weights = {"head": lambda: base.model.head, "embeddings": lambda: base.model.wte.weight}
     content = parse_peft(
         source.files[WEIGHTS], source.files[PEFT_CONFIG], base.config, source.where, lambda name: weights[name]()

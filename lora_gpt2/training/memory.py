@@ -106,7 +106,7 @@ def count_pass_tokens(recipes: Sequence[Recipe]) -> int:
     """Returns the most tokens of one pass over recipes that share passes, also when some of them have stopped."""
     size = recipes[0].data.block_size
     limit = min(recipe.train.micro_batch_tokens for recipe in recipes)
-    rows = max(max(1, recipe.train.batch_tokens // size) for recipe in recipes)
+    rows = max(recipe.blocks_per_step for recipe in recipes)
     return max(k * min(rows, max(1, limit // size // k)) * size for k in range(1, len(recipes) + 1))
 
 

@@ -146,7 +146,7 @@ def _measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Report
 
 def build_random_data(recipe: Recipe, vocab_size: int) -> PreparedData:
     """Returns random tokens, enough for one step, in the place of text."""
-    tokens = recipe.train.batch_tokens + recipe.data.block_size
+    tokens = (recipe.blocks_per_step + 1) * recipe.data.block_size
     stream = np.random.default_rng(0).integers(0, vocab_size, tokens + 1).astype(np.uint32)
     size = recipe.data.block_size
     bounds = np.arange(0, len(stream) + 1, size + 1) if recipe.data.layout == "packed" else None

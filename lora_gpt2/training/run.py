@@ -31,6 +31,7 @@ from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.store.peft.tensors import to_peft
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.diagnosis import diagnose_curve, diagnose_forgetting
+from lora_gpt2.training.events import Callback
 from lora_gpt2.training.memory import wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.report import render_report
@@ -50,6 +51,7 @@ class AdapterReport:
 
     name: str
     version: int
+    path: str
     steps: int
     best_step: int
     train_tokens: int
@@ -65,6 +67,13 @@ class AdapterReport:
     verdict: str
     forgetting: str
 
+    def __str__(self) -> str:
+        """Returns the reference of the version, such as `law@2`."""
+        return f"{self.name}@{self.version}"
+
+
+NOT_FIGURES = ("name", "version", "path")
+
 
 @dataclass(frozen=True)
 class TrainReport:
@@ -75,11 +84,18 @@ class TrainReport:
 
 
 def train_recipes(
-    recipes: Sequence[Recipe], store: Store, reporter: Reporter, resume: bool = False, fresh: bool = False
+    recipes: Sequence[Recipe],
+    store: Store,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainReport:
     """Trains one adapter per recipe, together, and publishes them; returns the report.
 
     An interrupted run of the same adapters is continued (`resume`) or set aside (`fresh`), never overwritten.
+    `callbacks` receive each event of the training.
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and dtype.
@@ -107,11 +123,18 @@ def train_recipes(
                     f"an interrupted run of {', '.join(names)} is kept, at step {step}",
                     "--resume continues it, --fresh starts over",
                 )
-        return _train_locked(recipes, store, reporter, run, resume, world)
+        return _train_locked(recipes, store, reporter, run, world, resume=resume, callbacks=callbacks)
 
 
 def _train_locked(
-    recipes: Sequence[Recipe], store: Store, reporter: Reporter, run: RunFolder, resume: bool, world: ProcessGroup
+    recipes: Sequence[Recipe],
+    store: Store,
+    reporter: Reporter,
+    run: RunFolder,
+    world: ProcessGroup,
+    *,
+    resume: bool,
+    callbacks: Sequence[Callback],
 ) -> TrainReport:
     settings = recipes[0].train
     runtime = choose_runtime(settings.dtype, world.device)
@@ -134,7 +157,7 @@ def _train_locked(
         found = [_report_published(store, reference) for reference in published] if world.is_main_process else []
         return TrainReport(found, already_complete=True)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in slots]):
-        trainer = Trainer(base, slots, reporter, run, world, generate_sample)
+        trainer = Trainer(base, slots, reporter, run, world, sampler=generate_sample, callbacks=callbacks)
         if checkpoint := world.broadcast_object(run.load(reporter) if resume and world.is_main_process else None):
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")
@@ -147,9 +170,9 @@ def _train_locked(
         general = measure_general(base)
         reports = [_publish(store, base, outcome, general, resume) for outcome in trained]
     if failures := trainer.describe_failures():
-        kept = ", ".join(f"{report.name}@{report.version}" for report in reports)
+        kept = ", ".join(map(str, reports))
         raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
-    run.finish([f"{report.name}@{report.version}" for report in reports])
+    run.finish(list(map(str, reports)))
     return TrainReport(reports)
 
 
@@ -213,6 +236,7 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
     report = AdapterReport(
         name=slot.name,
         version=0,
+        path="",
         steps=slot.last_step,
         best_step=slot.best_step,
         train_tokens=slot.train_tokens,
@@ -228,7 +252,7 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
         verdict=diagnose_curve(slot.records, slot.num_steps, passes, slot.data.validation.num_targets),
         forgetting=diagnose_forgetting(base_general, general),
     )
-    figures = {key: value for key, value in vars(report).items() if key not in ("name", "version")}
+    figures = {key: value for key, value in vars(report).items() if key not in NOT_FIGURES}
     figures["trained_parameters"] = count_parameters(base.config, slot.recipe.lora)
     figures["dtype"] = base.runtime.dtype_name
     figures["test"] = _describe_test(base, slot)
@@ -242,7 +266,8 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
         metrics=slot.records,
         pages=pages,
     )
-    return replace(report, version=publish_adapter(store, slot.name, adapter, base, origin).version)
+    manifest = publish_adapter(store, slot.name, adapter, base, origin)
+    return replace(report, version=manifest.version, path=str(store.resolve(manifest.reference).absolute()))
 
 
 def _describe_test(base: Base, slot: TrainingSlot) -> dict[str, Any]:
@@ -287,5 +312,6 @@ def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
 
 def _report_published(store: Store, reference: str) -> AdapterReport:
     manifest = store.read_manifest(reference)
-    keys = [key for key in AdapterReport.__dataclass_fields__ if key not in ("name", "version")]
-    return AdapterReport(name=manifest.name, version=manifest.version, **{key: manifest.figures[key] for key in keys})
+    figures = {key: manifest.figures[key] for key in AdapterReport.__dataclass_fields__ if key not in NOT_FIGURES}
+    path = str(store.resolve(manifest.reference).absolute())
+    return AdapterReport(name=manifest.name, version=manifest.version, path=path, **figures)

@@ -57,6 +57,7 @@ class TrainingSlot:
         validation_tokens: maximum number of tokens in a validation during the run.
         records: the lines of its metrics file.
         num_written: the number of `records` in the file.
+        stop_requested: a callback has asked for the end.
     """
 
     PROGRESS: ClassVar[tuple[str, ...]] = (
@@ -88,11 +89,11 @@ class TrainingSlot:
     failure: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
     num_written: int = 0
+    stop_requested: bool = False
 
     def __post_init__(self) -> None:
-        settings, block_size = self.recipe.train, self.recipe.data.block_size
-        batch_size = max(1, settings.batch_tokens // block_size)
-        self.order = BlockOrder(self.data.train, batch_size, settings.seed)
+        settings = self.recipe.train
+        self.order = BlockOrder(self.data.train, self.recipe.blocks_per_step, settings.seed)
         self.num_steps = settings.steps or self.order.num_steps(settings.epochs)
         self.validate_every = settings.validate_every or max(1, self.num_steps // 10)
         trained = self.num_steps * self.tokens_per_step
@@ -147,7 +148,8 @@ class TrainingSlot:
         if is_best := nll < self.best_nll:
             self.best_nll, self.best_step, self.validations_without_improvement = nll, step, 0
         patience = self.recipe.train.patience
-        self.stopped = bool(patience and self.validations_without_improvement >= patience and step < self.num_steps)
+        if patience and self.validations_without_improvement >= patience and step < self.num_steps:
+            self.stopped = True
         return is_best
 
     def progress_to_json(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lora_gpt2.model.lora import Adapter, build_adapter, merge_ranks, plan_targe
 from lora_gpt2.model.runtime import measure_peak_memory
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.dispatch import StepDispatcher, StepResult
+from lora_gpt2.training.events import Callback, EventKind, describe_event
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
@@ -47,6 +48,7 @@ class Trainer:
         run: keeps checkpoints and metrics; None keeps none.
         world: the processes of the run.
         sampler: called as `sampler(base, slot, adapter)`; returns a text to keep with each validation.
+        callbacks: receive each event of each adapter, in the main process.
 
     `lookahead` is the number of steps that may be in flight when Python continues.
 
@@ -61,10 +63,12 @@ class Trainer:
         reporter: Reporter,
         run: RunFolder | None = None,
         world: ProcessGroup | None = None,
+        *,
         sampler: Callable[[Base, TrainingSlot, Adapter], str] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.base, self.slots, self.reporter, self.run = base, list(slots), reporter, run
-        self.world, self.sampler = world or ProcessGroup(), sampler
+        self.world, self.sampler, self.callbacks = world or ProcessGroup(), sampler, callbacks
         self.device = base.model.wte.weight.device
         self.lookahead = 1 if self.device.type == "cuda" else 0
         _check_lengths(base, slots)
@@ -140,9 +144,28 @@ class Trainer:
         due = [slot_id for slot_id in active if self.slots[slot_id].is_validation_due(self.step)]
         self._collect(0 if due else self.lookahead)
         self.seconds += time.monotonic() - started
+        if self.callbacks and (stopping := self._find_stopping(active)):
+            self._collect(0)
+            due = list(dict.fromkeys([*due, *stopping]))
         for slot_id in due:
             if not self.slots[slot_id].failure:
                 self._validate(slot_id)
+        if self.callbacks:
+            self._find_stopping(due)  # asked for when a validation was reported
+
+    def _find_stopping(self, active: Sequence[int]) -> list[int]:
+        """Returns the slots that a callback wants to end, and marks them as stopped, in every process alike."""
+        asked = [slot_id for slot_id in active if self.slots[slot_id].stop_requested]
+        asked = self.world.broadcast_object(asked)
+        for slot_id in asked:
+            self.slots[slot_id].stopped = True
+        return asked
+
+    def _emit(self, kind: EventKind, slot: TrainingSlot, validation_loss: float | None = None) -> None:
+        if self.callbacks and self.world.is_main_process:
+            event = describe_event(kind, slot, self.seconds, validation_loss)
+            for callback in self.callbacks:
+                callback(event)
 
     def _collect(self, max_pending: int) -> None:
         """Records the results of steps until at most `max_pending` are in flight."""
@@ -164,6 +187,7 @@ class Trainer:
             is_applied=result.is_applied,
             seconds=self.seconds,
         )
+        self._emit("step", slot)
 
     def _fail(self, slot: TrainingSlot, reason: str) -> None:
         learning_rate = slot.recipe.train.peak_learning_rate(self.base.config.n_embd)
@@ -183,6 +207,7 @@ class Trainer:
             record["sample"] = self.sampler(self.base, slot, self.bank.read(slot_id))
         if slot.record_validation(self.step, nll):
             self.best[slot_id] = self.bank.flat[slot_id]
+        self._emit("validation", slot, nll)
         if slot.stopped:
             self.reporter.message(f"'{slot.name}' stopped at step {self.step}: best was step {slot.best_step}")
 
@@ -207,6 +232,7 @@ class Trainer:
                     self.bank.flat[slot_id] = self.best[slot_id]
                     self.bank.refresh_casts()
                 base_nll, validation_nll = losses.measure_validation(slot_id, task.advance)
+                self._emit("end", slot, validation_nll)
                 yield TrainedAdapter(
                     slot=slot,
                     adapter=self.bank.read(slot_id),
@@ -251,6 +277,8 @@ class Trainer:
         self.run.save(
             self.step, self._list_tensors(), {"step": self.step, "seconds": self.seconds, "domains": progress}
         )
+        for slot in self.slots:
+            self._emit("checkpoint", slot)
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continues where a checkpoint was taken."""

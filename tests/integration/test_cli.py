@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from lora_gpt2 import __version__
 from lora_gpt2.store.catalog import Store
 from tests.builders import make_text
 
@@ -44,7 +45,7 @@ def test_from_text_to_adapter_to_text_to_figures(run, base_folder, text_file):
     }
     assert (item["name"], item["version"], item["steps"], item["train_tokens"]) == ("mine", 1, 8, 512)
     assert "tokens/s" in err
-    assert 'next: lora-gpt2 generate "..." --adapter mine\n' in err
+    assert "next: lora-gpt2 generate 'Once upon a time' --adapter mine\n" in err
     code, out, err = run(
         "generate", "the cat", "--adapter", "mine", "--seed", 1, "--json", "--set", "generate.max_new_tokens=5"
     )
@@ -198,7 +199,7 @@ ERRORS = [
     (["trian"], 2, "UsageError", "no command 'trian'", "train"),
     (["train", "--nonsense"], 2, "UsageError", "No such option", "--help"),
     (["train", "-q"], 2, "UsageError", "No such option '-q'", "before the command: lora-gpt2 -q"),
-    (["train"], 2, "UsageError", "nothing to train on", "--data FILE"),
+    (["train"], 2, "UsageError", "nothing to train on", "name a file or a folder"),
     (["train", "--data", "{text}", "--name", "A/B"], 2, "UsageError", "'A/B' is not a name", "1 to 64"),
     (["train", "--data", "{text}", "--set", "train.stps=1"], 2, "RecipeError", "train.stps", "train.steps"),
     (["train", "--name", "a", "--base", "{base}"], 3, "DataError", "no text to train on", "--data"),
@@ -279,10 +280,23 @@ def test_the_suggested_command_names_a_store_that_is_not_the_default(run, traine
 
 
 def test_a_group_alone_says_what_is_missing(run):
-    for arguments, path in ((["adapters"], "lora-gpt2 adapters"), ([], "lora-gpt2")):
-        code, out, err = run(*arguments)
-        assert (code, out) == (2, "")
-        assert err == f"error: a command is missing\n  see '{path} --help'\n"
+    code, out, err = run("adapters")
+    assert (code, out) == (2, "")
+    assert err == "error: a command is missing\n  see 'lora-gpt2 adapters --help'\n"
+
+
+def test_what_people_try_to_find_out_what_there_is(run):
+    code, listing, err = run()
+    assert (code, err) == (0, "")
+    assert "train" in listing
+    for arguments in (["help"], ["-h"], ["--help"]):
+        assert run(*arguments) == (0, listing, "")
+    for arguments in (["help", "train"], ["train", "my.txt", "--help"], ["train", "-h"]):
+        code, out, _ = run(*arguments)
+        assert code == 0
+        assert out.startswith("Usage: lora-gpt2 train ")
+    for arguments in (["version"], ["-V"], ["--version"]):
+        assert run(*arguments) == (0, f"lora-gpt2, version {__version__}\n", "")
 
 
 def test_running_out_of_memory_or_disk_is_a_resource_error(run, monkeypatch):
@@ -357,7 +371,7 @@ def test_a_plan_says_what_fits_and_train_applies_it(run, base_folder, text_file,
     code, out, _ = run("train", *shape, "--name", "mine", "--gpu-memory", "1MB", "--json")
     assert (code, json.loads(out)["error"]["type"]) == (7, "ResourceError")
     code, out, _ = run("plan", *shape, "--gpu-memory", "1MB", "--no-probe")
-    assert code == 0
+    assert code == 9
     assert "does NOT fit" in out
     assert run("plan", *shape, "--gpu-memory", "lots")[0] == 2
 

@@ -94,7 +94,7 @@ def trainer_of(recipes, reporter, kill_at=0, resume=False):
     def work(store, writer):
         run_module.render_report = lambda *args: {}  # drawing is slow, and nothing of the run depends on it
         count_and_kill(kill_at, writer)
-        train_recipes(recipes, store, reporter, resume)
+        train_recipes(recipes, store, reporter, resume=resume)
 
     return work
 

@@ -95,7 +95,7 @@ def test_a_form_goes_out_and_its_answers_come_back(begin, tmp_path):
     code, _, err = begin("", "--export", "form.html")
     page = (tmp_path / "form.html").read_text()
     assert code == 0
-    assert "rate --import" in err
+    assert "rate --out ratings --import" in err
     assert "<script>" in page
     (tmp_path / "a.json").write_text(
         json.dumps(

@@ -96,7 +96,7 @@ def test_merge_publishes_with_its_proof_and_says_perplexity_before_and_after(run
     code, out, err = run("merge", "law", "code", "--as", "low", "--method", "svd", "--rank", 2)
     assert code == 0
     assert "rank up to 2" in out
-    assert 'generate "..." --adapter low' in err
+    assert "generate 'Once upon a time' --adapter low" in err
 
 
 def test_merge_into_the_base_writes_a_plain_gpt2(run, trained, base_folder, tmp_path):
@@ -135,7 +135,7 @@ ERRORS = [
     (["merge", "law", "--as", "../a"], 2, "not a name"),
     (["merge", "law:x", "--as", "a"], 2, "expected name:weight"),
     (["merge", "law:0", "code:0", "--as", "a"], 2, "changes nothing"),
-    (["merge", "law", "code:-1", "--as", "a", "--method", "linear"], 2, "sum of the weights"),
+    (["merge", "law:1", "code:-1", "--as", "a", "--method", "linear"], 2, "sum of the weights"),
     (["merge", "law", "code", "--search"], 2, "--search needs"),
     (["merge", "law", "--as", "a", "--method", "tise"], 2, "tise"),
     (["adapters", "copy", "law", "base"], 2, "not a name"),

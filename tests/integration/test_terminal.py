@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from lora_gpt2 import cli
-from lora_gpt2.commands.shared import emit, format_table
+from lora_gpt2.commands.shared import emit
 from lora_gpt2.core.console import LineTask, RichReporter
 from lora_gpt2.core.errors import DataError
+from lora_gpt2.core.tables import format_table
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS
 from lora_gpt2.store.peft.tensors import to_peft

@@ -45,17 +45,17 @@ def test_sampling_defaults_are_the_contracts():
 def test_precedence_is_flag_then_set_then_file_then_default(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("name: file\nbase: nano\ntrain: {steps: 5, seed: 1}\n")
-    recipe = load_recipe(path, ["train.steps=7"], name="flag")
+    recipe = load_recipe(path, ["train.steps=7"], {"name": "flag"})
     assert (recipe.name, recipe.train.steps, recipe.train.seed, recipe.train.epochs) == ("flag", 7, 1, 3.0)
 
 
 def test_an_empty_section_is_the_defaults_and_a_bundled_recipe_has_a_short_name(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("data:\ntrain:\n")
-    assert load_recipe(path, ["train.steps=3"], data__sources=("a.txt",)).train.steps == 3
+    assert load_recipe(path, ["train.steps=3"], {"data.sources": ("a.txt",)}).train.steps == 3
     path.write_text("data: 3\n")
     with pytest.raises(RecipeError, match="data"):
-        load_recipe(path, data__sources=("a.txt",))
+        load_recipe(path, flags={"data.sources": ("a.txt",)})
     assert load_recipe(Path("smoke")) == load_recipe(Path("smoke.yaml"))
 
 

@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_gpt2.commands.shared import (
-    base_option,
-    emit,
-    end_as_failed,
-    format_bytes,
-    format_table,
-    json_option,
-    store_option,
-)
+from lora_gpt2.commands.shared import base_option, emit, end_as_failed, format_bytes, json_option, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError, ResourceError, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.printable import printable
+from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lora_gpt2.commands.shared import emit, format_bytes, json_option, name_store, store_option
+from lora_gpt2.commands.shared import emit, format_bytes, json_option, store_option, suggest_next
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.changes import (
@@ -70,7 +70,7 @@ def remove(reporter: Reporter, references: tuple[str, ...], store: Store, as_jso
     for reference in references:
         remove_adapter(store, reference)
     emit({"adapters": list(references)}, as_json, lambda: f"removed {', '.join(references)}")
-    reporter.message(f"to undo: lora-gpt2 adapters restore {references[-1]}{name_store(store)}")
+    suggest_next(reporter, "adapters", "restore", references[-1], store=store, title="to undo")
 
 
 @click.command("restore")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import base_option, emit, json_option, name_store, store_option
+from lora_gpt2.commands.shared import SAMPLE_PROMPT, base_option, emit, json_option, store_option, suggest_next
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.store.catalog import Store
@@ -102,7 +102,9 @@ def export(reporter: Reporter, reference: str, target: Path, peft_safe: bool, st
             reporter.message("it changes the tied head, which PEFT ties again wrongly in places: see --peft-safe")
     row = summarise(manifest) | {"path": str(target)} | ({"perplexity": price} if price else {})
     emit({"adapter": row}, as_json, lambda: [f"wrote {target}"])
-    reporter.message(f"next: lora-gpt2 adapters import {target} --name {manifest.name} --store OTHER")
+    suggest_next(
+        reporter, "adapters", "import", target.absolute(), "--name", manifest.name, title="next, for another store"
+    )
 
 
 @click.command("push")
@@ -154,4 +156,4 @@ def _import(
     cost = f", {found.relative_error:.2%} of its update lost, logits within {found.max_logit_difference:.1e}"
     converted = f" from {found.variant}{cost if found.relative_error else ''}" if found.variant != "lora" else ""
     emit({"adapter": row}, as_json, lambda: f"imported {found.manifest.reference} for {base_name}{converted}")
-    reporter.message(f'next: lora-gpt2 generate "..." --adapter {name}{name_store(store)}')
+    suggest_next(reporter, "generate", SAMPLE_PROMPT, "--adapter", name, store=store)

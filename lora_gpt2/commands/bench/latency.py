@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import click
 
-from lora_gpt2.commands.shared import (
-    emit,
-    format_table,
-    json_option,
-)
+from lora_gpt2.commands.shared import emit, json_option
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.tables import format_table
 
 
 @click.command("startup")

@@ -8,16 +8,10 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import (
-    emit,
-    format_bytes,
-    format_matrix,
-    format_table,
-    json_option,
-    set_option,
-    store_option,
-)
+from lora_gpt2.commands.shared import emit, format_bytes, json_option, set_option, store_option
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.tables import format_table
+from lora_gpt2.evaluation.report import format_matrix
 from lora_gpt2.store.catalog import Store
 
 

@@ -9,14 +9,9 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import (
-    emit,
-    format_bytes,
-    format_table,
-    json_option,
-    store_option,
-)
+from lora_gpt2.commands.shared import emit, format_bytes, json_option, store_option
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.tables import format_table
 from lora_gpt2.store.catalog import Store
 
 

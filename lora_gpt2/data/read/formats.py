@@ -104,6 +104,8 @@ def _read_source(source: Source, settings: DataSettings, log: ReadingLog, piece:
                 check_is_text(file.peek(8192)[:8192], source.name, settings.encoding)
             if source.kind == "text":
                 yield from _read_text(file, source.name, settings, piece)
+            elif source.kind == "code":
+                yield from _read_code(file, source.name, settings, log, piece)
             else:
                 yield from READERS[source.kind](file, source.name, settings, log)
     except DataError as error:
@@ -171,6 +173,13 @@ def _read_text(file: BufferedReader, where: str, settings: DataSettings, piece: 
         if line is not None and not is_mark:
             run.append(line)
             length += len(line)
+
+
+def _read_code(file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog, piece: int) -> Reading:
+    if settings.profile == "prose":
+        log.note("source code: its whitespace is left alone, as with data.profile=code")
+    for item in _read_text(file, where, settings, piece):
+        yield replace(item, is_code=True) if isinstance(item, Document) else item
 
 
 def _cut(text: str, unit: str) -> Iterable[str]:

@@ -27,6 +27,8 @@ class Document:
     prompt: str = ""
     continues: bool = False
     """True if it is a later piece of a long document."""
+    is_code: bool = False
+    """True for a file of source code."""
 
 
 Reading = Iterator[Document | DataError]

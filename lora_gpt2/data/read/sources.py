@@ -34,6 +34,52 @@ KINDS = {
     ".parquet": "parquet",
 }
 SHOWN = ", ".join(KINDS)
+CODE = [
+    "py",
+    "pyi",
+    "js",
+    "mjs",
+    "jsx",
+    "ts",
+    "tsx",
+    "java",
+    "kt",
+    "scala",
+    "c",
+    "h",
+    "cc",
+    "cpp",
+    "cxx",
+    "hpp",
+    "cs",
+    "go",
+    "rs",
+    "swift",
+    "m",
+    "rb",
+    "php",
+    "pl",
+    "lua",
+    "r",
+    "jl",
+    "dart",
+    "hs",
+    "ml",
+    "ex",
+    "erl",
+    "clj",
+    "sh",
+    "bash",
+    "zsh",
+    "ps1",
+    "sql",
+    "vue",
+    "svelte",
+    "cmake",
+    "proto",
+]
+"""File extensions of source code, which is read as text and whose whitespace is left alone."""
+KINDS |= {f".{extension}": "code" for extension in CODE}
 DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub")
 HUB = "hf:"
 STDIN = "-"
@@ -151,7 +197,7 @@ def _name_file(path: Path, settings: DataSettings) -> Source:
         raise DataError(f"{path} is not a regular file", "write its content to a file, or pipe it in: --data -")
     kind = _find_kind(path, settings)
     if kind is None:
-        hint = f"read by name are {SHOWN}, also .gz; say what it is with --set data.format=text"
+        hint = f"read by name are {SHOWN} and source code, also .gz; say what it is with --set data.format=text"
         if path.suffix.lower() in DOCUMENTS:
             hint = "convert it first: pdftotext file.pdf, or pandoc -t plain -o file.txt file.docx"
         raise DataError(f"{path}: files of kind '{path.suffix}' are not read", hint)
@@ -163,7 +209,7 @@ def _list_folder(folder: Path, settings: DataSettings) -> list[Source]:
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     paths = [path for path in paths if not any((path.parent / name).exists() for name in OUR_FILES)]
     if not paths:
-        raise DataError(f"{folder} holds no {SHOWN} file", "name the files, or another folder")
+        raise DataError(f"{folder} holds no {SHOWN} file and no source code", "name the files, or another folder")
     return [_name_file(path, settings) for path in paths]
 
 

@@ -42,9 +42,6 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         store: str | None = None,
         **settings: int | str,
     ) -> dict[str, float | int | None]:
-        import os
-        from pathlib import Path
-
         from lora_gpt2.core.console import LoggingReporter
         from lora_gpt2.data.pipeline import clean_documents
         from lora_gpt2.data.read.records import Document
@@ -58,7 +55,7 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
         from lora_gpt2.store.catalog import Store
         from lora_gpt2.store.files import load_adapter
 
-        kept = Store(Path(store or os.environ.get("LORA_GPT2_STORE") or "adapters"))
+        kept = Store.find(store)
         profile = settings.pop("profile", "prose")
         overrides = [f"evaluate.{key}={value}" for key, value in settings.items()]
         recipe = load_recipe(None, [f"data.profile={profile}", *overrides])

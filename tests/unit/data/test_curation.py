@@ -213,6 +213,7 @@ def test_a_document_that_takes_too_long_is_set_aside_and_the_others_go_on(base_f
     job = ShardContext(
         settings=DataSettings(),
         rules={"whitespace": "on"},
+        code_rules={},
         tokenizer=load_tokenizer(base_folder, 0),
         boilerplate=frozenset(),
         section_length=0,

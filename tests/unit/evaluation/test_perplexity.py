@@ -10,7 +10,7 @@ from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.bootstrap import find_interval, resample_ratio
-from lora_gpt2.evaluation.matrix import EvaluationText, measure_matrix, read_sources
+from lora_gpt2.evaluation.matrix import EvaluationText, LabelledSource, measure_matrix, read_sources
 from lora_gpt2.evaluation.perplexity import (
     Score,
     ScoringWindows,
@@ -163,9 +163,12 @@ def lineup(base):
 def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup):
     rows, together = lineup
     (tmp_path / "a.txt").write_text("the cat \r\n and the dog")
-    sources = [*read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(), SilentReporter()), EvaluationText("b", TEXTS)]
+    sources = [
+        *read_sources([LabelledSource("a", str(tmp_path / "a.txt"))], DataSettings(), SilentReporter()),
+        EvaluationText("b", TEXTS),
+    ]
     assert [d.text for d in sources[0].documents] == ["the cat\n and the dog"], "cleaned as for training"
-    raw = read_sources([f"a={tmp_path / 'a.txt'}"], DataSettings(profile="raw"), SilentReporter())
+    raw = read_sources([LabelledSource("a", str(tmp_path / "a.txt"))], DataSettings(profile="raw"), SilentReporter())
     assert [d.text for d in raw[0].documents] == ["the cat \r\n and the dog"]
     for how in (None, together):
         cells = measure_matrix(base, rows, sources, EvaluateSettings(), SilentReporter(), together=how)

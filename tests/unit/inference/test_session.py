@@ -259,13 +259,18 @@ def test_an_adapter_and_its_negative_are_the_plain_base(base):
 
 
 def test_a_mix_is_written_with_its_signs():
-    assert Mix.parse(["law:-0.5", "code:16", "x:-16", "y:+1", "z"]) == (
+    assert Mix.parse(["law:-0.5", "code:16", "x:-16", "y:+1"]) == (
         ("law", -0.5),
         ("code", 16.0),
         ("x", -16.0),
         ("y", 1.0),
-        ("z", 1.0),
     )
+    assert Mix.parse("law:1e+0+code:+5e-1+x:.5") == (("law", 1.0), ("code", 0.5), ("x", 0.5))
+    assert Mix.parse("law+code@3") == Mix.parse(["law", "code@3"]) == (("law", 0.5), ("code@3", 0.5))
+    assert Mix.parse("a+b+c").references == ["a", "b", "c"]
+    for wrong in ("law+code:0.5", ["law", "code:0.5"]):
+        with pytest.raises(UsageError, match="law has no weight"):
+            Mix.parse(wrong)
     for wrong in ("law:-16.1", "law:17", "law:-inf", "law:nan", "law:-", "law:--1"):
         with pytest.raises(UsageError, match="within ±16"):
             Mix.parse([wrong])

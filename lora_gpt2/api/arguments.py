@@ -1,0 +1,128 @@
+"""What callers pass, turned into what the domain takes: settings, texts, the store, and where progress is shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from lora_gpt2.core.console import LoggingReporter, Reporter, RichReporter, Task
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.names import check_name
+from lora_gpt2.data.read.texts import Texts, keep_texts
+from lora_gpt2.recipe import Recipe, build_recipe
+from lora_gpt2.recipe_files import EVERYDAY, set_values
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.exchange import FetchedAdapter, fetch_adapter
+
+Settings = Mapping[str, Any] | Recipe | None
+"""Settings without a keyword: by their dotted keys, such as `{"train.max_grad_norm": 0.5}`, or a whole recipe."""
+Source = str | Path
+"""A file, a folder, a glob or `hf:NAME`, as on the command line."""
+
+Adapters = str | Path | Sequence[Any] | Mapping[str, str | Path]
+"""Adapters of the store by name, folders that PEFT saved, archives and hub ids; or a mapping from names to them."""
+
+
+def make_recipe(
+    settings: Settings, everyday: str, keywords: Mapping[str, Any], other: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Returns the recipe that keywords and settings describe; a keyword that is None is left out.
+
+    Args:
+        settings: see `Settings`.
+        everyday: whose everyday settings the keywords are: `train`, `generate` or `evaluate`.
+        keywords: by the last part of their key.
+        other: further settings by their dotted keys.
+
+    Raises `RecipeError` that names the setting and the nearest valid one.
+    """
+    values = settings.model_dump(exclude_unset=True) if isinstance(settings, Recipe) else set_values({}, settings or {})
+    keys = {key.rpartition(".")[2]: key for key in EVERYDAY[everyday]}
+    flags = {keys[name]: list(value) if isinstance(value, set) else value for name, value in keywords.items()}
+    return build_recipe(set_values(values, {**flags, **(other or {})}), "settings")
+
+
+def to_source(texts: Texts | Source) -> str:
+    """Returns what texts are read from: a source as it is, texts from where `keep_texts` keeps them.
+
+    Raises `UsageError` for texts that are all names of files, and what `keep_texts` does.
+    """
+    if isinstance(texts, str | os.PathLike):
+        return os.fspath(texts)
+    if isinstance(texts, list | tuple) and texts and all(map(_is_file, texts)):
+        if all(isinstance(item, str) for item in texts):
+            raise UsageError(f"these texts are names of files: {texts[0]}, …", "pass pathlib.Path objects for files")
+        raise UsageError("several files are not one text", "pass their folder, a glob, or data.sources in settings")
+    return str(keep_texts(texts))
+
+
+def to_sources(texts: Texts | Source | list[Path]) -> list[str]:
+    """Returns the sources of texts: several paths, or one; see `to_source`."""
+    if isinstance(texts, list | tuple) and texts and all(isinstance(item, os.PathLike) for item in texts):
+        return [os.fspath(item) for item in texts]
+    return [to_source(cast("Texts | Source", texts))]
+
+
+def _is_file(item: object) -> bool:
+    if not isinstance(item, str | os.PathLike) or (isinstance(item, str) and (len(item) > 4096 or "\n" in item)):
+        return False
+    try:
+        return Path(item).exists() and bool(str(item).strip())
+    except (OSError, ValueError):
+        return False
+
+
+def sort_adapters(adapters: Adapters, store: Store) -> tuple[list[str], dict[str, FetchedAdapter]]:
+    """Returns the names in the store, and by name what is not from there, which is a path or has a `/`."""
+    if isinstance(adapters, Mapping):
+        named: list[tuple[str | None, Any]] = list(adapters.items())
+    else:
+        named = [(None, item) for item in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
+    stored, foreign = list[str](), dict[str, FetchedAdapter]()
+    for given, item in named:
+        text = str(item)
+        is_foreign = isinstance(item, os.PathLike) or "/" in text or (os.sep in text) or text.endswith(".tar.gz")
+        if not is_foreign:
+            if given is not None and given != text:
+                raise UsageError(f"'{text}' is in the store and keeps its name", f"not '{given}'")
+            stored.append(text)
+            continue
+        name = check_name(given or Path(text).name.removesuffix(".tar.gz").lower())
+        if name in foreign:
+            raise UsageError(f"two adapters are called '{name}'", "pass a mapping: {'name': 'path', …}")
+        foreign[name] = fetch_adapter(text)
+    return stored, foreign
+
+
+def choose_reporter(progress: bool) -> Reporter:
+    """Returns where progress is shown: a bar on a terminal, one in a notebook, else lines on stderr; else logging."""
+    if not progress:
+        return LoggingReporter()
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return NotebookReporter() if getattr(shell, "kernel", None) is not None else RichReporter()
+
+
+class NotebookReporter(RichReporter):
+    """Messages on stderr and bars of tqdm, which a notebook draws."""
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+        """Yields a task with a bar."""
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, desc=title, unit=f" {unit}", unit_scale=True, leave=False) as bar:
+
+            class BarTask:
+                """Forwards to the bar."""
+
+                def advance(self, amount: int, note: str = "") -> None:
+                    """Adds `amount` and shows the note."""
+                    if note:
+                        bar.set_postfix_str(note, refresh=False)
+                    bar.update(amount)
+
+            yield BarTask()

@@ -1,0 +1,385 @@
+"""`load` and `Model`: one base and its adapters, to generate with, to measure, and to hand to transformers."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_gpt2.api.arguments import Adapters, Settings, choose_reporter, make_recipe, sort_adapters, to_source
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.names import ALL, AUTO, check_name
+from lora_gpt2.data.pipeline import read_clean
+from lora_gpt2.data.read.texts import Texts
+from lora_gpt2.evaluation.matrix import Cell, EvaluationText, measure_matrix
+from lora_gpt2.evaluation.run import read_mix_sketches
+from lora_gpt2.inference.choose import Choice, choose_adapter
+from lora_gpt2.inference.generate import Output, Request, generate, iter_pieces
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.open import open_session
+from lora_gpt2.inference.session import Session
+from lora_gpt2.merging.to_transformers import build_merged_model, build_peft_model
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.recipe import GenerateSettings, Recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.exchange import read_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FULL = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """The perplexity of texts; `float()` of it is the figure.
+
+    Args:
+        perplexity: exp of `nll_nats_per_token`.
+        nll_nats_per_token: mean negative log-likelihood of a token.
+        low, high: 95 % bootstrap confidence interval of the perplexity over documents; None for too few documents.
+        tokens, documents: what was scored; a prompt is not.
+        word_perplexity: the same per whitespace-separated word of the original text.
+        bits_per_byte: comparable between tokenizers.
+        adapter: the mix, or `base`.
+        dtype: of the base's weights.
+        documents_trained_on: of the documents, those that the adapter was trained on; None if that is not known.
+    """
+
+    perplexity: float
+    nll_nats_per_token: float
+    low: float | None
+    high: float | None
+    tokens: int
+    documents: int
+    word_perplexity: float
+    bits_per_byte: float
+    adapter: str
+    dtype: str
+    documents_trained_on: int | None
+
+    def __float__(self) -> float:
+        return self.perplexity
+
+    def __str__(self) -> str:
+        """Returns the figure with its interval."""
+        interval = "" if self.low is None or self.high is None else f" ({self.low:,.2f} to {self.high:,.2f})"
+        return f"{self.perplexity:,.2f}{interval}"
+
+
+def load(
+    base: str | None = None,
+    *,
+    adapters: Adapters = (),
+    store: str | Path | None = None,
+    dtype: str = "auto",
+    max_slots: int | None = None,
+    progress: bool = True,
+) -> Model:
+    """Loads a base, and adapters over it.
+
+    Args:
+        base: `nano`, `gpt2`, …, a hub id or a folder; by default that of the first adapter, else `nano`.
+        adapters: names or versions in the store (`law`, `law@2`), folders that PEFT saved, archives or hub ids, which
+            get the last part of their path as their name; `all` for every adapter of this base in the store; or a
+            mapping from names to any of these.
+        store: folder of the store; default `$LORA_GPT2_STORE` or `./adapters`.
+        dtype: of the base's weights: `auto`, `float32`, `bfloat16` or `float16`.
+        max_slots: number of adapters to keep loaded; default 64.
+        progress: show it; else it is logged.
+
+    Raises:
+        NotFoundError: there is no such base or adapter.
+        CorruptError, MismatchError: a file is damaged, or the adapter is of another base.
+        ResourceError: the hub cannot be reached.
+    """
+    kept = Store.find(store)
+    other = {"base": base, "generate.dtype": dtype, "serve.max_slots": max_slots}
+    recipe = make_recipe(None, "generate", {}, other)
+    stored, foreign = sort_adapters(adapters, kept)
+    if base is None and foreign and not [name for name in stored if name != ALL]:
+        guessed = next(iter(foreign.values())).guess_base()
+        recipe = make_recipe(None, "generate", {}, {**other, "base": guessed or None})
+    session, mixes = open_session(kept, stored, recipe, recipe.generate.dtype)
+    session.slots.max_slots = recipe.serve.max_slots
+    model = Model(session, recipe, choose_reporter(progress))
+    session.load([reference for mix in mixes for reference in mix.references][: recipe.serve.max_slots])
+    model.adapters += [reference for mix in mixes for reference in mix.references]
+    for name, source in foreign.items():
+        model.add_adapter(name, read_adapter(source, session.base))
+    return model
+
+
+class Model:
+    """One frozen base and its adapters; `load` makes one.
+
+    Every call names the adapter, version or mix that it wants (`law`, `law@2`, `law:0.6+code:0.4`; `auto` lets the text
+    decide); without one it is the base. Nothing is switched, so calls do not depend on each other. Adapters of the
+    store are loaded when they are first named. Use one from one thread.
+
+    Attributes:
+        adapters: names of the adapters that were loaded by `load` or added.
+    """
+
+    def __init__(self, session: Session, recipe: Recipe, reporter: Reporter) -> None:
+        self.session, self.recipe, self.reporter = session, recipe, reporter
+        self.adapters: list[str] = []
+        self._in_memory: dict[str, Adapter] = {}
+        self._measuring: Session | None = None
+
+    def __repr__(self) -> str:
+        base = self.session.base
+        names = ", ".join(self.adapters) or "none"
+        return f"<Model {base.name} on {base.runtime.device.type} in {base.runtime.dtype_name}, adapters: {names}>"
+
+    @property
+    def base(self) -> str:
+        """Name of the base."""
+        return self.session.base.name
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the base, with the tokenizer that transformers' `AutoTokenizer` loads."""
+        return self.session.base.folder
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Adds an adapter in memory under a name, which goes before one of the store's with the same name."""
+        self._in_memory[check_name(name)] = adapter
+        for session in (self.session, self._measuring):
+            if session is not None:
+                _add_in_memory(session, {name: adapter})
+        self.adapters = list(dict.fromkeys([*self.adapters, name]))
+
+    def generate(
+        self,
+        prompt: str,
+        adapter: Any = None,
+        *,
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        num_beams: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        truncate_left: bool = False,
+        settings: Settings = None,
+    ) -> Output:
+        """Continues a prompt.
+
+        Args:
+            prompt: the text to continue.
+            adapter: an adapter, a version, a mix, `auto`, or None for the base.
+            seed: makes the result repeatable; by default it is drawn, and is in the output.
+            max_new_tokens: default 150.
+            temperature: default 0.7; 0 is greedy.
+            top_k: sample from the k most likely tokens; default 50, 0 is off.
+            top_p: nucleus sampling; default 0.95, 1 is off.
+            min_p: minimum probability relative to the most likely token; 0, the default, is off.
+            repetition_penalty: 1, the default, is off.
+            num_beams: beam search, instead of sampling.
+            stop: one or more strings before the first of which the text ends.
+            truncate_left: drop the beginning of a prompt that is too long, instead of raising.
+            settings: any other setting, such as `{"generate.no_repeat_ngram_size": 3}`.
+
+        Returns:
+            An output, whose `str()` is the continuation.
+
+        Raises:
+            UsageError: a prompt is too long, or a mix is none.
+            NotFoundError: there is no such adapter.
+            CorruptError: the logits under an adapter are not finite.
+        """
+        keywords: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "num_beams": num_beams,
+            "stop": stop,
+        }
+        return self.generate_batch(
+            [prompt], adapter, seed=seed, truncate_left=truncate_left, settings=settings, **keywords
+        )[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        adapter: Any = None,
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        truncate_left: bool = False,
+        settings: Settings = None,
+        **everyday: Any,
+    ) -> list[Output]:
+        """Continues prompts together, each with its own adapter if wanted.
+
+        Args:
+            prompts: the texts to continue.
+            adapter: one for all, as `generate` takes it, or a list with one for each prompt.
+            n: continuations of each prompt.
+            seed: of the first continuation; the next has `seed + 1`, and so on.
+            truncate_left: see `generate`, as for everything else.
+            settings: any other setting.
+            everyday: the settings with a keyword, such as `temperature`.
+
+        Returns:
+            The outputs: for each prompt, for each of `n`.
+
+        Raises what `generate` does.
+        """
+        requests = self._build_requests(prompts, adapter, n, seed)
+        chosen = self._choose_settings(everyday, settings)
+        return generate(self.session, requests, chosen, truncate_left=truncate_left)
+
+    def stream(self, prompt: str, adapter: Any = None, **arguments: Any) -> Iterator[str]:
+        """Yields the continuation of a prompt as it grows; the arguments are those of `generate`, without `n`."""
+        seed, settings = arguments.pop("seed", None), arguments.pop("settings", None)
+        truncate_left = arguments.pop("truncate_left", False)
+        chosen = self._choose_settings(arguments, settings)
+        requests = self._build_requests([prompt], adapter, 1, seed)
+        return _iter_text(self.session, requests, chosen, truncate_left)
+
+    def perplexity(
+        self,
+        texts: Texts | str | Path,
+        adapter: Any = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        protocol: str | None = None,
+        profile: str | None = None,
+        settings: Settings = None,
+    ) -> Perplexity:
+        """Measures texts under an adapter, a mix or the base, read and cleaned as training does it.
+
+        Args:
+            texts: a text, texts, records, or a data set; a `Path` is a file or folder of text.
+            adapter: an adapter, a version or a mix; None is the base.
+            window: tokens of context; default the base's maximum.
+            stride: tokens between windows; default half the window.
+            protocol: `document` (the default) or `stream`.
+            profile: how texts are cleaned first; `raw` measures them as they are.
+            settings: any other setting.
+
+        Returns:
+            The figure, with its interval. It is measured in float32 unless `load` was given another dtype.
+
+        Raises:
+            DataError: there is nothing to score.
+        """
+        keywords = {"window": window, "stride": stride, "protocol": protocol, "profile": profile}
+        recipe = make_recipe(settings, "evaluate", keywords)
+        source = to_source([texts] if isinstance(texts, str) else texts)
+        clean = read_clean([source], recipe.data, self.reporter)
+        mix, session = self._parse(adapter), self._open_measuring(recipe.evaluate.dtype)
+        text = EvaluationText("text", clean.documents, recipe.data.profile, clean.files)
+        sketches = read_mix_sketches(session.store, [mix] if set(mix.references).isdisjoint(self._in_memory) else [])
+        (cell,) = measure_matrix(
+            session.base, {str(mix): session.select(mix)}, [text], recipe.evaluate, self.reporter, sketches=sketches
+        )
+        return _to_perplexity(cell, session.base.runtime.dtype_name)
+
+    def choose(self, text: str) -> Choice:
+        """Returns the adapter under which a text is most likely, as `auto` takes it, and how sure that is."""
+        return choose_adapter(self.session, text, self.adapters or self._list_all())
+
+    def to_transformers(self, adapter: Any = None, *, merged: bool = True) -> PreTrainedModel:
+        """Returns a model of transformers, in float32, for its pipelines and trainers.
+
+        Args:
+            adapter: an adapter, a version or a mix; None is the base.
+            merged: a plain `GPT2LMHeadModel` with the update in its weights; else a `PeftModel`, for one adapter or
+                mix.
+
+        Its tokenizer is in `folder`: `AutoTokenizer.from_pretrained(model.folder)`.
+        """
+        mix, session = self._parse(adapter), self._open_measuring(FULL)
+        adapters = [session.fetch(reference).adapter for reference in mix.references]
+        weights = [weight for _, weight in mix]
+        if merged or not mix:
+            return build_merged_model(session.base, adapters, weights)
+        return build_peft_model(session.base, adapters, weights)
+
+    def _parse(self, adapter: Any) -> Mix:
+        mix = adapter if isinstance(adapter, Mix) else Mix.parse(str(adapter)) if adapter is not None else Mix()
+        if AUTO in mix.references:
+            raise UsageError("'auto' needs a prompt to choose by", "name an adapter")
+        return mix
+
+    def _build_requests(self, prompts: Sequence[str], adapter: Any, n: int, seed: int | None) -> list[Request]:
+        each = list(adapter) if isinstance(adapter, list | tuple) and not isinstance(adapter, Mix) else [adapter]
+        if len(each) not in (1, len(prompts)):
+            raise UsageError(
+                f"{len(prompts)} prompts, {len(each)} adapters", "pass one adapter, or one for each prompt"
+            )
+        each = each * len(prompts) if len(each) == 1 else each
+        if bad := next((item for item in prompts if not isinstance(item, str)), None):
+            raise UsageError(f"a prompt is a str, found {type(bad).__name__}", "pass a text, or a list of texts")
+        first = secrets.randbelow(2**31) if seed is None else seed
+        mixes = [
+            Mix.parse(self.choose(prompt).adapter) if item == AUTO else self._parse(item)
+            for prompt, item in zip(prompts, each, strict=True)
+        ]
+        return [Request(p, mix, first + i) for p, mix in zip(prompts, mixes, strict=True) for i in range(n)]
+
+    def _choose_settings(self, keywords: Mapping[str, Any], settings: Settings) -> GenerateSettings:
+        stop = keywords.get("stop")
+        keywords = {**keywords, "stop": (stop,) if isinstance(stop, str) else stop}
+        own = {"generate.dtype": self.recipe.generate.dtype}
+        return make_recipe(settings, "generate", keywords, own).generate
+
+    def _list_all(self) -> list[str]:
+        store, fingerprint = self.session.store, self.session.base.fingerprint
+        return [] if store is None else [manifest.name for manifest in store.list_for_base(fingerprint)]
+
+    def _open_measuring(self, dtype: str) -> Session:
+        """Returns a session to measure with: this one, unless its dtype was only chosen for speed."""
+        base, wanted = self.session.base, self.recipe.generate.dtype
+        is_packed = wanted == "float16" and base.runtime.device.type == "cpu"  # weights that only generate
+        chosen = choose_runtime(dtype if wanted == "auto" or is_packed or dtype == FULL else wanted)
+        if chosen == base.runtime and not is_packed:
+            return self.session
+        if self._measuring is None or self._measuring.base.runtime != chosen:
+            self._measuring = Session(load_base(base.name, chosen), self.session.store)
+            _add_in_memory(self._measuring, self._in_memory)
+        return self._measuring
+
+
+def _add_in_memory(session: Session, adapters: Mapping[str, Adapter]) -> None:
+    session.load_in_memory(adapters)
+    for name in adapters:  # it can be loaded from nowhere, so it keeps its slot
+        session.slots.pin(Mix.single(name))
+
+
+def _iter_text(
+    session: Session, requests: Sequence[Request], settings: GenerateSettings, truncate_left: bool
+) -> Iterator[str]:
+    for _, text, output in iter_pieces(session, requests, settings, truncate_left=truncate_left):
+        if output is not None and output.error is not None:
+            raise output.error
+        if text:
+            yield text
+
+
+def _to_perplexity(cell: Cell, dtype: str) -> Perplexity:
+    low, high = cell.interval or (None, None)
+    figures = cell.to_json()
+    keys = ("perplexity", "nll_nats_per_token", "tokens", "documents", "word_perplexity", "bits_per_byte", "adapter")
+    return Perplexity(
+        **{key: figures[key] for key in keys},
+        low=low,
+        high=high,
+        dtype=dtype,
+        documents_trained_on=cell.trained_on,
+    )

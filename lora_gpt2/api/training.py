@@ -1,0 +1,229 @@
+"""`train` and `prepare`: text in, adapters or blocks of tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_gpt2.api.arguments import Settings, Source, choose_reporter, make_recipe, to_sources
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.data.prepared import SPLITS, prepare_data
+from lora_gpt2.data.read.texts import Texts
+from lora_gpt2.model.checkpoint import Checkpoint
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe_files import EVERYDAY, name_recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.training.events import Callback
+from lora_gpt2.training.run import AdapterReport, train_recipes
+
+if TYPE_CHECKING:
+    import datasets
+
+Data = Texts | Source | list[Path] | None
+
+
+def train(  # noqa: PLR0913 - the everyday settings, for completion and type checkers
+    data: Data = None,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
+    dropout: float | None = None,
+    block_size: int | None = None,
+    profile: str | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    validation: Data = None,
+    test: Data = None,
+    settings: Settings = None,
+    store: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    fresh: bool = False,
+    progress: bool = True,
+) -> AdapterReport:
+    """Trains an adapter and publishes it in the store.
+
+    Args:
+        data: texts (strings, records as dicts, a `datasets.Dataset` or `DatasetDict`, a `DataFrame`), a source as on
+            the command line (a file, a folder, a glob, `hf:NAME`), or a list of paths. None takes `data.sources` of the
+            settings.
+        name: name of the adapter; with a source it may be left out.
+        base: `nano` (the default), `gpt2`, …, a hub id or a folder.
+        epochs: passes over the training text; default 3.
+        steps: optimizer steps; overrides `epochs`.
+        learning_rate: peak of AdamW; by default it follows from the base's width.
+        batch_size: blocks per optimizer step; by default 4,096 tokens.
+        rank: of each update; default 16.
+        alpha: updates are scaled by `alpha / rank`; default twice the rank.
+        targets: modules to adapt, such as `["c_attn", "mlp.c_proj"]`.
+        dropout: on the adapter's input; default 0.
+        block_size: tokens per block; default 512.
+        profile: cleaning rules: `prose` (the default), `code` or `raw`.
+        seed: of initialisation, data order and dropout.
+        dtype: of the base's weights; default `auto`.
+        quantize: `int8` or `nf4` for a quantized base.
+        validation: text to validate on; by default a fraction is held out.
+        test: text to test on; by default a fraction is held out.
+        settings: any other setting; see `lora-gpt2 recipes show`.
+        store: folder of the store; default `$LORA_GPT2_STORE` or `./adapters`.
+        callbacks: functions that receive a `TrainingEvent` at each step, validation, checkpoint and end.
+        resume: continue an interrupted run of the same adapters.
+        fresh: set an interrupted run aside and begin anew.
+        progress: show it; else it is logged by `logging.getLogger("lora_gpt2")`.
+
+    Returns:
+        The published version and its figures; `str()` of it is its reference, such as `law@1`.
+
+    Raises:
+        DataError, NotFoundError: the text cannot be read, or there is too little of it.
+        RecipeError: a setting does not exist or is out of bounds.
+        UsageError: the adapter has no name, or one that is no name.
+        ConflictError: an interrupted run is there, and neither `resume` nor `fresh` says what becomes of it.
+        ResourceError: it does not fit into memory or on the disk.
+        TrainingDiverged: the loss is no longer finite.
+        Interrupted: Ctrl-C; the last checkpoint is kept, `resume=True` goes on from there.
+    """
+    keywords = {
+        "epochs": epochs,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "rank": rank,
+        "alpha": alpha,
+        "targets": targets,
+        "dropout": dropout,
+        "block_size": block_size,
+        "profile": profile,
+        "seed": seed,
+        "dtype": dtype,
+        "quantize": quantize,
+    }
+    other = {"base": base, **_name_parts(data, name, validation, test)}
+    found = _train_recipes([make_recipe(settings, "train", keywords, other)], store, callbacks, resume, fresh, progress)
+    return found[0]
+
+
+def train_together(
+    data: Mapping[str, Data],
+    *,
+    base: str | None = None,
+    settings: Settings = None,
+    store: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    fresh: bool = False,
+    progress: bool = True,
+    **everyday: Any,
+) -> dict[str, AdapterReport]:
+    """Trains several adapters in one pass over the base, which costs hardly more than one of them.
+
+    Args:
+        data: from names of adapters to what `train` takes.
+        base: see `train`, as for everything else; `everyday` are its settings with a keyword, such as `epochs`.
+        settings: any other setting; all adapters have the same.
+        store: folder of the store.
+        callbacks: functions that receive the events of all adapters.
+        resume: continue an interrupted run.
+        fresh: set an interrupted run aside.
+        progress: show it.
+        everyday: `epochs`, `rank`, …
+
+    Returns:
+        The published versions by name.
+
+    Raises what `train` does.
+    """
+    known = {key.rpartition(".")[2] for key in EVERYDAY["train"]}
+    if unknown := sorted(set(everyday) - known):
+        raise TypeError(f"train_together() got an unexpected keyword argument '{unknown[0]}'")
+    recipes = [
+        make_recipe(settings, "train", everyday, {"base": base, **_name_parts(texts, name, None, None)})
+        for name, texts in data.items()
+    ]
+    found = _train_recipes(recipes, store, callbacks, resume, fresh, progress)
+    return {report.name: report for report in found}
+
+
+def _train_recipes(
+    recipes: Sequence[Recipe],
+    store: str | Path | None,
+    callbacks: Sequence[Callback],
+    resume: bool,
+    fresh: bool,
+    progress: bool,
+) -> list[AdapterReport]:
+    return train_recipes(
+        [name_recipe(recipe) for recipe in recipes],
+        Store.find(store),
+        choose_reporter(progress),
+        resume=resume,
+        fresh=fresh,
+        callbacks=callbacks,
+    ).adapters
+
+
+def _is_dataset_dict(data: object) -> bool:
+    """True for a mapping from splits to data sets, told by its class, so that `datasets` need not be imported."""
+    return any(kind.__name__ in ("DatasetDict", "IterableDatasetDict") for kind in type(data).__mro__)
+
+
+def _name_parts(data: Any, name: str | None, validation: Data, test: Data) -> dict[str, Any]:
+    """Returns what a recipe says about its name and text, by dotted keys."""
+    if isinstance(data, Mapping) and not _is_dataset_dict(data):
+        raise UsageError("a mapping is not one text", "several adapters: train_together({'law': …, 'code': …})")
+    splits: dict[str, Any] = {"train": data, "validation": validation, "test": test}
+    if _is_dataset_dict(data):
+        splits |= {split: data[split] for split in SPLITS if split in data}
+        if "train" not in data:
+            raise UsageError(f"the data set has no split 'train', but {', '.join(data)}", "pass one of them")
+    is_kept = splits["train"] is not None and not isinstance(splits["train"], str | Path)
+    if is_kept and name is None:
+        raise UsageError("the adapter has no name", "pass name='…'")
+    keys = {"train": "data.sources", "validation": "data.validation", "test": "data.test"}
+    found = {keys[split]: to_sources(texts) for split, texts in splits.items() if texts is not None}
+    return {"name": name, **found}
+
+
+def prepare(
+    data: Data = None,
+    *,
+    base: str | None = None,
+    block_size: int | None = None,
+    profile: str | None = None,
+    validation: Data = None,
+    test: Data = None,
+    settings: Settings = None,
+    progress: bool = True,
+) -> datasets.DatasetDict:
+    """Reads, cleans, splits and tokenises text as `train` does; its arguments are those of `train`.
+
+    Returns:
+        A data set with the splits `train`, `validation` and `test` (those that are not empty), a row for each block:
+        `input_ids` and `labels`, both `[block_size]`, where `labels[i]` is the token that follows `input_ids[i]`, and
+        -100 where there is no loss; with `data.layout=packed` also `position_ids`.
+    """
+    import datasets
+
+    parts = _name_parts(data, "texts", validation, test)
+    keywords = {"block_size": block_size, "profile": profile}
+    recipe: Recipe = make_recipe(settings, "train", keywords, {"base": base, **parts})
+    tokenizer = Checkpoint.open(recipe.base).load_tokenizer()
+    prepared = prepare_data(recipe.data, tokenizer, choose_reporter(progress))
+    found = {}
+    for split in SPLITS:
+        blocks = getattr(prepared, split)
+        if blocks.num_blocks:
+            rows = blocks.read(range(blocks.num_blocks))
+            columns = {"input_ids": rows.inputs, "labels": rows.targets}
+            columns |= {} if rows.positions is None else {"position_ids": rows.positions}
+            found[split] = datasets.Dataset.from_dict(columns)
+    return datasets.DatasetDict(found)

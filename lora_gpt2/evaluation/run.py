@@ -1,0 +1,219 @@
+"""The whole of an evaluation in one call, for the command line and for Python: open base and adapters, and measure."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.names import is_name
+from lora_gpt2.data.read.records import Document
+from lora_gpt2.data.text_sketch import TextSketch
+from lora_gpt2.evaluation.general import GENERAL, add_general
+from lora_gpt2.evaluation.held_out import list_differences, read_own_text, read_sketch
+from lora_gpt2.evaluation.matrix import Cell, EvaluationText, LabelledSource, measure_matrix, read_sources
+from lora_gpt2.evaluation.perplexity import choose_window, measure_perplexity
+from lora_gpt2.evaluation.quality import Quality, Task, build_task, measure_quality
+from lora_gpt2.evaluation.report import build_figure, build_matrix_page, draw_matrix, format_matrix
+from lora_gpt2.inference.generate import build_writer
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.open import open_session
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.store.audits import write_audit
+from lora_gpt2.store.catalog import Store
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Perplexities of adapters and the base on texts, and how they were measured.
+
+    Args:
+        cells: one for each adapter, mix or `base` on each text.
+        forgetting: those on general English; empty if only the base was measured.
+        base: name of the base.
+        protocol, window, stride: the settings `evaluate.*`; tokens.
+        dtype: of the base's weights.
+        generation: how generated texts read, where that was asked for.
+    """
+
+    cells: list[Cell]
+    forgetting: list[Cell]
+    base: str
+    protocol: str
+    window: int
+    stride: int
+    dtype: str
+    generation: list[Quality] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the result with the keys of `evaluate --json`."""
+        how = {key: getattr(self, key) for key in ("base", "protocol", "window", "stride")}
+        cells = {
+            "cells": [cell.to_json() for cell in self.cells],
+            "forgetting": [cell.to_json() for cell in self.forgetting],
+        }
+        return cells | how | ({"generation": [row.to_json() for row in self.generation]} if self.generation else {})
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Returns a row for each cell, general English included, with the columns of `evaluate --json`."""
+        import pandas
+
+        return pandas.DataFrame([cell.to_json() for cell in [*self.cells, *self.forgetting]])
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Returns the matrix as a picture, blue where an adapter beats the base; writes it to a .png or .svg file."""
+        cells = [cell.to_json() for cell in [*self.cells, *self.forgetting]]
+        if path is not None:
+            with wrap_os_errors(f"write {path}"):
+                Path(path).write_bytes(draw_matrix(cells, Path(path).suffix.lower().lstrip(".") or "png"))
+        return build_figure(cells)
+
+    def to_html(self) -> str:
+        """Returns a page with the matrix, its picture and every figure; it loads nothing."""
+        return build_matrix_page(self.to_json())
+
+    def __str__(self) -> str:
+        """Returns the matrix: `*` marks the best of each text, `!` text that an adapter was trained on."""
+        return format_matrix([cell.to_json() for cell in [*self.cells, *self.forgetting]])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Returns the matrix as a notebook shows it."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def evaluate_texts(
+    texts: Sequence[EvaluationText],
+    adapters: Sequence[str],
+    store: Store,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    general: bool = True,
+    num_texts: int = 0,
+    keep: bool = False,
+) -> Evaluation:
+    """Measures adapters, mixes and the base on texts.
+
+    Args:
+        texts: see `read_texts`.
+        adapters: names, versions or mixes; `all` for every adapter of the base.
+        store: where they are.
+        recipe: its `evaluate` settings; its `base` if it was set, else that of the first adapter.
+        reporter: shows progress, and says where a figure differs from the one that training stored.
+        general: also measure general English.
+        num_texts: number of documents of each text to continue and to judge; 0 = none.
+        keep: keep the figures with the adapters, for their cards.
+
+    Raises:
+        NotFoundError: there is no such adapter.
+        UsageError: window and stride do not fit the base.
+    """
+    session, mixes = open_session(store, adapters, recipe, recipe.evaluate.dtype)
+    window, stride = choose_window(session.base, recipe.evaluate)
+    tasks = [build_task(text, session.base.tokenizer, num_texts) for text in texts] if num_texts else []
+    cells, forgetting = measure_cells(session, mixes, texts, recipe, reporter, general=general)
+    evaluation = Evaluation(
+        cells=cells,
+        forgetting=forgetting,
+        base=session.base.name,
+        protocol=recipe.evaluate.protocol,
+        window=window,
+        stride=stride,
+        dtype=session.base.runtime.dtype_name,
+        generation=_judge_texts(session, mixes, tasks, recipe, reporter) if tasks else [],
+    )
+    how = evaluation.to_json() | {"dtype": evaluation.dtype}
+    alone = [mix.references[0] for mix in mixes if mix == Mix.single(str(mix))]
+    for line in list_differences(store, alone, texts, cells, how):
+        reporter.message(line)
+    if keep:
+        _keep(evaluation, alone, store)
+    return evaluation
+
+
+def read_texts(
+    sources: Sequence[LabelledSource], store: Store, recipe: Recipe, reporter: Reporter
+) -> list[EvaluationText]:
+    """Reads the texts of sources; one that is no path, but an adapter's name, is what was held out of its training."""
+    own_base = recipe.base if "base" in recipe.model_fields_set else None
+
+    def find_held_out(label: str, name: str) -> EvaluationText | None:
+        plain = name.partition("@")[0]
+        if not (is_name(plain) and store.has_adapter(plain)):
+            return None
+        own = read_own_text(store, name, reporter, own_base)
+        return EvaluationText(label, own.held_out, own.manifest.recipe["data"].get("profile", ""), own.test_files)
+
+    return read_sources(sources, recipe.data, reporter, find_held_out)
+
+
+def measure_cells(
+    session: Session,
+    mixes: Sequence[Mix],
+    texts: Sequence[EvaluationText],
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    general: bool,
+) -> tuple[list[Cell], list[Cell]]:
+    """Returns the cells of the base and of mixes, and those on general English, where there are mixes."""
+    rows = list(dict.fromkeys([Mix(), *mixes]))
+    session.load([reference for mix in rows for reference in mix.references])
+    wants_general = general and len(rows) > 1 and GENERAL not in [text.label for text in texts]
+    cells = measure_matrix(
+        session.base,
+        {str(mix): session.select(mix) for mix in rows},
+        add_general(texts) if wants_general else texts,
+        recipe.evaluate,
+        reporter,
+        together=session.select(*rows),
+        sketches=read_mix_sketches(session.store, rows),
+    )
+    split = len(rows) if wants_general else 0
+    return cells[split:], cells[:split]
+
+
+def read_mix_sketches(store: Store | None, mixes: Sequence[Mix]) -> dict[str, TextSketch]:
+    """Returns what tells whether an adapter of a mix was trained on a text; of those mixes for which it is known."""
+    if store is None:
+        return {}
+    found = {mix: [read_sketch(store, reference) for reference in mix.references] for mix in mixes}
+    return {
+        str(mix): TextSketch.build([sketch.runs for sketch in sketches if sketch])
+        for mix, sketches in found.items()
+        if any(sketches)
+    }
+
+
+def _judge_texts(
+    session: Session, mixes: Sequence[Mix], tasks: Sequence[Task], recipe: Recipe, reporter: Reporter
+) -> list[Quality]:
+    def judge(name: str, texts: Sequence[Document]) -> float:
+        return measure_perplexity(session.base, texts, recipe.evaluate, session.select(Mix.parse(name))).perplexity
+
+    names = [str(mix) for mix in dict.fromkeys([Mix(), *mixes])]
+    with catch_signals() as stop:
+        write = build_writer(session, reporter, stop)
+        found = [measure_quality(task, name, recipe.generate, write, judge) for task in tasks for name in names]
+    for line in (line for quality in found for line in quality.warnings):
+        reporter.message(line)
+    return found
+
+
+def _keep(evaluation: Evaluation, names: Sequence[str], store: Store) -> None:
+    how = {key: getattr(evaluation, key) for key in ("protocol", "window", "stride")}
+    for name in names:
+        found = [cell.to_json() for cell in [*evaluation.cells, *evaluation.forgetting] if cell.adapter == name]
+        write_audit(store, store.read_manifest(name), "evaluation", {"cells": found, **how})

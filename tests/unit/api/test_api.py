@@ -1,0 +1,318 @@
+"""The Python API: the same numbers as the command line, from texts in memory."""
+
+import inspect
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import lora_gpt2 as lg
+from lora_gpt2.api.arguments import make_recipe, to_source, to_sources
+from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, RecipeError, UsageError
+from lora_gpt2.data.read.texts import keep_texts
+from lora_gpt2.model.scoring import token_nll
+from lora_gpt2.recipe_files import EVERYDAY
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.exchange import export_adapter
+from tests.builders import make_text
+
+TINY = {"train.dtype": "float32", "train.sample_tokens": 0, "train.batch_tokens": 64, "evaluate.window": 32}
+FAST = {"steps": 4, "rank": 2, "block_size": 16, "learning_rate": 1e-2, "progress": False}
+
+
+@pytest.fixture
+def texts():
+    return [json.loads(line)["text"] for line in make_text(80).splitlines()]
+
+
+@pytest.fixture
+def law(base_folder, texts):
+    return lg.train(texts, name="law", base=str(base_folder), settings=TINY, **FAST)
+
+
+@pytest.fixture
+def model(law, base_folder):
+    return lg.load(str(base_folder), adapters=["law"], dtype="float32", progress=False)
+
+
+def test_texts_train_as_the_same_texts_in_a_file_do(law, base_folder, text_file, store):
+    again = lg.train(str(text_file), name="file", base=str(base_folder), settings=TINY, **FAST)
+    assert (law.name, law.version, str(law)) == ("law", 1, "law@1")
+    assert again.validation_perplexity == law.validation_perplexity < law.base_perplexity
+    assert store.read_manifest("law").digest == store.read_manifest("file").digest
+    assert (Store(store.root).resolve("law") / "adapter_config.json").samefile(f"{law.path}/adapter_config.json")
+
+
+def test_records_data_sets_and_frames_are_texts(texts, base_folder, tmp_path):
+    import datasets
+    import pandas
+
+    same = keep_texts(texts)
+    records = [{"text": text} for text in texts]
+    for data in (iter(texts), records, datasets.Dataset.from_list(records), pandas.DataFrame(records)):
+        assert keep_texts(data) == same, type(data)
+    splits = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(records[:70]), "test": datasets.Dataset.from_list(records[70:])}
+    )
+    report = lg.train(splits, name="splits", base=str(base_folder), settings=TINY, **FAST)
+    assert report.test_perplexity is not None
+    recipe = Store.find().read_manifest("splits").recipe
+    assert recipe["data"]["sources"] == [str(keep_texts(texts[:70]))]
+    assert recipe["data"]["test"] == [str(keep_texts(texts[70:]))]
+    with pytest.raises(DataError, match="text 2: expected a str or a dict, found int"):
+        keep_texts(["a", 1])
+    with pytest.raises(DataError, match="text 1: Object of type bytes"):
+        keep_texts([{"text": b"a"}])
+    assert not list(keep_texts(["x"]).parent.glob("*.partial"))
+
+
+def test_what_is_probably_meant_otherwise_is_refused(texts, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="these texts are names of files"):
+        lg.train([str(text_file)], name="a")
+    with pytest.raises(UsageError, match="the adapter has no name"):
+        lg.train(texts)
+    with pytest.raises(UsageError, match="a mapping is not one text") as caught:
+        lg.train({"law": texts}, name="a")
+    assert "train_together" in caught.value.hint
+    with pytest.raises(RecipeError, match=r"there is no setting .train\.stepz.") as caught:
+        lg.train(texts, name="a", settings={"train.stepz": 1})
+    assert "train.steps" in caught.value.hint
+    with pytest.raises(RecipeError, match=r"lora\.rank"):
+        lg.train(texts, name="a", rank=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
+        lg.train_together({"a": texts}, lr=1)
+    with pytest.raises(NotFoundError, match="no file, folder or match"):
+        lg.train("nowhere.txt")
+    assert to_sources([text_file, text_file]) == [str(text_file)] * 2
+    assert to_source("src/") == "src/"
+
+
+def test_adapters_train_together(texts, base_folder):
+    both = lg.train_together(
+        {"one": texts[:40], "two": texts[40:]}, base=str(base_folder), settings=TINY | {"data.unit": "line"}, **FAST
+    )
+    assert list(both) == ["one", "two"]
+    assert Store.find().list_names() == ["one", "two"]
+
+
+def test_callbacks_see_the_run_and_end_it(texts, base_folder, capsys):
+    events = []
+
+    def stop_early(event):
+        events.append(event)
+        if event.kind == "step" and event.step == 3:
+            event.stop()
+
+    report = lg.train(
+        texts, name="short", base=str(base_folder), settings=TINY, callbacks=[stop_early, print], **FAST | {"steps": 20}
+    )
+    kinds = [event.kind for event in events]
+    assert (report.steps, kinds.count("step"), kinds[-1]) == (3, 3, "end")
+    last = [event for event in events if event.kind == "validation"][-1]
+    assert last.step == 3, "it is measured where it ends"
+    assert {"step", "validation", "checkpoint", "end"} == set(kinds)
+    first = events[0]
+    assert (first.adapter, first.step, first.num_steps) == ("short", 1, 20)
+    assert first.loss > 0
+    assert first.tokens > 0
+    assert math.isclose(math.exp(events[-1].validation_loss), report.validation_perplexity)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("short: step 1 of 20, loss ")
+    assert len(lines) == len(events)
+
+
+def test_a_callback_that_stops_at_a_validation_ends_there(texts, base_folder):
+    def stop(event):
+        if event.kind == "validation":
+            event.stop()
+
+    settings = TINY | {"train.validate_every": 2}
+    report = lg.train(texts, name="v", base=str(base_folder), settings=settings, callbacks=[stop], **FAST)
+    assert report.steps == 2
+
+
+def test_an_error_in_a_callback_ends_the_run_and_keeps_what_was_there(texts, base_folder):
+    def fail(event):
+        if event.step == 3:
+            raise ZeroDivisionError
+
+    settings = TINY | {"train.checkpoint_every": 1}
+    arguments = {"name": "bad", "base": str(base_folder), "settings": settings, **FAST}
+    with pytest.raises(ZeroDivisionError):
+        lg.train(texts, callbacks=[fail], **arguments)
+    assert not Store.find().has_adapter("bad")
+    with pytest.raises(ConflictError, match="an interrupted run of bad is kept"):
+        lg.train(texts, **arguments)
+    assert lg.train(texts, resume=True, **arguments).steps == 4
+
+
+def test_generation_is_that_of_the_command(model, law, base_folder, run_command):
+    command = ["generate", "the cat", "--adapter", "law", "--seed", "3", "--max-new-tokens", "12", "--json"]
+    expected = run_command(*command, "--set", "generate.dtype=float32")["outputs"][0]
+    found = model.generate("the cat", adapter=law, seed=3, max_new_tokens=12)
+    assert (str(found), found.text, found.tokens) == (expected["text"], expected["text"], expected["tokens"])
+    assert found.finish_reason == expected["finish_reason"]
+    assert found.provenance == expected["provenance"]
+    assert "".join(model.stream("the cat", "law", seed=3, max_new_tokens=12)) == found.text
+    drawn = model.generate("the cat", max_new_tokens=2)
+    assert model.generate("the cat", seed=drawn.seed, max_new_tokens=2).text == drawn.text
+    assert model.generate("the", "law", temperature=0, stop="e").text.find("e") == -1
+
+
+def test_a_batch_has_an_adapter_for_each_prompt(model):
+    outputs = model.generate_batch(["the cat", "a dog"], ["law", None], n=2, seed=5, max_new_tokens=6)
+    assert [(o.prompt, o.adapter, o.seed) for o in outputs] == [
+        ("the cat", "law", 5),
+        ("the cat", "law", 6),
+        ("a dog", "base", 5),
+        ("a dog", "base", 6),
+    ]
+    for output in outputs:
+        alone = model.generate(output.prompt, output.adapter, seed=output.seed, max_new_tokens=6)
+        assert alone.text == output.text
+    with pytest.raises(UsageError, match="3 prompts, 2 adapters"):
+        model.generate_batch(["a", "b", "c"], ["law", "law"])
+    with pytest.raises(UsageError, match="found int"):
+        model.generate_batch([1])
+    with pytest.raises(NotFoundError, match="no adapter 'none'"):
+        model.generate("a", "none")
+    assert model.generate("the cat", "auto", max_new_tokens=2).adapter in ("law", "base")
+    assert model.choose("the cat").nll.keys() == {"law", "base"}
+
+
+def test_perplexity_is_that_of_the_command(model, base_folder, text_file, run_command):
+    command = ["evaluate", f"t={text_file}", "--adapter", "law", "--json", "--set", "evaluate.window=32"]
+    cells = {cell["adapter"]: cell for cell in run_command(*command)["cells"]}
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    for adapter, name in (("law", "law"), (None, "base"), (lg.Mix.parse("law"), "law")):
+        found = model.perplexity(texts, adapter, window=32)
+        assert found.perplexity == pytest.approx(cells[name]["perplexity"], rel=1e-6)
+        assert (found.low, found.high) == pytest.approx(tuple(cells[name]["perplexity_interval"]), rel=1e-6)
+        assert (found.tokens, found.documents, found.adapter) == (cells[name]["tokens"], len(texts), name)
+        assert float(found) == found.perplexity
+        assert str(found) == f"{found.perplexity:,.2f} ({found.low:,.2f} to {found.high:,.2f})"
+    assert model.perplexity(texts, "law", window=32).documents_trained_on == cells["law"]["documents_trained_on"] > 0
+    assert model.perplexity(text_file, window=32).tokens == cells["base"]["tokens"]
+    assert model.perplexity("one text", window=32).low is None
+    with pytest.raises(UsageError, match="needs a prompt"):
+        model.perplexity(texts, "auto")
+
+
+def test_evaluate_is_the_matrix_of_the_command(law, base_folder, text_file, run_command, tmp_path):
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    settings = {"evaluate.window": 32}
+    table = lg.evaluate({"t": texts, "law": "law"}, settings=settings, base=str(base_folder), progress=False)
+    command = ["evaluate", f"t={text_file}", "law=law", "--adapter", "all", "--base", base_folder, "--json"]
+    expected = run_command(*command, "--set", "evaluate.window=32")
+    assert json.loads(json.dumps(table.to_json()["cells"])) == expected["cells"]
+    frame = table.to_pandas()
+    assert list(frame.columns) == list(expected["cells"][0])
+    assert len(frame) == len(expected["cells"]) + len(expected["forgetting"])
+    assert str(table).splitlines()[0].split() == ["perplexity", "t", "law", "general"]
+    assert repr(table) == str(table)
+    assert table._repr_html_().startswith("<pre>perplexity")
+    figure = table.plot(tmp_path / "m.png")
+    assert figure.axes
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert table.to_html().startswith("<!doctype html>")
+    alone = lg.evaluate(texts, "law", window=32, general=False, progress=False)
+    assert [cell.source for cell in alone.cells] == ["text"] * 2
+    with pytest.raises(NotFoundError, match="no adapter 'none'"):
+        lg.evaluate(texts, ["none"], progress=False)
+
+
+def test_a_mix_is_a_row_of_the_matrix(law, texts):
+    lg.merge("law", "half", settings={"evaluate.window": 32}, progress=False)
+    table = lg.evaluate(texts, ["law:0.5+half:0.5"], window=32, general=False, progress=False)
+    mixed, single = (
+        lg.load(adapters=["law"], dtype="float32").perplexity(texts, name, window=32)
+        for name in ("law:0.5+half:0.5", "law")
+    )
+    assert [cell.adapter for cell in table.cells] == ["base", "law:0.5+half:0.5"]
+    assert table.cells[1].score.perplexity == pytest.approx(single.perplexity, rel=1e-5)
+    assert mixed.documents_trained_on == single.documents_trained_on > 0
+
+
+def test_adapters_from_elsewhere_are_used_without_the_store(model, law, base_folder, tmp_path):
+    export_adapter(Store.find(), "law", tmp_path / "Peft-Law")
+    export_adapter(Store.find(), "law", tmp_path / "packed.tar.gz")
+    for adapters in ([tmp_path / "Peft-Law"], {"peft-law": str(tmp_path / "packed.tar.gz")}):
+        foreign = lg.load(adapters=adapters, store=tmp_path / "empty", dtype="float32", progress=False)
+        assert foreign.adapters == ["peft-law"]
+        assert foreign.base == model.base
+        expected = model.generate("the cat", "law", seed=1, max_new_tokens=8)
+        assert foreign.generate("the cat", "peft-law", seed=1, max_new_tokens=8).text == expected.text
+        assert foreign.perplexity("the cat", "peft-law").nll_nats_per_token == pytest.approx(
+            model.perplexity("the cat", "law").nll_nats_per_token, abs=1e-6
+        )
+    assert not (tmp_path / "empty").exists()
+    with pytest.raises(UsageError, match="keeps its name"):
+        lg.load(adapters={"other": "law"})
+    with pytest.raises(NotFoundError, match=r"there is no \./missing/folder"):
+        lg.load(str(base_folder), adapters=["./missing/folder"])
+
+
+def test_an_adapter_in_memory_keeps_its_slot(model, base_folder, texts, tmp_path):
+    export_adapter(Store.find(), "law", tmp_path / "kept")
+    small = lg.load(str(base_folder), adapters=[tmp_path / "kept"], max_slots=1, dtype="float32", progress=False)
+    expected = small.generate("the cat", "kept", seed=1, max_new_tokens=4).text
+    small.generate("the cat", "law", seed=1, max_new_tokens=4)
+    assert small.generate("the cat", "kept", seed=1, max_new_tokens=4).text == expected
+
+
+@pytest.mark.parametrize("targets", [None, ["c_attn", "lm_head"]])
+def test_transformers_computes_the_same(base_folder, texts, targets):
+    lg.train(texts, name="t", base=str(base_folder), targets=targets, settings=TINY, **FAST)
+    lg.merge("t:0.5", "u", progress=False)
+    model = lg.load(str(base_folder), adapters=["t", "u"], dtype="float32", progress=False)
+    ids = torch.tensor([model.session.base.tokenizer.encode("the cat sat on the mat")])
+    for adapter in (None, "t", "t:0.6+u:0.4"):
+        mix = lg.Mix.parse(adapter) if adapter else lg.Mix()
+        with torch.no_grad():
+            nll = token_nll(model.session.base.model, ids[:, :-1], ids[0, 1:], model.session.adapters_for([mix]))
+            for merged in (True, False):
+                logits = model.to_transformers(adapter, merged=merged)(ids[:, :-1]).logits[0]
+                theirs = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+                torch.testing.assert_close(nll.flatten(), theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_merge_publishes_a_mix(law):
+    report = lg.merge("law:0.5", "half", progress=False)
+    assert (report.name, report.version, report.method) == ("half", 1, "cat")
+    assert Store.find().list_names() == ["half", "law"]
+    with pytest.raises(UsageError, match="not a name"):
+        lg.merge("law", "Half!")
+
+
+def test_prepared_blocks_are_a_data_set(texts, base_folder):
+    found = lg.prepare(texts, base=str(base_folder), block_size=16, progress=False)
+    row = found["train"][0]
+    assert len(row["input_ids"]) == len(row["labels"]) == 16
+    assert row["labels"][:-1] == row["input_ids"][1:]
+    packed = lg.prepare(texts, base=str(base_folder), settings={"data.layout": "packed"}, block_size=64, progress=False)
+    assert "position_ids" in packed["train"].column_names
+
+
+def test_keywords_are_the_everyday_settings_of_the_command_line():
+    """One table decides; a keyword that is forgotten in a signature, or a flag, would fail here."""
+    for function, group in ((lg.train, "train"), (lg.Model.generate, "generate"), (lg.evaluate, "evaluate")):
+        names = {key.rpartition(".")[2] for key in EVERYDAY[group]}
+        assert names <= set(inspect.signature(function).parameters), group
+    assert make_recipe({"train.steps": 3, "name": "a"}, "train", {"rank": 4}).lora.rank == 4
+    recipe = make_recipe(lg.Recipe(name="b"), "generate", {"temperature": 0.5})
+    assert (recipe.name, recipe.generate.temperature, recipe.model_fields_set) == ("b", 0.5, {"name", "generate"})
+
+
+@pytest.fixture
+def run_command(base_folder):
+    from lora_gpt2 import cli
+
+    def run(*arguments):
+        result = CliRunner().invoke(cli.cli, ["-q", *map(str, arguments)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return run
