@@ -45,6 +45,7 @@ COMMANDS = {
 }
 
 
+NEAR = 0.75  # as alike as a typing error leaves two words
 COMPLETE = "_LORA_GPT2_COMPLETE"
 GLOBAL_OPTIONS = ("-v", "--verbose", "-q", "--quiet", "--debug")
 
@@ -95,7 +96,7 @@ def _suggest_command(name: str) -> str:
 
     if found := ELSEWHERE.get(name.lower()):
         return f"it is: lora-gpt2 {found}"
-    if near := get_close_matches(name.lower(), COMMANDS, n=1, cutoff=0.75):
+    if near := get_close_matches(name.lower(), COMMANDS, n=1, cutoff=NEAR):
         return f"did you mean '{near[0]}'?"
     return "'lora-gpt2 --help' lists them"
 
@@ -171,12 +172,7 @@ def translate(error: BaseException) -> LoraGpt2Error:
     if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
         return Interrupted("stopped", "what was finished is kept")
     if isinstance(error, click.ClickException):
-        context = getattr(error, "ctx", None)
-        hint = f"see '{context.command_path} --help'" if context else "see 'lora-gpt2 --help'"
-        if isinstance(error, click.NoSuchOption):
-            hint = _suggest_option(error) or hint
-        is_bare = isinstance(error, click.exceptions.NoArgsIsHelpError)
-        return UsageError("a command is missing" if is_bare else " ".join(error.format_message().split()), hint)
+        return _translate_usage(error)
     if is_out_of_memory(error):
         return ResourceError("there is not enough memory", HINT)
     if isinstance(error, OSError):
@@ -189,15 +185,30 @@ def translate(error: BaseException) -> LoraGpt2Error:
     )
 
 
+def _translate_usage(error: click.ClickException) -> UsageError:
+    """Returns our error for what click says of the words of a command line."""
+    context = getattr(error, "ctx", None)
+    hint = f"see '{context.command_path} --help'" if context else "see 'lora-gpt2 --help'"
+    if isinstance(error, click.NoSuchOption):
+        return UsageError(f"there is no option {error.option_name}", _suggest_option(error) or hint)
+    is_bare = isinstance(error, click.exceptions.NoArgsIsHelpError)
+    return UsageError("a command is missing" if is_bare else " ".join(error.format_message().split()), hint)
+
+
 def _suggest_option(error: click.NoSuchOption) -> str:
+    from difflib import get_close_matches
+
     from lora_gpt2.core.synonyms import find_option
 
     if error.option_name in GLOBAL_OPTIONS:
         return f"it goes before the command: lora-gpt2 {error.option_name} …"
     found = find_option(error.option_name)
     known = {name for param in error.ctx.command.params for name in param.opts} if error.ctx else set()
-    is_here = not found.startswith("--") or found.startswith("--set") or found.split()[0] in known
-    return f"here it is: {found}" if found and is_here else ""
+    is_here = not found.startswith("--") or found.split()[0] in known
+    if found and is_here:
+        return f"here it is: {found}"
+    near = get_close_matches(error.option_name, known, n=1, cutoff=NEAR)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def report(error: LoraGpt2Error, as_json: bool) -> None:

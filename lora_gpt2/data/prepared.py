@@ -76,8 +76,7 @@ def prepare_data(
         ResourceError: the folder cannot be written, a package is missing, or the hub cannot be reached.
     """
     tokenizer = tokenizer.with_special(settings.special_tokens)
-    if not settings.sources:
-        raise DataError("there is no text to train on", "name some with --data FILE, or data.sources in the recipe")
+    check_sources(settings)
     sources = _find_split_sources(settings)
     with wrap_os_errors("read the sources"):
         hashes = {split: [source.fingerprint() for source in found] for split, found in sorted(sources.items())}
@@ -96,6 +95,13 @@ def prepare_data(
     return PreparedData(
         path=folder, fingerprint=fingerprint, train=train, validation=validation, test=test, report=report
     )
+
+
+def check_sources(settings: DataSettings) -> None:
+    """Raises what `prepare_data` does where there is no text, or a source names nothing; before a base is loaded."""
+    if not settings.sources:
+        raise DataError("there is no text to train on", "name a file or a folder, or data.sources in the recipe")
+    _find_split_sources(settings)
 
 
 def _find_split_sources(settings: DataSettings) -> dict[str, list[Source]]:

@@ -16,7 +16,14 @@ from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.memory import check_room
 from lora_gpt2.core.names import check_name
-from lora_gpt2.data.prepared import SKETCH, PreparedData, describe_preparation, measure_overlaps, prepare_data
+from lora_gpt2.data.prepared import (
+    SKETCH,
+    PreparedData,
+    check_sources,
+    describe_preparation,
+    measure_overlaps,
+    prepare_data,
+)
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity
 from lora_gpt2.inference.mix import Mix
@@ -110,6 +117,8 @@ def train_recipes(
     if len(set(names)) < len(names):
         raise UsageError(f"two recipes have the same name: {', '.join(names)}", "give each its own name")
     check_together(recipes)
+    for recipe in recipes:
+        check_sources(recipe.data)
     world = init_process_group()
     reporter = reporter if world.is_main_process else SilentReporter()
     run = open_run_folder(store.root, names)

@@ -1,6 +1,8 @@
 """The program as users and scripts meet it: results, errors with their exit codes, JSON, signals."""
 
+import io
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -197,12 +199,12 @@ def test_recipes_and_bases(run, tmp_path):
 
 ERRORS = [
     (["trian"], 2, "UsageError", "no command 'trian'", "train"),
-    (["train", "--nonsense"], 2, "UsageError", "No such option", "--help"),
-    (["train", "-q"], 2, "UsageError", "No such option '-q'", "before the command: lora-gpt2 -q"),
+    (["train", "--nonsense"], 2, "UsageError", "there is no option --nonsense", "--help"),
+    (["train", "-q"], 2, "UsageError", "there is no option -q", "before the command: lora-gpt2 -q"),
     (["train"], 2, "UsageError", "nothing to train on", "name a file or a folder"),
     (["train", "--data", "{text}", "--name", "A/B"], 2, "UsageError", "'A/B' is not a name", "1 to 64"),
     (["train", "--data", "{text}", "--set", "train.stps=1"], 2, "RecipeError", "train.stps", "train.steps"),
-    (["train", "--name", "a", "--base", "{base}"], 3, "DataError", "no text to train on", "--data"),
+    (["train", "--name", "a", "--base", "{base}"], 3, "DataError", "no text to train on", "name a file or a folder"),
     (["train", "--data", "none.txt", "--base", "{base}"], 4, "NotFoundError", "none.txt", "check the path"),
     (["train", "--data", "{text}", "--base", "nothing"], 4, "NotFoundError", "no base 'nothing'", "nano"),
     (["train", "--data", "{text}", "--base", "gpt2-xl"], 7, "ResourceError", "hub cannot be reached", "nano"),
@@ -277,6 +279,149 @@ def test_the_suggested_command_names_a_store_that_is_not_the_default(run, traine
     _, _, err = run(*arguments, "--store", elsewhere)
     assert f"--adapter copy --store {elsewhere}\n" in err
     assert Store(elsewhere).list_names() == ["copy"]
+
+
+def test_text_trains_without_options_and_labels_name_adapters(run, base_folder, text_file, tmp_path, monkeypatch):
+    """E1 of CASES.md: what everybody types first."""
+    monkeypatch.chdir(tmp_path)
+    code_folder = tmp_path / "src"
+    code_folder.mkdir()
+    for number in range(12):
+        lines = "".join(f"def f{number}_{i}(x):\n    return x + {i * number}\n\n\n" for i in range(12))
+        (code_folder / f"m{number}.py").write_text(lines)
+    fast = ["--base", base_folder, "--steps", 2, "--rank", 2, "--block-size", 16, "--batch-size", 2, "--lr", "1e-2"]
+    code, out, err = run("train", text_file.name, *fast, "--json")
+    assert code == 0, err
+    assert json.loads(out)["adapters"][0]["name"] == "text"
+    manifest = Store.find().read_manifest("text")
+    assert manifest.recipe["train"]["learning_rate"] == 0.01
+    assert (manifest.recipe["lora"]["rank"], manifest.recipe["train"]["batch_size"]) == (2, 2)
+    assert manifest.figures["train_tokens"] <= 2 * 2 * 16
+    code, out, err = run("train", f"law={text_file.name}", "code=src/", *fast, "--json")
+    assert code == 0, err
+    assert [item["name"] for item in json.loads(out)["adapters"]] == ["law", "code"]
+    assert "code: source code: its whitespace is left alone, as with data.profile=code (12 times)" in err
+    assert Store.find().read_manifest("law").digest == manifest.digest, "alone or together, by words or by flags"
+    same = ["--set", "train.steps=2", "--set", "lora.rank=2", "--set", "data.block_size=16"]
+    same += ["--set", "train.batch_size=2", "--set", "train.learning_rate=0.01", "--base", base_folder]
+    assert run("train", "--data", text_file.name, "--name", "set", *same)[0] == 0
+    assert Store.find().read_manifest("set").digest == manifest.digest
+    for words, message in (
+        (["law=text.jsonl", "text.jsonl"], "label=SOURCE names adapters"),
+        (["law=text.jsonl", "--name", "x"], "label=SOURCE names adapters"),
+        (["prose", "code", "text.jsonl"], "several recipes, and text"),
+        (["nowhere.txt"], "no file, folder or match for 'nowhere.txt'"),
+        (["nowhere.yaml"], "there is no recipe nowhere.yaml"),
+        (["text.jsonl", "--rank", "0"], "lora.rank"),
+    ):
+        code, _, err = run("train", *words)
+        assert code in (2, 3, 4, 5), err
+        assert message in err
+        assert "base nano" not in err, "nothing was loaded"
+
+
+def test_source_code_keeps_its_indentation_and_prose_beside_it_is_cleaned(run, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    source = "".join(f"def f{i}(x):\n\tif x:\n\t\treturn   x + {i}\n\n\n\n" for i in range(60))
+    (tmp_path / "mixed" / "a.py").write_text(source)
+    (tmp_path / "mixed" / "b.md").write_text("\n".join(f"Some   words   of the text number {i}." for i in range(200)))
+    code, _, err = run("prepare", tmp_path / "mixed", "--text", tmp_path / "clean", "--set", "data.test_fraction=0")
+    assert code == 0, err
+    lines = "".join(path.read_text() for path in sorted((tmp_path / "clean").iterdir())).splitlines()
+    written = "".join(json.loads(line)["text"] for line in lines)
+    assert "\tif x:\n\t\treturn   x + 7\n" in written
+    assert "Some words of the text number 7." in written
+    code, _, err = run("prepare", tmp_path / "mixed", "--set", "data.profile=raw")
+    assert code == 0
+    assert "source code" not in err
+
+
+def test_the_suggested_command_can_be_pasted(run, base_folder, text_file, tmp_path, monkeypatch):
+    import shlex
+
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "it's.jsonl").write_text(text_file.read_text())
+    small = [
+        "--set",
+        "train.steps=1",
+        "--set",
+        "data.block_size=16",
+        "--set",
+        "lora.rank=2",
+        "--base",
+        str(base_folder),
+    ]
+    for command in (["prepare", str(folder), *small], ["plan", "--no-probe", f"own={folder}", "--lr", "0.01", *small]):
+        code, _, err = run(*command)
+        assert code == 0, err
+        line = next(line for line in err.splitlines() if line.startswith("next: "))
+        words = shlex.split(line.removeprefix("next: "))
+        assert words[:2] == ["lora-gpt2", "train"]
+        code, _, err = run(*words[1:])
+        assert code == 0, err
+        line = next(line for line in err.splitlines() if line.startswith("next: "))
+        assert run(*shlex.split(line.removeprefix("next: "))[1:], "--max-new-tokens", "2")[0] == 0
+    assert Store.find().list_names() == ["a-folder", "own"]
+
+
+def test_generate_says_what_it_waits_for(run, monkeypatch, base_folder):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("the cat"))
+    code, _, err = run("generate", "--base", base_folder, "--max-new-tokens", "2")
+    assert code == 0
+    assert "type the prompt, then Ctrl-D" in err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_what_there_is(run, shell):
+    code, script, _ = run("completion", shell)
+    assert code == 0
+    assert "_LORA_GPT2_COMPLETE" in script
+
+
+def test_completion_knows_adapters_recipes_bases_and_settings(trained, tmp_path):
+    def complete(*words):
+        environment = os.environ | {
+            "_LORA_GPT2_COMPLETE": "bash_complete",
+            "COMP_WORDS": "lora-gpt2 " + " ".join(words),
+            "COMP_CWORD": str(len(words)),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_gpt2"], env=environment, capture_output=True, text=True, check=False
+        )
+        return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+    assert complete("generate", "--adapter", "l") == ["law"]
+    assert complete("generate", "--adapter", "law:0.5+c") == ["law:0.5+code"]
+    assert complete("adapters", "show", "c") == ["code"]
+    assert "train.steps=" in complete("train", "--set", "train.st")
+    assert "gpt2-xl" in complete("train", "--base", "gpt2")
+    assert "prose" in complete("train", "pro")
+    assert complete("tra") == ["train"]
+    assert "--learning-rate" in complete("train", "--le")
+
+
+def test_the_doctor_tries_what_there_is_and_says_so(run, trained, monkeypatch):
+    code, out, err = run("doctor", "--json")
+    assert code == 0, err
+    findings = {(item["topic"], item["name"]): item for item in json.loads(out)["findings"]}
+    assert findings["works", "train a step on nano"]["status"] == "ok"
+    assert findings["works", "generate with nano"]["status"] == "ok"
+    assert findings["places", "store"]["detail"].startswith(f"{trained.root}: 2 versions of 2 adapters")
+    assert findings["versions", "torch"]["detail"]
+    assert findings["hub", "huggingface.co"]["detail"] == "not asked; --hub does"
+    with (trained.resolve("law") / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    monkeypatch.setattr("lora_gpt2.doctor._train", lambda quantize: quantize)  # it was tried above
+    code, out, err = run("doctor", "--hub")
+    assert code == 9
+    assert "NO store" in out
+    assert "NO huggingface.co" in out
+    assert "error: does not work: store" in err
 
 
 def test_a_group_alone_says_what_is_missing(run):

@@ -224,7 +224,9 @@ def _glob(spec: str, settings: DataSettings) -> list[Source]:
         except ValueError as error:
             raise DataError(f"'{spec}' is not a pattern: {error}", "** stands alone, as in texts/**/*.txt") from error
     if not paths:
-        raise NotFoundError(f"there is no file, folder or match for '{spec}'", f"check the path; read are {SHOWN}")
+        raise NotFoundError(
+            f"there is no file, folder or match for '{spec}'", f"check the path; read are {SHOWN} and source code"
+        )
     return [_name_file(path, settings) for path in paths]
 
 
