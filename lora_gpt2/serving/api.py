@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +51,22 @@ from lora_gpt2.store.listing import list_current
 from lora_gpt2.store.references import BASE, label_of
 
 PAGE = Path(__file__).parent / "page"
+CONTINUES = ": GPT-2 continues a text, it has no chat; POST /v1/completions with a prompt"
+ELSEWHERE = {
+    "/v1/chat/completions": CONTINUES,
+    "/v1/responses": CONTINUES,
+    "/v1/messages": CONTINUES,
+    "/api/chat": CONTINUES,
+    "/api/generate": ": this is no ollama; POST /v1/completions with a prompt",
+    "/generate": ": POST /v1/completions with a prompt",
+    "/completions": ": POST /v1/completions",
+    "/models": ": GET /v1/models",
+    "/api/tags": ": GET /v1/models",
+    "/v1/load_lora_adapter": ": POST /v1/adapters/load",
+    "/v1/unload_lora_adapter": ": POST /v1/adapters/unload",
+    "/health": ": GET /healthz",
+}
+"""Routes of other servers, and what is asked here instead."""
 CREATED = 1_546_300_800  # what OpenAI's list says of a base: when it came out; GPT-2's year, 2019
 READ_AND_REFUSED = 4  # times the largest body: who sends a little too much shall read the answer
 T = TypeVar("T")
@@ -214,7 +231,8 @@ class Server:
         models = [describe_model(BASE, base=base.name, context=base.config.n_positions)]
         for row in list_current(store)[0] if store is not None else []:
             if row["base_fingerprint"] == base.fingerprint:
-                models.append(describe_model(row["name"], **{key: row[key] for key in row if key != "name"}))
+                more = {key: row[key] for key in row if key not in ("name", "created")}
+                models.append(describe_model(row["name"], created=parse_time(row["created"]), **more))
         return models
 
     async def list_adapters(self, request: Request) -> Response:
@@ -272,14 +290,20 @@ class Server:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def describe_model(name: str, **more: Any) -> dict[str, Any]:
-    """Returns a model object."""
-    return {"id": name, "object": "model", "created": CREATED, "owned_by": "lora-gpt2", **more}
+def describe_model(name: str, created: int = CREATED, **more: Any) -> dict[str, Any]:
+    """Returns a model object; `created` in seconds since 1970."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "lora-gpt2", **more}
+
+
+def parse_time(text: str) -> int:
+    """Returns the seconds since 1970 of a time in ISO 8601."""
+    return int(datetime.fromisoformat(text).timestamp())
 
 
 async def _show_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(ApiError(error.status_code, error.detail).to_json(), error.status_code, error.headers)
+    ours = ApiError(error.status_code, f"{error.detail}{ELSEWHERE.get(request.url.path.rstrip('/'), '')}")
+    return JSONResponse(ours.to_json(), ours.status, error.headers)
 
 
 async def _show_bug(request: Request, error: Exception) -> Response:

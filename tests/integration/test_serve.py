@@ -637,6 +637,21 @@ def test_a_switch_for_the_whole_process_would_fail_that_test(base, store, monkey
     assert ask_under_churn(base, store, 96)[1] > 0
 
 
+def test_models_say_when_they_were_made(port, store):
+    for model in ask(port, "/v1/models")[2]["data"]:
+        assert isinstance(model["created"], int)
+        if model["id"] != "base":
+            assert model["created"] == int(store.read_manifest(model["id"]).created.timestamp())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/generate", "/v1/responses", "/generate", "/models"])
+def test_a_route_of_another_server_is_answered_with_ours(port, path):
+    for method, body in (("POST", {"model": "law", "messages": []}), ("GET", None)):
+        status, _, answer = ask(port, path, body, method=method)
+        assert status in (404, 405)
+        assert "/v1/completions" in answer["error"]["message"] or path == "/models"
+
+
 def mangle(draw, body):
     """Returns the bytes of a request's body with something wrong with it, most of the time."""
     values = [None, True, -1, 0, 1.5, 2**70, "x", "", [], {}, [[]], ["a", 1], {"a": 1}, "\ud800", "law", "a" * 3000]
