@@ -33,24 +33,6 @@ model = HFLM(pretrained=folder, peft=peft, device="cpu", dtype="float32", batch_
 requests = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(t,), idx=i) for i, t in enumerate(texts)]
 print(json.dumps(model.loglikelihood_rolling(requests, disable_tqdm=True)))
 """
-PACKAGES = [
-    "lm_eval==0.4.13",
-    "jsonlines",
-    "sqlitedict",
-    "pytablewriter",
-    "more_itertools",
-    "word2number",
-    "scikit-learn",
-]
-
-
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    """A folder with lm-evaluation-harness, for PYTHONPATH."""
-    folder = tmp_path_factory.mktemp("harness")
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", str(folder), *PACKAGES]
-    subprocess.run(install, check=True, timeout=300)
-    return folder
 
 
 def measure_theirs(harness, folder, peft):
