@@ -38,7 +38,7 @@ COMMANDS = {
     "adapters": "The store: list, show, verify, compare, copy, remove, exchange adapters.",
     "audit": "Look for what is risky: in a text, in what an adapter repeats.",
     "recipes": "List, show, copy and check recipes.",
-    "bases": "List and show bases.",
+    "bases": "List and show bases, or write one as GGUF.",
     "bench": "Measure this machine: training, writing and serving, quality, start-up.",
     "doctor": "Say what works on this machine, in one block for a bug report.",
     "completion": "Write the completion script of a shell: bash, zsh or fish.",

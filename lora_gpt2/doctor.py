@@ -57,7 +57,10 @@ OPTIONAL = {
     "serve": ("starlette", "uvicorn", "prometheus_client"),
     "gguf": ("gguf",),
     "languages": ("py3langid",),
-    "train-extras": ("accelerate", "bitsandbytes"),
+    "train-extras": ("accelerate",),
+    "documents": ("pypdf", "docx", "odf", "pysubs2", "defusedxml"),
+    "quality": ("sacrebleu", "rouge_score"),
+    "lm-eval": ("lm_eval",),
 }
 """Extras of the package, and what they import."""
 TRAINING, GENERATING, STORE = "train a step on nano", "generate with nano", "store"

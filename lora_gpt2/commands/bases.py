@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from lora_gpt2.commands.shared import emit, json_option
+from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.tables import format_table
 
 
 @click.group("bases")
 def command() -> None:
-    """List and show bases."""
+    """List, show and export bases."""
 
 
 @command.command("list")
@@ -29,6 +32,35 @@ def list_(as_json: bool) -> None:
     rows = [{"name": name, "where": "bundled"} for name in list_bundled()]
     rows += [{"name": name, "where": f"hub: {identifier}"} for name, identifier in HUB_NAMES.items()]
     emit({"bases": rows}, as_json, lambda: format_table(["base", ""], [[row["name"], row["where"]] for row in rows]))
+
+
+@command.command("export")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path), metavar="FILE.gguf")
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@json_option
+def export(name: str, target: Path, dtype: str, as_json: bool) -> None:
+    """Write a base as GGUF, for llama.cpp and ollama; adapters exported as .gguf go over it.
+
+    \b
+    Example:
+      lora-gpt2 bases export nano nano.gguf
+    """
+    if target.suffix != ".gguf":
+        raise UsageError(f"{target}: a base is written as GGUF", "name the file base.gguf, for example")
+    if target.exists():
+        raise ConflictError(f"{target} exists", "choose another name, or remove it first")
+    import torch
+
+    from lora_gpt2.merging.gguf import check_gguf, write_base_gguf
+    from lora_gpt2.model.base import load_base
+    from lora_gpt2.model.runtime import Runtime
+
+    base = load_base(name, Runtime(torch.device("cpu"), getattr(torch, dtype)))
+    check_gguf(base.config)
+    with wrap_os_errors(f"write {target}"):
+        write_base_gguf(target, base)
+    emit({"base": {"name": base.name, "path": str(target)}}, as_json, lambda: [f"wrote {target}"])
 
 
 @command.command("show")

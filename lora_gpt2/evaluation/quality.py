@@ -6,13 +6,14 @@ the references (several where a prompt comes several times). BLEU and chrF are s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lora_gpt2.core.errors import DataError
+from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.evaluation.matrix import EvaluationText
@@ -162,13 +163,23 @@ def find_causes(
     return [f"{said}, sampled plainly as well: it is the model; more text or fewer steps would help"]
 
 
+@contextmanager
+def _wrap_missing() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        hint = "pip install 'lora-gpt2[quality]'"
+        raise ResourceError(f"judging texts needs {error.name}, which is not installed", hint) from error
+
+
 def compare_references(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float | None]:
     """Returns BLEU, chrF and ROUGE-L against references; None where a text has none."""
     if not texts or not all(references):
         return dict.fromkeys(("bleu", "chrf", "rouge_l"))
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
+    with _wrap_missing():
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
 
     clean = [text.strip() for text in texts]
     most = max(map(len, references))
@@ -184,7 +195,8 @@ def compare_references(texts: Sequence[str], references: Sequence[Sequence[str]]
 
 def measure_self_bleu(texts: Sequence[str]) -> float | None:
     """Returns the mean BLEU-4 of each text against the others, at most 50 of them; None with fewer than two."""
-    from sacrebleu.metrics.bleu import BLEU
+    with _wrap_missing():
+        from sacrebleu.metrics.bleu import BLEU
 
     compared = [text for text in texts if text.strip()][:MAX_COMPARED]
     if len(compared) < 2:

@@ -1,4 +1,4 @@
-"""A merged base as GGUF, for llama.cpp: its names, its metadata, and GPT-2's tokenizer.
+"""GGUF for llama.cpp and what is built on it: a base, merged or not, and an adapter over it.
 
 Names and keys are those of llama.cpp's GPT-2 architecture (`gguf.constants`). Matrices are stored `[out, in]`;
 norms, biases and positions in float32, as llama.cpp's own conversion does.
@@ -14,10 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_gpt2.core.errors import CheckFailed, MismatchError, ResourceError
+from lora_gpt2.core.errors import CheckFailed, ConflictError, MismatchError, ResourceError
+from lora_gpt2.core.files import rename_path, temporary_dir, wrap_os_errors
+from lora_gpt2.merging.state import merge_state
 from lora_gpt2.model.base import TRANSPOSED, Base
-from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.config import HEAD, GPT2Config
+from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.merge import MergeRule
+from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.files import load_adapter
+from lora_gpt2.store.manifest import Manifest
 
+ARCHITECTURE = "gpt2"
 NAMES = {
     "transformer.wte.weight": "token_embd.weight",
     "transformer.wpe.weight": "position_embd.weight",
@@ -57,7 +66,7 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
     import gguf
 
     config = base.config
-    writer = gguf.GGUFWriter(path, "gpt2")
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_name(base.name)
     writer.add_block_count(config.n_layer)
     writer.add_context_length(config.n_positions)
@@ -85,7 +94,80 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
         is_matrix = tensor.ndim == 2 and name != "position_embd.weight"
         dtype = torch.float16 if is_matrix and tensor.dtype == torch.float16 else torch.float32
         arrays[name] = tensor.to(dtype).contiguous().numpy()
-        writer.add_tensor(name, arrays[name])
+    _write_tensors(writer, path, arrays)
+
+
+def write_base_gguf(path: Path, base: Base) -> None:
+    """Writes a base as it is, its head as a tensor of its own, which an adapter may change; raises as `write_gguf`."""
+    write_gguf(path, merge_state(base, [], [], MergeRule(), base.runtime.dtype), base)
+
+
+def write_lora_gguf(path: Path, adapter: Adapter, base: Base, name: str) -> None:
+    """Writes an adapter for llama.cpp's `--lora`, in float32, with its scaling in B; reads it back.
+
+    llama.cpp scales by alpha over the rank unless alpha is 0, so that is what is written.
+
+    Raises `CheckFailed` if the file does not hold what was written.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+    writer.add_name(name)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, base.name)
+    arrays: dict[str, Any] = {}
+    for site, update in adapter.updates.items():
+        module = site if site == HEAD else f"transformer.{site}"
+        tensor = name_tensor(f"{module}.weight")
+        arrays[f"{tensor}.lora_a"] = update.a.float().contiguous().numpy()
+        arrays[f"{tensor}.lora_b"] = (update.scaling * update.b.float()).contiguous().numpy()
+    _write_tensors(writer, path, arrays)
+
+
+def export_gguf(store: Store, reference: str, target: Path, base: Base, settings: GenerateSettings) -> Manifest:
+    """Writes a version as `target`, a .gguf file, and a Modelfile for ollama beside it; returns its manifest.
+
+    Raises:
+        ConflictError: one of the two is there.
+        ResourceError: the package gguf is missing, or a file cannot be written.
+    """
+    check_gguf(base.config)
+    modelfile = target.with_name(f"{target.stem}.Modelfile")
+    for path in (target, modelfile):
+        if path.exists():
+            raise ConflictError(f"{path} exists", "choose another name, or remove it first")
+    manifest, adapter = load_adapter(store, reference, base)
+    with wrap_os_errors(f"write {target}"), temporary_dir(target.absolute().parent, target.name) as work:
+        write_lora_gguf(work / target.name, adapter, base, manifest.reference)
+        lines = build_modelfile(base, target.name, settings)
+        (work / modelfile.name).write_text(lines, encoding="utf-8", newline="\n")
+        for path in (target, modelfile):
+            rename_path(work / path.name, path)
+    return manifest
+
+
+def build_modelfile(base: Base, adapter: str, settings: GenerateSettings) -> str:
+    """Returns ollama's description of an adapter over a base, both files in its folder, with our sampling settings."""
+    values = {
+        "num_ctx": base.config.n_positions,
+        "num_predict": settings.max_new_tokens,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+    }
+    parameters = "".join(f"PARAMETER {key} {value}\n" for key, value in values.items())
+    return f'FROM ./{Path(base.name).name}.gguf\nADAPTER ./{adapter}\nTEMPLATE "{{{{ .Prompt }}}}"\n{parameters}'
+
+
+def _write_tensors(writer: Any, path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes tensors after what the writer has, and compares what is read back."""
+    import gguf
+
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

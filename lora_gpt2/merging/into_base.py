@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, ResourceError
+from lora_gpt2.core.errors import CheckFailed, ConflictError, MismatchError, ResourceError
 from lora_gpt2.core.files import rename_path, sync_tree, temporary_dir, wrap_os_errors
 from lora_gpt2.evaluation.general import add_general
 from lora_gpt2.evaluation.held_out import read_sketches
@@ -30,10 +30,10 @@ from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.checks import check_effect, check_exact
 from lora_gpt2.merging.combine import MERGED, Parents, build_rule, check_deltas, open_parents, select_unmerged
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
-from lora_gpt2.model.base import TRANSPOSED, Base, list_weight_files, load_base, read_stored_dtype
+from lora_gpt2.merging.state import merge_state
+from lora_gpt2.model.base import Base, list_weight_files, load_base, read_stored_dtype
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.model.config import HEAD
-from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.merge import MergeRule
 from lora_gpt2.model.probe import AdapterSelector, compute_logits, measure_difference, select_base
 from lora_gpt2.model.quantize import QuantizedLinear
@@ -150,27 +150,6 @@ def build_state(session: Session, parents: Parents, rule: MergeRule, dtype: torc
     """Returns what `merge_state` does, of a merge that changes something and is finite."""
     check_deltas(parents, rule)
     return merge_state(session.base, parents.adapters, rule.scale_weights(parents.weights), rule, dtype)
-
-
-def merge_state(
-    base: Base, adapters: Sequence[Adapter], weights: Sequence[float], rule: MergeRule, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Returns a merged base's tensors on the CPU under Hugging Face's names, projections as `Conv1D` has them."""
-    adapted = {site for adapter in adapters for site in adapter.updates}
-    tensors = base.model.state_dict()
-    if HEAD in adapted:  # then the head is no longer tied to the token embeddings
-        tensors.setdefault(f"{HEAD}.weight", tensors["wte.weight"])
-    state = {}
-    for key in list(tensors):
-        tensor = tensors.pop(key).detach().to("cpu", torch.float32)
-        site = key.removesuffix(".weight")
-        if key.endswith(".weight") and site in adapted:
-            tensor = tensor + rule.combine_site(adapters, weights, site)
-        if not torch.isfinite(tensor).all() or tensor.abs().max() > torch.finfo(dtype).max:
-            raise CorruptError(f"{key} of the merged base does not fit {dtype}", "use --set merge.dtype=float32")
-        tensor = tensor.mT if key.endswith(TRANSPOSED) else tensor
-        state[key if site == HEAD else f"transformer.{key}"] = tensor.to(dtype).contiguous()
-    return state
 
 
 def _write_folder(

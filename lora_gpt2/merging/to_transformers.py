@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_gpt2.merging.into_base import merge_state
+from lora_gpt2.merging.state import merge_state
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.model.config import HEAD

@@ -80,6 +80,6 @@ def _load_functional() -> Any:
         from bitsandbytes import functional
     except ImportError as error:
         raise ResourceError(
-            "quantised bases need bitsandbytes, which is not installed", "pip install 'lora-gpt2[train-extras]'"
+            "quantised bases need bitsandbytes, which is not installed", "pip install bitsandbytes"
         ) from error
     return functional

@@ -76,7 +76,10 @@ def pull(reporter: Reporter, repository: str, name: str | None, base: str | None
 @json_option
 @click.pass_obj
 def export(reporter: Reporter, reference: str, target: Path, peft_safe: bool, store: Store, as_json: bool) -> None:
-    """Write a version to TARGET: a folder that PEFT loads, or one file if it ends in .tar.gz.
+    """Write a version to TARGET: a folder that PEFT loads, or one file: .tar.gz, or .gguf for llama.cpp.
+
+    A .gguf is an adapter for `llama-cli --lora` over the base's GGUF ('bases export'); a Modelfile for ollama is
+    written beside it.
 
     An adapter that changes the head (lm_head) runs in PeftModel, but what ties the head again, as
     AutoPeftModelForCausalLM and lm-evaluation-harness do, fails over it: --peft-safe leaves that change out.
@@ -86,7 +89,11 @@ def export(reporter: Reporter, reference: str, target: Path, peft_safe: bool, st
       lora-gpt2 adapters export law ./law-peft
       lora-gpt2 adapters export law@2 law-2.tar.gz
       lora-gpt2 adapters export law ./law-peft --peft-safe
+      lora-gpt2 adapters export law law.gguf
     """
+    if target.suffix == ".gguf":
+        _export_gguf(reporter, reference, target, store, as_json)
+        return
     from lora_gpt2.store.exchange import export_adapter, has_head
 
     price: dict[str, Any] = {}
@@ -105,6 +112,18 @@ def export(reporter: Reporter, reference: str, target: Path, peft_safe: bool, st
     suggest_next(
         reporter, "adapters", "import", target.absolute(), "--name", manifest.name, title="next, for another store"
     )
+
+
+def _export_gguf(reporter: Reporter, reference: str, target: Path, store: Store, as_json: bool) -> None:
+    from lora_gpt2.merging.gguf import export_gguf
+    from lora_gpt2.model.base import load_base
+    from lora_gpt2.model.runtime import choose_runtime
+    from lora_gpt2.recipe import GenerateSettings
+
+    base = load_base(store.read_manifest(reference).base.name, choose_runtime("float32"))
+    manifest = export_gguf(store, reference, target, base, GenerateSettings())
+    emit({"adapter": summarise(manifest) | {"path": str(target)}}, as_json, lambda: [f"wrote {target}"])
+    suggest_next(reporter, "bases", "export", base.name, target.with_name(f"{Path(base.name).name}.gguf"))
 
 
 @click.command("push")

@@ -32,7 +32,7 @@ from lora_gpt2.data.read.records import (
     is_pair,
     parse_json,
 )
-from lora_gpt2.data.read.sources import HUB, Source, find_sources
+from lora_gpt2.data.read.sources import DOCUMENTS, HUB, Source, find_sources
 from lora_gpt2.data.tokenizer import EOS
 from lora_gpt2.recipe import DataSettings
 
@@ -100,20 +100,27 @@ def _read_source(source: Source, settings: DataSettings, log: ReadingLog, piece:
         if source.is_gzip:
             _check_gzip(source)
         with _open(source, log) as file:
-            if source.kind != "parquet":
-                check_is_text(file.peek(8192)[:8192], source.name, settings.encoding)
-            if source.kind == "text":
-                yield from _read_text(file, source.name, settings, piece)
-            elif source.kind == "code":
-                yield from _read_code(file, source.name, settings, log, piece)
-            else:
-                yield from READERS[source.kind](file, source.name, settings, log)
+            yield from _read_file(file, source, settings, log, piece)
     except DataError as error:
         yield error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield DataError(f"{source.name} is damaged: {error}", "unpack it with gunzip to see, or fetch it again")
     except OSError as error:
         yield DataError(f"{source.name} cannot be read: {error.strerror or error}", "check its permissions")
+
+
+def _read_file(file: BufferedReader, source: Source, settings: DataSettings, log: ReadingLog, piece: int) -> Reading:
+    if source.kind in DOCUMENTS.values():
+        yield from _read_document(file, source, log)
+        return
+    if source.kind != "parquet":
+        check_is_text(file.peek(8192)[:8192], source.name, settings.encoding)
+    if source.kind == "text":
+        yield from _read_text(file, source.name, settings, piece)
+    elif source.kind == "code":
+        yield from _read_code(file, source.name, settings, log, piece)
+    else:
+        yield from READERS[source.kind](file, source.name, settings, log)
 
 
 def _check_gzip(source: Source) -> None:
@@ -173,6 +180,14 @@ def _read_text(file: BufferedReader, where: str, settings: DataSettings, piece: 
         if line is not None and not is_mark:
             run.append(line)
             length += len(line)
+
+
+def _read_document(file: BufferedReader, source: Source, log: ReadingLog) -> Reading:
+    from lora_gpt2.data.read.documents import read_document
+
+    texts = read_document(source.kind, _read_whole(file, source.name), source.name, log.note)
+    for number, text in enumerate(texts, start=1):
+        yield Document(text, source.name if number == 1 else f"{source.name}#{number}")
 
 
 def _read_code(file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog, piece: int) -> Reading:

@@ -13,13 +13,14 @@ import stat
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
 from lora_gpt2.core.fingerprint import hash_file
 from lora_gpt2.core.user_files import check_stdin
+from lora_gpt2.data.read.archives import is_archive, unpack
 from lora_gpt2.recipe import DataSettings
 
 KINDS = {
@@ -33,7 +34,6 @@ KINDS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-SHOWN = ", ".join(KINDS)
 CODE = [
     "py",
     "pyi",
@@ -80,7 +80,20 @@ CODE = [
 ]
 """File extensions of source code, which is read as text and whose whitespace is left alone."""
 KINDS |= {f".{extension}": "code" for extension in CODE}
-DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub")
+DOCUMENTS = {
+    ".pdf": "pdf",
+    ".docx": "docx",
+    ".odt": "odt",
+    ".epub": "epub",
+    ".srt": "subtitles",
+    ".vtt": "subtitles",
+    ".ass": "subtitles",
+    ".eml": "mail",
+    ".mbox": "mailbox",
+}
+KINDS |= DOCUMENTS
+SHOWN = ", ".join(suffix for suffix, kind in KINDS.items() if kind != "code")
+UNREAD_DOCUMENTS = (".doc", ".rtf", ".mobi", ".azw3", ".ps", ".djvu")
 HUB = "hf:"
 STDIN = "-"
 SPLIT_WORDS = {
@@ -148,7 +161,7 @@ def find_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
         elif path.is_dir():
             found += _list_folder(path, settings)
         elif path.exists():
-            found.append(_name_file(path, settings))
+            found += _list_file(path, settings)
         else:
             found += _glob(spec, settings)
     return found
@@ -198,19 +211,38 @@ def _name_file(path: Path, settings: DataSettings) -> Source:
     kind = _find_kind(path, settings)
     if kind is None:
         hint = f"read by name are {SHOWN} and source code, also .gz; say what it is with --set data.format=text"
-        if path.suffix.lower() in DOCUMENTS:
-            hint = "convert it first: pdftotext file.pdf, or pandoc -t plain -o file.txt file.docx"
+        if path.suffix.lower() in UNREAD_DOCUMENTS:
+            hint = "convert it first, such as: pandoc -t plain -o file.txt file.rtf"
         raise DataError(f"{path}: files of kind '{path.suffix}' are not read", hint)
     return Source(str(path), kind, path)
 
 
+def _list_archive(path: Path, settings: DataSettings) -> list[Source]:
+    """Returns the files of an archive that can be read, named after it: `texts.zip/a.txt`."""
+    folder = unpack(path)
+    found = [file for file in sorted(folder.rglob("*")) if file.is_file() and _find_kind(file, settings)]
+    found = [f for f in found if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(folder).parts)]
+    if not found:
+        raise DataError(f"{path} holds no file that is read: {SHOWN} or source code", "name another archive")
+    named = [_name_file(file, settings) for file in found]
+    return [replace(source, name=f"{path}/{Path(source.name).relative_to(folder)}") for source in named]
+
+
 def _list_folder(folder: Path, settings: DataSettings) -> list[Source]:
-    paths = [path for path in sorted(folder.rglob("*")) if _find_kind(path, settings) and path.is_file()]
+    paths = [path for path in sorted(folder.rglob("*")) if _is_read(path, settings) and path.is_file()]
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     paths = [path for path in paths if not any((path.parent / name).exists() for name in OUR_FILES)]
     if not paths:
         raise DataError(f"{folder} holds no {SHOWN} file and no source code", "name the files, or another folder")
-    return [_name_file(path, settings) for path in paths]
+    return [source for path in paths for source in _list_file(path, settings)]
+
+
+def _is_read(path: Path, settings: DataSettings) -> bool:
+    return is_archive(path) or _find_kind(path, settings) is not None
+
+
+def _list_file(path: Path, settings: DataSettings) -> list[Source]:
+    return _list_archive(path, settings) if is_archive(path) else [_name_file(path, settings)]
 
 
 def _glob(spec: str, settings: DataSettings) -> list[Source]:
@@ -220,14 +252,14 @@ def _glob(spec: str, settings: DataSettings) -> list[Source]:
     paths: list[Path] = []
     if any(c in spec for c in "*?["):
         try:
-            paths = [p for p in sorted(root.glob(pattern)) if p.is_file() and _find_kind(p, settings)]
+            paths = [p for p in sorted(root.glob(pattern)) if p.is_file() and _is_read(p, settings)]
         except ValueError as error:
             raise DataError(f"'{spec}' is not a pattern: {error}", "** stands alone, as in texts/**/*.txt") from error
     if not paths:
         raise NotFoundError(
             f"there is no file, folder or match for '{spec}'", f"check the path; read are {SHOWN} and source code"
         )
-    return [_name_file(path, settings) for path in paths]
+    return [source for path in paths for source in _list_file(path, settings)]
 
 
 @lru_cache(maxsize=1)

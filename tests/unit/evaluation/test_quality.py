@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_gpt2.core.errors import DataError
+from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.quality import (
@@ -80,3 +80,10 @@ def test_quality_has_every_figure_and_asks_the_judge_about_the_continuations(bas
     assert all(value is not None for key, value in found.to_json().items() if key not in ("self_bleu", "delta"))
     with pytest.raises(DataError, match="no document of more than"):
         build_task(EvaluationText("a", ["short"]), base.tokenizer, 3)
+
+
+def test_judging_without_its_packages_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ResourceError, match="judging texts needs rouge_score") as caught:
+        compare_references(["a"], [["b"]])
+    assert "lora-gpt2[quality]" in caught.value.hint

@@ -88,7 +88,8 @@ def test_every_format_and_form_reads(tmp_path, name, content, settings, expected
         ("a.jsonl", '{"q": "x"}', {"template": "{q} {z}"}, "a.jsonl:1: no field 'z' (found: q)"),
         ("a.json", '{"a": [1], "b": [2]}', {}, "no field 'text' (found: a, b)"),
         ("a.txt", b"\1\2\3\4 ab", {}, "is a binary file"),
-        ("a.pdf", b"%PDF", {}, "files of kind '.pdf' are not read"),
+        ("a.pdf", b"%PDF", {}, "a.pdf cannot be read as pdf"),
+        ("a.rtf", b"{\\rtf1}", {}, "files of kind '.rtf' are not read"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, settings, message):

@@ -100,7 +100,7 @@ def test_folders_and_globs_give_files_in_order_and_skip_hidden_ones(tmp_path):
     [
         (lambda p: p / "none.txt", NotFoundError, "no file, folder or match"),
         (lambda p: p / "*.txt", NotFoundError, "no file, folder or match"),
-        (lambda p: write(p / "a.docx", "x"), DataError, "'.docx' are not read"),
+        (lambda p: write(p / "a.rtf", "x"), DataError, "'.rtf' are not read"),
         (lambda p: (p / "empty").mkdir() or p / "empty", DataError, "holds no .txt"),
         (lambda p: os.mkfifo(p / "f.txt") or p / "f.txt", DataError, "not a regular file"),
     ],
