@@ -3,7 +3,8 @@
     python tools/fuzz.py --seconds 600 --seed 1 --kept /tmp/findings [--only archive --only body]
 
 Promises: no exit code 1 (which means a bug), no HTTP status 500, 10 seconds of CPU at most for an input under 1 MB, and
-no more memory than `MEMORY_BYTES` above what the process had before. Each finding's input is kept, with what was seen.
+no more memory than `MEMORY_BYTES` above what the process had before. Each finding's input is kept, with what was seen;
+`last.*` is the input on which the process died, if it did.
 Inputs are good ones that were changed: bytes flipped, cut, doubled and replaced; JSON values replaced by odd ones.
 """
 
@@ -43,9 +44,12 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter, make_base_folder, make_text
 from tests.serving import ask, serving
+from tests.unit.data.read.test_documents import WRITERS, pack
 
 SECONDS_PER_INPUT = 10
 MEMORY_BYTES = 1_000_000_000
+CONTROLS = {"recipe": 1, "manifest": 2, "folder": 4, "archive": 2, "data": 60, "base_folder": 4, "body": 20}
+"""How often each door is opened with good input."""
 WORDS = (
     b"\x00",
     b"\xff\xfe",
@@ -184,7 +188,10 @@ class Fuzzer:
         self.command("adapters", "export", "law", root / "folder")
         self.command("adapters", "verify", "law")  # imports PEFT
         self.counts: dict[str, int] = {}
+        self.held_out = root / "held-out.txt"
+        self.held_out.write_text("A text that nothing else holds, to validate on. " * 20, encoding="utf-8")
         self.findings = 0
+        self.is_control = False
         self.port = 0
 
     def command(self, *arguments: object) -> tuple[int, str]:
@@ -197,6 +204,7 @@ class Fuzzer:
     def expect(self, kind: str, content: bytes, act: Callable[[], tuple[int, str]], suffix: str = "") -> None:
         """Does something with an input and keeps the input if a promise is broken."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
+        (self.kept / f"last{suffix or '.bin'}").write_bytes(content)  # what is left if the process itself dies
         before, start, seen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), ""
 
         def stop(*_: object) -> None:
@@ -206,7 +214,9 @@ class Fuzzer:
         signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_INPUT)
         try:
             code, said = act()
-            if code in (1, 500) or ("Traceback" in said and "LoraGpt2Error" not in said and code in (0, 1)):
+            if self.is_control and code != 0:
+                seen = f"good input is refused, so nothing behind it is tried: code {code}\n{said}"
+            elif code in (1, 500) or ("Traceback" in said and "LoraGpt2Error" not in said and code in (0, 1)):
                 seen = f"code {code}\n{said}"
         except BaseException:  # noqa: BLE001 - whatever comes out is a finding
             seen = traceback.format_exc()
@@ -229,11 +239,11 @@ class Fuzzer:
         """A recipe, changed as text or as data."""
         good = (
             b'name: law\nbase: nano\ndata:\n  sources: ["text.txt"]\n  rules: {whitespace: "on"}\n'
-            b"  min_characters: 3\nlora:\n  rank: 8\n  alpha: 16\n  targets: [c_attn, c_proj]\n"
+            b"  min_characters: 3\nlora:\n  rank: 8\n  alpha: 16\n  targets: [c_attn, mlp.c_proj]\n"
             b"  rank_pattern: {c_attn: 4}\ntrain:\n  steps: 5\n"
             b"  learning_rate: 1e-3\n  max_grad_norm: 1.0\ngenerate:\n  temperature: 0.7\n"
         )
-        content = change_bytes(good, self.rng)
+        content = self.change(good)
         path = self.root / "recipe.yaml"
         path.write_bytes(content)
         self.expect("recipe", content, lambda: self.command("recipes", "check", path), ".yaml")
@@ -255,6 +265,7 @@ class Fuzzer:
                 ["diff", "law", "code"],
             )
         )
+        verb = ["show", "law"] if self.is_control else verb
         try:
             self.expect("manifest", content, lambda: self.command("adapters", *verb), ".json")
         finally:
@@ -263,9 +274,13 @@ class Fuzzer:
 
     def damage(self, good: bytes) -> bytes:
         """Returns JSON changed as data, or as bytes."""
-        return (
-            dump(change_json(json.loads(good), self.rng)) if self.rng.random() < 0.7 else change_bytes(good, self.rng)
-        )
+        if self.is_control or self.rng.random() >= 0.7:
+            return self.change(good)
+        return dump(change_json(json.loads(good), self.rng))
+
+    def change(self, good: bytes) -> bytes:
+        """Returns bytes changed, or as they are while the doors are tried with good input."""
+        return good if self.is_control else change_bytes(good, self.rng)
 
     def folder(self) -> None:
         """An adapter of somebody else: its configuration or its weights changed, imported from a folder."""
@@ -276,7 +291,7 @@ class Fuzzer:
             (work / "manifest.json").unlink(missing_ok=True)
         name = self.rng.choice(("adapter_config.json", "adapter_model.safetensors"))
         good = (work / name).read_bytes()
-        content = self.damage(good) if name.endswith("json") else change_bytes(good, self.rng)
+        content = self.damage(good) if name.endswith("json") else self.change(good)
         if name.endswith("safetensors") and self.rng.random() < 0.6:  # the header alone
             size = int.from_bytes(good[:8], "little")
             header = self.damage(good[8 : 8 + size])
@@ -286,16 +301,16 @@ class Fuzzer:
 
     def bring(self, kind: str, content: bytes, source: Path) -> None:
         """Imports a source into the store, and forgets it again."""
-        arguments = ("adapters", "import", source, "--as", "new", "--base", self.base)
+        arguments = ("adapters", "import", source, "--name", "new", "--base", self.base)
         self.expect(kind, content, lambda: self.command(*arguments), "".join(source.suffixes))
         shutil.rmtree(self.root / "store" / "new", ignore_errors=True)
 
     def archive(self) -> None:
         """A tar.gz or zip of an adapter, with odd members or damaged bytes."""
-        is_zip, out = self.rng.random() < 0.3, io.BytesIO()
+        is_zip, out = self.rng.random() < 0.3 and not self.is_control, io.BytesIO()
         files = {path.name: path.read_bytes() for path in (self.root / "folder").iterdir() if path.is_file()}
         odd = [*files.items()]
-        for _ in range(self.rng.randint(0, 3)):
+        for _ in range(0 if self.is_control else self.rng.randint(0, 3)):
             name = self.rng.choice(
                 ("../x", "/etc/x", "a/b/c", "", ".", "con", "x" * 300, "manifest.json", "\x00", "adapter_config.json")
             )
@@ -312,20 +327,19 @@ class Fuzzer:
                     for name, data in odd:
                         file.writestr(name or "x", data)
             else:
-                with tarfile.open(fileobj=out, mode=self.rng.choice(("w:gz", "w", "w:xz"))) as file:
+                with tarfile.open(
+                    fileobj=out, mode="w:gz" if self.is_control else self.rng.choice(("w:gz", "w", "w:xz"))
+                ) as file:
                     for name, data in odd:
                         info = tarfile.TarInfo(name)
-                        info.size, info.type = (
-                            len(data),
-                            self.rng.choice(
-                                (tarfile.REGTYPE,) * 12
-                                + (tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE)
-                            ),
-                        )
+                        info.size = len(data)
+                        if not self.is_control and self.rng.random() < 0.25:
+                            kinds = (tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE)
+                            info.type = self.rng.choice(kinds)
                         info.linkname = self.rng.choice(("", "/etc/passwd", "adapter_config.json"))
                         file.addfile(info, io.BytesIO(data))
-        content = out.getvalue() if self.rng.random() < 0.4 else change_bytes(out.getvalue(), self.rng)
-        path = self.root / self.rng.choice(("a.tar.gz", "a.tar", "a.zip", "a.tgz"))
+        content = out.getvalue() if self.rng.random() < 0.4 else self.change(out.getvalue())
+        path = self.root / ("a.tar.gz" if self.is_control else self.rng.choice(("a.tar.gz", "a.tar", "a.zip", "a.tgz")))
         path.write_bytes(content)
         self.bring("archive", content, path)
         path.unlink()
@@ -333,16 +347,16 @@ class Fuzzer:
     def data(self) -> None:
         """A file of text, tables or pages, changed, and prepared for training."""
         suffix, content = self.rng.choice(self.texts())
-        changed = change_bytes(content, self.rng)
-        if suffix in (".jsonl", ".json") and self.rng.random() < 0.5:
+        changed = self.change(content)
+        if not self.is_control and suffix in (".jsonl", ".json") and self.rng.random() < 0.5:
             rows = [json.loads(line) for line in content.decode().splitlines()]
             changed = b"\n".join(dump(change_json(row, self.rng)) for row in rows)
-        if self.rng.random() < 0.15:
+        if self.rng.random() < 0.15 and suffix not in (".zip", ".tar.gz"):
             suffix, changed = f"{suffix}.gz", gzip.compress(changed)
         path = self.root / f"text{suffix}"
         path.write_bytes(changed)
         extra = self.rng.choice(((), ("--skip-bad",), ("--set", "data.profile=raw"), ("--set", "data.profile=code")))
-        arguments = ("prepare", "--data", path, "--base", self.base, *extra)
+        arguments = ("prepare", path, "--base", self.base, "--set", f"data.validation=[{self.held_out}]", *extra)
         self.expect(f"data{suffix}", changed, lambda: self.command(*arguments), suffix)
         path.unlink()
         shutil.rmtree(os.environ["LORA_GPT2_CACHE"], ignore_errors=True)
@@ -377,11 +391,23 @@ class Fuzzer:
                 (".jsonl", "\n".join(json.dumps(row) for row in rows).encode()),
                 (".csv", b"text,label\n" + b'"The king, the queen and a line",1\n' * 60),
                 (".tsv", b"text\tlabel\n" + b"The king and the queen\t1\n" * 60),
-                (".epub", b"PK\x03\x04" + b"x" * 200),
                 (".py", b"def f(x):\n    return x + 1\n\n\n" * 60),
-                (".srt", b"1\n00:00:01,000 --> 00:00:02,000\nHello there.\n\n" * 60),
+                (".mbox", b"From a@b Mon\nSubject: one\n\nThe king of the country.\n\n" * 30),
+                *self.documents(),
             ]
         return self._texts
+
+    def documents(self) -> list[tuple[str, bytes]]:
+        """Returns a good document of each kind, and archives of them."""
+        found = []
+        for suffix, write in WRITERS.items():
+            path = self.root / f"good{suffix}"
+            write(path)
+            found.append((suffix, path.read_bytes()))
+        for name in ("good.zip", "good.tar.gz"):
+            pack(self.root / name, {f"texts/a{suffix}": content for suffix, content in found})
+            found.append((name.removeprefix("good"), (self.root / name).read_bytes()))
+        return found
 
     def base_folder(self) -> None:
         """A base whose configuration, tokenizer or weights are changed."""
@@ -390,7 +416,7 @@ class Fuzzer:
         shutil.copytree(self.base, work)
         name = self.rng.choice(("config.json", "vocab.json", "merges.txt", "model.safetensors"))
         good = (work / name).read_bytes()
-        content = self.damage(good) if name.endswith("json") else change_bytes(good, self.rng)
+        content = self.damage(good) if name.endswith("json") else self.change(good)
         if name.endswith("safetensors") and self.rng.random() < 0.6:
             size = int.from_bytes(good[:8], "little")
             header = self.damage(good[8 : 8 + size])
@@ -420,15 +446,11 @@ class Fuzzer:
                         "echo": True,
                     },
                 ),
-                (
-                    "/v1/chat/completions",
-                    {"model": "code", "messages": [{"role": "user", "content": "the king"}], "max_tokens": 3},
-                ),
                 ("/v1/adapters/load", {"name": "law"}),
-                ("/v1/adapters/unload", {"name": "law"}),
+                ("/v1/choices", {"chosen": "law", "models": ["law", "code"], "prompt": "the king", "seed": 1}),
                 (
                     "/v1/completions",
-                    {"model": "law=0.5,code=0.5", "prompt": [5, 6, 7], "max_tokens": 2, "stream": True},
+                    {"model": "law:0.5+code:0.5", "prompt": [5, 6, 7], "max_tokens": 2, "stream": True},
                 ),
             )
         )
@@ -437,9 +459,18 @@ class Fuzzer:
         def act() -> tuple[int, str]:
             headers = [("Authorization", "Bearer admin")] if path.startswith("/v1/adapters") else []
             status, _, answer = ask(self.port, path, content, headers)
-            return (500 if status == 500 or '"code": "internal' in str(answer) else 0), f"{status} {answer}"[:2000]
+            code = 500 if status == 500 or '"code": "internal' in str(answer) else 0
+            return (code or status * (self.is_control and status != 200)), f"{status} {answer}"[:2000]
 
         self.expect(f"body{path.replace('/', '-')}", content, act, ".json")
+
+    def try_good_input(self, doors: list[str]) -> None:
+        """Opens each door with good input, which must be accepted: what is refused at once tests nothing."""
+        self.is_control = True
+        for door in dict.fromkeys(doors):
+            for _ in range(CONTROLS[door]):
+                getattr(self, door)()
+        self.is_control, self.counts = False, {}
 
     def run(self, seconds: float, only: list[str]) -> None:
         """Fuzzes until the time is up."""
@@ -449,6 +480,7 @@ class Fuzzer:
         shutil.copytree(self.root / "store", self.root / "served")
         session = Session(base, Store(self.root / "served"))
         with serving(Server(session, GenerateSettings(), ServeSettings(), Access(admin_key="admin"))) as self.port:
+            self.try_good_input(doors)
             end = time.monotonic() + seconds
             while time.monotonic() < end:
                 getattr(self, self.rng.choice(doors))()

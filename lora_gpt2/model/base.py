@@ -8,7 +8,6 @@ file (kept beside size, time and inode) at about 1 GB/s.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError
 from lora_gpt2.core.files import write_atomic
 from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
 from lora_gpt2.core.memory import is_out_of_memory
+from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.model.checkpoint import Checkpoint, list_bundled
 from lora_gpt2.model.config import GPT2Config
@@ -61,7 +61,7 @@ def list_weight_files(folder: Path) -> list[Path]:
             "save it again with transformers: model.save_pretrained(folder, safe_serialization=True)",
         )
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(load_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CorruptError(f"{index} is not a list of shards", "copy the checkpoint again") from error
     for name in names:

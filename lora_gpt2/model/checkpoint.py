@@ -5,7 +5,6 @@ Never imports torch, so that preparing text does not pay for it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.core.hub import download
+from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.core.user_files import read_user_text
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.model.config import GPT2Config, parse_config
@@ -75,7 +75,7 @@ def locate_for_peft(name: str) -> str:
 def _read_json(folder: Path) -> dict[str, Any]:
     """Returns the parsed `config.json` of a base's folder."""
     try:
-        values = json.loads(read_user_text(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+        values = load_json(read_user_text(folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
     except NotFoundError as error:
         raise NotFoundError(f"{folder} has no config.json", "give a Hugging Face GPT-2 folder") from error
     except (UsageError, DataError, ResourceError, ValueError, RecursionError) as error:

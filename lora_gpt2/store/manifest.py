@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lora_gpt2.core.names import is_name
+from lora_gpt2.core.strict_json import load_json
 
 SCHEMA = 2
 WEIGHTS, PEFT_CONFIG, MANIFEST, METRICS, CARD = (
@@ -129,7 +130,7 @@ def parse_manifest(content: bytes) -> Manifest:
 
     Keys of later formats are ignored, not refused.
     """
-    values = json.loads(content)
+    values = load_json(content)
     if not isinstance(values, dict) or values.get("schema") not in (1, SCHEMA):
         raise ValueError("it is not a manifest of a schema that is known")
     if values["schema"] > 1:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_gpt2.core.strict_json import load_json
+
 NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -64,7 +66,7 @@ def read_own_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length:,} bytes")
-    header = json.loads(file.read(length))
+    header = load_json(file.read(length))
     header.pop(METADATA, None)
     found: dict[str, Tensor] = {}
     for name, entry in sorted(header.items(), key=lambda pair: tuple(pair[1]["data_offsets"])):

@@ -7,12 +7,13 @@ not read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
-from typing import Any
+from typing import IO, Any, cast
 
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.core.printable import shorten
+from lora_gpt2.data.read.parquet_sizes import ColumnPart, read_sizes
 from lora_gpt2.data.read.records import FIX_HINT, PLACEHOLDER
 from lora_gpt2.data.rejections import UnreadableRows
 from lora_gpt2.recipe import DataSettings
@@ -36,11 +37,12 @@ def iter_rows(file: BufferedReader, where: str, settings: DataSettings) -> Itera
         raise DataError(f"{where}: Parquet needs the package pyarrow", "pip install pyarrow") from error
     number = 0
     try:
+        parts = read_sizes(cast("IO[bytes]", file))
         with parquet.ParquetFile(file) as opened:
             schema, metadata = opened.schema_arrow, opened.metadata
         texts = [field.name for field in schema if _is_text(field.type)]
         columns = _choose_columns(schema, settings)
-        rows = _check_sizes(metadata, where, texts)
+        rows = _check_sizes(parts, where, texts)
         opened = parquet.ParquetFile(file, metadata=metadata, read_dictionary=texts, pre_buffer=False)
         for batch in opened.iter_batches(batch_size=rows, columns=columns, use_threads=False):
             if all(column.null_count == batch.num_rows for column in batch.columns):
@@ -84,21 +86,19 @@ def _choose_columns(schema: Any, settings: DataSettings) -> list[str]:
     return [field.name for field in schema if field.name in named or not is_bytes(field.type)]
 
 
-def _check_sizes(metadata: Any, where: str, texts: list[str]) -> int:
+def _check_sizes(parts: Sequence[ColumnPart], where: str, texts: list[str]) -> int:
     """Returns how many rows to read at once; raises `DataError` where a part unpacks to far more than its size.
 
     A value of a nested column is as large as its column's part at most, but each row may repeat it.
     """
     largest = 1
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            part = metadata.row_group(group).column(column)
-            unpacked, packed = part.total_uncompressed_size, max(1, part.total_compressed_size)
-            if unpacked > FREE_BYTES and unpacked > LARGEST_RATIO * packed:
-                text = f"{where}: the column {shorten(part.path_in_schema)} unpacks to {unpacked >> 20} MiB, "
-                raise DataError(f"{text}{unpacked // packed:,} times its size", "write it again, in smaller rows")
-            if part.has_dictionary_page and part.path_in_schema not in texts:
-                largest = max(largest, unpacked)
+    for part in parts:
+        if part.unpacked > FREE_BYTES and part.unpacked > LARGEST_RATIO * max(1, part.packed):
+            text = f"{where}: the column {shorten(part.path)} unpacks to {part.unpacked >> 20} MiB, "
+            times = part.unpacked // max(1, part.packed)
+            raise DataError(f"{text}{times:,} times its size", "write it again, in smaller rows")
+        if part.has_dictionary and part.path not in texts:
+            largest = max(largest, part.unpacked)
     return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
 
 

@@ -7,7 +7,6 @@ whose memory is bounded; what RE2 cannot express is refused. Nothing is imported
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import re2
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.core.printable import shorten, show_value
+from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.gpt2 import TARGETS
 from lora_gpt2.model.lora import layer_of
@@ -159,7 +159,7 @@ def _parse_object(content: bytes, location: str) -> dict[str, Any]:
     if len(content) > MAX_CONFIG_BYTES:
         raise CorruptError(f"{location} is larger than any configuration", "restore it from a copy")
     try:
-        values = json.loads(content)
+        values = load_json(content)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{location} is not JSON", "restore it from a copy") from error
     if not isinstance(values, dict):
