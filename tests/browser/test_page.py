@@ -69,16 +69,27 @@ def test_continuations_stream_side_by_side_by_keyboard_alone(page):
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.press("Control+A")
     page.keyboard.type("the cat")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Space")  # the base is the first card
+    assert page.locator(".adapter[aria-pressed=true]").all_text_contents()[0].startswith("code"), "one is chosen, the first"
+    for _ in range(4):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Space")  # the base, code, which is chosen, law, prose
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Space")
     page.keyboard.press("Control+Enter")
     finish(page)
     shoot(page, "plain")
-    assert page.locator("article h2 span:first-child").all_inner_texts() == ["code", "law"]
+    assert page.locator("article h2 span:first-child").all_inner_texts() == ["code", "law", "prose"], "as the cards"
     texts = page.locator("article pre").all_text_contents()
     assert all(text.startswith("the cat") and len(text) > 20 for text in texts)
     assert texts[0] != texts[1]
     assert "@1 (" in page.locator(".origin").first.inner_text()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("article").nth(1).locator("button:has-text('Copy')").click()
+    page.wait_for_selector("button:has-text('Copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == texts[1]
+    page.locator("article").nth(1).locator("button:has-text('Continue from here')").click()
+    assert page.input_value("#prompt") == texts[1]
+    assert page.locator(".adapter[aria-pressed=true]").count() == 1
     assert page.locator(".adapter small").first.inner_text().endswith("without an adapter")
     assert "<b>Laws</b> & orders" in page.locator(".adapter").nth(1).inner_text(), "text stays text"
 
@@ -99,7 +110,14 @@ def test_a_seed_repeats_and_colours_show_perplexity(page):
     assert page.locator("#legend").is_visible()
 
 
+def choose(page, *names):
+    for card in page.locator(".adapter").all():
+        if (card.get_attribute("aria-pressed") == "true") != (card.get_attribute("data-id") in names):
+            card.click()
+
+
 def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_path):
+    choose(page, "base", "code", "law")
     page.click("summary")
     page.check("#blind")
     page.click("#go")
@@ -119,14 +137,23 @@ def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_
 
 
 def test_a_mix_and_what_is_wrong_with_one(page):
-    for name in ("code", "law", "base"):
-        page.click(f".adapter[data-id={name}]")
+    choose(page)
     page.click("#go")
     assert "choose an adapter" in page.locator("#status[data-state=error]").inner_text()
     page.fill("#mix", "law:0.6+code:0.4")
     page.click("#go")
     finish(page)
     assert page.locator("article h2 span:first-child").all_inner_texts() == ["law:0.6+code:0.4"]
+    page.fill("#mix", "")
+    choose(page, "base", "code", "law")
+    page.check("#mixes")
+    sliders = page.locator("#weights input")
+    assert sliders.count() == 2, "the base has no weight"
+    sliders.first.fill("0.8")
+    shoot(page, "mix")
+    page.click("#go")
+    finish(page)
+    assert page.locator("article h2 span:first-child").all_inner_texts() == ["base", "code:0.8+law:0.5"]
 
 
 def test_an_error_is_said(page, port):
@@ -136,6 +163,7 @@ def test_an_error_is_said(page, port):
     page.click("#go")
     page.wait_for_selector("#status[data-state=error]")
     assert page.locator("#status").inner_text() == "no such adapter"
+    assert "no such adapter" in page.locator("article.failed").last.inner_text(), "in its own column, too"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -156,6 +184,27 @@ def test_it_is_readable_on_a_phone_in_light_and_dark(browser, port, scheme):
         for where, what in ((".quiet", "color"), ("form", "backgroundColor"))
     )
     assert contrast(quiet, card) > 4.5
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_static_pages_are_readable_on_a_phone_in_light_and_dark(browser, tmp_path, scheme):
+    from lora_gpt2.core.pages import render_page
+
+    long = "word" * 60
+    rows = [(long, long, 12345678)] * 3
+    values = {"title": long, "sources": long, "figures": [("1,234", "documents")] * 5, "rules": [], "examples": rows}
+    empty = {"rejected": [], "near_duplicates": [], "pii": [], "settings": [("a", long)]}
+    (tmp_path / "page.html").write_text(render_page("preparation.html", **values, **empty))
+    page = browser.new_page(viewport={"width": 390, "height": 720}, color_scheme=scheme)
+    page.goto(f"file://{tmp_path}/page.html")
+    shoot(page, f"static-{scheme}")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    ink, ground = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert contrast(ink, ground) > 7
+    assert (contrast(ground, "rgb(0, 0, 0)") < 3) == (scheme == "dark")
     page.close()
 
 

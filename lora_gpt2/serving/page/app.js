@@ -4,6 +4,8 @@ const MOST = 4;
 const SLIDERS = ["temperature", "top_k", "top_p", "max_tokens"];
 const $ = (id) => document.getElementById(id);
 let chosen = ["base"];
+let order = ["base"];  // of the cards, which the texts follow
+const weights = {};
 let running = null;
 
 function element(name, properties = {}, ...children) {
@@ -37,7 +39,8 @@ async function loadAdapters() {
   $("base").textContent = `base ${data[0].base}, context of ${data[0].context} tokens`;
   $("max_tokens").max = Math.min(400, data[0].context - 1);
   showSettings();
-  chosen = data.slice(1, 3).map((model) => model.id).concat("base").slice(0, MOST);
+  order = data.map((model) => model.id);
+  chosen = [order[1] ?? "base"];
   for (const model of data) {
     const card = element("button", { type: "button", className: "adapter" }, element("strong", { textContent: model.id }));
     for (const line of describe(model)) card.append(element("small", { textContent: line }));
@@ -50,7 +53,7 @@ async function loadAdapters() {
 
 function toggle(id) {
   if (chosen.includes(id)) chosen = chosen.filter((other) => other !== id);
-  else if (chosen.length < MOST) chosen.push(id);
+  else if (chosen.length < MOST) chosen = order.filter((other) => other === id || chosen.includes(other));
   else return say(`at most ${MOST} side by side`, "error");
   say("");
   showChosen();
@@ -58,6 +61,35 @@ function toggle(id) {
 
 function showChosen() {
   for (const card of $("adapters").children) card.setAttribute("aria-pressed", String(chosen.includes(card.dataset.id)));
+  $("count").textContent = chosen.length ? `${chosen.length} of at most ${MOST}, side by side` : "none is chosen";
+  showWeights();
+}
+
+function listMixed() {
+  return chosen.filter((id) => id !== "base");
+}
+
+function showWeights() {
+  const mixed = listMixed();
+  $("weights").hidden = !$("mixes").checked || !mixed.length;
+  $("weights").replaceChildren();
+  for (const id of mixed) {
+    const value = element("output", { value: (weights[id] ??= 1 / mixed.length).toFixed(2) });
+    const slider = element("input", { type: "range", min: 0, max: 1.5, step: 0.05, value: weights[id] });
+    slider.addEventListener("input", () => {
+      weights[id] = Number(slider.value);
+      value.value = weights[id].toFixed(2);
+    });
+    $("weights").append(element("label", {}, id, value, slider));
+  }
+}
+
+function listModels() {
+  const written = $("mix").value.trim();
+  const mixed = listMixed();
+  if (!$("mixes").checked || mixed.length < 2) return written ? chosen.concat(written) : chosen.slice();
+  const mix = mixed.map((id) => `${id}:${Number(weights[id].toFixed(2))}`).join("+");
+  return [...chosen.filter((id) => id === "base"), mix, ...(written ? [written] : [])];
 }
 
 function showSettings() {
@@ -87,7 +119,8 @@ class Result {
     this.note = element("span", { className: "quiet" });
     this.text = element("pre", {}, element("span", { className: "prompt", textContent: prompt }));
     this.origin = element("p", { className: "origin", hidden: isBlind });
-    this.card = element("article", {}, element("h2", {}, this.name, this.note), this.text, this.origin);
+    this.tools = element("div", { className: "tools", hidden: true });
+    this.card = element("article", { tabIndex: -1 }, element("h2", {}, this.name, this.note), this.text, this.origin, this.tools);
     $("results").append(this.card);
   }
 
@@ -105,6 +138,35 @@ class Result {
     if (this.count) this.note.textContent = `perplexity ${format(Math.exp(this.nats / this.count))}`;
   }
 
+  offer(label, act) {
+    const button = element("button", { type: "button", textContent: label });
+    button.addEventListener("click", () => act(button));
+    this.tools.append(button);
+    this.tools.hidden = false;
+    return button;
+  }
+
+  offerTools() {
+    this.offer("Copy", async (button) => {
+      await navigator.clipboard.writeText(this.text.textContent);
+      button.textContent = "Copied";
+    });
+    this.offer("Continue from here", () => {
+      $("prompt").value = this.text.textContent;
+      if (order.includes(this.model)) chosen = [this.model];
+      showChosen();
+      $("prompt").focus();
+      $("prompt").setSelectionRange($("prompt").value.length, $("prompt").value.length);
+      say(`the prompt is the text of ${this.model}`);
+    });
+  }
+
+  fail(error) {
+    this.note.textContent = "failed";
+    this.card.classList.add("failed");
+    this.text.append(element("span", { className: "problem", textContent: `\n${error.message}` }));
+  }
+
   end(origin, reason) {
     if (!this.note.textContent) this.note.textContent = reason === "length" ? "" : "ended";
     if (!origin) return;
@@ -118,7 +180,8 @@ class Result {
   reveal() {
     this.name.textContent = this.model;
     this.origin.hidden = false;
-    this.card.querySelector("button")?.remove();
+    this.tools.replaceChildren();
+    this.offerTools();
   }
 }
 
@@ -165,22 +228,19 @@ async function keepChoice(results, best) {
 
 function offerChoice(results) {
   for (const result of results) {
-    const button = element("button", { type: "button", textContent: "This is the best" });
-    button.addEventListener("click", () => {
+    result.offer("This is the best", () => {
       result.card.classList.add("best");
       for (const each of results) each.reveal();
       keepChoice(results, result).then((kept) => say(`${result.model} was chosen${kept}`));
-      result.card.focus?.();
+      result.card.focus();
     });
-    result.card.append(button);
   }
 }
 
 async function run(event) {
   event?.preventDefault();
   running?.abort();
-  const mix = $("mix").value.trim();
-  const models = mix ? chosen.concat(mix) : chosen.slice();
+  const models = listModels();
   if (models.length > MOST) return say(`at most ${MOST} side by side, the mix counts too`, "error");
   if (!models.length) return say("choose an adapter, or the base", "error");
   const prompt = $("prompt").value, isBlind = $("blind").checked, colours = $("colour").checked;
@@ -199,6 +259,11 @@ async function run(event) {
   if (running !== control) return;
   $("stop").disabled = true;
   const failed = outcomes.find((outcome) => outcome.status === "rejected");
+  for (const [place, outcome] of outcomes.entries()) {
+    const stopped = outcome.status === "rejected" && outcome.reason.name === "AbortError";
+    if (outcome.status === "rejected" && !stopped) results[place].fail(outcome.reason);
+    else if (!isBlind || stopped) results[place].offerTools();
+  }
   if (control.signal.aborted) say("stopped");
   else if (failed) say(failed.reason.message, "error");
   else say(`done in ${((performance.now() - started) / 1000).toFixed(1)} s`, "done");
@@ -206,6 +271,7 @@ async function run(event) {
 }
 
 $("form").addEventListener("submit", run);
+$("mixes").addEventListener("change", showWeights);
 $("stop").addEventListener("click", () => running?.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run(event);

@@ -34,7 +34,7 @@ def test_metadata_that_ends_the_reader_is_an_error_and_the_next_file_is_read(tmp
     (tmp_path / "a.parquet").write_bytes(DAMAGED.read_bytes())
     (tmp_path / "b.parquet").write_bytes(pack({"text": ["one", "two"]}).getvalue())
     for _ in range(2):
-        with pytest.raises(DataError, match="a.parquet is not a Parquet file: its metadata is damaged"):
+        with pytest.raises(DataError, match=r"a\.parquet is not a Parquet file: its metadata is damaged"):
             list(read_documents([str(tmp_path / "a.parquet")], DataSettings()))
         found = list(read_documents([str(tmp_path / "b.parquet")], DataSettings()))
         assert [document.text for document in found] == ["one", "two"]
