@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-fast check test-slow bench docs clean
+.PHONY: help demo test test-fast lint check test-slow bench docs clean
 .DEFAULT_GOAL := help
 
 help:           ## list the targets
@@ -29,12 +29,14 @@ test: $(VENV)/.installed-dev ## run the tests
 test-fast: $(VENV)/.installed-dev ## run what two minutes allow: the laws of every module, no commands, servers and shape checks
 	@JAXTYPING_DISABLE=1 $(BIN)/python -m pytest tests/unit tests/golden tests/contract/test_project.py --ignore tests/unit/store/test_faults.py
 
-check: $(VENV)/.installed-dev ## format, lint, types, import directions, documentation, tests
+lint: $(VENV)/.installed-dev ## format, lint, types, import directions, documentation
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 	@for system in linux darwin win32; do $(BIN)/mypy --platform $$system --cache-dir .mypy_cache/$$system || exit 1; done
 	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 	@$(BIN)/python tools/write_docs.py --check
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir .mkdocs_check
+
+check: lint ## all of that, and the tests
 	@$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests: full-size models

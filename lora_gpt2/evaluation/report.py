@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_gpt2.core.chart import INK, Margins, build_chart, draw_chart, draw_svg
 from lora_gpt2.core.pages import embed_svg, render_page
@@ -74,7 +74,9 @@ def format_matrix(cells: Cells) -> str:
 def build_figure(cells: Cells) -> Figure:
     """Returns the heat map as a figure of matplotlib."""
     size, margins = _measure_map(cells)
-    return build_chart(lambda axes: _plot(axes, cells), size, margins)
+    figure: Any = build_chart(lambda axes: _plot(axes, cells), size, margins)
+    figure._repr_png_ = lambda: draw_matrix(cells)  # so that a notebook shows it, with or without %matplotlib
+    return cast("Figure", figure)
 
 
 def draw_matrix(cells: Cells, kind: str = "png") -> bytes:

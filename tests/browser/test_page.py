@@ -69,7 +69,9 @@ def test_continuations_stream_side_by_side_by_keyboard_alone(page):
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.press("Control+A")
     page.keyboard.type("the cat")
-    assert page.locator(".adapter[aria-pressed=true]").all_text_contents()[0].startswith("code"), "one is chosen, the first"
+    assert page.locator(".adapter[aria-pressed=true]").all_text_contents()[0].startswith("code"), (
+        "one is chosen, the first"
+    )
     for _ in range(4):
         page.keyboard.press("Tab")
     page.keyboard.press("Space")  # the base, code, which is chosen, law, prose

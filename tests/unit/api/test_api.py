@@ -216,6 +216,7 @@ def test_evaluate_is_the_matrix_of_the_command(law, base_folder, text_file, run_
     assert table._repr_html_().startswith("<pre>perplexity")
     figure = table.plot(tmp_path / "m.png")
     assert figure.axes
+    assert figure._repr_png_().startswith(b"\x89PNG"), "as a notebook shows it"
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
     assert table.to_html().startswith("<!doctype html>")
     alone = lg.evaluate(texts, "law", window=32, general=False, progress=False)
