@@ -228,8 +228,8 @@ def split_runs(arguments: Sequence[str]) -> list[list[str]]:
         run = list(given)
         run[index] = ",".join(f"{key}={value}" for key, value in {**values, "adapter": adapter}.items() if value != "")
         if len(adapters) > 1 and "--output_path" in run:
-            place = run.index("--output_path") + 1
-            run[place] = f"{run[place].rstrip('/')}/{adapter}"
+            out = run.index("--output_path") + 1
+            run[out] = f"{run[out].rstrip('/')}/{adapter}"
         runs.append(run)
     return runs
 

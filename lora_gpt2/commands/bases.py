@@ -37,7 +37,9 @@ def list_(as_json: bool) -> None:
 @command.command("export")
 @click.argument("name")
 @click.argument("target", type=click.Path(path_type=Path), metavar="FILE.gguf")
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="Of the matrices."
+)
 @json_option
 def export(name: str, target: Path, dtype: str, as_json: bool) -> None:
     """Write a base as GGUF, for llama.cpp and ollama; adapters exported as .gguf go over it.

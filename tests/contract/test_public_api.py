@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import lora_gpt2
 
 ROOT = Path(__file__).parent.parent.parent
@@ -27,6 +29,7 @@ def test_all_is_importable_documented_and_short():
     assert not hasattr(lora_gpt2, "no_such_name")
 
 
+@pytest.mark.slow  # a minute where nothing of the package was checked before
 def test_a_type_checker_sees_what_is_exported(tmp_path):
     script = tmp_path / "user.py"
     script.write_text(

@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to the last, in an empty folder, and what they show is what they were run with."""
+"""The notebooks run from their first cell to the last, in an empty folder, and show what they were run with."""
 
 from pathlib import Path
 
