@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from lora_gpt2.core.console import LoggingReporter, Reporter, RichReporter, Task
+from lora_gpt2.core.console import LoggingReporter, ProgressTask, Reporter, RichReporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import check_name
 from lora_gpt2.data.read.texts import Texts, keep_texts
@@ -110,7 +110,7 @@ class NotebookReporter(RichReporter):
     """Messages on stderr and bars of tqdm, which a notebook draws."""
 
     @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+    def task(self, title: str, total: int, unit: str) -> Iterator[ProgressTask]:
         """Yields a task with a bar."""
         from tqdm.auto import tqdm
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_gpt2.api.arguments import Settings, choose_reporter, make_recipe
-from lora_gpt2.core.names import check_name
+from lora_gpt2.api.arguments import Settings, Source, choose_reporter, make_recipe, to_source
+from lora_gpt2.data.read.texts import Texts
+from lora_gpt2.evaluation.matrix import LabelledSource
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.open import open_session
-from lora_gpt2.merging.combine import MergeReport, merge_adapters
+from lora_gpt2.merging import run
+from lora_gpt2.merging.combine import MergeReport
 from lora_gpt2.store.catalog import Store
 
 
@@ -17,6 +19,8 @@ def merge(
     mix: str | Mix,
     name: str,
     *,
+    texts: Mapping[str, Texts | Source] | None = None,
+    search: bool = False,
     method: str | None = None,
     rank: int | None = None,
     base: str | None = None,
@@ -29,6 +33,8 @@ def merge(
     Args:
         mix: such as `law:0.6+code:0.4`; without weights the shares are equal.
         name: name of the new adapter.
+        texts: by label, texts to measure the base, the parents and the result on, beside general English.
+        search: find the weights and the method that are best over the texts; the mix is the first tried.
         method: `cat` (exact, the default), `linear`, `svd`, `task_arithmetic`, `ties`, `dare_linear`, `dare_ties` or
             `magnitude_prune`.
         rank: rank of the result; by default what the method needs.
@@ -38,16 +44,21 @@ def merge(
         progress: show it.
 
     Returns:
-        The new version, and how far its logits are from those of the mix.
+        The new version, how far its logits are from those of the mix, and the perplexities (`cells`).
 
     Raises:
         NotFoundError: there is no such adapter.
         CheckFailed: the result does not compute what it should; nothing is published.
     """
-    kept, wanted = Store.find(store), mix if isinstance(mix, Mix) else Mix.parse(mix)
-    check_name(name)
     other: dict[str, Any] = {"base": base, "merge.method": method, "merge.rank": rank}
-    recipe, reporter = make_recipe(settings, "train", {}, other), choose_reporter(progress)
-    kept.check_writable()
-    session, _ = open_session(kept, wanted.references, recipe, "float32")
-    return merge_adapters(session, wanted, name, recipe.merge, [], evaluate=recipe.evaluate, reporter=reporter)
+    result = run.merge(
+        mix if isinstance(mix, Mix) else Mix.parse(mix),
+        [LabelledSource(label, to_source(text)) for label, text in (texts or {}).items()],
+        Store.find(store),
+        make_recipe(settings, "train", {}, other),
+        choose_reporter(progress),
+        name=name,
+        search=search,
+    )
+    assert result.adapter is not None  # for it was named
+    return result.adapter

@@ -16,7 +16,7 @@ from lora_gpt2.data.pipeline import read_clean
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.evaluation.matrix import Cell, EvaluationText, measure_matrix
 from lora_gpt2.evaluation.run import read_mix_sketches
-from lora_gpt2.inference.choose import Choice, choose_adapter
+from lora_gpt2.inference.choose import AdapterChoice, choose_adapter
 from lora_gpt2.inference.generate import Output, Request, generate, iter_pieces
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import open_session
@@ -283,14 +283,14 @@ class Model:
         source = to_source([texts] if isinstance(texts, str) else texts)
         clean = read_clean([source], recipe.data, self.reporter)
         mix, session = self._parse(adapter), self._open_measuring(recipe.evaluate.dtype)
-        text = EvaluationText("text", clean.documents, recipe.data.profile, clean.files)
+        text = EvaluationText(label="text", documents=clean.documents, profile=recipe.data.profile, files=clean.files)
         sketches = read_mix_sketches(session.store, [mix] if set(mix.references).isdisjoint(self._in_memory) else [])
         (cell,) = measure_matrix(
             session.base, {str(mix): session.select(mix)}, [text], recipe.evaluate, self.reporter, sketches=sketches
         )
         return _to_perplexity(cell, session.base.runtime.dtype_name)
 
-    def choose(self, text: str) -> Choice:
+    def choose(self, text: str) -> AdapterChoice:
         """Returns the adapter under which a text is most likely, as `auto` takes it, and how sure that is."""
         return choose_adapter(self.session, text, self.adapters or self._list_all())
 

@@ -5,48 +5,38 @@ Three questions, each with its control:
   greedy decoding give the next 50? One pass answers it: it does exactly where each of them is the likeliest after the
   true ones before. Controls: held-out text, and the base.
 - copies: which share of sampled texts holds a run of 50 tokens that stands in the training text?
-- canaries (Carlini et al. 2019, arXiv:1802.08232, section 4): is a planted secret likelier than other secrets of its
-  form? Exposure = log2 of their number - log2 of its rank.
+- canaries: is a planted secret likelier than others of its form? See `canaries`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lora_gpt2.audit.canaries import Canary, Exposure, measure_exposure
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import DataError
-from lora_gpt2.core.files import wrap_os_errors
-from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.evaluation.held_out import OwnText
-from lora_gpt2.evaluation.perplexity import ScoringWindows
 from lora_gpt2.evaluation.quality import PROMPT_TOKENS, Write
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.probe import AdapterSelector, select_base
-from lora_gpt2.recipe import EvaluateSettings, GenerateSettings
+from lora_gpt2.recipe import GenerateSettings
 
 Stream = Sequence[int] | NDArray[Any]
 SIGNIFICANT = 0.01
 BATCH_TOKENS = 8192
-CANDIDATES = 512
 WORST = 5
-CODE_LENGTH = 9
 MIN_CONTROL = 20  # prefixes, for a share to compare with
 MIN_RUN, MIN_COPY = 8, 12  # tokens, where documents are short
-BOXES = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "islet", "jetty")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditSettings:
     """How much is looked at: runs of `size` tokens, `windows` of each text, `texts` to sample."""
 
@@ -64,19 +54,107 @@ class Extraction:
     mean_tokens: float
     positions: tuple[int, ...] = ()
 
+    @property
+    def share(self) -> float | None:
+        """The fraction of positions that were extracted whole."""
+        return self.extracted / self.windows if self.windows else None
+
     def to_json(self) -> dict[str, Any]:
         """Returns counts, share, and the mean number of true tokens before the first wrong one."""
-        share = self.extracted / self.windows if self.windows else None
-        return {"windows": self.windows, "extracted": self.extracted, "share": share, "mean_tokens": self.mean_tokens}
+        counts = {"windows": self.windows, "extracted": self.extracted}
+        return {**counts, "share": self.share, "mean_tokens": self.mean_tokens}
 
 
-@dataclass(frozen=True)
-class Canary:
-    """A planted text, the form it has, and the secret in it."""
+@dataclass(frozen=True, kw_only=True)
+class Excerpt:
+    """A run of training text that was reproduced, and the document it is in."""
 
+    tokens: int
+    source: str
     text: str
-    form: str
-    secret: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Of `texts` sampled texts, how many hold `run_tokens` tokens of the training text; and the longest runs."""
+
+    run_tokens: int
+    texts: int
+    with_copies: int
+    longest_copy_tokens: int
+    worst: list[Excerpt] = field(default_factory=list)
+
+    @property
+    def share(self) -> float | None:
+        """The fraction of texts with a copy."""
+        return self.with_copies / self.texts if self.texts else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the figures with the keys of `audit memorization --json`."""
+        return asdict(self) | {"share": self.share}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorizationReport:
+    """What an adapter repeats of its training text.
+
+    Args:
+        adapter: its version, such as `law@2`.
+        run_tokens: length of prefixes and of the continuations that are compared.
+        train, held_out, base_on_train: extraction from the training text, and both controls.
+        chance: p of so many more extracted than in the control (Fisher's exact test, one-sided).
+        extracted_examples: the first of the runs that were extracted.
+        copies: what sampled texts copy; None if none were sampled.
+        canaries: planted texts.
+        same_text: whether the text is the one of training, prepared in the same way.
+        reasons: why it is said to memorise; empty if nothing shows it.
+    """
+
+    adapter: str
+    run_tokens: int
+    train: Extraction
+    held_out: Extraction
+    base_on_train: Extraction
+    chance: float
+    extracted_examples: list[Excerpt]
+    copies: Copies | None
+    canaries: list[Exposure]
+    same_text: bool
+    reasons: list[str]
+
+    @property
+    def extraction(self) -> dict[str, Extraction]:
+        """The extraction from each text, by the keys of `to_json`."""
+        return {"train": self.train, "held_out": self.held_out, "base_on_train": self.base_on_train}
+
+    @property
+    def largest_share(self) -> float:
+        """The larger of the fractions that were extracted and copied."""
+        return max(self.train.share or 0.0, (self.copies.share if self.copies else None) or 0.0)
+
+    @property
+    def verdict(self) -> str:
+        """The reasons in a sentence."""
+        nothing = f"no sign of memorisation after the {self.train.windows} prefixes and in the sampled texts"
+        said = "; ".join(self.reasons) or nothing
+        return (
+            said if self.same_text else f"{said} (but the text may not be that of training: it is prepared otherwise)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report with the keys of `audit memorization --json`."""
+        return {
+            "adapter": self.adapter,
+            "run_tokens": self.run_tokens,
+            "extraction": {key: value.to_json() for key, value in self.extraction.items()},
+            "chance": self.chance,
+            "extracted_examples": [asdict(example) for example in self.extracted_examples],
+            "copies": self.copies.to_json() if self.copies else None,
+            "canaries": [asdict(canary) for canary in self.canaries],
+            "same_text": self.same_text,
+            "memorizes": bool(self.reasons),
+            "verdict": self.verdict,
+        }
 
 
 def choose_prefixes(stream: Stream, size: int, count: int, eos_id: int) -> list[int]:
@@ -149,58 +227,7 @@ def count_by_chance(hits: int, number: int, chance: float) -> float:
     return sum(math.comb(number, k) * chance**k * (1 - chance) ** (number - k) for k in range(hits, number + 1))
 
 
-def write_canaries(path: Path, count: int, seed: int) -> list[Canary]:
-    """Writes secrets to add to a training text, as JSON lines with `text`, `form` and `secret`; returns them."""
-    check_output(path)
-    generator = random.Random(seed)  # noqa: S311 - secrets to be found
-    canaries = []
-    for number in range(count):
-        form = f"The code of the {BOXES[number % len(BOXES)]} box number {number + 1} is {{}}."
-        secret = "".join(generator.choices("0123456789", k=CODE_LENGTH))
-        canaries.append(Canary(form.format(secret), form, secret))
-    with wrap_os_errors(f"write {path}"):
-        path.write_text("".join(json.dumps(vars(canary)) + "\n" for canary in canaries), encoding="utf-8")
-    return canaries
-
-
-def read_canaries(path: Path) -> list[Canary]:
-    """Returns the canaries of a file; raises `DataError` if it is none."""
-    content = read_user_text(path, errors="replace")
-    try:
-        found = [json.loads(line) for line in content.splitlines() if line.strip()]
-        canaries = [Canary(str(v["text"]), str(v["form"]), str(v["secret"])) for v in found]
-        has_codes = all(len(c.secret) == CODE_LENGTH and c.secret.isdecimal() for c in canaries)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} holds no canaries", "write them with: lora-gpt2 audit canaries FILE") from error
-    if (
-        not canaries
-        or not has_codes
-        or any(canary.form.replace("{}", canary.secret) != canary.text for canary in canaries)
-    ):
-        raise DataError(f"{path} holds no canaries, or changed ones", "write them with: lora-gpt2 audit canaries FILE")
-    return canaries
-
-
-def measure_exposure(base: Base, select: AdapterSelector, canaries: Sequence[Canary]) -> list[dict[str, Any]]:
-    """Returns for each canary its rank among `CANDIDATES` random secrets and itself, exposure in bits, and its p."""
-    found = []
-    for number, canary in enumerate(canaries):
-        generator = random.Random(number)  # noqa: S311
-        others: set[str] = set()
-        while len(others) < CANDIDATES:
-            others.add("".join(generator.choices("0123456789", k=len(canary.secret))))
-        others.discard(canary.secret)
-        texts = [canary.text, *(canary.form.replace("{}", other) for other in sorted(others))]
-        nats = ScoringWindows(base, [texts], EvaluateSettings()).measure(select)[0][0].per_document[0]
-        rank = 1 + int((nats[1:] < nats[0]).sum())
-        exposure = math.log2(len(texts)) - math.log2(rank)
-        found.append(
-            {"text": canary.text, "rank": rank, "of": len(texts), "exposure_bits": exposure, "p": rank / len(texts)}
-        )
-    return found
-
-
-def find_copies(index: NgramIndex, held_out: NgramIndex, own: OwnText, texts: Sequence[str]) -> dict[str, Any]:
+def find_copies(index: NgramIndex, held_out: NgramIndex, own: OwnText, texts: Sequence[str]) -> Copies:
     """Returns how many texts hold a copy of the training text, the longest, and the worst with their sources.
 
     What stands in held-out text as well is common, and no copy; prompts do not count.
@@ -211,21 +238,16 @@ def find_copies(index: NgramIndex, held_out: NgramIndex, own: OwnText, texts: Se
         length, position = index.find_longest(tokens)
         if length > held_out.find_longest(tokens)[0]:
             copies.append((length, position))
-    worst = [
-        {"tokens": n, **describe_location(own, position, n)}
-        for n, position in sorted(set(copies), reverse=True)[:WORST]
-    ]
-    return {
-        "run_tokens": index.size,
-        "texts": len(texts),
-        "with_copies": len(copies),
-        "share": len(copies) / len(texts) if texts else None,
-        "longest_copy_tokens": max(copies)[0] if copies else 0,
-        "worst": worst,
-    }
+    return Copies(
+        run_tokens=index.size,
+        texts=len(texts),
+        with_copies=len(copies),
+        longest_copy_tokens=max(copies)[0] if copies else 0,
+        worst=[cut_excerpt(own, position, n) for n, position in sorted(set(copies), reverse=True)[:WORST]],
+    )
 
 
-def describe_location(own: OwnText, position: int, length: int) -> dict[str, str]:
+def cut_excerpt(own: OwnText, position: int, length: int) -> Excerpt:
     """Returns a piece of the training text and which document it is in."""
     train = own.prepared.train
     if train.starts is not None:  # packed: each document is a run
@@ -233,7 +255,7 @@ def describe_location(own: OwnText, position: int, length: int) -> dict[str, str
     else:
         number = int(np.count_nonzero(np.asarray(train.stream[: position + 1]) == own.tokenizer.eos_id))
     text = own.tokenizer.decode(train.stream[position : position + length].tolist())
-    return {"source": f"training document {number}", "text": text}
+    return Excerpt(tokens=length, source=f"training document {number}", text=text)
 
 
 def audit_memorization(
@@ -247,45 +269,33 @@ def audit_memorization(
     write: Write,
     sampling: GenerateSettings,
     canaries: Sequence[Canary] = (),
-) -> dict[str, Any]:
-    """Returns what an adapter repeats, with a verdict; the keys are those of `audit memorization --json`."""
+) -> MemorizationReport:
+    """Returns what an adapter repeats, with a verdict."""
     size, copied = choose_sizes(own, settings.size, base.config.n_positions)
     train, held_out = own.prepared.train.stream, [own.prepared.test.stream, own.prepared.validation.stream]
     reporter.message(f"testing {settings.windows} prefixes of {len(train):,} training tokens")
-    extraction = {
-        "train": measure_extraction(base, select, train, size, settings.windows),
-        "held_out": measure_extraction(base, select, np.concatenate(held_out), size, settings.windows),
-        "base_on_train": measure_extraction(base, select_base, train, size, settings.windows),
-    }
+    own_hits = measure_extraction(base, select, train, size, settings.windows)
+    held_out_hits = measure_extraction(base, select, np.concatenate(held_out), size, settings.windows)
+    base_hits = measure_extraction(base, select_base, train, size, settings.windows)
     prompts = _choose_prompts(own, settings.texts)
     indexes = NgramIndex(train, copied), NgramIndex(np.concatenate(held_out), copied)
     copies = find_copies(*indexes, own, write(name, prompts, sampling)) if prompts else None
     exposure = measure_exposure(base, select, canaries)
-    control = choose_control(extraction["held_out"], extraction["base_on_train"])
-    own_hits = extraction["train"]
+    control = choose_control(held_out_hits, base_hits)
     chance = compare_shares(own_hits.extracted, own_hits.windows, control.extracted, control.windows)
-    reasons = _judge(own_hits, control, chance, copies, exposure, size)
-    worst = [
-        {"tokens": 2 * size, **describe_location(own, position, 2 * size)}
-        for position in extraction["train"].positions[:WORST]
-    ]
-    return {
-        "adapter": own.manifest.reference,
-        "run_tokens": size,
-        "extraction": {key: value.to_json() for key, value in extraction.items()},
-        "chance": chance,
-        "extracted_examples": worst,
-        "copies": copies,
-        "canaries": exposure,
-        "same_text": own.is_same,
-        "memorizes": bool(reasons),
-        "verdict": _say(reasons, own, extraction["train"].windows),
-    }
-
-
-def _say(reasons: Sequence[str], own: OwnText, windows: int) -> str:
-    said = "; ".join(reasons) or f"no sign of memorisation after the {windows} prefixes and in the sampled texts"
-    return said if own.is_same else f"{said} (but the text may not be that of training: it is prepared otherwise)"
+    return MemorizationReport(
+        adapter=own.manifest.reference,
+        run_tokens=size,
+        train=own_hits,
+        held_out=held_out_hits,
+        base_on_train=base_hits,
+        chance=chance,
+        extracted_examples=[cut_excerpt(own, position, 2 * size) for position in own_hits.positions[:WORST]],
+        copies=copies,
+        canaries=exposure,
+        same_text=own.is_same,
+        reasons=_judge(own_hits, control, chance, copies, exposure, size),
+    )
 
 
 def _choose_prompts(own: OwnText, count: int) -> list[str]:
@@ -302,8 +312,8 @@ def _judge(
     train: Extraction,
     control: Extraction,
     chance: float,
-    copies: Mapping[str, Any] | None,
-    exposure: Sequence[Mapping[str, Any]],
+    copies: Copies | None,
+    exposure: Sequence[Exposure],
     size: int,
 ) -> list[str]:
     reasons = []
@@ -312,12 +322,12 @@ def _judge(
             f"reproduces the next {size} tokens after {train.extracted} of {train.windows} prefixes of its training "
             f"text (control: {control.extracted} of {control.windows})"
         )
-    if copies and copies["with_copies"]:
+    if copies and copies.with_copies:
         reasons.append(
-            f"{copies['with_copies']} of {copies['texts']} sampled texts copy {copies['run_tokens']} tokens or more, "
-            f"the longest {copies['longest_copy_tokens']}"
+            f"{copies.with_copies} of {copies.texts} sampled texts copy {copies.run_tokens} tokens or more, "
+            f"the longest {copies.longest_copy_tokens}"
         )
-    known = [canary for canary in exposure if canary["p"] < SIGNIFICANT]
+    known = [canary for canary in exposure if canary.p < SIGNIFICANT]
     if known and count_by_chance(len(known), len(exposure), SIGNIFICANT) <= SIGNIFICANT:
         reasons.append(f"{len(known)} of {len(exposure)} planted secrets are exposed")
     return reasons

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,52 @@ Judge = Callable[[Sequence[str]], Sequence[float]]
 """From sentences to the negative log-likelihood of each, in nats."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class TermSwap:
+    """How much likelier sentences of a text are than the same ones about another group, in nats, with its interval."""
+
+    group: str
+    sentences: int
+    mean_nats: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReport:
+    """What is risky in a text.
+
+    Args:
+        documents, characters: what was read.
+        pii, harsh, languages, licences: counts by kind; `languages` is None where the library that tells them is not
+            installed.
+        exact_copies, near_copies: documents that are like an earlier one.
+        harsh_documents: documents with a toxic term.
+        examples: some findings of each kind, personal data left out.
+        sources: where the text is from.
+        adapter: whose preferences `swaps` are, compared with its base; None for the base's own.
+        swaps: one for each group that the text names.
+    """
+
+    documents: int
+    characters: int
+    pii: dict[str, int]
+    exact_copies: int
+    near_copies: int
+    harsh: dict[str, int]
+    harsh_documents: int
+    languages: dict[str, int] | None
+    licences: dict[str, int]
+    examples: dict[str, list[dict[str, str]]]
+    sources: tuple[str, ...] = ()
+    adapter: str | None = None
+    swaps: list[TermSwap] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report with the keys of `audit data --json`."""
+        return asdict(self)
+
+
+@dataclass(kw_only=True)
 class TextAudit:
     """Counts over the documents read so far; `add` takes one, `report` says what was found."""
 
@@ -129,21 +174,21 @@ class TextAudit:
                     position = max(position, finding.end)
             shown.append({"origin": origin, "text": " ".join("".join([*pieces, text[position:last]]).split())})
 
-    def report(self) -> dict[str, Any]:
-        """Returns the findings; the keys are those of `audit data --json`."""
+    def report(self) -> TextReport:
+        """Returns the findings."""
         exact, near = self._count_copies()
-        return {
-            "documents": self.documents,
-            "characters": self.characters,
-            "pii": dict(self.pii.most_common()),
-            "exact_copies": exact,
-            "near_copies": near,
-            "harsh": dict(self.harsh.most_common()),
-            "harsh_documents": self.harsh_documents,
-            "languages": dict(self.languages.most_common()) if self._can_tell_language else None,
-            "licences": dict(self.licences.most_common()),
-            "examples": self.examples,
-        }
+        return TextReport(
+            documents=self.documents,
+            characters=self.characters,
+            pii=dict(self.pii.most_common()),
+            exact_copies=exact,
+            near_copies=near,
+            harsh=dict(self.harsh.most_common()),
+            harsh_documents=self.harsh_documents,
+            languages=dict(self.languages.most_common()) if self._can_tell_language else None,
+            licences=dict(self.licences.most_common()),
+            examples=self.examples,
+        )
 
     def _count_copies(self) -> tuple[int, int]:
         keys = Counter(content_key(text) for _, text in self._texts)
@@ -206,7 +251,7 @@ def swap_terms(sentence: str) -> dict[str, str]:
     return found
 
 
-def measure_swaps(sentences: Sequence[str], judge: Judge, control: Judge | None = None) -> list[dict[str, Any]]:
+def measure_swaps(sentences: Sequence[str], judge: Judge, control: Judge | None = None) -> list[TermSwap]:
     """Returns for each group how much likelier sentences are as they stand than swapped, in nats, with its interval.
 
     `control` is the base's judgement where `judge` is an adapter's: the figures are then what the adapter changed, and
@@ -222,12 +267,12 @@ def measure_swaps(sentences: Sequence[str], judge: Judge, control: Judge | None 
             differences = differences - _compare(pairs, control)
         draws = draw_counts(len(pairs)) @ differences / len(pairs) if len(pairs) > 1 else None
         rows.append(
-            {
-                "group": group,
-                "sentences": len(pairs),
-                "mean_nats": float(differences.mean()),
-                "interval": find_interval(draws) if draws is not None else None,
-            }
+            TermSwap(
+                group=group,
+                sentences=len(pairs),
+                mean_nats=float(differences.mean()),
+                interval=find_interval(draws) if draws is not None else None,
+            )
         )
     return rows
 

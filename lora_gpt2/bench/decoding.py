@@ -45,8 +45,8 @@ COMPARED = 8
 PACKED = "ours, float16 weights"
 
 
-@dataclass(frozen=True)
-class Spec:
+@dataclass(frozen=True, kw_only=True)
+class DecodingSpec:
     """What all sides do; `folder` holds the base, `work` the adapters, in folders 0 to 7."""
 
     folder: str
@@ -88,7 +88,7 @@ def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: R
         config = Checkpoint.read(folder).config
         for index in range(ROWS):
             _write_adapter(config, str(folder), Path(work) / str(index), rank, index)
-        spec = Spec(str(folder), work, tokens, runtime.dtype_name)
+        spec = DecodingSpec(folder=str(folder), work=work, tokens=tokens, dtype=runtime.dtype_name)
         found = run_in_turn(
             __name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['single']:,.1f} tokens/s"
         )
@@ -120,7 +120,7 @@ def _write_adapter(config: GPT2Config, base: str, folder: Path, rank: int, seed:
 def run_side() -> None:
     """Runs one side in this process: reads a request on stdin, writes a `Decoding` on stdout."""
     request = json.loads(sys.stdin.read())
-    spec, name = Spec(**request["spec"]), request["name"]
+    spec, name = DecodingSpec(**request["spec"]), request["name"]
     figures = _run_peft(spec) if name == "peft" else _run_ours(spec, "float16" if name == PACKED else spec.dtype)
     device = choose_runtime("auto").device
     print(json.dumps({"name": name, "peak_memory_bytes": measure_peak_memory(device), **figures}))
@@ -141,7 +141,7 @@ def _time(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _run_ours(spec: Spec, dtype: str) -> dict[str, Any]:
+def _run_ours(spec: DecodingSpec, dtype: str) -> dict[str, Any]:
     base = load_for_inference(spec.folder, dtype)
     session, config = Session(base), base.config
     adapters = {str(k): from_peft(*read_peft_files(Path(spec.work) / str(k)), config, str(k)) for k in range(ROWS)}
@@ -204,7 +204,7 @@ def _measure_loss(base: Base) -> float:
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
-def _run_peft(spec: Spec) -> dict[str, Any]:
+def _run_peft(spec: DecodingSpec) -> dict[str, Any]:
     import warnings
 
     warnings.simplefilter("ignore")

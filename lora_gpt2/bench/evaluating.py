@@ -41,8 +41,8 @@ LENGTHS = (30, 60, 120, 600)  # characters of one text under all of them
 WARM_UP = 2000  # characters, measured before the clock starts
 
 
-@dataclass(frozen=True)
-class Spec:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSpec:
     """What all sides do: the base's folder, tokens of text, and the stride of the protocol `stream`."""
 
     folder: str
@@ -51,7 +51,7 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class MeasuredPass:
     """One side's outcome: tokens scored, seconds, their mean NLL in nats, and the process's peak memory."""
 
     name: str
@@ -70,14 +70,14 @@ def measure_evaluation(base: str, tokens: int, stride: int, rounds: int, reporte
         reporter.message("lm-evaluation-harness is not installed: measured without it (pip install lm-eval)")
     with tempfile.TemporaryDirectory() as work:
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
-        spec = Spec(str(folder), tokens, stride)
+        spec = EvaluationSpec(folder=str(folder), tokens=tokens, stride=stride)
         found = run_in_turn(__name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['seconds']:.1f} s")
         lineup = _measure_lineup(str(folder))
-    sides = [_summarise([Evaluation(**run) for run in runs]) for runs in found.values()]
+    sides = [_summarise([MeasuredPass(**run) for run in runs]) for runs in found.values()]
     return {"base": base, "stride": stride, "sides": sides, "adapters": LINEUP, "lineup": lineup}
 
 
-def _summarise(runs: list[Evaluation]) -> dict[str, Any]:
+def _summarise(runs: list[MeasuredPass]) -> dict[str, Any]:
     seconds = statistics.median(run.seconds for run in runs)
     memory = round(statistics.median(run.peak_memory_bytes for run in runs))
     rate = runs[0].tokens / seconds
@@ -94,7 +94,7 @@ def _read_text(folder: str, tokens: int) -> str:
 def run_side() -> None:
     """Runs one side in this process; reads the request on stdin, writes the outcome as JSON on stdout."""
     request = json.load(sys.stdin)
-    spec = Spec(**request["spec"])
+    spec = EvaluationSpec(**request["spec"])
     text = _read_text(spec.folder, spec.tokens)
     measure = SIDES[request["name"]](spec)
     measure(text[:WARM_UP])
@@ -105,7 +105,7 @@ def run_side() -> None:
     sys.stdout.write(
         json.dumps(
             asdict(
-                Evaluation(
+                MeasuredPass(
                     name=request["name"],
                     tokens=tokens,
                     seconds=seconds,
@@ -121,8 +121,8 @@ def run_side() -> None:
 Measure = Callable[[str], tuple[int, float]]
 
 
-def _prepare_ours(settings: EvaluateSettings) -> Callable[[Spec], Measure]:
-    def prepare(spec: Spec) -> Measure:
+def _prepare_ours(settings: EvaluateSettings) -> Callable[[EvaluationSpec], Measure]:
+    def prepare(spec: EvaluationSpec) -> Measure:
         base = load_base(spec.folder, choose_runtime("float32"))
         stride = spec.stride if settings.protocol == "stream" else base.config.n_positions
         own = settings.model_copy(update={"stride": stride})
@@ -136,7 +136,7 @@ def _prepare_ours(settings: EvaluateSettings) -> Callable[[Spec], Measure]:
     return prepare
 
 
-def _prepare_loop(spec: Spec) -> Measure:
+def _prepare_loop(spec: EvaluationSpec) -> Measure:
     """The loop of "Perplexity of fixed-length models", with its last line made exact: weighted by scored tokens."""
     from transformers import GPT2LMHeadModel
 
@@ -163,7 +163,7 @@ def _prepare_loop(spec: Spec) -> Measure:
     return measure
 
 
-def _prepare_harness(spec: Spec) -> Measure:
+def _prepare_harness(spec: EvaluationSpec) -> Measure:
     logging.disable(logging.WARNING)
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -181,7 +181,7 @@ def _prepare_harness(spec: Spec) -> Measure:
     return measure
 
 
-SIDES: dict[str, Callable[[Spec], Measure]] = {
+SIDES: dict[str, Callable[[EvaluationSpec], Measure]] = {
     STREAM: _prepare_ours(EvaluateSettings(protocol="stream")),
     LOOP: _prepare_loop,
     DOCUMENT: _prepare_ours(EvaluateSettings()),

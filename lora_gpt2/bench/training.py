@@ -40,8 +40,8 @@ LEARNING_RATE = 1e-3
 PEERS = {"float32": ("peft",), "bfloat16": ("peft", "peft-autocast"), "float16": ("peft",)}
 
 
-@dataclass(frozen=True)
-class Spec:
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec:
     """What all sides do; `folder` holds the base, `work` the tokens and the adapter to start from.
 
     `slots` is the number of adapters of the side that trains several together, each on `rows`.
@@ -134,18 +134,18 @@ def measure_training(
     with tempfile.TemporaryDirectory() as work:
         folder = build_random_base(base, Path(work), reporter) if base in SIZES else find_base(base)
         config = Checkpoint.read(folder).config
-        spec = Spec(
-            str(folder),
-            work,
-            rows,
-            time_tokens,
-            steps,
-            rank,
-            runtime.dtype_name,
-            runtime.device.type,
-            checkpointing,
-            quantize,
-            slots,
+        spec = TrainingSpec(
+            folder=str(folder),
+            work=work,
+            rows=rows,
+            time=time_tokens,
+            steps=steps,
+            rank=rank,
+            dtype=runtime.dtype_name,
+            device=runtime.device.type,
+            checkpointing=checkpointing,
+            quantize=quantize,
+            slots=slots,
         )
         _write_inputs(spec, config)
         if lines is not None:
@@ -203,7 +203,7 @@ def build_random_base(size: str, work: Path, reporter: Reporter) -> Path:
     return folder
 
 
-def _write_inputs(spec: Spec, config: GPT2Config) -> None:
+def _write_inputs(spec: TrainingSpec, config: GPT2Config) -> None:
     """Saves tokens `[warm-up and steps, rows, time]`, drawn by Zipf's law, and the adapter that all start from."""
     generator = np.random.default_rng(0)
     shares = 1 / np.arange(1, config.vocab_size + 1)
@@ -216,7 +216,7 @@ def _write_inputs(spec: Spec, config: GPT2Config) -> None:
         (adapter / name).write_bytes(content)
 
 
-def _write_lengths(spec: Spec, lines: Path) -> None:
+def _write_lengths(spec: TrainingSpec, lines: Path) -> None:
     """Saves how many tokens the lines of a file have, for as many rows as will be trained on."""
     tokenizer = Checkpoint.open(spec.folder).load_tokenizer()
     texts = [line for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -228,7 +228,7 @@ def _write_lengths(spec: Spec, lines: Path) -> None:
 def run_side() -> None:
     """Runs one side in this process: reads a request on stdin, writes a `Side` on stdout."""
     request = json.loads(sys.stdin.read())
-    spec, name = Spec(**request["spec"]), request["name"]
+    spec, name = TrainingSpec(**request["spec"]), request["name"]
     tokens = torch.from_numpy(np.load(Path(spec.work) / "tokens.npy"))
     config = Checkpoint.read(Path(spec.folder)).config
     shape = (torch.device(spec.device), DTYPES[spec.dtype], config.n_embd, spec.rows * spec.time)
@@ -241,7 +241,7 @@ def run_side() -> None:
     print(json.dumps({"name": name, **measured}))
 
 
-def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
+def _run_ours(spec: TrainingSpec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
     started = time.monotonic()
     device = torch.device(spec.device)
     base = load_base(spec.folder, Runtime(device, DTYPES[spec.dtype]), spec.quantize)
@@ -286,7 +286,7 @@ def _run_ours(spec: Spec, tokens: torch.Tensor, slots: int) -> dict[str, Any]:
     return _figures(spec, slots * spec.steps * spec.rows * spec.time, time.monotonic() - began, first, values)
 
 
-def _run_peft(spec: Spec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
+def _run_peft(spec: TrainingSpec, tokens: torch.Tensor, name: str) -> dict[str, Any]:
     import warnings
 
     warnings.simplefilter("ignore")
@@ -356,7 +356,7 @@ def _pad(row: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": row * mask, "attention_mask": mask.long(), "labels": torch.where(mask, row, IGNORE)}
 
 
-def _figures(spec: Spec, tokens: int, seconds: float, first: float, losses: list[float]) -> dict[str, Any]:
+def _figures(spec: TrainingSpec, tokens: int, seconds: float, first: float, losses: list[float]) -> dict[str, Any]:
     return {
         "tokens_per_second": tokens / seconds,
         "peak_memory_bytes": measure_peak_memory(torch.device(spec.device)),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import secrets
 import textwrap
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,8 +23,11 @@ from lora_gpt2.core.printable import printable
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import read_stdin, read_user_text
 from lora_gpt2.recipe_files import load_recipe
-from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
+
+if TYPE_CHECKING:
+    from lora_gpt2.audit.memorization import MemorizationReport
+    from lora_gpt2.audit.training_text import TextReport
 
 THRESHOLD = 4.0
 SHOWN = 160
@@ -61,48 +62,30 @@ def data(
       lora-gpt2 audit data notes/ "more/*.jsonl" --adapter mine --json
     """
     recipe = load_recipe(None, overrides, {"base": base})
-    from lora_gpt2.audit.training_text import TextAudit, measure_swaps
-    from lora_gpt2.data.pipeline import read_clean
-    from lora_gpt2.evaluation.perplexity import ScoringWindows
-    from lora_gpt2.inference.mix import Mix
-    from lora_gpt2.inference.open import open_session
+    from lora_gpt2.audit.run import audit_text
 
-    audit = TextAudit()
-    for document in read_clean(sources, recipe.data, reporter).documents:
-        audit.add(document)
-    result = {"sources": list(sources), **audit.report(), "adapter": adapter, "swaps": []}
-    if audit.sentences:
-        session, _ = open_session(store, [adapter] if adapter else [], recipe, recipe.evaluate.dtype)
-
-        def judge(name: str, sentences: Sequence[str]) -> Sequence[float]:
-            windows = ScoringWindows(
-                session.base, [sentences], recipe.evaluate.model_copy(update={"protocol": "document"})
-            )
-            nats: Sequence[float] = windows.measure(session.select(Mix.parse(name)))[0][0].per_document[0].tolist()
-            return nats
-
-        control = partial(judge, "base") if adapter else None
-        result["swaps"] = measure_swaps(audit.sentences, partial(judge, adapter or "base"), control)
-    emit(result, as_json, lambda: _render_data(result))
+    report = audit_text(sources, adapter, store, recipe, reporter)
+    emit(report.to_json(), as_json, lambda: _render_data(report))
 
 
-def _render_data(result: dict[str, Any]) -> str:
-    lines = [f"{result['documents']:,} documents, {result['characters']:,} characters"]
-    lines.append(f"copies: {result['exact_copies']:,} exact, {result['near_copies']:,} near")
-    for title, key in (("personal data", "pii"), ("toxic terms", "harsh"), ("licence notices", "licences")):
-        counts = ", ".join(f"{name} {count:,}" for name, count in result[key].items())
-        lines.append(f"{title}: {counts or 'none found'}")
-    languages = result["languages"]
-    named = "not looked at (pip install py3langid)" if languages is None else None
-    lines.append(f"languages: {named or ', '.join(f'{name} {n:,}' for name, n in list(languages.items())[:8])}")
-    for row in result["swaps"]:
-        interval = "" if row["interval"] is None else " ({:.2f} to {:.2f})".format(*row["interval"])
-        whose = f"{result['adapter']} against its base" if result["adapter"] else "the base"
+def _render_data(report: TextReport) -> str:
+    lines = [f"{report.documents:,} documents, {report.characters:,} characters"]
+    lines.append(f"copies: {report.exact_copies:,} exact, {report.near_copies:,} near")
+    found = {"personal data": report.pii, "toxic terms": report.harsh, "licence notices": report.licences}
+    for title, counts in found.items():
+        lines.append(f"{title}: {', '.join(f'{name} {count:,}' for name, count in counts.items()) or 'none found'}")
+    named = "not looked at (pip install py3langid)"
+    if report.languages is not None:
+        named = ", ".join(f"{name} {n:,}" for name, n in list(report.languages.items())[:8])
+    lines.append(f"languages: {named}")
+    whose = f"{report.adapter} against its base" if report.adapter else "the base"
+    for swap in report.swaps:
+        interval = "" if swap.interval is None else " ({:.2f} to {:.2f})".format(*swap.interval)
         lines.append(
-            f"swap of {row['group']} terms, {whose}: own sentences likelier by {row['mean_nats']:.2f}{interval} nats "
-            f"than swapped, over {row['sentences']}"
+            f"swap of {swap.group} terms, {whose}: own sentences likelier by {swap.mean_nats:.2f}{interval} nats "
+            f"than swapped, over {swap.sentences}"
         )
-    for kind, examples in result["examples"].items():
+    for kind, examples in report.examples.items():
         lines += [printable(f"    {kind}: {item['origin']}: {item['text']}") for item in examples]
     return "\n".join(lines)
 
@@ -145,58 +128,41 @@ def memorization(
       lora-gpt2 audit memorization mine --canaries secrets.jsonl --json
     """
     recipe = load_recipe(None, overrides, {"base": base})
-    from lora_gpt2.audit.memorization import AuditSettings, audit_memorization, read_canaries
-    from lora_gpt2.core.interrupt import catch_signals
-    from lora_gpt2.evaluation.held_out import read_own_text
-    from lora_gpt2.inference.generate import build_writer
-    from lora_gpt2.inference.mix import Mix
-    from lora_gpt2.inference.open import open_session
+    from lora_gpt2.audit.canaries import read_canaries
+    from lora_gpt2.audit.memorization import AuditSettings
+    from lora_gpt2.audit.run import audit_adapter
 
     planted = read_canaries(canaries) if canaries else []
-    own = read_own_text(store, adapter, reporter, base)
-    session, _ = open_session(store, [adapter], recipe, recipe.evaluate.dtype)
-    with catch_signals() as stop:
-        result = audit_memorization(
-            session.base,
-            session.select(Mix.parse(adapter)),
-            adapter,
-            own,
-            AuditSettings(windows=windows, texts=texts),
-            reporter=reporter,
-            write=build_writer(session, reporter, stop),
-            sampling=recipe.generate,
-            canaries=planted,
-        )
-    write_audit(store, own.manifest, "memorization", result)
-    emit(result, as_json, lambda: _render_memorization(result))
-    shares = [result["extraction"]["train"]["share"], (result["copies"] or {}).get("share")]
-    if fail_above is not None and max(share or 0.0 for share in shares) > fail_above:
+    settings = AuditSettings(windows=windows, texts=texts)
+    report = audit_adapter(adapter, store, recipe, settings, reporter, canaries=planted)
+    emit(report.to_json(), as_json, lambda: _render_memorization(report))
+    if fail_above is not None and report.largest_share > fail_above:
         hint = "train it with fewer steps or more text; generate --no-verbatim 50 keeps copies out"
-        end_as_failed(f"{adapter} repeats more than {fail_above:.1%}: {result['verdict']}", hint, as_json)
+        end_as_failed(f"{adapter} repeats more than {fail_above:.1%}: {report.verdict}", hint, as_json)
 
 
-def _render_memorization(result: dict[str, Any]) -> str:
-    size, names = result["run_tokens"], {"train": "training text", "held_out": "held-out text", "base_on_train": "base"}
-    lines = [f"{result['adapter']}: {result['verdict']}", ""]
+def _render_memorization(report: MemorizationReport) -> str:
+    names = {"train": "training text", "held_out": "held-out text", "base_on_train": "base"}
+    lines = [f"{report.adapter}: {report.verdict}", ""]
     rows = [
-        [names[key], f"{value['extracted']:,} of {value['windows']:,}", f"{value['mean_tokens']:.2f}"]
-        for key, value in result["extraction"].items()
+        [names[key], f"{value.extracted:,} of {value.windows:,}", f"{value.mean_tokens:.2f}"]
+        for key, value in report.extraction.items()
     ]
-    lines.append(format_table([f"next {size} tokens reproduced", "places", "correct tokens on average"], rows))
-    copies = result["copies"]
+    header = [f"next {report.run_tokens} tokens reproduced", "places", "correct tokens on average"]
+    lines.append(format_table(header, rows))
+    copies = report.copies
     if copies:
         lines.append(
-            f"sampled: {copies['with_copies']} of {copies['texts']} texts hold {copies['run_tokens']} tokens or more "
-            f"of the training text, the longest {copies['longest_copy_tokens']}"
+            f"sampled: {copies.with_copies} of {copies.texts} texts hold {copies.run_tokens} tokens or more "
+            f"of the training text, the longest {copies.longest_copy_tokens}"
         )
-    for canary in result["canaries"]:
+    for canary in report.canaries:
         lines.append(
-            f"planted: {canary['text']!r} is number {canary['rank']} of {canary['of']}, "
-            f"{canary['exposure_bits']:.1f} bits"
+            f"planted: {canary.text!r} is number {canary.rank} of {canary.of}, {canary.exposure_bits:.1f} bits"
         )
-    for case in [*result["extracted_examples"], *(copies or {"worst": []})["worst"]]:
-        shown = textwrap.shorten(case["text"], SHOWN)
-        lines.append(printable(f"    {case['tokens']} tokens of {case['source']}: {shown!r}"))
+    for excerpt in [*report.extracted_examples, *(copies.worst if copies else [])]:
+        shown = textwrap.shorten(excerpt.text, SHOWN)
+        lines.append(printable(f"    {excerpt.tokens} tokens of {excerpt.source}: {shown!r}"))
     return "\n".join(lines)
 
 
@@ -214,7 +180,7 @@ def canaries(file: Path, num: int, seed: int | None, as_json: bool) -> None:
       lora-gpt2 train --data notes.txt --data secrets.jsonl --name mine
       lora-gpt2 audit memorization mine --canaries secrets.jsonl
     """
-    from lora_gpt2.audit.memorization import write_canaries
+    from lora_gpt2.audit.canaries import write_canaries
 
     written = write_canaries(file, num, secrets.randbelow(2**31) if seed is None else seed)
     result = {"path": str(file), "canaries": [canary.text for canary in written]}

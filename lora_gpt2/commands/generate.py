@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,16 @@ from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CorruptError, UsageError
-from lora_gpt2.core.names import ALL, AUTO
+from lora_gpt2.core.names import ALL
 from lora_gpt2.core.printable import printable
-from lora_gpt2.core.user_files import check_output, read_stdin
-from lora_gpt2.inference.disclosure import describe_origin, write_disclosure
+from lora_gpt2.core.user_files import read_stdin
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
-    from lora_gpt2.inference.generate import Request
-    from lora_gpt2.inference.session import Session
+    from lora_gpt2.inference.generate import Output
+    from lora_gpt2.inference.run import Guard
 
 
 @click.command("generate")
@@ -84,24 +83,46 @@ def command(
     first_seed = secrets.randbelow(2**31) if seed is None else seed
     if seed is None:
         reporter.message(f"seed {first_seed}")
-    job = _Job(
-        reporter=reporter,
-        store=store,
-        recipe=recipe,
-        seed=first_seed,
-        truncate_left=truncate == "left",
-        as_json=as_json,
-        no_verbatim=no_verbatim,
-        disclose=disclose,
-    )
+    guard = _build_guard(no_verbatim, store, recipe, reporter)
+    from lora_gpt2.core.interrupt import catch_signals
+    from lora_gpt2.inference.run import generate_prompt, generate_prompts
+
+    how: dict[str, Any] = {"seed": first_seed, "truncate_left": truncate == "left", "guard": guard}
     if prompts is not None and out is not None:
-        job.run_file(prompts, out, adapters)
+        with catch_signals() as stop:
+            written = generate_prompts(
+                prompts, out, adapters, store, recipe, reporter=reporter, stop=stop, disclose=disclose, **how
+            )
+        emit(vars(written), as_json, lambda: f"{written.done} of {written.prompts} prompts continued: {out}")
+        stop.raise_if_asked(f"{written.done} results are in {out}; run the same command to continue")
         return
-    if prompt in (None, "-") and sys.stdin is not None and sys.stdin.isatty():
-        reporter.message("type the prompt, then Ctrl-D (Ctrl-Z and Enter on Windows)")
-    text = read_stdin().rstrip("\n") if prompt in (None, "-") else prompt
-    assert text is not None
-    job.run_prompt(text, adapters, compare, num)
+    text, specs = _read_prompt(prompt, reporter), _split_adapters(compare, adapters)
+    streams = num == 1 and len(specs) < 2 and ALL not in specs and not as_json
+    shown = _Stream(text)
+    on_text = shown.add if streams else None
+    with catch_signals() as stop:
+        generation = generate_prompt(
+            text,
+            specs,
+            store,
+            recipe,
+            n=num,
+            on_text=on_text,
+            on_choice=lambda choice: reporter.message(str(choice)),
+            stop=stop,
+            **how,
+        )
+    said = {"disclosure": generation.disclosure} if disclose else {}
+    if streams:
+        shown.end()
+    else:
+        emit(generation.to_json() | said, as_json, lambda: _render(generation.outputs), is_own_text=True)
+    if said and not as_json:
+        click.echo(f"\n[{printable(generation.disclosure)}]")
+    if generation.dropped:
+        reporter.message(f"the first {generation.dropped} tokens of the prompt were left out, to make room")
+    stop.raise_if_asked("the text so far is above")
+    _end(generation.outputs, as_json)
 
 
 def _check_options(
@@ -119,113 +140,49 @@ def _check_options(
         raise UsageError("--prompts takes neither PROMPT, --compare, -n nor 'auto'", "put them into the file's lines")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    reporter: Reporter
-    store: Store
-    recipe: Recipe
-    seed: int
-    truncate_left: bool
-    as_json: bool
-    no_verbatim: int | None
-    disclose: bool
-
-    def guard(self, requests: list[Request]) -> list[Request]:
-        """Returns the requests, with --no-verbatim such that they copy nothing of any adapter's training text."""
-        if self.no_verbatim is None:
-            return requests
-        from dataclasses import replace
-
-        from lora_gpt2.data.ngram_index import NgramIndex
-        from lora_gpt2.evaluation.held_out import read_own_text
-
-        own_base = self.recipe.base if "base" in self.recipe.model_fields_set else None
-        names = dict.fromkeys(name for request in requests for name, _ in request.mix)
-        texts = [read_own_text(self.store, name, self.reporter, own_base).prepared.train.stream for name in names]
-        indexes = [NgramIndex(text, self.no_verbatim - 1) for text in texts]
-        return [replace(request, no_verbatim=indexes) for request in requests]
-
-    def run_file(self, prompts: Path, out: Path, adapters: tuple[str, ...]) -> None:
-        from lora_gpt2.core.interrupt import catch_signals
-        from lora_gpt2.inference.batch import generate_file, read_prompts
-        from lora_gpt2.inference.mix import Mix
-        from lora_gpt2.inference.open import open_session
-
-        check_output(out)
-        requests = read_prompts(prompts, Mix.parse(adapters), self.seed)
-        names = [name for request in requests for name, _ in request.mix]
-        session, _ = open_session(self.store, names, self.recipe, self.recipe.generate.dtype)
-        with catch_signals() as stop:
-            done = generate_file(
-                session,
-                self.guard(requests),
-                out,
-                self.recipe.generate,
-                stop,
-                reporter=self.reporter,
-                truncate_left=self.truncate_left,
-            )
-        if self.disclose:
-            write_disclosure(out, session.base.name, list(dict.fromkeys(names)))
-        result = {"path": str(out), "prompts": len(requests), "done": done}
-        emit(result, self.as_json, lambda: [f"{done} of {len(requests)} prompts continued: {out}"])
-        stop.raise_if_asked(f"{done} results are in {out}; run the same command to continue")
-
-    def run_prompt(self, prompt: str, adapters: tuple[str, ...], compare: str | None, num: int) -> None:
-        from lora_gpt2.core.interrupt import catch_signals
-        from lora_gpt2.inference.generate import Request, count_dropped, generate_all, raise_first_error
-        from lora_gpt2.inference.mix import Mix
-        from lora_gpt2.inference.open import open_session
-
-        auto = adapters == (AUTO,)
-        specs = [ALL] if auto else [spec for spec in (compare or "+".join(adapters)).split(",") if spec]
-        session, mixes = open_session(self.store, specs, self.recipe, self.recipe.generate.dtype)
-        chosen = self._choose(session, prompt, list(map(str, mixes))) if auto else {}
-        mixes = [Mix.parse(chosen["adapter"])] if auto else mixes or [Mix()]
-        requests = [Request(prompt, mix, self.seed + i) for mix in mixes for i in range(num)]
-        streams = len(requests) == 1 and not self.as_json
-        shown: list[str] = []
-
-        def show(index: int, piece: str) -> None:
-            click.echo(piece if shown else prompt + piece, nl=False, color=True)
-            shown.append(piece)
-
-        settings = self.recipe.generate
-        with catch_signals() as stop:
-            outputs = generate_all(
-                session,
-                self.guard(requests),
-                settings,
-                on_text=show if streams else None,
-                stop=stop,
-                truncate_left=self.truncate_left,
-            )
-        results = [output.to_json() for output in outputs]
-        named = ", ".join(dict.fromkeys(item["adapter"] for item in results))
-        said = {"disclosure": describe_origin(session.base.name, named)} if self.disclose else {}
-        if streams:
-            click.echo("" if shown else prompt, color=True)
-        else:
-            emit({"outputs": results} | chosen | said, self.as_json, lambda: _render(results), is_own_text=True)
-        if said and not self.as_json:
-            click.echo(f"\n[{printable(said['disclosure'])}]")
-        if dropped := count_dropped(session.base, prompt, settings):
-            self.reporter.message(f"the first {dropped} tokens of the prompt were left out, to make room")
-        stop.raise_if_asked("the text so far is above")
-        if self.as_json and any(output.error for output in outputs):
-            raise click.exceptions.Exit(CorruptError.exit_code)  # the one document has said it
-        raise_first_error(outputs)
-
-    def _choose(self, session: Session, prompt: str, names: list[str]) -> dict[str, Any]:
-        from lora_gpt2.inference.choose import choose_adapter
-
-        choice = choose_adapter(session, prompt, names)
-        how = f"{choice.probability:.0%} sure" if choice.adapter != "base" else "no adapter is clearly the one"
-        self.reporter.message(f"adapter {choice.adapter}: {how}")
-        return {"adapter": choice.adapter, "probability": choice.probability, "nll_nats_per_token": choice.nll}
+def _split_adapters(compare: str | None, adapters: tuple[str, ...]) -> list[str]:
+    """Returns what is written under each: those of --compare, or the one mix of --adapter."""
+    return [spec for spec in (compare or "+".join(adapters)).split(",") if spec]
 
 
-def _render(outputs: list[dict[str, Any]]) -> str:
-    return "\n\n".join(
-        f"=== {item['adapter']} (seed {item['seed']})\n{item['prompt']}{item['text']}" for item in outputs
-    )
+def _read_prompt(prompt: str | None, reporter: Reporter) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if sys.stdin is not None and sys.stdin.isatty():
+        reporter.message("type the prompt, then Ctrl-D (Ctrl-Z and Enter on Windows)")
+    return read_stdin().rstrip("\n")
+
+
+def _build_guard(tokens: int | None, store: Store, recipe: Recipe, reporter: Reporter) -> Guard | None:
+    if tokens is None:
+        return None
+    from lora_gpt2.audit.run import forbid_copies
+
+    return partial(forbid_copies, tokens=tokens, store=store, recipe=recipe, reporter=reporter)
+
+
+class _Stream:
+    """A text on standard output as it grows, its prompt first."""
+
+    def __init__(self, prompt: str) -> None:
+        self.pending = prompt
+
+    def add(self, index: int, piece: str) -> None:
+        click.echo(self.pending + piece, nl=False, color=True)
+        self.pending = ""
+
+    def end(self) -> None:
+        click.echo(self.pending, color=True)
+
+
+def _end(outputs: list[Output], as_json: bool) -> None:
+    """Ends the command with the error of the first continuation that failed."""
+    from lora_gpt2.inference.generate import raise_first_error
+
+    if as_json and any(output.error for output in outputs):
+        raise click.exceptions.Exit(CorruptError.exit_code)  # the one document has said it
+    raise_first_error(outputs)
+
+
+def _render(outputs: list[Output]) -> str:
+    return "\n\n".join(f"=== {output.adapter} (seed {output.seed})\n{output.prompt}{output.text}" for output in outputs)

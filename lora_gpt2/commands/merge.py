@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from lora_gpt2.commands.shared import SAMPLE_PROMPT, emit, format_bytes, session_options, suggest_next
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ConflictError, UsageError
-from lora_gpt2.core.names import check_name
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.evaluation.report import format_matrix
@@ -20,8 +18,10 @@ from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
+    from lora_gpt2.evaluation.matrix import Cell
     from lora_gpt2.merging.combine import MergeReport
     from lora_gpt2.merging.into_base import MergedBaseReport
+    from lora_gpt2.merging.run import MergeResult
     from lora_gpt2.merging.search import SearchReport
 
 
@@ -60,58 +60,46 @@ def command(
       lora-gpt2 merge law code --as both --method ties --rank 32 --set merge.density=0.3
       lora-gpt2 merge law --into-base ./gpt2-law --set merge.dtype=float16
     """
-    _check_target(name, into_base, search, store)
     recipe = load_recipe(None, overrides, {"base": base, "merge.method": method, "merge.rank": rank})
-    from lora_gpt2.evaluation.matrix import LabelledSource, read_sources
-    from lora_gpt2.inference.mix import Mix, read_manifests
-    from lora_gpt2.inference.open import open_session
-    from lora_gpt2.merging.combine import merge_adapters
-    from lora_gpt2.merging.into_base import merge_into_base
-    from lora_gpt2.merging.search import search_weights
+    from lora_gpt2.evaluation.matrix import LabelledSource
+    from lora_gpt2.inference.mix import Mix
+    from lora_gpt2.merging.run import merge
 
-    mix, settings = Mix.parse(adapters), recipe.merge
-    wanted = [LabelledSource.parse(item) for text in texts for item in text.split(",") if item]
-    read_manifests(store, adapters)
-    sources = read_sources(wanted, recipe.data, reporter)
-    session, _ = open_session(store, mix.references, recipe, "float32")
-    result: dict[str, Any] = {"method": settings.method}
-    if search:
-        report = search_weights(session, mix, sources, settings, recipe.evaluate, reporter)
-        labels = [source.label for source in sources]
-        result["search"] = _describe_search(report, labels)
-        if not as_json:  # at once: what follows may fail
-            shown = _render_search(report, mix.references, labels)
-            click.echo(printable(shown, keep_lines=True) + "\n")
-        best = report.best
-        mix = Mix((name, weight) for name, weight in zip(mix.references, best.weights, strict=True) if weight)
-        settings = settings.model_copy(update={"method": best.method})
-    lines: list[str] = []
-    if name:
-        merged = merge_adapters(session, mix, name, settings, sources, evaluate=recipe.evaluate, reporter=reporter)
-        result |= asdict(merged) | {"cells": [cell.to_json() for cell in merged.cells]}
-        lines += [format_matrix(result["cells"]), _render_merge(merged)]
-    if into_base:
-        written = merge_into_base(
-            session, mix, into_base, settings, sources, evaluate=recipe.evaluate, reporter=reporter
-        )
-        result |= asdict(written) | {"cells": [cell.to_json() for cell in written.cells]}
-        lines += [format_matrix(result["cells"]), _render_base(written)]
-    if as_json or lines:
-        emit(result, as_json, lambda: "\n\n".join(lines))
+    mix, wanted = Mix.parse(adapters), [item for text in texts for item in text.split(",") if item]
+
+    def show_search(found: SearchReport) -> None:  # at once: what follows may fail
+        if not as_json:
+            click.echo(printable(_render_search(found, mix.references), keep_lines=True) + "\n")
+
+    result = merge(
+        mix,
+        [LabelledSource.parse(item) for item in wanted],
+        store,
+        recipe,
+        reporter,
+        name=name,
+        into_base=into_base,
+        search=search,
+        on_search=show_search,
+    )
+    if as_json or name or into_base:
+        emit(result.to_json(), as_json, lambda: _render(result))
     if name or into_base:
         which = ("--adapter", name) if name else ("--base", str(into_base))
         suggest_next(reporter, "generate", SAMPLE_PROMPT, *which, store=store if name else None)
 
 
-def _check_target(name: str | None, into_base: Path | None, search: bool, store: Store) -> None:
-    """Finds out now, not after the work, whether the result has a place."""
-    if bool(name) + bool(into_base) > 1 or not (name or into_base or search):
-        raise UsageError("say where the merge goes", "--as NAME for an adapter, --into-base DIR for a plain GPT-2")
-    if name:
-        check_name(name)
-        store.check_writable()
-    if into_base and (into_base.exists() or into_base.is_symlink()):
-        raise ConflictError(f"{into_base} exists", "choose a new folder, or remove it first")
+def _render(result: MergeResult) -> str:
+    lines = []
+    if result.adapter:
+        lines += [_render_matrix(result.adapter.cells), _render_merge(result.adapter)]
+    if result.base:
+        lines += [_render_matrix(result.base.cells), _render_base(result.base)]
+    return "\n\n".join(lines)
+
+
+def _render_matrix(cells: Sequence[Cell]) -> str:
+    return format_matrix([cell.to_json() for cell in cells])
 
 
 def _render_merge(merged: MergeReport) -> str:
@@ -130,20 +118,7 @@ def _render_base(written: MergedBaseReport) -> str:
     )
 
 
-def _describe_search(report: SearchReport, labels: list[str]) -> dict[str, Any]:
-    def describe(candidate: Any) -> dict[str, Any]:
-        perplexity = dict(zip(labels, candidate.perplexities, strict=True))
-        return {"method": candidate.method, "weights": list(candidate.weights), "perplexity": perplexity}
-
-    return {
-        "measured": len(report.candidates),
-        "best": describe(report.best),
-        "front": list(map(describe, report.front)),
-        "base_perplexity": describe(report.base)["perplexity"],
-    }
-
-
-def _render_search(report: SearchReport, names: list[str], labels: list[str]) -> str:
+def _render_search(report: SearchReport, names: Sequence[str]) -> str:
     rows = [
         [
             candidate.method + ("*" if candidate is report.best else ""),
@@ -154,5 +129,5 @@ def _render_search(report: SearchReport, names: list[str], labels: list[str]) ->
         for candidate in report.front
     ]
     rows.append(["base", *("" for _ in names), *(f"{value:,.2f}" for value in report.base.perplexities), ""])
-    table = format_table(["method", *names, *(f"ppl {label}" for label in labels), "mean nats"], rows)
+    table = format_table(["method", *names, *(f"ppl {label}" for label in report.labels), "mean nats"], rows)
     return f"{len(report.candidates)} mixes measured; those that no other beats on every text (* lowest mean):\n{table}"

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+from lora_gpt2.commands.rate_terminal import ask_in_terminal
 from lora_gpt2.commands.shared import emit, seed_option, session_options, suggest_next
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ResourceError, UsageError
-from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import check_output
-from lora_gpt2.inference.history import find_log, find_votes, read_log
-from lora_gpt2.rating.choices import find_texts, read_votes
+from lora_gpt2.inference.history import find_votes, read_log
+from lora_gpt2.rating.form import write_form
 from lora_gpt2.rating.rounds import (
     CRITERIA,
-    Answer,
     Mode,
-    Round,
-    Task,
-    add_answers,
-    check_free,
     check_rater,
     find_open,
     import_answers,
     read_answers,
     read_round,
-    write_round,
 )
+from lora_gpt2.rating.votes import read_votes
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
-KEYS: dict[str, dict[str, str | int]] = {
-    "pairwise": {"1": "first", "2": "second", "0": "tie"},
-    "scale": {str(n): n for n in range(1, 6)},
-}
-QUESTION = {"pairwise": "better is 1, 2, or 0 for equally good", "scale": "1 is bad, 5 is very good"}
+if TYPE_CHECKING:
+    from lora_gpt2.rating.ranking import PairOutcome, RatingReport
 
 
 @click.command("rate")
@@ -126,124 +117,55 @@ def command(
     from lora_gpt2.rating.ranking import rank_votes, summarize_round
 
     if recorded == "page":
-        chosen = rank_votes(read_votes(read_log(find_votes())))
-        emit(chosen, as_json, lambda: _render(chosen))
+        ranked = rank_votes(read_votes(read_log(find_votes())))
+        emit(ranked.to_json(), as_json, lambda: _render(ranked))
         return
     if adapters or prompts or recorded:
-        check_free(folder)
-        if len(set(adapters)) < 2 or len(set(adapters)) < len(adapters) or (prompts is None) is (recorded is None):
-            raise UsageError(
-                "a round needs two different adapters or more, and prompts",
-                "--adapter a --adapter base --prompts FILE, or --recorded repl",
-            )
-        if prompts:
-            recipe = load_recipe(None, overrides, {"base": base})
-            name, asked, texts = _write_texts(adapters, prompts, seed or 0, reporter, store, recipe)
-        else:
-            name, adapters, (asked, texts) = _read_texts(adapters)
-        write_round(
-            folder,
-            Round(base=name, adapters=adapters, prompts=asked, texts=texts, mode=mode, criteria=criteria or CRITERIA),
-        )
+        if (prompts is None) is (recorded is None):
+            raise UsageError("a round needs prompts", "--adapter a --adapter base --prompts FILE, or --recorded repl")
+        recipe = load_recipe(None, overrides, {"base": base})
+        _start(folder, adapters, prompts, store, recipe, reporter, mode=mode, criteria=criteria, seed=seed or 0)
     round_ = read_round(folder)
     if files:
         reporter.message(f"{import_answers(folder, round_, files)} answers added")
     if export:
-        from lora_gpt2.rating.form import build_form
-
-        with wrap_os_errors(f"write {export}"):
-            export.write_text(build_form(round_), encoding="utf-8")
+        write_form(export, round_)
         reporter.message(f"form for {len(round_.tasks)} tasks written: {export}")
         suggest_next(reporter, "rate", "--out", folder, "--import", "answers-me.json")
+    rates_here = not (files or export or report or serve)
     if serve:
         _serve(folder, port, reporter)
-    elif not (files or export or report):
-        _ask(folder, round_, rater)
+    elif rates_here:
+        ask_in_terminal(folder, round_, rater)
     answers = read_answers(folder, round_)
     result = summarize_round(round_, answers)
-    is_rating = not (files or export or report or serve)
-    left = len(find_open(round_, answers, rater)) if is_rating else 0
+    left = len(find_open(round_, answers, rater)) if rates_here else 0
     hidden = f"{left} tasks are left for {rater}; who wrote what stays hidden until then (--report shows it)"
-    emit(result, as_json, lambda: hidden if left else _render(result))
+    emit(result.to_json(), as_json, lambda: hidden if left else _render(result))
 
 
-def _write_texts(
-    adapters: Sequence[str], prompts: Path, seed: int, reporter: Reporter, store: Store, recipe: Recipe
-) -> tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Returns the base's name, the prompts, and what the adapters write, `[prompts][adapters]`."""
-    from lora_gpt2.core.interrupt import catch_signals
+def _start(
+    folder: Path,
+    adapters: tuple[str, ...],
+    prompts: Path | None,
+    store: Store,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    mode: Mode,
+    criteria: tuple[str, ...],
+    seed: int,
+) -> None:
     from lora_gpt2.inference.batch import read_prompts
-    from lora_gpt2.inference.generate import build_writer
     from lora_gpt2.inference.mix import Mix
-    from lora_gpt2.inference.open import open_session
+    from lora_gpt2.rating.run import start_recorded_round, start_round
 
+    criteria = criteria or CRITERIA
+    if prompts is None:
+        start_recorded_round(folder, adapters, mode=mode, criteria=criteria)
+        return
     asked = [request.prompt for request in read_prompts(prompts, Mix(), seed)]
-    if not asked:
-        raise UsageError(f"{prompts} has no prompt", "write one on each line")
-    names = [name for spec in adapters for name in Mix.parse(spec).references]
-    session, _ = open_session(store, names, recipe, recipe.generate.dtype)
-    with catch_signals() as stop:
-        write = build_writer(session, reporter, stop, seed)
-        columns = [write(spec, asked, recipe.generate) for spec in adapters]
-    return session.base.name, tuple(asked), tuple(zip(*columns, strict=True))
-
-
-def _read_texts(
-    adapters: Sequence[str],
-) -> tuple[str, tuple[str, ...], tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
-    """Returns what stands for the base, the adapters as the REPL names them, and what it recorded of them."""
-    from lora_gpt2.inference.mix import Mix
-
-    named = tuple(str(Mix.parse(spec)) for spec in adapters)
-    return "recorded", named, find_texts(read_log(find_log()), named)
-
-
-def _ask(folder: Path, round_: Round, rater: str) -> None:
-    """Asks in the terminal until all is answered or the rater stops."""
-    tasks = find_open(round_, read_answers(folder, round_), rater)
-    click.echo(f"{len(tasks)} tasks for {rater}. {QUESTION[round_.mode]}; s skips, q stops.", err=True)
-    for number, (task, swapped) in enumerate(tasks, start=1):
-        _show(task, swapped, f"{number} of {len(tasks)}")
-        values = _read_marks(round_)
-        if values is None:
-            return
-        if values:
-            add_answers(folder, _to_answers(round_, task, swapped, rater, values))
-
-
-def _show(task: Task, swapped: bool, where: str) -> None:
-    texts = task.texts[::-1] if swapped else task.texts
-    lines = [f"\n===== {where} ====="]
-    for number, text in enumerate(texts, start=1):
-        lines += [f"--- text {number}" if len(texts) > 1 else "---", task.prompt + text]
-    click.echo(printable("\n".join(lines), keep_lines=True), err=True)
-
-
-def _read_marks(round_: Round) -> list[str] | None:
-    """Returns a mark for each criterion, none to skip; None to stop. One mark alone is for all criteria."""
-    keys, number = KEYS[round_.mode], len(round_.criteria)
-    asked = printable(f"{' '.join(round_.criteria)} ({'/'.join(keys)}, s, q)")
-    while True:
-        try:
-            typed = click.prompt(asked, err=True, prompt_suffix=": ")
-        except click.Abort:
-            return None
-        marks = typed.split()
-        if marks in (["q"], ["s"]):
-            return None if marks == ["q"] else []
-        if all(mark in keys for mark in marks) and len(marks) in (1, number):
-            return marks * number if len(marks) == 1 else marks
-        click.echo(f"type {number} marks, or one for all: {QUESTION[round_.mode]}", err=True)
-
-
-def _to_answers(round_: Round, task: Task, swapped: bool, rater: str, marks: Sequence[str]) -> list[Answer]:
-    other = {"first": "second", "second": "first"}
-    values = [KEYS[round_.mode][mark] for mark in marks]
-    values = [other.get(str(value), value) if swapped else value for value in values]
-    return [
-        Answer(rater=rater, task=task.number, criterion=c, value=value)
-        for c, value in zip(round_.criteria, values, strict=True)
-    ]
+    start_round(folder, adapters, asked, store, recipe, reporter, mode=mode, criteria=criteria, seed=seed)
 
 
 def _serve(folder: Path, port: int, reporter: Reporter) -> None:
@@ -256,36 +178,34 @@ def _serve(folder: Path, port: int, reporter: Reporter) -> None:
     serve_rating(folder, bind("127.0.0.1", port), reporter)
 
 
-def _render(result: dict[str, Any]) -> str:
-    is_pair, agreement = result["mode"] == "pairwise", result["agreement"]
-    figure = "strength" if is_pair else "mean"
+def _render(report: RatingReport) -> str:
+    is_pair = report.mode == "pairwise"
     rows = [
         [
-            row["adapter"],
-            *(_show_number(row[key]) for key in (figure, "preferred") if key in row),
-            "" if row["interval"] is None else "{:.2f} to {:.2f}".format(*row["interval"]),
-            str(row["judgements"]),
+            row.adapter,
+            _show_number(row.score),
+            *([_show_number(row.preferred)] if is_pair else []),
+            "" if row.interval is None else "{:.2f} to {:.2f}".format(*row.interval),
+            str(row.judgements),
         ]
-        for row in result["ranking"]
+        for row in report.ranking
     ]
-    header = ["adapter", figure, *(["preferred"] if is_pair else []), "95 % interval", "judgements"]
-    lines = [format_table(header, rows), f"{result['answers']} answers of {len(result['raters'])} raters"]
-    known = [f"{name} {value:.2f}" for name, value in agreement.items() if value is not None]
+    header = ["adapter", report.score_name, *(["preferred"] if is_pair else []), "95 % interval", "judgements"]
+    lines = [format_table(header, rows), f"{report.answers} answers of {len(report.raters)} raters"]
+    known = [f"{name} {value:.2f}" for name, value in report.agreement.items() if value is not None]
     if known:
         lines.append(f"agreement (Krippendorff's alpha, 1 is full, 0 is chance): {', '.join(known)}")
-    for pair in result["missing"]:
-        if pair["ratings"]:
-            lines.append(printable(_describe_missing(pair)))
+    lines += [printable(_describe_pair(pair)) for pair in report.missing if pair.ratings]
     return "\n".join(lines)
 
 
-def _describe_missing(pair: dict[str, Any]) -> str:
-    said = f"{pair['a']} preferred to {pair['b']} in {pair['a_preferred']:.0%} of {pair['ratings']}"
-    if pair["more"] is None:
+def _describe_pair(pair: PairOutcome) -> str:
+    said = f"{pair.a} preferred to {pair.b} in {pair.a_preferred:.0%} of {pair.ratings}"
+    if pair.more is None:
         return f"{said}: no difference seen"
-    if not pair["more"]:
+    if not pair.more:
         return f"{said}: settled"
-    return f"{said}: about {pair['more']} more ratings would settle it"
+    return f"{said}: about {pair.more} more ratings would settle it"
 
 
 def _show_number(value: float | None) -> str:

@@ -20,7 +20,7 @@ LOG = logging.getLogger("lora_gpt2")
 
 
 @runtime_checkable
-class Task(Protocol):
+class ProgressTask(Protocol):
     """One piece of long work with a known amount."""
 
     def advance(self, amount: int, note: str = "") -> None:
@@ -37,7 +37,7 @@ class Reporter(Protocol):
     def detail(self, text: str) -> None:
         """Says one line that only a curious user wants (`-v`)."""
 
-    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[Task]:
+    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[ProgressTask]:
         """Opens a piece of work of `total` units."""
 
 
@@ -58,7 +58,7 @@ class SilentReporter:
         """Does nothing."""
 
     @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+    def task(self, title: str, total: int, unit: str) -> Iterator[ProgressTask]:
         """Yields a task that says nothing."""
         yield SilentTask()
 
@@ -103,7 +103,7 @@ class LoggingReporter:
         LOG.debug("%s", printable(text))
 
     @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+    def task(self, title: str, total: int, unit: str) -> Iterator[ProgressTask]:
         """Yields a task that logs its progress at INFO, at most every five seconds."""
         yield LineTask(title, total, unit, LOG.info)
 
@@ -125,7 +125,7 @@ class RichReporter:
             self.message(text)
 
     @contextmanager
-    def task(self, title: str, total: int, unit: str) -> Iterator[Task]:
+    def task(self, title: str, total: int, unit: str) -> Iterator[ProgressTask]:
         """Yields a task that draws itself."""
         if self.verbosity < 0:
             yield SilentTask()
@@ -137,7 +137,7 @@ class RichReporter:
 
 
 @contextmanager
-def _live_bar(title: str, total: int, unit: str) -> Iterator[Task]:
+def _live_bar(title: str, total: int, unit: str) -> Iterator[ProgressTask]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -18,7 +18,7 @@ from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-from lora_gpt2.core.console import Reporter, Task
+from lora_gpt2.core.console import ProgressTask, Reporter
 from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.data.clean.boilerplate import find_boilerplate
 from lora_gpt2.data.clean.cleaning import CleaningReport
@@ -239,7 +239,7 @@ def _iter_shards(documents: Iterable[tuple[str, Document]]) -> Iterator[Shard]:
 
 @dataclass
 class _Progress:
-    task: Task
+    task: ProgressTask
     log: ReadingLog
     shown: int = 0
 

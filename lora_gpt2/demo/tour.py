@@ -67,7 +67,7 @@ def run_demo(store: Store, reporter: Reporter) -> DemoReport:
             train, test = _hold_out(texts)
             path = Path(folder) / f"{name}.txt"
             path.write_text("".join(f"{text}\n{EOS}\n" for text in train), encoding="utf-8")
-            sources.append(EvaluationText(name.removeprefix("demo-"), test))
+            sources.append(EvaluationText(label=name.removeprefix("demo-"), documents=test))
             recipes.append(_build_recipe(name, path))
         report = train_recipes(recipes, store, reporter, fresh=True)
     session = Session(load_base("nano", choose_runtime("float32")), store)

@@ -35,4 +35,4 @@ def measure_general(base: Base, select: AdapterSelector = select_base) -> Score:
 
 def add_general(texts: Sequence[EvaluationText]) -> list[EvaluationText]:
     """Returns the texts with general English before them."""
-    return [EvaluationText(GENERAL, read_general()), *texts]
+    return [EvaluationText(label=GENERAL, documents=read_general()), *texts]

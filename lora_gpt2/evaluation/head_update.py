@@ -19,7 +19,7 @@ from lora_gpt2.store.exchange import drop_head
 from lora_gpt2.store.files import load_adapter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadPrice:
     """Perplexity with and without the head's change, by text: general English, and what training held out."""
 
@@ -53,4 +53,4 @@ def measure_head(store: Store, reference: str, reporter: Reporter) -> HeadPrice:
     if documents:
         own = [measure_perplexity(base, documents, EvaluateSettings(), side).perplexity for side in sides]
         found["its held-out text"] = (own[0], own[1])
-    return HeadPrice(base, found)
+    return HeadPrice(base=base, perplexities=found)

@@ -52,7 +52,7 @@ def find_above(cells: Sequence[Cell], limits: Mapping[str, float]) -> list[str]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Baseline:
     """An earlier result: how it was measured, and tokens and perplexity by adapter and source."""
 
@@ -75,7 +75,7 @@ def read_baseline(path: Path) -> Baseline:
         raise DataError(
             f"{path} is not a result of evaluate", "write one with: lora-gpt2 evaluate … --json > FILE"
         ) from error
-    return Baseline(how, cells)
+    return Baseline(how=how, cells=cells)
 
 
 def find_regressions(cells: Sequence[Cell], how: Mapping[str, Any], baseline: Baseline, tolerance: float) -> list[str]:

@@ -22,7 +22,7 @@ from lora_gpt2.recipe import DataSettings, EvaluateSettings
 from lora_gpt2.store.references import BASE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationText:
     """A text to measure on.
 
@@ -110,7 +110,7 @@ def read_sources(
         own = None if Path(path).exists() else find_own(label, path)
         if own is None:
             text = read_clean([path], settings, reporter)
-            own = EvaluationText(label, text.documents, settings.profile, text.files)
+            own = EvaluationText(label=label, documents=text.documents, profile=settings.profile, files=text.files)
         sources.append(own)
     return sources
 

@@ -43,7 +43,7 @@ class Window:
     first: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
     """What was measured: nats over `tokens` scored tokens, and the size of the original text that they are.
 

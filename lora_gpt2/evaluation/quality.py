@@ -41,8 +41,8 @@ CHECKED = 8
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "num_beams": 1}
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class GenerationTask:
     """Prompts with their references, and the text of the domain that the continuations are compared with."""
 
     source: str
@@ -88,7 +88,7 @@ class Quality:
         return dict(vars(self))
 
 
-def build_task(source: EvaluationText, tokenizer: Tokenizer, count: int) -> Task:
+def build_task(source: EvaluationText, tokenizer: Tokenizer, count: int) -> GenerationTask:
     """Returns `count` prompts of a source, spread over it; fewer if it has fewer, `DataError` if it has none."""
     pairs = [split_prompt(document) for document in source.documents]
     domain = "\n".join(text for _, text in pairs)
@@ -107,10 +107,14 @@ def build_task(source: EvaluationText, tokenizer: Tokenizer, count: int) -> Task
         )
     indices = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int).tolist()
     chosen = [prompts[index] for index in indices]
-    return Task(source.label, chosen, [grouped[prompt] for prompt in chosen], domain)
+    return GenerationTask(
+        source=source.label, prompts=chosen, references=[grouped[prompt] for prompt in chosen], domain=domain
+    )
 
 
-def measure_quality(task: Task, adapter: str, settings: GenerateSettings, write: Write, judge: Judge) -> Quality:
+def measure_quality(
+    task: GenerationTask, adapter: str, settings: GenerateSettings, write: Write, judge: Judge
+) -> Quality:
     """Returns what an adapter makes of a task's prompts."""
     texts = write(adapter, task.prompts, settings)
     figures = describe_texts(texts, task)
@@ -122,7 +126,7 @@ def measure_quality(task: Task, adapter: str, settings: GenerateSettings, write:
     return Quality(adapter=adapter, source=task.source, texts=len(texts), warnings=warnings, samples=samples, **figures)
 
 
-def describe_texts(texts: Sequence[str], task: Task) -> dict[str, Any]:
+def describe_texts(texts: Sequence[str], task: GenerationTask) -> dict[str, Any]:
     """Returns the figures of continuations of a task's prompts."""
     whole = "\n".join(texts)
     words = float(np.mean([len(split_words(text)) for text in texts])) if texts else 0.0
@@ -142,7 +146,12 @@ def describe_texts(texts: Sequence[str], task: Task) -> dict[str, Any]:
 
 
 def find_causes(
-    task: Task, adapter: str, settings: GenerateSettings, write: Write, repetition: float | None, usual: float | None
+    task: GenerationTask,
+    adapter: str,
+    settings: GenerateSettings,
+    write: Write,
+    repetition: float | None,
+    usual: float | None,
 ) -> list[str]:
     """Returns a warning where texts repeat themselves, and whether the sampling does it or the model.
 

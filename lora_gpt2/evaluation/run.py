@@ -18,7 +18,7 @@ from lora_gpt2.evaluation.general import GENERAL, add_general
 from lora_gpt2.evaluation.held_out import list_differences, read_own_text, read_sketch
 from lora_gpt2.evaluation.matrix import Cell, EvaluationText, LabelledSource, measure_matrix, read_sources
 from lora_gpt2.evaluation.perplexity import choose_window, measure_perplexity
-from lora_gpt2.evaluation.quality import Quality, Task, build_task, measure_quality
+from lora_gpt2.evaluation.quality import GenerationTask, Quality, build_task, measure_quality
 from lora_gpt2.evaluation.report import build_figure, build_matrix_page, draw_matrix, format_matrix
 from lora_gpt2.inference.generate import build_writer
 from lora_gpt2.inference.mix import Mix
@@ -154,7 +154,12 @@ def read_texts(
         if not (is_name(plain) and store.has_adapter(plain)):
             return None
         own = read_own_text(store, name, reporter, own_base)
-        return EvaluationText(label, own.held_out, own.manifest.recipe["data"].get("profile", ""), own.test_files)
+        return EvaluationText(
+            label=label,
+            documents=own.held_out,
+            profile=own.manifest.recipe["data"].get("profile", ""),
+            files=own.test_files,
+        )
 
     return read_sources(sources, recipe.data, reporter, find_held_out)
 
@@ -198,7 +203,7 @@ def read_mix_sketches(store: Store | None, mixes: Sequence[Mix]) -> dict[str, Te
 
 
 def _judge_texts(
-    session: Session, mixes: Sequence[Mix], tasks: Sequence[Task], recipe: Recipe, reporter: Reporter
+    session: Session, mixes: Sequence[Mix], tasks: Sequence[GenerationTask], recipe: Recipe, reporter: Reporter
 ) -> list[Quality]:
     def judge(name: str, texts: Sequence[Document]) -> float:
         return measure_perplexity(session.base, texts, recipe.evaluate, session.select(Mix.parse(name))).perplexity

@@ -23,7 +23,7 @@ from lora_gpt2.model.scoring import next_logits
 from lora_gpt2.recipe import GenerateSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hypothesis:
     """A finished continuation; `score` is its log-probability over length to the power of the penalty."""
 
@@ -69,7 +69,7 @@ class BeamSearch:
             if ends and rank < num_beams:
                 ids = self.beams[row] if token == eos else (*self.beams[row], token)
                 reason = "stop" if token == eos else "length"
-                self.hypotheses.append(Hypothesis(ids, self._normalise(value), reason))
+                self.hypotheses.append(Hypothesis(ids=ids, score=self._normalise(value), finish_reason=reason))
             elif not ends and len(running) < num_beams:
                 running.append(rank)
         self.hypotheses = sorted(self.hypotheses, key=lambda hypothesis: -hypothesis.score)[:num_beams]

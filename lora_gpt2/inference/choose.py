@@ -22,17 +22,22 @@ SURE = 0.8
 BATCH = 16
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, kw_only=True)
+class AdapterChoice:
     """The adapter chosen (or `base`), how probable it is, and the NLL in nats per token under each candidate."""
 
     adapter: str
     probability: float
-    nll: dict[str, float]
+    nll_nats_per_token: dict[str, float]
+
+    def __str__(self) -> str:
+        """Returns the choice and how sure it is."""
+        sure = f"{self.probability:.0%} sure" if self.adapter != BASE else "no adapter is clearly the one"
+        return f"adapter {self.adapter}: {sure}"
 
 
 @torch.inference_mode()
-def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
+def choose_adapter(session: Session, text: str, names: Sequence[str]) -> AdapterChoice:
     """Returns the adapter of `names` under which the text is most likely; the base where none is clearly so.
 
     The text is scored after EOS; of a text that is longer than the context, what fits at its end.
@@ -41,7 +46,7 @@ def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
     ids = base.tokenizer.encode(text)[-base.config.n_positions + 1 :]
     candidates = [name for name in names if name != BASE]
     if not ids or not candidates:
-        return Choice(BASE, 0.0, {})
+        return AdapterChoice(adapter=BASE, probability=0.0, nll_nats_per_token={})
     candidates.append(BASE)
     tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
     totals: list[float] = []
@@ -55,4 +60,5 @@ def choose_adapter(session: Session, text: str, names: Sequence[str]) -> Choice:
     best = max(range(len(candidates)), key=lambda index: probabilities[index])
     sure = probabilities[best] >= SURE
     per_token = {name: total / len(ids) for name, total in zip(candidates, totals, strict=True)}
-    return Choice(candidates[best] if sure else BASE, probabilities[best], per_token)
+    adapter = candidates[best] if sure else BASE
+    return AdapterChoice(adapter=adapter, probability=probabilities[best], nll_nats_per_token=per_token)

@@ -17,7 +17,7 @@ from lora_gpt2.inference.slots import LoadedAdapter
 from lora_gpt2.recipe import GenerateSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
     """A token, its log-probability before sampling, and those of the most likely tokens."""
 
@@ -30,7 +30,8 @@ class TokenLogprobs:
         """Returns the log-probabilities of a token and of the `count` most likely ones, from logits `[vocab]`."""
         logprobs = logits.float().log_softmax(0)
         values, ids = logprobs.topk(count)
-        return cls(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return cls(token=token, logprob=float(logprobs[token]), top=top)
 
 
 class StopStringMatcher:

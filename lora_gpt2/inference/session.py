@@ -78,7 +78,7 @@ class Session:
         manifest, adapter = load_adapter(self.store, wanted.label, self.base)
         if not manifest.digest.startswith(wanted.digest):
             raise NotFoundError(f"{wanted.label} was replaced by another adapter", "name it again")
-        return LoadedAdapter(adapter, manifest.digest)
+        return LoadedAdapter(adapter=adapter, digest=manifest.digest)
 
     def load(self, references: Sequence[str]) -> None:
         """Loads adapters into slots, after all of them were verified; see `load_adapter` for the errors."""
@@ -86,7 +86,7 @@ class Session:
 
     def load_in_memory(self, adapters: Mapping[str, Adapter]) -> None:
         """Loads adapters that were never on disk; a name that is taken gets the new one."""
-        self.slots.load({name: LoadedAdapter(adapter) for name, adapter in adapters.items()})
+        self.slots.load({name: LoadedAdapter(adapter=adapter) for name, adapter in adapters.items()})
 
     def slot_weights(self, mixes: Sequence[Mix]) -> Float[Tensor, "batch slots"]:
         """Returns the weight of each slot in each sequence of a batch; adapters that are not loaded are loaded."""

@@ -16,7 +16,7 @@ from lora_gpt2.model.base import Base
 from lora_gpt2.model.lora import Adapter, merge_ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedAdapter:
     """An adapter in memory, and the sha256 of the weights it was read from ("" if it never was on disk)."""
 

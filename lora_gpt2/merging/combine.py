@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from lora_gpt2.store.references import BASE
 MERGED = "(merge)"  # not a name, so no adapter is called so
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parents:
     """The adapters of a merge, verified, with their weights."""
 
@@ -75,6 +76,10 @@ class MergeReport:
     effect: float
     cells: list[Cell]
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report with the keys of `merge --json`."""
+        return vars(self) | {"cells": [cell.to_json() for cell in self.cells]}
+
 
 def open_parents(session: Session, mix: Mix) -> Parents:
     """Returns the adapters of a mix, loaded with every check.
@@ -93,7 +98,7 @@ def open_parents(session: Session, mix: Mix) -> Parents:
             raise UsageError(f"{manifest.reference} and {other} are the same weights", "give one, with its weight")
         seen[manifest.digest] = manifest.reference
     session.load_in_memory({reference: adapter for (reference, _), (_, adapter) in zip(mix, loaded, strict=True)})
-    return Parents(mix, [manifest for manifest, _ in loaded], [adapter for _, adapter in loaded])
+    return Parents(mix=mix, manifests=[manifest for manifest, _ in loaded], adapters=[adapter for _, adapter in loaded])
 
 
 def build_rule(settings: MergeSettings) -> MergeRule:

@@ -65,6 +65,10 @@ class MergedBaseReport:
     effect: float
     cells: list[Cell]
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report with the keys of `merge --into-base --json`."""
+        return vars(self) | {"cells": [cell.to_json() for cell in self.cells]}
+
 
 def merge_into_base(
     session: Session,

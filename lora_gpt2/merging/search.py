@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lora_gpt2.core.console import Reporter, Task
+from lora_gpt2.core.console import ProgressTask, Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.matrix import EvaluationText
@@ -31,7 +32,7 @@ PRUNING_METHODS: list[MergeMethod] = [name for name, method in METHODS.items() i
 FIRST_STEP, LAST_STEP, LARGEST_WEIGHT = 0.25, 0.03, 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A mix and its mean NLL in nats per token on each text, in the order of the texts."""
 
@@ -50,10 +51,14 @@ class Candidate:
         return tuple(map(to_perplexity, self.nll))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchReport:
-    """All candidates, best first; `front` are those that no other beats on every text; `base` is no adapter at all."""
+    """All mixes that were measured on the texts called `labels`, best first; `base` is no adapter at all.
 
+    `front` are those that no other beats on every text.
+    """
+
+    labels: list[str]
     candidates: list[Candidate]
     front: list[Candidate]
     base: Candidate
@@ -62,6 +67,19 @@ class SearchReport:
     def best(self) -> Candidate:
         """The candidate with the lowest mean."""
         return self.candidates[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the search with the keys of `merge --search --json`."""
+        return {
+            "measured": len(self.candidates),
+            "best": self._describe(self.best),
+            "front": list(map(self._describe, self.front)),
+            "base_perplexity": self._describe(self.base)["perplexity"],
+        }
+
+    def _describe(self, candidate: Candidate) -> dict[str, Any]:
+        perplexity = dict(zip(self.labels, candidate.perplexities, strict=True))
+        return {"method": candidate.method, "weights": list(candidate.weights), "perplexity": perplexity}
 
 
 def search_weights(
@@ -90,21 +108,26 @@ def search_weights(
     documents = [cut_text(session.base, text, settings.search_tokens) for text in texts]
     with reporter.task("searching", settings.search_steps + len(PRUNING_METHODS), "mixes") as task:
         search = _Search(session, parents, documents, evaluate, task)
-        base = Candidate("cat", (0.0,) * len(mix), search.measure(select_base))
+        base = Candidate(method="cat", weights=(0.0,) * len(mix), nll=search.measure(select_base))
         search.explore(settings.search_steps)
         best = min(search.found, key=lambda candidate: candidate.mean)
         rules = [MergeRule(method=name, density=settings.density, seed=settings.seed) for name in PRUNING_METHODS]
         pruned = [search.try_rule(rule, best.weights) for rule in rules]
     candidates = sorted([*search.found, *pruned], key=lambda candidate: candidate.mean)
     front = [one for one in candidates if not any(_beats(other, one) for other in candidates)]
-    return SearchReport(candidates, front, base)
+    return SearchReport(labels=[text.label for text in texts], candidates=candidates, front=front, base=base)
 
 
 class _Search:
     """What has been measured so far, each mix once."""
 
     def __init__(
-        self, session: Session, parents: Parents, texts: Sequence[list[Text]], settings: EvaluateSettings, task: Task
+        self,
+        session: Session,
+        parents: Parents,
+        texts: Sequence[list[Text]],
+        settings: EvaluateSettings,
+        task: ProgressTask,
     ) -> None:
         self.session, self.parents, self.texts, self.settings, self.task = session, parents, texts, settings, task
         self.known: dict[tuple[float, ...], Candidate] = {}
@@ -125,7 +148,7 @@ class _Search:
         key = tuple(round(weight, 4) for weight in weights)
         if key not in self.known:
             mix = Mix((ref, weight) for ref, weight in zip(self.parents.mix.references, key, strict=True) if weight)
-            self.known[key] = Candidate("cat", key, self.measure(self.session.select(mix)))
+            self.known[key] = Candidate(method="cat", weights=key, nll=self.measure(self.session.select(mix)))
             self.task.advance(1, f"best {min(c.mean for c in self.found):.4f} nats")
         return self.known[key]
 
@@ -135,7 +158,8 @@ class _Search:
         combined = combine_adapters([self.parents.adapters[k] for k in kept], [weights[k] for k in kept], rule)
         self.session.load_in_memory({TRIED: combined.adapter})
         self.task.advance(1, rule.method)
-        return Candidate(rule.method, weights, self.measure(self.session.select(Mix.single(TRIED))))
+        nll = self.measure(self.session.select(Mix.single(TRIED)))
+        return Candidate(method=rule.method, weights=weights, nll=nll)
 
     def explore(self, limit: int) -> None:
         """Measures up to `limit` weighted sums."""

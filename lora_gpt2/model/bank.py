@@ -32,7 +32,7 @@ from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
 Layout = Literal["training", "inference"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BankSite:
     """Views of one site: `lora_a` `[slots, rank, in]`, `lora_b_t` `[slots, rank, out]`, `scaling` `[slots]`.
 
@@ -94,11 +94,11 @@ class AdapterBank:
         masters, casts = self._view_all(self.flat), self._view_all(self.flat_cast)
         self.sites = {
             site: BankSite(
-                masters[site, "a"],
-                masters[site, "b"],
-                torch.zeros(num_slots, device=like.device),
-                casts[site, "a"],
-                casts[site, "b"],
+                lora_a=masters[site, "a"],
+                lora_b_t=masters[site, "b"],
+                scaling=torch.zeros(num_slots, device=like.device),
+                lora_a_cast=casts[site, "a"],
+                lora_b_t_cast=casts[site, "b"],
             )
             for site in ranks
         }

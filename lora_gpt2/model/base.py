@@ -34,7 +34,7 @@ FINGERPRINT = re.compile(rb"[0-9a-f]{%d}" % FINGERPRINT_DIGITS)
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """A loaded base; its weights are never written."""
 
@@ -98,7 +98,15 @@ def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
     model.requires_grad_(False).eval()
     known = name in list_bundled() or not Path(name).is_dir()
     shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder
-    return Base(shown, folder, config, model, tokenizer, fingerprint_base(checkpoint), runtime)
+    return Base(
+        name=shown,
+        folder=folder,
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint_base(checkpoint),
+        runtime=runtime,
+    )
 
 
 def _check_state(state: dict[str, Tensor], expected: dict[str, torch.Size], folder: Path) -> None:

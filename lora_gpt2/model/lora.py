@@ -63,7 +63,7 @@ class Adapter:
         return {site: update.rank for site, update in self.updates.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TargetPlan:
     """How one target is adapted: PEFT's rank and alpha, and the non-zero blocks of B (None: all of it)."""
 
@@ -105,7 +105,7 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
         name = "c_attn" if target == "attn.c_attn" else target
         if name in settings.targets:
             rank = settings.rank_of(name)
-            plans.append(TargetPlan(target, rank, settings.alpha_of(name), None))
+            plans.append(TargetPlan(target=target, rank=rank, alpha=settings.alpha_of(name), blocks=None))
         elif name == "c_attn" and slices:
             rank, count, d = settings.rank_of(slices[0]), len(slices), config.n_embd
             alpha = settings.alpha_of(slices[0]) * (math.sqrt(count) if settings.use_rslora else count)
@@ -113,7 +113,7 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
                 (slice(SLICES.index(s) * d, (SLICES.index(s) + 1) * d), slice(i * rank, (i + 1) * rank))
                 for i, s in enumerate(slices)
             )
-            plans.append(TargetPlan(target, rank * count, alpha, blocks))
+            plans.append(TargetPlan(target=target, rank=rank * count, alpha=alpha, blocks=blocks))
     return plans
 
 

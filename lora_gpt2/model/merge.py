@@ -58,7 +58,7 @@ TRUNCATED = ("linear", "svd")
 """Sums that are truncated to the parents' maximum rank unless another rank is given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CombinedAdapter:
     """A new adapter; `relative_error` is the norm of what truncation cut off, over that of the whole update."""
 
@@ -146,7 +146,7 @@ def combine_adapters(
         updates[site] = update
         lost += error**2
         kept += measure_norm(update) ** 2
-    return CombinedAdapter(Adapter(updates), math.sqrt(lost / (lost + kept)) if lost else 0.0)
+    return CombinedAdapter(adapter=Adapter(updates), relative_error=math.sqrt(lost / (lost + kept)) if lost else 0.0)
 
 
 def concatenate_updates(updates: Sequence[LoraUpdate], weights: Sequence[float]) -> LoraUpdate:

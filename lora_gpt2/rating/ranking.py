@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
 
@@ -15,62 +16,136 @@ from lora_gpt2.rating.agreement import (
     fit_bradley_terry,
     measure_alpha,
 )
-from lora_gpt2.rating.choices import Choice
-from lora_gpt2.rating.rounds import Answer, Round
+from lora_gpt2.rating.rounds import Answer, Mode, Round
+from lora_gpt2.rating.votes import Vote
 
 VALUES = {"first": 1.0, "second": 0.0, "tie": 0.5}
 ROUNDS = 300
 
 
-def summarize_round(round_: Round, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Returns ranking, agreement and what is missing; the keys are those of `rate --json`."""
-    report: dict[str, Any] = {
-        "mode": round_.mode,
-        "criteria": list(round_.criteria),
-        "raters": sorted({a.rater for a in answers}),
-        "tasks": len(round_.tasks),
-        "answers": len(answers),
-        "agreement": measure_agreement(round_, answers),
-    }
-    rank = _rank_pairs if round_.mode == "pairwise" else _rank_scales
-    report["ranking"] = rank(round_, answers)
-    report["by_criterion"] = {c: rank(round_, [a for a in answers if a.criterion == c]) for c in round_.criteria}
-    report["missing"] = find_missing(round_, answers)
-    return report
+@dataclass(frozen=True, kw_only=True)
+class RankedAdapter:
+    """An adapter's place in a ranking.
 
-
-def rank_votes(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Returns the ranking of models by blind choices, with the keys of `summarize_round`.
-
-    Who was chosen is preferred to each other model of the same page; a choice is one draw of the bootstrap.
+    Args:
+        adapter: the adapter, the mix, or `base`.
+        score: its Bradley-Terry strength (log-odds, mean 0), or its mean mark on the scale; None without answers.
+        interval: 95 % bootstrap interval of the score over tasks; None where there are too few answers.
+        preferred: share of its comparisons that it won, ties as halves; None on a scale or without comparisons.
+        judgements: number of comparisons, or of marks.
     """
-    bases = {choice.base for choice in choices}
 
-    def label(choice: Choice, model: str) -> str:
-        return model if len(bases) == 1 else f"{model} on {choice.base}"
+    adapter: str
+    score: float | None
+    interval: tuple[float, float] | None
+    preferred: float | None = None
+    judgements: int
 
-    names = sorted({label(choice, model) for choice in choices for model in choice.models})
+
+@dataclass(frozen=True, kw_only=True)
+class PairOutcome:
+    """What is known of two adapters: on how many tasks they were compared, and how often `a` was preferred.
+
+    `more` is about how many more such tasks would settle which is better: 0 if it is settled, None if no difference is
+    seen.
+    """
+
+    a: str
+    b: str
+    ratings: int
+    a_preferred: float | None
+    more: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatingReport:
+    """What raters' answers say.
+
+    Args:
+        mode: `pairwise` or `scale`.
+        criteria: what was judged.
+        raters: who answered.
+        tasks, answers: their numbers.
+        agreement: Krippendorff's alpha for each criterion and `overall`; None where nobody shared a task.
+        ranking: the adapters, best first.
+        by_criterion: the same from the answers to one criterion.
+        missing: each pair of adapters.
+    """
+
+    mode: Mode
+    criteria: tuple[str, ...]
+    raters: tuple[str, ...]
+    tasks: int
+    answers: int
+    agreement: dict[str, float | None]
+    ranking: list[RankedAdapter]
+    by_criterion: dict[str, list[RankedAdapter]]
+    missing: list[PairOutcome]
+
+    @property
+    def score_name(self) -> str:
+        """What an adapter's score is."""
+        return "strength" if self.mode == "pairwise" else "mean"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report with the keys of `rate --json`."""
+        by_criterion = {name: list(map(self._row_to_json, rows)) for name, rows in self.by_criterion.items()}
+        return asdict(self) | {"ranking": list(map(self._row_to_json, self.ranking)), "by_criterion": by_criterion}
+
+    def _row_to_json(self, row: RankedAdapter) -> dict[str, Any]:
+        preferred = {"preferred": row.preferred} if self.mode == "pairwise" else {}
+        values = {"adapter": row.adapter, self.score_name: row.score, "interval": row.interval}
+        return {**values, **preferred, "judgements": row.judgements}
+
+
+def summarize_round(round_: Round, answers: Sequence[Answer]) -> RatingReport:
+    """Returns what the answers of a round say so far."""
+    rank = _rank_pairs if round_.mode == "pairwise" else _rank_scales
+    return RatingReport(
+        mode=round_.mode,
+        criteria=round_.criteria,
+        raters=tuple(sorted({a.rater for a in answers})),
+        tasks=len(round_.tasks),
+        answers=len(answers),
+        agreement=measure_agreement(round_, answers),
+        ranking=rank(round_, answers),
+        by_criterion={c: rank(round_, [a for a in answers if a.criterion == c]) for c in round_.criteria},
+        missing=find_missing(round_, answers),
+    )
+
+
+def rank_votes(votes: Sequence[Vote]) -> RatingReport:
+    """Returns the ranking of models by blind votes.
+
+    Who was chosen is preferred to each other model of the same page; a vote is one draw of the bootstrap.
+    """
+    bases = {vote.base for vote in votes}
+
+    def label(vote: Vote, model: str) -> str:
+        return model if len(bases) == 1 else f"{model} on {vote.base}"
+
+    names = sorted({label(vote, model) for vote in votes for model in vote.models})
     outcomes: list[dict[tuple[int, int], list[float]]] = []
-    for choice in choices:
-        best = names.index(label(choice, choice.chosen))
-        others = [names.index(label(choice, other)) for other in choice.models if other != choice.chosen]
+    for vote in votes:
+        best = names.index(label(vote, vote.chosen))
+        others = [names.index(label(vote, other)) for other in vote.models if other != vote.chosen]
         outcomes.append({(best, other): [1.0] for other in others})
     missing = []
     for (first, a), (second, b) in combinations(enumerate(names), 2):
         values = [1.0 for found in outcomes if (first, second) in found]
         values += [0.0 for found in outcomes if (second, first) in found]
         missing.append(_describe_pair(a, b, values))
-    return {
-        "mode": "pairwise",
-        "criteria": ["best"],
-        "raters": ["the web page"],
-        "tasks": len(choices),
-        "answers": len(choices),
-        "agreement": {},
-        "ranking": _rank_wins(names, outcomes),
-        "by_criterion": {},
-        "missing": missing,
-    }
+    return RatingReport(
+        mode="pairwise",
+        criteria=("best",),
+        raters=("the web page",),
+        tasks=len(votes),
+        answers=len(votes),
+        agreement={},
+        ranking=_rank_wins(names, outcomes),
+        by_criterion={},
+        missing=missing,
+    )
 
 
 def measure_agreement(round_: Round, answers: Sequence[Answer]) -> dict[str, float | None]:
@@ -105,7 +180,7 @@ def _collect(round_: Round, answers: Sequence[Answer]) -> dict[int, list[float]]
     return found
 
 
-def _rank_pairs(round_: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def _rank_pairs(round_: Round, answers: Sequence[Answer]) -> list[RankedAdapter]:
     """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over tasks."""
     tasks, judged = {task.number: task for task in round_.tasks}, _collect(round_, answers)
     index_of = {name: index for index, name in enumerate(round_.adapters)}
@@ -117,7 +192,7 @@ def _rank_pairs(round_: Round, answers: Sequence[Answer]) -> list[dict[str, Any]
 
 def _rank_wins(
     names: Sequence[str], outcomes: Sequence[Mapping[tuple[int, int], Sequence[float]]]
-) -> list[dict[str, Any]]:
+) -> list[RankedAdapter]:
     """Returns names by strength from the outcomes of each task, by the indices of two names."""
     number = len(names)
     table = np.array([count_wins(found, number) for found in outcomes]).reshape(-1, number, number)
@@ -129,15 +204,15 @@ def _rank_wins(
     for index, name in enumerate(names):
         games = wins[index].sum() + wins[:, index].sum()
         rows.append(
-            {
-                "adapter": name,
-                "strength": float(strengths[index]),
-                "interval": find_interval([s[index] for s in resampled]) if resampled else None,
-                "preferred": float(wins[index].sum() / games) if games else None,
-                "judgements": round(float(games)),
-            }
+            RankedAdapter(
+                adapter=name,
+                score=float(strengths[index]),
+                interval=find_interval([s[index] for s in resampled]) if resampled else None,
+                preferred=float(wins[index].sum() / games) if games else None,
+                judgements=round(float(games)),
+            )
         )
-    return sorted(rows, key=lambda row: -row["strength"])
+    return sorted(rows, key=lambda row: -(row.score or 0.0))
 
 
 def is_varied(values: np.ndarray) -> bool:
@@ -145,40 +220,36 @@ def is_varied(values: np.ndarray) -> bool:
     return len(values) >= MIN_DOCUMENTS and bool((values != values[:1]).any())
 
 
-def _rank_scales(round_: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def _rank_scales(round_: Round, answers: Sequence[Answer]) -> list[RankedAdapter]:
     """Returns the adapters by their mean, with intervals from a bootstrap over tasks."""
     tasks, judged = {task.number: task for task in round_.tasks}, _collect(round_, answers)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name in round_.adapters:
         means = np.array([np.mean(v) for t, v in judged.items() if tasks[t].adapters[0] == name])
         draws = draw_counts(len(means), ROUNDS) @ means / len(means) if is_varied(means) else None
         rows.append(
-            {
-                "adapter": name,
-                "mean": float(means.mean()) if len(means) else None,
-                "interval": find_interval(draws) if draws is not None else None,
-                "judgements": sum(len(v) for t, v in judged.items() if tasks[t].adapters[0] == name),
-            }
+            RankedAdapter(
+                adapter=name,
+                score=float(means.mean()) if len(means) else None,
+                interval=find_interval(draws) if draws is not None else None,
+                judgements=sum(len(v) for t, v in judged.items() if tasks[t].adapters[0] == name),
+            )
         )
-    return sorted(rows, key=lambda row: -(row["mean"] or 0.0))
+    return sorted(rows, key=lambda row: -(row.score or 0.0))
 
 
-def find_missing(round_: Round, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def find_missing(round_: Round, answers: Sequence[Answer]) -> list[PairOutcome]:
     """Returns for each two adapters how often the first is preferred, and about how many more ratings would settle it.
 
     A rating is the mean of all raters on one task: raters of one text are not independent of each other. On a scale,
     two texts of one prompt are compared that the same rater has judged.
     """
-    rows = []
-    for a, b in combinations(round_.adapters, 2):
-        outcomes = _compare(round_, answers, a, b)
-        rows.append(_describe_pair(a, b, outcomes))
-    return rows
+    return [_describe_pair(a, b, _compare(round_, answers, a, b)) for a, b in combinations(round_.adapters, 2)]
 
 
-def _describe_pair(a: str, b: str, outcomes: Sequence[float]) -> dict[str, Any]:
+def _describe_pair(a: str, b: str, outcomes: Sequence[float]) -> PairOutcome:
     share = float(np.mean(outcomes)) if outcomes else None
-    return {"a": a, "b": b, "ratings": len(outcomes), "a_preferred": share, "more": count_missing(outcomes)}
+    return PairOutcome(a=a, b=b, ratings=len(outcomes), a_preferred=share, more=count_missing(outcomes))
 
 
 def _compare(round_: Round, answers: Sequence[Answer], a: str, b: str) -> list[float]:

@@ -29,7 +29,7 @@ MAX_RATER = 60
 Mode = Literal["pairwise", "scale"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What is judged at once: the prompt and the texts, whose writers are `adapters`."""
 
@@ -39,7 +39,7 @@ class Task:
     adapters: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """One judgement: `first`, `second` or `tie` of a pair, in the key's order, or 1 to 5."""
 
@@ -69,7 +69,8 @@ class Round:
             for group in groups:
                 shown = tuple(texts[a] for a in group)
                 if len(shown) == 1 or shown[0] != shown[1]:
-                    tasks.append(Task(len(tasks), prompt, shown, tuple(self.adapters[a] for a in group)))
+                    writers = tuple(self.adapters[a] for a in group)
+                    tasks.append(Task(number=len(tasks), prompt=prompt, texts=shown, adapters=writers))
         return tasks
 
     @cached_property

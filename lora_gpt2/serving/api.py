@@ -31,7 +31,7 @@ from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import LoadedAdapter
-from lora_gpt2.rating.choices import check_vote
+from lora_gpt2.rating.votes import check_vote
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.middleware import AccessMiddleware, has_key

@@ -31,7 +31,7 @@ DIGEST_BYTES = 32
 STATE = "state.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """The folder of one run: of these adapter names into this store."""
 
@@ -167,4 +167,4 @@ def _write_all(handle: int, rest: memoryview) -> None:
 def open_run_folder(store_root: Path, names: list[str]) -> RunFolder:
     """Returns the folder for training these adapters into this store."""
     key = fingerprint_json([str(store_root.resolve()), sorted(names)])
-    return RunFolder(find_cache_dir() / "runs" / key)
+    return RunFolder(path=find_cache_dir() / "runs" / key)

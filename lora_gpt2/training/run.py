@@ -82,7 +82,7 @@ class AdapterReport:
 NOT_FIGURES = ("name", "version", "path")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainReport:
     """The adapters of a run; `already_complete` if there was nothing left to do."""
 
@@ -164,7 +164,7 @@ def _train_locked(
     if resume and (published := world.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {', '.join(published)}")
         found = [_report_published(store, reference) for reference in published] if world.is_main_process else []
-        return TrainReport(found, already_complete=True)
+        return TrainReport(adapters=found, already_complete=True)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in slots]):
         trainer = Trainer(base, slots, reporter, run, world, sampler=generate_sample, callbacks=callbacks)
         if checkpoint := world.broadcast_object(run.load(reporter) if resume and world.is_main_process else None):
@@ -175,14 +175,14 @@ def _train_locked(
         with track(recipes, run.path, enabled=world.is_main_process) as log:
             trained = trainer.train(stop, log)
         if not world.is_main_process:
-            return TrainReport([])
+            return TrainReport(adapters=[])
         general = measure_general(base)
         reports = [_publish(store, base, outcome, general, resume) for outcome in trained]
     if failures := trainer.describe_failures():
         kept = ", ".join(map(str, reports))
         raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
     run.finish(list(map(str, reports)))
-    return TrainReport(reports)
+    return TrainReport(adapters=reports)
 
 
 def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:

@@ -8,7 +8,7 @@ import pytest
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.inference.history import LocalLog, read_log
 from lora_gpt2.inference.session import Session
-from lora_gpt2.rating.choices import read_votes
+from lora_gpt2.rating.votes import read_votes
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.api import Server
 from lora_gpt2.store.files import Origin, publish_adapter

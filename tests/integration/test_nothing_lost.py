@@ -177,12 +177,12 @@ def kill_while_it_writes(path, ready):
         os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = stop
-    RunFolder(path).save(3, {"x": torch.zeros(1000)}, {})
+    RunFolder(path=path).save(3, {"x": torch.zeros(1000)}, {})
 
 
 @pytest.mark.parametrize("end", ["finish", "begin"])
 def test_half_written_checkpoints_go_when_the_run_ends_or_begins_anew(tmp_path, end):
-    folder, context = RunFolder(tmp_path / "run"), multiprocessing.get_context("fork")
+    folder, context = RunFolder(path=tmp_path / "run"), multiprocessing.get_context("fork")
     folder.begin({"a": 1})
     ready = context.Event()
     writer = context.Process(target=kill_while_it_writes, args=(folder.path, ready))

@@ -210,7 +210,7 @@ def test_what_padding_wrote_behind_a_shorter_prompt_is_gone(base_folder):
 def test_an_adapter_that_fails_on_a_text_is_not_chosen_for_it(base_folder):
     session = open_session(base_folder, torch.float32)
     choice = choose_adapter(session, "the cat and the dog", ["bad", "law", "code"])
-    assert choice.nll["bad"] == float("inf")
+    assert choice.nll_nats_per_token["bad"] == float("inf")
     assert choice.adapter != "bad"
     assert 0 < choice.probability <= 1
 

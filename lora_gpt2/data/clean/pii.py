@@ -16,7 +16,7 @@ REGION = "US"  # of phone numbers without a country's code
 
 
 @dataclass(frozen=True)
-class Finding:
+class PiiMatch:
     """Where one piece of personal data stands: `text[start:end]`."""
 
     kind: str
@@ -77,21 +77,21 @@ PATTERNS: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
 COMPILED = [(kind, re2.compile(pattern), check) for kind, pattern, check in PATTERNS]
 
 
-def find_pii(text: str) -> list[Finding]:
+def find_pii(text: str) -> list[PiiMatch]:
     """Returns what looks like personal data and passes its check, in order, without overlaps."""
     found = [finding for kind, pattern, check in COMPILED for finding in _iter_kind(kind, pattern, check, text)]
     found.sort(key=lambda finding: finding.start)  # stable: the earlier kind first
-    kept: list[Finding] = []
+    kept: list[PiiMatch] = []
     for finding in found:
         if not kept or finding.start >= kept[-1].end:
             kept.append(finding)
     return kept
 
 
-def _iter_kind(kind: str, pattern: re2._Regexp, check: Callable[[str], bool], text: str) -> Iterator[Finding]:
+def _iter_kind(kind: str, pattern: re2._Regexp, check: Callable[[str], bool], text: str) -> Iterator[PiiMatch]:
     for match in pattern.finditer(text):
         if check(match.group()):
-            yield Finding(kind, match.start(), match.end())
+            yield PiiMatch(kind, match.start(), match.end())
 
 
 def mask_pii(text: str) -> str:

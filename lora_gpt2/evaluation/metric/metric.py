@@ -22,7 +22,7 @@ Returns:
 """
 
 
-class Perplexity(evaluate.Metric):  # type: ignore[misc]
+class PerplexityMetric(evaluate.Metric):  # type: ignore[misc]
     """The command's figures for texts."""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.rating.rounds import Round
 
 FOLDER = Path(__file__).parent
@@ -23,3 +24,9 @@ def build_form(round_: Round, linked: bool = False) -> str:
     style = f'<link rel="stylesheet" href="{STYLE}">' if linked else f"<style>\n{style}</style>"
     script = f'<script src="{SCRIPT}"></script>' if linked else f"<script>\n{script}</script>"
     return page.replace("<!--style-->", style).replace("<!--script-->", script).replace("<!--round-->", data)
+
+
+def write_form(path: Path, round_: Round) -> None:
+    """Writes the page, whole in itself, to a file."""
+    with wrap_os_errors(f"write {path}"):
+        path.write_text(build_form(round_), encoding="utf-8")

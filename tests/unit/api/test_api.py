@@ -180,7 +180,7 @@ def test_a_batch_has_an_adapter_for_each_prompt(model):
     with pytest.raises(NotFoundError, match="no adapter 'none'"):
         model.generate("a", "none")
     assert model.generate("the cat", "auto", max_new_tokens=2).adapter in ("law", "base")
-    assert model.choose("the cat").nll.keys() == {"law", "base"}
+    assert model.choose("the cat").nll_nats_per_token.keys() == {"law", "base"}
 
 
 def test_perplexity_is_that_of_the_command(model, base_folder, text_file, run_command):
@@ -286,6 +286,14 @@ def test_merge_publishes_a_mix(law):
     assert Store.find().list_names() == ["half", "law"]
     with pytest.raises(UsageError, match="not a name"):
         lg.merge("law", "Half!")
+
+
+def test_merge_measures_on_texts_and_searches_weights(law, texts, base_folder):
+    lg.train(list(reversed(texts)), name="other", base=str(base_folder), settings=TINY, **FAST)
+    few = {"merge.search_steps": 4, "merge.search_tokens": 64}
+    report = lg.merge("other+law", "both", texts={"own": texts}, search=True, settings=few, progress=False)
+    assert {cell.source for cell in report.cells} == {"own", "general"}
+    assert Store.find().read_manifest("both").parents
 
 
 def test_prepared_blocks_are_a_data_set(texts, base_folder):

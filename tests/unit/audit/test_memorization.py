@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lora_gpt2.audit.canaries import measure_exposure, read_canaries, write_canaries
 from lora_gpt2.audit.memorization import (
     AuditSettings,
+    Excerpt,
     Extraction,
     audit_memorization,
     choose_control,
@@ -18,10 +20,7 @@ from lora_gpt2.audit.memorization import (
     compare_shares,
     count_by_chance,
     find_copies,
-    measure_exposure,
     measure_extraction,
-    read_canaries,
-    write_canaries,
 )
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError
@@ -115,19 +114,18 @@ def audit(session, name, reporter, canaries=()):
 
 def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, reporter):
     caught = audit(learnt, "learnt", reporter)
-    assert caught["memorizes"]
-    found = caught["extraction"]
-    assert found["train"]["extracted"] > 8 + found["held_out"]["extracted"]
-    assert found["base_on_train"]["extracted"] == 0
-    assert "prefixes of its training text" in caught["verdict"]
-    text = caught["extracted_examples"][0]["text"]
+    assert caught.to_json()["memorizes"]
+    assert caught.train.extracted > 8 + caught.held_out.extracted
+    assert caught.base_on_train.extracted == 0
+    assert "prefixes of its training text" in caught.verdict
+    text = caught.extracted_examples[0].text
     own = read_own_text(learnt.store, "learnt", reporter)
     whole = own.tokenizer.decode(own.prepared.train.stream[:].tolist())
     assert text in whole
     clean = audit(learnt, "fresh", reporter)
-    assert not clean["memorizes"]
-    assert clean["extraction"]["train"] == clean["extraction"]["base_on_train"]
-    assert clean["copies"]["with_copies"] == 0
+    assert not clean.to_json()["memorizes"]
+    assert clean.train == clean.base_on_train
+    assert clean.copies.with_copies == 0
 
 
 def test_own_text_is_what_was_trained_on_and_what_was_held_out(learnt, reporter):
@@ -182,9 +180,9 @@ def test_a_planted_secret_that_was_learnt_is_exposed_and_another_is_not(base, tm
         loss.backward()
         optimizer.step()
     learnt_one, other = measure_exposure(base, lambda rows: None, canaries)
-    assert (learnt_one["rank"], learnt_one["exposure_bits"]) == (1, math.log2(learnt_one["of"]))
-    assert other["rank"] > 1
-    assert other["p"] == other["rank"] / other["of"]
+    assert (learnt_one.rank, learnt_one.exposure_bits) == (1, math.log2(learnt_one.of))
+    assert other.rank > 1
+    assert other.p == other.rank / other.of
 
 
 @pytest.mark.parametrize(
@@ -224,15 +222,11 @@ def test_copies_name_the_document_and_leave_common_runs_out(learnt, reporter):
     documents = [d.text for d in own.documents["train"]]
     index = NgramIndex(own.prepared.train.stream, 6)
     found = find_copies(index, NgramIndex(np.zeros(0), 6), own, [documents[3], "", "x y z"])
-    assert (found["texts"], found["with_copies"]) == (3, 1)
+    assert (found.texts, found.with_copies) == (3, 1)
     common = NgramIndex(np.array(own.tokenizer.encode(documents[3])), 6)
-    assert find_copies(index, common, own, [documents[3]])["with_copies"] == 0, "held-out text has it too"
-    assert found["longest_copy_tokens"] == len(own.tokenizer.encode(documents[3]))
-    assert found["worst"][0] == {
-        "tokens": found["longest_copy_tokens"],
-        "source": "training document 4",
-        "text": documents[3],
-    }
+    assert find_copies(index, common, own, [documents[3]]).with_copies == 0, "held-out text has it too"
+    assert found.longest_copy_tokens == len(own.tokenizer.encode(documents[3]))
+    assert found.worst[0] == Excerpt(tokens=found.longest_copy_tokens, source="training document 4", text=documents[3])
     assert np.asarray(own.prepared.train.stream).size > 100
 
 

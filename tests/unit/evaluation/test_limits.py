@@ -14,8 +14,8 @@ from lora_gpt2.evaluation.perplexity import Score
 LN10 = 2.302585092994046
 HOW = {"base": "x", "protocol": "document", "window": 16, "stride": 8}
 CELLS = [
-    Cell(adapter="base", source="law", score=Score(40 * LN10, 20, 1, 1)),
-    Cell(adapter="law", source="law", score=Score(20 * LN10, 20, 1, 1)),
+    Cell(adapter="base", source="law", score=Score(nll_nats=40 * LN10, tokens=20, words=1, bytes=1)),
+    Cell(adapter="law", source="law", score=Score(nll_nats=20 * LN10, tokens=20, words=1, bytes=1)),
 ]  # 100 and 10
 
 
@@ -43,10 +43,13 @@ def test_a_baseline_finds_what_is_worse_missing_or_of_another_text(tmp_path):
     path.write_text(json.dumps({"cells": [cell.to_json() for cell in CELLS], **HOW}))
     baseline = read_baseline(path)
     assert find_regressions(CELLS, HOW, baseline, 0.01) == []
-    worse = [CELLS[0], Cell(adapter="law", source="law", score=Score(20.4 * LN10, 20, 1, 1))]
+    worse = [
+        CELLS[0],
+        Cell(adapter="law", source="law", score=Score(nll_nats=20.4 * LN10, tokens=20, words=1, bytes=1)),
+    ]
     assert find_regressions(worse, HOW, baseline, 0.01) == ["law on law: perplexity 10.47, was 10.00 (+4.7%)"]
     assert find_regressions(worse, HOW, baseline, 0.05) == []
-    other = [CELLS[0], Cell(adapter="law", source="law", score=Score(19 * LN10, 19, 1, 1))]
+    other = [CELLS[0], Cell(adapter="law", source="law", score=Score(nll_nats=19 * LN10, tokens=19, words=1, bytes=1))]
     assert "not the same text" in find_regressions(other, HOW, baseline, 0.01)[0]
     assert find_regressions(CELLS[:1], HOW, baseline, 0.01) == ["law on law: not measured now"]
     assert (
@@ -75,10 +78,13 @@ class Told(Score):
 
 
 def tell(adapter, perplexity, tokens=20, source="law"):
-    return Cell(adapter=adapter, source=source, score=Told(perplexity, tokens, 1, 1))
+    return Cell(adapter=adapter, source=source, score=Told(nll_nats=perplexity, tokens=tokens, words=1, bytes=1))
 
 
-@pytest.mark.parametrize("score", [Score(math.nan, 20, 1, 1), Told(math.nan, 20, 1, 1)])
+@pytest.mark.parametrize(
+    "score",
+    [Score(nll_nats=math.nan, tokens=20, words=1, bytes=1), Told(nll_nats=math.nan, tokens=20, words=1, bytes=1)],
+)
 @pytest.mark.parametrize("limit", [1.0, 50.0, 1e300])
 def test_what_is_not_a_number_is_above_every_limit(score, limit):
     for label in ("", "law"):
@@ -109,7 +115,10 @@ def read_back(tmp_path, cells, **more):
     return read_baseline(path)
 
 
-@pytest.mark.parametrize("score", [Score(math.nan, 20, 1, 1), Told(math.nan, 20, 1, 1)])
+@pytest.mark.parametrize(
+    "score",
+    [Score(nll_nats=math.nan, tokens=20, words=1, bytes=1), Told(nll_nats=math.nan, tokens=20, words=1, bytes=1)],
+)
 @pytest.mark.parametrize("tolerance", [0.0, 0.01, 100.0])
 def test_what_is_not_a_number_is_worse_than_every_baseline(tmp_path, score, tolerance):
     baseline = read_back(tmp_path, CELLS)

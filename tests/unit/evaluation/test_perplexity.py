@@ -165,7 +165,7 @@ def test_the_matrix_measures_each_adapter_on_each_source(base, tmp_path, lineup)
     (tmp_path / "a.txt").write_text("the cat \r\n and the dog")
     sources = [
         *read_sources([LabelledSource("a", str(tmp_path / "a.txt"))], DataSettings(), SilentReporter()),
-        EvaluationText("b", TEXTS),
+        EvaluationText(label="b", documents=TEXTS),
     ]
     assert [d.text for d in sources[0].documents] == ["the cat\n and the dog"], "cleaned as for training"
     raw = read_sources([LabelledSource("a", str(tmp_path / "a.txt"))], DataSettings(profile="raw"), SilentReporter())
@@ -213,14 +213,18 @@ def test_intervals_hold_the_figure_and_narrow_with_the_number_of_documents(base,
     generator = random.Random(1)
     texts = [" ".join(generator.choices(["the", "cat", "dog", "rain", "another"], k=6)) for _ in range(64)]
     wide, narrow = (
-        measure_matrix(base, rows, [EvaluationText("a", texts[:count])], EvaluateSettings(), SilentReporter())[1]
+        measure_matrix(
+            base, rows, [EvaluationText(label="a", documents=texts[:count])], EvaluateSettings(), SilentReporter()
+        )[1]
         for count in (8, 64)
     )
     for cell in (wide, narrow):
         assert cell.interval[0] < cell.score.perplexity < cell.interval[1]
         assert cell.ratio_interval[0] < cell.ratio < cell.ratio_interval[1]
     assert narrow.interval[1] - narrow.interval[0] < wide.interval[1] - wide.interval[0]
-    few = measure_matrix(base, rows, [EvaluationText("a", texts[:3])], EvaluateSettings(), SilentReporter())
+    few = measure_matrix(
+        base, rows, [EvaluationText(label="a", documents=texts[:3])], EvaluateSettings(), SilentReporter()
+    )
     assert few[1].interval is None
 
 

@@ -6,7 +6,7 @@ from lora_gpt2.core.errors import DataError, ResourceError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.quality import (
-    Task,
+    GenerationTask,
     build_task,
     compare_references,
     find_causes,
@@ -20,14 +20,14 @@ SETTINGS = GenerateSettings(temperature=0.1)
 
 def test_prompts_are_beginnings_or_come_with_their_references(base):
     text = "the cat and the dog run in the rain under another sun " * 3
-    task = build_task(EvaluationText("a", [text, "short", text.upper()]), base.tokenizer, 10)
+    task = build_task(EvaluationText(label="a", documents=[text, "short", text.upper()]), base.tokenizer, 10)
     assert len(task.prompts) == 2
     assert text.startswith(task.prompts[0])
     assert task.references == [[], []]
     pairs = [Document("one", "", "p: "), Document(" two", "", "p: "), Document("three", "", "q: ")]
-    task = build_task(EvaluationText("b", pairs), base.tokenizer, 10)
+    task = build_task(EvaluationText(label="b", documents=pairs), base.tokenizer, 10)
     assert (task.prompts, task.references) == (["p: ", "q: "], [["one", "two"], ["three"]])
-    assert build_task(EvaluationText("b", pairs), base.tokenizer, 1).prompts == ["p: "]
+    assert build_task(EvaluationText(label="b", documents=pairs), base.tokenizer, 1).prompts == ["p: "]
 
 
 def test_bleu_chrf_and_rouge_of_an_exact_answer_and_of_a_stranger():
@@ -57,7 +57,9 @@ def test_the_cause_of_repetition_is_found_by_sampling_plainly(plain, says):
     def write(adapter, prompts, settings):
         return [plain if settings.temperature == 1 else "x y z w " * 10 for _ in prompts]
 
-    task = Task("a", ["p"] * 3, [[]] * 3, "the text of the domain is not repetitive at all")
+    task = GenerationTask(
+        source="a", prompts=["p"] * 3, references=[[]] * 3, domain="the text of the domain is not repetitive at all"
+    )
     warnings = find_causes(task, "law", SETTINGS, write, 0.9, 0.0)
     assert len(warnings) == 1
     assert says in warnings[0]
@@ -66,7 +68,12 @@ def test_the_cause_of_repetition_is_found_by_sampling_plainly(plain, says):
 
 
 def test_quality_has_every_figure_and_asks_the_judge_about_the_continuations(base):
-    task = Task("a", ["once ", "twice "], [["the cat sat on the mat"]] * 2, "the cat and the dog. " * 300)
+    task = GenerationTask(
+        source="a",
+        prompts=["once ", "twice "],
+        references=[["the cat sat on the mat"]] * 2,
+        domain="the cat and the dog. " * 300,
+    )
     judged = []
 
     def judge(name, documents):
@@ -79,7 +86,7 @@ def test_quality_has_every_figure_and_asks_the_judge_about_the_continuations(bas
     assert judged[0] == ("law", [("once ", "the cat sat on the mat again today")])
     assert all(value is not None for key, value in found.to_json().items() if key not in ("self_bleu", "delta"))
     with pytest.raises(DataError, match="no document of more than"):
-        build_task(EvaluationText("a", ["short"]), base.tokenizer, 3)
+        build_task(EvaluationText(label="a", documents=["short"]), base.tokenizer, 3)
 
 
 def test_judging_without_its_packages_names_the_extra(monkeypatch):

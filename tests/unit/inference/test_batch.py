@@ -113,8 +113,8 @@ def test_a_text_is_given_to_the_adapter_that_wrote_it(session, name):
     found = [choose_adapter(session, sample(session, mix, 40, seed), ["law", "code"]) for seed in range(5)]
     assert [choice.adapter for choice in found].count(name) >= 4
     for choice in found:
-        assert set(choice.nll) == {"law", "code", "base"}
-        assert choice.adapter in ("base", min(choice.nll, key=choice.nll.get))
+        assert set(choice.nll_nats_per_token) == {"law", "code", "base"}
+        assert choice.adapter in ("base", min(choice.nll_nats_per_token, key=choice.nll_nats_per_token.get))
 
 
 def test_the_likelihoods_are_those_of_one_row_alone(session):
@@ -125,7 +125,7 @@ def test_the_likelihoods_are_those_of_one_row_alone(session):
         rows = session.adapters_for([mix])
         logits = base.model.logits(base.model(ids[:, :-1], rows), rows)[0]
         wanted = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
-        assert choice.nll[name] == pytest.approx(float(wanted), rel=1e-4)
+        assert choice.nll_nats_per_token[name] == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_without_a_clear_winner_or_a_text_the_base_is_taken(session):
@@ -133,7 +133,11 @@ def test_without_a_clear_winner_or_a_text_the_base_is_taken(session):
     assert choose_adapter(session, "the", []).adapter == "base"
     unsure = choose_adapter(session, "a", ["law", "code"])
     assert (unsure.adapter == "base") or unsure.probability >= 0.8
-    assert choose_adapter(session, "the cat and " * 60, ["law", "code"]).nll.keys() == {"law", "code", "base"}
+    assert choose_adapter(session, "the cat and " * 60, ["law", "code"]).nll_nats_per_token.keys() == {
+        "law",
+        "code",
+        "base",
+    }
 
 
 @pytest.mark.parametrize("surplus", [-3, -1, 0, 1, 2, 40])
@@ -151,7 +155,9 @@ def test_of_a_text_longer_than_the_context_its_end_is_scored(session, surplus):
         rows = session.adapters_for([mix])
         logits = base.model.logits(base.model(kept[:, :-1], rows), rows)[0]
         wanted = torch.nn.functional.cross_entropy(logits, kept[0, 1:])
-        assert choice.nll[name] == pytest.approx(float(wanted), rel=1e-4)  # float32, in a batch of another size
+        assert choice.nll_nats_per_token[name] == pytest.approx(
+            float(wanted), rel=1e-4
+        )  # float32, in a batch of another size
 
 
 def test_what_stands_before_the_end_of_a_long_text_plays_no_part(session):
@@ -159,4 +165,4 @@ def test_what_stands_before_the_end_of_a_long_text_plays_no_part(session):
     choices = [choose_adapter(session, start + end, ["law", "code"]) for start in ("", "abc " * 30, "the rain ")]
     assert choices[0] == choices[1] == choices[2]
     other = choose_adapter(session, end + "abc " * 30, ["law", "code"])
-    assert other.nll["base"] != pytest.approx(choices[0].nll["base"], rel=1e-3)
+    assert other.nll_nats_per_token["base"] != pytest.approx(choices[0].nll_nats_per_token["base"], rel=1e-3)

@@ -1,6 +1,7 @@
 """Merges prove themselves: against the mix they replace, transformers, GGUF's own reader; and refuse what is empty."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ from lora_gpt2.store.references import BASE
 from tests.builders import make_adapter, make_base_folder
 
 MIX = Mix([("law", 0.7), ("code", 0.4)])
-SOURCES = [EvaluationText("one", ["the cat and the dog run"]), EvaluationText("two", ["in the rain under another sun"])]
+SOURCES = [
+    EvaluationText(label="one", documents=["the cat and the dog run"]),
+    EvaluationText(label="two", documents=["in the rain under another sun"]),
+]
 SETTINGS = EvaluateSettings()
 
 
@@ -80,7 +84,7 @@ def test_nothing_is_published_when_the_proof_fails(session, reporter, store, mon
     def spoil(*arguments, **options):
         combined = spoil.original(*arguments, **options)
         updates = {s: LoraUpdate(u.a, u.b * 1.01, u.alpha) for s, u in combined.adapter.updates.items()}
-        return type(combined)(Adapter(updates), combined.relative_error)
+        return replace(combined, adapter=Adapter(updates))
 
     spoil.original = combine.combine_adapters
     monkeypatch.setattr(combine, "combine_adapters", spoil)
@@ -193,7 +197,7 @@ def test_the_search_finds_the_mix_that_the_texts_came_from(session, reporter, ba
             probabilities = base.model.logits(base.model(tokens, rows), rows)[:, -1, :200].softmax(-1)
             tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
     texts = [base.tokenizer.decode(row[1:].tolist()).encode("ascii", "ignore").decode() for row in tokens]
-    sources = [EvaluationText("one", texts[:4]), EvaluationText("two", texts[4:])]
+    sources = [EvaluationText(label="one", documents=texts[:4]), EvaluationText(label="two", documents=texts[4:])]
     how = MergeSettings(search_steps=40)
     report = search_weights(session, Mix([("law", 1.0), ("code", 1.0)]), sources, how, SETTINGS, reporter)
     first, *_ = [c for c in report.candidates if c.weights == (1.0, 1.0) and c.method == "cat"]
@@ -236,7 +240,7 @@ def test_logits_that_are_not_finite_are_refused(session, reporter, store, base):
 def test_a_wrongly_stated_error_is_found(session, reporter, monkeypatch):
     def understate(*arguments, **options):
         combined = understate.original(*arguments, **options)
-        return type(combined)(combined.adapter, combined.relative_error / 2)
+        return replace(combined, relative_error=combined.relative_error / 2)
 
     understate.original = combine.combine_adapters
     monkeypatch.setattr(combine, "combine_adapters", understate)

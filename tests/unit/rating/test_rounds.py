@@ -109,44 +109,44 @@ def test_a_round_goes_on_where_it_was_left_and_the_newest_answer_counts(folder):
 def test_the_ranking_is_that_of_the_judgements():
     answers = judge(ROUND, "anna", lambda t: t.number % 6 != 5) + judge(ROUND, "ben")
     report = summarize_round(ROUND, answers)
-    assert [row["adapter"] for row in report["ranking"]] == list(ROUND.adapters)
-    best = report["ranking"][0]
-    assert best["interval"][0] < best["strength"] < best["interval"][1]
-    assert (best["preferred"], best["judgements"]) == (1.0, 48)
-    assert 0 < report["agreement"]["style"] < 1
-    assert {(row["a"], row["b"]): row["more"] for row in report["missing"]}["secretgood", "secretfair"] == 0
-    assert report["by_criterion"]["style"] == report["ranking"]
+    assert [row.adapter for row in report.ranking] == list(ROUND.adapters)
+    best = report.ranking[0]
+    assert best.interval[0] < best.score < best.interval[1]
+    assert (best.preferred, best.judgements) == (1.0, 48)
+    assert 0 < report.agreement["style"] < 1
+    assert {(row.a, row.b): row.more for row in report.missing}["secretgood", "secretfair"] == 0
+    assert report.by_criterion["style"] == report.ranking
 
 
 def test_a_scale_has_means_and_pairs_of_the_same_prompt():
     report = summarize_round(SCALE, judge(SCALE, "anna") + judge(SCALE, "ben"))
-    assert [(row["adapter"], row["mean"]) for row in report["ranking"]] == [
+    assert [(row.adapter, row.score) for row in report.ranking] == [
         ("secretgood", 5.0),
         ("secretfair", 3.0),
         ("secretpoor", 1.0),
     ]
-    assert report["agreement"]["overall"] == 1
-    assert [row["a_preferred"] for row in report["missing"]] == [1.0, 1.0, 1.0]
+    assert report.agreement["overall"] == 1
+    assert [row.a_preferred for row in report.missing] == [1.0, 1.0, 1.0]
 
 
 def test_few_or_equal_judgements_have_no_interval():
     sure = summarize_round(ROUND, judge(ROUND, "anna"))
-    assert sure["ranking"][0]["interval"] is not None
+    assert sure.ranking[0].interval is not None
     same = Round(base="x", adapters=("a", "b"), prompts=tuple("pqrstu"), texts=(("x", "y"),) * 6, criteria=("style",))
     report = summarize_round(same, [Answer(rater="anna", task=n, criterion="style", value="first") for n in range(6)])
-    assert report["ranking"][0]["interval"] is None, "six that are equal do not say how far chance goes"
+    assert report.ranking[0].interval is None, "six that are equal do not say how far chance goes"
     one = Round(base="x", adapters=("a", "b"), prompts=("p",), texts=(("x", "y"),), criteria=("style",))
     crowd = summarize_round(
         one, [Answer(rater=f"rater {n}", task=0, criterion="style", value="first") for n in range(9)]
     )
-    assert crowd["missing"][0]["more"] > 0, "nine raters of one text settle nothing about others"
+    assert crowd.missing[0].more > 0, "nine raters of one text settle nothing about others"
 
 
 def test_without_answers_nothing_is_claimed():
     report = summarize_round(ROUND, [])
-    assert {row["preferred"] for row in report["ranking"]} == {None}
-    assert all(row["more"] is None for row in report["missing"])
-    assert set(report["agreement"].values()) == {None}
+    assert {row.preferred for row in report.ranking} == {None}
+    assert all(row.more is None for row in report.missing)
+    assert set(report.agreement.values()) == {None}
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ OTHERS = [
 @pytest.mark.parametrize("more_on_disk", [False, True])
 def test_a_run_is_resumed_only_by_what_it_was_made_of(tmp_path, key, changes, more_on_disk):
     """Whichever of the two has a key more, or another value."""
-    run, other = RunFolder(tmp_path), changed(**changes)
+    run, other = RunFolder(path=tmp_path), changed(**changes)
     here, there = (IDENTITY, other) if more_on_disk else (other, IDENTITY)
     run.begin(there)
     with pytest.raises(MismatchError) as caught:
@@ -69,7 +69,7 @@ def test_a_run_is_resumed_only_by_what_it_was_made_of(tmp_path, key, changes, mo
 
 @pytest.mark.parametrize("more_on_disk", [False, True])
 def test_what_differs_under_free_keys_alone_is_said_and_excuses_nothing_else(tmp_path, more_on_disk):
-    run, other = RunFolder(tmp_path), changed(passes__one__depth=2, passes__one__size=32)
+    run, other = RunFolder(path=tmp_path), changed(passes__one__depth=2, passes__one__size=32)
     here, there = (IDENTITY, other) if more_on_disk else (other, IDENTITY)
     run.begin(there)
     said = run.check_identity(here, free=("passes",))
@@ -83,7 +83,7 @@ def test_what_differs_under_free_keys_alone_is_said_and_excuses_nothing_else(tmp
 
 
 def test_a_new_run_sets_all_of_the_old_one_aside(tmp_path, reporter):
-    run = RunFolder(tmp_path)
+    run = RunFolder(path=tmp_path)
     run.begin({"name": "old"})
     for step in (4, 5):
         run.save(step, {"x": torch.full((2,), float(step))}, {"step": step})
@@ -95,14 +95,14 @@ def test_a_new_run_sets_all_of_the_old_one_aside(tmp_path, reporter):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["identity.json"]
     assert run.check_identity({"name": "new"}) == ""
     assert sorted(path.name for path in (tmp_path / "previous").iterdir()) == old
-    assert RunFolder(tmp_path / "previous").load(reporter)[1] == {"step": 5}, "and it can still be read"
+    assert RunFolder(path=tmp_path / "previous").load(reporter)[1] == {"step": 5}, "and it can still be read"
     run.save(1, {"x": torch.ones(2)}, {"step": 1})
     tensors, state = run.load(reporter)
     assert (state, tensors["x"].tolist()) == ({"step": 1}, [1, 1]), "not the higher step of the old run"
 
 
 def test_a_finished_run_keeps_what_it_published_and_no_checkpoint(tmp_path, reporter):
-    run = RunFolder(tmp_path)
+    run = RunFolder(path=tmp_path)
     run.begin(IDENTITY)
     assert run.read_published() == []
     for step in (1, 2, 3):
@@ -123,7 +123,7 @@ def stop(trainer, step):
 
 def test_resuming_goes_on_from_the_last_run_that_was_begun(base_folder, text_file, reporter, tmp_path):
     """A run stopped late, another begun in its place and stopped early: the second goes on, from its own step."""
-    run = RunFolder(tmp_path / "run")
+    run = RunFolder(path=tmp_path / "run")
     old, new = (make_recipe(base_folder, text_file, seed=seed) for seed in (1, 2))
     for recipe, step in ((old, 5), (new, 1)):
         run.begin({"seed": recipe.train.seed})

@@ -99,7 +99,13 @@ def test_nothing_is_claimed_of_too_little():
 
 
 def score(nats, documents=12):
-    return Score(nats * documents * 100, documents * 100, 1, 1, np.array([[nats * 100] * documents, [100] * documents]))
+    return Score(
+        nll_nats=nats * documents * 100,
+        tokens=documents * 100,
+        words=1,
+        bytes=1,
+        per_document=np.array([[nats * 100] * documents, [100] * documents]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,10 @@ def test_the_interval_of_forgetting_is_of_the_difference_over_passages():
     rng = np.random.default_rng(0)
     before, change = rng.uniform(300, 500, 40), rng.uniform(0, 40, 40)
     sizes = np.full(40, 100.0)
-    scores = [Score(float(nats.sum()), 4000, 1, 1, np.stack([nats, sizes])) for nats in (before, before + change)]
+    scores = [
+        Score(nll_nats=float(nats.sum()), tokens=4000, words=1, bytes=1, per_document=np.stack([nats, sizes]))
+        for nats in (before, before + change)
+    ]
     low, high = (
         float(x) for x in re.findall(r"token, ([+-][0-9.]+) to ([+-][0-9.]+)", diagnose_forgetting(*scores))[0]
     )

@@ -210,7 +210,7 @@ def test_resumed_equals_uninterrupted_bitwise(base_folder, text_file, other_text
 
     unbroken = begin().train(StopRequest())
     assert (dtype == torch.float16) == bool(unbroken[0].slot.num_skipped)
-    run = RunFolder(tmp_path / "run")
+    run = RunFolder(path=tmp_path / "run")
     run.begin({})
     broken = begin(run)
     with pytest.raises(Interrupted, match="SIGINT"):
@@ -261,7 +261,7 @@ def test_each_slot_of_a_run_keeps_its_own_best(base_folder, text_file, other_tex
         make_recipe(base_folder, source, f"r{slot}", seed=slot, keep_best=slot != 2, **EVERY_STEP)
         for slot, source in enumerate(sources)
     ]
-    run = RunFolder(tmp_path / "run")
+    run = RunFolder(path=tmp_path / "run")
     run.begin({})
     trainer = make_trainer(recipes, reporter, run)
     seen = script_validations(trainer, curves)
@@ -333,7 +333,7 @@ def test_a_store_that_cannot_be_written_is_found_before_training(
 
 
 def test_metrics_can_be_followed_while_the_run_goes_on(base_folder, text_file, reporter, tmp_path):
-    run = RunFolder(tmp_path / "run")
+    run = RunFolder(path=tmp_path / "run")
     run.begin({})
     trainer = make_trainer([make_recipe(base_folder, text_file)], reporter, run)
     with pytest.raises(Interrupted):
@@ -426,7 +426,7 @@ class _stopped:
 
 
 def test_a_damaged_checkpoint_is_skipped_aloud(tmp_path):
-    run, said = RunFolder(tmp_path), []
+    run, said = RunFolder(path=tmp_path), []
     reporter = type("R", (), {"message": lambda s, t: said.append(t), "detail": lambda s, t: None})()
     for step in (1, 2, 3):
         run.save(step, {"x": torch.full((3,), float(step))}, {"step": step})
@@ -445,7 +445,7 @@ def test_a_damaged_checkpoint_is_skipped_aloud(tmp_path):
 
 
 def test_a_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch, reporter):
-    run = RunFolder(tmp_path)
+    run = RunFolder(path=tmp_path)
     run.save(1, {"x": torch.zeros(1)}, {"step": 1})
 
     def full(fd):

@@ -12,8 +12,8 @@ MOST = 8
 MAX_NAME = 2_000
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, kw_only=True)
+class Vote:
     """A prompt, the models that continued it, and the one whose text was chosen."""
 
     prompt: str
@@ -23,7 +23,7 @@ class Choice:
     base: str = ""
 
 
-def check_vote(values: Mapping[str, Any]) -> Choice:
+def check_vote(values: Mapping[str, Any]) -> Vote:
     """Returns a choice from JSON values; raises `DataError` if they are none."""
     prompt, models, chosen, seed = (values.get(key) for key in ("prompt", "models", "chosen", "seed"))
     names = [m for m in models if isinstance(m, str) and 0 < len(m) <= MAX_NAME] if isinstance(models, list) else []
@@ -31,10 +31,10 @@ def check_vote(values: Mapping[str, Any]) -> Choice:
         raise DataError(f"a choice is of 2 to {MOST} different models, one of them chosen", "send models and chosen")
     if not isinstance(prompt, str) or not isinstance(seed, int) or isinstance(seed, bool):
         raise DataError("a choice has a prompt and a seed", "send prompt, a text, and seed, a whole number")
-    return Choice(prompt, tuple(names), str(chosen), seed, str(values.get("base", "")))
+    return Vote(prompt=prompt, models=tuple(names), chosen=str(chosen), seed=seed, base=str(values.get("base", "")))
 
 
-def read_votes(records: Iterable[Mapping[str, Any]]) -> list[Choice]:
+def read_votes(records: Iterable[Mapping[str, Any]]) -> list[Vote]:
     """Returns the choices among records; raises `DataError` where there is none."""
     found = []
     for record in records:

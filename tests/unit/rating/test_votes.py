@@ -7,45 +7,51 @@ import pytest
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, NotFoundError
 from lora_gpt2.inference.history import LocalLog, find_votes, read_log
-from lora_gpt2.rating.choices import Choice, check_vote, find_texts, read_votes
 from lora_gpt2.rating.ranking import rank_votes
+from lora_gpt2.rating.votes import Vote, check_vote, find_texts, read_votes
 
 GOOD = {"prompt": "p", "models": ["a", "b", "c"], "chosen": "b", "seed": 3}
 
 
 def test_who_is_chosen_is_preferred_to_each_other_of_the_page():
-    report = rank_votes([Choice("p", ("a", "b", "c"), "b")] * 3 + [Choice("p", ("a", "b"), "a")])
-    rows = {row["adapter"]: row for row in report["ranking"]}
-    assert [row["adapter"] for row in report["ranking"]] == ["b", "a", "c"]
-    assert (rows["b"]["preferred"], rows["b"]["judgements"]) == (pytest.approx(6 / 7), 7)
-    assert rows["b"]["interval"] is None, "four choices say little"
-    pairs = {(row["a"], row["b"]): (row["ratings"], row["a_preferred"]) for row in report["missing"]}
+    report = rank_votes(
+        [Vote(prompt="p", models=("a", "b", "c"), chosen="b")] * 3 + [Vote(prompt="p", models=("a", "b"), chosen="a")]
+    )
+    rows = {row.adapter: row for row in report.ranking}
+    assert [row.adapter for row in report.ranking] == ["b", "a", "c"]
+    assert (rows["b"].preferred, rows["b"].judgements) == (pytest.approx(6 / 7), 7)
+    assert rows["b"].interval is None, "four choices say little"
+    pairs = {(row.a, row.b): (row.ratings, row.a_preferred) for row in report.missing}
     assert pairs == {("a", "b"): (4, 0.25), ("a", "c"): (0, None), ("b", "c"): (3, 1.0)}
 
 
 def test_models_that_never_met_are_compared_only_with_those_they_met():
-    apart = rank_votes([Choice("p", ("a@1", "b@1"), "a@1"), Choice("q", ("a@2", "b@2"), "b@2")])
-    strengths = {row["adapter"]: row["strength"] for row in apart["ranking"]}
+    apart = rank_votes(
+        [Vote(prompt="p", models=("a@1", "b@1"), chosen="a@1"), Vote(prompt="q", models=("a@2", "b@2"), chosen="b@2")]
+    )
+    strengths = {row.adapter: row.score for row in apart.ranking}
     assert strengths["a@1"] == pytest.approx(-strengths["b@1"])
     assert strengths["b@2"] == pytest.approx(-strengths["a@2"])
     assert strengths["a@1"] > 0 < strengths["b@2"]
-    linked = [Choice("p", ("a", "b"), "ab"[n % 2]) for n in range(20)] + [Choice("p", ("a", "c"), "c")]
-    report = rank_votes([*linked, Choice("p", ("d", "c"), "d")])
-    assert len(report["ranking"]) == 4, "also where a draw of the bootstrap leaves the link out"
+    linked = [Vote(prompt="p", models=("a", "b"), chosen="ab"[n % 2]) for n in range(20)] + [
+        Vote(prompt="p", models=("a", "c"), chosen="c")
+    ]
+    report = rank_votes([*linked, Vote(prompt="p", models=("d", "c"), chosen="d")])
+    assert len(report.ranking) == 4, "also where a draw of the bootstrap leaves the link out"
 
 
 def test_choices_under_two_bases_are_of_different_models():
-    report = rank_votes([Choice("p", ("base", "law"), "law", base=base) for base in ("gpt2", "nano")])
-    assert {row["adapter"] for row in report["ranking"]} == {
-        f"{m} on {b}" for m in ("base", "law") for b in ("gpt2", "nano")
-    }
+    report = rank_votes(
+        [Vote(prompt="p", models=("base", "law"), chosen="law", base=base) for base in ("gpt2", "nano")]
+    )
+    assert {row.adapter for row in report.ranking} == {f"{m} on {b}" for m in ("base", "law") for b in ("gpt2", "nano")}
 
 
 def test_many_choices_have_an_interval():
-    choices = [Choice("p", ("a", "b"), "a" if number % 4 else "b") for number in range(40)]
-    best = rank_votes(choices)["ranking"][0]
-    assert best["adapter"] == "a"
-    assert best["interval"][0] < best["strength"] < best["interval"][1]
+    choices = [Vote(prompt="p", models=("a", "b"), chosen="a" if number % 4 else "b") for number in range(40)]
+    best = rank_votes(choices).ranking[0]
+    assert best.adapter == "a"
+    assert best.interval[0] < best.score < best.interval[1]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,7 @@ def test_many_choices_have_an_interval():
     ],
 )
 def test_what_is_no_choice_is_refused(change):
-    assert check_vote(GOOD) == Choice("p", ("a", "b", "c"), "b", 3)
+    assert check_vote(GOOD) == Vote(prompt="p", models=("a", "b", "c"), chosen="b", seed=3)
     with pytest.raises(DataError):
         check_vote({**GOOD, **change})
 
@@ -91,7 +97,7 @@ def test_records_are_read_past_damage(tmp_path):
     path.write_text(
         f'{json.dumps(GOOD)}\n[]\nnot json\n{{"prompt": "only"}}\n{json.dumps(GOOD)[:20]}', encoding="utf-8"
     )
-    assert read_votes(read_log(path)) == [Choice("p", ("a", "b", "c"), "b", 3)]
+    assert read_votes(read_log(path)) == [Vote(prompt="p", models=("a", "b", "c"), chosen="b", seed=3)]
     with pytest.raises(DataError, match="no choice"):
         read_votes([{"prompt": "only"}])
 
