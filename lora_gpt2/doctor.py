@@ -70,7 +70,7 @@ HUB_SECONDS = 5.0
 MATMUL = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """One thing that was tried or looked at.
 
@@ -104,43 +104,57 @@ def examine(store: Store, with_hub: bool = False) -> Iterator[Finding]:
     if with_hub:
         yield _attempt("hub", "huggingface.co", _reach_hub)
     else:
-        yield Finding("hub", "huggingface.co", "", "not asked; --hub does")
+        yield Finding(topic="hub", name="huggingface.co", status="", detail="not asked; --hub does")
 
 
 def _describe_machine() -> Iterator[Finding]:
     memory = psutil.virtual_memory()
-    yield Finding("machine", "system", "", f"{platform.platform()}, {platform.machine()}")
-    yield Finding("machine", "Python", "", f"{platform.python_version()} ({platform.python_implementation()})")
-    yield Finding("machine", "CPU", "", f"{platform.processor() or 'unknown'}, {count_cores()} cores")
-    yield Finding("machine", "memory", "", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
+    yield Finding(topic="machine", name="system", status="", detail=f"{platform.platform()}, {platform.machine()}")
+    yield Finding(
+        topic="machine",
+        name="Python",
+        status="",
+        detail=f"{platform.python_version()} ({platform.python_implementation()})",
+    )
+    yield Finding(
+        topic="machine", name="CPU", status="", detail=f"{platform.processor() or 'unknown'}, {count_cores()} cores"
+    )
+    yield Finding(
+        topic="machine",
+        name="memory",
+        status="",
+        detail=f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
+    )
     device = choose_device()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         name = f"{torch.cuda.get_device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-        yield Finding("machine", "GPU", "ok", f"{name}, CUDA {torch.version.cuda}")
+        yield Finding(topic="machine", name="GPU", status="ok", detail=f"{name}, CUDA {torch.version.cuda}")
     else:
         built = "this torch has no CUDA" if torch.version.cuda is None else "torch finds none"
-        yield Finding("machine", "GPU", "missing", f"computing on {device.type}; {built}")
+        yield Finding(topic="machine", name="GPU", status="missing", detail=f"computing on {device.type}; {built}")
     runtime = choose_runtime("auto")
-    yield Finding("machine", "default dtype", "", f"{runtime.dtype_name} on {runtime.device.type}")
+    yield Finding(
+        topic="machine", name="default dtype", status="", detail=f"{runtime.dtype_name} on {runtime.device.type}"
+    )
 
 
 def _describe_versions() -> Iterator[Finding]:
-    yield Finding("versions", "lora-gpt2", "", __version__)
+    yield Finding(topic="versions", name="lora-gpt2", status="", detail=__version__)
     for name in LIBRARIES:
         try:
-            yield Finding("versions", name, "", importlib.metadata.version(name))
+            yield Finding(topic="versions", name=name, status="", detail=importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding("versions", name, "missing", f"pip install {name}")
+            yield Finding(topic="versions", name=name, status="missing", detail=f"pip install {name}")
 
 
 def _attempt(topic: str, name: str, work: Callable[[], str]) -> Finding:
     try:
-        return Finding(topic, name, "ok", work())
+        return Finding(topic=topic, name=name, status="ok", detail=work())
     except LoraGpt2Error as error:
-        return Finding(topic, name, "failed", f"{error.message}; {error.hint}")
+        return Finding(topic=topic, name=name, status="failed", detail=f"{error.message}; {error.hint}")
     except Exception as error:  # noqa: BLE001 - whatever a library raises here is what the user has to know
-        return Finding(topic, name, "failed", f"{type(error).__name__}: {error}")
+        return Finding(topic=topic, name=name, status="failed", detail=f"{type(error).__name__}: {error}")
 
 
 def _multiply(name: str) -> str:
@@ -165,7 +179,7 @@ def _train(quantize: str) -> str:
         recipe: Recipe = build_recipe(values, "doctor")
         base = load_base(recipe.base, choose_runtime("auto"), quantize)
         data = prepare_data(recipe.data, base.tokenizer, SilentReporter(), Path(folder))
-        slot = TrainingSlot(recipe, data)
+        slot = TrainingSlot(recipe=recipe, data=data)
         Trainer(base, [slot], SilentReporter()).run_step([0])
         return f"loss {slot.records[-1]['loss']:.2f}"
 
@@ -190,8 +204,10 @@ def _look_for(extra: str, modules: tuple[str, ...]) -> Finding:
         for module in modules:
             importlib.import_module(module)
     except ImportError as error:
-        return Finding("extras", extra, "missing", f"pip install 'lora-gpt2[{extra}]' ({error.name})")
-    return Finding("extras", extra, "ok", ", ".join(modules))
+        return Finding(
+            topic="extras", name=extra, status="missing", detail=f"pip install 'lora-gpt2[{extra}]' ({error.name})"
+        )
+    return Finding(topic="extras", name=extra, status="ok", detail=", ".join(modules))
 
 
 def _look_at_places(store: Store) -> Iterator[Finding]:
@@ -199,9 +215,11 @@ def _look_at_places(store: Store) -> Iterator[Finding]:
     damaged = [verdict for verdict, _ in (verify_files(store, each) for each in references) if not verdict.is_sound]
     where = f"{store.root.absolute()}: {len(references)} versions of {len(store.list_names())} adapters"
     if damaged:
-        yield Finding("places", STORE, "failed", f"{where}; {damaged[0].reference}: {damaged[0].failure}")
+        yield Finding(
+            topic="places", name=STORE, status="failed", detail=f"{where}; {damaged[0].reference}: {damaged[0].failure}"
+        )
     else:
-        yield Finding("places", STORE, "ok", f"{where}, every byte as it was published")
+        yield Finding(topic="places", name=STORE, status="ok", detail=f"{where}, every byte as it was published")
     for name, folder in (("cache", find_cache_dir()), ("state", find_state_dir())):
         yield _attempt("places", name, partial(_write_into, folder))
 

@@ -156,7 +156,7 @@ def set_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingItem:
     """One adapter that a command line names: its recipe, and what goes over it."""
 
@@ -182,12 +182,15 @@ def list_items(words: Sequence[str], data: Sequence[str], name: str | None) -> l
         if plain or name or len(recipes) > 1:
             raise UsageError("label=SOURCE names adapters, and so does the rest", "give every source a label, or none")
         labels = dict.fromkeys(label for label, _ in pairs)
-        return [TrainingItem(recipe, each, tuple(s for label, s in pairs if label == each)) for each in labels]
+        return [
+            TrainingItem(recipe=recipe, name=each, sources=tuple(s for label, s in pairs if label == each))
+            for each in labels
+        ]
     if len(recipes) > 1:
         if [word for word in others if not _is_labelled(word)]:
             raise UsageError(f"several recipes, and text: {others[0]}", "name the text in the recipes, or with labels")
-        return [TrainingItem(each, name, tuple(plain)) for each in recipes]
-    return [TrainingItem(recipe, name, tuple(plain))]
+        return [TrainingItem(recipe=each, name=name, sources=tuple(plain)) for each in recipes]
+    return [TrainingItem(recipe=recipe, name=name, sources=tuple(plain))]
 
 
 def _is_recipe(word: str) -> bool:

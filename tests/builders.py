@@ -105,7 +105,7 @@ def make_adapter(config: GPT2Config, seed: int = 1, settings: LoraSettings | Non
     fresh = build_adapter(config, settings or LoraSettings(rank=4, alpha=8), seed)
     generator = torch.Generator().manual_seed(seed + 100)
     return Adapter(
-        {
+        updates={
             site: LoraUpdate(u.a, torch.randn(u.b.shape, generator=generator) * 0.2, u.alpha, u.use_rslora)
             for site, u in fresh.updates.items()
         }

@@ -479,7 +479,11 @@ class Fuzzer:
         base = load_base(str(self.base), choose_runtime("float32"))
         shutil.copytree(self.root / "store", self.root / "served")
         session = Session(base, Store(self.root / "served"))
-        with serving(Server(session, GenerateSettings(), ServeSettings(), Access(admin_key="admin"))) as self.port:
+        with serving(
+            Server(
+                session=session, defaults=GenerateSettings(), limits=ServeSettings(), access=Access(admin_key="admin")
+            )
+        ) as self.port:
             self.try_good_input(doors)
             end = time.monotonic() + seconds
             while time.monotonic() < end:

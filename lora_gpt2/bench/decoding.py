@@ -113,7 +113,7 @@ def _write_adapter(config: GPT2Config, base: str, folder: Path, rank: int, seed:
         for site, u in fresh.updates.items()
     }
     folder.mkdir()
-    for name, content in to_peft(Adapter(updates), base, config).items():
+    for name, content in to_peft(Adapter(updates=updates), base, config).items():
         (folder / name).write_bytes(content)
 
 

@@ -27,7 +27,7 @@ from lora_gpt2.training.run import AdapterReport, train_recipes
 SPLITS = {"train": "sources", "valid": "validation", "test": "test"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DomainsReport:
     """The trained adapters and the matrix over the test texts."""
 
@@ -54,7 +54,9 @@ def measure_domains(
     sources = read_sources(
         [LabelledSource(recipe.name, recipe.data.test[0]) for recipe in recipes], recipes[0].data, reporter
     )
-    return DomainsReport(report.adapters, measure_matrix(session.base, rows, sources, settings, reporter))
+    return DomainsReport(
+        adapters=report.adapters, cells=measure_matrix(session.base, rows, sources, settings, reporter)
+    )
 
 
 def build_recipe_for(folder: Path, overrides: Sequence[str]) -> Recipe:

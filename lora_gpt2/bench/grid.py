@@ -140,7 +140,7 @@ def _train_shape(
         )
         train = recipe.train.model_copy(update={"learning_rate": rate, "sample_tokens": 0})
         recipes.append(recipe.model_copy(update={"lora": lora, "train": train}))
-    trainer = Trainer(base, [TrainingSlot(recipe, data[recipe.name]) for recipe in recipes], reporter)
+    trainer = Trainer(base, [TrainingSlot(recipe=recipe, data=data[recipe.name]) for recipe in recipes], reporter)
     found: dict[int, tuple[float, float]] = {}
     with catch_signals() as stop, contextlib.suppress(TrainingDiverged):
         found = {id(trained.slot): trained.test_nll or (math.nan, math.nan) for trained in trainer.train(stop)}
@@ -172,7 +172,7 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
 
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel.from_pretrained(base.folder, dtype=torch.float32, **quiet).to(base.runtime.device)
-    slot = TrainingSlot(recipe, data)
+    slot = TrainingSlot(recipe=recipe, data=data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=recipe.train.weight_decay)
 
     @torch.no_grad()

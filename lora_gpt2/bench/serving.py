@@ -40,7 +40,7 @@ class Load:
     p99_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServingReport:
     """The three loads; `p99_of_ideal` is the burst's p99 over its ideal drain time."""
 
@@ -69,7 +69,9 @@ def measure_serving(
         beside = asyncio.run(_beside_slow(port, names, slow, tokens))
         task.advance(1)
     ideal = crowd.tokens_per_second * crowd.seconds / steady.tokens_per_second
-    return ServingReport(names, (steady, crowd, beside), crowd.p99_seconds / max(ideal, 1e-9))
+    return ServingReport(
+        adapters=names, loads=(steady, crowd, beside), p99_of_ideal=crowd.p99_seconds / max(ideal, 1e-9)
+    )
 
 
 @contextmanager

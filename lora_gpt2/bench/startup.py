@@ -69,7 +69,7 @@ def fill_store(store: Store, count: int) -> None:
     from lora_gpt2.recipe import Recipe
 
     figures = {"train_tokens": 102_400, "base_perplexity": 101.5, "validation_perplexity": 52.25}
-    identity = BaseIdentity("nano", "0" * 32, "0" * 32)
+    identity = BaseIdentity(name="nano", fingerprint="0" * 32, tokenizer_fingerprint="0" * 32)
     recipe = Recipe().model_dump(mode="json")
     manifest = Manifest(
         name="a",

@@ -70,7 +70,7 @@ class TrainingSpec:
         return LoraSettings(rank=self.rank, targets=BLOCKS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """One side's outcome: medians over its processes; losses in nats per token at each step.
 
@@ -175,12 +175,12 @@ def measure_training(
 
 def _summarise(name: str, runs: Sequence[Side]) -> Side:
     return Side(
-        name,
-        statistics.median(r.tokens_per_second for r in runs),
-        int(statistics.median(r.peak_memory_bytes for r in runs)),
-        statistics.median(r.start_seconds for r in runs),
-        statistics.median(r.gemm_flops_per_second for r in runs),
-        runs[0].losses,
+        name=name,
+        tokens_per_second=statistics.median(r.tokens_per_second for r in runs),
+        peak_memory_bytes=int(statistics.median(r.peak_memory_bytes for r in runs)),
+        start_seconds=statistics.median(r.start_seconds for r in runs),
+        gemm_flops_per_second=statistics.median(r.gemm_flops_per_second for r in runs),
+        losses=runs[0].losses,
     )
 
 

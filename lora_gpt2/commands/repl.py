@@ -66,7 +66,14 @@ def command(
     session.load([name for name, _ in session.resolve(mix)])
     log = LocalLog(None if no_log else find_log(), reporter)
     first = (secrets.randbelow(2**31) if seed is None else seed) - 1
-    repl = Repl(session, recipe.generate, first, log, lambda _, piece: click.echo(piece, nl=False, color=True), mix)
+    repl = Repl(
+        session=session,
+        settings=recipe.generate,
+        seed=first,
+        log=log,
+        on_text=lambda _, piece: click.echo(piece, nl=False, color=True),
+        mix=mix,
+    )
     if log.path:
         reporter.message(f"continuations are recorded in {log.path}; --no-log ends that")
     is_terminal = sys.stdin.isatty()

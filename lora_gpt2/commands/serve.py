@@ -67,6 +67,10 @@ def command(
     from lora_gpt2.inference.open import open_store
 
     session = open_store(store, recipe)
-    access = Access(key, admin_key, (*hosts, host), origins)
+    access = Access(key=key, admin_key=admin_key, hosts=(*hosts, host), origins=origins)
     choices = LocalLog(find_votes(), reporter)
-    serve(Server(session, recipe.generate, recipe.serve, access, choices), bound, reporter)
+    serve(
+        Server(session=session, defaults=recipe.generate, limits=recipe.serve, access=access, choices=choices),
+        bound,
+        reporter,
+    )

@@ -23,7 +23,7 @@ Tokens = NDArray[np.unsignedinteger]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoded:
     """One document as tokens, without EOS; the first `prompt` of them carry no loss."""
 
@@ -31,7 +31,7 @@ class Encoded:
     prompt: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rows:
     """Rows of a pass: `inputs`, `targets` `[rows, time]`; `positions` begin anew with each document, or are None."""
 
@@ -43,10 +43,10 @@ class Rows:
         """Returns some of the rows."""
         taken = list(indices)
         positions = None if self.positions is None else self.positions[taken]
-        return Rows(self.inputs[taken], self.targets[taken], positions)
+        return Rows(inputs=self.inputs[taken], targets=self.targets[taken], positions=positions)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenBlocks:
     """Tokens seen as blocks.
 
@@ -92,7 +92,7 @@ class TokenBlocks:
                 if positions is not None:
                     positions[row, here] = np.arange(len(piece) - 1)
                 column = here.stop
-        return Rows(inputs, targets, positions)
+        return Rows(inputs=inputs, targets=targets, positions=positions)
 
     def _iter_runs(self, index: int) -> Iterator[tuple[int, int]]:
         """Yields where the runs of a block begin and end in the stream."""
@@ -188,10 +188,11 @@ def open_blocks(folder: Path, split: str, block_size: int, vocab_size: int) -> T
     """Returns the blocks of a split as read-only memory maps."""
     loss, starts, rows = (folder / f"{split}.{name}" for name in ("loss.bin", "starts.npy", "rows.npy"))
     return TokenBlocks(
-        _open(folder / f"{split}.bin", token_dtype(vocab_size)),
-        block_size,
-        _open(loss, np.uint8) if loss.exists() else None,
-        *(np.load(p) if p.exists() else None for p in (starts, rows)),
+        stream=_open(folder / f"{split}.bin", token_dtype(vocab_size)),
+        block_size=block_size,
+        loss=_open(loss, np.uint8) if loss.exists() else None,
+        starts=np.load(starts) if starts.exists() else None,
+        rows=np.load(rows) if rows.exists() else None,
     )
 
 

@@ -41,7 +41,7 @@ MENTIONED = 0.01
 _context: ShardContext | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ReadSummary:
     """What reading found besides documents: what could not be read, and the shards there are."""
 
@@ -115,7 +115,7 @@ def list_notes(log: ReadingLog) -> list[str]:
     return [f"{text} ({count:,} times)" if count > 1 else text for text, count in log.notes.items()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CleanText:
     """Documents as training would see them, and the sha256 of each file that they are from."""
 
@@ -141,7 +141,7 @@ def read_clean(specs: Sequence[str], settings: DataSettings, reporter: Reporter)
     for line in list_notes(log):
         reporter.message(line)
     kept = clean_documents(documents, settings, reporter, len(summary.bad))
-    return CleanText(kept, [source.fingerprint() for source in sources])
+    return CleanText(documents=kept, files=[source.fingerprint() for source in sources])
 
 
 def clean_documents(
@@ -228,13 +228,13 @@ def _iter_shards(documents: Iterable[tuple[str, Document]]) -> Iterator[Shard]:
     number, characters, run, current = 0, 0, list[Document](), ""
     for split, document in documents:
         if run and (split != current or characters >= BATCH_CHARACTERS or len(run) >= BATCH_DOCUMENTS):
-            yield Shard(number, current, run)
+            yield Shard(number=number, split=current, documents=run)
             number, characters, run = number + 1, 0, []
         current = split
         run.append(document)
         characters += len(document.text) + len(document.prompt)
     if run:
-        yield Shard(number, current, run)
+        yield Shard(number=number, split=current, documents=run)
 
 
 @dataclass

@@ -210,7 +210,7 @@ def _iter_encoded(folder: Path, num_shards: int, splits: Sequence[str], wanted: 
         offset = 0
         for length, prompt in zip(shard.lengths.tolist(), shard.prompts.tolist(), strict=True):
             if splits[index] == wanted:
-                yield Encoded(shard.ids[offset : offset + length], prompt)
+                yield Encoded(ids=shard.ids[offset : offset + length], prompt=prompt)
             index, offset = index + 1, offset + length
 
 

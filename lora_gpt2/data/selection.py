@@ -23,7 +23,7 @@ MAX_EXAMPLES = 3
 DUPLICATE, NEAR_DUPLICATE = "duplicate", "near duplicate"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Selection:
     """The fate of every document of all shards, in order: `splits` holds a split's name, or "" for a copy."""
 
@@ -64,7 +64,13 @@ def select_documents(
     signatures = np.concatenate([shard.signatures for shard in kept]) if kept else np.zeros((0, NUM_HASHES), np.uint32)
     lengths = np.concatenate([shard.lengths for shard in kept]) if kept else np.zeros(0, np.int64)
     runs = [run for shard in kept for run in np.split(shard.runs, np.cumsum(shard.num_runs)[:-1])]
-    result = Selection(splits, lengths, signatures, runs, has_prompts=any(shard.prompts.any() for shard in kept))
+    result = Selection(
+        splits=splits,
+        lengths=lengths,
+        signatures=signatures,
+        runs=runs,
+        has_prompts=any(shard.prompts.any() for shard in kept),
+    )
     rejected = Rejections()
     for _, report in shards:
         result.read += report.read

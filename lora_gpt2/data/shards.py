@@ -66,7 +66,7 @@ class ShardContext:
         return self.code_rules if document.is_code else self.rules
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shard:
     """Documents of one split, in reading order; a list of the numbers of all shards is a list of files."""
 
@@ -75,7 +75,7 @@ class Shard:
     documents: Sequence[Document]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ShardArrays:
     """What became of the documents of one shard that were kept; arrays are in their order.
 
@@ -95,7 +95,7 @@ class ShardArrays:
     ids: NDArray[Any]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ShardReport:
     """What happened to the documents of one shard; `characters` counts those that are not ASCII."""
 
@@ -260,5 +260,7 @@ def load_shard(folder: Path, number: int, with_ids: bool = True) -> tuple[ShardA
     report["characters"] = Counter(report["characters"])
     with np.load(folder / f"{number:06d}.npz", allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in arrays if name != "ids" or with_ids}
-        kept = ShardArrays(content["split"], content["origins"], content["shown"], **{"ids": np.zeros(0), **found})
+        kept = ShardArrays(
+            split=content["split"], origins=content["origins"], shown=content["shown"], **{"ids": np.zeros(0), **found}
+        )
     return kept, ShardReport(**report)

@@ -62,7 +62,7 @@ class _Step:
     is_continuation: bool = True
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Repl:
     """The text, who continues it and how. `on_text` gets a continuation as it grows."""
 

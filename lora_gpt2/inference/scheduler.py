@@ -19,7 +19,7 @@ SEQUENCE_ERRORS = (LoraGpt2Error, RuntimeError, ValueError, IndexError)
 """Errors that end one sequence; the others of its batch continue."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Admission:
     """Sequences that were admitted in a step, and those that failed because an adapter could not be loaded."""
 

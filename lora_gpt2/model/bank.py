@@ -169,7 +169,7 @@ class AdapterBank:
             a, b_t = (views[site, half][slot].detach().to("cpu", torch.float32)[: known.rank] for half in ("a", "b"))
             b = b_t.mT.clone(memory_format=torch.contiguous_format)
             updates[site] = LoraUpdate(a.clone(), b, known.alpha, known.use_rslora)
-        return Adapter(updates)
+        return Adapter(updates=updates)
 
     def enable_gradients(self) -> Tensor:
         """Lets `TrainingAdapters` accumulate gradients in a buffer like `flat`, viewed at each site; returns it."""

@@ -51,7 +51,7 @@ class LoraUpdate:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """The updates of one adapter by site, such as `h.0.attn.c_attn`, or `lm_head`."""
 
@@ -143,7 +143,7 @@ def build_adapter(config: GPT2Config, settings: LoraSettings, seed: int) -> Adap
         inputs, outputs = config.shape_of(plan.target)
         a = torch.empty(rank, inputs).uniform_(-1, 1, generator=generator) / math.sqrt(inputs)
         updates[site] = LoraUpdate(a, torch.zeros(outputs, rank), plan.alpha, settings.use_rslora)
-    return Adapter(updates)
+    return Adapter(updates=updates)
 
 
 def count_parameters(config: GPT2Config, settings: LoraSettings) -> int:

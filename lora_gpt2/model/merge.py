@@ -146,7 +146,9 @@ def combine_adapters(
         updates[site] = update
         lost += error**2
         kept += measure_norm(update) ** 2
-    return CombinedAdapter(adapter=Adapter(updates), relative_error=math.sqrt(lost / (lost + kept)) if lost else 0.0)
+    return CombinedAdapter(
+        adapter=Adapter(updates=updates), relative_error=math.sqrt(lost / (lost + kept)) if lost else 0.0
+    )
 
 
 def concatenate_updates(updates: Sequence[LoraUpdate], weights: Sequence[float]) -> LoraUpdate:

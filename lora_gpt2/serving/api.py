@@ -72,7 +72,7 @@ READ_AND_REFUSED = 4  # times the largest body: who sends a little too much shal
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Access:
     """Who may ask: keys (None for none), further host names, and origins that browsers may come from."""
 
@@ -82,7 +82,7 @@ class Access:
     origins: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Server:
     """A session, the worker that decodes, the metrics, and the file of blind votes."""
 
@@ -193,7 +193,9 @@ class Server:
         sequences = await run_in_threadpool(build_sequences, body, self.session, self.defaults, self.limits, seed)
         provenance = describe_provenance(self.session, sequences[0]) | {"seeds": [s.seed for s in sequences]}
         choices = [CompletionChoice(sequence, body) for sequence in sequences]
-        completion = CompletionRequest(self.worker, self.metrics, body, choices, provenance, started)
+        completion = CompletionRequest(
+            worker=self.worker, metrics=self.metrics, body=body, choices=choices, provenance=provenance, started=started
+        )
         completion.submit()
         if body.stream:
             return EventStream(completion, self.limits.send_timeout_seconds)

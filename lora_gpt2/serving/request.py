@@ -22,7 +22,7 @@ from lora_gpt2.serving.protocol import ApiError, CompletionBody, CompletionChoic
 from lora_gpt2.serving.worker import PendingRequest, StepOutput, Worker
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CompletionRequest:
     """One completions request: its choices, and the queue that their outputs arrive in.
 
@@ -50,7 +50,9 @@ class CompletionRequest:
             with suppress(RuntimeError):  # the loop has ended: nobody is waiting any more
                 loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
-        self._pending = PendingRequest([choice.sequence for choice in self.choices], enqueue, enqueue)
+        self._pending = PendingRequest(
+            sequences=[choice.sequence for choice in self.choices], on_output=enqueue, on_error=enqueue
+        )
 
     def submit(self) -> None:
         """Submits it to the worker; raises `BusyError`."""

@@ -25,7 +25,7 @@ from lora_gpt2.store.manifest import Manifest, Parent
 from lora_gpt2.store.version import Version, utc_now
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HistoryEntry:
     """One version of an adapter, or the error that keeps it from being read."""
 
@@ -34,7 +34,7 @@ class HistoryEntry:
     in_use: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GarbageReport:
     """What `collect_garbage` deleted (or would), what it left because somebody reads it, and the bytes freed."""
 
@@ -63,7 +63,10 @@ def list_history(store: Store, name: str) -> list[HistoryEntry]:
         current = 0
     except CorruptError:
         current = 0
-    return [HistoryEntry(version, _try_read(store, f"{name}@{version}"), version == current) for version in versions]
+    return [
+        HistoryEntry(version=version, found=_try_read(store, f"{name}@{version}"), in_use=version == current)
+        for version in versions
+    ]
 
 
 def _try_read(store: Store, reference: str) -> Manifest | LoraGpt2Error:
@@ -218,7 +221,7 @@ def collect_garbage(store: Store, keep: int | None = None, dry_run: bool = False
 
     The version in use and versions that somebody reads are kept.
     """
-    found = GarbageReport([], [], 0)
+    found = GarbageReport(removed=[], kept_in_use=[], freed_bytes=0)
     for name in store.list_names() if keep else []:
         with store.change(name, f"collect '{name}' in {store.root}"):
             current = _read_pointer(store, name)

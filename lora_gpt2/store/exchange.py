@@ -49,7 +49,7 @@ REWRITTEN = (WEIGHTS, PEFT_CONFIG, CARD)
 HUB_FILES = (WEIGHTS, PEFT_CONFIG, MANIFEST, "metrics.jsonl", "report.html", "curve.png", "training_text.bin", CARD)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FetchedAdapter:
     """An adapter that has been fetched and not yet looked into."""
 
@@ -98,9 +98,9 @@ def fetch_adapter(source: str) -> FetchedAdapter:
         for name in (WEIGHTS, PEFT_CONFIG):
             if name not in files:
                 raise CorruptError(f"{source} holds no {name}", "make one with 'lora-gpt2 adapters export'")
-        return FetchedAdapter(source, files, _check_manifest(files, source))
+        return FetchedAdapter(where=source, files=files, manifest=_check_manifest(files, source))
     if path.is_file() and path.name.endswith(LORALIB):
-        return FetchedAdapter(source, loralib=path)
+        return FetchedAdapter(where=source, loralib=path)
     if path.exists():
         raise UsageError(f"{source} is neither a folder, an archive nor a .pt file", "give a folder that PEFT saved")
     if HUB_ID.fullmatch(source):
@@ -118,7 +118,7 @@ def _read_folder(path: Path, where: str) -> FetchedAdapter:
         with wrap_os_errors(f"read {path}"):
             present = [name for name in HUB_FILES if (path / name).is_file()]
             files |= {name: read_regular((path / name).resolve(), MAX_FILE_BYTES) for name in present}
-    return FetchedAdapter(where, files, _check_manifest(files, where))
+    return FetchedAdapter(where=where, files=files, manifest=_check_manifest(files, where))
 
 
 def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
@@ -264,7 +264,7 @@ def drop_head(adapter: Adapter) -> Adapter:
         raise UsageError(
             "the adapter changes nothing but the head", "write it into the base: merge NAME --into-base DIR"
         )
-    return Adapter(rest)
+    return Adapter(updates=rest)
 
 
 def _leave_head_out(manifest: Manifest, files: Mapping[str, bytes], base: Base) -> dict[str, bytes]:

@@ -45,7 +45,7 @@ NO_DIGEST = "0" * 64
 CHECKSUM = re.compile(rb'"checksum": ?"([0-9a-f]{64})"\s*\}\s*$')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
     """The base an adapter belongs to: its name for people, its fingerprints for machines."""
 
@@ -54,7 +54,7 @@ class BaseIdentity:
     tokenizer_fingerprint: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parent:
     """A version that this one was made from, by name for people and by the sha256 of its weights for machines."""
 
@@ -195,7 +195,7 @@ def _parse_parent(values: Mapping[str, Any]) -> Parent:
     weight = float(values.get("weight", 1.0))
     if not math.isfinite(weight):
         raise TypeError("a parent's weight is not finite")
-    return Parent(str(values["reference"]), values["digest"], weight)
+    return Parent(reference=str(values["reference"]), digest=values["digest"], weight=weight)
 
 
 def _fill(content: bytes, match: re.Match[bytes], digest: str) -> bytes:

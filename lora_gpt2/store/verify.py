@@ -34,7 +34,7 @@ from lora_gpt2.store.version import Version
 CHECKS = ("files", "base", "format", "logits", "effect")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VerificationResult:
     """What was checked of a version: `passed` in order, and the first `failure`, "" if there is none."""
 
@@ -52,7 +52,7 @@ class VerificationResult:
 
 def verify_files(store: Store, reference: str) -> tuple[VerificationResult, Manifest | None]:
     """Returns whether every byte of a version is as it was published; needs no base."""
-    verdict = VerificationResult(reference)
+    verdict = VerificationResult(reference=reference)
     try:
         with store.open(reference) as version:
             version.read_files()
@@ -60,14 +60,14 @@ def verify_files(store: Store, reference: str) -> tuple[VerificationResult, Mani
         verdict.failure = f"files: {error.message}"
         return verdict, None
     verdict.passed.append("files")
-    return VerificationResult(version.manifest.reference, ["files"]), version.manifest
+    return VerificationResult(reference=version.manifest.reference, passed=["files"]), version.manifest
 
 
 def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> Iterator[VerificationResult]:
     """Yields whether each version, whose files are sound, does on its base what transformers + PEFT does."""
     reference = _Reference(base)
     for manifest in manifests:
-        verdict = VerificationResult(manifest.reference, ["files"])
+        verdict = VerificationResult(reference=manifest.reference, passed=["files"])
         try:
             with store.open(manifest.reference) as version:
                 _verify_one(verdict, version, base, reference)

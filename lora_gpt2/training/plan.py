@@ -74,7 +74,7 @@ def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None =
     tokens = None
     if data is not None or all(recipe.train.steps for recipe in chosen):
         blocks = data or [build_random_data(recipe, config.vocab_size) for recipe in chosen]
-        slots = [TrainingSlot(recipe, each) for recipe, each in zip(chosen, blocks, strict=True)]
+        slots = [TrainingSlot(recipe=recipe, data=each) for recipe, each in zip(chosen, blocks, strict=True)]
         tokens = sum(slot.num_steps * slot.tokens_per_step for slot in slots)
     return Plan(
         fits=fitting is not None,
@@ -132,7 +132,7 @@ def _measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Report
     warm_up = WARM_UP + 1 if runtime.device.type == "cuda" else 1
     num_steps = warm_up + PROBE_STEPS
     short = [r.model_copy(update={"train": r.train.model_copy(update={"steps": num_steps})}) for r in recipes]
-    slots = [TrainingSlot(r, build_random_data(r, base.config.vocab_size)) for r in short]
+    slots = [TrainingSlot(recipe=r, data=build_random_data(r, base.config.vocab_size)) for r in short]
     trainer = Trainer(base, slots, reporter)
     with reporter.task("probing", num_steps, "steps") as task:
         for step in range(num_steps):
@@ -151,5 +151,5 @@ def build_random_data(recipe: Recipe, vocab_size: int) -> PreparedData:
     size = recipe.data.block_size
     bounds = np.arange(0, len(stream) + 1, size + 1) if recipe.data.layout == "packed" else None
     rows = None if bounds is None else np.arange(len(bounds))
-    blocks = TokenBlocks(stream, size, None, bounds, rows)
+    blocks = TokenBlocks(stream=stream, block_size=size, loss=None, starts=bounds, rows=rows)
     return PreparedData(path=Path(), fingerprint="", train=blocks, validation=blocks, test=blocks, report={})

@@ -157,7 +157,7 @@ def _train_locked(
         for line in describe_preparation(data):
             reporter.message(f"{recipe.name}: {line}")
     recipes = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
-    slots = [TrainingSlot(recipe, data) for recipe, data in zip(recipes, prepared, strict=True)]
+    slots = [TrainingSlot(recipe=recipe, data=data) for recipe, data in zip(recipes, prepared, strict=True)]
     _warn_of_overlaps(slots, reporter)
     identity = _identify_run(base, slots, world)
     resume = world.broadcast_object(resume and world.is_main_process and _can_resume(run, identity, reporter))

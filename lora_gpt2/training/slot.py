@@ -42,7 +42,7 @@ def _get(recipe: Recipe, key: str) -> Any:
     return value
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingSlot:
     """The state of one slot; checkpoints hold the fields in `PROGRESS`.
 

@@ -39,7 +39,9 @@ def port(base, store, tmp_path):
         recipe = {"description": "<b>Laws</b> & orders"}
         publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(figures=figures, recipe=recipe))
     choices = LocalLog(tmp_path / "choices.jsonl", SilentReporter())
-    with serving(Server(Session(base, store), GenerateSettings(), ServeSettings(), choices=choices)) as number:
+    with serving(
+        Server(session=Session(base, store), defaults=GenerateSettings(), limits=ServeSettings(), choices=choices)
+    ) as number:
         yield number
 
 

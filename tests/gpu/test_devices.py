@@ -51,7 +51,7 @@ def test_training_and_generating_on_the_device(base_folder, text_file, reporter,
         for seed, name in enumerate(("one", "two"))
     ]
     data = prepare_data(recipes[0].data, base.tokenizer, reporter)
-    trainer = Trainer(base, [TrainingSlot(recipe, data) for recipe in recipes], reporter)
+    trainer = Trainer(base, [TrainingSlot(recipe=recipe, data=data) for recipe in recipes], reporter)
     assert trainer.bank.flat.device.type == device.type
     trained = trainer.train(StopRequest())
     for outcome in trained:
@@ -144,7 +144,9 @@ def test_the_planned_memory_is_the_devices(tmp_path, device, checkpointing):
     base = load_base(str(folder), Runtime(device, torch.float32))
     estimated = estimate_memory(base.config, [recipe], base.runtime)
     if device.type == "cuda":
-        trainer = Trainer(base, [TrainingSlot(recipe, build_random_data(recipe, base.config.vocab_size))], None)
+        trainer = Trainer(
+            base, [TrainingSlot(recipe=recipe, data=build_random_data(recipe, base.config.vocab_size))], None
+        )
         torch.cuda.reset_peak_memory_stats()
         trainer.run_step([0])
         found = torch.cuda.max_memory_allocated()

@@ -85,7 +85,7 @@ def test_a_page_of_a_stranger_is_not_taken_over(base, store, tmp_path):
 
 
 def test_answers_over_http_hold_no_path_of_this_machine(base, trained, tmp_path, caplog):
-    server = Server(Session(base, trained), GenerateSettings(max_new_tokens=2), ServeSettings())
+    server = Server(session=Session(base, trained), defaults=GenerateSettings(max_new_tokens=2), limits=ServeSettings())
     weights = trained.resolve("code") / "adapter_model.safetensors"
     weights.write_bytes(b"damaged")
     with caplog.at_level(logging.WARNING), serving(server) as port:

@@ -18,7 +18,7 @@ from tests.builders import make_adapter
 @pytest.fixture
 def bad(base):
     return Adapter(
-        {
+        updates={
             site: LoraUpdate(torch.full_like(u.a, 1e18), torch.full_like(u.b, 1e18), u.alpha)
             for site, u in make_adapter(base.config).updates.items()
         }

@@ -44,7 +44,7 @@ LIMITS = ServeSettings(
 
 @pytest.fixture
 def server(base, trained):
-    return Server(Session(base, trained), GREEDY, LIMITS, Access(admin_key="adm"))
+    return Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS, access=Access(admin_key="adm"))
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def test_the_smallest_top_p_keeps_the_likeliest_token(port):
 def test_a_blind_choice_is_kept_with_its_versions_and_nothing_else_is(base, trained, run, tmp_path):
     log = LocalLog(tmp_path / "state" / "lora-gpt2" / "choices.jsonl", SilentReporter())
     choice = {"prompt": "the cat", "models": ["base", "law", "law:0.6+code:0.4"], "chosen": "law", "seed": 3}
-    with serving(Server(Session(base, trained), GREEDY, LIMITS, choices=log)) as port:
+    with serving(Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS, choices=log)) as port:
         assert ask(port, "/v1/choices", choice)[::2] == (200, {"kept": True})
         for wrong in ({**choice, "chosen": "x"}, {**choice, "models": ["law"]}, {}, b"x"):
             assert ask(port, "/v1/choices", wrong)[0] == 400
@@ -341,7 +341,7 @@ def test_a_blind_choice_is_kept_with_its_versions_and_nothing_else_is(base, trai
     kept = json.loads(line)
     assert kept["models"] == ["base", "law@1", "law@1:0.6+code@1:0.4"]
     assert (kept["chosen"], kept["prompt"], kept["seed"], kept["base"]) == ("law@1", "the cat", 3, base.name)
-    with serving(Server(Session(base, trained), GREEDY, LIMITS)) as port:
+    with serving(Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS)) as port:
         assert ask(port, "/v1/choices", choice)[2] == {"kept": False}
     code, out, _ = run("rate", "--recorded", "page", "--json")
     assert code == 0
@@ -378,8 +378,8 @@ def test_an_adapter_that_a_request_brought_in_can_be_unloaded(port):
 
 
 def test_a_key_is_asked_on_every_route_and_origins_only_where_allowed(base, trained):
-    access = Access("secret", "adm", ("box.example",), ("https://page.example",))
-    with serving(Server(Session(base, trained), GREEDY, LIMITS, access)) as port:
+    access = Access(key="secret", admin_key="adm", hosts=("box.example",), origins=("https://page.example",))
+    with serving(Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS, access=access)) as port:
         basic = base64.b64encode(b"me:secret").decode()
         for path in ("/", "/v1/models", "/healthz", "/metrics", "/v1/adapters", "/nothing"):
             assert ask(port, path)[0] == 401
@@ -405,7 +405,7 @@ def test_a_key_is_asked_on_every_route_and_origins_only_where_allowed(base, trai
 
 def test_an_overload_is_answered_at_once_and_nobody_is_cut_off(base, trained):
     limits = ServeSettings(max_num_seqs=4, max_waiting=8)  # clients share this process: they may be slow to send, too
-    with serving(Server(Session(base, trained), GREEDY, limits)) as port:
+    with serving(Server(session=Session(base, trained), defaults=GREEDY, limits=limits)) as port:
 
         async def flood():
             body = {"model": "law", "prompt": "the", "max_tokens": 30, "logit_bias": {str(base.tokenizer.eos_id): -100}}
@@ -444,7 +444,9 @@ def test_slow_clients_are_let_go_and_stop_nobody(port):
 
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_a_client_that_goes_frees_its_row(base, trained, count):
-    server = Server(Session(base, trained), GREEDY, LIMITS.model_copy(update={"max_num_seqs": 2}))
+    server = Server(
+        session=Session(base, trained), defaults=GREEDY, limits=LIMITS.model_copy(update={"max_num_seqs": 2})
+    )
     body = json.dumps({"model": "law", "prompt": "the", "max_tokens": 40, "stream": True, "n": 4})
     with serving(server) as port:
         for place in range(count):
@@ -486,13 +488,13 @@ def test_numbers_that_are_allowed_never_break_the_engine(port, server, base):
 def test_an_adapter_called_like_the_base_is_the_adapter(base, base_folder, store):
     named = dataclasses.replace(base, name="law")
     publish_adapter(store, "law", make_adapter(base.config, 1), base, Origin())
-    with serving(Server(Session(named, store), GREEDY, LIMITS)) as port:
+    with serving(Server(session=Session(named, store), defaults=GREEDY, limits=LIMITS)) as port:
         assert ask_completion(port)[2]["provenance"]["adapters"][0]["adapter"] == "law@1"
 
 
 def test_a_reader_that_takes_nothing_is_cut_off(base, trained):
     limits = LIMITS.model_copy(update={"send_timeout_seconds": 1})
-    server = Server(Session(base, trained), GREEDY, limits)
+    server = Server(session=Session(base, trained), defaults=GREEDY, limits=limits)
     body = json.dumps({"model": "law", "prompt": ["the"] * 5, "max_tokens": 40, "logprobs": 20, "echo": True})
     with serving(server, send_buffer=4096) as port:
         stuck = []
@@ -535,7 +537,7 @@ def test_an_engine_that_fails_tells_everybody_and_begins_anew(server, port, monk
 
 
 def test_an_engine_that_fails_for_good_ends_the_server(base, trained, monkeypatch):
-    server = Server(Session(base, trained), GREEDY, LIMITS)
+    server = Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS)
     monkeypatch.setattr(type(server.worker._engine), "step", lambda self: 1 / 0)
     bound, http = bind("127.0.0.1", 0), build_http(server)
     server.worker.start()
@@ -597,7 +599,7 @@ def ask_under_churn(base, store, count, names=("one", "two", "three", "four")):
             while len(churn.known) < len(names) + first // 8 and churn.is_alive():  # at any speed, two are published
                 await asyncio.sleep(0.01)
 
-    with serving(Server(session, GREEDY, LIMITS)) as port:
+    with serving(Server(session=session, defaults=GREEDY, limits=LIMITS)) as port:
         churn.start()
         asyncio.run(many(port))
         churn.is_over = True

@@ -194,7 +194,7 @@ def test_a_change_of_the_head_is_left_out_on_request_and_the_rest_is_as_it_was(b
     export_adapter(store, "law", tmp_path / "out", without_head=base)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     loaded.base_model.model.tie_weights()
-    rest = Adapter({site: update for site, update in whole.updates.items() if site != "lm_head"})
+    rest = Adapter(updates={site: update for site, update in whole.updates.items() if site != "lm_head"})
     assert torch.allclose(loaded(tokens).logits, our_logits(base, rest, tokens), atol=1e-4)
     assert "Exported without its change of the head" in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / "out" / "manifest.json").exists(), "it is not of these weights"

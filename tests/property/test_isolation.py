@@ -38,7 +38,7 @@ HUGE = {torch.float32: 3e38, torch.bfloat16: 3e38, torch.float16: 65_504.0}
 def fill(adapter, value):
     """Returns the adapter with every value set to one number."""
     return Adapter(
-        {
+        updates={
             site: LoraUpdate(torch.full_like(u.a, value), torch.full_like(u.b, value), u.alpha)
             for site, u in adapter.updates.items()
         }
@@ -228,7 +228,7 @@ def test_served_answers_are_right_beside_poisoned_ones(base_folder, num_answers)
         for prompt in prompts
     }
     assert len(set(wanted.values())) > 8
-    server = Server(session, greedy, ServeSettings(max_num_seqs=8, max_waiting=64))
+    server = Server(session=session, defaults=greedy, limits=ServeSettings(max_num_seqs=8, max_waiting=64))
     wrong, counts = [], Counter()
 
     async def ask_one(port, number, room):

@@ -194,7 +194,10 @@ def _verify_group(store: Store, manifests: list[Manifest], base_name: str) -> li
     try:
         base = load_base(base_name, choose_runtime("float32"))
     except LoraGpt2Error as error:
-        return [VerificationResult(m.reference, ["files"], f"base: {error.message}") for m in manifests]
+        return [
+            VerificationResult(reference=m.reference, passed=["files"], failure=f"base: {error.message}")
+            for m in manifests
+        ]
     return list(verify_on_base(store, manifests, base))
 
 

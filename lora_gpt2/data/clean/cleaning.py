@@ -14,7 +14,7 @@ MAX_EXAMPLES = 3
 EXAMPLE_WIDTH = 60
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RuleReport:
     """What one rule did: documents touched, characters removed, and a few places before and after."""
 

@@ -15,7 +15,7 @@ import re2
 REGION = "US"  # of phone numbers without a country's code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PiiMatch:
     """Where one piece of personal data stands: `text[start:end]`."""
 
@@ -91,7 +91,7 @@ def find_pii(text: str) -> list[PiiMatch]:
 def _iter_kind(kind: str, pattern: re2._Regexp, check: Callable[[str], bool], text: str) -> Iterator[PiiMatch]:
     for match in pattern.finditer(text):
         if check(match.group()):
-            yield PiiMatch(kind, match.start(), match.end())
+            yield PiiMatch(kind=kind, start=match.start(), end=match.end())
 
 
 def mask_pii(text: str) -> str:

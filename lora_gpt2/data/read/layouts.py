@@ -27,7 +27,7 @@ TEXTS = ("content", "body", "document", "article", "story", "sentence", "raw_tex
 Note = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recognised:
     """A record as a prompt, which carries no loss, and the text that follows it."""
 
@@ -43,15 +43,15 @@ def recognise_record(record: Mapping[str, Any], item_template: str, where: str, 
             return _join_turns(turns, item_template)
     if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
         note(f"{where}: instructions, loss on the output alone (data.prompt, with data.text_field=output)")
-        return Recognised(_build_instruction(record), str(record["output"]))
+        return Recognised(prompt=_build_instruction(record), text=str(record["output"]))
     for first, second in PAIRS:
         if isinstance(record.get(first), str) and isinstance(record.get(second), str):
             note(f"{where}: loss on '{second}' alone (data.prompt='{{{first}}}\\n' data.text_field={second})")
-            return Recognised(f"{record[first]}\n", str(record[second]))
+            return Recognised(prompt=f"{record[first]}\n", text=str(record[second]))
     named = [key for key in TEXTS if isinstance(record.get(key), str)]
     if len(named) == 1:
         note(f"{where}: the text is in '{named[0]}' (data.text_field={named[0]})")
-        return Recognised("", str(record[named[0]]))
+        return Recognised(prompt="", text=str(record[named[0]]))
     return None
 
 
@@ -89,7 +89,7 @@ def _join_turns(turns: list[tuple[str, str]], item_template: str) -> Recognised:
             prompt, text = text + head, line[len(head) :] + "\n"
         else:
             text += line + "\n"
-    return Recognised(prompt, text.removesuffix("\n"))
+    return Recognised(prompt=prompt, text=text.removesuffix("\n"))
 
 
 def _build_instruction(record: Mapping[str, Any]) -> str:

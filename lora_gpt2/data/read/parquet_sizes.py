@@ -21,7 +21,7 @@ MAGIC = b"PAR1"
 LENGTH = struct.Struct("<Q")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ColumnPart:
     """One column of one row group: its name, its bytes unpacked and on disk, and whether values repeat by reference."""
 
@@ -83,7 +83,7 @@ def read_sizes(file: IO[bytes]) -> list[ColumnPart]:
     file.seek(0)
     if answer is None or isinstance(answer, str):
         raise ValueError(answer or "its metadata is damaged")
-    return [ColumnPart(*part) for part in answer]
+    return [ColumnPart(**part) for part in answer]
 
 
 def _describe(footer: bytes) -> Any:
@@ -95,7 +95,12 @@ def _describe(footer: bytes) -> Any:
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         parts = [group.column(index) for group in groups for index in range(metadata.num_columns)]
         return [
-            (part.path_in_schema, part.total_uncompressed_size, part.total_compressed_size, part.has_dictionary_page)
+            {
+                "path": part.path_in_schema,
+                "unpacked": part.total_uncompressed_size,
+                "packed": part.total_compressed_size,
+                "has_dictionary": part.has_dictionary_page,
+            }
             for part in parts
         ]
     except Exception as error:  # noqa: BLE001 - the parent says it

@@ -62,9 +62,9 @@ def convert_variant(content: PeftContent, base: Base, rank: int | None) -> Conve
         lost += error**2
         kept += measure_norm(updates[site]) ** 2
     relative_error = math.sqrt(lost / (lost + kept)) if lost else 0.0
-    difference = _measure(base, Adapter(updates), lambda site: _change_of_dora(content, base, site))
+    difference = _measure(base, Adapter(updates=updates), lambda site: _change_of_dora(content, base, site))
     return Converted(
-        adapter=Adapter(updates), variant="dora", relative_error=relative_error, max_logit_difference=difference
+        adapter=Adapter(updates=updates), variant="dora", relative_error=relative_error, max_logit_difference=difference
     )
 
 
@@ -110,4 +110,4 @@ def _subtract_start(adapter: Adapter, base: Base) -> Adapter:
     for site, update in adapter.updates.items():
         start, _ = approximate(weight_of(base, site), update.rank, 0.0)
         updates[site] = concatenate_updates([update, start], [1.0, -1.0])
-    return Adapter(updates)
+    return Adapter(updates=updates)

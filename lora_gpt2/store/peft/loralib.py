@@ -50,7 +50,7 @@ def read_loralib(path: Path, config: GPT2Config, alpha: float | None) -> Adapter
     sites = sorted(halves, key=lambda site: int(site.split(".")[1]))
     if not sites:
         raise CorruptError(f"{path} holds no adapter", "save it again with lora_state_dict")
-    return Adapter({site: _build_update(site, halves[site], config, alpha, str(path)) for site in sites})
+    return Adapter(updates={site: _build_update(site, halves[site], config, alpha, str(path)) for site in sites})
 
 
 def load_tensors(path: Path) -> Mapping[str, Any]:

@@ -48,7 +48,7 @@ FrozenWeights = Callable[[str], Tensor]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PeftContent:
     """An adapter as it was saved; `magnitudes` `[out]` by site are DoRA's, of which nothing is in the updates."""
 
@@ -151,7 +151,9 @@ def parse_peft(
     ordered = [site for site in list_sites(config) if site in halves]
     magnitudes = {site: _take_magnitude(site, halves[site], config, where) for site in ordered if spec.dora}
     return PeftContent(
-        spec, Adapter({site: _build_update(site, halves[site], spec, config, where) for site in ordered}), magnitudes
+        spec=spec,
+        adapter=Adapter(updates={site: _build_update(site, halves[site], spec, config, where) for site in ordered}),
+        magnitudes=magnitudes,
     )
 
 

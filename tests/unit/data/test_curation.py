@@ -208,7 +208,7 @@ def test_a_document_that_takes_too_long_is_set_aside_and_the_others_go_on(base_f
             time.sleep(0.01)
         return text
 
-    monkeypatch.setitem(RULES, "whitespace", Rule(crawl))
+    monkeypatch.setitem(RULES, "whitespace", Rule(apply=crawl))
     monkeypatch.setattr(shards, "MIN_TIMEOUT_SECONDS", 0.2)
     job = ShardContext(
         settings=DataSettings(),
@@ -220,7 +220,7 @@ def test_a_document_that_takes_too_long_is_set_aside_and_the_others_go_on(base_f
         folder=tmp_path,
     )
     documents = [Document(text, f"d{i}") for i, text in enumerate(("one", "a slow one", "two"))]
-    process_shard(Shard(0, "train", documents), job)
+    process_shard(Shard(number=0, split="train", documents=documents), job)
     kept, report = load_shard(tmp_path, 0)
     assert kept.origins == ["d0", "d2"]
     assert report.rejected == [{"origin": "d1", "reason": "too slow to clean", "text": "a slow one"}]

@@ -28,7 +28,9 @@ def repl(base, store, tmp_path):
         publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(figures={"test_perplexity": 9.5}))
     log = LocalLog(tmp_path / "log.jsonl", SilentReporter())
     pieces = []
-    found = Repl(Session(base, store), SETTINGS, 10, log, lambda _, piece: pieces.append(piece))
+    found = Repl(
+        session=Session(base, store), settings=SETTINGS, seed=10, log=log, on_text=lambda _, piece: pieces.append(piece)
+    )
     found.pieces = pieces
     return found
 

@@ -188,7 +188,7 @@ def add_up(base, weighted):
         a = torch.cat([update.a for update, _ in parts])
         b = torch.cat([update.b * (update.scaling * weight) for update, weight in parts], dim=1)
         updates[site] = LoraUpdate(a, b, alpha=float(a.shape[0]))  # alpha over rank is 1
-    return Adapter(updates)
+    return Adapter(updates=updates)
 
 
 WEIGHTS = [

@@ -84,7 +84,7 @@ def test_nothing_is_published_when_the_proof_fails(session, reporter, store, mon
     def spoil(*arguments, **options):
         combined = spoil.original(*arguments, **options)
         updates = {s: LoraUpdate(u.a, u.b * 1.01, u.alpha) for s, u in combined.adapter.updates.items()}
-        return replace(combined, adapter=Adapter(updates))
+        return replace(combined, adapter=Adapter(updates=updates))
 
     spoil.original = combine.combine_adapters
     monkeypatch.setattr(combine, "combine_adapters", spoil)

@@ -88,7 +88,7 @@ def test_a_mix_is_the_weighted_sum_of_the_updates(base, tokens):
         v = two.updates[site]
         b = torch.cat([0.7 * u.scaling * u.b, -0.3 * v.scaling * v.b], 1)
         updates[site] = LoraUpdate(torch.cat([u.a, v.a]), b, float(u.rank + v.rank))
-    assert torch.allclose(mixed, run(base, tokens, open_bank(base, [Adapter(updates)]), [[1.0]] * 3), atol=1e-5)
+    assert torch.allclose(mixed, run(base, tokens, open_bank(base, [Adapter(updates=updates)]), [[1.0]] * 3), atol=1e-5)
 
 
 def test_idle_slots_between_used_ones_are_left_out(base, tokens):
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(base):
         bank.load(0, make_adapter(base.config, 2, LoraSettings(rank=9)))
     site = "h.0.attn.c_attn"
     with pytest.raises(MismatchError, match="does not fit"):
-        bank.load(0, Adapter({site: LoraUpdate(torch.zeros(4, 99), torch.zeros(48, 4), 8.0)}))
+        bank.load(0, Adapter(updates={site: LoraUpdate(torch.zeros(4, 99), torch.zeros(48, 4), 8.0)}))
     assert torch.equal(bank.flat, before)
 
 

@@ -32,7 +32,7 @@ def make_update(seed, rank=3, outputs=20, inputs=12, use_rslora=False):
 
 
 def parents(*seeds):
-    return [Adapter({SITE: make_update(seed, rank)}) for rank, seed in enumerate(seeds, start=2)]
+    return [Adapter(updates={SITE: make_update(seed, rank)}) for rank, seed in enumerate(seeds, start=2)]
 
 
 def dense(adapters):
@@ -113,7 +113,7 @@ def test_dare_draws_for_each_parent_projection_and_seed_independently(method):
     """Yu et al. 2024, section 3.2: each entry of each parent is dropped by chance, whatever happens to the others."""
     update = make_update(1, outputs=200, inputs=100)
     sites = (SITE, "h.1.mlp.c_fc")
-    twins = [Adapter(dict.fromkeys(sites, update)) for _ in range(2)]
+    twins = [Adapter(updates=dict.fromkeys(sites, update)) for _ in range(2)]
     kept = []
     for seed in (0, 1):
         rule = MergeRule(method=method, density=0.3, seed=seed)
@@ -129,7 +129,7 @@ def test_dare_draws_for_each_parent_projection_and_seed_independently(method):
 
 def test_dare_draws_the_same_for_a_parent_whatever_the_others_are():
     rule = MergeRule(method="dare_linear", density=0.5)
-    one, other, third = (Adapter({SITE: make_update(seed, outputs=40)}) for seed in (1, 2, 3))
+    one, other, third = (Adapter(updates={SITE: make_update(seed, outputs=40)}) for seed in (1, 2, 3))
     pair, with_third = (rule.combine_site(each, [1.0, 0.0], SITE) for each in ([one, other], [one, third]))
     assert torch.equal(pair, with_third)
     assert torch.equal(pair, rule.combine_site([one], [1.0], SITE))

@@ -160,7 +160,9 @@ def test_training_over_a_quantised_base_lowers_the_loss_also_after_an_evaluation
     )
     base = load_base(str(wide_folder), RUNTIME, kind)
     before = [module.codes.clone() for module in base.model.modules() if isinstance(module, QuantizedLinear)]
-    trainer = Trainer(base, [TrainingSlot(recipe, prepare_data(recipe.data, base.tokenizer, reporter))], reporter)
+    trainer = Trainer(
+        base, [TrainingSlot(recipe=recipe, data=prepare_data(recipe.data, base.tokenizer, reporter))], reporter
+    )
     first = measure_blocks(trainer.base, trainer.slots[0].data.validation, None)
     (trained,) = trainer.train(StopRequest())
     assert trained.validation_nll < first - 0.3

@@ -39,7 +39,7 @@ class Asked:
             for k, mix in enumerate(mixes)
         ]
         self.errors, self.ended, self.over, self.begun = [], [], threading.Event(), threading.Event()
-        self.request = PendingRequest(self.rows, self._grow, self._fail)
+        self.request = PendingRequest(sequences=self.rows, on_output=self._grow, on_error=self._fail)
 
     def _grow(self, outputs):
         self.begun.set()

@@ -393,7 +393,7 @@ def test_verification_passes_sound_adapters_by_pefts_own_numbers(base, store):
 
 
 def test_verification_finds_each_kind_of_fault(base, store, tmp_path, monkeypatch):
-    idle = Adapter({s: LoraUpdate(u.a, u.b * 0, u.alpha) for s, u in make_adapter(base.config).updates.items()})
+    idle = Adapter(updates={s: LoraUpdate(u.a, u.b * 0, u.alpha) for s, u in make_adapter(base.config).updates.items()})
     publish_adapter(store, "idle", idle, base, ORIGIN)
     publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
     (idle_verdict,) = verify_on_base(store, [store.read_manifest("idle")], base)

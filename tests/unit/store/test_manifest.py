@@ -24,14 +24,14 @@ FULL = Manifest(
     name="law",
     version=3,
     created=datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC),
-    base=BaseIdentity("gpt2", "f" * 64, "e" * 64),
+    base=BaseIdentity(name="gpt2", fingerprint="f" * 64, tokenizer_fingerprint="e" * 64),
     files={WEIGHTS: DIGEST, "README.md": "0" * 64},
     size_bytes=100,
     num_parameters=25,
     data={"sources": ["a.txt"]},
     recipe={"lora": {"rank": 4}},
     figures={"test_perplexity": 12.5},
-    parents=(Parent("code@2", DIGEST, -0.5), Parent("law@1", "0" * 64)),
+    parents=(Parent(reference="code@2", digest=DIGEST, weight=-0.5), Parent(reference="law@1", digest="0" * 64)),
     provenance={"by": "merge"},
     libraries={"torch": "2"},
 )
@@ -151,7 +151,7 @@ NO_DIGESTS = [
 @pytest.mark.parametrize("digest", NO_DIGESTS, ids=repr)
 def test_a_digest_is_64_small_hexadecimal_digits_wherever_it_stands(digest):
     good = {"reference": "code@2", "digest": DIGEST, "weight": 1.0}
-    assert parse_manifest(changed(parents=[good, good])).parents == (Parent("code@2", DIGEST),) * 2
+    assert parse_manifest(changed(parents=[good, good])).parents == (Parent(reference="code@2", digest=DIGEST),) * 2
     for parents in ([{**good, "digest": digest}], [good, {**good, "digest": digest}]):
         with pytest.raises(ValueError, match="a parent is not"):
             parse_manifest(changed(parents=parents))

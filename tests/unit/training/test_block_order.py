@@ -5,7 +5,7 @@ from lora_gpt2.training.block_order import BlockOrder
 
 
 def make(num_blocks, rows, seed=0):
-    return BlockOrder(TokenBlocks(np.arange(num_blocks * 4 + 1, dtype=np.uint16), 4), rows, seed)
+    return BlockOrder(TokenBlocks(stream=np.arange(num_blocks * 4 + 1, dtype=np.uint16), block_size=4), rows, seed)
 
 
 def test_every_block_once_per_epoch_across_steps():

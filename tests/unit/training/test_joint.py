@@ -88,7 +88,9 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_many_good_steps():
 def half_trainer(base_folder, text_file, reporter, **train):
     base = load_base(str(base_folder), Runtime(CPU, torch.float16))
     recipe = make_recipe(base_folder, text_file, **train)
-    return Trainer(base, [TrainingSlot(recipe, prepare_data(recipe.data, base.tokenizer, reporter))], reporter)
+    return Trainer(
+        base, [TrainingSlot(recipe=recipe, data=prepare_data(recipe.data, base.tokenizer, reporter))], reporter
+    )
 
 
 def test_float16_trains_with_loss_scaling_and_its_skips_are_counted(base_folder, text_file, reporter):

@@ -53,7 +53,7 @@ def make_recipe(folder, name="one", rank=8, quantize="none", lora=None, data=Non
 
 def measure_peak(base, recipes):
     """Returns the most bytes that a step holds beyond what was there before it, as the CPU allocator counts."""
-    domains = [TrainingSlot(r, build_random_data(r, base.config.vocab_size)) for r in recipes]
+    domains = [TrainingSlot(recipe=r, data=build_random_data(r, base.config.vocab_size)) for r in recipes]
     trainer = Trainer(base, domains, None)
     slots = list(range(len(domains)))
     trainer.run_step(slots)
@@ -162,7 +162,7 @@ def test_the_adapters_are_the_buffers_of_a_run(wide_folder, dtype, ratios):
         for rank, ratio in zip((3, 5), ratios, strict=True)
     ]
     base = load_base(str(wide_folder), runtime)
-    domains = [TrainingSlot(r, build_random_data(r, base.config.vocab_size)) for r in recipes]
+    domains = [TrainingSlot(recipe=r, data=build_random_data(r, base.config.vocab_size)) for r in recipes]
     trainer = Trainer(base, domains, None)
     runner, bank = trainer.runner, trainer.bank
     buffers = [bank.flat, runner.gradient, trainer.best, runner.optimizer.mean, runner.optimizer.square]

@@ -147,7 +147,7 @@ def test_a_packed_batch_trains_each_document_as_if_it_were_alone(
     assert len(documents) > 7, "more than rows"
     assert sum(inputs.numel() for inputs, _ in documents) == count
     leaves = {s: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_()) for s, u in adapter.updates.items()}
-    tracked = type(adapter)({s: type(u)(*leaves[s], u.alpha) for s, u in adapter.updates.items()})
+    tracked = type(adapter)(updates={s: type(u)(*leaves[s], u.alpha) for s, u in adapter.updates.items()})
     wanted = sum(nll_alone(trainer, documents, tracked)) / count
     wanted.backward()
     assert trainer.runner.losses.item() == pytest.approx(wanted.item(), rel=1e-5)

@@ -75,7 +75,7 @@ def weights_of(store, name):
 
 def make_trainer(recipes, reporter, run=None, dtype=torch.float32):
     base = load_base(recipes[0].base, Runtime(CPU, dtype))
-    domains = [TrainingSlot(r, prepare_data(r.data, base.tokenizer, reporter)) for r in recipes]
+    domains = [TrainingSlot(recipe=r, data=prepare_data(r.data, base.tokenizer, reporter)) for r in recipes]
     return Trainer(base, domains, reporter, run)
 
 

@@ -41,14 +41,14 @@ def test_round_trips_are_exact(base, settings):
 
 def test_ranks_that_differ_by_layer_survive(base):
     one, two = make_adapter(base.config, 1, LoraSettings(rank=2)), make_adapter(base.config, 1, LoraSettings(rank=5))
-    mixed = Adapter({site: (one if site.startswith("h.0") else two).updates[site] for site in one.updates})
+    mixed = Adapter(updates={site: (one if site.startswith("h.0") else two).updates[site] for site in one.updates})
     assert read(to_peft(mixed, "tiny", base.config), base.config).ranks == mixed.ranks
 
 
 @pytest.mark.parametrize("kept", ["h.0", "h.1", "h.1.mlp"])
 def test_adapters_of_some_layers_survive(base, kept):
     whole = make_adapter(base.config)
-    part = Adapter({site: update for site, update in whole.updates.items() if site.startswith(kept)})
+    part = Adapter(updates={site: update for site, update in whole.updates.items() if site.startswith(kept)})
     assert read(to_peft(part, "tiny", base.config), base.config).ranks == part.ranks
 
 
