@@ -12,9 +12,9 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError, UsageError
 from lora_gpt2.core.names import is_name
@@ -43,6 +43,8 @@ SAMPLING = (
     "length_penalty",
     "watermark",
 )
+"""The settings `generate.*` that a request may have, by the same names."""
+JSON_TYPES = {"logit_bias": dict[str, float]}  # whose keys JSON makes texts
 LOG = logging.getLogger("lora_gpt2.serving")
 PATH = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s'\";,()]+)+")
 """An absolute path inside a message."""
@@ -77,7 +79,16 @@ def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
     return ApiError(400 if error.exit_code in (2, 3) else 503, text, param)
 
 
-class CompletionBody(BaseModel):
+if TYPE_CHECKING:
+    SamplingFields = BaseModel
+else:
+    SamplingFields = create_model(
+        "SamplingFields",
+        **{n: (JSON_TYPES.get(n, GenerateSettings.model_fields[n].annotation) | None, None) for n in SAMPLING},
+    )
+
+
+class CompletionBody(SamplingFields):
     """The body of a completions request; numbers are numbers, not texts or truth values."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -95,18 +106,6 @@ class CompletionBody(BaseModel):
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
     suffix: str | None = None
     user: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
-    logit_bias: dict[str, float] | None = None
-    num_beams: int | None = None
-    length_penalty: float | None = None
-    watermark: bool | None = None
     truncate: Literal["left"] | None = None
 
 

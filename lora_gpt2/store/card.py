@@ -62,28 +62,33 @@ def build_card(manifest: Manifest, audits: Mapping[str, Any] | None = None) -> s
 
 
 def _build_head(manifest: Manifest) -> str:
-    """Returns the metadata; values are JSON, which is YAML too."""
-    import json
+    """Returns the metadata as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
 
-    head: dict[str, Any] = {
-        "base_model": manifest.base.name,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "gpt2", "lora-gpt2"],
-    }
-    if licence := manifest.recipe.get("license"):
-        head["license"] = str(licence).lower()
-    figures = manifest.figures
-    measured = [
-        {"type": "perplexity", "value": round(figures[key], 4), "name": f"perplexity on {what} text"}
+    figures, sources = manifest.figures, manifest.data.get("sources", [])
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=", ".join(sources) or "held-out text",
+            metric_type="perplexity",
+            metric_value=round(figures[key], 4),
+            metric_name=f"perplexity on {what} text",
+        )
         for key, what in (("test_perplexity", "test"), ("validation_perplexity", "validation"))
         if isinstance(figures.get(key), int | float)
     ]
-    if measured:
-        data = {"name": ", ".join(manifest.data.get("sources", [])) or "held-out text", "type": "text"}
-        result = {"task": {"type": "text-generation"}, "dataset": data, "metrics": measured}
-        head["model-index"] = [{"name": manifest.name, "results": [result]}]
-    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in head.items())
+    licence = manifest.recipe.get("license")
+    data = ModelCardData(
+        base_model=manifest.base.name,
+        library_name="peft",
+        license=str(licence).lower() if licence else None,
+        pipeline_tag="text-generation",
+        tags=["lora", "gpt2", "lora-gpt2"],
+        model_name=manifest.name if results else None,
+        eval_results=results or None,
+    )
+    return f"{data.to_yaml()}\n"
 
 
 def _list_figures(manifest: Manifest) -> Iterator[str]:
