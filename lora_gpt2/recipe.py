@@ -66,7 +66,7 @@ class DataSettings(Section):
     dataset_split: str = "train"
     """Split of a dataset on the hub, or of a saved one that has several."""
     max_documents: Annotated[int, Field(ge=0)] = 0
-    """Maximum number of documents to read; 0 = all."""
+    """Maximum number of documents to read of each split; 0 = all."""
     profile: Literal["prose", "code", "raw"] = "prose"
     """Set of cleaning rules: prose (for running text), code (leaves whitespace alone), raw (none)."""
     rules: dict[str, bool | str] = {}

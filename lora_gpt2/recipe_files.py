@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,20 +81,25 @@ def parse_value(key: str, value: str, where: str) -> Any:
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of the nested mapping with each `section.key=value` set."""
-    result: dict[str, Any] = {
-        key: dict(value or {}) if key in SECTIONS and isinstance(value, Mapping | None) else value
-        for key, value in values.items()
-    }
+    result = _copy_values(values)
     for text in overrides:
         path, value = parse_override(text)
-        node = result
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                known = suggest(".".join(path), list_keys())
-                raise RecipeError(f"--set {shorten(text)}: '{shorten(part)}' is not a section", known)
-        node[path[-1]] = value
+        _set_value(result, path, value, f"--set {shorten(text)}")
     return result
+
+
+def _copy_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a recipe's values; a section with nothing in it is an empty mapping."""
+    return {key: {} if key in SECTIONS and value is None else copy.deepcopy(value) for key, value in values.items()}
+
+
+def _set_value(values: dict[str, Any], path: Sequence[str], value: Any, where: str) -> None:
+    node = values
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"{where}: '{shorten(part)}' is not a section", suggest(".".join(path), list_keys()))
+    node[path[-1]] = value
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -143,16 +149,10 @@ def load_recipe(
 
 def set_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a copy of a recipe's values with those under dotted keys set; None and empty tuples are left out."""
-    result: dict[str, Any] = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()
-    }
+    result = _copy_values(values)
     for key, value in changes.items():
-        if value is None or value == ():
-            continue
-        section, _, name = key.partition(".") if "." in key else ("", "", key)
-        target = result.setdefault(section, {}) if section else result
-        if isinstance(target, dict):  # else `build_recipe` says what is wrong with the section
-            target[name] = value
+        if value is not None and value != ():
+            _set_value(result, key.split("."), value, key)
     return result
 
 

@@ -24,15 +24,13 @@ from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.to_transformers import build_merged_model, build_peft_model
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter
-from lora_gpt2.model.runtime import choose_runtime
+from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import GenerateSettings, Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import read_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FULL = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +280,7 @@ class Model:
         recipe = make_recipe(settings, "evaluate", keywords)
         source = to_source([texts] if isinstance(texts, str) else texts)
         clean = read_clean([source], recipe.data, self.reporter)
-        mix, session = self._parse(adapter), self._open_measuring(recipe.evaluate.dtype)
+        mix, session = self._parse(adapter), self._open_measuring(recipe)
         text = EvaluationText(label="text", documents=clean.documents, profile=recipe.data.profile, files=clean.files)
         sketches = read_mix_sketches(session.store, [mix] if set(mix.references).isdisjoint(self._in_memory) else [])
         (cell,) = measure_matrix(
@@ -304,7 +302,7 @@ class Model:
 
         Its tokenizer is in `folder`: `AutoTokenizer.from_pretrained(model.folder)`.
         """
-        mix, session = self._parse(adapter), self._open_measuring(FULL)
+        mix, session = self._parse(adapter), self._open(choose_runtime("float32"))
         adapters = [session.fetch(reference).adapter for reference in mix.references]
         weights = [weight for _, weight in mix]
         if merged or not mix:
@@ -343,17 +341,26 @@ class Model:
         store, fingerprint = self.session.store, self.session.base.fingerprint
         return [] if store is None else [manifest.name for manifest in store.list_for_base(fingerprint)]
 
-    def _open_measuring(self, dtype: str) -> Session:
-        """Returns a session to measure with: this one, unless its dtype was only chosen for speed."""
-        base, wanted = self.session.base, self.recipe.generate.dtype
-        is_packed = wanted == "float16" and base.runtime.device.type == "cpu"  # weights that only generate
-        chosen = choose_runtime(dtype if wanted == "auto" or is_packed or dtype == FULL else wanted)
-        if chosen == base.runtime and not is_packed:
+    def _open_measuring(self, recipe: Recipe) -> Session:
+        """Returns a session to measure with: in `evaluate.dtype` if it is set, else in what `load` was given."""
+        loaded = self.recipe.generate.dtype
+        given = "auto" if self._is_packed or "dtype" in recipe.evaluate.model_fields_set else loaded
+        return self._open(choose_runtime(recipe.evaluate.dtype if given == "auto" else given))
+
+    def _open(self, runtime: Runtime) -> Session:
+        """Returns a session in this runtime: the one that generates, if it is that."""
+        base = self.session.base
+        if runtime == base.runtime and not self._is_packed:
             return self.session
-        if self._measuring is None or self._measuring.base.runtime != chosen:
-            self._measuring = Session(load_base(base.name, chosen), self.session.store)
+        if self._measuring is None or self._measuring.base.runtime != runtime:
+            self._measuring = Session(load_base(base.name, runtime), self.session.store)
             _add_in_memory(self._measuring, self._in_memory)
         return self._measuring
+
+    @property
+    def _is_packed(self) -> bool:
+        """True if the weights are packed, and only generate: float16 on a CPU."""
+        return self.recipe.generate.dtype == "float16" and self.session.base.runtime.device.type == "cpu"
 
 
 def _add_in_memory(session: Session, adapters: Mapping[str, Adapter]) -> None:

@@ -71,10 +71,10 @@ def process_sources(
     )
     training = _iter_documents(splits["train"], settings, summary, log, "train")
     context = _build_context(settings, tokenizer, folder)
-    ahead = _read_ahead(training)
+    ahead, is_whole = _read_ahead(training)
     context = replace(context, boilerplate=_find_boilerplate([document for _, document in ahead], context))
     wants_split = any(not splits[p] and getattr(settings, f"{p}_fraction") for p in ("validation", "test"))
-    is_few = sum(not document.continues for _, document in ahead) < FEW_DOCUMENTS
+    is_few = is_whole and sum(not document.continues for _, document in ahead) < FEW_DOCUMENTS
     summary.is_sectioned = is_few and wants_split
     if summary.is_sectioned:
         context = replace(
@@ -177,7 +177,8 @@ def describe_cleaning(report: CleaningReport, documents: Sequence[Document], rej
     lines = []
     if rejected:
         reasons, total_rejected = _list_reasons(rejected), sum(rejected.values())
-        lines = [f"{total_rejected:,} of {len(documents):,} documents are set aside, as training does: {reasons}"]
+        count = len(documents) + rejected.get(UNREADABLE, 0)
+        lines = [f"{total_rejected:,} of {count:,} documents are set aside, as training does: {reasons}"]
     if abs(removed) > MENTIONED * total:
         rules = ", ".join(report.rules)
         hint = "--set data.profile=raw measures the text as it is"
@@ -210,17 +211,17 @@ def _iter_documents(
         yield split, item
 
 
-def _read_ahead(documents: Iterator[tuple[str, Document]]) -> list[tuple[str, Document]]:
-    """Returns the first documents, from which boilerplate is known, and whether there are only a few."""
+def _read_ahead(documents: Iterator[tuple[str, Document]]) -> tuple[list[tuple[str, Document]], bool]:
+    """Returns the first documents, from which boilerplate is known, and whether they are all."""
     ahead, characters = [], 0
     for split, document in documents:
         ahead.append((split, document))
         characters += len(document.text)
         if len(ahead) >= SAMPLE_DOCUMENTS or (characters >= SAMPLE_CHARACTERS and len(ahead) >= FEW_DOCUMENTS):
-            break
+            return ahead, False
         if characters >= 4 * SAMPLE_CHARACTERS:
-            break
-    return ahead
+            return ahead, False
+    return ahead, True
 
 
 def _iter_shards(documents: Iterable[tuple[str, Document]]) -> Iterator[Shard]:

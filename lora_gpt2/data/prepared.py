@@ -199,7 +199,7 @@ def _write_splits(
         if settings.layout == "packed" and split != "test":  # which is measured document by document, whole
             pack_blocks(staging, split, settings.block_size, tokenizer.eos_id, tokenizer.vocab_size)
         np.save(staging / f"{split}.signatures.npy", selection.signatures[names == split])
-    trained = [runs for runs, split in zip(selection.runs, selection.splits, strict=True) if split == "train"]
+    trained = [each for each, split in zip(selection.shingles, selection.splits, strict=True) if split == "train"]
     (staging / SKETCH).write_bytes(TextSketch.build(trained).to_bytes())
 
 

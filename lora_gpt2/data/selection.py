@@ -16,7 +16,7 @@ from lora_gpt2.data.dedup import NUM_HASHES, Signatures, find_near_duplicates
 from lora_gpt2.data.rejections import Rejections
 from lora_gpt2.data.shards import load_shard
 from lora_gpt2.data.split import split_keys
-from lora_gpt2.data.text_sketch import Runs
+from lora_gpt2.data.text_sketch import Shingles
 from lora_gpt2.recipe import DataSettings
 
 MAX_EXAMPLES = 3
@@ -30,7 +30,7 @@ class Selection:
     splits: list[str]
     lengths: NDArray[np.int64]
     signatures: Signatures
-    runs: list[Runs]
+    shingles: list[Shingles]
     read: int = 0
     kept: int = 0
     rejected: list[dict[str, Any]] = field(default_factory=list)
@@ -63,12 +63,14 @@ def select_documents(
     splits = [shard.split for shard in kept for _ in shard.origins]
     signatures = np.concatenate([shard.signatures for shard in kept]) if kept else np.zeros((0, NUM_HASHES), np.uint32)
     lengths = np.concatenate([shard.lengths for shard in kept]) if kept else np.zeros(0, np.int64)
-    runs = [run for shard in kept for run in np.split(shard.runs, np.cumsum(shard.num_runs)[:-1])]
+    shingles = [
+        each for shard in kept if shard.origins for each in np.split(shard.shingles, np.cumsum(shard.num_shingles)[:-1])
+    ]  # of a shard without documents, numpy would make one part
     result = Selection(
         splits=splits,
         lengths=lengths,
         signatures=signatures,
-        runs=runs,
+        shingles=shingles,
         has_prompts=any(shard.prompts.any() for shard in kept),
     )
     rejected = Rejections()

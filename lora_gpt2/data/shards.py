@@ -34,7 +34,7 @@ from lora_gpt2.data.dedup import Signatures, content_key, sign
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.rejections import Rejections
 from lora_gpt2.data.split import iter_sections
-from lora_gpt2.data.text_sketch import hash_runs
+from lora_gpt2.data.text_sketch import hash_shingles
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
@@ -79,7 +79,7 @@ class Shard:
 class ShardArrays:
     """What became of the documents of one shard that were kept; arrays are in their order.
 
-    `runs` are those of `training_text.hash_runs`, `num_runs` of each document.
+    `shingles` are those of `text_sketch.hash_shingles`, `num_shingles` of each document.
     """
 
     split: str
@@ -90,8 +90,8 @@ class ShardArrays:
     keys: NDArray[np.void]
     groups: NDArray[np.void]
     signatures: Signatures
-    runs: NDArray[np.uint32]
-    num_runs: NDArray[np.int64]
+    shingles: NDArray[np.uint32]
+    num_shingles: NDArray[np.int64]
     ids: NDArray[Any]
 
 
@@ -167,11 +167,14 @@ def clean_document(document: Document, context: ShardContext, report: CleaningRe
     """Returns a document with text and prompt cleaned; where a prompt stands before it, the space between stays."""
     if not document.prompt:
         return replace(document, text=_clean(document, context, report))
-    pieces = []
+    pieces, reports = [], []
     for text in (document.prompt, document.text):
         core = text.strip()
         begin = len(text) - len(text.lstrip())
-        pieces.append(f"{text[:begin]}{report.clean(core, context.rules_for(document))}{text[begin + len(core) :]}")
+        part = CleaningReport(whole=report.whole or report)
+        pieces.append(f"{text[:begin]}{part.clean(core, context.rules_for(document))}{text[begin + len(core) :]}")
+        reports.append(part)
+    report.add_parts(reports)
     return replace(document, prompt=pieces[0], text=pieces[1])
 
 
@@ -238,7 +241,7 @@ def _measure(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, A
     keys = [content_key(whole) for whole in wholes]
     groups = [content_key(d.prompt) if d.prompt else k for d, k in zip(documents, keys, strict=True)]
     lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
-    runs = [hash_runs(whole) for whole in wholes]
+    shingles = [hash_shingles(whole) for whole in wholes]
     tokens = chain.from_iterable(chain.from_iterable(zip(prompts, texts, strict=True)))
     return {
         "ids": np.fromiter(tokens, np.uint32, sum(lengths)),
@@ -247,8 +250,8 @@ def _measure(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, A
         "keys": np.frombuffer(b"".join(keys), dtype="V16"),
         "groups": np.frombuffer(b"".join(groups), dtype="V16"),
         "signatures": sign(wholes),
-        "runs": np.concatenate([np.zeros(0, np.uint32), *runs]),
-        "num_runs": np.array([len(run) for run in runs], dtype=np.int64),
+        "shingles": np.concatenate([np.zeros(0, np.uint32), *shingles]),
+        "num_shingles": np.array([len(each) for each in shingles], dtype=np.int64),
     }
 
 

@@ -1,10 +1,10 @@
 """Was a text trained on? A sketch of the training text that is kept with the adapter, and small.
 
-Runs of `WORDS` words, blind to case and punctuation, are hashed to 32 bits, and of each `WINDOW` neighbouring runs the
-smallest hash is kept ("winnowing", Schleimer et al. 2003, section 4). So a text of 40 words or more keeps the same
-runs wherever it stands, alone, in a section or in a book, and a document whose kept runs are mostly in the sketch was
-trained on. It takes about a quarter of a byte per word. Nobody can read the text in it, but whoever guesses eight
-words in a row can find out whether they were there.
+Shingles (runs of `WORDS` words, blind to case and punctuation) are hashed to 32 bits, and of each `WINDOW` neighbours
+the smallest hash is kept ("winnowing", Schleimer et al. 2003, section 4). So a text of 40 words or more keeps the same
+shingles wherever it stands, alone, in a section or in a book, and a document whose kept shingles are mostly in the
+sketch was trained on. It takes about a quarter of a byte per word. Nobody can read the text in it, but whoever guesses
+eight words in a row can find out whether they were there.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORDS, WINDOW = 8, 32
-SEEN_SHARE = 0.5  # of a document's kept runs
+SEEN_SHARE = 0.5  # of a document's kept shingles
 UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, kana, ideographs: a character is a word here
 WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
-Runs = NDArray[np.uint32]
+Shingles = NDArray[np.uint32]
 
 
-def hash_runs(text: str) -> Runs:
+def hash_shingles(text: str) -> Shingles:
     """Returns the hashes that are kept of a text: at least one, unless it holds no word."""
     words = WORD.findall(text.lower())
     if not words:
@@ -35,27 +35,28 @@ def hash_runs(text: str) -> Runs:
     for offset in range(min(WORDS, len(hashes))):
         mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + count]
     mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-    runs = (mixed >> np.uint64(32)).astype(np.uint32)
-    if len(runs) <= WINDOW:
-        return np.array([runs.min()], dtype=np.uint32)
-    kept: Runs = np.unique(np.lib.stride_tricks.sliding_window_view(runs, WINDOW).min(axis=1))
+    shingles = (mixed >> np.uint64(32)).astype(np.uint32)
+    if len(shingles) <= WINDOW:
+        return np.array([shingles.min()], dtype=np.uint32)
+    kept: Shingles = np.unique(np.lib.stride_tricks.sliding_window_view(shingles, WINDOW).min(axis=1))
     return kept
 
 
 @dataclass(frozen=True)
 class TextSketch:
-    """The kept runs of a training text, sorted."""
+    """The kept shingles of a training text, sorted; `is_whole` unless part of the training text is not known."""
 
-    runs: Runs
+    shingles: Shingles
+    is_whole: bool = True
 
     @classmethod
-    def build(cls, runs: Sequence[Runs]) -> TextSketch:
-        """Returns the sketch of some documents, given by their `hash_runs`."""
-        return cls(np.unique(np.concatenate(runs)) if runs else np.zeros(0, dtype=np.uint32))
+    def build(cls, shingles: Sequence[Shingles], is_whole: bool = True) -> TextSketch:
+        """Returns the sketch of some documents, given by their `hash_shingles`."""
+        return cls(np.unique(np.concatenate(shingles)) if shingles else np.zeros(0, dtype=np.uint32), is_whole)
 
     def to_bytes(self) -> bytes:
         """Returns the sketch as little-endian 32-bit numbers."""
-        return self.runs.astype("<u4").tobytes()
+        return self.shingles.astype("<u4").tobytes()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> TextSketch:
@@ -64,9 +65,9 @@ class TextSketch:
 
     def has_seen(self, text: str) -> bool:
         """True if a document was, for the most part, in the training text."""
-        runs = hash_runs(text)
-        return bool(len(runs)) and float(np.isin(runs, self.runs, assume_unique=True).mean()) > SEEN_SHARE
+        shingles = hash_shingles(text)
+        return bool(len(shingles)) and float(np.isin(shingles, self.shingles, assume_unique=True).mean()) > SEEN_SHARE
 
-    def count_seen(self, texts: Sequence[str]) -> int:
-        """Returns how many of some documents were in the training text."""
-        return sum(map(self.has_seen, texts))
+    def count_seen(self, texts: Sequence[str]) -> int | None:
+        """Returns how many of some documents were in the training text, at least; None if that cannot be said."""
+        return sum(map(self.has_seen, texts)) or (0 if self.is_whole else None)

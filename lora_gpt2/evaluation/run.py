@@ -191,12 +191,15 @@ def measure_cells(
 
 
 def read_mix_sketches(store: Store | None, mixes: Sequence[Mix]) -> dict[str, TextSketch]:
-    """Returns what tells whether an adapter of a mix was trained on a text; of those mixes for which it is known."""
+    """Returns what tells whether an adapter of a mix was trained on a text.
+
+    Of those mixes for which it is known; where only some adapters of a mix have a sketch, theirs is not the whole.
+    """
     if store is None:
         return {}
     found = {mix: [read_sketch(store, reference) for reference in mix.references] for mix in mixes}
     return {
-        str(mix): TextSketch.build([sketch.runs for sketch in sketches if sketch])
+        str(mix): TextSketch.build([sketch.shingles for sketch in sketches if sketch], is_whole=all(sketches))
         for mix, sketches in found.items()
         if any(sketches)
     }

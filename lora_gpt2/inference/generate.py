@@ -88,25 +88,29 @@ def encode_prompt(
     Raises `UsageError` if the prompt leaves no room, unless `truncate_left` drops its beginning.
     """
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    if len(ids) >= context:
-        if not truncate_left:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, which leaves no room for a continuation in a context of {context}",
-                "shorten it, or use --truncate left to keep its end",
-            )
-        ids = ids[-keep_tokens(context, settings) :]
-    return ids, min(settings.max_new_tokens, context - len(ids))
+    if len(ids) >= context and not truncate_left:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, which leaves no room for a continuation in a context of {context}",
+            "shorten it, or use --truncate left to keep its end",
+        )
+    return fit_prompt(ids, settings.max_new_tokens, context, truncate_left)
 
 
-def keep_tokens(context: int, settings: GenerateSettings) -> int:
-    """Returns how many tokens of a prompt that is too long are kept: all but `max_new_tokens`, at least half."""
-    return max(context // 2, context - settings.max_new_tokens)
+def fit_prompt(ids: list[int], max_new_tokens: int, context: int, truncate_left: bool) -> tuple[list[int], int]:
+    """Returns the token ids of a prompt that are kept, and how many may follow.
+
+    With `truncate_left` the prompt loses its beginning until `max_new_tokens` have room, or half of the context is its
+    own; else the continuation gets what is left of the context.
+    """
+    if truncate_left and len(ids) + max_new_tokens > context:
+        ids = ids[-min(len(ids), max(context // 2, context - max_new_tokens)) :]
+    return ids, min(max_new_tokens, context - len(ids))
 
 
 def count_dropped(base: Base, prompt: str, settings: GenerateSettings) -> int:
     """Returns how many tokens of a prompt `truncate_left` drops."""
-    length, context = len(base.tokenizer.encode(prompt)), base.config.n_positions
-    return length - keep_tokens(context, settings) if length >= context else 0
+    ids = base.tokenizer.encode(prompt)
+    return len(ids) - len(fit_prompt(ids, settings.max_new_tokens, base.config.n_positions, truncate_left=True)[0])
 
 
 def generate(
@@ -224,7 +228,9 @@ def iter_pieces(
     while engine.is_busy:
         outputs = engine.step()
         if stop is not None and stop.signal_number:
-            outputs += [(sequence, "") for sequence in engine.stop_all("interrupted")]
+            shown = {sequence.index for sequence, _ in outputs}
+            stopped = engine.stop_all("interrupted")
+            outputs += [(sequence, "") for sequence in stopped if sequence.index not in shown]
         for sequence, text in outputs:
             request, origin = requests[sequence.index], provenance[sequence.index]
             yield sequence.index, text, _to_output(request, sequence, origin) if sequence.finish_reason else None

@@ -7,6 +7,7 @@ continues it. Every line that begins with a slash is a command; `Repl.run` does 
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -72,6 +73,8 @@ class Repl:
     log: LocalLog
     on_text: OnText
     mix: Mix = field(default_factory=Mix)
+    """What continues the text, as it was named; `/scale` multiplies its weights by `scale`."""
+    scale: float = 1.0
     text: str = ""
     is_over: bool = False
     num_tokens: int = 0
@@ -82,7 +85,12 @@ class Repl:
     @property
     def name(self) -> str:
         """What continues the text now: `base`, an adapter, a mix."""
-        return str(self.mix)
+        return str(self.scaled_mix)
+
+    @property
+    def scaled_mix(self) -> Mix:
+        """The mix with its weights scaled."""
+        return Mix((name, weight * self.scale) for name, weight in self.mix)
 
     def list_adapters(self) -> list[str]:
         """Returns the names of the adapters of this base."""
@@ -120,7 +128,7 @@ class Repl:
             raise UsageError("there is no text yet", "type its beginning")
         before, prompt = self.text, self.text + typed
         self.seed += 1
-        (output,) = self._write(prompt, [self.mix], self.seed, self.on_text)
+        (output,) = self._write(prompt, [self.scaled_mix], self.seed, self.on_text)
         self.text = prompt + output.text
         self._steps.append(_Step(before, typed))
         notes = {"interrupted": "stopped; what was written is kept", "stop": "the text ends here"}
@@ -154,11 +162,11 @@ class Repl:
             raise UsageError("name an adapter", usage)
         mix = Mix.parse(specs)
         self.session.load(self.session.resolve(mix).references)
-        self.mix = mix
+        self.mix, self.scale = mix, 1.0
         return f"{self.name} continues"
 
     def _do_base(self, rest: str) -> str:
-        self.mix = Mix()
+        self.mix, self.scale = Mix(), 1.0
         return "the base continues"
 
     def _do_scale(self, rest: str) -> str:
@@ -168,7 +176,8 @@ class Repl:
             factor = math.nan
         if not self.mix or not math.isfinite(factor):
             raise UsageError("/scale multiplies the weights of the adapter in use", "/use NAME, then /scale 0.5")
-        self.mix = Mix.parse([f"{name}:{weight * factor:g}" for name, weight in self.mix])
+        Mix.parse([f"{name}:{weight * factor!r}" for name, weight in self.mix])  # refuses weights that are too large
+        self.scale = factor
         return f"{self.name} continues"
 
     def _do_compare(self, rest: str) -> str:
@@ -182,7 +191,7 @@ class Repl:
         if not rest:
             shown = self.settings.model_dump(mode="json")
             return "\n".join(f"{key} {value}" for key, value in shown.items())
-        key, _, value = rest.replace("=", " ", 1).partition(" ")
+        key, value = (*re.split(r"[=\s]", rest, maxsplit=1), "")[:2]
         key = key.removeprefix("generate.")
         if key == "seed":
             self.seed = int(value) - 1 if value.strip().isdecimal() else self.seed

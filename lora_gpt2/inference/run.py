@@ -109,7 +109,7 @@ def generate_prompt(
     ]
     requests = guard(requests) if guard is not None else requests
     outputs = generate_all(session, requests, recipe.generate, on_text=on_text, stop=stop, truncate_left=truncate_left)
-    dropped = count_dropped(session.base, prompt, recipe.generate)
+    dropped = count_dropped(session.base, prompt, recipe.generate) if truncate_left else 0
     return Generation(outputs=outputs, base=session.base.name, choice=choice, dropped=dropped)
 
 
@@ -146,10 +146,10 @@ def generate_prompts(
     """
     check_output(out)
     requests: Sequence[Request] = read_prompts(prompts, Mix.parse(adapters), seed)
-    names = [name for request in requests for name, _ in request.mix]
+    names = list(dict.fromkeys(name for request in requests for name, _ in request.mix))
     session, _ = open_session(store, names, recipe, recipe.generate.dtype)
     requests = guard(requests) if guard is not None else requests
     done = generate_file(session, requests, out, recipe.generate, stop, reporter=reporter, truncate_left=truncate_left)
     if disclose:
-        write_disclosure(out, session.base.name, list(dict.fromkeys(names)))
+        write_disclosure(out, session.base.name, names)
     return FileGeneration(path=str(out), prompts=len(requests), done=done)

@@ -197,7 +197,7 @@ def _join_sketches(session: Session, parents: Parents) -> dict[str, bytes]:
     found = read_sketches(session.store, references)
     if len(found) < len(references):
         return {}
-    return {SKETCH: TextSketch.build([sketch.runs for sketch in found.values()]).to_bytes()}
+    return {SKETCH: TextSketch.build([sketch.shingles for sketch in found.values()]).to_bytes()}
 
 
 def check_deltas(parents: Parents, rule: MergeRule) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,9 +28,7 @@ from starlette.staticfiles import StaticFiles
 from lora_gpt2.core.errors import BusyError, EngineFailed, LoraGpt2Error
 from lora_gpt2.inference.generate import describe_provenance
 from lora_gpt2.inference.history import LocalLog
-from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
-from lora_gpt2.inference.slots import LoadedAdapter
 from lora_gpt2.rating.votes import check_vote
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.metrics import Metrics
@@ -43,6 +41,7 @@ from lora_gpt2.serving.protocol import (
     parse_body,
     parse_json,
     parse_model,
+    parse_names,
     translate_error,
 )
 from lora_gpt2.serving.request import CompletionRequest, EventStream
@@ -245,24 +244,30 @@ class Server:
 
     async def load_adapter(self, request: Request) -> Response:
         """POST /v1/adapters/load {"name": ...}: brings an adapter into a slot before it is asked for."""
-        _, loaded = await self._read_admin_model(request)
+        _, loaded = await run_in_threadpool(fetch_model, await self._read_admin_name(request), self.session)
         await self._call(lambda: self.session.slots.load(loaded))
         return JSONResponse({"loaded": [label_of(name) for name in loaded]})
 
     async def unload_adapter(self, request: Request) -> Response:
         """POST /v1/adapters/unload {"name": ...}: frees its slot; 409 while it is in use."""
-        mix, _ = await self._read_admin_model(request)
-        dropped = await self._call(lambda: [name for name, _ in mix if self.session.slots.evict(name)])
+        named = parse_names(await self._read_admin_name(request))
+        dropped = await self._call(lambda: self._evict(named))
         if not dropped:
             raise ApiError(409, "the adapter is in use, or not loaded", "name")
         return JSONResponse({"unloaded": [label_of(name) for name in dropped]})
 
-    async def _read_admin_model(self, request: Request) -> tuple[Mix, dict[str, LoadedAdapter]]:
+    def _evict(self, named: Sequence[str]) -> list[str]:
+        """Frees the slots of names and versions; a name is every version of it that is loaded, wherever it is now."""
+        slots = self.session.slots
+        found = [ref for ref in slots.references if {label_of(ref), label_of(ref).partition("@")[0]} & set(named)]
+        return [reference for reference in found if slots.evict(reference)]
+
+    async def _read_admin_name(self, request: Request) -> str:
         self._check_admin(request)
         name = parse_json(await self.read_body(request)).get("name")
         if not isinstance(name, str):
             raise ApiError(400, "name is an adapter, or name@version", "name")
-        return await run_in_threadpool(fetch_model, name, self.session)
+        return name
 
     def _check_admin(self, request: Request) -> None:
         key = self.access.admin_key

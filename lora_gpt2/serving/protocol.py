@@ -20,14 +20,13 @@ from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError, 
 from lora_gpt2.core.names import is_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
-from lora_gpt2.inference.generate import keep_tokens
+from lora_gpt2.inference.generate import fit_prompt
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import LoadedAdapter
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.worker import StepOutput
-from lora_gpt2.store.references import BASE
 
 SAMPLING = (
     "temperature",
@@ -207,12 +206,18 @@ def parse_model(model: str, session: Session) -> Mix:
 
     Raises `ApiError` 404 for a name without adapter.
     """
-    names = model.split("+")
-    if len(names) > MAX_MIX:
-        raise ApiError(400, f"a mix of {len(names)} adapters, at most {MAX_MIX} are allowed", "model")
     is_own = model == session.base.name and not (session.store and is_name(model) and session.store.has_adapter(model))
     with _model_errors():
-        return session.resolve(Mix() if model == BASE or is_own else Mix.parse(names))
+        mix = Mix() if is_own else Mix.parse(model)
+        if len(mix) > MAX_MIX:
+            raise ApiError(400, f"a mix of {len(mix)} adapters, at most {MAX_MIX} are allowed", "model")
+        return session.resolve(mix)
+
+
+def parse_names(model: str) -> list[str]:
+    """Returns the names and versions that `model` mixes; raises `ApiError` 404 for what is no name."""
+    with _model_errors():
+        return Mix.parse(model).references
 
 
 def fetch_model(model: str, session: Session) -> tuple[Mix, dict[str, LoadedAdapter]]:
@@ -282,8 +287,6 @@ def _fit_prompt(
             raise ApiError(400, f"token ids are below {tokenizer.vocab_size}", "prompt")
     ids = ids or [tokenizer.eos_id]
     wanted = 0 if body.max_tokens == 0 else settings.max_new_tokens
-    if body.truncate and len(ids) + wanted > context:
-        ids = ids[-min(len(ids), keep_tokens(context, settings)) :]
     asked = wanted if body.max_tokens is not None else 1
     if len(ids) + asked > context and not body.truncate:
         raise ApiError(
@@ -293,7 +296,7 @@ def _fit_prompt(
             "prompt",
             "context_length_exceeded",
         )
-    return ids, min(wanted, context - len(ids))
+    return fit_prompt(ids, wanted, context, truncate_left=bool(body.truncate))
 
 
 class CompletionChoice:

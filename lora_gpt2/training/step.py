@@ -95,7 +95,7 @@ class StepRunner:
         self.scale = GradScaler(bank.num_slots, device) if model.wte.weight.dtype == torch.float16 else None
         self.losses = torch.zeros(bank.num_slots, device=device)
         self.stats = torch.zeros(3, bank.num_slots, device=device)
-        self.num_runs: dict[tuple[object, ...], int] = {}
+        self.num_calls: dict[tuple[object, ...], int] = {}
         self.graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[MicroBatch], SlotHyperparams]] = {}
 
     def run(self, batches: list[MicroBatch], hyperparams: SlotHyperparams) -> Tensor:
@@ -108,8 +108,8 @@ class StepRunner:
         if device.type != "cuda" or self.world.size > 1 or any(batch.is_random for batch in batches):
             self.compute(batches, hyperparams)
             return self.stats
-        self.num_runs[key] = self.num_runs.get(key, 0) + 1
-        if self.num_runs[key] <= WARM_UP:
+        self.num_calls[key] = self.num_calls.get(key, 0) + 1
+        if self.num_calls[key] <= WARM_UP:
             torch.cuda.synchronize()  # CUDA wants some steps on another stream before it records one
             with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
                 self.compute(batches, hyperparams)

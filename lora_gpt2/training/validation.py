@@ -33,13 +33,18 @@ def measure_blocks(
     batch_tokens: int = 4096,
     on_tokens: OnTokens = lambda tokens: None,
 ) -> float:
-    """Returns the mean NLL in nats per target over the first `max_tokens` tokens of the blocks (None: all)."""
+    """Returns the mean NLL in nats per target over the first `max_tokens` tokens of the blocks (None: all).
+
+    Where none of them is a target, as in long prompts, it goes on to the first batch that has some.
+    """
     size, device = blocks.block_size, base.runtime.device
     count = blocks.num_blocks if max_tokens is None else min(blocks.num_blocks, max(1, max_tokens // size))
     batch_size = max(1, batch_tokens // size)
     total, num_targets = 0.0, 0
-    for start in range(0, count, batch_size):
-        batch = blocks.read(range(start, min(start + batch_size, count)))
+    for start in range(0, blocks.num_blocks, batch_size):
+        if start >= count and num_targets:
+            break
+        batch = blocks.read(range(start, min(start + batch_size, count if start < count else blocks.num_blocks)))
         inputs, targets = (torch.from_numpy(side).to(device) for side in (batch.inputs, batch.targets))
         positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(device)
         nll = token_nll(base.model, inputs, targets.flatten(), adapters, positions=positions)

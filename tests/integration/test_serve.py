@@ -762,3 +762,21 @@ def test_the_pages_files_are_served_and_belong_together(port):
     }
     assert fields <= set(CompletionBody.model_fields)
     assert all(field in code for field in fields)
+
+
+def test_a_model_is_any_mix_that_the_command_line_takes(port):
+    for model in ("law:+0.6+code:0.4", "law:6e-1+code:4e-1", "law:0.6+code:0.4"):
+        status, _, answer = ask_completion(port, model=model, max_tokens=2)
+        assert (status, [row["adapter"] for row in answer["provenance"]["adapters"]]) == (200, ["law@1", "code@1"])
+
+
+def test_an_adapter_is_unloaded_whatever_became_of_it_in_the_store(port, base, trained):
+    admin = {"Authorization": "Bearer adm"}
+    assert ask(port, "/v1/adapters/load", {"name": "law"}, admin)[0] == 200
+    publish_adapter(trained, "law", make_adapter(base.config, 9), base, Origin())
+    assert ask(port, "/v1/adapters/unload", {"name": "law"}, admin)[2] == {"unloaded": ["law@1"]}
+    assert ask(port, "/v1/adapters/load", {"name": "law"}, admin)[2] == {"loaded": ["law@2"]}
+    assert ask(port, "/v1/adapters/unload", {"name": "law@1"}, admin)[0] == 409
+    remove_adapter(trained, "law")
+    assert ask(port, "/v1/adapters/unload", {"name": "law"}, admin)[2] == {"unloaded": ["law@2"]}
+    assert ask(port, "/v1/adapters/unload", {"name": "nobody"}, admin)[0] == 409

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class RuleReport:
 
 @dataclass
 class CleaningReport:
-    """What cleaning did to a set of documents; `personal` counts the documents in which each kind was found.
+    """What cleaning did to a set of documents; `pii` counts the documents in which each kind was found.
 
     `whole` is the report that this one will be added to, whose examples need no more.
     """
@@ -61,6 +61,16 @@ class CleaningReport:
                 report.examples.append(_show_change(before, after))
         return after
 
+    def add_parts(self, parts: Sequence[CleaningReport]) -> None:
+        """Adds what was done to the parts of one document, which counts once for each rule and kind."""
+        for name in dict.fromkeys(name for part in parts for name in part.rules):
+            found = RuleReport()
+            for part in parts:
+                found.add(part.rules.get(name, RuleReport()))
+            found.documents = 1
+            self.rules.setdefault(name, RuleReport()).add(found)
+        self.pii.update({kind for part in parts for kind in part.pii})
+
     def add(self, other: CleaningReport) -> None:
         """Adds what was done elsewhere."""
         for name, rule in other.rules.items():
@@ -75,7 +85,7 @@ class CleaningReport:
     def from_json(cls, values: Mapping[str, Any]) -> CleaningReport:
         """Returns the report that `to_json` wrote."""
         rules = {name: RuleReport(**rule) for name, rule in values["rules"].items()}
-        return cls(rules, Counter(values["pii"]))
+        return cls(rules=rules, pii=Counter(values["pii"]))
 
 
 def _show_change(before: str, after: str) -> dict[str, str]:

@@ -119,9 +119,10 @@ def iter_lines(file: BufferedReader, where: str, errors: str, encoding: str = "a
     chosen = mark if encoding == "auto" else check_encoding(encoding)
     if mark == chosen:
         file.read(length)
-    if chosen in (None, "utf-8"):
-        head = file.peek(PEEKED)
-        raw = _iter_old_lines(file, where) if b"\r" in head and b"\n" not in head else _iter_raw_lines(file, where)
+    head = file.peek(PEEKED)
+    is_old = b"\r" in head and b"\n" not in head
+    if chosen is None or (chosen == "utf-8" and encoding == "auto"):
+        raw = _iter_old_lines(file, where) if is_old else _iter_raw_lines(file, where)
         yield from _decode_lines(raw, where, errors, length)
         return
     decoder = codecs.getincrementaldecoder(chosen)(errors)
@@ -134,7 +135,7 @@ def iter_lines(file: BufferedReader, where: str, errors: str, encoding: str = "a
         except UnicodeError as error:  # UTF-16 without the mark it should begin with
             raise _refuse(where, offset, chosen, piece[:4]) from error
         offset += len(piece)
-        *lines, pending = pending.split("\n")
+        *lines, pending = pending.split("\r" if is_old else "\n")
         yield from (_join_surrogates(f"{line}\n", where, errors) for line in lines)
         if len(pending) > MAX_LINE_BYTES:
             raise _refuse_line(where)

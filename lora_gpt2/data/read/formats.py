@@ -25,6 +25,7 @@ from lora_gpt2.data.read.layouts import is_usual, read_columns
 from lora_gpt2.data.read.records import (
     FIELD_HINT,
     FIX_HINT,
+    PLACEHOLDER,
     Document,
     Reading,
     build_documents,
@@ -264,23 +265,35 @@ def _read_json(file: BufferedReader, where: str, settings: DataSettings, log: Re
 
 
 def _read_value(value: Any, where: str, settings: DataSettings, log: ReadingLog) -> Reading:
-    first = settings.text_field.partition(".")[0]
     if isinstance(value, dict) and (rows := read_columns(value)) is not None:
         log.note(f"{where}: a table of {len(rows)} rows, as pandas writes it")
         value = rows
-    is_record = settings.template or settings.prompt or (isinstance(value, dict) and (first in value or is_pair(value)))
-    is_record = is_record or (isinstance(value, dict) and is_free(settings) and is_usual(value))
-    if isinstance(value, dict) and not is_record:
+    if isinstance(value, dict) and not _is_record(value, settings):
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:
             known = ", ".join(sorted(value)[:8]) or "none"
-            raise DataError(f"{where}: no field '{settings.text_field}' (found: {known})", FIELD_HINT)
+            missing = " or ".join(f"'{name}'" for name in _list_fields(settings) if name not in value)
+            raise DataError(f"{where}: no field {missing} (found: {known})", FIELD_HINT)
         value = value[lists[0]]
     if isinstance(value, list):
         for number, item in enumerate(value, start=1):
             yield from build_documents(item, f"{where}:[{number}]", settings, log.note)
     else:
         yield from build_documents(value, where, settings, log.note)
+
+
+def _is_record(value: dict[str, Any], settings: DataSettings) -> bool:
+    """True for an object that is a document itself; else it holds the list of them."""
+    if all(name in value for name in _list_fields(settings)) or (is_pair(value) and not settings.template):
+        return True
+    return is_free(settings) and is_usual(value)
+
+
+def _list_fields(settings: DataSettings) -> list[str]:
+    """Returns the top-level fields that the settings take a document from."""
+    templates = [settings.template] if settings.template else [f"{{{settings.text_field}}}"]
+    names = [name for text in [settings.prompt, *templates] for name in PLACEHOLDER.findall(text)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def _read_json_lines(file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog) -> Reading:
@@ -351,7 +364,7 @@ def _read_header(row: list[str], where: str, settings: DataSettings) -> list[str
     """
     if not settings.header:
         names = [str(number) for number in range(1, len(row) + 1)]
-        if settings.text_field == "text" and len(row) > 1 and not settings.template and not settings.prompt:
+        if is_free(settings) and len(row) > 1:
             raise DataError(
                 f"{where}: {len(row)} columns without names", "name one by its number: --set data.text_field=1"
             )

@@ -13,6 +13,7 @@ from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.read.layouts import Note, recognise_record
 from lora_gpt2.recipe import DataSettings
 
+USUAL_FIELD = "text"
 PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 FIELD_HINT = "name it with --set data.text_field=NAME, or build it with --set data.template='{a} {b}'"
 FIX_HINT = "fix or remove it, or set it aside with --skip-bad"
@@ -80,8 +81,11 @@ def build_documents(record: Any, where: str, settings: DataSettings, note: Note 
 
 
 def is_free(settings: DataSettings) -> bool:
-    """True if the settings do not say how a record becomes a document."""
-    return not settings.template and not settings.prompt and "text_field" not in settings.model_fields_set
+    """True if the settings do not say how a record becomes a document: they name no field but the usual one.
+
+    This is a question of values, not of what was typed, so that stored settings read text as they did in training.
+    """
+    return not settings.template and not settings.prompt and settings.text_field == USUAL_FIELD
 
 
 def is_pair(record: dict[str, Any]) -> bool:

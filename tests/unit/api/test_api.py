@@ -13,7 +13,7 @@ from lora_gpt2.api.arguments import make_recipe, to_source, to_sources
 from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, RecipeError, UsageError
 from lora_gpt2.data.read.texts import keep_texts
 from lora_gpt2.model.scoring import token_nll
-from lora_gpt2.recipe_files import EVERYDAY
+from lora_gpt2.recipe_files import EVERYDAY, load_recipe, set_values
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import export_adapter
 from tests.builders import make_text
@@ -325,3 +325,26 @@ def run_command(base_folder):
         return json.loads(result.stdout)
 
     return run
+
+
+def test_settings_of_any_depth_are_those_of_the_command_line():
+    deep = make_recipe({"data.rules.urls": "mask", "generate.logit_bias.5": -1.0}, "train", {})
+    assert deep == load_recipe(None, ["data.rules.urls=mask", "generate.logit_bias.5=-1.0"])
+    given = {"data": {"rules": {"urls": "off"}}}
+    assert set_values(given, {"data.rules.spaces": "off"})["data"]["rules"] == {"urls": "off", "spaces": "off"}
+    assert given == {"data": {"rules": {"urls": "off"}}}, "what was passed stays as it was"
+
+
+def test_a_text_is_measured_in_the_dtype_that_was_asked_for(law, base_folder, texts):
+    found = {}
+    for dtype in ("auto", "float32", "bfloat16", "float16"):
+        model = lg.load(str(base_folder), adapters=["law"], dtype=dtype, progress=False)
+        for settings in (None, {"evaluate.dtype": "bfloat16"}):
+            found[dtype, bool(settings)] = model.perplexity(texts, "law", window=32, settings=settings).dtype
+    assert {key: value for key, value in found.items() if not key[1]} == {
+        ("auto", False): "float32",
+        ("float32", False): "float32",
+        ("bfloat16", False): "bfloat16",
+        ("float16", False): "float32",  # whose weights only generate on a CPU
+    }
+    assert {value for key, value in found.items() if key[1]} == {"bfloat16"}

@@ -7,10 +7,12 @@ import pytest
 
 from lora_gpt2.core.errors import DataError, Interrupted, ResourceError
 from lora_gpt2.data import pipeline, shards
+from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.clean.report import build_report_page
 from lora_gpt2.data.dedup import sign
 from lora_gpt2.data.inspect import iter_documents, preview_documents, write_texts
 from lora_gpt2.data.prepared import describe_amount, describe_preparation, measure_overlaps, prepare_data
+from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import DataSettings
 from tests.builders import make_text
@@ -312,3 +314,63 @@ def test_too_little_text_is_said_plainly():
     )
     assert "too little for the content" in describe_amount(100_000)
     assert describe_amount(200_000) == ""
+
+
+def test_settings_read_from_a_manifest_read_text_as_they_did_in_training(tokenizer, tmp_path, reporter):
+    """What is recognised in records depends on values, which are stored, and not on which of them were typed."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"instruction": f"say {n}", "output": f"the cat {n} and the dog {n}"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    typed = settings_for(path)
+    stored = DataSettings.model_validate_json(typed.model_dump_json())
+    first = prepare_data(typed, tokenizer, reporter, tmp_path / "one")
+    again = prepare_data(stored, tokenizer, reporter, tmp_path / "two")
+    assert again.fingerprint == first.fingerprint
+    assert again.train.stream.tolist() == first.train.stream.tolist()
+
+
+@pytest.mark.parametrize("content", ["", "  \n"])
+def test_a_split_without_documents_leaves_the_others_as_they_are(tokenizer, text_file, tmp_path, reporter, content):
+    (tmp_path / "v.jsonl").write_text(make_text(10, seed=2))
+    (tmp_path / "empty.txt").write_text(content)
+    given = {"validation": (str(tmp_path / "v.jsonl"),), "test": (str(tmp_path / "empty.txt"),)}
+    prepared = prepare_data(settings_for(text_file, **given), tokenizer, reporter)
+    assert prepared.report["documents"] == {"train": 80, "validation": 10, "test": 0}
+
+
+def test_long_documents_are_few_only_if_they_are_all(tokenizer, tmp_path, reporter, monkeypatch):
+    """Sections of one book would land on both sides of a split; only where there is little else are books cut."""
+    monkeypatch.setattr(pipeline, "SAMPLE_CHARACTERS", 3000)
+    generator, words = (
+        random.Random(1),
+        ["the", "cat", "sat", "in", "rain", "sun", "dog", "and", "house", "tree", "said", "of", "was", "it", "with"],
+    )
+    for number in range(30):
+        paragraphs = [" ".join(generator.choices(words, k=40)) for _ in range(12)]
+        (tmp_path / f"{number}.txt").write_text(f"book {number}\n\n" + "\n\n".join(paragraphs))
+    prepared = prepare_data(settings_for(tmp_path), tokenizer, reporter)
+    assert sum(prepared.report["documents"].values()) == 30
+    few = tmp_path / "few"
+    few.mkdir()
+    for number in range(3):
+        (tmp_path / f"{number}.txt").rename(few / f"{number}.txt")
+    prepared = prepare_data(settings_for(few), tokenizer, reporter)
+    assert sum(prepared.report["documents"].values()) > 3, "three books are cut"
+
+
+def test_a_pair_counts_as_one_document_wherever_a_rule_found_something(tokenizer, tmp_path, reporter):
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"mail\u200b me{n}@a.org ", "completion": f"or\u200b you{n}@a.org, the cat said"} for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = prepare_data(settings_for(path), tokenizer, reporter).report
+    assert report["pii"] == {"email": 40}
+    assert report["rules"]["control"]["documents"] == 40
+    assert report["rules"]["control"]["characters_removed"] == 80
+
+
+def test_what_could_not_be_read_counts_among_the_documents():
+    documents = [Document(text, "a.jsonl") for text in ("one", "two")]
+    (line,) = pipeline.describe_cleaning(CleaningReport(), documents, {pipeline.UNREADABLE: 5})
+    assert line.startswith("5 of 7 documents are set aside")

@@ -3,7 +3,7 @@ import torch
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import StopRequest
-from lora_gpt2.inference.generate import Request, encode_prompt, generate
+from lora_gpt2.inference.generate import Request, encode_prompt, fit_prompt, generate, iter_outputs
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.prepacked import prepack_weights
@@ -182,3 +182,25 @@ def test_merged_weights_write_the_same_and_leave_the_base_alone(session, base):
         compute_logits(session.merge_into_base(mix).base), compute_logits(base, session.select(mix))
     )
     assert 0 < difference < 0.02, "packed weights are merged into, and rounded once more"
+
+
+def test_a_stop_ends_each_continuation_once(session):
+    stop = StopRequest()
+    seen = []
+
+    def interrupt(index, piece):
+        stop.signal_number = 2
+
+    requests = [Request("the cat", law(), n) for n in range(3)]
+    for index, output in iter_outputs(session, requests, SETTINGS, on_text=interrupt, stop=stop):
+        seen.append((index, output.finish_reason))
+    assert sorted(seen) == [(0, "interrupted"), (1, "interrupted"), (2, "interrupted")]
+
+
+@pytest.mark.parametrize("length", [1, 30, 36, 37, 47, 48, 100])
+def test_truncating_makes_room_for_what_was_asked_for(length):
+    ids = list(range(length))
+    kept, budget = fit_prompt(ids, 12, 48, truncate_left=True)
+    assert (kept, budget) == (ids[-36:], 12)
+    assert fit_prompt(ids[:47], 12, 48, truncate_left=False) == (ids[:47], min(12, 48 - min(length, 47)))
+    assert fit_prompt(ids, 40, 48, truncate_left=True)[0] == ids[-max(24, 8) :], "half of the context is the prompt's"

@@ -65,6 +65,8 @@ def test_text_is_continued_and_every_step_can_be_taken_back(repl):
 def test_mixes_scales_and_the_base(repl):
     assert repl.run("/mix law:0.6 code:0.4") == "law:0.6+code:0.4 continues"
     assert repl.run("/scale 0.5") == "law:0.3+code:0.2 continues"
+    assert repl.run("/scale 0") == "law:0+code:0 continues"
+    assert repl.run("/scale 1") == "law:0.6+code:0.4 continues", "as it was named"
     assert repl.run("/base") == "the base continues"
     assert repl.name == "base"
     with pytest.raises(UsageError, match="/scale"):
@@ -217,3 +219,10 @@ def test_a_retry_that_cannot_be_made_loses_nothing(repl, tmp_path):
     assert repl.text == text
     repl.run("/undo")
     assert repl.text == "a long story"
+
+
+def test_a_value_may_hold_what_stands_between_key_and_value(repl):
+    repl.run('/set stop ["a=b", "c d"]')
+    assert repl.settings.stop == ("a=b", "c d")
+    repl.run('/set stop=["a=b"]')
+    assert repl.settings.stop == ("a=b",)

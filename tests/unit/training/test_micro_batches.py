@@ -1,6 +1,7 @@
 """From blocks to passes: what a row's seed is a function of, and documents that do not see each other."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -173,3 +174,16 @@ def test_packed_text_is_measured_document_by_document(base_folder, short_texts, 
 def test_in_layout_concat_documents_see_what_stands_before_them(base_folder, short_texts, reporter):
     passes, _ = make_trainer([packed_recipe(base_folder, short_texts, "concat")], reporter).micro_batches.build([0], 0)
     assert all(each.positions is None for each in passes)
+
+
+def test_prompts_longer_than_what_is_measured_are_no_division_by_zero(base_folder, tmp_path, reporter):
+    rows = [{"prompt": f"{n} the cat and the dog {n} " * 20, "completion": f"sun {n}"} for n in range(30)]
+    source = tmp_path / "long.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = packed_recipe(base_folder, source, "concat")
+    data = recipe.data.model_copy(update={"near_duplicate_threshold": 0.0})
+    trainer = make_trainer([recipe.model_copy(update={"data": data})], reporter)
+    blocks = trainer.slots[0].data.validation
+    assert not (blocks.read(range(1)).targets != IGNORE).any(), "the first block has no target"
+    found = measure_blocks(trainer.base, blocks, None, max_tokens=1, batch_tokens=32)
+    assert math.isfinite(found)

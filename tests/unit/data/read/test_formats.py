@@ -53,6 +53,10 @@ def write(path, content):
             ["user: hi\nbot: ho"],
         ),
         ("a.jsonl", '[{"text": "x"}, {"text": "y"}]', {}, ["x", "y"]),
+        ("a.json", '{"data": [{"q": "x", "a": "y"}]}', {"template": "{q} {a}"}, ["x y"]),
+        ("a.json", '{"data": [{"q": "x", "a": "y"}], "v": 1}', {"prompt": "{q}:", "text_field": "a"}, ["x:|y"]),
+        ("a.json", '{"q": "x", "tags": ["y"]}', {"template": "{q}"}, ["x"]),
+        ("a.txt", "Ä\rÖ".encode("latin-1"), {"encoding": "latin-1", "unit": "line"}, ["Ä", "Ö"]),
         ("a.json", '{"text": "x"}\n{"text": "y"}\n', {}, ["x", "y"]),
         ("a.txt", "p||c\nq||d\n", {"unit": "line", "separator": "||"}, ["p|||c", "q|||d"]),
         ("a.txt", "one\ntwo\r\n\n \n\nthree\n", {"unit": "paragraph"}, ["one\ntwo", "three"]),
@@ -237,3 +241,12 @@ def test_a_json_bomb_is_refused(tmp_path):
     with pytest.raises(DataError, match="nested too deeply"):
         read(write(tmp_path / "a.json", "[" * 100_000 + "]" * 100_000))
     assert json.loads("[]") == []
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.html", "a.json"])
+def test_an_encoding_that_is_named_is_the_encoding(tmp_path, name):
+    content = {"a.json": '{"text": "café!"}'}.get(name, "café!")
+    path = write(tmp_path / name, content.encode("cp1252"))
+    assert "café!" in read(path)[0], "by evidence"
+    with pytest.raises(DataError, match=r"(?i)utf-8"):
+        read(path, encoding="utf-8")
