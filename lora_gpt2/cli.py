@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Runs the command line; returns the exit code of DESIGN's table."""
+    """Runs the command line; returns the exit code, one of those that `core/errors.py` lists."""
     try:
         result = cli.main(_translate_words(arguments), prog_name="lora-gpt2", standalone_mode=False)
         sys.stdout.flush()

@@ -32,7 +32,7 @@ class DataSettings(Section):
     """The text and how it becomes blocks of tokens."""
 
     sources: Sources = ()
-    """Text of the domain: files (.txt .md .html .json .jsonl .csv .tsv .parquet, also .gz), folders, globs, - for stdin, hf:NAME for a data set of the hub."""  # noqa: E501
+    """Text of the domain: files (text, Markdown, HTML, JSON, CSV, Parquet, PDF, DOCX, source code, ..., also .gz, .zip, .tar), folders, globs, - for stdin, hf:NAME for a data set of the hub."""  # noqa: E501
     validation: Sources = ()
     """Files to validate on; without them a fraction of the sources is held out."""
     test: Sources = ()
@@ -251,7 +251,7 @@ class GenerateSettings(Section):
     """Dtype of the base's weights; on a CPU, float16 only stores the weights and computes in float32 (faster)."""
 
     @model_validator(mode="after")
-    def _check_temperature(self) -> GenerateSettings:
+    def _check_together(self) -> GenerateSettings:
         if 0 < self.temperature < 1e-3:
             raise ValueError("temperature is 0 (greedy) or at least 0.001")
         if self.num_beams > 1 and self.logprobs:

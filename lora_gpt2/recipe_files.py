@@ -63,7 +63,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def parse_value(key: str, value: str, where: str) -> Any:
-    """Returns what a user typed for a setting: YAML, or for a free text as it is, with `\\n` for line ends."""
+    """Returns what a user typed for a setting: YAML, or for a free text as it is, with `\\n` for line ends.
+
+    YAML 1.1 reads `1e-3` as a text; that it is a number is found out where the recipe is validated.
+    """
     field = find_field(key)
     if field is not None and field.annotation is str and not value.startswith(('"', "'")):
         if any("\ud800" <= character <= "\udfff" for character in value):  # bytes that are not UTF-8

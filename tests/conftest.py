@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LORA_GPT2_CPU_DTYPE", "float32")  # or tests, and what they start, would differ between CPUs
+MEMORY_DISK = Path("/dev/shm")
+if MEMORY_DISK.is_dir() and shutil.disk_usage(MEMORY_DISK).free > 4e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; the children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

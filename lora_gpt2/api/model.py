@@ -27,7 +27,7 @@ from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import GenerateSettings, Recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import read_adapter
+from lora_gpt2.store.exchange import parse_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +109,7 @@ def load(
     session.load([reference for mix in mixes for reference in mix.references][: recipe.serve.max_slots])
     model.adapters += [reference for mix in mixes for reference in mix.references]
     for name, source in foreign.items():
-        model.add_adapter(name, read_adapter(source, session.base))
+        model.add_adapter(name, parse_adapter(source, session.base))
     return model
 
 

@@ -250,8 +250,8 @@ def find_copies(index: NgramIndex, held_out: NgramIndex, own: OwnText, texts: Se
 def cut_excerpt(own: OwnText, position: int, length: int) -> Excerpt:
     """Returns a piece of the training text and which document it is in."""
     train = own.prepared.train
-    if train.starts is not None:  # packed: each document is a run
-        number = int(np.searchsorted(train.starts, position, side="right"))
+    if train.sequence_offsets is not None:  # packed: each document is a run
+        number = int(np.searchsorted(train.sequence_offsets, position, side="right"))
     else:
         number = int(np.count_nonzero(np.asarray(train.stream[: position + 1]) == own.tokenizer.eos_id))
     text = own.tokenizer.decode(train.stream[position : position + length].tolist())

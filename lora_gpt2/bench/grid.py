@@ -24,7 +24,7 @@ from lora_gpt2.core.errors import TrainingDiverged
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.user_files import check_output, read_user_text
-from lora_gpt2.data.blocks import Rows
+from lora_gpt2.data.blocks import BlockBatch
 from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.evaluation.perplexity import to_perplexity
 from lora_gpt2.model.base import Base, load_base
@@ -159,7 +159,7 @@ def _train_shape(
         )
 
 
-def _compute_loss(model: Any, rows: Rows) -> torch.Tensor:
+def _compute_loss(model: Any, rows: BlockBatch) -> torch.Tensor:
     """Returns the mean cross-entropy of a batch under a model of transformers."""
     inputs, targets = (torch.from_numpy(side).to(model.device) for side in (rows.inputs, rows.targets))
     loss: torch.Tensor = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())

@@ -70,7 +70,7 @@ def command(
     access = Access(key=key, admin_key=admin_key, hosts=(*hosts, host), origins=origins)
     choices = LocalLog(find_votes(), reporter)
     serve(
-        Server(session=session, defaults=recipe.generate, limits=recipe.serve, access=access, choices=choices),
+        Server(session=session, defaults=recipe.generate, limits=recipe.serve, access=access, vote_log=choices),
         bound,
         reporter,
     )

@@ -25,7 +25,7 @@ from lora_gpt2.commands.shared import (
     suggest_next,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.core.errors import InterruptedRunError, UsageError
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.recipe_files import list_items, load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
@@ -78,6 +78,8 @@ def command(
       lora-gpt2 train a.yaml b.yaml --resume      after an interruption; --fresh begins anew
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
+    if resume and fresh:
+        raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     own = {**flags, "base": base, "data.skip_bad": skip_bad or None}
     chosen = [
         name_recipe(load_recipe(item.recipe, overrides, {**own, "name": item.name, "data.sources": item.sources}))
@@ -95,12 +97,10 @@ def command(
         chosen = fit_to_memory(chosen, gpu_memory, reporter)
     from lora_gpt2.training.run import train_recipes
 
-    if resume and fresh:
-        raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     try:
         report = train_recipes(chosen, store, reporter, resume=resume, fresh=fresh)
-    except ConflictError as error:
-        if "--resume" not in error.hint or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    except InterruptedRunError as error:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
         goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
         report = train_recipes(chosen, store, reporter, resume=goes_on, fresh=not goes_on)

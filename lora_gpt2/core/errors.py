@@ -9,6 +9,7 @@
     │   ├── CorruptError      5   damaged: bytes, shapes or values are not what they should be
     │   └── MismatchError     5   sound, but made for another base, tokenizer, data or settings
     ├── ConflictError         6   busy, or it exists already
+    │   └── InterruptedRunError 6   training of these adapters was interrupted, and can be resumed
     ├── ResourceError         7   memory, disk, device, permission, network
     │   ├── BusyError         7   a server's queue is full
     │   └── EngineFailed      7   a server's decode step, or one sequence of it
@@ -80,6 +81,10 @@ class ConflictError(LoraGpt2Error):
     """The target is in use by another process, or exists already."""
 
     exit_code = 6
+
+
+class InterruptedRunError(ConflictError):
+    """Training of the same adapters was interrupted, and it has not been said whether to resume it."""
 
 
 class ResourceError(LoraGpt2Error):

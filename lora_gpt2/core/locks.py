@@ -20,6 +20,7 @@ from lora_gpt2.core.errors import ConflictError
 from lora_gpt2.core.files import OPEN_FLAGS
 
 POLL_SECONDS = 0.01
+LOCK_HINT = "wait until it ends, or choose another name with --name"
 OWNER = "~owner"  # beside a lock of filelock's, because Windows lets nobody read a locked file; in no adapter's name
 
 
@@ -32,13 +33,13 @@ def find_fcntl() -> Any:
     return fcntl
 
 
-def hold_lock(path: Path, what: str, wait_seconds: float = 0.0) -> AbstractContextManager[None]:
+def hold_lock(path: Path, what: str, wait_seconds: float = 0.0, hint: str = LOCK_HINT) -> AbstractContextManager[None]:
     """Holds an exclusive lock that the system releases when the process dies.
 
-    Raises `ConflictError`, which names the owner, if it is still taken after `wait_seconds`.
+    Raises `ConflictError`, which names the owner and has this hint, if it is still taken after `wait_seconds`.
     """
     hold = _hold_with_flock if find_fcntl() else _hold_with_filelock
-    return hold(path, what, wait_seconds)
+    return hold(path, what, wait_seconds, hint)
 
 
 def hold_shared(folder: Path) -> AbstractContextManager[bool]:
@@ -107,7 +108,7 @@ def build_reading_error(label: str) -> ConflictError:
 
 
 @contextlib.contextmanager
-def _hold_with_flock(path: Path, what: str, wait_seconds: float) -> Iterator[None]:
+def _hold_with_flock(path: Path, what: str, wait_seconds: float, hint: str) -> Iterator[None]:
     fcntl = find_fcntl()
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_seconds
@@ -122,7 +123,7 @@ def _hold_with_flock(path: Path, what: str, wait_seconds: float) -> Iterator[Non
                     time.sleep(POLL_SECONDS)
                     continue
                 file.seek(0)
-                raise _build_lock_error(what, file.read()) from error
+                raise _build_lock_error(what, file.read(), hint) from error
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
@@ -131,7 +132,7 @@ def _hold_with_flock(path: Path, what: str, wait_seconds: float) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _hold_with_filelock(path: Path, what: str, wait_seconds: float) -> Iterator[None]:
+def _hold_with_filelock(path: Path, what: str, wait_seconds: float, hint: str) -> Iterator[None]:
     from filelock import Timeout
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,8 +141,8 @@ def _hold_with_filelock(path: Path, what: str, wait_seconds: float) -> Iterator[
         lock.acquire(timeout=wait_seconds, poll_interval=POLL_SECONDS)
     except Timeout as error:
         with contextlib.suppress(OSError):
-            raise _build_lock_error(what, owner.read_text(encoding="ascii", errors="replace")) from error
-        raise _build_lock_error(what, "") from error
+            raise _build_lock_error(what, owner.read_text(encoding="ascii", errors="replace"), hint) from error
+        raise _build_lock_error(what, "", hint) from error
     try:
         owner.write_text(str(os.getpid()), encoding="ascii")
         yield
@@ -155,11 +156,8 @@ def _build_filelock(path: Path) -> Any:
     return FileLock(path, is_singleton=False, thread_local=False)
 
 
-def _build_lock_error(what: str, owner: str) -> ConflictError:
-    return ConflictError(
-        f"{what} is in use by process {owner.strip() or 'unknown'}",
-        "wait until it ends, or choose another name with --name",
-    )
+def _build_lock_error(what: str, owner: str, hint: str) -> ConflictError:
+    return ConflictError(f"{what} is in use by process {owner.strip() or 'unknown'}", hint)
 
 
 @contextlib.contextmanager

@@ -56,9 +56,8 @@ COMMANDS = {
     "env": "doctor",
     "check": "doctor",
     "config": "recipes show",
-    "stop": "",
 }
-"""Commands of transformers-cli, ollama, llm, axolotl, litgpt, mlx_lm, LLaMA-Factory; "" has none here."""
+"""Commands of transformers-cli, ollama, llm, axolotl, litgpt, mlx_lm, LLaMA-Factory."""
 
 OPTIONS = {
     # training: transformers' TrainingArguments, axolotl, unsloth, LLaMA-Factory, mlx_lm

@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class EncodedDocument:
     """One document as tokens, without EOS; the first `prompt` of them carry no loss."""
 
     ids: Sequence[int] | NDArray[Any]
@@ -32,39 +32,40 @@ class Encoded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows of a pass: `inputs`, `targets` `[rows, time]`; `positions` begin anew with each document, or are None."""
+class BlockBatch:
+    """Some blocks: `inputs` and `targets` `[blocks, time]`; `positions` begin anew with each document, or are None."""
 
     inputs: Ints
     targets: Ints
     positions: Ints | None
 
-    def take(self, indices: Sequence[int]) -> Rows:
-        """Returns some of the rows."""
+    def take(self, indices: Sequence[int]) -> BlockBatch:
+        """Returns some of the blocks."""
         taken = list(indices)
         positions = None if self.positions is None else self.positions[taken]
-        return Rows(inputs=self.inputs[taken], targets=self.targets[taken], positions=positions)
+        return BlockBatch(inputs=self.inputs[taken], targets=self.targets[taken], positions=positions)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBlocks:
     """Tokens seen as blocks.
 
-    `stream` holds runs of tokens, of each of which the first is never a target; `loss`, as long, is 0 where a target
-    carries none. In layout concat there is one run; in layout packed `starts` are the runs' offsets in the stream,
-    `[runs + 1]`, and `rows` the first run of each block, `[blocks + 1]`.
+    `stream` holds sequences of tokens, of each of which the first is never a target; `loss`, as long, is 0 where a
+    target carries none. In layout concat there is one sequence. In layout packed sequence i is
+    `stream[sequence_offsets[i] : sequence_offsets[i + 1]]` (`[sequences + 1]`, the cumulative lengths of
+    variable-length attention), and block j is sequences `block_offsets[j]` to `block_offsets[j + 1]` (`[blocks + 1]`).
     """
 
     stream: Tokens
     block_size: int
     loss: NDArray[np.uint8] | None = None
-    starts: Ints | None = None
-    rows: Ints | None = None
+    sequence_offsets: Ints | None = None
+    block_offsets: Ints | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens predicted in one pass, with or without loss."""
-        return max(0, len(self.stream) - (1 if self.starts is None else len(self.starts) - 1))
+        return max(0, len(self.stream) - (1 if self.sequence_offsets is None else len(self.sequence_offsets) - 1))
 
     @property
     def num_targets(self) -> int:
@@ -74,13 +75,15 @@ class TokenBlocks:
     @property
     def num_blocks(self) -> int:
         """Blocks, the last of which may be partial."""
-        return math.ceil(self.num_tokens / self.block_size) if self.rows is None else len(self.rows) - 1
+        return (
+            math.ceil(self.num_tokens / self.block_size) if self.block_offsets is None else len(self.block_offsets) - 1
+        )
 
-    def read(self, indices: Sequence[int]) -> Rows:
+    def read(self, indices: Sequence[int]) -> BlockBatch:
         """Returns some blocks; what fills them up has the target `IGNORE`."""
         shape = (len(indices), self.block_size)
         inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
-        positions = None if self.rows is None else np.zeros(shape, dtype=np.int64)
+        positions = None if self.block_offsets is None else np.zeros(shape, dtype=np.int64)
         for row, index in enumerate(indices):
             column = 0
             for start, end in self._iter_runs(index):
@@ -92,16 +95,16 @@ class TokenBlocks:
                 if positions is not None:
                     positions[row, here] = np.arange(len(piece) - 1)
                 column = here.stop
-        return Rows(inputs=inputs, targets=targets, positions=positions)
+        return BlockBatch(inputs=inputs, targets=targets, positions=positions)
 
     def _iter_runs(self, index: int) -> Iterator[tuple[int, int]]:
         """Yields where the runs of a block begin and end in the stream."""
-        if self.rows is None or self.starts is None:
+        if self.block_offsets is None or self.sequence_offsets is None:
             start = index * self.block_size
             yield start, min(start + self.block_size + 1, len(self.stream))
             return
-        for run in range(int(self.rows[index]), int(self.rows[index + 1])):
-            yield int(self.starts[run]), int(self.starts[run + 1])
+        for run in range(int(self.block_offsets[index]), int(self.block_offsets[index + 1])):
+            yield int(self.sequence_offsets[run]), int(self.sequence_offsets[run + 1])
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
@@ -110,7 +113,12 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def write_blocks(
-    folder: Path, split: str, documents: Iterable[Encoded], eos_id: int, vocab_size: int, has_prompts: bool = False
+    folder: Path,
+    split: str,
+    documents: Iterable[EncodedDocument],
+    eos_id: int,
+    vocab_size: int,
+    has_prompts: bool = False,
 ) -> None:
     """Writes the stream of a split, `[EOS, document, EOS, document, EOS]`, and its loss where there are prompts."""
     dtype = token_dtype(vocab_size)
@@ -191,8 +199,8 @@ def open_blocks(folder: Path, split: str, block_size: int, vocab_size: int) -> T
         stream=_open(folder / f"{split}.bin", token_dtype(vocab_size)),
         block_size=block_size,
         loss=_open(loss, np.uint8) if loss.exists() else None,
-        starts=np.load(starts) if starts.exists() else None,
-        rows=np.load(rows) if rows.exists() else None,
+        sequence_offsets=np.load(starts) if starts.exists() else None,
+        block_offsets=np.load(rows) if rows.exists() else None,
     )
 
 

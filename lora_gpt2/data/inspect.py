@@ -21,8 +21,8 @@ PREVIEW_TOKENS = 200
 
 def iter_documents(blocks: TokenBlocks, eos_id: int) -> Iterator[tuple[list[int], list[bool]]]:
     """Yields a split's documents (a packed split's sequences): token ids without EOS, and the loss mask."""
-    if blocks.starts is not None:
-        runs = pairwise(blocks.starts.tolist())
+    if blocks.sequence_offsets is not None:
+        runs = pairwise(blocks.sequence_offsets.tolist())
         bounds = [(begin, end - int(blocks.stream[end - 1] == eos_id)) for begin, end in runs]  # a cut one has no EOS
     else:
         ends = np.flatnonzero(np.asarray(blocks.stream) == eos_id).tolist()
@@ -58,7 +58,7 @@ def write_texts(prepared: PreparedData, tokenizer: Tokenizer, folder: Path) -> N
 
     Raises `UsageError` for packed blocks, which may have cut a document.
     """
-    if prepared.train.starts is not None:
+    if prepared.train.sequence_offsets is not None:
         raise UsageError("packed blocks have no whole documents to write", "use --set data.layout=concat with --text")
     folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:

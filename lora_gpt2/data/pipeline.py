@@ -28,7 +28,14 @@ from lora_gpt2.data.read.formats import ReadingLog, read_source
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.read.sources import Source, find_sources, find_splits
 from lora_gpt2.data.rejections import UNREADABLE, Rejections, UnreadableRows
-from lora_gpt2.data.shards import TOO_SLOW, Shard, ShardContext, clean_within_timeout, has_boilerplate, process_shard
+from lora_gpt2.data.shards import (
+    TOO_SLOW,
+    Shard,
+    ShardContext,
+    clean_within_timeout,
+    is_boilerplate_checked,
+    process_shard,
+)
 from lora_gpt2.data.split import FEW_DOCUMENTS, choose_section_length
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
@@ -105,7 +112,7 @@ def _find_boilerplate(documents: Sequence[Document], context: ShardContext) -> f
     """Returns the lines that the documents have in common at their edges, of those in which they are looked for."""
     if BOILERPLATE not in context.rules:
         return frozenset()
-    chosen = [document for document in documents if has_boilerplate(document, context)]
+    chosen = [document for document in documents if is_boilerplate_checked(document, context)]
     cleaned = (clean_within_timeout(document, context, CleaningReport()) for document in chosen)
     return find_boilerplate([document.text for document in cleaned if document])
 

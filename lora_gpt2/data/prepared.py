@@ -24,7 +24,7 @@ from lora_gpt2.core.errors import DataError, Interrupted, LoraGpt2Error
 from lora_gpt2.core.files import rename_path, sync_tree, wrap_os_errors
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.locks import hold_new_folder
-from lora_gpt2.data.blocks import Encoded, TokenBlocks, open_blocks, pack_blocks, write_blocks
+from lora_gpt2.data.blocks import EncodedDocument, TokenBlocks, open_blocks, pack_blocks, write_blocks
 from lora_gpt2.data.dedup import count_near_duplicates
 from lora_gpt2.data.pipeline import ReadSummary, process_sources
 from lora_gpt2.data.read.sources import Source, find_sources, find_splits
@@ -203,14 +203,14 @@ def _write_splits(
     (staging / SKETCH).write_bytes(TextSketch.build(trained).to_bytes())
 
 
-def _iter_encoded(folder: Path, num_shards: int, splits: Sequence[str], wanted: str) -> Iterator[Encoded]:
+def _iter_encoded(folder: Path, num_shards: int, splits: Sequence[str], wanted: str) -> Iterator[EncodedDocument]:
     index = 0
     for number in range(num_shards):
         shard, _ = load_shard(folder, number)
         offset = 0
         for length, prompt in zip(shard.lengths.tolist(), shard.prompts.tolist(), strict=True):
             if splits[index] == wanted:
-                yield Encoded(ids=shard.ids[offset : offset + length], prompt=prompt)
+                yield EncodedDocument(ids=shard.ids[offset : offset + length], prompt=prompt)
             index, offset = index + 1, offset + length
 
 

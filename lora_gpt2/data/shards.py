@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from lora_gpt2.core.files import write_atomic
 from lora_gpt2.data.clean.boilerplate import drop_edges
-from lora_gpt2.data.clean.cleaning import CleaningReport
+from lora_gpt2.data.clean.cleaning import CleaningReport, clean_text
 from lora_gpt2.data.clean.filters import find_reason
 from lora_gpt2.data.clean.html import looks_like_page
 from lora_gpt2.data.clean.rules import BOILERPLATE
@@ -68,7 +68,7 @@ class ShardContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Documents of one split, in reading order; a list of the numbers of all shards is a list of files."""
+    """Documents of one split, in reading order."""
 
     number: int
     split: str
@@ -172,19 +172,19 @@ def clean_document(document: Document, context: ShardContext, report: CleaningRe
         core = text.strip()
         begin = len(text) - len(text.lstrip())
         part = CleaningReport(whole=report.whole or report)
-        pieces.append(f"{text[:begin]}{part.clean(core, context.rules_for(document))}{text[begin + len(core) :]}")
+        pieces.append(f"{text[:begin]}{clean_text(core, context.rules_for(document), part)}{text[begin + len(core) :]}")
         reports.append(part)
     report.add_parts(reports)
     return replace(document, prompt=pieces[0], text=pieces[1])
 
 
 def _clean(document: Document, context: ShardContext, report: CleaningReport) -> str:
-    takes_edges = has_boilerplate(document, context)
-    text = report.clean(document.text, context.rules_for(document))
+    takes_edges = is_boilerplate_checked(document, context)
+    text = clean_text(document.text, context.rules_for(document), report)
     return report.note(BOILERPLATE, text, drop_edges(text, context.boilerplate)) if takes_edges else text
 
 
-def has_boilerplate(document: Document, context: ShardContext) -> bool:
+def is_boilerplate_checked(document: Document, context: ShardContext) -> bool:
     """True if the lines that documents have in common are looked for in one: by default in web pages alone.
 
     A template's own lines are meant.

@@ -24,7 +24,7 @@ from lora_gpt2.evaluation.style import (
     measure_distinct,
     measure_divergence,
     measure_readability,
-    measure_repetition,
+    measure_repeated_ngrams,
     split_words,
 )
 from lora_gpt2.recipe import GenerateSettings
@@ -134,8 +134,8 @@ def describe_texts(texts: Sequence[str], task: GenerationTask) -> dict[str, Any]
         "words": words,
         "distinct_1": measure_distinct(texts, 1),
         "distinct_2": measure_distinct(texts, 2),
-        "repetition_4": measure_repetition(texts),
-        "domain_repetition_4": measure_repetition(cut_pieces(task.domain, round(words))),
+        "repetition_4": measure_repeated_ngrams(texts),
+        "domain_repetition_4": measure_repeated_ngrams(cut_pieces(task.domain, round(words))),
         "self_bleu": measure_self_bleu(texts),
         "readability": measure_readability(whole),
         "domain_readability": measure_readability(task.domain),
@@ -161,7 +161,7 @@ def find_causes(
     if repetition is None or repetition < max(REPETITIVE, 2 * (usual or 0.0)):
         return []
     plain = settings.model_copy(update=PLAIN)
-    own = measure_repetition(write(adapter, task.prompts[:CHECKED], plain))
+    own = measure_repeated_ngrams(write(adapter, task.prompts[:CHECKED], plain))
     said = f"{adapter} repeats {repetition:.0%} of its runs of four words on {task.source}"
     if own is not None and own < repetition / 2:
         return [

@@ -144,7 +144,7 @@ def measure_distinct(texts: Sequence[str], size: int) -> float | None:
     return len(counts) / counts.total() if counts else None
 
 
-def measure_repetition(texts: Sequence[str], size: int = 4) -> float | None:
+def measure_repeated_ngrams(texts: Sequence[str], size: int = 4) -> float | None:
     """Returns seq-rep-n: the mean share of a text's runs of words that it has already had (Welleck et al. 2019).
 
     arXiv:1908.04319, section 6: 1 - different runs / all runs, within each text. It rises with a text's length:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,17 +101,10 @@ def generate_file(
         return _generate_missing(session, requests, out, settings, stop, reporter=reporter, truncate_left=truncate_left)
 
 
-@contextmanager
-def hold_output(out: Path) -> Iterator[None]:
+def hold_output(out: Path) -> AbstractContextManager[None]:
     """Keeps other processes of this user from writing to the same file; raises `ConflictError` if one does."""
     lock = find_cache_dir() / "locks" / fingerprint_json(str(out.absolute()))
-    try:
-        with hold_lock(lock, str(out)):
-            yield
-    except ConflictError as error:
-        if not error.message.startswith(str(out)):
-            raise
-        raise ConflictError(error.message, "wait until it ends, or choose another --out") from error
+    return hold_lock(lock, str(out), hint="wait until it ends, or choose another --out")
 
 
 def _generate_missing(

@@ -50,7 +50,7 @@ class CudaGraphDecoder(Decoder):
         num_rows = len(tokens)
         size = min(1 << (num_rows - 1).bit_length(), self.cache.batch_size)
         padding = size - num_rows
-        weights = self.session.slot_weights([*mixes, *[Mix()] * padding]) if any(mixes) else None
+        weights = self.session.load_slot_weights([*mixes, *[Mix()] * padding]) if any(mixes) else None
         captured = self._find(size, weights)
         captured.tokens[:num_rows, 0].copy_(torch.tensor(tokens), non_blocking=True)
         captured.lengths.copy_(torch.tensor([*lengths, *[0] * padding]), non_blocking=True)

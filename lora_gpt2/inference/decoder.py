@@ -6,7 +6,6 @@ Running sequences occupy the first rows of the cache, so a step computes no idle
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -21,13 +20,6 @@ from lora_gpt2.model.scoring import next_logits
 
 SCORED_TOKENS = 128
 """Prompt tokens whose logits exist at the same time: 26 MB in float32 for GPT-2's vocabulary."""
-
-
-class StepFunction(Protocol):
-    """Computes one decode step."""
-
-    def __call__(self, tokens: Sequence[int], lengths: Sequence[int], mixes: Sequence[Mix], /) -> Tensor:
-        """Returns the logits `[batch, vocab]` after `tokens`, one per row, on the CPU; `lengths` exclude them."""
 
 
 class Decoder:
@@ -60,7 +52,7 @@ class Decoder:
     def prefill(self, sequences: Sequence[SequenceState], first: int) -> Float[Tensor, "batch vocab"]:
         """Puts prompts into the cache, from row `first` on; returns the logits that follow each, on the CPU.
 
-        Also computes the log-probabilities of the prompts that want them.
+        The hidden states are kept where a prompt wants its log-probabilities; see `iter_prompt_logits`.
         """
         eos = self.session.base.tokenizer.eos_id
         lengths = [len(sequence.prompt_ids) for sequence in sequences]

@@ -9,7 +9,7 @@ from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.user_files import check_output
 
 
-def describe_origin(base: str, adapter: str) -> str:
+def format_disclosure(base: str, adapter: str) -> str:
     """Returns the line that goes with a text."""
     author = f"the language model {base}" if adapter == "base" else f"the language model {base} with adapter {adapter}"
     return f"Written by {author} (lora-gpt2). It may be wrong, and may repeat what it was trained on."
@@ -20,5 +20,5 @@ def write_disclosure(path: Path, base: str, adapters: Sequence[str]) -> Path:
     beside = path.with_name(f"{path.name}.disclosure.txt")
     check_output(beside)
     with wrap_os_errors(f"write {beside}"):
-        beside.write_text(describe_origin(base, ", ".join(adapters) or "base") + "\n", encoding="utf-8")
+        beside.write_text(format_disclosure(base, ", ".join(adapters) or "base") + "\n", encoding="utf-8")
     return beside

@@ -87,9 +87,10 @@ class Engine:
         return outputs
 
     def reset(self) -> None:
-        """Forgets every sequence without finishing it; the memory of the cache is kept."""
+        """Forgets every sequence, and what it pinned, without finishing it; the memory of the cache is kept."""
         self.scheduler.clear()
         self.decoder.reset()
+        self.session.slots.unpin_all()
 
     def _decode(self) -> list[tuple[SequenceState, Tensor]]:
         """Returns each running sequence with its next logits `[vocab]`."""

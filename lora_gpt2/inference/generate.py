@@ -283,7 +283,7 @@ def describe_provenance(session: Session, sequence: SequenceState) -> dict[str, 
     return {
         "base": base.name,
         "base_fingerprint": base.fingerprint,
-        "adapters": session.describe_origin(sequence.mix, sequence.loaded),
+        "adapters": session.describe_adapters(sequence.mix, sequence.loaded),
         "seed": sequence.seed,
         "settings": sequence.settings.model_dump(mode="json", exclude={"watermark_key"}),
     }

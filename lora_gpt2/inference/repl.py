@@ -216,15 +216,10 @@ class Repl:
             raise
 
     def _do_undo(self, rest: str) -> str:
-        self._undo()
-        return f"…{self.text[-200:]}" if self.text else "the text is empty"
-
-    def _undo(self) -> _Step:
         if not self._steps:
             raise UsageError("there is nothing to take back", "type the beginning of a text")
-        step = self._steps.pop()
-        self.text = step.before
-        return step
+        self.text = self._steps.pop().before
+        return f"…{self.text[-200:]}" if self.text else "the text is empty"
 
     def _do_new(self, rest: str) -> str:
         self.text, self._steps = "", []

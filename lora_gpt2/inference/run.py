@@ -13,7 +13,7 @@ from lora_gpt2.core.names import ALL, AUTO
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.inference.batch import generate_file, read_prompts
 from lora_gpt2.inference.choose import AdapterChoice, choose_adapter
-from lora_gpt2.inference.disclosure import describe_origin, write_disclosure
+from lora_gpt2.inference.disclosure import format_disclosure, write_disclosure
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import open_session
@@ -43,7 +43,7 @@ class Generation:
     @property
     def disclosure(self) -> str:
         """The sentence that says by what the texts were generated."""
-        return describe_origin(self.base, ", ".join(dict.fromkeys(output.adapter for output in self.outputs)))
+        return format_disclosure(self.base, ", ".join(dict.fromkeys(output.adapter for output in self.outputs)))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result with the keys of `generate --json`."""

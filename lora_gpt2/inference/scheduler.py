@@ -93,6 +93,6 @@ class Scheduler:
                     self.cache.free(row)
 
     def clear(self) -> None:
-        """Forgets every sequence; rows and pins are left to the caller."""
+        """Forgets every sequence; `Engine.reset` frees their rows and what they pinned."""
         self.running, self.searches = [], []
         self.waiting.clear()

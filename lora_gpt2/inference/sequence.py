@@ -13,7 +13,7 @@ from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams, choose_token
 from lora_gpt2.inference.session import check_logits
-from lora_gpt2.inference.slots import LoadedAdapter
+from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings
 
 
@@ -89,7 +89,7 @@ class SequenceState:
     settings: GenerateSettings
     seed: int
     tokenizer: Tokenizer
-    loaded: Mapping[str, LoadedAdapter] = field(default_factory=dict)
+    loaded: Mapping[str, VerifiedAdapter] = field(default_factory=dict)
     scores_prompt: bool = False
     no_verbatim: Sequence[NgramIndex] = ()
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

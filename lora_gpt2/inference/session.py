@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, NotFoundError, UsageError
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.slots import AdapterSlots, LoadedAdapter
+from lora_gpt2.inference.slots import AdapterSlots, VerifiedAdapter
 from lora_gpt2.model.bank import InferenceAdapters
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD
@@ -68,7 +68,7 @@ class Session:
         manifest = self.store.read_manifest(reference)
         return str(AdapterRef(manifest.name, manifest.version, manifest.digest[:DIGEST_DIGITS]))
 
-    def fetch(self, reference: str) -> LoadedAdapter:
+    def fetch(self, reference: str) -> VerifiedAdapter:
         """Returns an adapter, from its slot or from the store; see `load_adapter` for the errors."""
         if loaded := self.slots.find(reference):
             return loaded
@@ -78,7 +78,7 @@ class Session:
         manifest, adapter = load_adapter(self.store, wanted.label, self.base)
         if not manifest.digest.startswith(wanted.digest):
             raise NotFoundError(f"{wanted.label} was replaced by another adapter", "name it again")
-        return LoadedAdapter(adapter=adapter, digest=manifest.digest)
+        return VerifiedAdapter(adapter=adapter, digest=manifest.digest)
 
     def load(self, references: Sequence[str]) -> None:
         """Loads adapters into slots, after all of them were verified; see `load_adapter` for the errors."""
@@ -86,23 +86,23 @@ class Session:
 
     def load_in_memory(self, adapters: Mapping[str, Adapter]) -> None:
         """Loads adapters that were never on disk; a name that is taken gets the new one."""
-        self.slots.load({name: LoadedAdapter(adapter=adapter) for name, adapter in adapters.items()})
+        self.slots.load({name: VerifiedAdapter(adapter=adapter) for name, adapter in adapters.items()})
 
-    def slot_weights(self, mixes: Sequence[Mix]) -> Float[Tensor, "batch slots"]:
+    def load_slot_weights(self, mixes: Sequence[Mix]) -> Float[Tensor, "batch slots"]:
         """Returns the weight of each slot in each sequence of a batch; adapters that are not loaded are loaded."""
         self.load([reference for mix in mixes for reference, _ in mix])
         return self.slots.weights(mixes)
 
     def adapters_for(self, mixes: Sequence[Mix]) -> InferenceAdapters | None:
         """Returns the adapters of a batch with one mix per sequence; None if all are the plain base."""
-        weights = self.slot_weights(mixes)
+        weights = self.load_slot_weights(mixes)
         return InferenceAdapters(self.slots.bank, weights) if weights.any() else None
 
     def select(self, *mixes: Mix) -> AdapterSelector:
         """Returns a selector of these mixes."""
         return lambda choices: self.adapters_for([mixes[choice] for choice in choices])
 
-    def describe_origin(self, mix: Mix, loaded: Mapping[str, LoadedAdapter]) -> list[dict[str, Any]]:
+    def describe_adapters(self, mix: Mix, loaded: Mapping[str, VerifiedAdapter]) -> list[dict[str, Any]]:
         """Returns the adapters of a mix, so that a text can be traced: name, weight, sha256 of the weights."""
         found = {name: loaded.get(name) or self.fetch(name) for name, _ in mix}
         return [{"adapter": label_of(name), "weight": weight, "sha256": found[name].digest} for name, weight in mix]

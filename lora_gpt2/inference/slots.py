@@ -17,7 +17,7 @@ from lora_gpt2.model.lora import Adapter, merge_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedAdapter:
+class VerifiedAdapter:
     """An adapter in memory, and the sha256 of the weights it was read from ("" if it never was on disk)."""
 
     adapter: Adapter
@@ -26,7 +26,7 @@ class LoadedAdapter:
 
 @dataclass
 class _Slot:
-    loaded: LoadedAdapter
+    loaded: VerifiedAdapter
     index: int
 
 
@@ -57,12 +57,12 @@ class AdapterSlots:
             self._bank = self._build_bank(1)
         return self._bank
 
-    def find(self, reference: str) -> LoadedAdapter | None:
+    def find(self, reference: str) -> VerifiedAdapter | None:
         """Returns an adapter that is in a slot, or None."""
         slot = self._slots.get(reference)
         return slot.loaded if slot else None
 
-    def load(self, adapters: Mapping[str, LoadedAdapter]) -> None:
+    def load(self, adapters: Mapping[str, VerifiedAdapter]) -> None:
         """Copies adapters into slots; those that are there already only become the most recently used.
 
         Eviction spares these and the pinned ones.

@@ -84,7 +84,7 @@ def merge(
         if on_search is not None:
             on_search(found)
         best = found.best
-        mix = Mix((name, weight) for name, weight in zip(mix.references, best.weights, strict=True) if weight)
+        mix = Mix((reference, weight) for reference, weight in zip(mix.references, best.weights, strict=True) if weight)
         settings = settings.model_copy(update={"method": best.method})
     adapter = written = None
     if name:

@@ -156,6 +156,11 @@ class AdapterBank:
         self._loaded[slot] = {}
         self.refresh_casts()
 
+    def write(self, slot: int, parameters: Float[Tensor, " parameters"]) -> None:
+        """Copies a row in the layout of `flat` into a slot."""
+        self.flat[slot] = parameters
+        self.refresh_casts()
+
     def refresh_casts(self) -> None:
         """Updates the casts in the base's dtype after `flat` has changed."""
         if self.flat_cast is not self.flat:

@@ -1,4 +1,4 @@
-"""Loading and naming a base, wherever `locate` finds it.
+"""Loading and naming a base, wherever `checkpoint.find_base` finds it.
 
 Only safetensors are read, never pickles, and no code from a checkpoint runs. The fingerprint covers the shape and
 every stored tensor's bytes, so an adapter is never applied to another base of the same shape; it is computed once per

@@ -89,7 +89,7 @@ class Server:
     defaults: GenerateSettings
     limits: ServeSettings
     access: Access = Access()
-    choices: LocalLog | None = None
+    vote_log: LocalLog | None = None
     metrics: Metrics = field(default_factory=Metrics)
     is_draining: bool = False
 
@@ -203,7 +203,7 @@ class Server:
     async def record_vote(self, request: Request) -> Response:
         """POST /v1/choices: records what was chosen while the names were hidden, each held to its version."""
         choice = check_vote(parse_json(await self.read_body(request)))
-        if self.choices is None:
+        if self.vote_log is None:
             return JSONResponse({"kept": False})
 
         def pin(model: str) -> str:
@@ -213,7 +213,7 @@ class Server:
         record = {**vars(choice), "models": list(pinned.values()), "chosen": pinned[choice.chosen]}
         record["base"] = self.session.base.name
         check_vote(record)  # two names may be one model
-        return JSONResponse({"kept": await run_in_threadpool(self.choices.add, record)})
+        return JSONResponse({"kept": await run_in_threadpool(self.vote_log.add, record)})
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models: the base, then the adapters of this base."""

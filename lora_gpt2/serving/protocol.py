@@ -24,7 +24,7 @@ from lora_gpt2.inference.generate import fit_prompt
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
-from lora_gpt2.inference.slots import LoadedAdapter
+from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.worker import StepOutput
 
@@ -220,7 +220,7 @@ def parse_names(model: str) -> list[str]:
         return Mix.parse(model).references
 
 
-def fetch_model(model: str, session: Session) -> tuple[Mix, dict[str, LoadedAdapter]]:
+def fetch_model(model: str, session: Session) -> tuple[Mix, dict[str, VerifiedAdapter]]:
     """Returns the mix that `model` names and its adapters, fetched and verified; raises `ApiError` 404 or 503."""
     mix = parse_model(model, session)
     with _model_errors():
@@ -286,7 +286,7 @@ def _fit_prompt(
         if max(ids) >= tokenizer.vocab_size:
             raise ApiError(400, f"token ids are below {tokenizer.vocab_size}", "prompt")
     ids = ids or [tokenizer.eos_id]
-    wanted = 0 if body.max_tokens == 0 else settings.max_new_tokens
+    wanted = 0 if body.max_tokens == 0 else settings.max_new_tokens  # a setting is at least 1; 0 only reads the prompt
     asked = wanted if body.max_tokens is not None else 1
     if len(ids) + asked > context and not body.truncate:
         raise ApiError(

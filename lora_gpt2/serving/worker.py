@@ -251,7 +251,6 @@ class Worker:
         for sequence in list(self._progress):
             self._forget(sequence)
         self._engine.reset()
-        self.session.slots.unpin_all()
         shown = error if isinstance(error, LoraGpt2Error) else EngineFailed("the engine failed", "retry the request")
         for request in requests:
             request.on_error(shown)

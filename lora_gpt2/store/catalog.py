@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_gpt2.core.errors import CorruptError, LoraGpt2Error, NotFoundError, UsageError
+from lora_gpt2.core.errors import CorruptError, LoraGpt2Error, NotFoundError
 from lora_gpt2.core.files import (
     fsync_dir,
     read_regular,
@@ -30,6 +30,7 @@ from lora_gpt2.core.locks import hold_lock, hold_shared
 from lora_gpt2.core.names import check_name, is_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.store.manifest import MANIFEST, Manifest, parse_manifest
+from lora_gpt2.store.references import MAX_VERSION_DIGITS, AdapterRef
 from lora_gpt2.store.version import Version, pack_version, read_manifest
 
 PUBLISH_WAIT_SECONDS = 30.0  # a publication takes milliseconds; another one may be in front
@@ -109,7 +110,7 @@ class Store:
         except OSError as error:
             raise translate_os_error(error, f"read {path}") from error
         wanted = content.removesuffix(b"\n")
-        if not content.endswith(b"\n") or not wanted.isdigit() or len(wanted) > 9:
+        if not content.endswith(b"\n") or not wanted.isdigit() or len(wanted) > MAX_VERSION_DIGITS:
             hint = f"use 'adapters rollback {name} --to N', N one of {self.list_versions(name)}"
             raise CorruptError(f"{path} names no version", hint)
         return int(wanted)
@@ -122,18 +123,18 @@ class Store:
             NotFoundError: there is no such adapter or version; the hint names the nearest.
             CorruptError: CURRENT does not name a version, or a link leads out of the store.
         """
-        name, separator, wanted = reference.partition("@")
-        check_name(name)
-        if separator and not (wanted.isdecimal() and wanted.isascii() and len(wanted) <= 9):
-            raise UsageError(f"'{reference}' is not an adapter", "write name or name@version, for example legal@2")
+        ref = AdapterRef.parse(reference)
+        name, is_latest = ref.name, ref.version is None
         home = f"{self.root}/{name}"
-        version = Path(f"{home}/{int(wanted) if separator else self.read_current(name)}")
+        version = Path(f"{home}/{self.read_current(name) if is_latest else ref.version}")
         if not os.path.isfile(f"{version}/{MANIFEST}"):
-            if not separator and version.name not in map(str, self.list_versions(name)):
+            if is_latest and version.name not in map(str, self.list_versions(name)):
                 raise CorruptError(f"'{name}' uses version {version.name}, which is gone", f"adapters rollback {name}")
-            if not separator:
+            if is_latest:
                 raise CorruptError(f"{version / MANIFEST} is missing", f"restore it, or adapters rollback {name}")
-            raise NotFoundError(f"'{name}' has no version {wanted}", f"it has {self.list_versions(name) or 'none'}")
+            raise NotFoundError(
+                f"'{name}' has no version {ref.version}", f"it has {self.list_versions(name) or 'none'}"
+            )
         is_linked = os.path.islink(home) or os.path.islink(version)
         if is_linked and not version.resolve().is_relative_to(self.root.resolve()):
             raise CorruptError(f"{version} leads out of the store", "remove the link")

@@ -178,7 +178,7 @@ def import_adapter(
     )
 
 
-def read_adapter(source: FetchedAdapter, base: Base) -> Adapter:
+def parse_adapter(source: FetchedAdapter, base: Base) -> Adapter:
     """Returns what was fetched as an adapter of the base, without publishing it; a conversion keeps its own rank.
 
     Raises:

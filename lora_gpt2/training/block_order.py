@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_gpt2.data.blocks import Rows, TokenBlocks
+from lora_gpt2.data.blocks import BlockBatch, TokenBlocks
 
 
 class BlockOrder:
@@ -26,7 +26,7 @@ class BlockOrder:
         count = self.blocks.num_blocks
         return [int(self._permutation(position // count)[position % count]) for position in positions]
 
-    def read(self, step: int) -> Rows:
+    def read(self, step: int) -> BlockBatch:
         """Returns the batch of one step."""
         return self.blocks.read(self.indices(step))
 

@@ -63,7 +63,7 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     dense = config.n_embd * config.n_inner * (item + 2) if settings.quantize != "none" else 0
     largest = (0, 0)
     for group in _iter_groups(recipes):
-        tokens = count_pass_tokens(group)
+        tokens = count_micro_batch_tokens(group)
         kept, backward = _measure_token(config, group[0], ranks, item)
         noise = 4 * config.n_embd * tokens if group[0].train.neftune_noise_alpha else 0
         if group[0].data.layout == "packed":
@@ -102,8 +102,8 @@ def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], it
     return live * block + products + END_WIDTHS * width, backward
 
 
-def count_pass_tokens(recipes: Sequence[Recipe]) -> int:
-    """Returns the most tokens of one pass over recipes that share passes, also when some of them have stopped."""
+def count_micro_batch_tokens(recipes: Sequence[Recipe]) -> int:
+    """Returns the most tokens of a micro-batch of recipes that train together, also when some of them have stopped."""
     size = recipes[0].data.block_size
     limit = min(recipe.train.micro_batch_tokens for recipe in recipes)
     rows = max(recipe.blocks_per_step for recipe in recipes)
@@ -150,7 +150,7 @@ def fit_recipes(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime,
 def _iter_changes(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
     yield list(recipes)
     asked, size = recipes[0].train.quantize, recipes[0].data.block_size
-    sizes = [max(map(count_pass_tokens, _iter_groups(recipes)))]
+    sizes = [max(map(count_micro_batch_tokens, _iter_groups(recipes)))]
     while sizes[-1] > size:
         sizes.append(max(size, sizes[-1] // 2 // size * size))
     large = [s for s in sizes if s >= 2048] or sizes[:1]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_gpt2.data.blocks import IGNORE, Rows
+from lora_gpt2.data.blocks import IGNORE, BlockBatch
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.slot import TrainingSlot, group_recipes
 from lora_gpt2.training.step import MicroBatch
@@ -29,7 +29,7 @@ class MicroBatchBuilder:
         self.slots, self.device, self.world = slots, device, world
         self.block_size = slots[0].recipe.data.block_size
 
-    def read(self, slot_ids: Sequence[int], step: int) -> tuple[dict[int, Rows], list[int]]:
+    def read(self, slot_ids: Sequence[int], step: int) -> tuple[dict[int, BlockBatch], list[int]]:
         """Returns the whole batches of a step, and the number of targets in each slot's."""
         batches = {slot_id: self.slots[slot_id].order.read(step) for slot_id in slot_ids}
         counts = [int((batches[k].targets != IGNORE).sum()) if k in batches else 0 for k in range(len(self.slots))]
@@ -53,7 +53,7 @@ class MicroBatchBuilder:
         return micro_batches, counts
 
     def _build_one(
-        self, parts: dict[int, list[int]], batches: dict[int, Rows], counts: Sequence[int], step: int
+        self, parts: dict[int, list[int]], batches: dict[int, BlockBatch], counts: Sequence[int], step: int
     ) -> MicroBatch:
         """Puts sequences of several slots together; a slot with fewer of them gets empty ones."""
         slot_ids, size = list(parts), max(map(len, parts.values()))
@@ -75,7 +75,7 @@ class MicroBatchBuilder:
             slot_ids=torch.tensor(slot_ids).to(self.device),
             inputs=self._to_device(inputs),
             targets=self._to_device(targets),
-            weights=weights.to(self.device),
+            loss_weights=weights.to(self.device),
             dropout=settings.lora.dropout,
             label_smoothing=settings.train.label_smoothing,
             seeds=seeds,

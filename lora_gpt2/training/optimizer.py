@@ -20,9 +20,9 @@ class SlotAdamW:
 
     def __init__(self, flat: Float[Tensor, "slots parameters"]) -> None:
         self.flat = flat
-        self.mean = torch.zeros_like(flat)
-        self.square = torch.zeros_like(flat)
-        self.counts = torch.zeros(flat.shape[0], 1, device=flat.device)
+        self.exp_avg = torch.zeros_like(flat)
+        self.exp_avg_sq = torch.zeros_like(flat)
+        self.steps = torch.zeros(flat.shape[0], 1, device=flat.device)
 
     @torch.no_grad()
     def step(
@@ -30,22 +30,22 @@ class SlotAdamW:
         gradient: Float[Tensor, "slots parameters"],
         rates: Float[Tensor, " slots"],
         decays: Float[Tensor, " slots"],
-        wanted: Bool[Tensor, " slots"],
+        is_applied: Bool[Tensor, " slots"],
         lr_multipliers: Float[Tensor, "slots parameters"] | None = None,
     ) -> None:
-        """Updates the `wanted` slots, each with its own learning rate and weight decay; leaves the others bitwise.
+        """Updates the slots that `is_applied` marks, each with its own rate and decay; leaves the others bitwise.
 
         `lr_multipliers` scales the learning rate of single parameters. `gradient` is overwritten; nothing of the size
         of the bank is allocated.
         """
-        move = wanted[:, None]
+        move = is_applied[:, None]
         gradient.masked_fill_(~move, 0.0)  # what is not finite must not reach the moments, not even times zero
-        self.counts += move
-        counts = self.counts.clamp_min(1)
-        self.mean.lerp_(gradient, (1 - BETA_1) * move)
-        self.square.lerp_(gradient.square_(), (1 - BETA_2) * move)
-        torch.div(self.square, 1 - BETA_2**counts, out=gradient).sqrt_().add_(EPSILON)
-        update = torch.div(self.mean, gradient, out=gradient).div_(1 - BETA_1**counts)
+        self.steps += move
+        steps = self.steps.clamp_min(1)
+        self.exp_avg.lerp_(gradient, (1 - BETA_1) * move)
+        self.exp_avg_sq.lerp_(gradient.square_(), (1 - BETA_2) * move)
+        torch.div(self.exp_avg_sq, 1 - BETA_2**steps, out=gradient).sqrt_().add_(EPSILON)
+        update = torch.div(self.exp_avg, gradient, out=gradient).div_(1 - BETA_1**steps)
         update.addcmul_(self.flat, decays[:, None]).mul_(rates[:, None] * move)
         self.flat.sub_(update if lr_multipliers is None else update.mul_(lr_multipliers))
 

@@ -151,5 +151,5 @@ def build_random_data(recipe: Recipe, vocab_size: int) -> PreparedData:
     size = recipe.data.block_size
     bounds = np.arange(0, len(stream) + 1, size + 1) if recipe.data.layout == "packed" else None
     rows = None if bounds is None else np.arange(len(bounds))
-    blocks = TokenBlocks(stream=stream, block_size=size, loss=None, starts=bounds, rows=rows)
+    blocks = TokenBlocks(stream=stream, block_size=size, loss=None, sequence_offsets=bounds, block_offsets=rows)
     return PreparedData(path=Path(), fingerprint="", train=blocks, validation=blocks, test=blocks, report={})

@@ -1,7 +1,8 @@
 """The processes that train together, one per device: `accelerate launch -m lora_gpt2 train …`, or torchrun.
 
 Each takes its share of the rows of every step; the adapters' gradients are summed as one flat buffer, which is small,
-so nothing else needs to be split. The first process alone validates, writes and speaks. A process on its own is a
+so nothing else needs to be split. The first process alone writes and speaks, and its validation losses are
+everyone's. A process on its own is a
 group of one, and nothing is imported for it.
 """
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_gpt2.core.console import Reporter, SilentReporter
-from lora_gpt2.core.errors import ConflictError, TrainingDiverged, UsageError
+from lora_gpt2.core.errors import InterruptedRunError, TrainingDiverged, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
@@ -47,7 +47,7 @@ from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, check_together
 from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
-PASSES = "passes"
+MICRO_BATCHING = "passes"  # as checkpoints name it
 CHECKPOINT_FORMAT = 2  # version of what a checkpoint holds
 COPIES, ROOM_BYTES = 3, 2**27  # what publishing takes: copies of the adapter, and the libraries' own
 
@@ -106,8 +106,8 @@ def train_recipes(
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and dtype.
-        ConflictError: the same adapters are being trained by another process, or an interrupted run is there and
-            neither `resume` nor `fresh` says what becomes of it.
+        ConflictError: the same adapters are being trained by another process.
+        InterruptedRunError: an interrupted run is there, and neither `resume` nor `fresh` says what becomes of it.
         MismatchError: `resume` with other settings, data or base than the run on disk.
         ResourceError: it does not fit into memory; the last checkpoint is kept.
         TrainingDiverged: an adapter failed; the others of the run are published.
@@ -128,7 +128,7 @@ def train_recipes(
             with wrap_os_errors(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
                 stack.enter_context(hold_lock(run.lock, f"the run of {', '.join(names)}"))
             if not (resume or fresh) and (step := run.find_last_step()):
-                raise ConflictError(
+                raise InterruptedRunError(
                     f"an interrupted run of {', '.join(names)} is kept, at step {step}",
                     "--resume continues it, --fresh starts over",
                 )
@@ -148,9 +148,9 @@ def _train_locked(
     settings = recipes[0].train
     runtime = choose_runtime(settings.dtype, world.device)
     base = load_base(recipes[0].base, runtime, settings.quantize)
-    numbers = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
+    dtype = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
     reporter.message(
-        f"base {base.name} on {runtime.device.type} in {numbers}; training {', '.join(r.name for r in recipes)}"
+        f"base {base.name} on {runtime.device.type} in {dtype}; training {', '.join(r.name for r in recipes)}"
     )
     prepared = world.main_process_first(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
     for recipe, data in zip(recipes, prepared, strict=True):
@@ -202,17 +202,19 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     if not run.exists():
         reporter.message("there is no run to resume: starting over")
         return False
-    if different := run.check_identity(identity, free=(PASSES,)):
-        reporter.message(f"equal to rounding only, because passes differ: {different}")
+    if different := run.check_identity(identity, free=(MICRO_BATCHING,)):
+        reporter.message(f"equal to rounding only, because micro-batches differ: {different}")
     return True
 
 
 def _identify_run(base: Base, slots: Sequence[TrainingSlot], world: ProcessGroup) -> dict[str, Any]:
-    """Returns everything that decides the numbers of a run; what is under `PASSES` only by rounding."""
-    of_passes = {"micro_batch_tokens", "gradient_checkpointing"}
-    irrelevant = {"checkpoint_every", "trackers", *of_passes}
+    """Returns everything that decides the numbers of a run; what is under `MICRO_BATCHING` only by rounding."""
+    of_micro_batches = {"micro_batch_tokens", "gradient_checkpointing"}
+    irrelevant = {"checkpoint_every", "trackers", *of_micro_batches}
     return {
-        PASSES: {slot.name: slot.recipe.train.model_dump(mode="json", include=of_passes) for slot in slots},
+        MICRO_BATCHING: {
+            slot.name: slot.recipe.train.model_dump(mode="json", include=of_micro_batches) for slot in slots
+        },
         "format": CHECKPOINT_FORMAT,
         "order": [slot.name for slot in slots],
         "base": base.fingerprint,
@@ -241,7 +243,7 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
     session = Session(base)
     session.load_in_memory({slot.name: adapter})
     general = measure_general(base, session.select(Mix.single(slot.name)))
-    passes = slot.train_tokens / max(1, slot.data.train.num_targets)
+    num_epochs = slot.train_tokens / max(1, slot.data.train.num_targets)
     report = AdapterReport(
         name=slot.name,
         version=0,
@@ -258,7 +260,7 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
         tokens_per_second=slot.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device),
         seconds=outcome.seconds,
-        verdict=diagnose_curve(slot.records, slot.num_steps, passes, slot.data.validation.num_targets),
+        verdict=diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets),
         forgetting=diagnose_forgetting(base_general, general),
     )
     figures = {key: value for key, value in vars(report).items() if key not in NOT_FIGURES}

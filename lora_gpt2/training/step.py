@@ -32,8 +32,9 @@ class MicroBatch:
     Args:
         slots: the slots.
         slot_ids: the same as a tensor on the device.
-        inputs, targets, positions: `[batch, time]`; see `blocks.Rows`.
-        weights: `[batch * time]`; they sum to a slot's share of its batch.
+        inputs, targets, positions: `[batch, time]`; see `blocks.BlockBatch`.
+        loss_weights: `[batch * time]`; 1 / the targets in a slot's whole batch, at every position, so that the losses
+            of a step add up to a mean (where there is no target the loss is 0).
         dropout: dropout rate of the adapters' inputs.
         label_smoothing: see `fused_linear_cross_entropy`.
         seeds: one for each sequence; they decide dropout and noise.
@@ -45,7 +46,7 @@ class MicroBatch:
     slot_ids: Tensor
     inputs: Tensor
     targets: Tensor
-    weights: Tensor
+    loss_weights: Tensor
     dropout: float
     label_smoothing: float
     seeds: Sequence[int]
@@ -92,7 +93,7 @@ class StepRunner:
         self.gradient = bank.enable_gradients()
         self.optimizer = SlotAdamW(bank.flat)
         device = bank.flat.device
-        self.scale = GradScaler(bank.num_slots, device) if model.wte.weight.dtype == torch.float16 else None
+        self.grad_scaler = GradScaler(bank.num_slots, device) if model.wte.weight.dtype == torch.float16 else None
         self.losses = torch.zeros(bank.num_slots, device=device)
         self.stats = torch.zeros(3, bank.num_slots, device=device)
         self.num_calls: dict[tuple[object, ...], int] = {}
@@ -133,9 +134,9 @@ class StepRunner:
         self.gradient.zero_()
         self.losses.zero_()
         for batch in batches:
-            weights = batch.weights
-            if self.scale is not None:
-                weights = weights * self.scale.values[batch.slot_ids].repeat_interleave(
+            weights = batch.loss_weights
+            if self.grad_scaler is not None:
+                weights = weights * self.grad_scaler.values[batch.slot_ids].repeat_interleave(
                     len(weights) // len(batch.slots), output_size=len(weights)
                 )
             adapters = TrainingAdapters(self.bank, batch.slots, batch.slot_ids, batch.dropout, batch.seeds)
@@ -152,10 +153,10 @@ class StepRunner:
                 hidden.flatten(0, 1), self.model.head, targets, weights, batch.label_smoothing, update
             )
             loss.backward()  # type: ignore[no-untyped-call]
-            self.losses.index_add_(0, batch.slot_ids, (nll * batch.weights).view(len(batch.slots), -1).sum(1))
+            self.losses.index_add_(0, batch.slot_ids, (nll * batch.loss_weights).view(len(batch.slots), -1).sum(1))
         self.world.all_reduce(self.gradient, self.losses)
-        if self.scale is not None:
-            self.gradient.div_(self.scale.values[:, None])
+        if self.grad_scaler is not None:
+            self.gradient.div_(self.grad_scaler.values[:, None])
         if self.mask is not None:
             self.gradient.mul_(self.mask)
 
@@ -169,8 +170,8 @@ class StepRunner:
             self.gradient, hyperparams.learning_rates, hyperparams.weight_decays, applied, self.lr_multipliers
         )
         self.bank.refresh_casts()
-        if self.scale is not None:
-            self.scale.update(finite, hyperparams.is_active)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update(finite, hyperparams.is_active)
         torch.stack([self.losses, norms, applied.float()], out=self.stats)
 
 

@@ -144,17 +144,17 @@ class Trainer:
         due = [slot_id for slot_id in active if self.slots[slot_id].is_validation_due(self.step)]
         self._collect(0 if due else self.lookahead)
         self.seconds += time.monotonic() - started
-        if self.callbacks and (stopping := self._find_stopping(active)):
+        if self.callbacks and (stopping := self._apply_stop_requests(active)):
             self._collect(0)
             due = list(dict.fromkeys([*due, *stopping]))
         for slot_id in due:
             if not self.slots[slot_id].failure:
                 self._validate(slot_id)
         if self.callbacks:
-            self._find_stopping(due)  # asked for when a validation was reported
+            self._apply_stop_requests(due)  # asked for when a validation was reported
 
-    def _find_stopping(self, active: Sequence[int]) -> list[int]:
-        """Returns the slots that a callback wants to end, and marks them as stopped, in every process alike."""
+    def _apply_stop_requests(self, active: Sequence[int]) -> list[int]:
+        """Marks the slots that a callback wants to end as stopped, in every process alike; returns them."""
         asked = [slot_id for slot_id in active if self.slots[slot_id].stop_requested]
         asked = self.world.broadcast_object(asked)
         for slot_id in asked:
@@ -174,8 +174,8 @@ class Trainer:
                 self._record(self.slots[result.slot_id], result)
 
     def _record(self, slot: TrainingSlot, result: StepResult) -> None:
-        num_skipped = 0 if result.is_applied else slot.skipped_in_a_row + 1
-        if num_skipped > (MAX_SKIPS if self.runner.scale is not None else 0):
+        skipped_in_a_row = 0 if result.is_applied else slot.skipped_in_a_row + 1
+        if skipped_in_a_row > (MAX_SKIPS if self.runner.grad_scaler is not None else 0):
             self._fail(slot, f"step {result.step}: loss {result.loss}, gradient norm {result.gradient_norm}")
             return
         slot.record_step(
@@ -229,8 +229,7 @@ class Trainer:
             for slot_id in slot_ids:
                 slot = self.slots[slot_id]
                 if slot.recipe.train.keep_best and slot.best_step:
-                    self.bank.flat[slot_id] = self.best[slot_id]
-                    self.bank.refresh_casts()
+                    self.bank.write(slot_id, self.best[slot_id])
                 base_nll, validation_nll = losses.measure_validation(slot_id, task.advance)
                 self._emit("end", slot, validation_nll)
                 yield TrainedAdapter(
@@ -293,13 +292,13 @@ class Trainer:
                 slot.num_written = len(slot.records)
 
     def _list_tensors(self) -> dict[str, Tensor]:
-        optimizer, scale = self.runner.optimizer, self.runner.scale
+        optimizer, scale = self.runner.optimizer, self.runner.grad_scaler
         tensors = {
             "flat": self.bank.flat,
             "best": self.best,
-            "mean": optimizer.mean,
-            "square": optimizer.square,
-            "counts": optimizer.counts,
+            "mean": optimizer.exp_avg,
+            "square": optimizer.exp_avg_sq,
+            "counts": optimizer.steps,
         }
         return tensors if scale is None else {**tensors, "scale": scale.values, "good": scale.good}
 

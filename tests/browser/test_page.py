@@ -40,7 +40,7 @@ def port(base, store, tmp_path):
         publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(figures=figures, recipe=recipe))
     choices = LocalLog(tmp_path / "choices.jsonl", SilentReporter())
     with serving(
-        Server(session=Session(base, store), defaults=GenerateSettings(), limits=ServeSettings(), choices=choices)
+        Server(session=Session(base, store), defaults=GenerateSettings(), limits=ServeSettings(), vote_log=choices)
     ) as number:
         yield number
 

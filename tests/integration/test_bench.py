@@ -29,6 +29,7 @@ def check_sides(report, names):
     return sides
 
 
+@pytest.mark.slow
 def test_both_sides_learn_the_same_and_every_figure_is_there(base_folder, reporter):
     report = measure_training(str(base_folder), 2, 16, 4, 1, reporter=reporter, rank=2, dtype="float32")
     check_sides(report, ["ours", "peft"])
@@ -71,13 +72,13 @@ def test_a_grid_trains_every_setting_and_goes_on_where_it_stopped(base_folder, t
         "--keep",
         kept,
     ]
-    arguments += ["--rank", "2", "--targets", "all", "--targets", "q,v", "--full", "--json", "--set", "train.steps=5"]
+    arguments += ["--rank", "2", "--targets", "q,v", "--full", "--json", "--set", "train.steps=5"]
     arguments += ["--set", f"base={base_folder}", "--set", "data.block_size=16", "--set", "train.batch_tokens=64"]
     arguments += ["--set", "train.validate_every=5", "--set", "train.validation_tokens=64"]
     arguments += ["--set", "train.sample_tokens=0"]
     assert cli.run([str(a) for a in arguments]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["points"]) == 2 * 2 * 2 + 2 * 4
+    assert len(report["points"]) == 2 * 2 + 2 * 4
     assert all(p["perplexity"] < p["base_perplexity"] for p in report["points"] if p["learning_rate"] >= 1e-3)
     assert report["ranking"][0][2] == 1e-2
     lines = kept.read_text().splitlines()

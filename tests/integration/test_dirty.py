@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lora_gpt2.core.errors import DataError, LoraGpt2Error
-from lora_gpt2.data.clean.cleaning import CleaningReport
+from lora_gpt2.data.clean.cleaning import CleaningReport, clean_text
 from lora_gpt2.data.clean.filters import find_reason
 from lora_gpt2.data.clean.rules import BOILERPLATE, choose_rules
 from lora_gpt2.data.read.formats import read_documents, read_source
@@ -19,7 +19,7 @@ GONE = re.compile("[\u200b\u200c\u2060\ufeff\u00ad\u202a-\u202e\x00-\x08\x0b\x0c
 
 
 def clean(text, **changes):
-    return CleaningReport().clean(text, choose_rules("prose", changes))
+    return clean_text(text, choose_rules("prose", changes), CleaningReport())
 
 
 class Reading:

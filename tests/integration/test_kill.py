@@ -145,7 +145,7 @@ def test_the_sweep_would_see_a_lost_step(recipes, reporter, tmp_path, monkeypatc
 
     def forget(self, tensors, state):
         restored(self, tensors, state)
-        self.runner.optimizer.mean.zero_()
+        self.runner.optimizer.exp_avg.zero_()
 
     monkeypatch.setattr(Trainer, "restore", forget)
     status, _ = in_child(tmp_path, trainer_of(recipes, reporter, resume=True), "killed")

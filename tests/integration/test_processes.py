@@ -59,9 +59,6 @@ def test_two_processes_equal_one(launch, tmp_path):
     one, two = weights
     assert all(torch.allclose(one[key], two[key], atol=2e-5) for key in one)
     assert any(tensor.abs().max() > 1e-3 for key, tensor in one.items() if "lora_B" in key)
-    code, _, err = launch(2, tmp_path / "2", "--resume")
-    assert code == 0, err[-2000:]
-    assert "already complete" in err
     code, out, err = launch(1, tmp_path / "2", "--resume")
     assert code != 0
     assert "processes: 2 then, 1 now" in out + err

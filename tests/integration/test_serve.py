@@ -329,7 +329,7 @@ def test_the_smallest_top_p_keeps_the_likeliest_token(port):
 def test_a_blind_choice_is_kept_with_its_versions_and_nothing_else_is(base, trained, run, tmp_path):
     log = LocalLog(tmp_path / "state" / "lora-gpt2" / "choices.jsonl", SilentReporter())
     choice = {"prompt": "the cat", "models": ["base", "law", "law:0.6+code:0.4"], "chosen": "law", "seed": 3}
-    with serving(Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS, choices=log)) as port:
+    with serving(Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS, vote_log=log)) as port:
         assert ask(port, "/v1/choices", choice)[::2] == (200, {"kept": True})
         for wrong in ({**choice, "chosen": "x"}, {**choice, "models": ["law"]}, {}, b"x"):
             assert ask(port, "/v1/choices", wrong)[0] == 400

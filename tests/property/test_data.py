@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.data.blocks import IGNORE, Encoded, open_blocks, pack_blocks, write_blocks
+from lora_gpt2.data.blocks import IGNORE, EncodedDocument, open_blocks, pack_blocks, write_blocks
 from lora_gpt2.data.clean.rules import BOILERPLATE, PROFILES, RULES, choose_rules
 from lora_gpt2.data.dedup import content_key
 from lora_gpt2.data.read.encoding import decode
@@ -134,7 +134,7 @@ def test_profiles_are_idempotent_and_keep_the_words(value, profile):
 )
 def test_blocks_lose_no_token_and_score_each_once(tmp_path_factory, documents, block_size, is_packed):
     tmp_path = tmp_path_factory.mktemp("blocks")
-    encoded = [Encoded(ids=ids, prompt=min(prompt, len(ids))) for ids, prompt in documents]
+    encoded = [EncodedDocument(ids=ids, prompt=min(prompt, len(ids))) for ids, prompt in documents]
     write_blocks(tmp_path, "s", encoded, 9, 10, has_prompts=True)
     if is_packed:
         pack_blocks(tmp_path, "s", block_size, 9, 10)

@@ -40,16 +40,6 @@ class CleaningReport:
     pii: Counter[str] = field(default_factory=Counter)
     whole: CleaningReport | None = None
 
-    def clean(self, text: str, rules: Mapping[str, str]) -> str:
-        """Returns the cleaned text and takes note of what each rule changed."""
-        for name, mode in rules.items():
-            if name == BOILERPLATE:
-                continue
-            if name == "pii":
-                self.pii.update({finding.kind for finding in find_pii(text)})
-            text = self.note(name, text, RULES[name].apply(text, mode))
-        return text
-
     def note(self, name: str, before: str, after: str) -> str:
         """Takes note of what a rule changed; returns `after`."""
         if before != after:
@@ -86,6 +76,20 @@ class CleaningReport:
         """Returns the report that `to_json` wrote."""
         rules = {name: RuleReport(**rule) for name, rule in values["rules"].items()}
         return cls(rules=rules, pii=Counter(values["pii"]))
+
+
+def clean_text(text: str, rules: Mapping[str, str], report: CleaningReport) -> str:
+    """Returns a text cleaned by rules, in their order; the report takes note of what each changed.
+
+    Lines that documents have in common are not a matter of one text: `BOILERPLATE` is left to `shards.clean_document`.
+    """
+    for name, mode in rules.items():
+        if name == BOILERPLATE:
+            continue
+        if name == "pii":
+            report.pii.update({finding.kind for finding in find_pii(text)})
+        text = report.note(name, text, RULES[name].apply(text, mode))
+    return text
 
 
 def _show_change(before: str, after: str) -> dict[str, str]:

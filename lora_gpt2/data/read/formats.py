@@ -25,12 +25,12 @@ from lora_gpt2.data.read.layouts import is_usual, read_columns
 from lora_gpt2.data.read.records import (
     FIELD_HINT,
     FIX_HINT,
-    PLACEHOLDER,
     Document,
     Reading,
     build_documents,
     is_free,
-    is_pair,
+    is_record,
+    list_fields,
     parse_json,
 )
 from lora_gpt2.data.read.sources import DOCUMENTS, HUB, Source, find_sources
@@ -268,11 +268,11 @@ def _read_value(value: Any, where: str, settings: DataSettings, log: ReadingLog)
     if isinstance(value, dict) and (rows := read_columns(value)) is not None:
         log.note(f"{where}: a table of {len(rows)} rows, as pandas writes it")
         value = rows
-    if isinstance(value, dict) and not _is_record(value, settings):
+    if isinstance(value, dict) and not is_record(value, settings):
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:
             known = ", ".join(sorted(value)[:8]) or "none"
-            missing = " or ".join(f"'{name}'" for name in _list_fields(settings) if name not in value)
+            missing = " or ".join(f"'{name}'" for name in list_fields(settings) if name not in value)
             raise DataError(f"{where}: no field {missing} (found: {known})", FIELD_HINT)
         value = value[lists[0]]
     if isinstance(value, list):
@@ -280,20 +280,6 @@ def _read_value(value: Any, where: str, settings: DataSettings, log: ReadingLog)
             yield from build_documents(item, f"{where}:[{number}]", settings, log.note)
     else:
         yield from build_documents(value, where, settings, log.note)
-
-
-def _is_record(value: dict[str, Any], settings: DataSettings) -> bool:
-    """True for an object that is a document itself; else it holds the list of them."""
-    if all(name in value for name in _list_fields(settings)) or (is_pair(value) and not settings.template):
-        return True
-    return is_free(settings) and is_usual(value)
-
-
-def _list_fields(settings: DataSettings) -> list[str]:
-    """Returns the top-level fields that the settings take a document from."""
-    templates = [settings.template] if settings.template else [f"{{{settings.text_field}}}"]
-    names = [name for text in [settings.prompt, *templates] for name in PLACEHOLDER.findall(text)]
-    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def _read_json_lines(file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog) -> Reading:

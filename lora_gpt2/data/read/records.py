@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.data.read.layouts import Note, recognise_record
+from lora_gpt2.data.read.layouts import Note, is_usual, recognise_record
 from lora_gpt2.recipe import DataSettings
 
 USUAL_FIELD = "text"
@@ -91,6 +91,20 @@ def is_free(settings: DataSettings) -> bool:
 def is_pair(record: dict[str, Any]) -> bool:
     """True for the usual form of a prompt and its completion."""
     return "prompt" in record and "completion" in record
+
+
+def is_record(value: dict[str, Any], settings: DataSettings) -> bool:
+    """True for an object that is a document itself; else it holds the list of them."""
+    if all(name in value for name in list_fields(settings)) or (is_pair(value) and not settings.template):
+        return True
+    return is_free(settings) and is_usual(value)
+
+
+def list_fields(settings: DataSettings) -> list[str]:
+    """Returns the top-level fields that the settings take a document from."""
+    templates = [settings.template] if settings.template else [f"{{{settings.text_field}}}"]
+    names = [name for text in [settings.prompt, *templates] for name in PLACEHOLDER.findall(text)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
 
 
 def _walk(value: Any, path: list[str], where: str) -> Iterator[tuple[Any, str]]:

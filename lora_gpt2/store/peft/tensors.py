@@ -1,4 +1,4 @@
-"""PEFT's adapter format: writing it, and reading it from strangers (the configuration: `store/peft_config.py`).
+"""PEFT's adapter format: writing it, and reading it from strangers (the configuration: `peft/config.py`).
 
 Sizes come from the tensors, after their number and shapes have been checked against the base.
 """
@@ -144,7 +144,7 @@ def parse_peft(
         if match is None or (match[4] == MAGNITUDE and not spec.dora):
             raise MismatchError(
                 f"{where}: the tensor {name[:120]} is not part of a GPT-2 LoRA",
-                "adapters change c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj and lm_head (README, Formats)",
+                "adapters change c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj and lm_head",
             )
         halves.setdefault(match[1] or match[2], {})[match[3] or match[4]] = tensor
     _check_sites(set(halves), spec, config, where)

@@ -337,13 +337,12 @@ def test_settings_of_any_depth_are_those_of_the_command_line():
 
 def test_a_text_is_measured_in_the_dtype_that_was_asked_for(law, base_folder, texts):
     found = {}
-    for dtype in ("auto", "float32", "bfloat16", "float16"):
+    for dtype in ("auto", "bfloat16", "float16"):
         model = lg.load(str(base_folder), adapters=["law"], dtype=dtype, progress=False)
         for settings in (None, {"evaluate.dtype": "bfloat16"}):
             found[dtype, bool(settings)] = model.perplexity(texts, "law", window=32, settings=settings).dtype
     assert {key: value for key, value in found.items() if not key[1]} == {
         ("auto", False): "float32",
-        ("float32", False): "float32",
         ("bfloat16", False): "bfloat16",
         ("float16", False): "float32",  # whose weights only generate on a CPU
     }

@@ -24,6 +24,7 @@ from lora_gpt2.audit.memorization import (
 )
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError
+from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.inference.generate import Request, generate
@@ -44,8 +45,19 @@ PLAIN = GenerateSettings(temperature=0.5, top_k=0, top_p=1.0, max_new_tokens=40)
 
 @pytest.fixture(scope="module")
 def learnt_store(tmp_path_factory):
-    """An adapter trained long on some documents, a fresh one, and a base that is wide enough to learn them."""
-    folder = tmp_path_factory.mktemp("learnt")
+    """An adapter trained long on some documents, a fresh one, and a base that is wide enough to learn them.
+
+    The processes of a test run share it.
+    """
+    folder = tmp_path_factory.getbasetemp().parent / "learnt"
+    with hold_lock(folder.with_suffix(".lock"), str(folder), wait_seconds=120):
+        if not (folder / "store").exists():
+            folder.mkdir(exist_ok=True)
+            build_learnt_store(folder)
+    return Store(folder / "store")
+
+
+def build_learnt_store(folder):
     base_folder = make_base_folder(folder / "base", width=64, heads=4)
     generator = random.Random(3)
     rows = [" ".join(generator.choices(["cat", "dog", "rain", "sun", "the", "and", "in"], k=9)) for _ in range(20)]
@@ -80,7 +92,6 @@ def learnt_store(tmp_path_factory):
     base = load_base(str(base_folder), runtime)
     origin = Origin(data=store.read_manifest("learnt").data, recipe=recipe.model_dump(mode="json"))
     publish_adapter(store, "fresh", build_adapter(base.config, recipe.lora, 1), base, origin)
-    return store
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ CODES = {
     "ConflictError": 6,
     "ResourceError": 7,
     "BusyError": 7,
+    "InterruptedRunError": 6,
     "EngineFailed": 7,
     "TrainingDiverged": 8,
     "CheckFailed": 9,

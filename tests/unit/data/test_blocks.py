@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from lora_gpt2.data.blocks import IGNORE, Encoded, fit_best, open_blocks, pack_blocks, token_dtype, write_blocks
+from lora_gpt2.data.blocks import IGNORE, EncodedDocument, fit_best, open_blocks, pack_blocks, token_dtype, write_blocks
 
-DOCUMENTS = [Encoded(ids=[1, 2]), Encoded(ids=[3]), Encoded(ids=[4, 5, 6])]
+DOCUMENTS = [EncodedDocument(ids=[1, 2]), EncodedDocument(ids=[3]), EncodedDocument(ids=[4, 5, 6])]
 
 
 def write(folder, documents, vocab_size=10, **options):
@@ -22,14 +22,14 @@ def test_documents_are_joined_by_eos_and_nothing_is_lost(tmp_path):
 
 
 def test_a_prompt_carries_no_loss(tmp_path):
-    blocks = write(tmp_path, [Encoded(ids=[1, 2, 3], prompt=2), Encoded(ids=[4])], has_prompts=True)
+    blocks = write(tmp_path, [EncodedDocument(ids=[1, 2, 3], prompt=2), EncodedDocument(ids=[4])], has_prompts=True)
     assert blocks.read([0]).targets.tolist() == [[IGNORE, IGNORE, 3, 9]]
     assert blocks.read([1]).targets.tolist() == [[4, 9, IGNORE, IGNORE]]
     assert (blocks.num_tokens, blocks.num_targets) == (6, 4)
 
 
 def test_packed_blocks_hold_whole_documents_that_begin_at_position_0(tmp_path):
-    documents = [*DOCUMENTS, Encoded(ids=[7, 7, 7, 7, 7], prompt=1)]
+    documents = [*DOCUMENTS, EncodedDocument(ids=[7, 7, 7, 7, 7], prompt=1)]
     write(tmp_path, documents, has_prompts=True)
     pack_blocks(tmp_path, "a", 4, 9, 10)
     blocks = open_blocks(tmp_path, "a", 4, 10)
@@ -65,5 +65,5 @@ def test_an_empty_part_has_no_blocks(tmp_path, layout):
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(8192, np.uint16), (65536, np.uint16), (65537, np.uint32)])
 def test_ids_fit_their_type(tmp_path, vocab_size, dtype):
     assert token_dtype(vocab_size) == dtype
-    write_blocks(tmp_path, "a", [Encoded(ids=[vocab_size - 1])], 0, vocab_size)
+    write_blocks(tmp_path, "a", [EncodedDocument(ids=[vocab_size - 1])], 0, vocab_size)
     assert list(open_blocks(tmp_path, "a", 4, vocab_size).stream) == [0, vocab_size - 1, 0]

@@ -10,7 +10,7 @@ import pytest
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.data import shards
 from lora_gpt2.data.clean.boilerplate import drop_edges, find_boilerplate
-from lora_gpt2.data.clean.cleaning import CleaningReport
+from lora_gpt2.data.clean.cleaning import CleaningReport, clean_text
 from lora_gpt2.data.clean.filters import find_reason
 from lora_gpt2.data.clean.pii import find_pii, mask_pii
 from lora_gpt2.data.clean.rules import RULES, Rule
@@ -272,7 +272,7 @@ def test_reports_add_up():
     one, two = CleaningReport(), CleaningReport()
     for report, texts in ((one, ["a\0", "b"]), (two, ["c\0\0"])):
         for text in texts:
-            report.clean(text, {"nul": "on", "pii": "report"})
+            clean_text(text, {"nul": "on", "pii": "report"}, report)
     one.add(CleaningReport.from_json(two.to_json()))
     assert (one.rules["nul"].documents, one.rules["nul"].characters_removed, len(one.rules["nul"].examples)) == (
         2,

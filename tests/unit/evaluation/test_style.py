@@ -11,7 +11,7 @@ from lora_gpt2.evaluation.style import (
     measure_distinct,
     measure_divergence,
     measure_readability,
-    measure_repetition,
+    measure_repeated_ngrams,
     split_words,
 )
 
@@ -27,16 +27,16 @@ def test_distinct_counts_over_all_texts():
 
 
 def test_repetition_is_within_a_text():
-    assert measure_repetition(["a b c d a b c d a b c d"]) == pytest.approx(1 - 4 / 9)
-    assert measure_repetition(["a b c d e", "a b c d e"]) == 0
-    assert measure_repetition(["a b c"]) is None
+    assert measure_repeated_ngrams(["a b c d a b c d a b c d"]) == pytest.approx(1 - 4 / 9)
+    assert measure_repeated_ngrams(["a b c d e", "a b c d e"]) == 0
+    assert measure_repeated_ngrams(["a b c"]) is None
 
 
 def test_a_domains_repetition_is_that_of_pieces_as_long_as_the_texts():
     assert cut_pieces("a b c d e", 2) == ["a b", "c d", "e"]
     assert cut_pieces("a b", 0) == []
     domain = "once upon a time there was one. " * 20
-    assert measure_repetition(cut_pieces(domain, 7)) == 0 < measure_repetition([domain])
+    assert measure_repeated_ngrams(cut_pieces(domain, 7)) == 0 < measure_repeated_ngrams([domain])
 
 
 def test_readability_by_its_formula():

@@ -74,8 +74,8 @@ def test_a_step_that_is_not_finite_changes_nothing():
     optimizer.step(gradient, torch.full((2,), 0.1), torch.zeros(2), torch.tensor([True, False]))
     assert not torch.equal(flat[0], torch.ones(3))
     assert torch.equal(flat[1], torch.ones(3))
-    assert not optimizer.mean[1].any()
-    assert optimizer.counts[:, 0].tolist() == [1, 0]
+    assert not optimizer.exp_avg[1].any()
+    assert optimizer.steps[:, 0].tolist() == [1, 0]
 
 
 def test_the_loss_scale_halves_on_overflow_and_doubles_after_many_good_steps():
@@ -95,14 +95,14 @@ def half_trainer(base_folder, text_file, reporter, **train):
 
 def test_float16_trains_with_loss_scaling_and_its_skips_are_counted(base_folder, text_file, reporter):
     trainer = half_trainer(base_folder, text_file, reporter, steps=60, validate_every=60)
-    trainer.runner.scale.values.fill_(2.0**22)  # so large that the first steps overflow
+    trainer.runner.grad_scaler.values.fill_(2.0**22)  # so large that the first steps overflow
     (trained,) = trainer.train(StopRequest())
     domain = trained.slot
     assert trained.validation_nll < trained.base_nll - 0.3
     assert 0 < domain.num_skipped < MAX_SKIPS
     assert domain.records[0]["loss"] is None
     assert domain.records[domain.num_skipped]["loss"] > 0
-    assert trainer.runner.optimizer.counts.item() == 60 - domain.num_skipped
+    assert trainer.runner.optimizer.steps.item() == 60 - domain.num_skipped
 
 
 def test_more_than_twenty_skips_in_a_row_are_divergence(base_folder, text_file, reporter):

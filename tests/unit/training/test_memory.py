@@ -18,7 +18,7 @@ from lora_gpt2.recipe import build_recipe
 from lora_gpt2.training import memory
 from lora_gpt2.training.memory import (
     CPU_RESERVE,
-    count_pass_tokens,
+    count_micro_batch_tokens,
     estimate_memory,
     fit_recipes,
     list_changes,
@@ -66,7 +66,7 @@ def measure_peak(base, recipes):
         peak = max(peak, current)
     held = sum(t.numel() * t.element_size() for t in (*base.model.parameters(), *base.model.buffers()))
     optimizer = trainer.runner.optimizer
-    buffers = (trainer.bank.flat, trainer.runner.gradient, trainer.best, optimizer.mean, optimizer.square)
+    buffers = (trainer.bank.flat, trainer.runner.gradient, trainer.best, optimizer.exp_avg, optimizer.exp_avg_sq)
     held += sum(t.numel() * t.element_size() for t in buffers)
     held += sum(t.numel() * 4 for t in (trainer.runner.mask, trainer.runner.lr_multipliers) if t is not None)
     copies = trainer.bank.flat_cast
@@ -109,7 +109,7 @@ def measure_kept(base, recipe):
     bank = AdapterBank(base.config, ranks, 1, "training", base.model.wte.weight)
     bank.enable_gradients()
     tokens = torch.zeros(
-        count_pass_tokens([recipe]) // recipe.data.block_size, recipe.data.block_size, dtype=torch.long
+        count_micro_batch_tokens([recipe]) // recipe.data.block_size, recipe.data.block_size, dtype=torch.long
     )
     weights, kept = {p.untyped_storage().data_ptr() for p in base.model.parameters()}, {}
 
@@ -143,7 +143,7 @@ def test_the_activations_are_what_autograd_keeps(wide_folder, dtype, change):
     runtime = Runtime(torch.device("cpu"), dtype)
     base = load_base(str(wide_folder), runtime)
     recipe = make_recipe(wide_folder, batch_tokens=256, **change)
-    tokens, width = count_pass_tokens([recipe]), base.config.n_embd
+    tokens, width = count_micro_batch_tokens([recipe]), base.config.n_embd
     # beside it the embeddings, the normed output and its gradient, and the input of the head's update
     beside = 3 * width
     if not recipe.train.gradient_checkpointing:
@@ -165,7 +165,7 @@ def test_the_adapters_are_the_buffers_of_a_run(wide_folder, dtype, ratios):
     domains = [TrainingSlot(recipe=r, data=build_random_data(r, base.config.vocab_size)) for r in recipes]
     trainer = Trainer(base, domains, None)
     runner, bank = trainer.runner, trainer.bank
-    buffers = [bank.flat, runner.gradient, trainer.best, runner.optimizer.mean, runner.optimizer.square]
+    buffers = [bank.flat, runner.gradient, trainer.best, runner.optimizer.exp_avg, runner.optimizer.exp_avg_sq]
     buffers += [bank.flat_cast] * (dtype != torch.float32) + [runner.lr_multipliers] * (
         runner.lr_multipliers is not None
     )
@@ -248,7 +248,7 @@ def test_recipes_that_do_not_share_passes_are_counted_apart_and_keep_what_they_a
 
 def test_a_pass_may_be_larger_once_a_slot_has_stopped(wide_folder):
     five = [make_recipe(wide_folder, f"r{k}", micro_batch_tokens=1024, batch_tokens=512) for k in range(5)]
-    assert count_pass_tokens(five) == 1024  # four slots take two rows each, five take one
+    assert count_micro_batch_tokens(five) == 1024  # four slots take two rows each, five take one
 
 
 def test_a_containers_limit_is_the_budget(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def make_pass(slots, rows=2, time=9, vocab=260, **options):
         slot_ids=torch.tensor(slots),
         inputs=inputs,
         targets=targets,
-        weights=weights,
+        loss_weights=weights,
         seeds=seeds,
         **settings,
     )
@@ -57,9 +57,9 @@ def make_runner(base_folder, dtype, num_slots=3):
 def test_each_slots_gradient_in_16_bits_is_float32s_whatever_its_loss_scale(base_folder, dtype, groups):
     passes = [make_pass(slots) for slots in groups]
     exact, rounded = make_runner(base_folder, torch.float32), make_runner(base_folder, dtype)
-    assert (rounded.scale is not None) == (dtype == torch.float16), "bfloat16 has float32's range"
-    if rounded.scale is not None:
-        rounded.scale.values.copy_(torch.tensor(SCALES))
+    assert (rounded.grad_scaler is not None) == (dtype == torch.float16), "bfloat16 has float32's range"
+    if rounded.grad_scaler is not None:
+        rounded.grad_scaler.values.copy_(torch.tensor(SCALES))
     for runner in (exact, rounded):
         runner.compute_gradients(passes)
     epsilon = torch.finfo(dtype).eps
@@ -81,7 +81,7 @@ def test_a_slots_loss_is_its_rows_weighted_and_its_gradient_does_not_depend_on_t
         rows_loss = torch.nn.functional.cross_entropy(
             _logits(alone, slot, one.inputs).flatten(0, 1), one.targets.flatten(), reduction="none"
         )
-        assert alone.losses[slot].item() == pytest.approx((rows_loss * one.weights).sum().item(), rel=1e-5)
+        assert alone.losses[slot].item() == pytest.approx((rows_loss * one.loss_weights).sum().item(), rel=1e-5)
         assert together.losses[slot].item() == pytest.approx(alone.losses[slot].item(), rel=1e-5)
         difference = (together.gradient[slot] - alone.gradient[slot]).norm()
         assert difference <= 1e-5 * alone.gradient[slot].norm()
@@ -107,7 +107,7 @@ def test_smoothing_and_noise_give_the_loss_and_gradient_that_they_say(base_folde
     def measure(smoothing):
         logits, targets = _logits(runner, 0, each.inputs, noise).flatten(0, 1), each.targets.flatten()
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-        return float((losses.double() * each.weights).sum())
+        return float((losses.double() * each.loss_weights).sum())
 
     assert runner.losses[0].item() == pytest.approx(measure(0.0), rel=1e-5)
     direction = gradient / gradient.norm()

@@ -203,9 +203,9 @@ def test_resumed_equals_uninterrupted_bitwise(base_folder, text_file, other_text
 
     def begin(run=None):
         trainer = make_trainer(recipes, reporter, run, dtype)
-        if trainer.runner.scale is not None:
+        if trainer.runner.grad_scaler is not None:
             # the first overflows and is halved; under the second small gradients lose digits, which shows in the result
-            trainer.runner.scale.values.copy_(torch.tensor([2.0**23, 1.0]))
+            trainer.runner.grad_scaler.values.copy_(torch.tensor([2.0**23, 1.0]))
         return trainer
 
     unbroken = begin().train(StopRequest())
