@@ -47,10 +47,11 @@ PACKED = "ours, float16 weights"
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingSpec:
-    """What all sides do; `folder` holds the base, `work` the adapters, in folders 0 to 7."""
+    """What all sides do; `folder` holds the base, `work` the adapters, in folders 0 to 7; each row has the prompt."""
 
     folder: str
     work: str
+    prompt: list[int]
     tokens: int
     dtype: str
 
@@ -76,10 +77,25 @@ class Decoding:
     ids: list[list[int]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodingBenchmark:
+    """Every side of a comparison, ours first; `tokens` of each row, adapters of this rank, weights of this dtype."""
+
+    base: str
+    tokens: int
+    rank: int
+    dtype: str
+    sides: list[Decoding]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the comparison with the keys of `bench decode --json`."""
+        return asdict(self)
+
+
 NUMBERS = [key for key in Decoding.__dataclass_fields__ if key not in ("name", "ids")]
 
 
-def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: Reporter) -> dict[str, Any]:
+def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: Reporter) -> DecodingBenchmark:
     """Returns the medians of every side over its processes; `base` as for `measure_training`."""
     runtime = choose_runtime("auto")
     names = ["ours", *[PACKED] * (runtime.device.type == "cpu"), "peft"]
@@ -88,13 +104,13 @@ def measure_decoding(base: str, tokens: int, rounds: int, rank: int, reporter: R
         config = Checkpoint.read(folder).config
         for index in range(ROWS):
             _write_adapter(config, str(folder), Path(work) / str(index), rank, index)
-        spec = DecodingSpec(folder=str(folder), work=work, tokens=tokens, dtype=runtime.dtype_name)
+        prompt = _build_prompt(Checkpoint.open(str(folder)).load_tokenizer().vocab_size)
+        spec = DecodingSpec(folder=str(folder), work=work, prompt=prompt, tokens=tokens, dtype=runtime.dtype_name)
         found = run_in_turn(
             __name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['single']:,.1f} tokens/s"
         )
     sides = [_summarise([Decoding(**run) for run in runs]) for runs in found.values()]
-    shown = {"base": base, "tokens": tokens, "rank": rank, "dtype": spec.dtype}
-    return shown | {"sides": [asdict(side) for side in sides]}
+    return DecodingBenchmark(base=base, tokens=tokens, rank=rank, dtype=spec.dtype, sides=sides)
 
 
 def _summarise(runs: Sequence[Decoding]) -> Decoding:
@@ -147,7 +163,7 @@ def _run_ours(spec: DecodingSpec, dtype: str) -> dict[str, Any]:
     adapters = {str(k): from_peft(*read_peft_files(Path(spec.work) / str(k)), config, str(k)) for k in range(ROWS)}
     session.load_in_memory(adapters)
     settings = GenerateSettings(temperature=0, max_new_tokens=spec.tokens, logit_bias={config.eos_id: -100.0})
-    prompt = _build_prompt(base.tokenizer.vocab_size)
+    prompt = spec.prompt
 
     def write(used: Session, mixes: Sequence[Mix], budget: int) -> tuple[float, list[SequenceState]]:
         engine = Engine(used, len(mixes), PROMPT_TOKENS + spec.tokens)
@@ -216,8 +232,7 @@ def _run_peft(spec: DecodingSpec) -> dict[str, Any]:
     model = PeftModel.from_pretrained(base, f"{spec.work}/0", adapter_name="a0")
     for index in range(1, ROWS):
         model.load_adapter(f"{spec.work}/{index}", adapter_name=f"a{index}")
-    vocab_size = len(json.loads((Path(spec.folder) / "vocab.json").read_text(encoding="utf-8")))
-    prompt = torch.tensor([_build_prompt(vocab_size)], device=runtime.device)
+    prompt = torch.tensor([spec.prompt], device=runtime.device)
 
     def write(rows: int, names: list[str] | None, budget: int) -> tuple[float, torch.Tensor]:
         more: dict[str, Any] = {"adapter_names": names} if names else {}

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,38 @@ class MeasuredPass:
     nll_nats_per_token: float
     peak_memory_bytes: int
 
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate."""
+        return self.tokens / self.seconds
 
-def measure_evaluation(base: str, tokens: int, stride: int, rounds: int, reporter: Reporter) -> dict[str, Any]:
+
+@dataclass(frozen=True, kw_only=True)
+class LineupTime:
+    """Seconds for adapters on a text of so many tokens: all in one pass over the base, and one after the other."""
+
+    tokens: int
+    together_seconds: float
+    one_by_one_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationBenchmark:
+    """Every side of a comparison, and what it gains to measure several adapters in one pass."""
+
+    base: str
+    stride: int
+    sides: list[MeasuredPass]
+    adapters: int
+    lineup: list[LineupTime]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the comparison with the keys of `bench evaluate --json`."""
+        sides = [asdict(side) | {"tokens_per_second": side.tokens_per_second} for side in self.sides]
+        return asdict(self) | {"sides": sides}
+
+
+def measure_evaluation(base: str, tokens: int, stride: int, rounds: int, reporter: Reporter) -> EvaluationBenchmark:
     """Returns the medians of every side over its processes, and how much faster ours is; `base`: see `bench train`."""
     names = [STREAM, LOOP, DOCUMENT]
     if importlib.util.find_spec("lm_eval") is not None:
@@ -74,14 +104,13 @@ def measure_evaluation(base: str, tokens: int, stride: int, rounds: int, reporte
         found = run_in_turn(__name__, names, asdict(spec), rounds, reporter, lambda run: f"{run['seconds']:.1f} s")
         lineup = _measure_lineup(str(folder))
     sides = [_summarise([MeasuredPass(**run) for run in runs]) for runs in found.values()]
-    return {"base": base, "stride": stride, "sides": sides, "adapters": LINEUP, "lineup": lineup}
+    return EvaluationBenchmark(base=base, stride=stride, sides=sides, adapters=LINEUP, lineup=lineup)
 
 
-def _summarise(runs: list[MeasuredPass]) -> dict[str, Any]:
+def _summarise(runs: list[MeasuredPass]) -> MeasuredPass:
     seconds = statistics.median(run.seconds for run in runs)
     memory = round(statistics.median(run.peak_memory_bytes for run in runs))
-    rate = runs[0].tokens / seconds
-    return asdict(runs[0]) | {"seconds": seconds, "peak_memory_bytes": memory, "tokens_per_second": rate}
+    return replace(runs[0], seconds=seconds, peak_memory_bytes=memory)
 
 
 def _read_text(folder: str, tokens: int) -> str:
@@ -189,7 +218,7 @@ SIDES: dict[str, Callable[[EvaluationSpec], Measure]] = {
 }
 
 
-def _measure_lineup(folder: str) -> list[dict[str, float]]:
+def _measure_lineup(folder: str) -> list[LineupTime]:
     """Returns the seconds for `LINEUP` adapters on one text of each length: in one pass, and one after another."""
     base = load_base(folder, choose_runtime("float32"))
     session = Session(base)
@@ -210,6 +239,11 @@ def _measure_lineup(folder: str) -> list[dict[str, float]]:
             for mix in mixes:
                 windows.measure(session.select(mix))
             apart.append(time.perf_counter() - started)
-        seconds = {"together_seconds": statistics.median(together), "one_by_one_seconds": statistics.median(apart)}
-        found.append({"tokens": windows.forward_tokens, **seconds})
+        found.append(
+            LineupTime(
+                tokens=windows.forward_tokens,
+                together_seconds=statistics.median(together),
+                one_by_one_seconds=statistics.median(apart),
+            )
+        )
     return found

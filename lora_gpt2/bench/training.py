@@ -85,8 +85,45 @@ class Side:
     losses: list[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchmark:
+    """Every side of a comparison, ours first, and the arithmetic of a token in a training step."""
+
+    base: str
+    spec: TrainingSpec
+    flops_per_token: float
+    sides: list[Side]
+
+    def share_of_limit(self, side: Side) -> float:
+        """Returns how much of the machine's matrix products a side gets."""
+        return side.tokens_per_second * self.flops_per_token / side.gemm_flops_per_second
+
+    def speed_of_ours(self, side: Side) -> float:
+        """Returns how many times a side's speed ours has."""
+        return self.sides[0].tokens_per_second / side.tokens_per_second
+
+    def memory_of_ours(self, side: Side) -> float:
+        """Returns how many times a side's memory ours takes."""
+        return self.sides[0].peak_memory_bytes / side.peak_memory_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the comparison with the keys of `bench train --json`."""
+        sides = [
+            asdict(side)
+            | {
+                "share_of_limit": self.share_of_limit(side),
+                "speed_of_ours": self.speed_of_ours(side),
+                "memory_of_ours": self.memory_of_ours(side),
+                "loss_difference": abs(side.losses[-1] - self.sides[0].losses[-1]),
+            }
+            for side in self.sides
+        ]
+        spec = asdict(self.spec) | {"folder": self.base, "work": None}
+        return {"spec": spec, "flops_per_token": self.flops_per_token, "sides": sides}
+
+
 def count_flops_per_token(config: GPT2Config, time_tokens: int, lora: LoraSettings) -> float:
-    """Returns the arithmetic of one training step per token: no gradients of frozen weights (FACTS, section 4)."""
+    """Returns the arithmetic of one training step per token: no gradients of frozen weights."""
     d, blocks = config.n_embd, config.n_layer
     ranks = build_ranks(config, lora)
     adapters = sum(rank * sum(config.shape_of(target_of(site))) for site, rank in ranks.items())
@@ -124,8 +161,8 @@ def measure_training(
     quantize: str = "none",
     slots: int = 1,
     lines: Path | None = None,
-) -> dict[str, Any]:
-    """Returns the figures of every side, ratios against ours, and the share of the arithmetic limit.
+) -> TrainingBenchmark:
+    """Returns the figures of every side.
 
     `base` is S, M, L or XL (random weights), or a name or folder. `slots` above 1 adds a side that trains so many
     adapters together; `lines` adds the usual notebook, with each line of a text file padded to a row.
@@ -157,20 +194,7 @@ def measure_training(
         )
     sides = [_summarise(name, [Side(**run) for run in runs]) for name, runs in found.items()]
     flops = count_flops_per_token(config, time_tokens, spec.lora)
-    return {
-        "spec": asdict(spec) | {"folder": base, "work": None},
-        "flops_per_token": flops,
-        "sides": [
-            asdict(side)
-            | {
-                "share_of_limit": side.tokens_per_second * flops / side.gemm_flops_per_second,
-                "speed_of_ours": sides[0].tokens_per_second / side.tokens_per_second,
-                "memory_of_ours": sides[0].peak_memory_bytes / side.peak_memory_bytes,
-                "loss_difference": abs(side.losses[-1] - sides[0].losses[-1]),
-            }
-            for side in sides
-        ],
-    }
+    return TrainingBenchmark(base=base, spec=spec, flops_per_token=flops, sides=sides)
 
 
 def _summarise(name: str, runs: Sequence[Side]) -> Side:

@@ -16,7 +16,7 @@ from tests.builders import make_text
 
 
 def check_sides(report, names):
-    sides = {side["name"]: side for side in report["sides"]}
+    sides = {side["name"]: side for side in report.to_json()["sides"]}
     assert list(sides) == names
     assert len(sides["ours"]["losses"]) == 5
     for name in set(names) & {"ours together", "peft"}:
@@ -117,7 +117,7 @@ def test_settings_are_ranked_by_their_worst_domain():
 @pytest.mark.slow
 def test_writing_is_measured_beside_peft_and_both_write_the_same(base_folder, reporter):
     report = measure_decoding(str(base_folder), 12, 1, 2, reporter)
-    sides = {side["name"]: side for side in report["sides"]}
+    sides = {side["name"]: side for side in report.to_json()["sides"]}
     assert list(sides) == ["ours", "ours, float16 weights", "peft"]
     assert sides["ours"]["ids"] == sides["peft"]["ids"]
     assert len({tuple(ids) for ids in sides["ours"]["ids"]}) > 1, "eight adapters do not write one text"

@@ -43,12 +43,9 @@ def swap(reporter: Reporter, base: str, rank: int, rounds: int, as_json: bool) -
     """
     from lora_gpt2.bench.decoding import measure_decoding
 
-    sides = measure_decoding(base, 2, rounds, rank, reporter)["sides"]
-    kept = [{key: side[key] for key in ("name", "swap_seconds", "load_seconds")} for side in sides]
-    shown = [
-        [side["name"], f"{1000 * side['swap_seconds']:.2f} ms", f"{1000 * side['load_seconds']:.1f} ms"]
-        for side in kept
-    ]
+    sides = measure_decoding(base, 2, rounds, rank, reporter).sides
+    kept = [{key: getattr(side, key) for key in ("name", "swap_seconds", "load_seconds")} for side in sides]
+    shown = [[side.name, f"{1000 * side.swap_seconds:.2f} ms", f"{1000 * side.load_seconds:.1f} ms"] for side in sides]
     emit({"sides": kept}, as_json, lambda: format_table(["", "another that is loaded", "one from disk"], shown))
 
 

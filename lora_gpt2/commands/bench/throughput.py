@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +13,12 @@ from lora_gpt2.commands.shared import emit, format_bytes, json_option, store_opt
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.store.catalog import Store
+
+if TYPE_CHECKING:
+    from lora_gpt2.bench.decoding import Decoding
+    from lora_gpt2.bench.evaluating import EvaluationBenchmark
+    from lora_gpt2.bench.serving import ServingReport
+    from lora_gpt2.bench.training import TrainingBenchmark
 
 
 @click.command("train")
@@ -73,22 +79,22 @@ def train(
         slots=slots,
         lines=lines,
     )
-    emit(report, as_json, lambda: _render_training(report))
+    emit(report.to_json(), as_json, lambda: _render_training(report))
 
 
-def _render_training(report: dict[str, Any]) -> str:
+def _render_training(report: TrainingBenchmark) -> str:
     rows = [
         [
-            side["name"],
-            f"{side['tokens_per_second']:,.0f}",
-            f"{side['speed_of_ours']:.2f}x",
-            f"{100 * side['share_of_limit']:.0f} %",
-            format_bytes(side["peak_memory_bytes"]),
-            f"{side['memory_of_ours']:.2f}x",
-            f"{side['losses'][-1]:.4f}",
-            f"{side['start_seconds']:.1f} s",
+            side.name,
+            f"{side.tokens_per_second:,.0f}",
+            f"{report.speed_of_ours(side):.2f}x",
+            f"{100 * report.share_of_limit(side):.0f} %",
+            format_bytes(side.peak_memory_bytes),
+            f"{report.memory_of_ours(side):.2f}x",
+            f"{side.losses[-1]:.4f}",
+            f"{side.start_seconds:.1f} s",
         ]
-        for side in report["sides"]
+        for side in report.sides
     ]
     header = [
         "",
@@ -100,11 +106,11 @@ def _render_training(report: dict[str, Any]) -> str:
         "last loss",
         "to first step",
     ]
-    limits = [side["gemm_flops_per_second"] / 1e9 for side in report["sides"]]
+    limits = [side.gemm_flops_per_second / 1e9 for side in report.sides]
     shown = ", ".join(f"{limit:,.0f}" for limit in limits)
     return (
         f"{format_table(header, rows)}\nlimit: the MLP's matrix product in the same processes, {shown} GFLOP/s; "
-        f"{report['flops_per_token'] / 1e6:,.0f} MFLOP per token"
+        f"{report.flops_per_token / 1e6:,.0f} MFLOP per token"
     )
 
 
@@ -126,26 +132,26 @@ def decode(reporter: Reporter, base: str, tokens: int, rank: int, rounds: int, a
     from lora_gpt2.bench.decoding import measure_decoding
 
     report = measure_decoding(base, tokens, rounds, rank, reporter)
-    emit(report, as_json, lambda: _render_decoding(report["sides"]))
+    emit(report.to_json(), as_json, lambda: _render_decoding(report.sides))
 
 
 def _compare_loss(nll: float, reference: float) -> str:
     return "" if math.isnan(nll) else f"{math.exp(nll - reference) - 1:+.3%}"
 
 
-def _render_decoding(sides: list[dict[str, Any]]) -> str:
+def _render_decoding(sides: list[Decoding]) -> str:
     rows = [
         [
-            side["name"],
-            f"{side['single']:,.1f}",
-            _show_rate(side["merged"]),
-            f"{side['batch_one']:,.1f}",
-            f"{side['batch_mixed']:,.1f}",
-            f"{side['batch_mixed'] / side['batch_one']:.2f}x",
-            f"{1000 * side['swap_seconds']:.2f} ms",
-            f"{1000 * side['load_seconds']:.1f} ms",
-            format_bytes(side["peak_memory_bytes"]),
-            _compare_loss(side["nll_nats"], sides[0]["nll_nats"]),
+            side.name,
+            f"{side.single:,.1f}",
+            _show_rate(side.merged),
+            f"{side.batch_one:,.1f}",
+            f"{side.batch_mixed:,.1f}",
+            f"{side.batch_mixed / side.batch_one:.2f}x",
+            f"{1000 * side.swap_seconds:.2f} ms",
+            f"{1000 * side.load_seconds:.1f} ms",
+            format_bytes(side.peak_memory_bytes),
+            _compare_loss(side.nll_nats, sides[0].nll_nats),
         ]
         for side in sides
     ]
@@ -161,7 +167,7 @@ def _render_decoding(sides: list[dict[str, Any]]) -> str:
         "peak memory",
         "perplexity",
     ]
-    others = [side["name"] for side in sides if side["ids"] != sides[0]["ids"]]
+    others = [side.name for side in sides if side.ids != sides[0].ids]
     same = f"other tokens than ours: {', '.join(others)}" if others else "every side writes the same first tokens"
     return f"{format_table(header, rows)}\nmixed batch: {same}"
 
@@ -191,23 +197,23 @@ def serve(
     from lora_gpt2.bench.serving import measure_serving
 
     report = measure_serving(base, store, clients, burst, slow, tokens=tokens, reporter=reporter)
-    emit(asdict(report), as_json, lambda: _render_serving(asdict(report)))
+    emit(asdict(report), as_json, lambda: _render_serving(report))
 
 
-def _render_serving(report: dict[str, Any]) -> str:
+def _render_serving(report: ServingReport) -> str:
     rows = [
         [
-            load["name"],
-            ", ".join(f"{count} x {status}" for status, count in load["statuses"].items()),
-            f"{load['requests_per_second']:.1f}",
-            f"{load['tokens_per_second']:,.0f}",
-            f"{load['median_seconds']:.2f} s",
-            f"{load['p99_seconds']:.2f} s",
+            load.name,
+            ", ".join(f"{count} x {status}" for status, count in load.statuses.items()),
+            f"{load.requests_per_second:.1f}",
+            f"{load.tokens_per_second:,.0f}",
+            f"{load.median_seconds:.2f} s",
+            f"{load.p99_seconds:.2f} s",
         ]
-        for load in report["loads"]
+        for load in report.loads
     ]
     table = format_table(["", "answers", "requests/s", "tokens/s", "median", "p99"], rows)
-    return f"{table}\np99 of the burst: {report['p99_of_ideal']:.2f}x its ideal drain time"
+    return f"{table}\np99 of the burst: {report.p99_of_ideal:.2f}x its ideal drain time"
 
 
 @click.command("evaluate")
@@ -227,30 +233,30 @@ def evaluate(reporter: Reporter, base: str, tokens: int, stride: int, rounds: in
     from lora_gpt2.bench.evaluating import measure_evaluation
 
     report = measure_evaluation(base, tokens, stride, rounds, reporter)
-    emit(report, as_json, lambda: _render_evaluation(report))
+    emit(report.to_json(), as_json, lambda: _render_evaluation(report))
 
 
-def _render_evaluation(report: dict[str, Any]) -> str:
+def _render_evaluation(report: EvaluationBenchmark) -> str:
     from lora_gpt2.bench.evaluating import PARTNERS
 
-    sides = {side["name"]: side for side in report["sides"]}
+    sides = {side.name: side for side in report.sides}
     rows = []
     for name, side in sides.items():
         ours = next((sides[own] for own, other in PARTNERS.items() if other == name), side)
         rows.append(
             [
                 name,
-                f"{side['tokens_per_second']:,.0f}",
-                f"{side['seconds'] / ours['seconds']:.2f}x",
-                format_bytes(side["peak_memory_bytes"]),
-                f"{side['nll_nats_per_token']:.6f}",
+                f"{side.tokens_per_second:,.0f}",
+                f"{side.seconds / ours.seconds:.2f}x",
+                format_bytes(side.peak_memory_bytes),
+                f"{side.nll_nats_per_token:.6f}",
             ]
         )
     table = format_table(["", "tokens/s", "time of ours", "peak memory", "nats per token"], rows)
     lines = [
-        f"{report['adapters']} adapters on a text of {row['tokens']} tokens: {row['together_seconds']:.2f} s in one "
-        f"pass, {row['one_by_one_seconds']:.2f} s one by one"
-        for row in report["lineup"]
+        f"{report.adapters} adapters on a text of {row.tokens} tokens: {row.together_seconds:.2f} s in one "
+        f"pass, {row.one_by_one_seconds:.2f} s one by one"
+        for row in report.lineup
     ]
     return "\n".join([table, *lines])
 
