@@ -19,14 +19,14 @@ _Array = np.ndarray[Any, Any]
 
 
 class MicroBatchBuilder:
-    """Splits the batches of each step over the processes of `world`, then into micro-batches.
+    """Splits the batches of each step over the processes of `process_group`, then into micro-batches.
 
     Every sequence has a seed of its own, a function of the recipe's seed, the step and its index in the batch, and
     nothing else that is random about it.
     """
 
-    def __init__(self, slots: Sequence[TrainingSlot], device: torch.device, world: ProcessGroup) -> None:
-        self.slots, self.device, self.world = slots, device, world
+    def __init__(self, slots: Sequence[TrainingSlot], device: torch.device, process_group: ProcessGroup) -> None:
+        self.slots, self.device, self.process_group = slots, device, process_group
         self.block_size = slots[0].recipe.data.block_size
 
     def read(self, slot_ids: Sequence[int], step: int) -> tuple[dict[int, BlockBatch], list[int]]:
@@ -44,7 +44,7 @@ class MicroBatchBuilder:
         micro_batches = []
         for indices in group_recipes([self.slots[slot_id].recipe for slot_id in batches]):
             group = [list(batches)[index] for index in indices]
-            shares = {slot_id: list(self.world.share(len(batches[slot_id].inputs))) for slot_id in group}
+            shares = {slot_id: list(self.process_group.share(len(batches[slot_id].inputs))) for slot_id in group}
             limit = min(self.slots[slot_id].recipe.train.micro_batch_tokens for slot_id in group)
             size = max(1, limit // self.block_size // len(group))
             for start in range(0, max(len(shares[slot_id]) for slot_id in group), size):

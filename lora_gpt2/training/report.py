@@ -42,15 +42,8 @@ def _plot_loss(axes: Axes, records: Records) -> None:
     axes.plot(steps, losses, color=VALIDATION, marker="o", markersize=3.5, linewidth=1.6, label="validation")
     if losses:
         best = min(range(len(losses)), key=losses.__getitem__)
-        axes.annotate(
-            f"best: {losses[best]:.3f}\n(perplexity {math.exp(losses[best]):.1f})",
-            (steps[best], losses[best]),
-            xytext=(0, -28),
-            textcoords="offset points",
-            ha="right" if best > len(losses) / 2 else "left",
-            fontsize=8,
-            color=VALIDATION,
-        )
+        said = f"best: {losses[best]:.3f} (perplexity {math.exp(losses[best]):.1f}), step {steps[best]:,.0f}"
+        axes.plot(steps[best], losses[best], "o", color=VALIDATION, markersize=9, markerfacecolor="none", label=said)
     axes.margins(y=0.18)
     _label(axes, "loss", "nats per token")
     axes.legend(frameon=False, fontsize=8)

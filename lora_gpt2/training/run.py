@@ -119,11 +119,11 @@ def train_recipes(
     check_together(recipes)
     for recipe in recipes:
         check_sources(recipe.data)
-    world = init_process_group()
-    reporter = reporter if world.is_main_process else SilentReporter()
+    process_group = init_process_group()
+    reporter = reporter if process_group.is_main_process else SilentReporter()
     run = open_run_folder(store.root, names)
     with ExitStack() as stack:
-        if world.is_main_process:
+        if process_group.is_main_process:
             store.check_writable()
             with wrap_os_errors(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
                 stack.enter_context(hold_lock(run.lock, f"the run of {', '.join(names)}"))
@@ -132,7 +132,7 @@ def train_recipes(
                     f"an interrupted run of {', '.join(names)} is kept, at step {step}",
                     "--resume continues it, --fresh starts over",
                 )
-        return _train_locked(recipes, store, reporter, run, world, resume=resume, callbacks=callbacks)
+        return _train_locked(recipes, store, reporter, run, process_group, resume=resume, callbacks=callbacks)
 
 
 def _train_locked(
@@ -140,41 +140,49 @@ def _train_locked(
     store: Store,
     reporter: Reporter,
     run: RunFolder,
-    world: ProcessGroup,
+    process_group: ProcessGroup,
     *,
     resume: bool,
     callbacks: Sequence[Callback],
 ) -> TrainReport:
     settings = recipes[0].train
-    runtime = choose_runtime(settings.dtype, world.device)
+    runtime = choose_runtime(settings.dtype, process_group.device)
     base = load_base(recipes[0].base, runtime, settings.quantize)
     dtype = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
     reporter.message(
         f"base {base.name} on {runtime.device.type} in {dtype}; training {', '.join(r.name for r in recipes)}"
     )
-    prepared = world.main_process_first(lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes])
+    prepared = process_group.main_process_first(
+        lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes]
+    )
     for recipe, data in zip(recipes, prepared, strict=True):
         for line in describe_preparation(data):
             reporter.message(f"{recipe.name}: {line}")
     recipes = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
     slots = [TrainingSlot(recipe=recipe, data=data) for recipe, data in zip(recipes, prepared, strict=True)]
     _warn_of_overlaps(slots, reporter)
-    identity = _identify_run(base, slots, world)
-    resume = world.broadcast_object(resume and world.is_main_process and _can_resume(run, identity, reporter))
-    if resume and (published := world.broadcast_object(run.read_published())):
+    identity = _identify_run(base, slots, process_group)
+    resume = process_group.broadcast_object(
+        resume and process_group.is_main_process and _can_resume(run, identity, reporter)
+    )
+    if resume and (published := process_group.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {', '.join(published)}")
-        found = [_report_published(store, reference) for reference in published] if world.is_main_process else []
+        found = (
+            [_report_published(store, reference) for reference in published] if process_group.is_main_process else []
+        )
         return TrainReport(adapters=found, already_complete=True)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in slots]):
-        trainer = Trainer(base, slots, reporter, run, world, sampler=generate_sample, callbacks=callbacks)
-        if checkpoint := world.broadcast_object(run.load(reporter) if resume and world.is_main_process else None):
+        trainer = Trainer(base, slots, reporter, run, process_group, sampler=generate_sample, callbacks=callbacks)
+        if checkpoint := process_group.broadcast_object(
+            run.load(reporter) if resume and process_group.is_main_process else None
+        ):
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")
-        elif world.is_main_process:
+        elif process_group.is_main_process:
             run.begin(identity)
-        with track(recipes, run.path, enabled=world.is_main_process) as log:
+        with track(recipes, run.path, enabled=process_group.is_main_process) as log:
             trained = trainer.train(stop, log)
-        if not world.is_main_process:
+        if not process_group.is_main_process:
             return TrainReport(adapters=[])
         general = measure_general(base)
         reports = [_publish(store, base, outcome, general, resume) for outcome in trained]
@@ -207,7 +215,7 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     return True
 
 
-def _identify_run(base: Base, slots: Sequence[TrainingSlot], world: ProcessGroup) -> dict[str, Any]:
+def _identify_run(base: Base, slots: Sequence[TrainingSlot], process_group: ProcessGroup) -> dict[str, Any]:
     """Returns everything that decides the numbers of a run; what is under `MICRO_BATCHING` only by rounding."""
     of_micro_batches = {"micro_batch_tokens", "gradient_checkpointing"}
     irrelevant = {"checkpoint_every", "trackers", *of_micro_batches}
@@ -220,7 +228,7 @@ def _identify_run(base: Base, slots: Sequence[TrainingSlot], world: ProcessGroup
         "base": base.fingerprint,
         "dtype": base.runtime.dtype_name,
         "device": base.runtime.device.type,
-        "processes": world.size,
+        "processes": process_group.size,
         "adapters": {
             slot.name: {
                 "data": slot.data.fingerprint,

@@ -83,13 +83,24 @@ class StepRunner:
         bank: the adapters, in training layout; its gradients are enabled here.
         mask: 0/1 buffer like the bank's, or None; see `AdapterBank.build_mask`.
         lr_multipliers: factor of the learning rate for single parameters, or None.
-        world: the processes that share each step.
+        process_group: the processes that share each step.
     """
 
     def __init__(
-        self, model: GPT2, bank: AdapterBank, mask: Tensor | None, lr_multipliers: Tensor | None, world: ProcessGroup
+        self,
+        model: GPT2,
+        bank: AdapterBank,
+        mask: Tensor | None,
+        lr_multipliers: Tensor | None,
+        process_group: ProcessGroup,
     ) -> None:
-        self.model, self.bank, self.mask, self.lr_multipliers, self.world = model, bank, mask, lr_multipliers, world
+        self.model, self.bank, self.mask, self.lr_multipliers, self.process_group = (
+            model,
+            bank,
+            mask,
+            lr_multipliers,
+            process_group,
+        )
         self.gradient = bank.enable_gradients()
         self.optimizer = SlotAdamW(bank.flat)
         device = bank.flat.device
@@ -106,7 +117,7 @@ class StepRunner:
         """
         device = self.bank.flat.device
         key = tuple(part for batch in batches for part in batch.signature)
-        if device.type != "cuda" or self.world.size > 1 or any(batch.is_random for batch in batches):
+        if device.type != "cuda" or self.process_group.size > 1 or any(batch.is_random for batch in batches):
             self.compute(batches, hyperparams)
             return self.stats
         self.num_calls[key] = self.num_calls.get(key, 0) + 1
@@ -154,7 +165,7 @@ class StepRunner:
             )
             loss.backward()  # type: ignore[no-untyped-call]
             self.losses.index_add_(0, batch.slot_ids, (nll * batch.loss_weights).view(len(batch.slots), -1).sum(1))
-        self.world.all_reduce(self.gradient, self.losses)
+        self.process_group.all_reduce(self.gradient, self.losses)
         if self.grad_scaler is not None:
             self.gradient.div_(self.grad_scaler.values[:, None])
         if self.mask is not None:

@@ -46,7 +46,7 @@ class Trainer:
         slots: their recipes must have passed `check_together`.
         reporter: shows progress.
         run: keeps checkpoints and metrics; None keeps none.
-        world: the processes of the run.
+        process_group: the processes of the run.
         sampler: called as `sampler(base, slot, adapter)`; returns a text to keep with each validation.
         callbacks: receive each event of each adapter, in the main process.
 
@@ -62,13 +62,13 @@ class Trainer:
         slots: Sequence[TrainingSlot],
         reporter: Reporter,
         run: RunFolder | None = None,
-        world: ProcessGroup | None = None,
+        process_group: ProcessGroup | None = None,
         *,
         sampler: Callable[[Base, TrainingSlot, Adapter], str] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.base, self.slots, self.reporter, self.run = base, list(slots), reporter, run
-        self.world, self.sampler, self.callbacks = world or ProcessGroup(), sampler, callbacks
+        self.process_group, self.sampler, self.callbacks = process_group or ProcessGroup(), sampler, callbacks
         self.device = base.model.wte.weight.device
         self.lookahead = 1 if self.device.type == "cuda" else 0
         _check_lengths(base, slots)
@@ -79,8 +79,8 @@ class Trainer:
         for slot_id, adapter in enumerate(adapters):
             self.bank.load(slot_id, adapter)
         lr_multipliers = self.bank.build_lr_multipliers([slot.recipe.train.loraplus_lr_ratio for slot in slots])
-        self.runner = StepRunner(base.model, self.bank, self.bank.build_mask(plans), lr_multipliers, self.world)
-        self.micro_batches = MicroBatchBuilder(self.slots, self.device, self.world)
+        self.runner = StepRunner(base.model, self.bank, self.bank.build_mask(plans), lr_multipliers, self.process_group)
+        self.micro_batches = MicroBatchBuilder(self.slots, self.device, self.process_group)
         self.dispatcher = StepDispatcher(self.slots, self.runner, self.micro_batches, self.device)
         self.best = self.bank.flat.clone()
         self.step = 0
@@ -106,7 +106,7 @@ class Trainer:
                 self._advance(active)
                 self._write_metrics(log)
                 task.advance(sum(self.slots[slot_id].tokens_per_step for slot_id in active), self._describe_progress())
-                signal = self.world.broadcast_object(stop.signal_number)
+                signal = self.process_group.broadcast_object(stop.signal_number)
                 if signal or self._is_checkpoint_due():
                     self._collect(0)
                     self._write_metrics(log)
@@ -156,13 +156,13 @@ class Trainer:
     def _apply_stop_requests(self, active: Sequence[int]) -> list[int]:
         """Marks the slots that a callback wants to end as stopped, in every process alike; returns them."""
         asked = [slot_id for slot_id in active if self.slots[slot_id].stop_requested]
-        asked = self.world.broadcast_object(asked)
+        asked = self.process_group.broadcast_object(asked)
         for slot_id in asked:
             self.slots[slot_id].stopped = True
         return asked
 
     def _emit(self, kind: EventKind, slot: TrainingSlot, validation_loss: float | None = None) -> None:
-        if self.callbacks and self.world.is_main_process:
+        if self.callbacks and self.process_group.is_main_process:
             event = describe_event(kind, slot, self.seconds, validation_loss)
             for callback in self.callbacks:
                 callback(event)
@@ -197,7 +197,7 @@ class Trainer:
 
     def _validate(self, slot_id: int) -> None:
         """Measures a slot, keeps its weights if they are the best so far, and stops it by its patience."""
-        slot, nll = self.slots[slot_id], self.world.broadcast_object(self.measure_validation(slot_id))
+        slot, nll = self.slots[slot_id], self.process_group.broadcast_object(self.measure_validation(slot_id))
         if not math.isfinite(nll):
             self._fail(slot, f"step {self.step}: validation loss {nll}")
             return
@@ -256,7 +256,7 @@ class Trainer:
 
     def _write_metrics(self, log: Log | None = None) -> None:
         """Appends the records since the last time to the run's files, and passes them to the trackers."""
-        if not self.world.is_main_process:
+        if not self.process_group.is_main_process:
             return
         fresh = {slot.name: slot.records[slot.num_written :] for slot in self.slots}
         for slot in self.slots:
@@ -270,7 +270,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Writes everything that the rest of the run depends on."""
-        if self.run is None or not self.world.is_main_process:
+        if self.run is None or not self.process_group.is_main_process:
             return
         progress = [slot.progress_to_json() for slot in self.slots]
         self.run.save(
@@ -287,7 +287,7 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         for slot, progress in zip(self.slots, state["domains"], strict=True):
             slot.restore_progress(progress)
-            if self.run is not None and self.world.is_main_process:
+            if self.run is not None and self.process_group.is_main_process:
                 self.run.append_metrics(slot.name, slot.records, anew=True)
                 slot.num_written = len(slot.records)
 

@@ -175,7 +175,7 @@ def test_each_process_takes_its_share_and_the_shares_add_up_to_the_whole(base_fo
     total = torch.zeros_like(whole.runner.gradient)
     for rank in range(3):
         part = make_trainer([recipe], reporter)
-        part.micro_batches.world = ProcessGroup(rank, 3)
+        part.micro_batches.process_group = ProcessGroup(rank, 3)
         part.runner.compute_gradients(part.micro_batches.build([0], 0)[0])
         total += part.runner.gradient
     assert torch.allclose(total, whole.runner.gradient, rtol=1e-4, atol=1e-7)
