@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_gpt2.commands.shared import (
+    CommandGroup,
     base_option,
     emit,
     end_as_failed,
@@ -33,7 +34,7 @@ THRESHOLD = 4.0
 SHOWN = 160
 
 
-@click.group("audit")
+@click.group("audit", cls=CommandGroup)
 def command() -> None:
     """Look for what is risky: in a text, in an adapter."""
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import emit, json_option
+from lora_gpt2.commands.shared import CommandGroup, emit, json_option
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.tables import format_table
 
 
-@click.group("bases")
+@click.group("bases", cls=CommandGroup)
 def command() -> None:
     """List, show and export bases."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_gpt2.commands.shared import emit, json_option, set_option
+from lora_gpt2.commands.shared import CommandGroup, emit, json_option, set_option
 from lora_gpt2.core.errors import ConflictError
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
 from lora_gpt2.core.printable import printable
@@ -15,7 +15,7 @@ from lora_gpt2.recipe import describe_key, list_keys
 from lora_gpt2.recipe_files import find_recipe, list_recipes, load_recipe
 
 
-@click.group("recipes")
+@click.group("recipes", cls=CommandGroup)
 def command() -> None:
     """List, show, copy and check recipes."""
 

@@ -37,6 +37,15 @@ seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Ma
 skip_bad_option = click.option("--skip-bad", is_flag=True, help="Set aside what cannot be read, instead of stopping.")
 
 
+class CommandGroup(click.Group):
+    """Lists its commands with their whole first sentences, which click would cut to a line."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the table."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=1000)) for name in self.commands])
+
+
 def _open_store(ctx: click.Context, param: click.Parameter, value: str | None) -> Store:
     return Store.find(value)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from lora_gpt2.cli import COMMANDS, cli
+from lora_gpt2.cli import COMMANDS, cli, run
 from lora_gpt2.recipe_files import list_recipes, load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -135,3 +135,13 @@ def test_the_code_speaks_the_fields_language():
         }
         for word in sorted(banned.keys() & names):
             pytest.fail(f"{path}: {word}; write {banned[word]}")
+
+
+def test_no_help_is_cut(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for path in [[], *([name] for name in COMMANDS), *(path for path, _ in iter_commands(cli, []))]:
+        assert run([*path, "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("Usage:")
+        cut = [line for line in lines if line.endswith("...") and "[" not in line and "Usage" not in line]
+        assert not cut, path

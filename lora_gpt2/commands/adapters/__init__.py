@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from lora_gpt2.commands.adapters import inspect, modify, transfer
+from lora_gpt2.commands.shared import CommandGroup
 
 
-@click.group("adapters")
+@click.group("adapters", cls=CommandGroup)
 def command() -> None:
     """The store: look at adapters, check them, change which there are, exchange them."""
 

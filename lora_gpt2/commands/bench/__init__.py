@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from lora_gpt2.commands.bench import latency, quality, throughput
+from lora_gpt2.commands.shared import CommandGroup
 
 
-@click.group("bench")
+@click.group("bench", cls=CommandGroup)
 def command() -> None:
     """Measure this machine: training, writing and serving beside transformers + PEFT, quality, start-up."""
 
