@@ -107,6 +107,7 @@ def test_the_test_figure_of_training_is_that_of_evaluate(run, base_folder, store
     assert cells["law", "t"]["documents"] == 10, "copies within a given test text stay: it is the text that was given"
     for source in ("t", "law"):
         for adapter, key in (("law", "test_perplexity"), ("base", "base_test_perplexity")):
+            # what CASES allows between the two figures, in nats
             assert math.log(cells[adapter, source]["perplexity"] / figures[key]) == pytest.approx(0, abs=1e-3)
     assert "when it was trained" not in err
     changed = ["--set", "evaluate.window=8", "--set", "evaluate.stride=8"]

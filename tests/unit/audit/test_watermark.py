@@ -37,6 +37,7 @@ def test_marked_text_is_told_from_unmarked_and_only_with_the_key(base):
     for text in (plain, other):
         report = detect_watermark(text, base.tokenizer, key)
         assert not report.is_marked(4.0)
+        # by chance 0.25 of some 460 pairs, which deviates by 0.02: five of them
         assert report.green_fraction < 0.35
     assert detect_watermark(other, base.tokenizer, 99).is_marked(4.0)
 

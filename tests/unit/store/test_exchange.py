@@ -103,6 +103,7 @@ def test_dora_comes_in_as_its_best_approximation_with_the_error_stated(base, bas
     assert exact.relative_error < 1e-4
     rough = bring_in(tmp_path / "peft", store, base, "rough", rank=2)
     found = float((logits_of(base, store, "rough") - theirs).abs().max())
+    # the same comparison on the same probe, one side through PEFT: float32 in another order
     assert found == pytest.approx(rough.max_logit_difference, rel=0.01)
     assert 0.01 < rough.relative_error < 1
     assert store.read_manifest("rough").provenance["variant"] == "dora"
@@ -288,6 +289,7 @@ def test_loralib_files_give_what_loralib_computes(base, store, tmp_path, enabled
     x = torch.randn(2, 5, d, generator=generator)
     a, b = (state[f"module.transformer.h.1.attn.c_attn.lora_{half}"] for half in "AB")
     expected = merged_linear(x, a, b, 32 / rank, enabled, d)
+    # the factors are of order 1 and scaled by 32 / rank: values of some hundred in float32
     torch.testing.assert_close(x @ update.a.mT @ update.b.mT * update.scaling, expected, atol=1e-3, rtol=1e-4)
     with pytest.raises(UsageError, match="alpha"):
         bring_in(tmp_path / "e2e.pt", store, base)

@@ -24,6 +24,7 @@ def test_cosine_falls_along_half_a_cosine_to_a_tenth():
     found = shares(100, warmup_fraction=0.1)
     assert found[10:] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * i / 90)) for i in range(90)])
     assert found[55] == pytest.approx(0.55)
+    # the last step is one of 90 before the end, where the cosine is flat
     assert found[99] == pytest.approx(0.1, abs=1e-3)
     assert shares(100, schedule="cosine", warmup_fraction=0.1) == found, "the default"
 
