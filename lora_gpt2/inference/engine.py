@@ -1,7 +1,7 @@
 """The inference engine: continuous batching over one static KV cache, each sequence with its own mix of adapters.
 
 A step decodes a token for every running sequence, advances beam searches, admits waiting sequences and prefills their
-prompts together. Each sequence samples with its own random generator, so its output does not depend on what else is
+prompts together. Each sequence samples with its own random numbers, so its output does not depend on what else is
 in the batch (except for rounding of the logits), nor on what its row of the cache held before. A sequence whose logits
 are not finite finishes alone, with an error. Omitted: paged attention (a sequence of GPT-2 S is 38 MB) and chunked
 prefill.
@@ -9,12 +9,16 @@ prefill.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.decoder import Decoder
+from lora_gpt2.inference.sampling import sample_tokens
 from lora_gpt2.inference.scheduler import SEQUENCE_ERRORS, Scheduler
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session, check_logits
@@ -73,7 +77,7 @@ class Engine:
         """
         scheduler = self.scheduler
         scheduler.drop_finished()
-        outputs = [(sequence, _sample(sequence, logits)) for sequence, logits in self._decode()]
+        outputs = self._decode()
         outputs += [(sequence, _advance_search(sequence, search)) for sequence, search in scheduler.searches]
         admission = scheduler.admit()
         outputs += [(sequence, "") for sequence in admission.failed]
@@ -92,8 +96,8 @@ class Engine:
         self.decoder.reset()
         self.session.slots.unpin_all()
 
-    def _decode(self) -> list[tuple[SequenceState, Tensor]]:
-        """Returns each running sequence with its next logits `[vocab]`."""
+    def _decode(self) -> list[tuple[SequenceState, str]]:
+        """Advances each running sequence by a token; returns them with the text that it completed."""
         running = self.scheduler.running
         if not running:
             return []
@@ -102,20 +106,18 @@ class Engine:
             [sequence.num_cached for sequence in running],
             [sequence.mix for sequence in running],
         )
-        return list(zip(running, logits, strict=True))
+        return sample(running, logits)
 
     def _prefill(self, admitted: list[SequenceState]) -> list[tuple[SequenceState, str]]:
         """Prefills the prompts of admitted sequences and samples their first tokens; they are running afterwards."""
         if not admitted:
             return []
         logits = self.decoder.prefill(admitted, first=len(self.scheduler.running))
-        outputs = []
         for row, sequence in enumerate(admitted):
             if sequence.scores_prompt:
                 self._score_prompt(row, sequence)
-            outputs.append((sequence, "" if sequence.finish_reason else _sample(sequence, logits[row])))
         self.scheduler.running += admitted
-        return outputs
+        return sample(admitted, logits)
 
     def _score_prompt(self, row: int, sequence: SequenceState) -> None:
         """Gives each token of the prompt but the first its log-probabilities."""
@@ -131,12 +133,33 @@ class Engine:
             ]
 
 
-def _sample(sequence: SequenceState, logits: Tensor) -> str:
-    """Samples a token; an error in doing so finishes this sequence and no other."""
-    try:
-        return sequence.sample(logits)
-    except SEQUENCE_ERRORS as error:
-        return sequence.fail(error)
+def sample(sequences: Sequence[SequenceState], logits: Float[Tensor, "batch vocab"]) -> list[tuple[SequenceState, str]]:
+    """Samples a token for each sequence, all at once; returns them with the text that it completed.
+
+    An error in doing so finishes its sequence and no other.
+    """
+    texts, ready, rows, uniforms = dict[int, str](), list[int](), list[Tensor](), list[float]()
+    for index, sequence in enumerate(sequences):
+        own = logits[index, : sequence.tokenizer.vocab_size]  # a padded head has rows that are not tokens
+        if sequence.finish_reason or not sequence.max_new_tokens:
+            texts[index] = "" if sequence.finish_reason else sequence.finish("length")
+            continue
+        try:
+            adjusted, uniform = sequence.adjust_logits(own), sequence.draw_uniform()
+        except SEQUENCE_ERRORS as error:
+            texts[index] = sequence.fail(error)
+        else:
+            ready.append(index)
+            rows.append(adjusted)
+            uniforms.append(uniform)
+    tokens = sample_tokens(torch.stack(rows), [sequences[index].params for index in ready], uniforms) if ready else []
+    for index, token in zip(ready, tokens, strict=True):
+        sequence = sequences[index]
+        try:
+            texts[index] = sequence.accept(token, logits[index, : sequence.tokenizer.vocab_size])
+        except SEQUENCE_ERRORS as error:
+            texts[index] = sequence.fail(error)
+    return [(sequence, texts[index]) for index, sequence in enumerate(sequences)]
 
 
 def _advance_search(sequence: SequenceState, search: BeamSearch) -> str:

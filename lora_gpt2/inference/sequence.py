@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.sampling import SamplingParams, choose_token
+from lora_gpt2.inference.sampling import SamplingParams, adjust_row, draw_uniform
 from lora_gpt2.inference.session import check_logits
 from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings
@@ -73,7 +72,7 @@ class SequenceState:
         prompt_ids: token ids of the prompt; at least one.
         max_new_tokens: the most tokens that may follow; 0 only reads the prompt.
         settings: sampling settings.
-        seed: of the sequence's own random generator.
+        seed: of the sequence's own random numbers.
         tokenizer: of the base.
         loaded: adapters of the mix that were fetched beforehand, so that admission waits for no disk.
         scores_prompt: also compute the log-probabilities of the prompt's tokens, except for the first.
@@ -101,33 +100,29 @@ class SequenceState:
 
     def __post_init__(self) -> None:
         self._stream, self._matcher = TextStream(self.tokenizer), StopStringMatcher(self.settings.stop)
-        self._params = SamplingParams.from_settings(self.settings)
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self.params = SamplingParams.from_settings(self.settings)
 
     @property
     def num_cached(self) -> int:
         """Number of tokens in the KV cache: all but the newest."""
         return len(self.prompt_ids) + max(0, len(self.new_ids) - 1)
 
-    def sample(self, logits: Tensor) -> str:
-        """Chooses the next token from its logits `[vocab]`; returns the text that it completes.
+    def draw_uniform(self) -> float:
+        """Returns the random number of the next token."""
+        return draw_uniform(self.seed, len(self.new_ids))
+
+    def adjust_logits(self, logits: Tensor) -> Tensor:
+        """Returns the logits `[vocab]` of the next token after everything that looks at the sequence's own tokens.
 
         Raises `CorruptError` if the logits are not finite.
         """
-        if not self.max_new_tokens:
-            return self.finish("length")
-        logits = logits[: self.tokenizer.vocab_size]  # a padded head has rows that are not tokens
         check_logits(logits, self.mix)
         ids = self.prompt_ids + self.new_ids
         banned = [token for index in self.no_verbatim for token in index.find_followers(ids)]
-        token = choose_token(
-            logits,
-            torch.tensor(ids),
-            self._params,
-            self._generator,
-            num_prompt_tokens=len(self.prompt_ids),
-            banned=banned,
-        )
+        return adjust_row(logits, ids, self.params, num_prompt_tokens=len(self.prompt_ids), banned=banned)
+
+    def accept(self, token: int, logits: Tensor) -> str:
+        """Takes the next token, chosen from these logits `[vocab]`; returns the text that it completes."""
         if token == self.tokenizer.eos_id:
             return self.finish("stop")
         if self.settings.logprobs:

@@ -204,12 +204,12 @@ def test_a_prompts_own_tokens_are_scored_as_one_forward_pass_scores_them(session
 
 
 def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
-    choose = sequence_module.choose_token
+    draw = sequence_module.draw_uniform
 
-    def fail_for_seed_2(logits, ids, params, generator, **options):
-        if generator.initial_seed() == 2:
+    def fail_for_seed_2(seed, step):
+        if seed == 2:
             raise RuntimeError("no such distribution")
-        return choose(logits, ids, params, generator, **options)
+        return draw(seed, step)
 
     rows = [
         SequenceState(
@@ -238,7 +238,7 @@ def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
         )
         for k in (1, 3)
     ]
-    monkeypatch.setattr(sequence_module, "choose_token", fail_for_seed_2)
+    monkeypatch.setattr(sequence_module, "draw_uniform", fail_for_seed_2)
     engine = Engine(session, 3, 48)
     for row in rows:
         engine.submit(row)
@@ -322,7 +322,7 @@ def test_whatever_ends_a_row_its_adapters_are_free_afterwards_and_not_before(ses
     elif how == "all stopped":
         assert engine.stop_all("interrupted") == rows
     elif how == "error":
-        name = "adjust_logits" if num_beams > 1 else "choose_token"
+        name = "adjust_logits" if num_beams > 1 else "adjust_row"
         module = "lora_gpt2.inference.beam" if num_beams > 1 else "lora_gpt2.inference.sequence"
         monkeypatch.setattr(f"{module}.{name}", lambda *arguments, **options: [][0])
     while engine.is_busy:

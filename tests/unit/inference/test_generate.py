@@ -83,16 +83,14 @@ def test_the_stream_is_the_text(session):
 
 
 def test_eos_ends_a_row_and_the_others_go_on(session, monkeypatch):
-    from lora_gpt2.inference import sequence as module
-
     plans = {"the": [5, 6, session.base.tokenizer.eos_id], "a": [7] * 12}
 
-    def choose(logits, ids, *rest, **options):
-        prompt = "the" if ids[: len(the)].tolist() == the else "a"
-        return plans[prompt].pop(0)
+    def adjust(logits, ids, *rest, **options):
+        token = plans["the" if ids[: len(the)] == the else "a"].pop(0)
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor(token), 0.0)
 
     the = session.base.tokenizer.encode("the")
-    monkeypatch.setattr(module, "choose_token", choose)
+    monkeypatch.setattr("lora_gpt2.inference.sequence.adjust_row", adjust)
     first, second = generate(session, [Request("the"), Request("a")], SETTINGS)
     assert (first.tokens, first.finish_reason) == (2, "stop")
     assert (second.tokens, second.finish_reason) == (12, "length")

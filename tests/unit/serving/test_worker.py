@@ -167,7 +167,7 @@ def test_a_failure_within_one_request_counts_once_whatever_its_rows(worker, base
 def test_a_row_that_fails_alone_is_no_failure_of_the_engine(worker, base, monkeypatch):
     worker.start()
     broken = Asked(base, (LAW, BOTH))
-    monkeypatch.setattr(broken.rows[0], "sample", lambda logits: [][0])
+    monkeypatch.setattr(broken.rows[0], "adjust_logits", lambda logits: [][0])
     for _ in range(MAX_FAILURES + 1):
         worker.submit(broken.request)
         assert broken.wait().errors == []
