@@ -275,12 +275,12 @@ def _run_ours(spec: TrainingSpec, tokens: torch.Tensor, slots: int) -> dict[str,
         bank.load(slot, adapter)
     runner = StepRunner(base.model, bank, None, None, ProcessGroup())
     hyperparams = SlotHyperparams(
-        learning_rates=torch.full((slots,), LEARNING_RATE, device=device),
-        weight_decays=torch.zeros(slots, device=device),
-        max_grad_norms=torch.ones(slots, device=device),
-        is_active=torch.ones(slots, dtype=torch.bool, device=device),
+        learning_rates=torch.full((slots,), LEARNING_RATE),
+        weight_decays=torch.zeros(slots),
+        max_grad_norms=torch.ones(slots),
+        is_active=torch.ones(slots, dtype=torch.bool),
     )
-    weights = torch.full((slots * spec.rows * spec.time,), 1 / (spec.rows * (spec.time - 1)), device=device)
+    weights = torch.full((slots * spec.rows * spec.time,), 1 / (spec.rows * (spec.time - 1)))
     losses: list[torch.Tensor] = []
     first = 0.0
     for step, rows in enumerate(tokens):
@@ -295,9 +295,9 @@ def _run_ours(spec: TrainingSpec, tokens: torch.Tensor, slots: int) -> dict[str,
         targets[:, :-1] = inputs[:, 1:]
         batch = MicroBatch(
             slots=list(range(slots)),
-            slot_ids=torch.arange(slots, device=device),
-            inputs=inputs.to(device),
-            targets=targets.to(device),
+            slot_ids=torch.arange(slots),
+            inputs=inputs,
+            targets=targets,
             loss_weights=weights,
             dropout=0.0,
             label_smoothing=0.0,

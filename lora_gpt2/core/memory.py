@@ -33,7 +33,12 @@ HINT = "close other programs, raise the limit (ulimit -v), or ask for less: gene
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if an error of any library says that there is not enough memory, or no room for another thread."""
+    """True if an error of any library says that there is not enough memory, or no room for another thread.
+
+    An error that came while another was handled counts by that one: a CUDA graph's capture ends with one of its own.
+    """
+    if error.__context__ is not None and is_out_of_memory(error.__context__):
+        return True
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     is_candidate = isinstance(error, RuntimeError | OSError | ImportError | SystemError)

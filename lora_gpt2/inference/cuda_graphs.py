@@ -19,6 +19,7 @@ from lora_gpt2.inference.decoder import Decoder
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
+from lora_gpt2.model.graphs import capture, on_capture_stream
 from lora_gpt2.model.kv_cache import KVCache
 from lora_gpt2.model.scoring import next_logits
 
@@ -94,11 +95,7 @@ class CudaGraphDecoder(Decoder):
     def _capture(self, step: _CapturedGraph) -> None:
         # the last position, which a row writes itself before it reads it: running sequences are not disturbed
         step.lengths.fill_(self.cache.capacity - 1)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        with on_capture_stream():
             for _ in range(WARM_UP):
                 self._compute(step)
-        torch.cuda.synchronize()
-        step.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(step.graph):
-            step.logits = self._compute(step)
+        step.graph, step.logits = capture(lambda: self._compute(step))

@@ -45,7 +45,8 @@ class QuantizedLinear(Linear):
         if self.state is not None:
             weight: Tensor = _load_functional().dequantize_4bit(self.codes, self.state)
             return weight.to(dtype)
-        return self.codes.to(dtype).mul_(self.scale.to(dtype))
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        return torch.mul(self.codes, self.scale, out=weight)  # in float32: a scale of 16 bits would be another one
 
     def forward(self, x: Float[Tensor, "*shape inputs"]) -> Float[Tensor, "*shape outputs"]:
         """Returns the projection of `x`."""

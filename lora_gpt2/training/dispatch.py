@@ -113,5 +113,6 @@ class StepDispatcher:
         done.record()
         return host, done
 
-    def _per_slot(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device)
+    @staticmethod
+    def _per_slot(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype)

@@ -33,7 +33,9 @@ END_WIDTHS = 4  # the embeddings, the last block's output, the normed output and
 FREED_WIDTHS = 3  # ... of which three are gone when the backward pass reaches the last MLP
 BUFFERS = 5  # an adapter, its gradient, AdamW's two moments and the best so far, in float32
 CGROUP = Path("/sys/fs/cgroup")
-CUDA_RESERVE, CPU_RESERVE, FRAGMENTATION = 450_000_000, 420_000_000, 0.05
+CUDA_CONTEXT = 550_000_000  # what CUDA and its libraries' code take besides the allocator
+CUBLAS_WORKSPACES = 4 * 2**25  # 32 MiB for each of two streams (see `graphs.py`), forward and backward
+CPU_RESERVE, FRAGMENTATION = 420_000_000, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     }
     reserve = CPU_RESERVE
     if runtime.device.type == "cuda":
-        reserve = CUDA_RESERVE + int(FRAGMENTATION * sum(parts.values()))
+        reserve = CUDA_CONTEXT + CUBLAS_WORKSPACES + int(FRAGMENTATION * sum(parts.values()))
     return Memory(**parts, reserve=reserve)
 
 

@@ -22,11 +22,11 @@ class MicroBatchBuilder:
     """Splits the batches of each step over the processes of `process_group`, then into micro-batches.
 
     Every sequence has a seed of its own, a function of the recipe's seed, the step and its index in the batch, and
-    nothing else that is random about it.
+    nothing else that is random about it. The tensors are on the host.
     """
 
-    def __init__(self, slots: Sequence[TrainingSlot], device: torch.device, process_group: ProcessGroup) -> None:
-        self.slots, self.device, self.process_group = slots, device, process_group
+    def __init__(self, slots: Sequence[TrainingSlot], process_group: ProcessGroup) -> None:
+        self.slots, self.process_group = slots, process_group
         self.block_size = slots[0].recipe.data.block_size
 
     def read(self, slot_ids: Sequence[int], step: int) -> tuple[dict[int, BlockBatch], list[int]]:
@@ -72,17 +72,18 @@ class MicroBatchBuilder:
         weights = torch.tensor([1 / max(1, counts[k]) for k in slot_ids]).repeat_interleave(size * self.block_size)
         return MicroBatch(
             slots=slot_ids,
-            slot_ids=torch.tensor(slot_ids).to(self.device),
-            inputs=self._to_device(inputs),
-            targets=self._to_device(targets),
-            loss_weights=weights.to(self.device),
+            slot_ids=torch.tensor(slot_ids),
+            inputs=_join_rows(inputs),
+            targets=_join_rows(targets),
+            loss_weights=weights,
             dropout=settings.lora.dropout,
             label_smoothing=settings.train.label_smoothing,
             seeds=seeds,
             noise_alpha=settings.train.neftune_noise_alpha,
             gradient_checkpointing=settings.train.gradient_checkpointing,
-            positions=self._to_device(positions) if settings.data.layout == "packed" else None,
+            positions=_join_rows(positions) if settings.data.layout == "packed" else None,
         )
 
-    def _to_device(self, array: _Array) -> Tensor:
-        return torch.from_numpy(array).flatten(0, -2).to(self.device)
+
+def _join_rows(array: _Array) -> Tensor:
+    return torch.from_numpy(array).flatten(0, -2)

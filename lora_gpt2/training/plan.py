@@ -24,6 +24,7 @@ from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.training.memory import (
+    CUDA_CONTEXT,
     Memory,
     estimate_memory,
     fit_recipes,
@@ -109,7 +110,8 @@ def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Repor
     if budget is not None and runtime.device.type == "cuda":
         index = torch.cuda.current_device() if runtime.device.index is None else runtime.device.index
         total = torch.cuda.mem_get_info(index)[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), index)
+        share = min(1.0, max(0, budget - CUDA_CONTEXT) / total)  # the context is not the allocator's
+        torch.cuda.set_per_process_memory_fraction(share, index)
     return fitting
 
 

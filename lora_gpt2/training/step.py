@@ -1,16 +1,18 @@
 """One optimizer step over all slots, written so that nothing in it waits for the device.
 
-Everything that varies from step to step comes in as tensors, and everything that is learnt about it leaves as one
-(`stats`), so a GPU can run ahead of Python, and steps of fixed shapes can be recorded once as a CUDA graph and
-replayed (no launch costs). A slot whose loss or gradient is not finite is left as it was; the trainer reads that from
-`stats` and decides.
+Everything that varies from step to step comes in as tensors, in one copy, and everything that is learnt about it leaves
+as one (`stats`), so a GPU can run ahead of Python, and steps of fixed shapes can be captured once as CUDA graphs and
+replayed (no launch costs): the gradients as one, the update as another, and between them several processes add up
+their gradients. A slot whose loss or gradient is not finite is left as it was; the trainer reads that from `stats` and
+decides.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +20,14 @@ from torch import Tensor
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.gpt2 import GPT2
+from lora_gpt2.model.graphs import capture, on_capture_stream
 from lora_gpt2.model.loss import fused_linear_cross_entropy
+from lora_gpt2.model.transfer import Transfer
 from lora_gpt2.training.optimizer import GradScaler, SlotAdamW, clip_slots
 from lora_gpt2.training.process_group import ProcessGroup
 
 WARM_UP = 3
+"""Steps that CUDA wants to run as they are before one is captured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,7 @@ class MicroBatch:
 
     Args:
         slots: the slots.
-        slot_ids: the same as a tensor on the device.
+        slot_ids: the same as a tensor.
         inputs, targets, positions: `[batch, time]`; see `blocks.BlockBatch`.
         loss_weights: `[batch * time]`; 1 / the targets in a slot's whole batch, at every position, so that the losses
             of a step add up to a mean (where there is no target the loss is 0).
@@ -107,41 +112,56 @@ class StepRunner:
         self.grad_scaler = GradScaler(bank.num_slots, device) if model.wte.weight.dtype == torch.float16 else None
         self.losses = torch.zeros(bank.num_slots, device=device)
         self.stats = torch.zeros(3, bank.num_slots, device=device)
-        self.num_calls: dict[tuple[object, ...], int] = {}
-        self.graphs: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, list[MicroBatch], SlotHyperparams]] = {}
+        self.transfer = Transfer(device)
+        self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        self._signature: tuple[object, ...] = ()
+        self._num_steps = 0
 
-    def run(self, batches: list[MicroBatch], hyperparams: SlotHyperparams) -> Tensor:
+    def run(self, batches: Sequence[MicroBatch], hyperparams: SlotHyperparams) -> Tensor:
         """Makes one step; returns `stats` `[3, slots]`: loss in nats per token, gradient norm, 1 if it was applied.
 
-        On a GPU the result is there when the device has caught up.
+        The tensors of `batches` and `hyperparams` are on the host. On a GPU the result is there when the device has
+        caught up.
         """
-        device = self.bank.flat.device
-        key = tuple(part for batch in batches for part in batch.signature)
-        if device.type != "cuda" or self.process_group.size > 1 or any(batch.is_random for batch in batches):
+        batches, hyperparams = self.copy_to_device(batches, hyperparams)
+        if self.bank.flat.device.type != "cuda" or any(batch.is_random for batch in batches):
             self.compute(batches, hyperparams)
             return self.stats
-        self.num_calls[key] = self.num_calls.get(key, 0) + 1
-        if self.num_calls[key] <= WARM_UP:
-            torch.cuda.synchronize()  # CUDA wants some steps on another stream before it records one
-            with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        signature = tuple(part for batch in batches for part in batch.signature)
+        if signature != self._signature:
+            self.graphs = None  # before others are warmed up: they keep their memory, and what has stopped stays so
+            self._signature, self._num_steps = signature, 0
+        self._num_steps += 1
+        if self._num_steps <= WARM_UP:
+            with on_capture_stream():
                 self.compute(batches, hyperparams)
-            torch.cuda.synchronize()
             return self.stats
-        if key not in self.graphs:
-            self.graphs.clear()  # each keeps its memory, and slots that have stopped do not come back
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.compute(batches, hyperparams)
-            self.graphs[key] = (graph, batches, hyperparams)
-        graph, static_batches, static_hyperparams = self.graphs[key]
-        for static, fresh in zip(static_batches, batches, strict=True):
-            _copy_tensors(static, fresh)
-        _copy_tensors(static_hyperparams, hyperparams)
-        graph.replay()
+        if self.graphs is None:
+            gradients, _ = capture(lambda: self.compute_gradients(batches))
+            update, _ = capture(lambda: self.apply_gradients(hyperparams))
+            self.graphs = gradients, update
+        gradients, update = self.graphs
+        gradients.replay()
+        self.process_group.all_reduce(self.gradient, self.losses)
+        update.replay()
         return self.stats
 
-    def compute_gradients(self, batches: list[MicroBatch]) -> None:
-        """Fills `gradient` `[slots, parameters]` and `losses` `[slots]`, summed over the processes."""
+    def copy_to_device(
+        self, batches: Sequence[MicroBatch], hyperparams: SlotHyperparams
+    ) -> tuple[list[MicroBatch], SlotHyperparams]:
+        """Returns the same with tensors on the device, in the same memory each time while shapes stay the same."""
+        items: list[MicroBatch | SlotHyperparams] = [*batches, hyperparams]
+        copies = iter(self.transfer.copy([tensor for item in items for tensor in _iter_tensors(item)]))
+        return [_with_tensors(batch, copies) for batch in batches], _with_tensors(hyperparams, copies)
+
+    def compute(self, batches: Sequence[MicroBatch], hyperparams: SlotHyperparams) -> None:
+        """Makes one step of tensors on the device as it is, without a graph; fills `stats`."""
+        self.compute_gradients(batches)
+        self.process_group.all_reduce(self.gradient, self.losses)
+        self.apply_gradients(hyperparams)
+
+    def compute_gradients(self, batches: Sequence[MicroBatch]) -> None:
+        """Fills `gradient` `[slots, parameters]` and `losses` `[slots]` with this process's share."""
         self.gradient.zero_()
         self.losses.zero_()
         for batch in batches:
@@ -165,15 +185,14 @@ class StepRunner:
             )
             loss.backward()  # type: ignore[no-untyped-call]
             self.losses.index_add_(0, batch.slot_ids, (nll * batch.loss_weights).view(len(batch.slots), -1).sum(1))
-        self.process_group.all_reduce(self.gradient, self.losses)
+
         if self.grad_scaler is not None:
             self.gradient.div_(self.grad_scaler.values[:, None])
         if self.mask is not None:
             self.gradient.mul_(self.mask)
 
-    def compute(self, batches: list[MicroBatch], hyperparams: SlotHyperparams) -> None:
-        """Gradients, clipping, update and `stats`; runs as it is, or while it is being recorded."""
-        self.compute_gradients(batches)
+    def apply_gradients(self, hyperparams: SlotHyperparams) -> None:
+        """Clips and applies the gradients of all processes; fills `stats`."""
         norms = clip_slots(self.gradient, hyperparams.max_grad_norms)
         finite = torch.isfinite(norms) & torch.isfinite(self.losses)
         applied = finite & hyperparams.is_active
@@ -196,8 +215,17 @@ def draw_noise(batch: MicroBatch, width: int) -> Tensor | None:
     return noise.mul_(batch.noise_alpha / math.sqrt(noise[0].numel())).to(batch.inputs.device)
 
 
-def _copy_tensors(static: MicroBatch | SlotHyperparams, fresh: MicroBatch | SlotHyperparams) -> None:
-    for item in fields(static):
-        target, source = getattr(static, item.name), getattr(fresh, item.name)
-        if isinstance(target, Tensor) and target is not source:
-            target.copy_(source, non_blocking=True)
+def _iter_tensors(item: MicroBatch | SlotHyperparams) -> Iterator[Tensor]:
+    for each in fields(item):
+        if isinstance(value := getattr(item, each.name), Tensor):
+            yield value
+
+
+Item = TypeVar("Item", MicroBatch, SlotHyperparams)
+
+
+def _with_tensors(item: Item, tensors: Iterator[Tensor]) -> Item:
+    """Returns the item with its tensors replaced by the next ones."""
+    names = [each.name for each in fields(item) if isinstance(getattr(item, each.name), Tensor)]
+    values: dict[str, Any] = {name: next(tensors) for name in names}
+    return replace(item, **values)

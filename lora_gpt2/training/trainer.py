@@ -80,7 +80,7 @@ class Trainer:
             self.bank.load(slot_id, adapter)
         lr_multipliers = self.bank.build_lr_multipliers([slot.recipe.train.loraplus_lr_ratio for slot in slots])
         self.runner = StepRunner(base.model, self.bank, self.bank.build_mask(plans), lr_multipliers, self.process_group)
-        self.micro_batches = MicroBatchBuilder(self.slots, self.device, self.process_group)
+        self.micro_batches = MicroBatchBuilder(self.slots, self.process_group)
         self.dispatcher = StepDispatcher(self.slots, self.runner, self.micro_batches, self.device)
         self.best = self.bank.flat.clone()
         self.step = 0
