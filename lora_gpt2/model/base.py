@@ -96,6 +96,8 @@ def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
         _check_finite(tensor, key, folder)
         _assign(model, key, tensor, quantize)
     model.requires_grad_(False).eval()
+    if runtime.device.type == "cuda":
+        model.pad_head()
     known = name in list_bundled() or not Path(name).is_dir()
     shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder
     return Base(

@@ -28,6 +28,7 @@ from lora_gpt2.model.kv_cache import KVCache
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 ADAPTABLE = (*TARGETS, HEAD)
+HEAD_ROWS = 64
 
 
 class _Uninitialised:
@@ -40,6 +41,8 @@ class _Uninitialised:
 class Linear(_Uninitialised, nn.Linear):
     """`nn.Linear` without random initialisation; quantized and prepacked bases replace it by a subclass."""
 
+    padded: Tensor | None = None  # see `GPT2.pad_head`
+
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
         """Returns the weight in a dtype to compute in."""
         return self.weight.to(dtype)
@@ -48,12 +51,14 @@ class Linear(_Uninitialised, nn.Linear):
         """Returns a layer with this weight, in this layer's dtype, and the same bias."""
         replaced = copy.copy(self)
         replaced._parameters = dict(self._parameters)  # the copy's own
-        replaced.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        replaced.weight, replaced.padded = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False), None
         return replaced
 
 
 class Embedding(_Uninitialised, nn.Embedding):
     """`nn.Embedding` without random initialisation."""
+
+    padded: Tensor | None = None  # see `GPT2.pad_head`
 
 
 class LayerNorm(_Uninitialised, nn.LayerNorm):
@@ -195,11 +200,26 @@ class GPT2(nn.Module):
         """The weight of the output projection: the token embeddings, unless the checkpoint unties them."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
+    @property
+    def padded_head(self) -> Float[Tensor, "padded_vocab width"]:
+        """The head's weight, followed by rows of zeros where it was padded."""
+        padded = (self.lm_head or self.wte).padded
+        return self.head if padded is None else padded
+
+    def pad_head(self) -> None:
+        """Puts rows of zeros behind the head's, up to a multiple of 64: what cuBLAS needs to be fast."""
+        module, (vocab_size, width) = self.lm_head or self.wte, self.head.shape
+        module.padded = self.head.new_zeros(-(-vocab_size // HEAD_ROWS) * HEAD_ROWS, width)
+        module.padded[:vocab_size] = self.head
+        module.weight = nn.Parameter(module.padded[:vocab_size], requires_grad=False)
+
     def add_to_head(self, delta: Float[Tensor, "vocab width"]) -> None:
         """Adds to the head's weight, which is untied first: the token embeddings stay as they are."""
-        weight = self.head.float() + delta.to(self.head.device)
+        weight, is_padded = self.head.float() + delta.to(self.head.device), self.padded_head is not self.head
         self.lm_head = Linear(delta.shape[1], delta.shape[0], bias=False, device="meta")
         self.lm_head.weight = nn.Parameter(weight.to(self.wte.weight.dtype), requires_grad=False)
+        if is_padded:
+            self.pad_head()
         if self.prepacked_head is not None:
             self.prepacked_head = self.prepacked_head.with_weight(weight)
 
@@ -259,7 +279,10 @@ class GPT2(nn.Module):
         self, hidden: Float[Tensor, "batch time width"], adapters: ActiveAdapters | None
     ) -> Float[Tensor, "batch time vocab"]:
         """Returns the logits of hidden states, under the adapters that they were computed with."""
-        scores = F.linear(hidden, self.head) if self.prepacked_head is None else self.prepacked_head(hidden)
+        if self.prepacked_head is None:
+            scores = F.linear(hidden, self.padded_head)[..., : self.config.vocab_size]
+        else:
+            scores = self.prepacked_head(hidden)
         if adapters is not None and (update := adapters.low_rank_logits(hidden)) is not None:
             groups = scores.view(len(update.b_t), -1, scores.shape[-1])
             groups.baddbmm_(update.hidden_a.view(*groups.shape[:2], -1), update.b_t)

@@ -40,7 +40,7 @@ def token_nll(
     flat, update = hidden.flatten(0, 1), None if adapters is None else adapters.low_rank_logits(hidden)
     if select is not None:
         flat, update = flat[select], None if update is None else update.select(select)
-    return linear_nll(flat, model.head, targets, update)
+    return linear_nll(flat, model.padded_head, targets, update, model.config.vocab_size)
 
 
 def next_logits(

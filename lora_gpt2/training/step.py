@@ -181,7 +181,13 @@ class StepRunner:
             )
             update, targets = adapters.low_rank_logits(hidden), batch.targets.flatten()
             loss, nll = fused_linear_cross_entropy(
-                hidden.flatten(0, 1), self.model.head, targets, weights, batch.label_smoothing, update
+                hidden.flatten(0, 1),
+                self.model.padded_head,
+                targets,
+                weights,
+                batch.label_smoothing,
+                update,
+                self.model.config.vocab_size,
             )
             loss.backward()  # type: ignore[no-untyped-call]
             self.losses.index_add_(0, batch.slot_ids, (nll * batch.loss_weights).view(len(batch.slots), -1).sum(1))
