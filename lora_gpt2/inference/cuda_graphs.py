@@ -1,9 +1,10 @@
 """Decode steps as CUDA graphs: shapes never change, so a GPU replays one graph per batch size, whatever the adapters.
 
 A step of GPT-2 is some 300 small kernels, and launching them takes longer than running them. Here the batch is padded
-to a power of two, attention looks at the whole cache behind a mask, and tokens, lengths and adapter weights are copied
-into the same memory each time. Padding rows write to a first position that a prompt overwrites before it is read.
-On a CPU the same step runs eagerly, which is how it is tested there.
+to a power of two, attention looks at a fixed number of keys behind a mask (a power of two that holds the longest
+sequence), and everything that changes is copied into the same memory each time, in one piece. The next tokens are
+chosen within the graph. Padding rows write to a first position that is cleared after the step. On a CPU the same step
+runs eagerly, which is how it is tested there.
 """
 
 from __future__ import annotations
@@ -12,90 +13,121 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lora_gpt2.inference.decoder import Decoder
+from lora_gpt2.inference.decoder import Decoder, NextTokens, build_sampling_columns
+from lora_gpt2.inference.device_sampling import choose_tokens
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
 from lora_gpt2.model.graphs import capture, on_capture_stream
 from lora_gpt2.model.kv_cache import KVCache
 from lora_gpt2.model.scoring import next_logits
+from lora_gpt2.model.transfer import Transfer
 
-MAX_GRAPHS = 16
+MAX_GRAPHS = 32
 WARM_UP = 2
+FEWEST_KEYS = 64
 
 
 @dataclass
-class _CapturedGraph:
-    """The static inputs and outputs of a step, and its graph on a GPU."""
+class _CapturedStep:
+    """A step for a batch size and a number of keys: its inputs, its results, and on a GPU its graph.
+
+    `inputs` are the tokens `[batch, 1]`, the lengths before and after `[batch]`, the sampling columns, and the
+    adapters' weights where there are any.
+    """
 
     bank: AdapterBank | None
-    tokens: Tensor
-    lengths: Tensor
-    weights: Tensor | None
+    num_keys: int
+    transfer: Transfer
+    inputs: list[Tensor]
     logits: Tensor | None = None
+    tokens: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
 
 
 class CudaGraphDecoder(Decoder):
-    """A decoder whose decode steps are captured once per batch size and replayed."""
+    """A decoder whose decode steps are captured once for each batch size and number of keys, and replayed."""
 
     def __init__(self, session: Session, cache: KVCache) -> None:
         super().__init__(session, cache)
-        self._captured: dict[tuple[int, bool], _CapturedGraph] = {}
+        self._captured: dict[tuple[int, int, bool], _CapturedStep] = {}
+        self._pool = torch.cuda.graph_pool_handle() if cache.buffer.device.type == "cuda" else None
+        self._weights: tuple[object, Tensor | None] = (None, None)
 
-    def step(self, tokens: Sequence[int], lengths: Sequence[int], mixes: Sequence[Mix]) -> Float[Tensor, "batch vocab"]:
-        """Returns the logits after one more token in each of the first rows, on the CPU; see `Decoder.step`."""
-        num_rows = len(tokens)
-        size = min(1 << (num_rows - 1).bit_length(), self.cache.batch_size)
-        padding = size - num_rows
-        weights = self.session.load_slot_weights([*mixes, *[Mix()] * padding]) if any(mixes) else None
-        captured = self._find(size, weights)
-        captured.tokens[:num_rows, 0].copy_(torch.tensor(tokens), non_blocking=True)
-        captured.lengths.copy_(torch.tensor([*lengths, *[0] * padding]), non_blocking=True)
-        if captured.weights is not None and weights is not None:
-            captured.weights.copy_(weights, non_blocking=True)
-        if captured.graph is None:
-            logits = self._compute(captured)
+    def step(self, sequences: Sequence[SequenceState]) -> NextTokens:
+        """Decodes one more token in each of the first rows; see `Decoder.step`."""
+        lengths = [sequence.num_cached for sequence in sequences]
+        size = min(1 << (len(sequences) - 1).bit_length(), self.cache.batch_size)
+        num_keys = min(max(FEWEST_KEYS, 1 << max(lengths).bit_length()), self.cache.capacity)
+        none = [0] * (size - len(sequences))
+        weights = self._reuse_weights([*(sequence.mix for sequence in sequences), *[Mix()] * len(none)])
+        newest = [sequence.new_ids[-1] for sequence in sequences]
+        inputs = [
+            torch.tensor([*newest, *none])[:, None],
+            torch.tensor([*lengths, *none]),
+            torch.tensor([*(length + 1 for length in lengths), *none]),
+            build_sampling_columns(sequences, len(none)),
+        ]
+        step = self._find(num_keys, inputs if weights is None else [*inputs, weights])
+        if step.graph is None:
+            self._compute(step)
         else:
-            captured.graph.replay()
-            assert captured.logits is not None
-            logits = captured.logits
-        result = logits[:num_rows].cpu()
+            step.graph.replay()
+        assert step.tokens is not None
+        assert step.logits is not None
         self.cache.record_replay([length + 1 for length in lengths], size)
-        return result
+        return NextTokens(logits=step.logits, tokens=step.tokens.tolist())
 
-    def _find(self, size: int, weights: Tensor | None) -> _CapturedGraph:
-        """Returns the step for a batch size, captured if need be; a bank that was rebuilt is other memory."""
-        bank = self.session.slots.bank if weights is not None else None
-        key = (size, weights is not None)
-        captured = self._captured.get(key)
-        if captured is None or captured.bank is not bank:
+    def _reuse_weights(self, mixes: Sequence[Mix]) -> Tensor | None:
+        """Returns the weights of a batch's slots, None for the plain base; the same object for the same mixes."""
+        key = (list(mixes), self.session.slots.num_loads)
+        if self._weights[0] != key:
+            weights = self.session.load_slot_weights(mixes) if any(mixes) else None
+            self._weights = ((list(mixes), self.session.slots.num_loads), weights)
+        return self._weights[1]
+
+    def _find(self, num_keys: int, inputs: list[Tensor]) -> _CapturedStep:
+        """Returns the step for these shapes with these inputs on the device, captured if need be.
+
+        A bank that was rebuilt is other memory, which no step that was captured before may hold any longer.
+        """
+        has_adapters = len(inputs) == 5
+        bank = self.session.slots.bank if has_adapters else None
+        key = (len(inputs[0]), num_keys, has_adapters)
+        if any(step.bank is not bank for step in self._captured.values() if has_adapters and step.bank is not None):
+            self._captured.clear()
+        step = self._captured.get(key)
+        if step is None:
             if len(self._captured) >= MAX_GRAPHS:
                 self._captured.clear()
-            device = self.cache.buffer.device
-            tokens = torch.full((size, 1), self.session.base.tokenizer.eos_id, device=device)
-            lengths = torch.zeros(size, dtype=torch.long, device=device)
-            static = None if weights is None or bank is None else weights.to(bank.flat.device)
-            captured = self._captured[key] = _CapturedGraph(bank, tokens, lengths, static)
-            if device.type == "cuda":
-                self._capture(captured)
-        return captured
+            transfer = Transfer(self.cache.buffer.device)
+            step = _CapturedStep(bank, num_keys, transfer, transfer.copy(inputs))
+            self._captured[key] = step
+            if transfer.device.type == "cuda":
+                self._capture(step)
+        step.inputs = step.transfer.copy(inputs)
+        return step
 
-    def _compute(self, step: _CapturedGraph) -> Tensor:
-        view = self.cache.view(0, len(step.tokens), has_fixed_keys=True)
-        view.lengths.copy_(step.lengths)
+    def _compute(self, step: _CapturedStep) -> None:
+        tokens, lengths, lengths_after, columns, *weights = step.inputs
+        view = self.cache.view(0, len(tokens), fixed_keys=step.num_keys)
+        view.lengths.copy_(lengths)
         adapters = None
-        if step.bank is not None and step.weights is not None:
-            adapters = InferenceAdapters(step.bank, step.weights, slice(0, step.bank.num_slots))
-        return next_logits(self.session.base.model, step.tokens, adapters, view)[0]
+        if step.bank is not None:
+            adapters = InferenceAdapters(step.bank, weights[0], slice(0, step.bank.num_slots))
+        logits, _ = next_logits(self.session.base.model, tokens, adapters, view)
+        view.lengths.copy_(lengths_after)
+        step.logits = logits
+        step.tokens = choose_tokens(logits[:, : self.session.base.tokenizer.vocab_size], columns)
 
-    def _capture(self, step: _CapturedGraph) -> None:
-        # the last position, which a row writes itself before it reads it: running sequences are not disturbed
-        step.lengths.fill_(self.cache.capacity - 1)
+    def _capture(self, step: _CapturedStep) -> None:
+        # the last key, which a row writes itself before it reads it: running sequences are not disturbed
+        step.inputs[1].fill_(step.num_keys - 1)
         with on_capture_stream():
             for _ in range(WARM_UP):
                 self._compute(step)
-        step.graph, step.logits = capture(lambda: self._compute(step))
+        self.cache.clear_key(len(step.inputs[0]), step.num_keys - 1)
+        step.graph, _ = capture(lambda: self._compute(step), self._pool)

@@ -6,12 +6,15 @@ Running sequences occupy the first rows of the cache, so a step computes no idle
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_gpt2.inference.device_sampling import UNDECIDED, build_columns, choose_tokens
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sampling import SamplingParams
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import InferenceAdapters
@@ -22,25 +25,51 @@ SCORED_TOKENS = 128
 """Prompt tokens whose logits exist at the same time: 26 MB in float32 for GPT-2's vocabulary."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class NextTokens:
+    """What follows each sequence of a batch: `logits` `[batch, vocab]` on the device, and what was chosen there.
+
+    `tokens` holds a token, `UNDECIDED` or `NOT_FINITE` of each. Valid until the next step.
+    """
+
+    logits: Float[Tensor, "batch vocab"]
+    tokens: Sequence[int]
+
+    def read(self, rows: Sequence[int]) -> Float[Tensor, "rows vocab"]:
+        """Returns the logits of some rows on the CPU."""
+        wanted = self.logits if len(rows) == len(self.logits) else self.logits[list(rows)]
+        return wanted.cpu()
+
+
+def build_sampling_columns(sequences: Sequence[SequenceState], padding: int = 0) -> Tensor:
+    """Returns the sampling columns of sequences, followed by rows of padding; see `device_sampling`."""
+    params = [sequence.params for sequence in sequences] + [SamplingParams()] * padding
+    return build_columns(params, [sequence.draw_uniform() for sequence in sequences] + [0.0] * padding)
+
+
 class Decoder:
-    """Computes logits for sequences; the caller decides which rows they occupy."""
+    """Computes what follows sequences; the caller decides which rows they occupy."""
 
     def __init__(self, session: Session, cache: KVCache) -> None:
         self.session, self.cache = session, cache
         self._adapters: tuple[object, InferenceAdapters | None] = (None, None)
         self._prompt_hidden: Tensor | None = None
 
-    def step(self, tokens: Sequence[int], lengths: Sequence[int], mixes: Sequence[Mix]) -> Float[Tensor, "batch vocab"]:
-        """Returns the logits after one more token in each of the first rows, on the CPU.
+    def step(self, sequences: Sequence[SequenceState]) -> NextTokens:
+        """Decodes one more token in each of the first rows, which are those of `sequences`."""
+        view = self.cache.view(0, len(sequences))
+        newest = [sequence.new_ids[-1] for sequence in sequences]
+        batch = torch.tensor(newest, device=self.cache.buffer.device)[:, None]
+        adapters = self._reuse_adapters([sequence.mix for sequence in sequences])
+        return self._choose(sequences, next_logits(self.session.base.model, batch, adapters, view)[0])
 
-        Args:
-            tokens: the newest token of each sequence.
-            lengths: tokens of each sequence in the cache; the cache knows them itself, a replayed graph does not.
-            mixes: the mix of each sequence.
-        """
-        view = self.cache.view(0, len(tokens))
-        batch = torch.tensor(tokens, device=self.cache.buffer.device)[:, None]
-        return next_logits(self.session.base.model, batch, self._reuse_adapters(mixes), view)[0].cpu()
+    def _choose(self, sequences: Sequence[SequenceState], logits: Tensor) -> NextTokens:
+        """Chooses tokens on a GPU; a CPU samples faster where it need not take every case into account."""
+        if logits.device.type != "cuda":
+            return NextTokens(logits=logits, tokens=[UNDECIDED] * len(logits))
+        columns = build_sampling_columns(sequences).to(logits.device)
+        tokens = choose_tokens(logits[:, : self.session.base.tokenizer.vocab_size], columns)
+        return NextTokens(logits=logits, tokens=tokens.tolist())
 
     def _reuse_adapters(self, mixes: Sequence[Mix]) -> InferenceAdapters | None:
         """Returns the adapters of a batch; one with the same mixes as before keeps its own."""
@@ -49,8 +78,8 @@ class Decoder:
             self._adapters = (key, self.session.adapters_for(mixes))
         return self._adapters[1]
 
-    def prefill(self, sequences: Sequence[SequenceState], first: int) -> Float[Tensor, "batch vocab"]:
-        """Puts prompts into the cache, from row `first` on; returns the logits that follow each, on the CPU.
+    def prefill(self, sequences: Sequence[SequenceState], first: int) -> NextTokens:
+        """Puts prompts into the cache, from row `first` on; returns what follows each.
 
         The hidden states are kept where a prompt wants its log-probabilities; see `iter_prompt_logits`.
         """
@@ -62,7 +91,7 @@ class Decoder:
         tokens = torch.tensor(padded, device=self.cache.buffer.device)
         logits, hidden = next_logits(self.session.base.model, tokens, adapters, view, lengths)
         self._prompt_hidden = hidden if any(sequence.scores_prompt for sequence in sequences) else None
-        return logits.cpu()
+        return self._choose(sequences, logits)
 
     def iter_prompt_logits(self, row: int, sequence: SequenceState) -> Iterator[tuple[list[int], Tensor]]:
         """Yields the tokens of a prompt, the first excepted, with the logits that they were predicted by.

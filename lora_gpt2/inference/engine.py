@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
-from lora_gpt2.inference.decoder import Decoder
+from lora_gpt2.inference.decoder import Decoder, NextTokens
 from lora_gpt2.inference.sampling import sample_tokens
 from lora_gpt2.inference.scheduler import SEQUENCE_ERRORS, Scheduler
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
@@ -101,23 +101,18 @@ class Engine:
         running = self.scheduler.running
         if not running:
             return []
-        logits = self.decoder.step(
-            [sequence.new_ids[-1] for sequence in running],
-            [sequence.num_cached for sequence in running],
-            [sequence.mix for sequence in running],
-        )
-        return sample(running, logits)
+        return sample(running, self.decoder.step(running))
 
     def _prefill(self, admitted: list[SequenceState]) -> list[tuple[SequenceState, str]]:
         """Prefills the prompts of admitted sequences and samples their first tokens; they are running afterwards."""
         if not admitted:
             return []
-        logits = self.decoder.prefill(admitted, first=len(self.scheduler.running))
+        following = self.decoder.prefill(admitted, first=len(self.scheduler.running))
         for row, sequence in enumerate(admitted):
             if sequence.scores_prompt:
                 self._score_prompt(row, sequence)
         self.scheduler.running += admitted
-        return sample(admitted, logits)
+        return sample(admitted, following)
 
     def _score_prompt(self, row: int, sequence: SequenceState) -> None:
         """Gives each token of the prompt but the first its log-probabilities."""
@@ -133,19 +128,32 @@ class Engine:
             ]
 
 
-def sample(sequences: Sequence[SequenceState], logits: Float[Tensor, "batch vocab"]) -> list[tuple[SequenceState, str]]:
-    """Samples a token for each sequence, all at once; returns them with the text that it completed.
+def sample(sequences: Sequence[SequenceState], following: NextTokens) -> list[tuple[SequenceState, str]]:
+    """Takes the next token of each sequence, from the device or sampled here; returns them with the text it completed.
 
     An error in doing so finishes its sequence and no other.
     """
-    texts, ready, rows, uniforms = dict[int, str](), list[int](), list[Tensor](), list[float]()
+    texts, rest = dict[int, str](), list[int]()
     for index, sequence in enumerate(sequences):
-        own = logits[index, : sequence.tokenizer.vocab_size]  # a padded head has rows that are not tokens
         if sequence.finish_reason or not sequence.max_new_tokens:
             texts[index] = "" if sequence.finish_reason else sequence.finish("length")
-            continue
+        elif sequence.is_plain and following.tokens[index] >= 0:
+            texts[index] = _accept(sequence, following.tokens[index], None)
+        else:
+            rest.append(index)
+    if rest:
+        chosen = _sample_here([sequences[index] for index in rest], following.read(rest))
+        texts |= zip(rest, chosen, strict=True)
+    return [(sequence, texts[index]) for index, sequence in enumerate(sequences)]
+
+
+def _sample_here(sequences: Sequence[SequenceState], logits: Float[Tensor, "batch vocab"]) -> list[str]:
+    """Samples a token for each sequence from logits on the CPU, all at once; returns the texts that they completed."""
+    texts, ready, rows, uniforms = dict[int, str](), list[int](), list[Tensor](), list[float]()
+    own = [row[: sequence.tokenizer.vocab_size] for row, sequence in zip(logits, sequences, strict=True)]
+    for index, sequence in enumerate(sequences):  # a padded head has rows that are not tokens
         try:
-            adjusted, uniform = sequence.adjust_logits(own), sequence.draw_uniform()
+            adjusted, uniform = sequence.adjust_logits(own[index]), sequence.draw_uniform()
         except SEQUENCE_ERRORS as error:
             texts[index] = sequence.fail(error)
         else:
@@ -154,12 +162,15 @@ def sample(sequences: Sequence[SequenceState], logits: Float[Tensor, "batch voca
             uniforms.append(uniform)
     tokens = sample_tokens(torch.stack(rows), [sequences[index].params for index in ready], uniforms) if ready else []
     for index, token in zip(ready, tokens, strict=True):
-        sequence = sequences[index]
-        try:
-            texts[index] = sequence.accept(token, logits[index, : sequence.tokenizer.vocab_size])
-        except SEQUENCE_ERRORS as error:
-            texts[index] = sequence.fail(error)
-    return [(sequence, texts[index]) for index, sequence in enumerate(sequences)]
+        texts[index] = _accept(sequences[index], token, own[index])
+    return [texts[index] for index in range(len(sequences))]
+
+
+def _accept(sequence: SequenceState, token: int, logits: Tensor | None) -> str:
+    try:
+        return sequence.accept(token, logits)
+    except SEQUENCE_ERRORS as error:
+        return sequence.fail(error)
 
 
 def _advance_search(sequence: SequenceState, search: BeamSearch) -> str:

@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from lora_gpt2.recipe import GenerateSettings
@@ -182,10 +182,12 @@ def sample_tokens(
     if few:
         own = [params[row] for row in few]
         candidates = find_top_k(_take(logits, few), [each.top_k for each in own])
-        tokens |= zip(few, draw_tokens(candidates, own, [uniforms[row] for row in few]), strict=True)
+        drawn = draw_tokens(candidates, weigh_candidates(candidates, own), as_column([uniforms[row] for row in few]))
+        tokens |= zip(few, drawn.tolist(), strict=True)
     for row in set(range(len(params))).difference(tokens):
         candidates = find_nucleus(logits[row], params[row])
-        tokens |= zip([row], draw_tokens(candidates, [params[row]], [uniforms[row]]), strict=True)
+        weights = weigh_candidates(candidates, [params[row]])
+        tokens[row] = int(draw_tokens(candidates, weights, as_column([uniforms[row]])))
     return [tokens[row] for row in range(len(params))]
 
 
@@ -211,7 +213,7 @@ def find_top_k(logits: Float[Tensor, "batch vocab"], sizes: Sequence[int]) -> Ca
     Among equally likely ones, smaller tokens come first.
     """
     size = torch.tensor(sizes, device=logits.device)[:, None]
-    values, tokens = _top_k(logits, min(max(sizes) + 1, logits.shape[1]))
+    values, tokens = take_top_k(logits, min(max(sizes) + 1, logits.shape[1]))
     smallest = values.gather(1, size - 1)
     if bool((values[:, -1:] == smallest).any()):  # more may be as likely
         values, tokens = logits.topk(int((logits >= smallest).sum(1).max()), dim=1)
@@ -223,7 +225,7 @@ def find_top_k(logits: Float[Tensor, "batch vocab"], sizes: Sequence[int]) -> Ca
     return Candidates(logits=values.masked_fill(values < smallest, -torch.inf), tokens=tokens)
 
 
-def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def take_top_k(logits: Shaped[Tensor, "batch vocab"], k: int) -> tuple[Tensor, Tensor]:
     """Returns what `torch.topk` does along the vocabulary, in half the time: first by the maxima of groups."""
     count = logits.shape[1] // GROUP
     if count < 4 * k:
@@ -243,44 +245,56 @@ def find_nucleus(logits: Float[Tensor, " vocab"], params: SamplingParams) -> Can
     row, vocab_size = logits[None], len(logits)
     if params.top_p == 1:  # in any order
         return Candidates(logits=row, tokens=torch.arange(vocab_size, device=logits.device)[None])
-    totals = weigh_logits(row, [params.temperature]).sum(1, keepdim=True)
+    totals = weigh_logits(row, as_column([params.temperature])).sum(1, keepdim=True)
     if vocab_size > 2 * FIRST_CANDIDATES:
         found = find_top_k(row, [FIRST_CANDIDATES])
-        weights = weigh_logits(found.logits, [params.temperature])
+        weights = weigh_logits(found.logits, as_column([params.temperature]))
         if bool(weights[:, :-1].sum() > params.top_p * totals):
             return replace(found, totals=totals)
     order = logits.argsort(descending=True, stable=True)
     return Candidates(logits=logits[order][None], tokens=order[None], totals=totals)
 
 
-def weigh_logits(logits: Float[Tensor, "batch tokens"], temperatures: Sequence[float]) -> Float[Tensor, "batch tokens"]:
+def weigh_logits(
+    logits: Float[Tensor, "batch tokens"], temperature: Float[Tensor, "batch 1"]
+) -> Float[Tensor, "batch tokens"]:
     """Returns the probability of each token over that of the most likely one, in float64; for logits of any size."""
     exact = logits.double()
     largest = exact.amax(1, keepdim=True).clamp(-sys.float_info.max, sys.float_info.max)
-    scale = torch.tensor(temperatures, dtype=torch.float64, device=logits.device)[:, None]
-    return torch.where(exact == torch.inf, 1.0, ((exact - largest) / scale).exp())
+    return torch.where(exact == torch.inf, 1.0, ((exact - largest) / temperature).exp())
 
 
 def weigh_candidates(candidates: Candidates, params: Sequence[SamplingParams]) -> Float[Tensor, "batch candidates"]:
     """Returns the weights of candidates after temperature, top-p and min-p: 0 for what is excluded."""
-    weights = weigh_logits(candidates.logits, [own.temperature for own in params])
+    weights = weigh_logits(candidates.logits, as_column([own.temperature for own in params]))
     if any(own.top_p < 1 for own in params):
-        sums = weights.cumsum(1)
-        totals = sums[:, -1:] if candidates.totals is None else candidates.totals
-        top_p = torch.tensor([own.top_p for own in params], dtype=torch.float64, device=weights.device)[:, None]
-        is_outside = sums[:, :-1] >= top_p * totals  # what is more likely is enough
-        weights[:, 1:] = weights[:, 1:].masked_fill(is_outside & (top_p < 1), 0.0)
+        weights = keep_nucleus(weights, as_column([own.top_p for own in params]), candidates.totals)
     if any(own.min_p for own in params):
-        min_p = torch.tensor([own.min_p for own in params], dtype=torch.float64, device=weights.device)[:, None]
-        weights = weights.masked_fill(weights < min_p, 0.0)
+        weights = weights.masked_fill(weights < as_column([own.min_p for own in params]), 0.0)
     return weights
 
 
-def draw_tokens(candidates: Candidates, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+def as_column(values: Sequence[float]) -> Float[Tensor, "batch 1"]:
+    """Returns a number of each row in float64."""
+    return torch.tensor(values, dtype=torch.float64)[:, None]
+
+
+def keep_nucleus(
+    weights: Float[Tensor, "batch candidates"], top_p: Float[Tensor, "batch 1"], totals: Tensor | None
+) -> Float[Tensor, "batch candidates"]:
+    """Returns the weights with those behind each row's nucleus set to 0; `totals` as in `Candidates`."""
+    sums = weights.cumsum(1)
+    totals = sums[:, -1:] if totals is None else totals
+    is_outside = (sums[:, :-1] >= top_p * totals) & (top_p < 1)  # what is more likely is enough
+    return torch.cat([weights[:, :1], weights[:, 1:].masked_fill(is_outside, 0.0)], dim=1)
+
+
+def draw_tokens(
+    candidates: Candidates, weights: Float[Tensor, "batch candidates"], uniforms: Float[Tensor, "batch 1"]
+) -> Int[Tensor, " batch"]:
     """Returns the token of each row in whose share of the weights the row's random number falls."""
-    sums = weigh_candidates(candidates, params).cumsum(1)
-    drawn = torch.tensor(uniforms, dtype=torch.float64, device=sums.device)[:, None] * sums[:, -1:]
+    sums = weights.cumsum(1)
+    drawn = uniforms * sums[:, -1:]
     drawn = drawn.minimum(sums[:, -1:].nextafter(torch.zeros_like(drawn)))  # rounding must not reach the end
     places = (sums <= drawn).sum(1, keepdim=True)
-    tokens: list[int] = candidates.tokens.gather(1, places)[:, 0].tolist()
-    return tokens
+    return candidates.tokens.gather(1, places)[:, 0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.inference.device_sampling import can_choose
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams, adjust_row, draw_uniform
 from lora_gpt2.inference.session import check_logits
@@ -107,6 +108,11 @@ class SequenceState:
         """Number of tokens in the KV cache: all but the newest."""
         return len(self.prompt_ids) + max(0, len(self.new_ids) - 1)
 
+    @property
+    def is_plain(self) -> bool:
+        """True if the next token can be chosen on the device: no logits are needed here."""
+        return can_choose(self.params) and not self.no_verbatim and not self.settings.logprobs
+
     def draw_uniform(self) -> float:
         """Returns the random number of the next token."""
         return draw_uniform(self.seed, len(self.new_ids))
@@ -121,11 +127,11 @@ class SequenceState:
         banned = [token for index in self.no_verbatim for token in index.find_followers(ids)]
         return adjust_row(logits, ids, self.params, num_prompt_tokens=len(self.prompt_ids), banned=banned)
 
-    def accept(self, token: int, logits: Tensor) -> str:
-        """Takes the next token, chosen from these logits `[vocab]`; returns the text that it completes."""
+    def accept(self, token: int, logits: Tensor | None) -> str:
+        """Takes the next token, chosen from these logits `[vocab]` (None if it `is_plain`); returns its text."""
         if token == self.tokenizer.eos_id:
             return self.finish("stop")
-        if self.settings.logprobs:
+        if logits is not None and self.settings.logprobs:
             self.logprobs.append(TokenLogprobs.from_logits(logits, token, self.settings.logprobs))
         text = self.append(token)
         is_full = not self.finish_reason and len(self.new_ids) >= self.max_new_tokens

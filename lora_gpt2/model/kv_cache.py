@@ -36,7 +36,7 @@ class KVCache:
         self._row_ids = torch.arange(batch_size, device=like.device)[:, None]
         self._num_tokens, self._num_written = [0] * batch_size, [0] * batch_size  # on the host, shared with views
         self._first, self._num_keys = 0, 0
-        self._has_fixed_keys = False
+        self._fixed_keys = 0
 
     @property
     def batch_size(self) -> int:
@@ -48,15 +48,15 @@ class KVCache:
         """Tokens for which a row has room."""
         return self.buffer.shape[4]
 
-    def view(self, begin: int, end: int, has_fixed_keys: bool = False) -> KVCache:
+    def view(self, begin: int, end: int, fixed_keys: int = 0) -> KVCache:
         """Returns rows `begin` to `end` in the same memory.
 
-        With `has_fixed_keys` every step attends to the whole capacity, behind a mask, so that its shapes never change.
+        With `fixed_keys` a step attends to so many keys, behind a mask, so that its shapes do not change.
         """
         part = copy.copy(self)
         part.buffer, part.lengths = self.buffer[:, :, begin:end], self.lengths[begin:end]
         part._row_ids, part._first = self._row_ids[: end - begin], self._first + begin
-        part._has_fixed_keys = has_fixed_keys
+        part._fixed_keys = fixed_keys
         return part
 
     def begin(self, time: int) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time keys"] | None]:
@@ -67,14 +67,13 @@ class KVCache:
         """
         rows = range(self._first, self._first + self.batch_size)
         longest = max(self._num_tokens[row] for row in rows)
-        self._num_keys = self.capacity if self._has_fixed_keys else longest + time
+        self._num_keys = self._fixed_keys or longest + time
         if self._num_keys > self.capacity:
             raise IndexError(f"{self._num_keys} tokens exceed the cache of {self.capacity}")
         for row in rows:
-            end = self.capacity if self._has_fixed_keys else self._num_tokens[row] + time
-            self._num_written[row] = max(self._num_written[row], end)
+            self._num_written[row] = max(self._num_written[row], self._num_tokens[row] + time)
         positions = self.lengths[:, None] + torch.arange(time, device=self.lengths.device)
-        if not longest and not self._has_fixed_keys:
+        if not longest and not self._fixed_keys:
             return positions, None
         keys = torch.arange(self._num_keys, device=self.lengths.device)
         return positions, keys <= positions[:, :, None]
@@ -96,7 +95,7 @@ class KVCache:
             self.lengths += torch.tensor(num_tokens, device=self.lengths.device)
         for index, count in enumerate(num_tokens):
             self._num_tokens[self._first + index] += count
-            if not self._has_fixed_keys:
+            if not self._fixed_keys:
                 self._clear_behind(index)
 
     def select(self, rows: Int[Tensor, " rows"]) -> None:
@@ -121,16 +120,20 @@ class KVCache:
         self._num_tokens[self._first + target] = self._num_written[self._first + target] = length
         self.free(source)
 
-    def record_replay(self, num_tokens: Sequence[int], num_rows: int) -> None:
-        """Takes over what a replayed pass over the first `num_rows` rows did, in which no Python ran.
+    def clear_key(self, num_rows: int, position: int) -> None:
+        """Zeroes what the first rows hold at a position."""
+        self.buffer[:, :, :num_rows, :, position] = 0
 
-        `num_tokens` has the lengths of the first rows; the others were padding, and are freed.
+    def record_replay(self, num_tokens: Sequence[int], num_rows: int) -> None:
+        """Takes over what a replayed step over the first `num_rows` rows did, in which no Python ran.
+
+        `num_tokens` has the lengths of the first rows; the others were padding, which wrote to their first position.
         """
+        if len(num_tokens) < num_rows:
+            self.buffer[:, :, len(num_tokens) : num_rows, :, 0] = 0
         for row in range(num_rows):
-            self._num_tokens[row] = num_tokens[row] if row < len(num_tokens) else 0
-            self._num_written[row] = self.capacity
-            if row >= len(num_tokens):
-                self.free(row)
+            count = num_tokens[row] if row < len(num_tokens) else 0
+            self._num_tokens[row] = self._num_written[row] = count
 
     def _clear_behind(self, row: int) -> None:
         """Zeroes what a row wrote behind its length."""
