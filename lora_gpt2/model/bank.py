@@ -92,15 +92,16 @@ class AdapterBank:
         self.grad_trigger = torch.zeros((), device=like.device)
         self._loaded: list[dict[str, _Hyperparameters]] = [{} for _ in range(num_slots)]
         masters, casts = self._view_all(self.flat), self._view_all(self.flat_cast)
+        self.scalings = torch.zeros(len(ranks), num_slots, device=like.device)
         self.sites = {
             site: BankSite(
                 lora_a=masters[site, "a"],
                 lora_b_t=masters[site, "b"],
-                scaling=torch.zeros(num_slots, device=like.device),
+                scaling=scaling,
                 lora_a_cast=casts[site, "a"],
                 lora_b_t_cast=casts[site, "b"],
             )
-            for site in ranks
+            for site, scaling in zip(ranks, self.scalings, strict=True)
         }
 
     def _view(self, flat: Tensor, span: _Span) -> Tensor:
@@ -241,6 +242,12 @@ class InferenceAdapters:
     def __init__(self, bank: AdapterBank, weights: Float[Tensor, "batch slots"], slots: slice | None = None) -> None:
         self.slots = _find_used_slots(weights) if slots is None else slots
         self.bank, self.weights = bank, weights[:, self.slots].to(bank.flat.device, torch.float32)
+        unused = self.weights == 0
+        scaled = (self.weights * bank.scalings[:, None, self.slots]).masked_fill_(unused, 0)  # of all sites at once
+        self._scaled = dict(zip(bank.sites, scaled, strict=True))
+        is_cpu = self.weights.device.type == "cpu"  # asking a GPU would wait for it
+        self._is_common = is_cpu and scaled.shape[2] == 1 and bool((self.weights == self.weights[0]).all())
+        self._unused = None if is_cpu and not unused.any() else unused[:, None, :, None]
         self._stacked: dict[str, _StackedFactors] = {}
 
     def project(
@@ -283,14 +290,11 @@ class InferenceAdapters:
         if (stacked := self._stacked.get(site)) is None:
             views = self.bank.sites[site]
             a, b_t = views.lora_a[self.slots].flatten(0, 1), views.lora_b_t[self.slots].flatten(0, 1)
-            scaled = (self.weights * views.scaling[self.slots]).masked_fill_(self.weights == 0, 0)
-            if self.weights.device.type == "cpu" and scaled.shape[1] == 1 and bool((scaled == scaled[0]).all()):
+            scaled = self._scaled[site]
+            if self._is_common:
                 stacked = _StackedFactors(a, b_t, float(scaled[0]))
             else:
-                weights = scaled.to(a.dtype)[:, None, :, None]
-                unused = weights == 0
-                is_masked = unused.device.type != "cpu" or bool(unused.any())  # asking a GPU would wait for it
-                stacked = _StackedFactors(a, b_t, 1.0, weights, unused if is_masked else None)
+                stacked = _StackedFactors(a, b_t, 1.0, scaled[:, None, :, None], self._unused)
             self._stacked[site] = stacked
         return stacked
 

@@ -20,6 +20,9 @@ from lora_gpt2.model.bank import AdapterBank, BankSite
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.gpt2 import LayerNorm, Linear, LowRankLogits, Prologue, apply_prologue
 
+HAS_OUT_DTYPE = hasattr(torch.ops.aten.baddbmm, "dtype_out") and torch.cuda.is_available()
+"""True if products of 16-bit factors can be had, and added up, in float32 (torch 2.8 and newer, CUDA alone)."""
+
 
 class TrainingAdapters:
     """The adapters of a batch for training, which has the same number of sequences for each of `slots`, in order.
@@ -79,9 +82,20 @@ class TrainingAdapters:
         """Returns `[batch, time, width]` as `[slots, batch / slots * time, width]`."""
         return x.reshape(self.num_slots, -1, x.shape[-1])
 
-    def scaled(self, z: Tensor, views: BankSite) -> Tensor:
-        """Returns `[slots, tokens, rank]` times each slot's scaling, which is not rounded to 16 bits first."""
-        return (z * views.scaling[self.slots, None, None]).to(z.dtype)
+    def scale_(self, z: Tensor, views: BankSite) -> Tensor:
+        """Multiplies `[slots, tokens, rank]` by each slot's scaling, which is not rounded to 16 bits first."""
+        return z.mul_(views.scaling[self.slots, None, None])
+
+    def add_product(self, gradient: Tensor, x: Tensor, y: Tensor) -> None:
+        """Adds `x @ y`, `[slots, rank, width]`, to the float32 gradient of these slots.
+
+        A GPU does not round the product of thousands of tokens to 16 bits first.
+        """
+        if gradient.device.type == "cuda" and isinstance(self.slots, slice) and HAS_OUT_DTYPE:
+            total = gradient[self.slots]
+            torch.baddbmm(total, x, y, out_dtype=torch.float32, out=total)
+        else:
+            gradient[self.slots] += torch.bmm(x, y)
 
     def draw_mask(self, site: str, like: Tensor) -> Tensor | None:
         """Returns the dropout mask of a site for an input `[batch, time, width]`: 0 or 1 / (1 - dropout)."""
@@ -120,7 +134,7 @@ class _Projection(torch.autograd.Function):
         if views is not None:
             mask = adapters.draw_mask(site, h)
             lora_input = adapters.by_slot(h if mask is None else h * mask)
-            z = adapters.scaled(torch.bmm(lora_input, views.lora_a_cast[adapters.slots].mT), views)
+            z = adapters.scale_(torch.bmm(lora_input, views.lora_a_cast[adapters.slots].mT), views)
             adapters.by_slot(y).baddbmm_(z, views.lora_b_t_cast[adapters.slots])
         ctx.save_for_backward(x, z)
         return y
@@ -141,9 +155,9 @@ class _Projection(torch.autograd.Function):
         if views is not None:
             mask = adapters.draw_mask(ctx.site, h)
             lora_input, dy_slots = adapters.by_slot(h if mask is None else h * mask), adapters.by_slot(dy)
-            dz = adapters.scaled(torch.bmm(dy_slots, views.lora_b_t_cast[adapters.slots].mT), views)
-            views.grad_b_t[adapters.slots] += torch.bmm(z.mT, dy_slots)
-            views.grad_a[adapters.slots] += torch.bmm(dz.mT, lora_input)
+            dz = adapters.scale_(torch.bmm(dy_slots, views.lora_b_t_cast[adapters.slots].mT), views)
+            adapters.add_product(views.grad_b_t, z.mT, dy_slots)
+            adapters.add_product(views.grad_a, dz.mT, lora_input)
             del h, lora_input
         dx = None
         if ctx.needs_input_grad[0]:
@@ -166,15 +180,15 @@ class _HeadInput(torch.autograd.Function):
         ctx.save_for_backward(hidden)
         mask = adapters.draw_mask(HEAD, hidden)
         lora_input = adapters.by_slot(hidden if mask is None else hidden * mask)
-        return adapters.scaled(torch.bmm(lora_input, views.lora_a_cast[adapters.slots].mT), views)
+        return adapters.scale_(torch.bmm(lora_input, views.lora_a_cast[adapters.slots].mT), views)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Adds the gradient of A to the bank's; returns that of the hidden states."""
         (hidden,), adapters, views = ctx.saved_tensors, ctx.adapters, ctx.views
-        dz, mask = adapters.scaled(upstream[0], views), adapters.draw_mask(HEAD, hidden)
+        dz, mask = adapters.scale_(upstream[0].clone(), views), adapters.draw_mask(HEAD, hidden)
         lora_input = adapters.by_slot(hidden if mask is None else hidden * mask)
-        views.grad_a[adapters.slots] += torch.bmm(dz.mT, lora_input)
+        adapters.add_product(views.grad_a, dz.mT, lora_input)
         dh = torch.bmm(dz, views.lora_a_cast[adapters.slots]).view(hidden.shape)
         return dh if mask is None else dh.mul_(mask), None, None, None
 

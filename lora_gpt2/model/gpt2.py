@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lora_gpt2.model.config import HEAD, GPT2Config
@@ -265,11 +267,12 @@ class GPT2(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)
         if noise is not None:
             x = x + noise.to(x)
-        for block in self.h:
-            if checkpoint_blocks:
-                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, context)
+        with _choose_attention(x):
+            for block in self.h:
+                if checkpoint_blocks:
+                    x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, context)
         if cache is not None:
             cache.advance(time if num_tokens is None else num_tokens)
         result: Tensor = self.ln_f(x)
@@ -287,6 +290,13 @@ class GPT2(nn.Module):
             groups = scores.view(len(update.b_t), -1, scores.shape[-1])
             groups.baddbmm_(update.hidden_a.view(*groups.shape[:2], -1), update.b_t)
         return scores
+
+
+def _choose_attention(x: Tensor) -> AbstractContextManager[None]:
+    """Leaves cuDNN's attention to training, whose shapes stay the same: for each new one it makes a plan (0.7 s)."""
+    if x.device.type != "cuda" or torch.is_grad_enabled():
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def mask_documents(positions: Int[Tensor, "batch time"], dtype: torch.dtype) -> Float[Tensor, "batch 1 time time"]:

@@ -143,7 +143,7 @@ def test_a_slots_scale_is_applied_before_rounding_to_the_bases_dtype(base, dtype
     z = torch.randn(len(slots), 50, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     scales = torch.tensor([1 / 3, 7 / 3, 0.1 / 3])[slots]
     for site in ("h.0.mlp.c_fc", "lm_head"):
-        found = TrainingAdapters(bank, slots).scaled(z, bank.sites[site])
+        found = TrainingAdapters(bank, slots).scale_(z.clone(), bank.sites[site])
         assert found.dtype == dtype
         assert torch.equal(found, (z.float() * scales[:, None, None]).to(dtype)), site
 
