@@ -28,6 +28,7 @@ from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.gpt2 import Linear, LowRankLogits, Prologue, apply_prologue
 from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
+from lora_gpt2.model.runtime import has_triton
 
 Layout = Literal["training", "inference"]
 
@@ -248,6 +249,7 @@ class InferenceAdapters:
         is_cpu = self.weights.device.type == "cpu"  # asking a GPU would wait for it
         self._is_common = is_cpu and scaled.shape[2] == 1 and bool((self.weights == self.weights[0]).all())
         self._unused = None if is_cpu and not unused.any() else unused[:, None, :, None]
+        self._has_kernel = not is_cpu and has_triton()
         self._stacked: dict[str, _StackedFactors] = {}
 
     def project(
@@ -256,7 +258,13 @@ class InferenceAdapters:
         """Returns the projection of `prologue(x)` plus each sequence's weighted updates."""
         h = apply_prologue(prologue, x)
         y: Tensor = linear(h)
-        if site in self.bank.sites:
+        if site in self.bank.sites and self._has_kernel and h.shape[1] == 1:
+            from lora_gpt2.model.decode_kernel import add_updates
+
+            views = self.bank.sites[site]
+            a, b_t = views.lora_a[self.slots], views.lora_b_t[self.slots]
+            add_updates(h[:, 0].contiguous(), a, b_t, self._scaled[site], y[:, 0])
+        elif site in self.bank.sites:
             factors = self._stack(site)
             if factors.scaling != 0:
                 y.view(-1, y.shape[-1]).addmm_(self._shrink(h, factors), factors.lora_b_t, alpha=factors.scaling)

@@ -91,7 +91,7 @@ class TrainingAdapters:
 
         A GPU does not round the product of thousands of tokens to 16 bits first.
         """
-        if gradient.device.type == "cuda" and isinstance(self.slots, slice) and HAS_OUT_DTYPE:
+        if HAS_OUT_DTYPE and isinstance(self.slots, slice) and x.dtype != torch.float32:
             total = gradient[self.slots]
             torch.baddbmm(total, x, y, out_dtype=torch.float32, out=total)
         else:

@@ -11,9 +11,7 @@ the vocabulary: cuBLAS takes six times as long for 50,257 rows as for 50,304.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.model.gpt2 import LowRankLogits
+from lora_gpt2.model.runtime import has_triton
 
 CPU_TOKENS, DEVICE_TOKENS = 256, 1024
 
@@ -29,11 +28,6 @@ CPU_TOKENS, DEVICE_TOKENS = 256, 1024
 def tokens_per_chunk(device: torch.device) -> int:
     """Returns the number of tokens whose logits fit a CPU's cache, or fill a GPU."""
     return CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
 
 
 def linear_nll(
@@ -65,7 +59,7 @@ class _Chunks:
         self.group_tokens = len(hidden) // (1 if update is None else len(update.b_t))
         self.num_tokens = min(tokens_per_chunk(hidden.device), self.group_tokens)
         self.padded = hidden.new_empty(self.num_tokens, len(head))
-        self.has_kernel = hidden.device.type == "cuda" and _has_triton()
+        self.has_kernel = hidden.device.type == "cuda" and has_triton()
         self.exact = self.padded[:, : self.vocab_size]  # in float32, except where the kernel converts by itself
         if self.padded.dtype != torch.float32 and not self.has_kernel:
             self.exact = hidden.new_empty(self.exact.shape, dtype=torch.float32)

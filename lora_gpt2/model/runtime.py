@@ -8,9 +8,11 @@ float32, see `choose_runtime`. `$LORA_GPT2_CPU_DTYPE` names one for all CPUs, fo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,12 @@ def has_native_bfloat16() -> bool:
         found = torch.cpu.get_capabilities()  # Windows, macOS
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "avx_ne_convert", " bf16"))
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """True if kernels written in Triton can run here: on a GPU of NVIDIA's, with Triton installed."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def choose_device() -> torch.device:

@@ -1,0 +1,113 @@
+"""The Triton kernels in Triton's interpreter, which needs no GPU, beside plain tensor operations in float64.
+
+They run in one process of their own: the interpreter is chosen when triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_gpt2.data.blocks import IGNORE
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TARGETS, FACTORS = [3, IGNORE, 99, 0], [0.5, 0.25, 1.0, 2.0]
+LOSS_CASES = [
+    (vocab, padded, scale, dtype, smoothing)
+    for vocab, padded, scale in ((5000, 5056, 3.0), (128, 128, 40.0))
+    for dtype in DTYPES
+    for smoothing in (0.0, 0.1)
+]
+UPDATE_CASES = [
+    (inputs, outputs, rank, dtype) for inputs, outputs, rank in ((48, 80, 3), (600, 300, 16)) for dtype in DTYPES
+]
+SCRIPT = """
+import sys, torch
+from lora_gpt2.model.decode_kernel import add_updates
+from lora_gpt2.model.loss_kernel import score_rows
+given, found = torch.load(sys.argv[1], weights_only=True), {}
+for name, (logits, vocab, targets, factors, smoothing) in given["loss"].items():
+    found[name] = (*score_rows(logits, vocab, targets, factors, smoothing), logits)
+for name, (x, a, b_t, weights, y) in given["updates"].items():
+    add_updates(x, a, b_t, weights, y)
+    found[name] = y
+torch.save(found, sys.argv[2])
+"""
+
+
+def make_logits(vocab, padded, scale, dtype, beyond):
+    logits = torch.randn(4, padded, generator=torch.Generator().manual_seed(0)).mul(scale).to(dtype)
+    logits[:, vocab:] = beyond
+    return logits
+
+
+def make_update(inputs, outputs, rank, dtype):
+    draw = torch.Generator().manual_seed(1)
+    x, a, b_t, y = (
+        torch.randn(shape, generator=draw).to(dtype)
+        for shape in ((3, inputs), (4, rank, inputs), (4, rank, outputs), (3, outputs))
+    )
+    a[3], b_t[3] = torch.inf, torch.nan  # which no row uses
+    weights = torch.tensor([[1.0, 0, 0, 0], [0, 0.25, -0.5, 0], [0, 0, 0, 0]])
+    return x, a, b_t, weights, y
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    pytest.importorskip("triton")
+    folder: Path = tmp_path_factory.mktemp("kernels")
+    loss = {
+        str(case): (make_logits(*case[:4], 1e4), case[0], torch.tensor(TARGETS), torch.tensor(FACTORS), case[4])
+        for case in LOSS_CASES
+    }
+    loss["no gradient"] = (make_logits(100, 128, 1.0, torch.bfloat16, torch.nan), 100, torch.tensor(TARGETS), None, 0.0)
+    updates = {str(case): make_update(*case) for case in UPDATE_CASES}
+    torch.save({"loss": loss, "updates": updates}, folder / "given.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder / "given.pt"), str(folder / "found.pt")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", LOSS_CASES, ids=str)
+def test_the_loss_is_softmax_cross_entropy_and_its_gradient(found, case):
+    vocab, padded, scale, dtype, smoothing = case
+    nll, uniform, left = found[str(case)]
+    logits = make_logits(vocab, padded, scale, dtype, 0)[:, :vocab].double().requires_grad_()
+    logprobs, is_target = logits.log_softmax(1), torch.tensor(TARGETS) != IGNORE
+    expected = -logprobs.gather(1, torch.tensor(TARGETS).clamp_min(0)[:, None])[:, 0] * is_target
+    even = -logprobs.mean(1) * is_target
+    (((1 - smoothing) * expected + smoothing * even) * torch.tensor(FACTORS).double()).sum().backward()
+    assert torch.allclose(nll.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (uniform is None) == (smoothing == 0)
+    if smoothing:
+        assert torch.allclose(uniform.double(), even, rtol=1e-5, atol=1e-5)
+    resolution = torch.finfo(dtype).eps
+    assert torch.allclose(left[:, :vocab], logits.grad.to(dtype), rtol=2 * resolution, atol=1e-6)
+    assert not left[:, vocab:].any(), "whatever the padding held"
+
+
+def test_without_a_gradient_the_logits_stay_and_the_padding_is_not_read(found):
+    nll, _, left = found["no gradient"]
+    assert torch.equal(left[:, :100], make_logits(100, 128, 1.0, torch.bfloat16, torch.nan)[:, :100])
+    assert torch.isfinite(nll).all()
+
+
+@pytest.mark.parametrize("case", UPDATE_CASES, ids=str)
+def test_each_rows_updates_are_those_of_its_own_adapters(found, case):
+    x, a, b_t, weights, y = (part.double() for part in make_update(*case))
+    expected = y.clone()
+    for row in range(3):
+        for slot in range(3):
+            expected[row] += weights[row, slot] * (x[row] @ a[slot].T @ b_t[slot])
+    resolution = max(torch.finfo(case[3]).eps, 1e-6)
+    assert torch.allclose(found[str(case)].double(), expected, rtol=resolution, atol=1e-4)
+    assert torch.equal(found[str(case)][2], make_update(*case)[4][2]), "a row without adapters keeps its output"
