@@ -301,7 +301,7 @@ def _run_ours(spec: TrainingSpec, tokens: torch.Tensor, slots: int) -> dict[str,
             loss_weights=weights,
             dropout=0.0,
             label_smoothing=0.0,
-            seeds=[0] * len(inputs),
+            seeds=torch.zeros(len(inputs), dtype=torch.long),
             noise_alpha=0.0,
             gradient_checkpointing=spec.checkpointing,
         )

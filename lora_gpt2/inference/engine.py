@@ -9,7 +9,8 @@ prefill.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -126,6 +127,27 @@ class Engine:
                 TokenLogprobs.from_logits(line, token, sequence.settings.logprobs)
                 for line, token in zip(logits, targets, strict=True)
             ]
+
+
+@contextmanager
+def borrow_engine(session: Session, max_num_seqs: int, max_tokens: int) -> Iterator[Engine]:
+    """Yields an idle engine with room for so many sequences of so many tokens.
+
+    On a GPU it is the one that this session used last, if that is large enough: its steps are captured already.
+    """
+    keeps = session.base.runtime.device.type == "cuda"
+    engine, session.idle_engine = session.idle_engine, None
+    room = min(max_tokens, session.base.config.n_positions)
+    if not isinstance(engine, Engine) or engine.cache.batch_size < max_num_seqs or engine.cache.capacity < room:
+        if keeps:  # the next call may want a little more
+            max_num_seqs, max_tokens = 1 << (max_num_seqs - 1).bit_length(), 1 << (max_tokens - 1).bit_length()
+        engine = Engine(session, max_num_seqs, max_tokens)
+    try:
+        yield engine
+    finally:
+        if engine.is_busy:
+            engine.stop_all("interrupted")
+        session.idle_engine = engine if keeps else None
 
 
 def sample(sequences: Sequence[SequenceState], following: NextTokens) -> list[tuple[SequenceState, str]]:

@@ -11,7 +11,7 @@ from lora_gpt2.core.errors import LoraGpt2Error, ResourceError, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.inference.engine import Engine
+from lora_gpt2.inference.engine import borrow_engine
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
@@ -222,18 +222,19 @@ def iter_pieces(
     if settings.merge_into_base:
         session = _merge_mix(session, sequences)
     max_tokens = max((len(s.prompt_ids) + s.max_new_tokens for s in sequences), default=1)
-    engine = Engine(session, max(1, min(len(sequences), MAX_NUM_SEQS)), max_tokens)
-    for sequence in sequences:
-        engine.submit(sequence)
-    while engine.is_busy:
-        outputs = engine.step()
-        if stop is not None and stop.signal_number:
-            shown = {sequence.index for sequence, _ in outputs}
-            stopped = engine.stop_all("interrupted")
-            outputs += [(sequence, "") for sequence in stopped if sequence.index not in shown]
-        for sequence, text in outputs:
-            request, origin = requests[sequence.index], provenance[sequence.index]
-            yield sequence.index, text, _to_output(request, sequence, origin) if sequence.finish_reason else None
+    num_seqs = max(1, min(len(sequences), MAX_NUM_SEQS))
+    with borrow_engine(session, num_seqs, max_tokens) as engine:
+        for sequence in sequences:
+            engine.submit(sequence)
+        while engine.is_busy:
+            outputs = engine.step()
+            if stop is not None and stop.signal_number:
+                shown = {sequence.index for sequence, _ in outputs}
+                stopped = engine.stop_all("interrupted")
+                outputs += [(sequence, "") for sequence in stopped if sequence.index not in shown]
+            for sequence, text in outputs:
+                request, origin = requests[sequence.index], provenance[sequence.index]
+                yield sequence.index, text, _to_output(request, sequence, origin) if sequence.finish_reason else None
 
 
 def _build_sequences(

@@ -54,6 +54,7 @@ class Session:
     def __init__(self, base: Base, store: Store | None = None, max_slots: int = 64) -> None:
         self.base, self.store = base, store
         self.slots = AdapterSlots(base, max_slots)
+        self.idle_engine: object | None = None  # see `engine.borrow_engine`
 
     def resolve(self, mix: Mix) -> Mix:
         """Returns a mix whose references have a version and a digest, so that publications do not change it.

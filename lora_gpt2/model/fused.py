@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lora_gpt2.model.bank import AdapterBank, BankSite
 from lora_gpt2.model.config import HEAD
+from lora_gpt2.model.counter_random import draw_dropout_mask
 from lora_gpt2.model.gpt2 import LayerNorm, Linear, LowRankLogits, Prologue, apply_prologue
 
 HAS_OUT_DTYPE = hasattr(torch.ops.aten.baddbmm, "dtype_out") and torch.cuda.is_available()
@@ -42,7 +43,7 @@ class TrainingAdapters:
         slots: Sequence[int],
         slot_ids: Tensor | None = None,
         dropout: float = 0.0,
-        seeds: Sequence[int] = (),
+        seeds: Int[Tensor, " batch"] | None = None,
     ) -> None:
         self.bank, self.dropout, self.seeds = bank, dropout, seeds
         self.num_slots = len(slots)
@@ -99,13 +100,9 @@ class TrainingAdapters:
 
     def draw_mask(self, site: str, like: Tensor) -> Tensor | None:
         """Returns the dropout mask of a site for an input `[batch, time, width]`: 0 or 1 / (1 - dropout)."""
-        if not self.dropout:
+        if not self.dropout or self.seeds is None:
             return None
-        mask, generator = torch.empty_like(like), torch.Generator(like.device)
-        for row, seed in enumerate(self.seeds):
-            generator.manual_seed(zlib.crc32(f"{seed} {site}".encode()))
-            mask[row].bernoulli_(1 - self.dropout, generator=generator)
-        return mask.div_(1 - self.dropout)
+        return draw_dropout_mask(self.seeds, zlib.crc32(site.encode()), like, self.dropout)
 
 
 class _Projection(torch.autograd.Function):

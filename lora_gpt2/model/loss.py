@@ -30,6 +30,12 @@ def tokens_per_chunk(device: torch.device) -> int:
     return CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS
 
 
+def bytes_per_logit(device: torch.device, item: int) -> int:
+    """Returns the bytes that a logit of a chunk takes where a value of the head takes `item`."""
+    has_copy = item != 4 and not (device.type == "cuda" and has_triton())
+    return item + 4 * has_copy
+
+
 def linear_nll(
     hidden: Float[Tensor, "tokens width"],
     head: Float[Tensor, "padded_vocab width"],

@@ -22,7 +22,7 @@ from lora_gpt2.core.memory import is_out_of_memory
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.lora import build_ranks, layer_of, merge_ranks, plan_targets, target_of
-from lora_gpt2.model.loss import tokens_per_chunk
+from lora_gpt2.model.loss import bytes_per_logit, tokens_per_chunk
 from lora_gpt2.model.quantize import bytes_per_weight
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import Recipe
@@ -30,10 +30,11 @@ from lora_gpt2.training.slot import group_recipes
 
 KEPT_WIDTHS = 6  # x 1, q k v 3, attention 1, x' 1, per token and block, besides the MLP's inner values
 END_WIDTHS = 4  # the embeddings, the last block's output, the normed output and its gradient ...
+FORWARD_WIDTHS = 6  # of a block that keeps nothing: the residual stream, the norm's output, q k v and the attention's
 FREED_WIDTHS = 3  # ... of which three are gone when the backward pass reaches the last MLP
 BUFFERS = 5  # an adapter, its gradient, AdamW's two moments and the best so far, in float32
 CGROUP = Path("/sys/fs/cgroup")
-CUDA_CONTEXT = 550_000_000  # what CUDA and its libraries' code take besides the allocator
+CUDA_CONTEXT = 900_000_000  # what CUDA and the code of its libraries take besides the allocator: 0.89 GB on an H100
 CUBLAS_WORKSPACES = 4 * 2**25  # 32 MiB for each of two streams (see `graphs.py`), forward and backward
 CPU_RESERVE, FRAGMENTATION = 420_000_000, 0.05
 
@@ -70,7 +71,7 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
         noise = 4 * config.n_embd * tokens if group[0].train.neftune_noise_alpha else 0
         if group[0].data.layout == "packed":
             noise += tokens * group[0].data.block_size * item  # what hides other documents from each
-        chunk = min(tokens_per_chunk(runtime.device), tokens) * config.vocab_size * (4 + copies)
+        chunk = _measure_chunk(config, tokens, runtime)
         chunk += ranks.get(HEAD, 0) * config.vocab_size * (4 * len(group) + item)  # the gradient of its update
         largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + dense)), key=sum)
     parts = {
@@ -82,7 +83,21 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     reserve = CPU_RESERVE
     if runtime.device.type == "cuda":
         reserve = CUDA_CONTEXT + CUBLAS_WORKSPACES + int(FRAGMENTATION * sum(parts.values()))
+        reserve += _measure_validation(config, recipes, runtime)
     return Memory(**parts, reserve=reserve)
+
+
+def _measure_validation(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime) -> int:
+    """Returns the bytes of a forward pass: it has memory of its own beside what a CUDA graph of the step keeps."""
+    tokens, item = max(recipe.train.micro_batch_tokens for recipe in recipes), runtime.dtype.itemsize
+    inner = tokens * (2 * config.n_inner + FORWARD_WIDTHS * config.n_embd) * item
+    return inner + _measure_chunk(config, tokens, runtime)
+
+
+def _measure_chunk(config: GPT2Config, tokens: int, runtime: Runtime) -> int:
+    """Returns the bytes of the logits that exist at the same time."""
+    size = min(tokens_per_chunk(runtime.device), tokens)
+    return size * config.vocab_size * bytes_per_logit(runtime.device, runtime.dtype.itemsize)
 
 
 def _iter_groups(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:

@@ -78,7 +78,7 @@ class MicroBatchBuilder:
             loss_weights=weights,
             dropout=settings.lora.dropout,
             label_smoothing=settings.train.label_smoothing,
-            seeds=seeds,
+            seeds=torch.tensor(seeds),
             noise_alpha=settings.train.neftune_noise_alpha,
             gradient_checkpointing=settings.train.gradient_checkpointing,
             positions=_join_rows(positions) if settings.data.layout == "packed" else None,

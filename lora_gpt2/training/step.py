@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lora_gpt2.model import counter_random
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.gpt2 import GPT2
@@ -26,6 +27,8 @@ from lora_gpt2.model.transfer import Transfer
 from lora_gpt2.training.optimizer import GradScaler, SlotAdamW, clip_slots
 from lora_gpt2.training.process_group import ProcessGroup
 
+NOISE = 1
+"""The stream of random numbers that NEFTune's noise is; those of dropout are named after their sites."""
 WARM_UP = 3
 """Steps that CUDA wants to run as they are before one is captured."""
 
@@ -42,7 +45,7 @@ class MicroBatch:
             of a step add up to a mean (where there is no target the loss is 0).
         dropout: dropout rate of the adapters' inputs.
         label_smoothing: see `fused_linear_cross_entropy`.
-        seeds: one for each sequence; they decide dropout and noise.
+        seeds: `[batch]`; they decide dropout and noise.
         noise_alpha: strength of NEFTune's noise.
         gradient_checkpointing: compute activations again in the backward pass.
     """
@@ -54,7 +57,7 @@ class MicroBatch:
     loss_weights: Tensor
     dropout: float
     label_smoothing: float
-    seeds: Sequence[int]
+    seeds: Tensor
     noise_alpha: float
     gradient_checkpointing: bool
     positions: Tensor | None = None
@@ -62,12 +65,8 @@ class MicroBatch:
     @property
     def signature(self) -> tuple[object, ...]:
         """What a captured graph cannot change."""
-        return (*self.slots, *self.inputs.shape, self.label_smoothing, self.gradient_checkpointing)
-
-    @property
-    def is_random(self) -> bool:
-        """True if random numbers are drawn, which a captured graph would repeat."""
-        return self.dropout > 0 or self.noise_alpha > 0
+        settings = (self.dropout, self.label_smoothing, self.noise_alpha, self.gradient_checkpointing)
+        return (*self.slots, *self.inputs.shape, *settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,7 @@ class StepRunner:
         caught up.
         """
         batches, hyperparams = self.copy_to_device(batches, hyperparams)
-        if self.bank.flat.device.type != "cuda" or any(batch.is_random for batch in batches):
+        if self.bank.flat.device.type != "cuda":
             self.compute(batches, hyperparams)
             return self.stats
         signature = tuple(part for batch in batches for part in batch.signature)
@@ -215,10 +214,8 @@ def draw_noise(batch: MicroBatch, width: int) -> Tensor | None:
     """Returns uniform noise of ±alpha / sqrt(time · width) for each row (NEFTune, algorithm 1), or None."""
     if not batch.noise_alpha:
         return None
-    noise = torch.empty(*batch.inputs.shape, width)
-    for row, seed in enumerate(batch.seeds):
-        noise[row].uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
-    return noise.mul_(batch.noise_alpha / math.sqrt(noise[0].numel())).to(batch.inputs.device)
+    time = batch.inputs.shape[1]
+    return counter_random.draw_noise(batch.seeds, NOISE, time, width).mul_(batch.noise_alpha / math.sqrt(time * width))
 
 
 def _iter_tensors(item: MicroBatch | SlotHyperparams) -> Iterator[Tensor]:

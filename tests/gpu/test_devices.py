@@ -88,7 +88,7 @@ def make_runner(folder, device, dtype=torch.float32, quantize="none"):
     return StepRunner(base.model, bank, None, None, ProcessGroup())
 
 
-def make_step(step):
+def make_step(step, dropout=0.0, noise_alpha=0.0):
     """Returns the micro-batches and hyperparameters of a step: fixed shapes, other tokens and rates each time."""
     tokens = torch.randint(0, 200, (4, 17), generator=torch.Generator().manual_seed(step))
     weights = torch.full((4 * 16,), 1 / 32)
@@ -99,10 +99,10 @@ def make_step(step):
         inputs=tokens[:, :-1],
         targets=tokens[:, 1:],
         loss_weights=weights,
-        dropout=0.0,
+        dropout=dropout,
         label_smoothing=0.0,
-        seeds=[0] * 4,
-        noise_alpha=0.0,
+        seeds=4 * step + torch.arange(4),
+        noise_alpha=noise_alpha,
         gradient_checkpointing=False,
     )
     hyperparams = SlotHyperparams(
@@ -114,12 +114,15 @@ def make_step(step):
     return [batch], hyperparams
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_steps_that_may_be_recorded_equal_those_that_are_not(base_folder, device, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "randomness"),
+    [(torch.float32, {}), (torch.float16, {}), (torch.float32, {"dropout": 0.3, "noise_alpha": 5})],
+)
+def test_steps_that_may_be_recorded_equal_those_that_are_not(base_folder, device, dtype, randomness):
     recorded, plain = make_runner(base_folder, device, dtype), make_runner(base_folder, device, dtype)
     for step in range(8):
-        stats = recorded.run(*make_step(step)).clone()
-        plain.compute(*plain.copy_to_device(*make_step(step)))
+        stats = recorded.run(*make_step(step, **randomness)).clone()
+        plain.compute(*plain.copy_to_device(*make_step(step, **randomness)))
         # float16's gradients in another order: three digits of a norm
         assert torch.allclose(stats, plain.stats, rtol=1e-3, atol=1e-4), step
     assert (recorded.graphs is not None) == (device.type == "cuda")

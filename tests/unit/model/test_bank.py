@@ -230,7 +230,7 @@ def test_dropout_is_repeatable(base, tokens):
     bank = open_bank(base, [adapter], "training")
 
     def forward(seed, dropout=0.5):
-        return base.model(tokens, TrainingAdapters(bank, [0], None, dropout, range(seed, seed + len(tokens))))
+        return base.model(tokens, TrainingAdapters(bank, [0], None, dropout, torch.arange(seed, seed + len(tokens))))
 
     assert torch.equal(forward(1), forward(1))
     assert not torch.equal(forward(1), forward(2))
@@ -242,7 +242,7 @@ def test_dropout_drops_its_share_and_averages_out(base, dropout):
     """Srivastava et al. 2014: what is kept is divided by the chance of being kept, so the mean stays."""
     bank = open_bank(base, [make_adapter(base.config)], "training")
     rows, site, linear = (
-        TrainingAdapters(bank, [0], None, dropout, range(1000)),
+        TrainingAdapters(bank, [0], None, dropout, torch.arange(1000)),
         "h.0.mlp.c_fc",
         base.model.h[0].mlp.c_fc,
     )

@@ -63,7 +63,7 @@ def tokens(base):
 @pytest.mark.parametrize("targets", [LoraSettings().targets, ("mlp.c_proj",), ("lm_head",)])
 def test_gradients_equal_autograds(base, tokens, targets, dropout, checkpointing):
     bank, gradient = open_bank(base, LoraSettings(rank=3, alpha=5, targets=targets))
-    rows = TrainingAdapters(bank, [0], None, dropout, [7, 8, 9])
+    rows = TrainingAdapters(bank, [0], None, dropout, torch.tensor([7, 8, 9]))
     ours = loss_of(base, rows, tokens, checkpoint_blocks=checkpointing)
     ours.backward()
     adapter = bank.read(0)
@@ -83,11 +83,13 @@ def test_gradients_equal_autograds(base, tokens, targets, dropout, checkpointing
 def test_a_mask_depends_on_the_row_and_the_site_alone(base):
     bank, _ = open_bank(base)
     like = torch.ones(2, 5, 16)
-    first = TrainingAdapters(bank, [0], None, 0.5, [3, 4]).draw_mask("h.0.mlp.c_fc", like)
-    turned = TrainingAdapters(bank, [0], None, 0.5, [4, 3]).draw_mask("h.0.mlp.c_fc", like)
+    first = TrainingAdapters(bank, [0], None, 0.5, torch.tensor([3, 4])).draw_mask("h.0.mlp.c_fc", like)
+    turned = TrainingAdapters(bank, [0], None, 0.5, torch.tensor([4, 3])).draw_mask("h.0.mlp.c_fc", like)
     assert torch.equal(first[0], turned[1])
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, TrainingAdapters(bank, [0], None, 0.5, [3, 4]).draw_mask("h.1.mlp.c_fc", like))
+    assert not torch.equal(
+        first, TrainingAdapters(bank, [0], None, 0.5, torch.tensor([3, 4])).draw_mask("h.1.mlp.c_fc", like)
+    )
     assert set(first.unique().tolist()) == {0.0, 2.0}
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lora_gpt2.data.blocks import IGNORE
+from lora_gpt2.model.counter_random import draw_dropout_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TARGETS, FACTORS = [3, IGNORE, 99, 0], [0.5, 0.25, 1.0, 2.0]
@@ -24,9 +25,13 @@ LOSS_CASES = [
 UPDATE_CASES = [
     (inputs, outputs, rank, dtype) for inputs, outputs, rank in ((48, 80, 3), (600, 300, 16)) for dtype in DTYPES
 ]
+SEEDS = torch.tensor([3, 2**32 - 1])
+MASK_CASES = [(rate, dtype) for rate in (0.0, 0.1, 0.5, 1 - 2**-20) for dtype in DTYPES]
 SCRIPT = """
 import sys, torch
 from lora_gpt2.model.decode_kernel import add_updates
+from lora_gpt2.model.counter_random import offset_of
+from lora_gpt2.model.dropout_kernel import fill_dropout_mask
 from lora_gpt2.model.loss_kernel import score_rows
 given, found = torch.load(sys.argv[1], weights_only=True), {}
 for name, (logits, vocab, targets, factors, smoothing) in given["loss"].items():
@@ -34,6 +39,8 @@ for name, (logits, vocab, targets, factors, smoothing) in given["loss"].items():
 for name, (x, a, b_t, weights, y) in given["updates"].items():
     add_updates(x, a, b_t, weights, y)
     found[name] = y
+for name, (mask, seeds, stream, rate) in given["masks"].items():
+    found[name] = fill_dropout_mask(mask, offset_of(seeds, stream), rate)
 torch.save(found, sys.argv[2])
 """
 
@@ -65,7 +72,8 @@ def found(tmp_path_factory):
     }
     loss["no gradient"] = (make_logits(100, 128, 1.0, torch.bfloat16, torch.nan), 100, torch.tensor(TARGETS), None, 0.0)
     updates = {str(case): make_update(*case) for case in UPDATE_CASES}
-    torch.save({"loss": loss, "updates": updates}, folder / "given.pt")
+    masks = {str(case): (torch.empty(2, 70, 30, dtype=case[1]), SEEDS, 2**31 + 5, case[0]) for case in MASK_CASES}
+    torch.save({"loss": loss, "updates": updates, "masks": masks}, folder / "given.pt")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder / "given.pt"), str(folder / "found.pt")],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -111,3 +119,11 @@ def test_each_rows_updates_are_those_of_its_own_adapters(found, case):
     resolution = max(torch.finfo(case[3]).eps, 1e-6)
     assert torch.allclose(found[str(case)].double(), expected, rtol=resolution, atol=1e-4)
     assert torch.equal(found[str(case)][2], make_update(*case)[4][2]), "a row without adapters keeps its output"
+
+
+@pytest.mark.parametrize("case", MASK_CASES, ids=str)
+def test_dropout_masks_are_the_same_bit_for_bit(found, case):
+    rate, dtype = case
+    expected = draw_dropout_mask(SEEDS, 2**31 + 5, torch.empty(2, 70, 30, dtype=dtype), rate)
+    assert torch.equal(found[str(case)], expected)
+    assert rate or expected.eq(1).all()

@@ -119,7 +119,7 @@ def measure_kept(base, recipe):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    adapters = TrainingAdapters(bank, [0], dropout=recipe.lora.dropout, seeds=range(len(tokens)))
+    adapters = TrainingAdapters(bank, [0], dropout=recipe.lora.dropout, seeds=torch.arange(len(tokens)))
     checkpointing = recipe.train.gradient_checkpointing
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = base.model(tokens, adapters, checkpoint_blocks=checkpointing)

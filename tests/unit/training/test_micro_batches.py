@@ -28,7 +28,7 @@ def seeds_of(trainer, slots, step):
         rows = len(each.seeds) // len(each.slots)
         filled = (each.targets != IGNORE).any(1).view(len(each.slots), rows)
         for place, slot in enumerate(each.slots):
-            seeds = each.seeds[place * rows : (place + 1) * rows]
+            seeds = each.seeds[place * rows : (place + 1) * rows].tolist()
             found[slot] += [seed for seed, real in zip(seeds, filled[place].tolist(), strict=True) if real]
     return found
 

@@ -30,7 +30,7 @@ def make_pass(slots, rows=2, time=9, vocab=260, **options):
     inputs, targets = torch.stack(sides, 1).flatten(1, 2)
     weights = torch.cat([torch.full((rows * time,), (1 + slot) / (rows * time)) for slot in slots])
     settings = {"dropout": 0.0, "label_smoothing": 0.0, "noise_alpha": 0.0, "gradient_checkpointing": False, **options}
-    seeds = [100 * slot + row for slot in slots for row in range(rows)]
+    seeds = torch.tensor([100 * slot + row for slot in slots for row in range(rows)])
     return MicroBatch(
         slots=slots,
         slot_ids=torch.tensor(slots),
@@ -138,9 +138,9 @@ def test_noise_is_uniform_within_alpha_over_the_root_of_time_times_width(rows, t
 def test_a_rows_noise_is_a_function_of_its_seed_alone():
     each = make_pass([0, 1], rows=2, time=6, noise_alpha=3.0)
     noise = draw_noise(each, 8)
-    assert len(set(each.seeds)) == 4
+    assert len(set(each.seeds.tolist())) == 4
     for row in range(4):
-        alone = replace(make_pass([0], rows=1, time=6, noise_alpha=3.0), seeds=[each.seeds[row]])
+        alone = replace(make_pass([0], rows=1, time=6, noise_alpha=3.0), seeds=each.seeds[row : row + 1])
         assert torch.equal(draw_noise(alone, 8)[0], noise[row])
     correlations = torch.corrcoef(draw_noise(make_pass([0], 4, 100, noise_alpha=3.0), 100).flatten(1))
     assert torch.allclose(correlations, torch.eye(4), atol=0.05), "five deviations of 10,000 draws"
