@@ -66,7 +66,7 @@ def has_triton() -> bool:
 
         mask = fill_dropout_mask(torch.empty(1, 1, 1, device="cuda"), torch.zeros(1, dtype=torch.int32).cuda(), 0.0)
         return bool(mask.item() == 1)
-    except Exception as error:  # noqa: BLE001: a missing compiler is no reason to stop
+    except Exception as error:  # noqa: BLE001
         logging.getLogger(__name__).warning("Triton's kernels cannot be used, which costs time: %s", error)
         return False
 
