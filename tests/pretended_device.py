@@ -135,17 +135,34 @@ def _check_devices(func: Any, args: Any, outside: list[torch.Tensor]) -> None:
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     flat, _ = tree_flatten((args, kwargs))
-    inside = [x for x in flat if isinstance(x, PretendedTensor)]
+    inside = any(isinstance(x, PretendedTensor) for x in flat)
     outside = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, PretendedTensor)]
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
-    to_cuda = asked.type == "cuda" if asked is not None else bool(inside)
+    to_cuda = asked.type == "cuda" if asked is not None else inside
     kwargs = {**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs
     if func is aten.copy_.default:
         to_cuda = isinstance(args[0], PretendedTensor)
     if not inside and not to_cuda:
         return func(*args, **kwargs)
+    _observe(func, args, to_cuda, outside if inside else [])
+    plain_args, plain_kwargs = tree_map(lambda x: x.elem if isinstance(x, PretendedTensor) else x, (args, kwargs))
+    if asked is not None:
+        plain_kwargs = {**plain_kwargs, "device": torch.device("cpu")}
+    out = _execute(func, plain_args, plain_kwargs)
+    if func is aten._to_copy.default and to_cuda and _storage(out) == _storage(plain_args[0]):
+        out = out.clone()
+    if func is aten.copy_.default and (outside or not to_cuda):
+        return args[0]
+    if not to_cuda or (func in WAITS and not isinstance(out, torch.Tensor)):
+        return out
+    wrapped = tree_map(lambda x: PretendedTensor(x) if isinstance(x, torch.Tensor) else x, out)
+    return wrapped if asked is not None else return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def _observe(func: Any, args: Any, to_cuda: bool, outside: list[torch.Tensor]) -> None:
+    """Counts an operation, and refuses what CUDA would."""
     LOG.operations[str(func)] += 1
-    if inside and outside and func not in COPIES:
+    if func not in COPIES:
         _check_devices(func, args, outside)
     if _is_move(func, args, to_cuda):
         _note(UPLOAD if to_cuda else DOWNLOAD, func)
@@ -153,20 +170,6 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _note(WAIT, func)
     if LOG.capture is not None and any(name in str(func) for name in RANDOM):
         raise RuntimeError(f"while a graph is captured: random numbers by {func} at {_place()}")
-    plain_args, plain_kwargs = tree_map(lambda x: x.elem if isinstance(x, PretendedTensor) else x, (args, kwargs))
-    if asked is not None:
-        plain_kwargs = {**plain_kwargs, "device": torch.device("cpu")}
-    out = _execute(func, plain_args, plain_kwargs)
-    if func is aten._to_copy.default and to_cuda and _storage(out) == _storage(plain_args[0]):
-        out = out.clone()
-    if func in WAITS and not isinstance(out, torch.Tensor):
-        return out
-    if func is aten.copy_.default and (outside or not to_cuda):
-        return args[0]
-    if not to_cuda:
-        return out
-    wrapped = tree_map(lambda x: PretendedTensor(x) if isinstance(x, torch.Tensor) else x, out)
-    return wrapped if asked is not None else return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
 def _execute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.probe import AdapterSelector, select_base
 from lora_gpt2.model.runtime import as_float64, choose_float64_device
 from lora_gpt2.model.scoring import token_nll
+from lora_gpt2.model.transfer import Transfer
 from lora_gpt2.recipe import EvaluateSettings
 
 Text = str | Document
@@ -154,7 +155,7 @@ class ScoringWindows:
     """
 
     def __init__(self, base: Base, sources: Sequence[Sequence[Text]], settings: EvaluateSettings) -> None:
-        self.base, self.settings = base, settings
+        self.base, self.settings, self.transfer = base, settings, Transfer(base.runtime.device)
         self.texts: list[list[str]] = []
         self.windows: list[_ScoringWindow] = []
         window, stride = choose_window(base, settings)
@@ -248,11 +249,9 @@ class ScoringWindows:
             scored[row, span.first - span.begin - 1 : span.end - span.begin] = True
             indices[row] = choice * self.num_documents + document
         positions = scored.flatten().nonzero()[:, 0]
-        device = self.base.runtime.device
-        targets = tokens[:, 1:].flatten()[positions].to(device)
-        inputs = tokens[:, :-1].to(device)
-        nll = token_nll(self.base.model, inputs, targets, adapters, select=positions.to(device))
-        return nll, indices.expand(-1, longest).flatten()[positions]
+        chosen = [tokens[:, 1:].flatten()[positions], indices.expand(-1, longest).flatten()[positions]]
+        inputs, targets, documents, select = self.transfer.copy([tokens[:, :-1], *chosen, positions])
+        return token_nll(self.base.model, inputs, targets, adapters, select=select), documents
 
     def _collect(self, nats: NDArray[np.float64]) -> list[Score]:
         scores, first = [], 0

@@ -27,8 +27,8 @@ from torch import Tensor
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.gpt2 import Linear, LowRankLogits, Prologue, apply_prologue
+from lora_gpt2.model.kernels import has_triton
 from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
-from lora_gpt2.model.runtime import has_triton
 
 Layout = Literal["training", "inference"]
 
@@ -245,7 +245,7 @@ class InferenceAdapters:
         self.bank, self.weights = bank, weights[:, self.slots].to(bank.flat.device, torch.float32)
         unused = self.weights == 0
         scaled = (self.weights * bank.scalings[:, None, self.slots]).masked_fill_(unused, 0)  # of all sites at once
-        self._scaled = dict(zip(bank.sites, scaled, strict=True))
+        self._scaled, self._rows = scaled, {site: row for row, site in enumerate(bank.sites)}
         is_cpu = self.weights.device.type == "cpu"  # asking a GPU would wait for it
         self._is_common = is_cpu and scaled.shape[2] == 1 and bool((self.weights == self.weights[0]).all())
         self._unused = None if is_cpu and not unused.any() else unused[:, None, :, None]
@@ -263,7 +263,7 @@ class InferenceAdapters:
 
             views = self.bank.sites[site]
             a, b_t = views.lora_a[self.slots], views.lora_b_t[self.slots]
-            add_updates(h[:, 0].contiguous(), a, b_t, self._scaled[site], y[:, 0])
+            add_updates(h[:, 0].contiguous(), a, b_t, self._scaled[self._rows[site]], y[:, 0])
         elif site in self.bank.sites:
             factors = self._stack(site)
             if factors.scaling != 0:
@@ -298,7 +298,7 @@ class InferenceAdapters:
         if (stacked := self._stacked.get(site)) is None:
             views = self.bank.sites[site]
             a, b_t = views.lora_a[self.slots].flatten(0, 1), views.lora_b_t[self.slots].flatten(0, 1)
-            scaled = self._scaled[site]
+            scaled = self._scaled[self._rows[site]]
             if self._is_common:
                 stacked = _StackedFactors(a, b_t, float(scaled[0]))
             else:

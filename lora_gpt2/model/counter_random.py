@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lora_gpt2.model.runtime import has_triton
+from lora_gpt2.model.kernels import has_triton
 
 GOLDEN, FIRST, SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
 

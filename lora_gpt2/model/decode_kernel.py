@@ -7,8 +7,6 @@ does not depend on what else is in the batch. Cf. Punica's kernels (Chen et al. 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,20 +15,20 @@ BLOCK_IN, BLOCK_OUT = 256, 128
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_updates(
-    x: Any,
-    a: Any,
-    b_t: Any,
-    weights: Any,
-    y: Any,
-    inputs: Any,
-    outputs: Any,
-    rank: Any,
-    num_slots: Any,
+def _add_updates(  # type: ignore[no-untyped-def]
+    x,
+    a,
+    b_t,
+    weights,
+    y,
+    inputs,
+    outputs,
+    rank,
+    num_slots,
     block_in: tl.constexpr,
     block_out: tl.constexpr,
     block_rank: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0)
     columns = tl.program_id(1) * block_out + tl.arange(0, block_out)
     ranks = tl.arange(0, block_rank)

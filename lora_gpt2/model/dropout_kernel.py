@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,17 +12,17 @@ BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fill_mask(
-    mask: Any,
-    offsets: Any,
-    count: Any,
-    threshold: Any,
-    scale: Any,
+def _fill_mask(  # type: ignore[no-untyped-def]
+    mask,
+    offsets,
+    count,
+    threshold,
+    scale,
     golden: tl.constexpr,
     first: tl.constexpr,
     second: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0)
     index = tl.program_id(1) * block + tl.arange(0, block)
     offset = tl.load(offsets + row).to(tl.uint32, bitcast=True)

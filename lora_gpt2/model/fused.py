@@ -92,7 +92,8 @@ class TrainingAdapters:
 
         A GPU does not round the product of thousands of tokens to 16 bits first.
         """
-        if HAS_OUT_DTYPE and isinstance(self.slots, slice) and x.dtype != torch.float32:
+        is_there = HAS_OUT_DTYPE and gradient.device.type == "cuda"
+        if is_there and isinstance(self.slots, slice) and x.dtype != torch.float32:
             total = gradient[self.slots]
             torch.baddbmm(total, x, y, out_dtype=torch.float32, out=total)
         else:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.model.gpt2 import LowRankLogits
-from lora_gpt2.model.runtime import has_triton
+from lora_gpt2.model.kernels import has_triton
 
 CPU_TOKENS, DEVICE_TOKENS = 256, 1024
 

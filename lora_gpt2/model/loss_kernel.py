@@ -7,8 +7,6 @@ same computation in plain PyTorch, which is what runs where there is no Triton a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,22 +19,22 @@ LOWEST = -1e38  # in lanes that have seen nothing: finite, because inf - inf is 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _score_rows(
-    logits: Any,
-    targets: Any,
-    factors: Any,
-    nll: Any,
-    uniform: Any,
-    stride: Any,
-    vocab_size: Any,
-    padded_size: Any,
-    smoothing: Any,
+def _score_rows(  # type: ignore[no-untyped-def]
+    logits,
+    targets,
+    factors,
+    nll,
+    uniform,
+    stride,
+    vocab_size,
+    padded_size,
+    smoothing,
     ignore: tl.constexpr,
     lowest: tl.constexpr,
     has_smoothing: tl.constexpr,
     has_gradient: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     start_of_row = logits + row * stride
     lanes = tl.arange(0, block)

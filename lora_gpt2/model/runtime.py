@@ -8,12 +8,9 @@ float32, see `choose_runtime`. `$LORA_GPT2_CPU_DTYPE` names one for all CPUs, fo
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import logging
 import os
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from lora_gpt2.core.errors import UsageError
 
 NOFILE_LIMIT = 65536
 CPU_DTYPE = "LORA_GPT2_CPU_DTYPE"
-TRITON = "LORA_GPT2_TRITON"
 CPU_FLAGS = Path("/proc/cpuinfo")  # Linux
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,25 +46,6 @@ def has_native_bfloat16() -> bool:
         found = torch.cpu.get_capabilities()  # Windows, macOS
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"))
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "avx_ne_convert", " bf16"))
-
-
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """True if kernels written in Triton run here: on a GPU, with Triton installed, and the C compiler that it needs.
-
-    `$LORA_GPT2_TRITON=0` does without them. What they compute, plain PyTorch computes otherwise, more slowly.
-    """
-    is_there = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    if not is_there or os.environ.get(TRITON) == "0":
-        return False
-    try:
-        from lora_gpt2.model.dropout_kernel import fill_dropout_mask
-
-        mask = fill_dropout_mask(torch.empty(1, 1, 1, device="cuda"), torch.zeros(1, dtype=torch.int32).cuda(), 0.0)
-        return bool(mask.item() == 1)
-    except Exception as error:  # noqa: BLE001
-        logging.getLogger(__name__).warning("Triton's kernels cannot be used, which costs time: %s", error)
-        return False
 
 
 def choose_device() -> torch.device:

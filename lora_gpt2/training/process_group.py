@@ -8,15 +8,19 @@ group of one, and nothing is imported for it.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=6)
+"""How long processes wait for one that prepares a large corpus for all; NCCL's own limit is 10 minutes."""
 
 
 @dataclass(frozen=True)
@@ -63,5 +67,6 @@ def init_process_group() -> ProcessGroup:
         return ProcessGroup()
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
+    atexit.register(torch.distributed.destroy_process_group)
     return ProcessGroup(state.process_index, state.num_processes, state.device)

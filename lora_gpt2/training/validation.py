@@ -15,8 +15,9 @@ from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.gpt2 import ActiveAdapters
-from lora_gpt2.model.runtime import as_float64
+from lora_gpt2.model.runtime import as_float64, choose_float64_device
 from lora_gpt2.model.scoring import token_nll
+from lora_gpt2.model.transfer import Transfer
 from lora_gpt2.training.slot import TrainingSlot
 
 OnTokens = Callable[[int], None]
@@ -40,18 +41,19 @@ def measure_blocks(
     size, device = blocks.block_size, base.runtime.device
     count = blocks.num_blocks if max_tokens is None else min(blocks.num_blocks, max(1, max_tokens // size))
     batch_size = max(1, batch_tokens // size)
-    total, num_targets = 0.0, 0
+    transfer = Transfer(device)
+    total, num_targets = torch.zeros((), dtype=torch.float64, device=choose_float64_device(device)), 0
     for start in range(0, blocks.num_blocks, batch_size):
         if start >= count and num_targets:
             break
         batch = blocks.read(range(start, min(start + batch_size, count if start < count else blocks.num_blocks)))
-        inputs, targets = (torch.from_numpy(side).to(device) for side in (batch.inputs, batch.targets))
-        positions = None if batch.positions is None else torch.from_numpy(batch.positions).to(device)
-        nll = token_nll(base.model, inputs, targets.flatten(), adapters, positions=positions)
-        total += as_float64(nll).sum().item()
-        num_targets += int((targets != IGNORE).sum())
+        sides = [batch.inputs, batch.targets, *([] if batch.positions is None else [batch.positions])]
+        inputs, targets, *positions = transfer.copy([torch.from_numpy(side) for side in sides])
+        nll = token_nll(base.model, inputs, targets.flatten(), adapters, positions=positions[0] if positions else None)
+        total += as_float64(nll).sum()
+        num_targets += int((batch.targets != IGNORE).sum())
         on_tokens(inputs.numel())
-    return total / num_targets
+    return total.item() / num_targets
 
 
 class HeldOutLosses:

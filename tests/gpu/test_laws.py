@@ -21,6 +21,7 @@ from tests.builders import make_adapter, make_base_folder
 from tests.pretended_device import CUDA, DOWNLOAD, UPLOAD, WAIT, pretend_cuda
 
 NAMES = ("a", "b", "c", "d")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device is there, and tested")
 
 
 @pytest.fixture

@@ -31,9 +31,14 @@ SCRIPT = """
 import sys, torch
 from lora_gpt2.model.decode_kernel import add_updates
 from lora_gpt2.model.counter_random import offset_of
+from lora_gpt2.model import dropout_kernel, kernels
 from lora_gpt2.model.dropout_kernel import fill_dropout_mask
 from lora_gpt2.model.loss_kernel import score_rows
 given, found = torch.load(sys.argv[1], weights_only=True), {}
+found["right"] = kernels._are_right(torch.device("cpu"))
+dropout_kernel.FIRST += 2
+found["wrong"] = kernels._are_right(torch.device("cpu"))
+dropout_kernel.FIRST -= 2
 for name, (logits, vocab, targets, factors, smoothing) in given["loss"].items():
     found[name] = (*score_rows(logits, vocab, targets, factors, smoothing), logits)
 for name, (x, a, b_t, weights, y) in given["updates"].items():
@@ -127,3 +132,48 @@ def test_dropout_masks_are_the_same_bit_for_bit(found, case):
     expected = draw_dropout_mask(SEEDS, 2**31 + 5, torch.empty(2, 70, 30, dtype=dtype), rate)
     assert torch.equal(found[str(case)], expected)
     assert rate or expected.eq(1).all()
+
+
+def test_kernels_that_compute_other_numbers_are_not_used(found):
+    assert found["right"]
+    assert not found["wrong"]
+
+
+COMPILE = """
+import inspect
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lora_gpt2.model import decode_kernel, dropout_kernel, loss_kernel
+
+NUMBERS = {"smoothing": "fp32", "scale": "fp32", "nll": "*fp32", "uniform": "*fp32", "factors": "*fp32"}
+NUMBERS |= {"weights": "*fp32", "targets": "*i64", "offsets": "*i32"}
+VALUES = {"ignore": -100, "lowest": -1e38, "has_smoothing": True, "has_gradient": True, "block": 1024, "block_in": 256}
+VALUES |= {"block_out": 128, "block_rank": 16, "golden": dropout_kernel.GOLDEN, "first": dropout_kernel.FIRST}
+VALUES |= {"second": dropout_kernel.SECOND}
+for kernel in (loss_kernel._score_rows, decode_kernel._add_updates, dropout_kernel._fill_mask):
+    for dtype in ("bf16", "fp16", "fp32"):
+        names = kernel.arg_names
+        constants = {name: VALUES[name] for name in names if name in VALUES}
+        pointers = {name: "*" + dtype for name in ("logits", "x", "a", "b_t", "y", "mask")}
+        signature = {n: "constexpr" if n in constants else pointers.get(n, NUMBERS.get(n, "i32")) for n in names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        for capability in (80, 90):
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            print(kernel.__name__, dtype, capability, len(made.asm["cubin"]))
+"""
+
+
+def test_the_kernels_compile_for_real_gpus(tmp_path):
+    """The interpreter accepts what the compiler refuses: on the first GPU that was the annotation `Any`."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 18
