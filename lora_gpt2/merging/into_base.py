@@ -31,13 +31,14 @@ from lora_gpt2.merging.checks import check_effect, check_exact
 from lora_gpt2.merging.combine import MERGED, Parents, build_rule, check_deltas, open_parents, select_unmerged
 from lora_gpt2.merging.gguf import check_gguf, write_gguf
 from lora_gpt2.merging.state import merge_state
-from lora_gpt2.model.base import Base, list_weight_files, load_base, read_stored_dtype
+from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.merge import MergeRule
 from lora_gpt2.model.probe import AdapterSelector, compute_logits, measure_difference, select_base
 from lora_gpt2.model.quantize import QuantizedLinear
 from lora_gpt2.model.runtime import DTYPES
+from lora_gpt2.model.stored_weights import StoredWeights, list_weight_files
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 from lora_gpt2.store.references import BASE
 
@@ -95,7 +96,8 @@ def merge_into_base(
     if settings.gguf:
         check_gguf(base.config)
     parents, rule = open_parents(session, mix), build_rule(settings)
-    dtype = read_stored_dtype(base.folder) if settings.dtype == "auto" else DTYPES[settings.dtype]
+    stored = StoredWeights(Checkpoint.read(base.folder))
+    dtype = stored.read_dtype("wte.weight") if settings.dtype == "auto" else DTYPES[settings.dtype]
     state = build_state(session, parents, rule, dtype)
     unmerged = select_unmerged(session, parents, rule)
     with wrap_os_errors(f"write {out}"), temporary_dir(out.absolute().parent, out.name) as work:

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.model import runtime
-from lora_gpt2.model.base import fingerprint_base, load_base
+from lora_gpt2.model.base import load_base
 from lora_gpt2.model.checkpoint import Checkpoint, find_base, list_bundled
 from lora_gpt2.model.runtime import DTYPES, choose_runtime, measure_peak_memory
+from lora_gpt2.model.stored_weights import MAPPED_BYTES, fingerprint_base
 from tests.builders import make_base_folder
 
 FLOAT32 = choose_runtime("float32", torch.device("cpu"))
@@ -237,3 +240,33 @@ def test_bfloat16_is_found_without_proc(monkeypatch, tmp_path):
     for flag, expected in (("bf16", True), ("avx512_bf16", True), ("avx2", False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flag=flag: {flag: True})
         assert runtime.has_native_bfloat16() == expected
+
+
+LOAD = """
+import sys, torch
+from pathlib import Path
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import Runtime
+def read_kilobytes(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+load_base(sys.argv[2], Runtime(torch.device("cpu"), torch.float32))  # what the libraries take at the first time
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = read_kilobytes("VmRSS:")
+base = load_base(sys.argv[1], Runtime(torch.device("cpu"), torch.bfloat16))
+sizes = [parameter.nbytes for parameter in base.model.parameters()]
+print(1024 * (read_kilobytes("VmHWM:") - before), sum(sizes), max(sizes))
+"""
+
+
+def test_loading_takes_the_weights_and_one_tensor_more(tmp_path, base_folder):
+    if sys.platform != "linux":
+        pytest.skip("other systems count the memory of a process differently")
+    folder = make_base_folder(tmp_path / "wide", layers=12, width=512, heads=8, context=64)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), str(base_folder)], capture_output=True, text=True, check=True
+    )
+    peak, weights, largest = map(int, done.stdout.split())
+    assert weights > 7e7
+    few = 8 * largest  # in float32 in the file and as two copies, and what a mapping has beyond its bound
+    assert peak <= 1.1 * weights + few + MAPPED_BYTES
