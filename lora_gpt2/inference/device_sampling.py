@@ -49,7 +49,7 @@ def choose_tokens(logits: Float[Tensor, "batch vocab"], columns: Float[Tensor, "
 
     `columns` are temperature, top-k, top-p, min-p and random number of each row, in float64.
     """
-    temperature, top_k, top_p, min_p, uniforms = (columns[:, place : place + 1] for place in range(5))
+    temperature, top_k, top_p, min_p, uniforms = (columns[:, index : index + 1] for index in range(5))
     exact = logits.float() + 0.0  # which makes -0 the same as 0
     count = min(CANDIDATES, exact.shape[1])
     keys, _ = take_top_k(_build_keys(exact), count)

@@ -170,6 +170,7 @@ def fused_linear_cross_entropy(
     weights: Float[Tensor, " tokens"],
     smoothing: float,
     update: LowRankLogits | None,
+    *,
     vocab_size: int | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
     """Returns (sum of weight × loss, NLL per token) in nats; differentiable in `hidden` through the first.

@@ -53,8 +53,8 @@ def _score_rows(  # type: ignore[no-untyped-def]
     normaliser = largest + tl.log(tl.sum(total * tl.exp(biggest - largest), 0))
     target = tl.load(targets + row)
     is_target = target != ignore
-    place = tl.where(is_target, target, 0)
-    chosen = tl.load(start_of_row + place).to(tl.float32)
+    target_column = tl.where(is_target, target, 0)
+    chosen = tl.load(start_of_row + target_column).to(tl.float32)
     tl.store(nll + row, tl.where(is_target, normaliser - chosen, 0.0))
     if has_smoothing:
         mean = tl.sum(plain, 0) / vocab_size
@@ -65,7 +65,7 @@ def _score_rows(  # type: ignore[no-untyped-def]
             columns = start + lanes
             x = tl.load(start_of_row + columns, mask=columns < vocab_size, other=lowest).to(tl.float32)
             slope = tl.exp(x - normaliser) * factor
-            slope -= tl.where(columns == place, (1 - smoothing) * factor, 0.0)
+            slope -= tl.where(columns == target_column, (1 - smoothing) * factor, 0.0)
             if has_smoothing:
                 slope -= tl.where(columns < vocab_size, smoothing * factor / vocab_size, 0.0)
             tl.store(start_of_row + columns, slope.to(logits.dtype.element_ty), mask=columns < padded_size)

@@ -55,7 +55,7 @@ def list_weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-class _Place(NamedTuple):
+class _Entry(NamedTuple):
     name: str
     path: Path
     key: str
@@ -71,35 +71,35 @@ class StoredWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.files = list_weight_files(checkpoint.folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        is_tied, places = checkpoint.config.tie_word_embeddings, []
+        is_tied, entries = checkpoint.config.tie_word_embeddings, []
         for path in self.files:
             with _open(path) as file:
                 for key in file.keys():  # noqa: SIM118
                     name = key.removeprefix("transformer.")
                     if not BUFFERS.fullmatch(name) and not (is_tied and name == "lm_head.weight"):
-                        places.append(_Place(name, path, key))
+                        entries.append(_Entry(name, path, key))
                         self.shapes[name] = tuple(file.get_slice(key).get_shape())
-        self._places = sorted(places)
+        self._entries = sorted(entries)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yields names and tensors."""
-        remaining = list(self._places)
+        remaining = list(self._entries)
         while remaining:
             read = 0
             with _open(remaining[0].path) as file:
                 path = remaining[0].path
                 while remaining and remaining[0].path == path and read < MAPPED_BYTES:
-                    place = remaining.pop(0)
-                    tensor: Tensor = file.get_tensor(place.key)
+                    entry = remaining.pop(0)
+                    tensor: Tensor = file.get_tensor(entry.key)
                     read += tensor.nbytes
-                    yield place.name, tensor
+                    yield entry.name, tensor
                     del tensor
 
     def read_dtype(self, name: str) -> torch.dtype:
         """Returns the dtype in which a tensor is stored."""
-        place = next(place for place in self._places if place.name == name)
-        with _open(place.path) as file:
-            tensor: Tensor = file.get_tensor(place.key)
+        entry = next(entry for entry in self._entries if entry.name == name)
+        with _open(entry.path) as file:
+            tensor: Tensor = file.get_tensor(entry.key)
             return tensor.dtype
 
 

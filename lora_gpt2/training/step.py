@@ -186,7 +186,7 @@ class StepRunner:
                 weights,
                 batch.label_smoothing,
                 update,
-                self.model.config.vocab_size,
+                vocab_size=self.model.config.vocab_size,
             )
             loss.backward()  # type: ignore[no-untyped-call]
             self.losses.index_add_(0, batch.slot_ids, (nll * batch.loss_weights).view(len(batch.slots), -1).sum(1))
