@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -243,14 +244,26 @@ class InferenceAdapters:
     def __init__(self, bank: AdapterBank, weights: Float[Tensor, "batch slots"], slots: slice | None = None) -> None:
         self.slots = _find_used_slots(weights) if slots is None else slots
         self.bank, self.weights = bank, weights[:, self.slots].to(bank.flat.device, torch.float32)
-        unused = self.weights == 0
-        scaled = (self.weights * bank.scalings[:, None, self.slots]).masked_fill_(unused, 0)  # of all sites at once
-        self._scaled, self._rows = scaled, {site: row for row, site in enumerate(bank.sites)}
-        is_cpu = self.weights.device.type == "cpu"  # asking a GPU would wait for it
-        self._is_common = is_cpu and scaled.shape[2] == 1 and bool((self.weights == self.weights[0]).all())
-        self._unused = None if is_cpu and not unused.any() else unused[:, None, :, None]
-        self._has_kernel = not is_cpu and has_triton()
+        self._has_kernel = self.weights.device.type == "cuda" and has_triton()
         self._stacked: dict[str, _StackedFactors] = {}
+
+    @cached_property
+    def _scaled(self) -> dict[str, Tensor]:
+        """The weights times the scaling of each site, `[batch, slots]`, of all sites at once."""
+        scaled = self.weights * self.bank.scalings[:, None, self.slots]
+        return dict(zip(self.bank.sites, scaled.masked_fill_(self.weights == 0, 0), strict=True))
+
+    @cached_property
+    def _unused(self) -> Tensor | None:
+        """Marks zero weights, `[batch, 1, slots, 1]`; None on a CPU where there are none (asking a GPU would wait)."""
+        unused = self.weights == 0
+        return unused[:, None, :, None] if unused.device.type != "cpu" or unused.any() else None
+
+    @cached_property
+    def _is_common(self) -> bool:
+        """True if there is one slot with one weight for all; never on a GPU, which would have to be asked."""
+        is_cpu = self.weights.device.type == "cpu" and self.weights.shape[1] == 1
+        return is_cpu and bool((self.weights == self.weights[0]).all())
 
     def project(
         self, site: str, linear: Linear, prologue: Prologue, x: Float[Tensor, "batch time inputs"]
@@ -263,7 +276,7 @@ class InferenceAdapters:
 
             views = self.bank.sites[site]
             a, b_t = views.lora_a[self.slots], views.lora_b_t[self.slots]
-            add_updates(h[:, 0].contiguous(), a, b_t, self._scaled[self._rows[site]], y[:, 0])
+            add_updates(h[:, 0].contiguous(), a, b_t, self._scaled[site], y[:, 0])
         elif site in self.bank.sites:
             factors = self._stack(site)
             if factors.scaling != 0:
@@ -298,7 +311,7 @@ class InferenceAdapters:
         if (stacked := self._stacked.get(site)) is None:
             views = self.bank.sites[site]
             a, b_t = views.lora_a[self.slots].flatten(0, 1), views.lora_b_t[self.slots].flatten(0, 1)
-            scaled = self._scaled[self._rows[site]]
+            scaled = self._scaled[site]
             if self._is_common:
                 stacked = _StackedFactors(a, b_t, float(scaled[0]))
             else:

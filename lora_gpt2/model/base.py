@@ -21,6 +21,7 @@ from lora_gpt2.model.quantize import QuantizedLinear, check_quantization
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.model.stored_weights import Fingerprint, StoredWeights
 
+SUMMED_VALUES = 2**22
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
@@ -94,10 +95,11 @@ def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, torch.S
 
 
 def _check_finite(tensor: Tensor, key: str, folder: Path) -> None:
-    """Raises `CorruptError` for NaN and infinity; the sum, which is quick, is finite where every value is."""
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        what = f"{folder}: {key} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}"
-        raise CorruptError(what, "copy the checkpoint again")
+    """Raises `CorruptError` for NaN and infinity; a sum, which is quick, is finite where every value is."""
+    for part in torch.split(tensor.flatten(), SUMMED_VALUES):  # which become float32
+        if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
+            what = f"{folder}: {key} holds NaN or infinity as {str(tensor.dtype).removeprefix('torch.')}"
+            raise CorruptError(what, "copy the checkpoint again")
 
 
 def _assign(model: GPT2, key: str, tensor: Tensor, quantize: str) -> None:
