@@ -2,6 +2,7 @@ import errno
 import resource
 
 import pytest
+import torch
 
 from lora_gpt2 import cli
 from lora_gpt2.core.errors import ResourceError
@@ -65,3 +66,15 @@ def test_room_is_looked_for_without_taking_it():
     check_room(10**9)
     with pytest.raises(MemoryError, match="cannot be had"):
         check_room(2**60)
+
+
+def test_the_error_of_a_capture_counts_by_the_one_that_ended_it():
+    def capture():
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError) as caught:
+        capture()
+    assert is_out_of_memory(caught.value)

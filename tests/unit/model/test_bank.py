@@ -276,3 +276,18 @@ def test_training_in_16_bits_gives_float32s_gradients_but_for_rounding(base_fold
             ours, theirs = getattr(bank.read(0, found).updates[site], half), getattr(update, half)
             assert (ours - theirs).norm() <= 8 * epsilon * theirs.norm(), site
             assert (ours * theirs).sum() / theirs.square().sum() == pytest.approx(1, abs=4 * epsilon), site
+
+
+def test_the_weights_of_a_mix_are_not_rounded_to_16_bits(base):
+    adapters = [make_adapter(base.config, seed) for seed in (1, 2)]
+    bank = AdapterBank(
+        base.config, merge_ranks(a.ranks for a in adapters), 2, "inference", base.model.wte.weight.bfloat16()
+    )
+    for slot, adapter in enumerate(adapters):
+        bank.load(slot, adapter)
+    rows = InferenceAdapters(bank, torch.tensor([[0.6, 0.0], [0.3, 0.7]]))
+    site = "h.0.mlp.c_fc"
+    h = torch.randn(2, 3, base.config.n_embd, generator=torch.Generator().manual_seed(0)).bfloat16()
+    plain = h @ bank.sites[site].lora_a.flatten(0, 1).mT
+    factors = (rows.weights * bank.sites[site].scaling).repeat_interleave(bank.ranks[site], 1)[:, None]
+    assert torch.equal(rows._shrink(h, rows._stack(site)), (plain.float() * factors).bfloat16().flatten(0, 1))

@@ -195,3 +195,10 @@ def test_a_bitsandbytes_without_kernels_is_refused(monkeypatch):
     monkeypatch.setattr(quantize, "_load_functional", Broken)
     with pytest.raises(ResourceError, match="cannot do nf4 on cpu: no kernel for this device"):
         check_quantization("nf4", torch.device("cpu"))
+
+
+def test_an_int8_weight_is_rounded_once_in_16_bits():
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    layer = QuantizedLinear(weight, None, "int8")
+    exact = layer.codes.float() * layer.scale
+    assert torch.equal(layer.dense(torch.bfloat16), exact.bfloat16()), "not with a scale that was rounded before"
