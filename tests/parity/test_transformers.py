@@ -30,7 +30,8 @@ LARGE = {
 
 def copy_weights(theirs):
     """Returns our GPT-2 with the weights of a transformers model, without writing them to disk."""
-    from lora_gpt2.model.stored_weights import BUFFERS, TRANSPOSED
+    from lora_gpt2.model.base import TRANSPOSED
+    from lora_gpt2.model.stored_weights import BUFFERS
 
     model = GPT2(parse_config(theirs.config.to_dict(), "theirs"))
     state = {}
