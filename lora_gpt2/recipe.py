@@ -108,6 +108,10 @@ class LoraSettings(Section):
     """Dropout on the adapter's input during training."""
     first_layer: Annotated[int, Field(ge=0, le=1023)] = 0
     """First transformer block to adapt; the blocks below it need no backward pass."""
+    init: Literal["default", "pissa"] = "default"
+    """Initialisation: default (A random, B zero), or pissa (the leading singular vectors of each weight, Meng et al. 2024, arXiv:2404.02948; the published adapter has twice the rank)."""  # noqa: E501
+    init_from: str = ""
+    """Adapter to continue training from: a version in the store (law, law@2), a folder that PEFT saved, an archive or a hub id; auto: the mix of the store's adapters under which the text is most likely. Rank, alpha and targets are its own unless they are set."""  # noqa: E501
 
     @model_validator(mode="after")
     def _check_targets(self) -> LoraSettings:
@@ -120,6 +124,8 @@ class LoraSettings(Section):
             raise ValueError(f"rank_pattern names {missing[0]}, which is not among the targets")
         if len({self.rank_of(t) for t in slices}) > 1:
             raise ValueError("the slices of c_attn share one rank; give them the same in rank_pattern")
+        if self.init == "pissa" and (slices or self.init_from):
+            raise ValueError(f"init pissa excludes {'slices of c_attn' if slices else 'init_from'}")
         return self
 
     def alpha_of(self, target: Target) -> float:

@@ -107,6 +107,18 @@ def _set_value(values: dict[str, Any], path: Sequence[str], value: Any, where: s
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file, or in the bundled recipe of that name; sources are relative to its folder."""
+    values = _read_values(path)
+    data, lora = values.get("data"), values.get("lora")
+    if isinstance(data, dict):
+        for key in ("sources", "validation", "test"):
+            if isinstance(data.get(key), list):
+                data[key] = [_place_source(source, path.parent) for source in data[key]]
+    if isinstance(lora, dict) and _is_beside(lora.get("init_from"), path):
+        lora["init_from"] = str(path.parent / lora["init_from"])
+    return values
+
+
+def _read_values(path: Path) -> dict[str, Any]:
     try:
         text = read_user_text(path, max_bytes=MAX_RECIPE_BYTES)
     except NotFoundError as error:
@@ -123,12 +135,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}{location}: not valid YAML{reason}", EXAMPLES) from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected settings, found {type(values).__name__}", EXAMPLES)
-    data = values.get("data")
-    if isinstance(data, dict):
-        for key in ("sources", "validation", "test"):
-            if isinstance(data.get(key), list):
-                data[key] = [_place_source(source, path.parent) for source in data[key]]
     return values
+
+
+def _is_beside(parent: Any, path: Path) -> bool:
+    """True if an adapter to continue from is a path that leads from the recipe's folder to something."""
+    return isinstance(parent, str) and "/" in parent and (path.parent / parent).exists()
 
 
 def _place_source(source: Any, folder: Path) -> Any:
@@ -226,10 +238,12 @@ def find_recipe(name: str) -> Path:
 
 
 def name_recipe(recipe: Recipe) -> Recipe:
-    """Returns the recipe with a name: its own, or one made of its first source's."""
+    """Returns the recipe with a name: its own, that of the adapter it continues, or one made of its first source's."""
     if recipe.name:
         return recipe
     if not recipe.data.sources:
         raise UsageError("there is nothing to train on", "name a file or a folder of text, or a recipe")
+    if is_name(parent := recipe.lora.init_from.partition("@")[0]):
+        return recipe.model_copy(update={"name": parent})
     stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
     return recipe.model_copy(update={"name": stem[:64]})

@@ -321,6 +321,7 @@ def build_trainer(size: str, tokens: int, length: int, **settings: Any) -> tuple
     from lora_gpt2.model.base import load_base
     from lora_gpt2.model.runtime import choose_runtime
     from lora_gpt2.recipe import build_recipe
+    from lora_gpt2.store.catalog import Store
     from lora_gpt2.training.plan import build_random_data, fit_to_memory
     from lora_gpt2.training.slot import TrainingSlot
     from lora_gpt2.training.trainer import Trainer
@@ -330,7 +331,7 @@ def build_trainer(size: str, tokens: int, length: int, **settings: Any) -> tuple
     raw = {"name": "a", "base": str(build_base(size)), "data": {"block_size": length}, "train": train}
     recipe = build_recipe(raw, "gpu")
     if budget:
-        (recipe,) = fit_to_memory([recipe], int(budget), SilentReporter())
+        (recipe,) = fit_to_memory([recipe], Store.find(), int(budget), SilentReporter())
     base = load_base(recipe.base, choose_runtime("auto"), recipe.train.quantize)
     slot = TrainingSlot(recipe=recipe, data=build_random_data(recipe, base.config.vocab_size))
     return Trainer(base, [slot], SilentReporter()), recipe

@@ -16,7 +16,7 @@ from lora_gpt2.data.read.texts import Texts, keep_texts
 from lora_gpt2.recipe import Recipe, build_recipe
 from lora_gpt2.recipe_files import EVERYDAY, set_values
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import FetchedAdapter, fetch_adapter
+from lora_gpt2.store.exchange import FetchedAdapter, fetch_adapter, is_foreign
 
 Settings = Mapping[str, Any] | Recipe | None
 """Settings without a keyword: by their dotted keys, such as `{"train.max_grad_norm": 0.5}`, or a whole recipe."""
@@ -85,8 +85,7 @@ def sort_adapters(adapters: Adapters, store: Store) -> tuple[list[str], dict[str
     stored, foreign = list[str](), dict[str, FetchedAdapter]()
     for given, item in named:
         text = str(item)
-        is_foreign = isinstance(item, os.PathLike) or "/" in text or (os.sep in text) or text.endswith(".tar.gz")
-        if not is_foreign:
+        if not (isinstance(item, os.PathLike) or is_foreign(text)):
             if given is not None and given != text:
                 raise UsageError(f"'{text}' is in the store and keeps its name", f"not '{given}'")
             stored.append(text)

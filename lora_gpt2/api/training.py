@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ def train(  # noqa: PLR0913 - the everyday settings, for completion and type che
     *,
     name: str | None = None,
     base: str | None = None,
+    init_from: str | Path | None = None,
     epochs: float | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
@@ -56,8 +58,10 @@ def train(  # noqa: PLR0913 - the everyday settings, for completion and type che
         data: texts (strings, records as dicts, a `datasets.Dataset` or `DatasetDict`, a `DataFrame`), a source as on
             the command line (a file, a folder, a glob, `hf:NAME`), or a list of paths. None takes `data.sources` of the
             settings.
-        name: name of the adapter; with a source it may be left out.
+        name: name of the adapter; with a source, or an adapter of the store in `init_from`, it may be left out.
         base: `nano` (the default), `gpt2`, …, a hub id or a folder.
+        init_from: an adapter to continue training from: `law`, `law@2`, a folder that PEFT saved, an archive or a hub
+            id; `auto` is the mix of the store's adapters under which the text is most likely.
         epochs: passes over the training text; default 3.
         steps: optimizer steps; overrides `epochs`.
         learning_rate: peak of AdamW; by default it follows from the base's width.
@@ -107,7 +111,8 @@ def train(  # noqa: PLR0913 - the everyday settings, for completion and type che
         "dtype": dtype,
         "quantize": quantize,
     }
-    other = {"base": base, **_name_parts(data, name, validation, test)}
+    parent = None if init_from is None else os.fspath(init_from)
+    other = {"base": base, "lora.init_from": parent, **_name_parts(data, name, validation, test)}
     found = _train_recipes([make_recipe(settings, "train", keywords, other)], store, callbacks, resume, fresh, progress)
     return found[0]
 

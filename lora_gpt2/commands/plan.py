@@ -14,16 +14,19 @@ from lora_gpt2.commands.shared import (
     end_as_failed,
     format_bytes,
     format_seconds,
+    from_option,
     items_argument,
     json_option,
     memory_option,
     set_option,
+    store_option,
     suggest_next,
 )
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.synonyms import ARGUMENTS
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.recipe_files import list_items, load_recipe
+from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
     from lora_gpt2.training.plan import Plan
@@ -33,10 +36,12 @@ if TYPE_CHECKING:
 @items_argument
 @data_option
 @base_option
+@from_option
 @memory_option
 @click.option("--probe/--no-probe", default=True, help="Time two steps on random tokens.  [default: probe]")
 @setting_options("train")
 @set_option
+@store_option
 @json_option
 @click.pass_obj
 def command(
@@ -44,10 +49,12 @@ def command(
     items: tuple[str, ...],
     data: tuple[str, ...],
     base: str | None,
+    init_from: str | None,
     gpu_memory: int | None,
     probe: bool,
     flags: dict[str, Any],
     overrides: tuple[str, ...],
+    store: Store,
     as_json: bool,
 ) -> None:
     """Say how much memory and time training will take, and the fastest settings that fit.
@@ -61,10 +68,14 @@ def command(
     from lora_gpt2.training.plan import plan_run
 
     chosen = [
-        load_recipe(item.recipe, overrides, {**flags, "base": base, "data.sources": item.sources})
+        load_recipe(
+            item.recipe,
+            overrides,
+            {**flags, "base": base, "data.sources": item.sources, "lora.init_from": init_from},
+        )
         for item in list_items(items, data, None)
     ]
-    plan = plan_run(chosen, reporter, gpu_memory, probe)
+    plan = plan_run(chosen, store, reporter, gpu_memory, probe)
     show_plan(plan, as_json)
     typed = click.get_current_context().meta[ARGUMENTS]
     same = [word for word in typed[typed.index("plan") + 1 :] if word not in ("--probe", "--no-probe", "--json")]

@@ -31,6 +31,12 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting, such as train.steps=300."
 )
 base_option = click.option("--base", metavar="B", help="Base: nano, gpt2, gpt2-medium, …, a hub id or a folder.")
+from_option = click.option(
+    "--from",
+    "init_from",
+    metavar="REF",
+    help="Continue from this adapter: law, law@2, a folder that PEFT saved, a hub id; auto: the store's best mix.",
+)
 seed_option = click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes the run repeatable.")
 
 

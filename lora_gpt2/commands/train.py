@@ -16,6 +16,7 @@ from lora_gpt2.commands.shared import (
     emit,
     format_bytes,
     format_seconds,
+    from_option,
     items_argument,
     json_option,
     memory_option,
@@ -36,6 +37,7 @@ from lora_gpt2.store.catalog import Store
 @data_option
 @click.option("--name", metavar="N", help="Name of the adapter; else the recipe's, else the first file's.")
 @base_option
+@from_option
 @setting_options("train")
 @set_option
 @skip_bad_option
@@ -53,6 +55,7 @@ def command(
     data: tuple[str, ...],
     name: str | None,
     base: str | None,
+    init_from: str | None,
     flags: dict[str, Any],
     overrides: tuple[str, ...],
     skip_bad: bool,
@@ -75,12 +78,13 @@ def command(
       lora-gpt2 train notes/ --name mine --epochs 5 --rank 32
       lora-gpt2 train law=law.jsonl code=src/     two adapters, one pass over the base
       lora-gpt2 train prose notes/ --set train.patience=3
+      lora-gpt2 train more_law.txt --from law     the next version of law, from its present one
       lora-gpt2 train a.yaml b.yaml --resume      after an interruption; --fresh begins anew
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
-    own = {**flags, "base": base, "data.skip_bad": skip_bad or None}
+    own = {**flags, "base": base, "data.skip_bad": skip_bad or None, "lora.init_from": init_from}
     chosen = [
         name_recipe(load_recipe(item.recipe, overrides, {**own, "name": item.name, "data.sources": item.sources}))
         for item in list_items(items, data, name)
@@ -89,12 +93,12 @@ def command(
         from lora_gpt2.commands.plan import show_plan
         from lora_gpt2.training.plan import plan_run
 
-        show_plan(plan_run(chosen, reporter, gpu_memory), as_json)
+        show_plan(plan_run(chosen, store, reporter, gpu_memory), as_json)
         return
     if fit or gpu_memory is not None:
         from lora_gpt2.training.plan import fit_to_memory
 
-        chosen = fit_to_memory(chosen, gpu_memory, reporter)
+        chosen = fit_to_memory(chosen, store, gpu_memory, reporter)
     from lora_gpt2.training.run import train_recipes
 
     try:
@@ -115,12 +119,14 @@ def command(
 
 
 def _render(adapters: list[Any]) -> str:
+    is_continued = any(a.parent_perplexity is not None for a in adapters)
     rows = [
         [
             f"{a.name}@{a.version}",
             f"{a.steps}",
             f"{a.train_tokens:,}",
             f"{a.base_perplexity:.2f}",
+            *([] if not is_continued else ["" if a.parent_perplexity is None else f"{a.parent_perplexity:.2f}"]),
             f"{a.validation_perplexity:.2f}",
             "" if a.test_perplexity is None else f"{a.test_perplexity:.2f}",
             f"{a.best_step}",
@@ -135,6 +141,7 @@ def _render(adapters: list[Any]) -> str:
         "steps",
         "tokens",
         "base ppl",
+        *(["parent ppl"] if is_continued else []),
         "validation ppl",
         "test ppl",
         "best step",

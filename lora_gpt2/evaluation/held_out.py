@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_gpt2.core.console import Reporter
@@ -54,7 +54,10 @@ class OwnText:
 def read_sketch(store: Store, reference: str) -> TextSketch | None:
     """Returns what tells whether a text was trained on, or None where a version does not have it."""
     with store.open(reference) as version:
-        return TextSketch.from_bytes(version.read_file(SKETCH)) if SKETCH in version.manifest.files else None
+        if SKETCH not in version.manifest.files:
+            return None
+        is_whole = version.manifest.data.get("sketch_is_whole", True) is not False
+        return replace(TextSketch.from_bytes(version.read_file(SKETCH)), is_whole=is_whole)
 
 
 def read_sketches(store: Store | None, references: Iterable[str]) -> dict[str, TextSketch]:

@@ -1,9 +1,8 @@
 """Finds how much of each adapter makes the best mix on several texts at once.
 
 A mix that is a weighted sum needs no merging to be measured: it is a row of weights in the bank, so a candidate costs
-one forward pass over the texts. The search is deterministic: single adapters and even mixes first, then steps along
-each weight that halve when none of them helps (pattern search, Hooke and Jeeves 1961), by the mean negative
-log-likelihood over the texts, each text counting the same. At the best weights the methods that prune are tried too.
+one forward pass over the texts. The search (`evaluation/weight_search.py`) goes by the mean negative log-likelihood
+over the texts, each text counting the same. At the best weights the methods that prune are tried too.
 No single mix need be best everywhere, so all that no other beats on every text are shown (the Pareto front).
 """
 
@@ -19,6 +18,7 @@ from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.perplexity import Score, Text, measure_perplexity, split_prompt, to_perplexity
+from lora_gpt2.evaluation.weight_search import search_weights_of
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.combine import Parents, open_parents
@@ -29,7 +29,6 @@ from lora_gpt2.recipe import EvaluateSettings, MergeMethod, MergeSettings
 
 TRIED = "(tried)"
 PRUNING_METHODS: list[MergeMethod] = [name for name, method in METHODS.items() if method.pruning != "none"]
-FIRST_STEP, LAST_STEP, LARGEST_WEIGHT = 0.25, 0.03, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,7 @@ def search_weights(
 
 
 class _Search:
-    """What has been measured so far, each mix once."""
+    """The mixes that have been measured so far."""
 
     def __init__(
         self,
@@ -130,11 +129,7 @@ class _Search:
         task: ProgressTask,
     ) -> None:
         self.session, self.parents, self.texts, self.settings, self.task = session, parents, texts, settings, task
-        self.known: dict[tuple[float, ...], Candidate] = {}
-
-    @property
-    def found(self) -> list[Candidate]:
-        return list(self.known.values())
+        self.found: list[Candidate] = []
 
     def measure(self, select: AdapterSelector) -> tuple[float, ...]:
         """Returns the mean NLL on each text."""
@@ -145,12 +140,12 @@ class _Search:
 
     def try_weights(self, weights: Sequence[float]) -> Candidate:
         """Measures a weighted sum, softly mixed in the bank."""
-        key = tuple(round(weight, 4) for weight in weights)
-        if key not in self.known:
-            mix = Mix((ref, weight) for ref, weight in zip(self.parents.mix.references, key, strict=True) if weight)
-            self.known[key] = Candidate(method="cat", weights=key, nll=self.measure(self.session.select(mix)))
-            self.task.advance(1, f"best {min(c.mean for c in self.found):.4f} nats")
-        return self.known[key]
+        references = self.parents.mix.references
+        mix = Mix((ref, weight) for ref, weight in zip(references, weights, strict=True) if weight)
+        candidate = Candidate(method="cat", weights=tuple(weights), nll=self.measure(self.session.select(mix)))
+        self.found.append(candidate)
+        self.task.advance(1, f"best {min(c.mean for c in self.found):.4f} nats")
+        return candidate
 
     def try_rule(self, rule: MergeRule, weights: tuple[float, ...]) -> Candidate:
         """Measures a method whose result is not a weighted sum, so that it has to be merged first."""
@@ -163,27 +158,8 @@ class _Search:
 
     def explore(self, limit: int) -> None:
         """Measures up to `limit` weighted sums."""
-        count = len(self.parents.mix)
-        starts = [tuple(self.parents.weights), *(_one_hot(count, index) for index in range(count))]
-        starts += [(share,) * count for share in (1 / count, 0.5 * (1 + 1 / count), 1.0)]
-        for weights in dict.fromkeys(starts):
-            if len(self.known) < limit:
-                self.try_weights(weights)
-        step, best = FIRST_STEP, min(self.found, key=lambda candidate: candidate.mean)
-        while step >= LAST_STEP and len(self.known) < limit:
-            before = best
-            for index in range(count):
-                for change in (step, -step):
-                    moved = list(best.weights)
-                    moved[index] = min(LARGEST_WEIGHT, max(0.0, moved[index] + change))
-                    if any(moved) and len(self.known) < limit:
-                        best = min(best, self.try_weights(moved), key=lambda candidate: candidate.mean)
-            if best is before:
-                step /= 2
-
-
-def _one_hot(count: int, hot: int) -> tuple[float, ...]:
-    return tuple(1.0 if index == hot else 0.0 for index in range(count))
+        first = [tuple(self.parents.weights)]
+        search_weights_of(len(self.parents.mix), lambda weights: self.try_weights(weights).mean, first, limit)
 
 
 def _beats(one: Candidate, other: Candidate) -> bool:

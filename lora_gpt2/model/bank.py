@@ -187,33 +187,38 @@ class AdapterBank:
             setattr(self.sites[site], "grad_a" if half == "a" else "grad_b_t", view)
         return gradient
 
-    def build_lr_multipliers(self, ratios: Sequence[float]) -> Tensor | None:
-        """Returns a buffer like `flat` with each slot's ratio at its B and 1 at its A (LoRA+), or None if all are 1."""
+    def build_lr_multipliers(self, ratios: Sequence[float], mask: Tensor | None) -> Tensor | None:
+        """Returns a buffer like `flat` with each slot's ratio at its B and 1 at its A (LoRA+), or None if all are 1.
+
+        Where `mask` (see `build_mask`) is 0, the multiplier is too, so that weight decay does not reach it either.
+        """
         if all(ratio == 1 for ratio in ratios):
-            return None
-        multipliers = torch.ones_like(self.flat)
+            return mask
+        multipliers = torch.ones_like(self.flat) if mask is None else mask.clone()
         for span in self._spans:
             if span.half == "b":
                 self._view(multipliers, span).mul_(multipliers.new_tensor(ratios)[:, None, None])
         return multipliers
 
     def build_mask(self, plans: Sequence[Sequence[TargetPlan]]) -> Tensor | None:
-        """Returns a 0/1 buffer like `flat` that keeps the structural zeros of sliced targets, or None without any.
+        """Returns a 0/1 buffer like `flat` with 0 at what is not trained, or None if everything is.
 
-        `plans` are the target plans of each slot.
+        Not trained are the structural zeros of sliced targets and frozen ranks; `plans` are the target plans of each
+        slot.
         """
-        if all(plan.blocks is None for slot in plans for plan in slot):
+        if all(plan.blocks is None and not plan.frozen_rank for slot in plans for plan in slot):
             return None
         mask = torch.ones_like(self.flat)
         for span in self._spans:
-            if span.half == "a":
-                continue
             view = self._view(mask, span)
             for slot, plan in ((s, p) for s, slot_plans in enumerate(plans) for p in slot_plans):
-                if plan.target == target_of(span.site) and plan.blocks is not None:
+                if plan.target != target_of(span.site):
+                    continue
+                if span.half == "b" and plan.blocks is not None:
                     view[slot] = 0
                     for rows, columns in plan.blocks:
                         view[slot, columns, rows] = 1
+                view[slot, plan.rank - plan.frozen_rank : plan.rank] = 0
         return mask
 
 

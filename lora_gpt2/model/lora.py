@@ -65,12 +65,16 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetPlan:
-    """How one target is adapted: PEFT's rank and alpha, and the non-zero blocks of B (None: all of it)."""
+    """How one target is adapted: PEFT's rank and alpha, and the non-zero blocks of B (None: all of it).
+
+    The last `frozen_rank` rows of A and columns of B are not trained.
+    """
 
     target: str
     rank: int
     alpha: float
-    blocks: tuple[tuple[slice, slice], ...] | None
+    blocks: tuple[tuple[slice, slice], ...] | None = None
+    frozen_rank: int = 0
 
 
 def list_sites(config: GPT2Config, targets: tuple[str, ...] = ADAPTABLE) -> list[str]:
@@ -104,8 +108,12 @@ def plan_targets(config: GPT2Config, settings: LoraSettings) -> list[TargetPlan]
     for target in ADAPTABLE:
         name = "c_attn" if target == "attn.c_attn" else target
         if name in settings.targets:
-            rank = settings.rank_of(name)
-            plans.append(TargetPlan(target=target, rank=rank, alpha=settings.alpha_of(name), blocks=None))
+            rank, alpha = settings.rank_of(name), settings.alpha_of(name)
+            if settings.init == "pissa":  # what is trained, and with the opposite sign what it started from
+                alpha *= math.sqrt(2) if settings.use_rslora else 2
+                plans.append(TargetPlan(target=target, rank=2 * rank, alpha=alpha, frozen_rank=rank))
+            else:
+                plans.append(TargetPlan(target=target, rank=rank, alpha=alpha))
         elif name == "c_attn" and slices:
             rank, count, d = settings.rank_of(slices[0]), len(slices), config.n_embd
             alpha = settings.alpha_of(slices[0]) * (math.sqrt(count) if settings.use_rslora else count)
@@ -151,9 +159,10 @@ def count_parameters(config: GPT2Config, settings: LoraSettings) -> int:
     total = 0
     for plan in plan_targets(config, settings):
         inputs, outputs = config.shape_of(plan.target)
+        rank = plan.rank - plan.frozen_rank
         if plan.blocks is None:
-            trained = outputs * plan.rank
+            trained = outputs * rank
         else:
             trained = sum((r.stop - r.start) * (c.stop - c.start) for r, c in plan.blocks)
-        total += (inputs * plan.rank + trained) * (1 if plan.target == HEAD else config.n_layer - settings.first_layer)
+        total += (inputs * rank + trained) * (1 if plan.target == HEAD else config.n_layer - settings.first_layer)
     return total

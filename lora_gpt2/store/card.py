@@ -20,6 +20,7 @@ PAIRS = (
 )
 """Figures that are shown beside the base's."""
 OTHERS = {
+    "parent_perplexity": "perplexity of the adapter it continues from, on validation text",
     "steps": "steps",
     "best_step": "best step",
     "train_tokens": "tokens trained on",
@@ -116,7 +117,7 @@ def _describe_origin(manifest: Manifest) -> str:
     if manifest.parents:
         provenance = ", ".join(f"{key} {value}" for key, value in manifest.provenance.items() if value is not None)
         parents = ", ".join(f"{parent.reference} at {parent.weight:g}" for parent in manifest.parents)
-        lines.append(f"Made from {parents} ({provenance}).")
+        lines.append(f"Made from {parents} ({provenance or 'trained further'}).")
     if sources or not manifest.parents:
         tokens = manifest.data.get("train_tokens", "an unknown number of")
         lines.append(f"Text: {sources or 'unknown'}; {tokens} training tokens.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,6 +79,11 @@ class ImportedAdapter:
     variant: str = "lora"
     relative_error: float = 0.0
     max_logit_difference: float = 0.0
+
+
+def is_foreign(text: str) -> bool:
+    """True if a text names an adapter by its path, an archive or a hub id, and not by its name in a store."""
+    return "/" in text or os.sep in text or text.endswith((*ARCHIVES, *LORALIB))
 
 
 def fetch_adapter(source: str) -> FetchedAdapter:

@@ -70,12 +70,18 @@ class RunFolder:
         """True if a run was begun here."""
         return (self.path / "identity.json").exists()
 
-    def check_identity(self, identity: Mapping[str, Any], free: Sequence[str] = ()) -> str:
-        """Returns what differs from the run on disk under `free`; raises `MismatchError` that lists all else."""
+    def read_identity(self) -> dict[str, Any]:
+        """Returns what the run on disk was made of; nothing where there is none."""
         try:
             found = json.loads((self.path / "identity.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise CorruptError(f"{self.path} holds no run to resume", "start it without --resume") from error
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def check_identity(self, identity: Mapping[str, Any], free: Sequence[str] = ()) -> str:
+        """Returns what differs from the run on disk under `free`; raises `MismatchError` that lists all else."""
+        if not (found := self.read_identity()):
+            raise CorruptError(f"{self.path} holds no run to resume", "start it without --resume")
         flat_found, flat_wanted = flatten_json(found), flatten_json(json.loads(json.dumps(identity)))
         differences = {
             key: (flat_found.get(key, "nothing"), flat_wanted.get(key, "nothing")) for key in flat_found | flat_wanted

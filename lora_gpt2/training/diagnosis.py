@@ -33,6 +33,7 @@ def diagnose_curve(records: Sequence[dict[str, Any]], num_steps: int, passes: fl
     best_step, best = min(points, key=lambda point: point[1])
     last_step, last = points[-1]
     stopped = f" (stopped early, of {num_steps})" if last_step < num_steps else ""
+    stopped += " (the adapter it continues from)" if best_step == 0 else ""
     if last - best >= RISE:
         fell = _mean_loss(records, points[-2][0], last_step) < _mean_loss(records, 0, best_step)
         why = "while training fell: more data or fewer steps" if fell else "with training: a smaller learning rate"

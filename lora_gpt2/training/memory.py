@@ -62,7 +62,7 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
     parameters = len(recipes) * sum(r * sum(config.shape_of(target_of(site))) for site, r in ranks.items())
     copies = item if item != 4 else 0
     buffers = BUFFERS + any(r.train.loraplus_lr_ratio > 1 for r in recipes)
-    buffers += any(plan.blocks is not None for r in recipes for plan in plan_targets(config, r.lora))
+    buffers += any(plan.blocks or plan.frozen_rank for r in recipes for plan in plan_targets(config, r.lora))
     dense = config.n_embd * config.n_inner * (item + 2) if settings.quantize != "none" else 0
     largest = (0, 0)
     for group in _iter_groups(recipes):

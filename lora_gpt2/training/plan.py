@@ -23,6 +23,7 @@ from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import Recipe
+from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.memory import (
     CUDA_CONTEXT,
     Memory,
@@ -34,6 +35,7 @@ from lora_gpt2.training.memory import (
 )
 from lora_gpt2.training.process_group import init_process_group
 from lora_gpt2.training.slot import TrainingSlot, check_together
+from lora_gpt2.training.start import inherit_shape
 from lora_gpt2.training.step import WARM_UP
 from lora_gpt2.training.trainer import Trainer
 
@@ -63,8 +65,11 @@ class Plan:
         return self.tokens / self.tokens_per_second if self.tokens and self.tokens_per_second else None
 
 
-def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None = None, probe: bool = True) -> Plan:
+def plan_run(
+    recipes: Sequence[Recipe], store: Store, reporter: Reporter, budget: int | None = None, probe: bool = True
+) -> Plan:
     """Returns what training these recipes together will take; `budget` in bytes, None for the device's memory."""
+    recipes = [inherit_shape(recipe, store) for recipe in recipes]
     check_together(recipes)
     config, runtime = read_shape(recipes[0])
     limit = measure_budget(runtime.device) if budget is None else budget
@@ -90,7 +95,7 @@ def plan_run(recipes: Sequence[Recipe], reporter: Reporter, budget: int | None =
     )
 
 
-def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Reporter) -> list[Recipe]:
+def fit_to_memory(recipes: Sequence[Recipe], store: Store, budget: int | None, reporter: Reporter) -> list[Recipe]:
     """Returns the recipes with the fastest settings that fit; on a GPU, `budget` also becomes a limit that holds.
 
     Raises `ResourceError` if nothing fits.
@@ -98,21 +103,23 @@ def fit_to_memory(recipes: Sequence[Recipe], budget: int | None, reporter: Repor
     check_together(recipes)
     config, runtime = read_shape(recipes[0])
     limit = measure_budget(runtime.device) if budget is None else budget
-    fitting = fit_recipes(config, recipes, runtime, limit)
+    shaped = [inherit_shape(recipe, store) for recipe in recipes]
+    fitting = fit_recipes(config, shaped, runtime, limit)
     if fitting is None:
         raise ResourceError(
             f"nothing fits into {limit / 1e9:.2f} GB: this run needs "
-            f"{estimate_memory(config, recipes, runtime).peak / 1e9:.2f} GB",
+            f"{estimate_memory(config, shaped, runtime).peak / 1e9:.2f} GB",
             "use a smaller base or data.block_size",
         )
-    if changes := list_changes(recipes, fitting):
+    if changes := list_changes(shaped, fitting):
         reporter.message(f"to fit into {limit / 1e9:.2f} GB: {format_changes(changes)}")
     if budget is not None and runtime.device.type == "cuda":
         index = torch.cuda.current_device() if runtime.device.index is None else runtime.device.index
         total = torch.cuda.mem_get_info(index)[1]
         share = min(1.0, max(0, budget - CUDA_CONTEXT) / total)  # the context is not the allocator's
         torch.cuda.set_per_process_memory_fraction(share, index)
-    return fitting
+    pairs = zip(recipes, fitting, strict=True)
+    return [recipe.model_copy(update={"train": fitted.train}) for recipe, fitted in pairs]
 
 
 def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:

@@ -122,8 +122,13 @@ def _list_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     if figures["test_perplexity"] is not None:
         shown = f"{figures['base_test_perplexity']:.2f} → {figures['test_perplexity']:.2f}"
         on_test = [(shown, "on test text, kept back")]
+    before = [figures["base_perplexity"], figures.get("parent_perplexity"), figures["validation_perplexity"]]
+    named = "base, parent, adapter" if before[1] is not None else ""
     return [
-        (f"{figures['base_perplexity']:.2f} → {figures['validation_perplexity']:.2f}", "perplexity on validation text"),
+        (
+            " → ".join(f"{value:.2f}" for value in before if value is not None),
+            f"perplexity on validation text{f' ({named})' if named else ''}",
+        ),
         *on_test,
         (f"{figures['base_general_perplexity']:.1f} → {figures['general_perplexity']:.1f}", "on general English"),
         (f"{figures['best_step']:,} of {figures['steps']:,}", "best step"),

@@ -29,13 +29,14 @@ from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, load_base
-from lora_gpt2.model.lora import count_parameters
+from lora_gpt2.model.lora import Adapter, count_parameters
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.store.peft.tensors import to_peft
+from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.diagnosis import diagnose_curve, diagnose_forgetting
 from lora_gpt2.training.events import Callback
@@ -44,11 +45,19 @@ from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.report import render_report
 from lora_gpt2.training.samples import generate_sample
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, check_together
+from lora_gpt2.training.start import (
+    build_start,
+    count_seen_by_parents,
+    describe_start,
+    digest_parent,
+    inherit_shape,
+    join_sketches,
+)
 from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
 MICRO_BATCHING = "passes"  # as checkpoints name it
-CHECKPOINT_FORMAT = 2  # version of what a checkpoint holds
+CHECKPOINT_FORMAT = 3  # version of what a checkpoint holds
 COPIES, ROOM_BYTES = 3, 2**27  # what publishing takes: copies of the adapter, and the libraries' own
 
 
@@ -59,10 +68,12 @@ class AdapterReport:
     name: str
     version: int
     path: str
+    parents: tuple[str, ...]
     steps: int
     best_step: int
     train_tokens: int
     base_perplexity: float
+    parent_perplexity: float | None
     validation_perplexity: float
     base_test_perplexity: float | None
     test_perplexity: float | None
@@ -79,7 +90,7 @@ class AdapterReport:
         return f"{self.name}@{self.version}"
 
 
-NOT_FIGURES = ("name", "version", "path")
+NOT_FIGURES = ("name", "version", "path", "parents")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +133,7 @@ def train_recipes(
     process_group = init_process_group()
     reporter = reporter if process_group.is_main_process else SilentReporter()
     run = open_run_folder(store.root, names)
+    recipes = [inherit_shape(pin_parent(recipe, run) if resume else recipe, store) for recipe in recipes]
     with ExitStack() as stack:
         if process_group.is_main_process:
             store.check_writable()
@@ -161,7 +173,7 @@ def _train_locked(
     recipes = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
     slots = [TrainingSlot(recipe=recipe, data=data) for recipe, data in zip(recipes, prepared, strict=True)]
     _warn_of_overlaps(slots, reporter)
-    identity = _identify_run(base, slots, process_group)
+    identity = _identify_run(base, slots, process_group, [digest_parent(recipe, store) for recipe in recipes])
     resume = process_group.broadcast_object(
         resume and process_group.is_main_process and _can_resume(run, identity, reporter)
     )
@@ -172,10 +184,14 @@ def _train_locked(
         )
         return TrainReport(adapters=found, already_complete=True)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in slots]):
-        trainer = Trainer(base, slots, reporter, run, process_group, sampler=generate_sample, callbacks=callbacks)
-        if checkpoint := process_group.broadcast_object(
+        checkpoint = process_group.broadcast_object(
             run.load(reporter) if resume and process_group.is_main_process else None
-        ):
+        )
+        initial = {} if checkpoint else _open_starts(slots, store, base, reporter)
+        trainer = Trainer(
+            base, slots, reporter, run, process_group, sampler=generate_sample, initial=initial, callbacks=callbacks
+        )
+        if checkpoint:
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")
         elif process_group.is_main_process:
@@ -199,6 +215,31 @@ def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
+def pin_parent(recipe: Recipe, run: RunFolder) -> Recipe:
+    """Returns the recipe with the version that an interrupted run continues from, where it names no version itself."""
+    then = run.read_identity().get("adapters", {}).get(recipe.name, {}).get("lora", {}).get("init_from", "")
+    if not then or name_of(then) != recipe.lora.init_from:
+        return recipe
+    lora = recipe.lora.model_copy(update={"init_from": then})
+    return recipe.model_copy(update={"lora": lora})
+
+
+def _open_starts(slots: Sequence[TrainingSlot], store: Store, base: Base, reporter: Reporter) -> dict[str, Adapter]:
+    """Returns the adapters that slots start from, by name, and notes their parents."""
+    initial = {}
+    for slot in slots:
+        if start := build_start(slot, store, base, reporter):
+            initial[slot.name] = start.adapter
+            slot.parents, slot.source = start.parents, start.source
+            reporter.message(describe_start(start, slot.name))
+        for parent, (seen, count) in count_seen_by_parents(slot, store, base.tokenizer).items():
+            reporter.message(
+                f"{slot.name}: {parent} was trained on {seen} of the {count} documents that are held out, "
+                "so their perplexity is too low"
+            )
+    return initial
+
+
 def _warn_of_overlaps(slots: Sequence[TrainingSlot], reporter: Reporter) -> None:
     threshold = max(slot.recipe.data.near_duplicate_threshold for slot in slots)
     prepared = {slot.name: slot.data for slot in slots}
@@ -215,7 +256,9 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     return True
 
 
-def _identify_run(base: Base, slots: Sequence[TrainingSlot], process_group: ProcessGroup) -> dict[str, Any]:
+def _identify_run(
+    base: Base, slots: Sequence[TrainingSlot], process_group: ProcessGroup, parents: Sequence[str]
+) -> dict[str, Any]:
     """Returns everything that decides the numbers of a run; what is under `MICRO_BATCHING` only by rounding."""
     of_micro_batches = {"micro_batch_tokens", "gradient_checkpointing"}
     irrelevant = {"checkpoint_every", "trackers", *of_micro_batches}
@@ -232,11 +275,12 @@ def _identify_run(base: Base, slots: Sequence[TrainingSlot], process_group: Proc
         "adapters": {
             slot.name: {
                 "data": slot.data.fingerprint,
+                "parent": parent,
                 "lora": slot.recipe.lora.model_dump(mode="json"),
                 "train": slot.recipe.train.model_dump(mode="json", exclude=irrelevant)
                 | {"learning_rate": slot.recipe.train.peak_learning_rate(base.config.n_embd)},
             }
-            for slot in slots
+            for slot, parent in zip(slots, parents, strict=True)
         },
     }
 
@@ -256,10 +300,12 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
         name=slot.name,
         version=0,
         path="",
+        parents=tuple(parent.reference for parent in slot.parents) or ((slot.source,) if slot.source else ()),
         steps=slot.last_step,
         best_step=slot.best_step,
         train_tokens=slot.train_tokens,
         base_perplexity=to_perplexity(outcome.base_nll),
+        parent_perplexity=None if slot.parent_nll is None else to_perplexity(slot.parent_nll),
         validation_perplexity=to_perplexity(outcome.validation_nll),
         base_test_perplexity=to_perplexity(outcome.test_nll[0]) if outcome.test_nll else None,
         test_perplexity=to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
@@ -276,12 +322,15 @@ def _publish(store: Store, base: Base, outcome: TrainedAdapter, base_general: Sc
     figures["dtype"] = base.runtime.dtype_name
     figures["test"] = _describe_test(base, slot)
     pages = render_report(slot.name, slot.recipe, slot.records, figures, describe_preparation(slot.data))
-    pages |= {SKETCH: slot.data.sketch.to_bytes()}
+    sketch = join_sketches(slot, store)
+    pages |= {SKETCH: sketch.to_bytes()}
     recipe = slot.recipe.model_dump(mode="json")
     origin = Origin(
-        data=_describe_data(slot.recipe, slot.data),
+        data=_describe_data(slot.recipe, slot.data) | ({} if sketch.is_whole else {"sketch_is_whole": False}),
         recipe=recipe,
         figures=figures,
+        parents=slot.parents,
+        provenance={"by": "train", "from": Path(slot.source).name} if slot.source else {},
         metrics=slot.records,
         pages=pages,
     )
@@ -331,6 +380,8 @@ def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
 
 def _report_published(store: Store, reference: str) -> AdapterReport:
     manifest = store.read_manifest(reference)
-    figures = {key: manifest.figures[key] for key in AdapterReport.__dataclass_fields__ if key not in NOT_FIGURES}
-    path = str(store.resolve(manifest.reference).absolute())
-    return AdapterReport(name=manifest.name, version=manifest.version, path=path, **figures)
+    figures: dict[str, Any] = {
+        key: manifest.figures.get(key) for key in AdapterReport.__dataclass_fields__ if key not in NOT_FIGURES
+    }
+    path, parents = str(store.resolve(manifest.reference).absolute()), tuple(p.reference for p in manifest.parents)
+    return AdapterReport(name=manifest.name, version=manifest.version, path=path, parents=parents, **figures)

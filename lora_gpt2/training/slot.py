@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.prepared import PreparedData
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.recipe import Recipe
+from lora_gpt2.store.manifest import Parent
 from lora_gpt2.training.block_order import BlockOrder
 
 MIN_VALIDATION_TOKENS = 4096
@@ -56,6 +57,9 @@ class TrainingSlot:
         validate_every: steps between validations.
         validation_tokens: maximum number of tokens in a validation during the run.
         records: the lines of its metrics file.
+        parents: the versions that the adapter continues from.
+        source: see `Start`.
+        parent_nll: mean NLL over the validation split before the first step, where it continues from another adapter.
         num_written: the number of `records` in the file.
         stop_requested: a callback has asked for the end.
     """
@@ -71,6 +75,8 @@ class TrainingSlot:
         "stopped",
         "failure",
         "records",
+        "source",
+        "parent_nll",
     )
     recipe: Recipe
     data: PreparedData
@@ -88,6 +94,9 @@ class TrainingSlot:
     stopped: bool = False
     failure: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
+    parents: tuple[Parent, ...] = ()
+    source: str = ""
+    parent_nll: float | None = None
     num_written: int = 0
     stop_requested: bool = False
 
@@ -103,6 +112,16 @@ class TrainingSlot:
     def name(self) -> str:
         """The adapter's name."""
         return self.recipe.name
+
+    @property
+    def is_continued(self) -> bool:
+        """True if the adapter continues from another one."""
+        return bool(self.parents or self.source)
+
+    @property
+    def has_best(self) -> bool:
+        """True once a validation has shown which weights are the best so far; step 0 may be it."""
+        return math.isfinite(self.best_nll)
 
     @property
     def tokens_per_step(self) -> int:
@@ -155,13 +174,15 @@ class TrainingSlot:
     def progress_to_json(self) -> dict[str, Any]:
         """Returns the progress for a checkpoint."""
         values = {key: getattr(self, key) for key in self.PROGRESS}
-        return values | {"best_nll": self.best_nll if self.best_step else None}
+        parents = [asdict(parent) for parent in self.parents]
+        return values | {"best_nll": self.best_nll if self.has_best else None, "parents": parents}
 
     def restore_progress(self, values: Mapping[str, Any]) -> None:
         """Sets the progress to that of a checkpoint."""
         for key in self.PROGRESS:
             setattr(self, key, values[key])
         self.best_nll = math.inf if values["best_nll"] is None else values["best_nll"]
+        self.parents = tuple(Parent(**parent) for parent in values["parents"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,7 @@ class Trainer:
         run: keeps checkpoints and metrics; None keeps none.
         process_group: the processes of the run.
         sampler: called as `sampler(base, slot, adapter)`; returns a text to keep with each validation.
+        initial: adapters that slots start from, in the shape of their recipes, by name; others start fresh.
         callbacks: receive each event of each adapter, in the main process.
 
     `lookahead` is the number of steps that may be in flight when Python continues.
@@ -65,6 +67,7 @@ class Trainer:
         process_group: ProcessGroup | None = None,
         *,
         sampler: Callable[[Base, TrainingSlot, Adapter], str] | None = None,
+        initial: Mapping[str, Adapter] = MappingProxyType({}),
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.base, self.slots, self.reporter, self.run = base, list(slots), reporter, run
@@ -73,13 +76,17 @@ class Trainer:
         self.lookahead = 1 if self.device.type == "cuda" else 0
         _check_lengths(base, slots)
         plans = [plan_targets(base.config, slot.recipe.lora) for slot in slots]
-        adapters = [build_adapter(base.config, slot.recipe.lora, slot.recipe.train.seed) for slot in slots]
+        adapters = [
+            initial.get(slot.name) or build_adapter(base.config, slot.recipe.lora, slot.recipe.train.seed)
+            for slot in slots
+        ]
         ranks = merge_ranks(adapter.ranks for adapter in adapters)
         self.bank = AdapterBank(base.config, ranks, len(slots), "training", base.model.wte.weight)
         for slot_id, adapter in enumerate(adapters):
             self.bank.load(slot_id, adapter)
-        lr_multipliers = self.bank.build_lr_multipliers([slot.recipe.train.loraplus_lr_ratio for slot in slots])
-        self.runner = StepRunner(base.model, self.bank, self.bank.build_mask(plans), lr_multipliers, self.process_group)
+        mask = self.bank.build_mask(plans)
+        lr_multipliers = self.bank.build_lr_multipliers([slot.recipe.train.loraplus_lr_ratio for slot in slots], mask)
+        self.runner = StepRunner(base.model, self.bank, mask, lr_multipliers, self.process_group)
         self.micro_batches = MicroBatchBuilder(self.slots, self.process_group)
         self.dispatcher = StepDispatcher(self.slots, self.runner, self.micro_batches, self.device)
         self.best = self.bank.flat.clone()
@@ -101,6 +108,8 @@ class Trainer:
             Interrupted: a signal came; a checkpoint of the last whole step is kept.
         """
         remaining = sum(max(0, slot.num_steps - self.step) * slot.tokens_per_step for slot in self.slots)
+        if self.step == 0:
+            self._validate_parents()
         with self.reporter.task("training", remaining, "tokens") as task:
             while active := [slot_id for slot_id, slot in enumerate(self.slots) if slot.is_active(self.step)]:
                 self._advance(active)
@@ -136,6 +145,14 @@ class Trainer:
         self.step += 1
         for slot_id in slot_ids:
             self.slots[slot_id].last_step = self.step
+
+    def _validate_parents(self) -> None:
+        """Measures the slots that continue from another adapter, which is the best so far."""
+        for slot_id, slot in enumerate(self.slots):
+            if slot.is_continued:
+                slot.records.append({"step": 0, "tokens": 0, "loss": None, "learning_rate": 0.0, "seconds": 0.0})
+                self._validate(slot_id)
+                slot.parent_nll = self.measure_validation(slot_id, whole=True)
 
     def _advance(self, active: list[int]) -> None:
         """Launches a step; validates the slots that are due."""
@@ -211,14 +228,14 @@ class Trainer:
         if slot.stopped:
             self.reporter.message(f"'{slot.name}' stopped at step {self.step}: best was step {slot.best_step}")
 
-    def measure_validation(self, slot_id: int) -> float:
-        """Returns a slot's mean NLL over the first tokens of its validation split, in nats per target."""
+    def measure_validation(self, slot_id: int, whole: bool = False) -> float:
+        """Returns a slot's mean NLL over the first tokens of its validation split, or all, in nats per target."""
         slot = self.slots[slot_id]
         return measure_blocks(
             self.base,
             slot.data.validation,
             TrainingAdapters(self.bank, [slot_id]),
-            max_tokens=slot.validation_tokens,
+            max_tokens=None if whole else slot.validation_tokens,
             batch_tokens=slot.recipe.train.micro_batch_tokens,
         )
 
@@ -228,7 +245,7 @@ class Trainer:
         with self.reporter.task("measuring", losses.count_tokens(slot_ids), "tokens") as task:
             for slot_id in slot_ids:
                 slot = self.slots[slot_id]
-                if slot.recipe.train.keep_best and slot.best_step:
+                if slot.recipe.train.keep_best and slot.has_best:
                     self.bank.write(slot_id, self.best[slot_id])
                 base_nll, validation_nll = losses.measure_validation(slot_id, task.advance)
                 self._emit("end", slot, validation_nll)
@@ -245,7 +262,7 @@ class Trainer:
     def _describe_progress(self) -> str:
         parts = []
         for slot in self.slots:
-            best = f" val ppl {math.exp(min(slot.best_nll, 50)):.1f}" if slot.best_step else ""
+            best = f" val ppl {math.exp(min(slot.best_nll, 50)):.1f}" if slot.has_best else ""
             loss = next((r["loss"] for r in reversed(slot.records) if r["loss"] is not None), math.nan)
             parts.append(f"{slot.name} failed" if slot.failure else f"{slot.name} loss {loss:.2f}{best}")
         return "; ".join(parts)

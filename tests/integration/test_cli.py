@@ -63,6 +63,26 @@ def test_from_text_to_adapter_to_text_to_figures(run, base_folder, text_file):
     assert cells[0]["tokens"] == cells[1]["tokens"] > 0
 
 
+def test_an_adapter_is_continued_as_its_next_version(run, base_folder, text_file):
+    own = ["--base", base_folder, *TINY]
+    assert run("train", f"law={text_file}", *own)[0] == 0
+    tiny = own[:-6] + own[-2:]  # without steps and rank
+    code, out, err = run("train", text_file, "--from", "law", "--steps", "3", *tiny, "--json")
+    assert code == 0, err
+    (item,) = json.loads(out)["adapters"]
+    assert (item["name"], item["version"], item["parents"]) == ("law", 2, ["law@1"])
+    assert item["parent_perplexity"] > 0
+    code, out, err = run("train", text_file, "--from", "law@1", "--name", "on", "--steps", "3", *tiny)
+    assert "parent ppl" in out
+    assert "on: continues from law@1" in err
+    code, out, _ = run("plan", text_file, "--from", "law", "--steps", "3", "--no-probe", *tiny, "--json")
+    whole = run("plan", text_file, "--rank", "2", "--steps", "3", "--no-probe", *tiny, "--json")
+    assert json.loads(out)["parts"] == json.loads(whole[1])["parts"]
+    code, _, err = run("train", text_file, "--from", "laww", *own)
+    assert code == 4
+    assert "did you mean 'law'" in err
+
+
 def test_bench_domains_trains_one_adapter_per_folder_and_names_the_winners(run, base_folder, tmp_path):
     words = {"cat": "the cat and the dog run", "chat": "le chat et le chien sous"}
     for name, vocabulary in words.items():

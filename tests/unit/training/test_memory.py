@@ -209,13 +209,13 @@ def test_out_of_memory_names_settings_that_need_less(wide_folder):
         raise RuntimeError("shape mismatch")
 
 
-def test_a_plan_measures_speed_and_counts_tokens(wide_folder, reporter):
-    plan = plan_run([make_recipe(wide_folder, batch_tokens=512)], reporter)
+def test_a_plan_measures_speed_and_counts_tokens(wide_folder, store, reporter):
+    plan = plan_run([make_recipe(wide_folder, batch_tokens=512)], store, reporter)
     assert plan.fits
     assert plan.tokens == 3 * 512
     assert plan.tokens_per_second > 0
     assert plan.seconds == pytest.approx(plan.tokens / plan.tokens_per_second)
-    small = plan_run([make_recipe(wide_folder)], reporter, budget=1_000_000)
+    small = plan_run([make_recipe(wide_folder)], store, reporter, budget=1_000_000)
     assert not small.fits
     assert small.tokens_per_second is None
 
