@@ -181,6 +181,14 @@ class TrainSettings(Section):
     """Publish the weights with the lowest validation loss instead of the last ones."""
     patience: Annotated[int, Field(ge=0)] = 0
     """Early stopping: stop after this many validations without improvement; 0 = off."""
+    forget: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Budget of forgetting: maximum KL divergence from the base on general text, in nats per token; default: none."""
+    replay: Sources = ()
+    """General text for `forget`; default: text that the base itself writes."""
+    replay_tokens: Annotated[int, Field(ge=64, le=2**24)] = 32768
+    """Number of tokens of general text, of which a sixteenth is only measured on."""
+    replay_fraction: Annotated[float, Field(gt=0, le=4)] = 0.25
+    """Replayed tokens per training token."""
     sample_tokens: Annotated[int, Field(ge=0, le=512)] = 32
     """Length of the sample text generated at each validation for the report; 0 = none."""
     sample_prompt: str = ""
@@ -351,6 +359,12 @@ class Recipe(Section):
     def blocks_per_step(self) -> int:
         """Blocks in the batch of an optimizer step."""
         return self.train.batch_size or max(1, self.train.batch_tokens // self.data.block_size)
+
+    @property
+    def replayed_per_step(self) -> int:
+        """Blocks of general text that an optimizer step replays."""
+        is_replayed = self.train.forget is not None
+        return max(1, round(self.blocks_per_step * self.train.replay_fraction)) if is_replayed else 0
 
     def count_epochs(self, tokens: int) -> float:
         """Returns the number of epochs over a training text of this many tokens."""

@@ -51,6 +51,8 @@ EVERYDAY: dict[str, tuple[str, ...]] = {
 }
 """The settings that have an option of their own on the command line, and a keyword in Python, by the last part of
 their key; every other one is set by `--set` and `settings=`."""
+PATHS = (("data", "sources"), ("data", "validation"), ("data", "test"), ("train", "replay"))
+"""The settings that hold sources, which are relative to the folder of their recipe."""
 EXAMPLES = "correct it; 'lora-gpt2 recipes show prose' shows one that is valid"
 
 
@@ -108,11 +110,11 @@ def _set_value(values: dict[str, Any], path: Sequence[str], value: Any, where: s
 def read_recipe(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file, or in the bundled recipe of that name; sources are relative to its folder."""
     values = _read_values(path)
-    data, lora = values.get("data"), values.get("lora")
-    if isinstance(data, dict):
-        for key in ("sources", "validation", "test"):
-            if isinstance(data.get(key), list):
-                data[key] = [_place_source(source, path.parent) for source in data[key]]
+    lora = values.get("lora")
+    for name, key in PATHS:
+        section = values.get(name)
+        if isinstance(section, dict) and isinstance(section.get(key), list):
+            section[key] = [_place_source(source, path.parent) for source in section[key]]
     if isinstance(lora, dict) and _is_beside(lora.get("init_from"), path):
         lora["init_from"] = str(path.parent / lora["init_from"])
     return values

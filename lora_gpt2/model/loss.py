@@ -94,6 +94,28 @@ class _Chunks:
             return score_rows(padded, self.vocab_size, targets, factors, smoothing)
         return self._score_eagerly(padded[:, : self.vocab_size], targets, factors, smoothing)
 
+    def compare(self, group: int, tokens: slice, reference: Tensor, has_loss: Tensor, factors: Tensor | None) -> Tensor:
+        """Returns KL(reference || these logits) of some tokens, in nats; 0 where there is no loss.
+
+        `reference` are the hidden states that the same head makes logits of. With `factors` of the tokens, `padded`
+        holds the gradient of the logits afterwards.
+        """
+        lowp = self.padded[: len(reference), : self.vocab_size]
+        base = torch.mm(reference, self.head[: self.vocab_size].T).float()
+        torch.mm(self.hidden[tokens], self.head.T, out=self.padded[: len(reference)])
+        if self.update is not None:
+            lowp.addmm_(self.update.hidden_a[tokens], self.update.b_t[group])
+        own = lowp if lowp.dtype == torch.float32 else lowp.float()
+        own.sub_(own.logsumexp(1, keepdim=True))
+        base.sub_(base.logsumexp(1, keepdim=True))
+        ratio = base - own
+        divergence: Tensor = torch.linalg.vecdot(base.exp_(), ratio) * has_loss
+        if factors is not None:
+            gradient = own.exp_().sub_(base).mul_((factors * has_loss)[:, None])
+            if gradient.dtype != lowp.dtype:
+                lowp.copy_(gradient)
+        return divergence
+
     def _score_eagerly(
         self, lowp: Tensor, targets: Tensor, factors: Tensor | None, smoothing: float
     ) -> tuple[Tensor, Tensor | None]:
@@ -130,6 +152,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         smoothing: float,
         update: LowRankLogits | None,
         vocab_size: int | None,
+        reference: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         nll = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
         loss = torch.zeros_like(nll)
@@ -140,7 +163,11 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             grad_b_t = torch.zeros_like(update.b_t, dtype=torch.float32)
         chunks = _Chunks(hidden, head, update, vocab_size)
         for group, tokens in chunks.split():
-            nll[tokens], uniform = chunks.score(group, tokens, targets[tokens], weights[tokens], smoothing)
+            if reference is None:
+                nll[tokens], uniform = chunks.score(group, tokens, targets[tokens], weights[tokens], smoothing)
+            else:
+                has_loss, uniform = targets[tokens] != IGNORE, None
+                nll[tokens] = chunks.compare(group, tokens, reference[tokens], has_loss, weights[tokens])
             loss[tokens] = nll[tokens] if uniform is None else nll[tokens].lerp(uniform, smoothing)
             padded = chunks.padded[: tokens.stop - tokens.start]
             torch.mm(padded, head, out=grad_hidden[tokens])
@@ -160,7 +187,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if ctx.update.add_gradient is not None:
                 ctx.update.add_gradient(grad_b_t.mul_(upstream[0]))  # in place: there may be many slots
             grad_hidden_a = grad_hidden_a * factor
-        return grad_hidden * factor, grad_hidden_a, None, None, None, None, None, None
+        return grad_hidden * factor, grad_hidden_a, None, None, None, None, None, None, None
 
 
 def fused_linear_cross_entropy(
@@ -190,6 +217,46 @@ def fused_linear_cross_entropy(
     """
     hidden_a = None if update is None else update.hidden_a
     loss, nll = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, hidden_a, head, targets, weights, smoothing, update, vocab_size
+        hidden, hidden_a, head, targets, weights, smoothing, update, vocab_size, None
     )
     return loss, nll.detach()
+
+
+def fused_linear_kl_divergence(
+    hidden: Float[Tensor, "tokens width"],
+    head: Float[Tensor, "padded_vocab width"],
+    targets: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"],
+    update: LowRankLogits | None,
+    reference: Float[Tensor, "tokens width"],
+    *,
+    vocab_size: int | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " tokens"]]:
+    """Returns (sum of weight × divergence, divergence per token) in nats; differentiable in `hidden`.
+
+    The divergence is KL(p || q) of the next token, p under the hidden states `reference` and q under `hidden` with
+    `update`; 0 where the target is `IGNORE`. See `fused_linear_cross_entropy` for the other arguments.
+    """
+    hidden_a = None if update is None else update.hidden_a
+    loss, divergence = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, hidden_a, head, targets, weights, 0.0, update, vocab_size, reference
+    )
+    return loss, divergence.detach()
+
+
+def linear_kl_divergence(
+    hidden: Float[Tensor, "tokens width"],
+    head: Float[Tensor, "padded_vocab width"],
+    targets: Int[Tensor, " tokens"],
+    update: LowRankLogits | None,
+    reference: Float[Tensor, "tokens width"],
+    vocab_size: int | None = None,
+) -> Float[Tensor, " tokens"]:
+    """Returns the divergence per token; see `fused_linear_kl_divergence`."""
+    divergence = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    with torch.no_grad():
+        chunks = _Chunks(hidden, head, update, vocab_size)
+        for group, tokens in chunks.split():
+            has_loss = targets[tokens] != IGNORE
+            divergence[tokens] = chunks.compare(group, tokens, reference[tokens], has_loss, None)
+    return divergence

@@ -28,6 +28,7 @@ class StepResult:
         loss: mean NLL in nats per target.
         gradient_norm: before clipping.
         is_applied: False if loss or gradient were not finite, so that the step was skipped.
+        divergence: from the base on replayed text, in nats per target; 0 where nothing is replayed.
     """
 
     step: int
@@ -37,6 +38,7 @@ class StepResult:
     loss: float
     gradient_norm: float
     is_applied: bool
+    divergence: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ class StepDispatcher:
             pending = self._pending.popleft()
             if pending.done is not None:
                 pending.done.synchronize()
-            losses, norms, applied = pending.stats.tolist()
+            losses, norms, applied, divergences = pending.stats.tolist()
             for slot_id in pending.slot_ids:
                 yield StepResult(
                     step=pending.step,
@@ -101,6 +103,7 @@ class StepDispatcher:
                     loss=losses[slot_id],
                     gradient_norm=norms[slot_id],
                     is_applied=bool(applied[slot_id]),
+                    divergence=divergences[slot_id],
                 )
 
     def _copy_to_host(self, stats: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lora_gpt2.data.blocks import IGNORE, BlockBatch
 from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainingSlot, group_recipes
 from lora_gpt2.training.step import MicroBatch
 
@@ -25,8 +27,10 @@ class MicroBatchBuilder:
     nothing else that is random about it. The tensors are on the host.
     """
 
-    def __init__(self, slots: Sequence[TrainingSlot], process_group: ProcessGroup) -> None:
-        self.slots, self.process_group = slots, process_group
+    def __init__(
+        self, slots: Sequence[TrainingSlot], process_group: ProcessGroup, replay: Replay | None = None
+    ) -> None:
+        self.slots, self.process_group, self.replay = slots, process_group, replay
         self.block_size = slots[0].recipe.data.block_size
 
     def read(self, slot_ids: Sequence[int], step: int) -> tuple[dict[int, BlockBatch], list[int]]:
@@ -41,19 +45,48 @@ class MicroBatchBuilder:
         Slots with different `PER_MICRO_BATCH` settings do not share a micro-batch.
         """
         batches, counts = self.read(slot_ids, step)
-        micro_batches = []
+        micro_batches = [self._build_one(parts, batches, counts, step) for parts in self._split(batches)]
+        if self.replay is not None:
+            micro_batches += self._build_replayed(self.replay, slot_ids, step)
+        return micro_batches, counts
+
+    def _split(self, batches: Mapping[int, BlockBatch]) -> Iterator[dict[int, list[int]]]:
+        """Yields the sequences of each micro-batch of this process: indices into the batch of each slot."""
         for indices in group_recipes([self.slots[slot_id].recipe for slot_id in batches]):
             group = [list(batches)[index] for index in indices]
             shares = {slot_id: list(self.process_group.share(len(batches[slot_id].inputs))) for slot_id in group}
             limit = min(self.slots[slot_id].recipe.train.micro_batch_tokens for slot_id in group)
             size = max(1, limit // self.block_size // len(group))
             for start in range(0, max(len(shares[slot_id]) for slot_id in group), size):
-                parts = {k: shares[k][start : start + size] for k in group if len(shares[k]) > start}
-                micro_batches.append(self._build_one(parts, batches, counts, step))
-        return micro_batches, counts
+                yield {k: shares[k][start : start + size] for k in group if len(shares[k]) > start}
+
+    def _build_replayed(self, replay: Replay, slot_ids: Sequence[int], step: int) -> Iterator[MicroBatch]:
+        """Yields this process's share of the text that a step replays; without NEFTune's noise."""
+        chosen = {
+            k: replay.indices(step, self.slots[k].recipe.replayed_per_step, self.slots[k].recipe.train.seed)
+            for k in slot_ids
+            if self.slots[k].recipe.replayed_per_step
+        }
+        batches = {k: replay.batch.take(indices) for k, indices in chosen.items()}
+        counts = [int((batches[k].targets != IGNORE).sum()) if k in batches else 0 for k in range(len(self.slots))]
+        for parts in self._split(batches):
+            micro_batch = self._build_one(parts, batches, counts, step, label="replay ")
+            reference = replay.hidden.new_zeros(*micro_batch.inputs.shape, replay.hidden.shape[-1])
+            rows = reference.view(len(parts), -1, *reference.shape[1:])
+            for row, (slot_id, indices) in zip(rows, parts.items(), strict=True):
+                row[: len(indices)] = replay.hidden[[chosen[slot_id][index] for index in indices]]
+            penalties = torch.tensor([self.slots[slot_id].penalty for slot_id in parts])
+            yield dataclasses.replace(
+                micro_batch, reference=reference, penalties=penalties, noise_alpha=0.0, positions=None
+            )
 
     def _build_one(
-        self, parts: dict[int, list[int]], batches: dict[int, BlockBatch], counts: Sequence[int], step: int
+        self,
+        parts: dict[int, list[int]],
+        batches: Mapping[int, BlockBatch],
+        counts: Sequence[int],
+        step: int,
+        label: str = "",
     ) -> MicroBatch:
         """Puts sequences of several slots together; a slot with fewer of them gets empty ones."""
         slot_ids, size = list(parts), max(map(len, parts.values()))
@@ -66,7 +99,7 @@ class MicroBatchBuilder:
             if taken.positions is not None:
                 positions[row, : len(indices)] = taken.positions
             for column, index in enumerate(indices):
-                seed = f"{self.slots[slot_id].recipe.train.seed} {step} {index}"
+                seed = f"{label}{self.slots[slot_id].recipe.train.seed} {step} {index}"
                 seeds[row * size + column] = zlib.crc32(seed.encode())
         settings = self.slots[slot_ids[0]].recipe
         weights = torch.tensor([1 / max(1, counts[k]) for k in slot_ids]).repeat_interleave(size * self.block_size)

@@ -42,6 +42,7 @@ from lora_gpt2.training.diagnosis import diagnose_curve, diagnose_forgetting
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.memory import wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
+from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.report import render_report
 from lora_gpt2.training.samples import generate_sample
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, check_together
@@ -173,6 +174,7 @@ def _train_locked(
     recipes = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
     slots = [TrainingSlot(recipe=recipe, data=data) for recipe, data in zip(recipes, prepared, strict=True)]
     _warn_of_overlaps(slots, reporter)
+    replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter))
     identity = _identify_run(base, slots, process_group, [digest_parent(recipe, store) for recipe in recipes])
     resume = process_group.broadcast_object(
         resume and process_group.is_main_process and _can_resume(run, identity, reporter)
@@ -187,9 +189,16 @@ def _train_locked(
         checkpoint = process_group.broadcast_object(
             run.load(reporter) if resume and process_group.is_main_process else None
         )
-        initial = {} if checkpoint else _open_starts(slots, store, base, reporter)
         trainer = Trainer(
-            base, slots, reporter, run, process_group, sampler=generate_sample, initial=initial, callbacks=callbacks
+            base,
+            slots,
+            reporter,
+            run,
+            process_group,
+            sampler=generate_sample,
+            initial={} if checkpoint else _open_starts(slots, store, base, reporter),
+            replay=replay,
+            callbacks=callbacks,
         )
         if checkpoint:
             trainer.restore(*checkpoint)

@@ -15,9 +15,21 @@ from lora_gpt2.store.manifest import Parent
 from lora_gpt2.training.block_order import BlockOrder
 
 MIN_VALIDATION_TOKENS = 4096
+PENALTY_RATE, AVERAGED = 0.1, 0.2
+LEAST_PENALTY, MOST_PENALTY = 0.01, 1000.0
+TOLERANCE = 0.1
+"""Fraction by which the divergence of the best weights may exceed the budget, because it is measured on little text."""
 PER_MICRO_BATCH = ("lora.dropout", "train.label_smoothing", "train.neftune_noise_alpha", "train.gradient_checkpointing")
 """Settings that all slots of a micro-batch have in common."""
-PER_RUN = ("base", "data.block_size", "data.layout", "train.dtype", "train.quantize")
+PER_RUN = (
+    "base",
+    "data.block_size",
+    "data.layout",
+    "train.dtype",
+    "train.quantize",
+    "train.replay",
+    "train.replay_tokens",
+)
 """Settings that all recipes of a run have in common."""
 
 
@@ -60,6 +72,9 @@ class TrainingSlot:
         parents: the versions that the adapter continues from.
         source: see `Start`.
         parent_nll: mean NLL over the validation split before the first step, where it continues from another adapter.
+        penalty: weight of the divergence from the base in the loss, in place of the budget of forgetting.
+        divergence: moving average of the divergence on replayed text, in nats per token.
+        best_excess: by how much the best weights exceed the budget, as a fraction of it.
         num_written: the number of `records` in the file.
         stop_requested: a callback has asked for the end.
     """
@@ -77,6 +92,9 @@ class TrainingSlot:
         "records",
         "source",
         "parent_nll",
+        "penalty",
+        "divergence",
+        "best_excess",
     )
     recipe: Recipe
     data: PreparedData
@@ -97,6 +115,9 @@ class TrainingSlot:
     parents: tuple[Parent, ...] = ()
     source: str = ""
     parent_nll: float | None = None
+    penalty: float = 1.0
+    divergence: float = 0.0
+    best_excess: float = 0.0
     num_written: int = 0
     stop_requested: bool = False
 
@@ -161,11 +182,25 @@ class TrainingSlot:
         }
         self.records.append(record if is_applied else record | {"skipped": self.num_skipped})
 
-    def record_validation(self, step: int, nll: float) -> bool:
-        """Adds the loss of a validation; returns True if it is the lowest so far. Sets `stopped` by the patience."""
+    def record_divergence(self, divergence: float) -> None:
+        """Raises the penalty if the divergence of a step is over the budget, else lowers it: dual ascent on its log."""
+        assert self.recipe.train.forget is not None
+        self.divergence += AVERAGED * (divergence - self.divergence)
+        excess = self.divergence / self.recipe.train.forget - 1
+        self.penalty *= math.exp(PENALTY_RATE * min(excess, 2.0))
+        self.penalty = min(max(self.penalty, LEAST_PENALTY), MOST_PENALTY)
+
+    def record_validation(self, step: int, nll: float, divergence: float | None = None) -> bool:
+        """Adds the loss of a validation; returns True if it is the best so far. Sets `stopped` by the patience.
+
+        The best is the lowest loss among those within the budget of forgetting, else the one that exceeds it least.
+        """
         self.validations_without_improvement += 1
-        if is_best := nll < self.best_nll:
+        budget = self.recipe.train.forget
+        excess = 0.0 if budget is None or divergence is None else max(0.0, divergence / budget - 1 - TOLERANCE)
+        if is_best := not self.has_best or (excess, nll) < (self.best_excess, self.best_nll):
             self.best_nll, self.best_step, self.validations_without_improvement = nll, step, 0
+            self.best_excess = excess
         patience = self.recipe.train.patience
         if patience and self.validations_without_improvement >= patience and step < self.num_steps:
             self.stopped = True

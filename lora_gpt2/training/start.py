@@ -48,8 +48,9 @@ from lora_gpt2.store.references import AdapterRef
 from lora_gpt2.training.slot import TrainingSlot
 
 MAX_PARENTS = 4
-SAMPLE_TOKENS = 8192
-SEARCH_STEPS = 40
+LEAST_TOKENS, MOST_TOKENS, SAMPLE_SHARE = 1024, 8192, 100
+"""The sample is one in so many training tokens, within these bounds, so that the search costs a tenth of training."""
+SEARCH_STEPS = 24
 LEAST_GAIN = 0.01  # nats per token, below which a mix is not worth its memory of other texts
 BATCH = 8
 
@@ -174,7 +175,7 @@ def _mix_store(slot: TrainingSlot, store: Store, base: Base, reporter: Reporter)
             task.advance(1)
             return _measure_nll(base, batch, session.adapters_for([mix]))
 
-        first = sample.take(range(max(1, len(sample.inputs) // 4)))
+        first = sample.take(range(max(1, len(sample.inputs) // 2)))
         losses = {m.reference: measure(Mix.single(m.reference), first) for m in manifests}
         chosen = [m for m in sorted(manifests, key=lambda m: losses[m.reference]) if np.isfinite(losses[m.reference])]
         chosen = chosen[:MAX_PARENTS]
@@ -200,15 +201,11 @@ def _mix_store(slot: TrainingSlot, store: Store, base: Base, reporter: Reporter)
 
 
 def _read_sample(slot: TrainingSlot) -> BlockBatch:
-    """Returns the blocks of the first steps, about `SAMPLE_TOKENS` tokens."""
-    steps = range(max(1, SAMPLE_TOKENS // slot.tokens_per_step))
-    batches = [slot.order.read(step) for step in steps]
-    positions = [batch.positions for batch in batches if batch.positions is not None]
-    return BlockBatch(
-        inputs=np.concatenate([batch.inputs for batch in batches]),
-        targets=np.concatenate([batch.targets for batch in batches]),
-        positions=np.concatenate(positions) if positions else None,
-    )
+    """Returns the first blocks that training will see."""
+    tokens = min(MOST_TOKENS, max(LEAST_TOKENS, slot.num_steps * slot.tokens_per_step // SAMPLE_SHARE))
+    count = max(1, tokens // slot.recipe.data.block_size)
+    steps = range(-(-count // slot.order.batch_size))
+    return slot.data.train.read([index for step in steps for index in slot.order.indices(step)][:count])
 
 
 def _measure_nll(base: Base, batch: BlockBatch, adapters: ActiveAdapters | None) -> float:

@@ -22,7 +22,7 @@ from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.gpt2 import GPT2
 from lora_gpt2.model.graphs import capture, on_capture_stream
-from lora_gpt2.model.loss import fused_linear_cross_entropy
+from lora_gpt2.model.loss import fused_linear_cross_entropy, fused_linear_kl_divergence
 from lora_gpt2.model.transfer import Transfer
 from lora_gpt2.training.optimizer import GradScaler, SlotAdamW, clip_slots
 from lora_gpt2.training.process_group import ProcessGroup
@@ -48,6 +48,8 @@ class MicroBatch:
         seeds: `[batch]`; they decide dropout and noise.
         noise_alpha: strength of NEFTune's noise.
         gradient_checkpointing: compute activations again in the backward pass.
+        penalties: `[slots]`; of replayed text, the weight of the divergence from the base, which is the loss there.
+        reference: `[batch, time, width]`; of replayed text, the base's hidden states.
     """
 
     slots: Sequence[int]
@@ -61,11 +63,19 @@ class MicroBatch:
     noise_alpha: float
     gradient_checkpointing: bool
     positions: Tensor | None = None
+    penalties: Tensor | None = None
+    reference: Tensor | None = None
 
     @property
     def signature(self) -> tuple[object, ...]:
         """What a captured graph cannot change."""
-        settings = (self.dropout, self.label_smoothing, self.noise_alpha, self.gradient_checkpointing)
+        settings = (
+            self.dropout,
+            self.label_smoothing,
+            self.noise_alpha,
+            self.gradient_checkpointing,
+            self.reference is None,
+        )
         return (*self.slots, *self.inputs.shape, *settings)
 
 
@@ -110,14 +120,18 @@ class StepRunner:
         device = bank.flat.device
         self.grad_scaler = GradScaler(bank.num_slots, device) if model.wte.weight.dtype == torch.float16 else None
         self.losses = torch.zeros(bank.num_slots, device=device)
-        self.stats = torch.zeros(3, bank.num_slots, device=device)
+        self.divergences = torch.zeros(bank.num_slots, device=device)
+        self.stats = torch.zeros(4, bank.num_slots, device=device)
         self.transfer = Transfer(device)
         self.graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self._signature: tuple[object, ...] = ()
         self._num_steps = 0
 
     def run(self, batches: Sequence[MicroBatch], hyperparams: SlotHyperparams) -> Tensor:
-        """Makes one step; returns `stats` `[3, slots]`: loss in nats per token, gradient norm, 1 if it was applied.
+        """Makes one step; returns `stats` `[4, slots]`.
+
+        They are the loss in nats per token, the gradient's norm, 1 if the step was applied, and the divergence from the
+        base on replayed text in nats per token.
 
         The tensors of `batches` and `hyperparams` are on the host. On a GPU the result is there when the device has
         caught up.
@@ -141,7 +155,7 @@ class StepRunner:
             self.graphs = gradients, update
         gradients, update = self.graphs
         gradients.replay()
-        self.process_group.all_reduce(self.gradient, self.losses)
+        self.process_group.all_reduce(self.gradient, self.losses, self.divergences)
         update.replay()
         return self.stats
 
@@ -156,17 +170,22 @@ class StepRunner:
     def compute(self, batches: Sequence[MicroBatch], hyperparams: SlotHyperparams) -> None:
         """Makes one step of tensors on the device as it is, without a graph; fills `stats`."""
         self.compute_gradients(batches)
-        self.process_group.all_reduce(self.gradient, self.losses)
+        self.process_group.all_reduce(self.gradient, self.losses, self.divergences)
         self.apply_gradients(hyperparams)
 
     def compute_gradients(self, batches: Sequence[MicroBatch]) -> None:
-        """Fills `gradient` `[slots, parameters]` and `losses` `[slots]` with this process's share."""
+        """Fills `gradient` `[slots, parameters]`, `losses` and `divergences` `[slots]` with this process's share."""
         self.gradient.zero_()
         self.losses.zero_()
+        self.divergences.zero_()
         for batch in batches:
             weights = batch.loss_weights
+            factors = batch.penalties
             if self.grad_scaler is not None:
-                weights = weights * self.grad_scaler.values[batch.slot_ids].repeat_interleave(
+                scales = self.grad_scaler.values[batch.slot_ids]
+                factors = scales if factors is None else scales * factors
+            if factors is not None:
+                weights = weights * factors.repeat_interleave(
                     len(weights) // len(batch.slots), output_size=len(weights)
                 )
             adapters = TrainingAdapters(self.bank, batch.slots, batch.slot_ids, batch.dropout, batch.seeds)
@@ -179,17 +198,19 @@ class StepRunner:
                 positions=batch.positions,
             )
             update, targets = adapters.low_rank_logits(hidden), batch.targets.flatten()
-            loss, nll = fused_linear_cross_entropy(
-                hidden.flatten(0, 1),
-                self.model.padded_head,
-                targets,
-                weights,
-                batch.label_smoothing,
-                update,
-                vocab_size=self.model.config.vocab_size,
-            )
+            flat, head, vocab_size = hidden.flatten(0, 1), self.model.padded_head, self.model.config.vocab_size
+            if batch.reference is None:
+                totals = self.losses
+                loss, values = fused_linear_cross_entropy(
+                    flat, head, targets, weights, batch.label_smoothing, update, vocab_size=vocab_size
+                )
+            else:
+                totals, reference = self.divergences, batch.reference.flatten(0, 1)
+                loss, values = fused_linear_kl_divergence(
+                    flat, head, targets, weights, update, reference, vocab_size=vocab_size
+                )
             loss.backward()  # type: ignore[no-untyped-call]
-            self.losses.index_add_(0, batch.slot_ids, (nll * batch.loss_weights).view(len(batch.slots), -1).sum(1))
+            totals.index_add_(0, batch.slot_ids, (values * batch.loss_weights).view(len(batch.slots), -1).sum(1))
 
         if self.grad_scaler is not None:
             self.gradient.div_(self.grad_scaler.values[:, None])
@@ -199,7 +220,7 @@ class StepRunner:
     def apply_gradients(self, hyperparams: SlotHyperparams) -> None:
         """Clips and applies the gradients of all processes; fills `stats`."""
         norms = clip_slots(self.gradient, hyperparams.max_grad_norms)
-        finite = torch.isfinite(norms) & torch.isfinite(self.losses)
+        finite = torch.isfinite(norms) & torch.isfinite(self.losses) & torch.isfinite(self.divergences)
         applied = finite & hyperparams.is_active
         self.optimizer.step(
             self.gradient, hyperparams.learning_rates, hyperparams.weight_decays, applied, self.lr_multipliers
@@ -207,7 +228,7 @@ class StepRunner:
         self.bank.refresh_casts()
         if self.grad_scaler is not None:
             self.grad_scaler.update(finite, hyperparams.is_active)
-        torch.stack([self.losses, norms, applied.float()], out=self.stats)
+        torch.stack([self.losses, norms, applied.float(), self.divergences], out=self.stats)
 
 
 def draw_noise(batch: MicroBatch, width: int) -> Tensor | None:

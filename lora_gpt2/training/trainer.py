@@ -30,6 +30,7 @@ from lora_gpt2.training.dispatch import StepDispatcher, StepResult
 from lora_gpt2.training.events import Callback, EventKind, describe_event
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
 from lora_gpt2.training.step import StepRunner
 from lora_gpt2.training.trackers import Log
@@ -50,6 +51,7 @@ class Trainer:
         process_group: the processes of the run.
         sampler: called as `sampler(base, slot, adapter)`; returns a text to keep with each validation.
         initial: adapters that slots start from, in the shape of their recipes, by name; others start fresh.
+        replay: general text for slots with a budget of forgetting.
         callbacks: receive each event of each adapter, in the main process.
 
     `lookahead` is the number of steps that may be in flight when Python continues.
@@ -68,6 +70,7 @@ class Trainer:
         *,
         sampler: Callable[[Base, TrainingSlot, Adapter], str] | None = None,
         initial: Mapping[str, Adapter] = MappingProxyType({}),
+        replay: Replay | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.base, self.slots, self.reporter, self.run = base, list(slots), reporter, run
@@ -87,7 +90,8 @@ class Trainer:
         mask = self.bank.build_mask(plans)
         lr_multipliers = self.bank.build_lr_multipliers([slot.recipe.train.loraplus_lr_ratio for slot in slots], mask)
         self.runner = StepRunner(base.model, self.bank, mask, lr_multipliers, self.process_group)
-        self.micro_batches = MicroBatchBuilder(self.slots, self.process_group)
+        self.replay = replay
+        self.micro_batches = MicroBatchBuilder(self.slots, self.process_group, replay)
         self.dispatcher = StepDispatcher(self.slots, self.runner, self.micro_batches, self.device)
         self.best = self.bank.flat.clone()
         self.step = 0
@@ -204,6 +208,10 @@ class Trainer:
             is_applied=result.is_applied,
             seconds=self.seconds,
         )
+        if slot.recipe.replayed_per_step:
+            slot.records[-1] |= {"divergence": result.divergence, "penalty": slot.penalty}
+            if result.is_applied:
+                slot.record_divergence(result.divergence)
         self._emit("step", slot)
 
     def _fail(self, slot: TrainingSlot, reason: str) -> None:
@@ -222,7 +230,10 @@ class Trainer:
         record |= {"validation_loss": nll, "memory_bytes": measure_peak_memory(self.device)}
         if self.sampler is not None:
             record["sample"] = self.sampler(self.base, slot, self.bank.read(slot_id))
-        if slot.record_validation(self.step, nll):
+        divergence = self.process_group.broadcast_object(self.measure_divergence(slot_id))
+        if divergence is not None:
+            record["validation_divergence"] = divergence
+        if slot.record_validation(self.step, nll, divergence):
             self.best[slot_id] = self.bank.flat[slot_id]
         self._emit("validation", slot, nll)
         if slot.stopped:
@@ -238,6 +249,12 @@ class Trainer:
             max_tokens=None if whole else slot.validation_tokens,
             batch_tokens=slot.recipe.train.micro_batch_tokens,
         )
+
+    def measure_divergence(self, slot_id: int) -> float | None:
+        """Returns a slot's divergence from the base on general text that it does not replay, in nats per target."""
+        if self.replay is None or not self.slots[slot_id].recipe.replayed_per_step:
+            return None
+        return self.replay.measure_divergence(self.base, TrainingAdapters(self.bank, [slot_id]))
 
     def _conclude(self, slot_ids: Sequence[int], stop: StopRequest) -> Iterator[TrainedAdapter]:
         """Yields the adapters with their losses on all held-out text."""
