@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from lora_gpt2.recipe import Recipe
     from lora_gpt2.store.catalog import Store
     from lora_gpt2.training.events import TrainingEvent
-    from lora_gpt2.training.run import AdapterReport
+    from lora_gpt2.training.publish import AdapterReport
 
 _MODULES = {
-    "AdapterReport": "training.run",
+    "AdapterReport": "training.publish",
     "Evaluation": "evaluation.run",
     "LoraGpt2Error": "core.errors",
     "Mix": "inference.mix",

@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": "Train adapters from text on this machine, swap them, print the matrix.",
     "prepare": "Read, clean, split and tokenise text; train does it on demand.",
     "train": "Train one adapter, or several together over one base.",
+    "tune": "Search for an adapter's settings in one run.",
     "plan": "Say what training will take: memory, time, and settings that fit.",
     "generate": "Continue a prompt with an adapter, a mix, or several side by side.",
     "repl": "Write a text together with adapters, at the keyboard.",

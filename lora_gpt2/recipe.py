@@ -306,6 +306,26 @@ class MergeSettings(Section):
         return self
 
 
+class TuneSettings(Section):
+    """The candidates of a search; a recipe's own settings are always one of them."""
+
+    learning_rate_factors: Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], Field(min_length=1)] = (
+        0.25,
+        0.5,
+        1.0,
+        2.0,
+    )
+    """Peak learning rates to try, as factors of the recipe's."""
+    ranks: Annotated[tuple[Annotated[int, Field(ge=1, le=512)], ...], Field(min_length=1)] = (8, 16, 32)
+    """Ranks to try."""
+    targets: Annotated[tuple[tuple[Target, ...], ...], Field(min_length=1)] = (BLOCKS, (*BLOCKS, "lm_head"))
+    """Sets of targets to try."""
+    dropouts: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.0,)
+    """Dropout rates to try; candidates with different ones do not share micro-batches, which is slower."""
+    step_fractions: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (1.0,)
+    """Lengths to try, as fractions of the recipe's steps."""
+
+
 class ServeSettings(Section):
     """Limits and timeouts of the server."""
 
@@ -350,6 +370,8 @@ class Recipe(Section):
     """How perplexity is measured."""
     generate: GenerateSettings = GenerateSettings()
     """How text is generated."""
+    tune: TuneSettings = TuneSettings()
+    """The candidates of a search."""
     merge: MergeSettings = MergeSettings()
     """How adapters are combined, or merged into the base."""
     serve: ServeSettings = ServeSettings()
@@ -372,7 +394,7 @@ class Recipe(Section):
         return self.train.steps * step_tokens / max(1, tokens) if self.train.steps else self.train.epochs
 
 
-SECTIONS = ("data", "lora", "train", "evaluate", "generate", "merge", "serve")
+SECTIONS = ("data", "lora", "train", "evaluate", "generate", "tune", "merge", "serve")
 
 
 def list_keys() -> list[str]:

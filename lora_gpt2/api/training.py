@@ -16,7 +16,8 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import EVERYDAY, name_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.events import Callback
-from lora_gpt2.training.run import AdapterReport, train_recipes
+from lora_gpt2.training.publish import AdapterReport
+from lora_gpt2.training.run import train_recipes
 
 if TYPE_CHECKING:
     import datasets

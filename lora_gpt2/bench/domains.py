@@ -22,7 +22,8 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.references import BASE
-from lora_gpt2.training.run import AdapterReport, train_recipes
+from lora_gpt2.training.publish import AdapterReport
+from lora_gpt2.training.run import train_recipes
 
 SPLITS = {"train": "sources", "valid": "validation", "test": "test"}
 

@@ -27,7 +27,8 @@ from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe, build_recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.training.run import AdapterReport, train_recipes
+from lora_gpt2.training.publish import AdapterReport
+from lora_gpt2.training.run import train_recipes
 
 STEPS = 50
 BATCH_TOKENS = 768

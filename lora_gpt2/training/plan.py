@@ -76,7 +76,7 @@ def plan_run(
     fitting = fit_recipes(config, recipes, runtime, limit)
     chosen = list(recipes) if fitting is None else fitting
     data = _prepare(recipes, reporter)
-    speed = _measure_speed(chosen, runtime, reporter) if probe and fitting is not None else None
+    speed = measure_speed(chosen, runtime, reporter) if probe and fitting is not None else None
     tokens = None
     if data is not None or all(recipe.train.steps for recipe in chosen):
         blocks = data or [build_random_data(recipe, config.vocab_size) for recipe in chosen]
@@ -135,7 +135,7 @@ def _prepare(recipes: Sequence[Recipe], reporter: Reporter) -> list[PreparedData
     return [prepare_data(recipe.data, tokenizer, reporter) for recipe in recipes]
 
 
-def _measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> float:
+def measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> float:
     """Returns tokens per second over all slots."""
     base: Base = load_base(recipes[0].base, runtime, recipes[0].train.quantize)
     warm_up = WARM_UP + 1 if runtime.device.type == "cuda" else 1

@@ -28,6 +28,7 @@ from lora_gpt2.model.runtime import measure_peak_memory
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.dispatch import StepDispatcher, StepResult
 from lora_gpt2.training.events import Callback, EventKind, describe_event
+from lora_gpt2.training.halving import SuccessiveHalving
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.replay import Replay
@@ -36,6 +37,7 @@ from lora_gpt2.training.step import StepRunner
 from lora_gpt2.training.trackers import Log
 from lora_gpt2.training.validation import HeldOutLosses, measure_blocks
 
+MOST_NATS = 50.0  # of which e to the power is still shown
 MAX_SKIPS = 20
 """Steps that dynamic loss scaling may skip in a row."""
 
@@ -52,6 +54,7 @@ class Trainer:
         sampler: called as `sampler(base, slot, adapter)`; returns a text to keep with each validation.
         initial: adapters that slots start from, in the shape of their recipes, by name; others start fresh.
         replay: general text for slots with a budget of forgetting.
+        halving: slots are candidates for one adapter, of which the worse ones stop early and one is returned.
         callbacks: receive each event of each adapter, in the main process.
 
     `lookahead` is the number of steps that may be in flight when Python continues.
@@ -71,6 +74,7 @@ class Trainer:
         sampler: Callable[[Base, TrainingSlot, Adapter], str] | None = None,
         initial: Mapping[str, Adapter] = MappingProxyType({}),
         replay: Replay | None = None,
+        halving: SuccessiveHalving | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.base, self.slots, self.reporter, self.run = base, list(slots), reporter, run
@@ -90,7 +94,7 @@ class Trainer:
         mask = self.bank.build_mask(plans)
         lr_multipliers = self.bank.build_lr_multipliers([slot.recipe.train.loraplus_lr_ratio for slot in slots], mask)
         self.runner = StepRunner(base.model, self.bank, mask, lr_multipliers, self.process_group)
-        self.replay = replay
+        self.replay, self.halving = replay, halving
         self.micro_batches = MicroBatchBuilder(self.slots, self.process_group, replay)
         self.dispatcher = StepDispatcher(self.slots, self.runner, self.micro_batches, self.device)
         self.best = self.bank.flat.clone()
@@ -133,11 +137,16 @@ class Trainer:
             hint = "use a smaller --set train.learning_rate, with --fresh"
             raise TrainingDiverged(f"{self.describe_failures()}; nothing was published", hint)
         self.save_checkpoint()  # so that a full disk while publishing costs no training
-        return list(self._conclude(healthy, stop))
+        return list(self._conclude([self.halving.choose(self.slots)] if self.halving else healthy, stop))
 
     def describe_failures(self) -> str:
         """Returns what went wrong with the slots that failed, or nothing."""
         return "; ".join(f"'{slot.name}' diverged at {slot.failure}" for slot in self.slots if slot.failure)
+
+    def read_best(self, slot_id: int) -> Adapter:
+        """Returns a slot's best weights so far; those that it has where no validation was better."""
+        is_kept = self.slots[slot_id].recipe.train.keep_best and self.slots[slot_id].has_best
+        return self.bank.read(slot_id, self.best if is_kept else None)
 
     def run_step(self, slot_ids: list[int]) -> None:
         """Runs one step and waits for it."""
@@ -173,6 +182,8 @@ class Trainer:
                 self._validate(slot_id)
         if self.callbacks:
             self._apply_stop_requests(due)  # asked for when a validation was reported
+        for slot_id in self.halving.list_losers(self.step, self.slots) if self.halving and due else ():
+            self.slots[slot_id].stopped = True
 
     def _apply_stop_requests(self, active: Sequence[int]) -> list[int]:
         """Marks the slots that a callback wants to end as stopped, in every process alike; returns them."""
@@ -277,9 +288,13 @@ class Trainer:
                 stop.raise_if_asked("all steps are kept; 'train' with the same recipes and --resume publishes them")
 
     def _describe_progress(self) -> str:
+        if self.halving:
+            running = sum(slot.is_active(self.step) for slot in self.slots)
+            best_nll = min(slot.best_nll for slot in self.slots)
+            return f"{running} candidates" + (f", val ppl {math.exp(best_nll):.1f}" if best_nll < MOST_NATS else "")
         parts = []
         for slot in self.slots:
-            best = f" val ppl {math.exp(min(slot.best_nll, 50)):.1f}" if slot.has_best else ""
+            best = f" val ppl {math.exp(min(slot.best_nll, MOST_NATS)):.1f}" if slot.has_best else ""
             loss = next((r["loss"] for r in reversed(slot.records) if r["loss"] is not None), math.nan)
             parts.append(f"{slot.name} failed" if slot.failure else f"{slot.name} loss {loss:.2f}{best}")
         return "; ".join(parts)

@@ -4,7 +4,7 @@ import pytest
 
 from lora_gpt2 import cli
 from lora_gpt2.store.files import Origin, publish_adapter
-from lora_gpt2.training import run as run_module
+from lora_gpt2.training import publish as publish_module
 from tests.builders import make_adapter
 
 
@@ -24,7 +24,7 @@ def run(capsys):
 def undrawn(monkeypatch, request):
     """Publishing draws charts, seconds an adapter; a test that looks at them asks for `drawn`."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(run_module, "render_report", lambda *args: {})
+        monkeypatch.setattr(publish_module, "render_report", lambda *args: {})
 
 
 @pytest.fixture

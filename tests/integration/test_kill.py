@@ -14,7 +14,7 @@ import pytest
 
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import METRICS, WEIGHTS
-from lora_gpt2.training import run as run_module
+from lora_gpt2.training import publish as publish_module
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.optimizer import SlotAdamW
 from lora_gpt2.training.run import train_recipes
@@ -92,7 +92,7 @@ def count_and_kill(kill_at, writer):
 
 def trainer_of(recipes, reporter, kill_at=0, resume=False):
     def work(store, writer):
-        run_module.render_report = lambda *args: {}  # drawing is slow, and nothing of the run depends on it
+        publish_module.render_report = lambda *args: {}  # drawing is slow, and nothing of the run depends on it
         count_and_kill(kill_at, writer)
         train_recipes(recipes, store, reporter, resume=resume)
 

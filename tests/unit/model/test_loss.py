@@ -4,7 +4,13 @@ import torch.nn.functional as F
 
 from lora_gpt2.model import loss
 from lora_gpt2.model.gpt2 import LowRankLogits
-from lora_gpt2.model.loss import IGNORE, fused_linear_cross_entropy, linear_nll
+from lora_gpt2.model.loss import (
+    IGNORE,
+    fused_linear_cross_entropy,
+    fused_linear_kl_divergence,
+    linear_kl_divergence,
+    linear_nll,
+)
 
 
 @pytest.fixture(params=[3, 1000])
@@ -62,6 +68,45 @@ def test_scoring_equals_the_training_loss_per_token():
     hidden, head, targets, weights = draw()
     _, nll = fused_linear_cross_entropy(hidden, head, targets, weights, 0.0, None)
     assert torch.allclose(linear_nll(hidden, head, targets, None), nll, atol=1e-6)
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_the_divergence_and_its_gradients_equal_autograds(groups, padding):
+    _, head, targets, weights = draw()
+    generator = torch.Generator().manual_seed(1)
+    hidden, reference = (torch.randn(10, 6, generator=generator) for _ in range(2))
+    targets, weights = targets[:10], weights[:10]
+    inner, outer = torch.randn(10, 3, generator=generator), torch.randn(groups, 3, 17, generator=generator)
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, inner, outer)]
+    logits = leaves[0] @ head.T + torch.bmm(leaves[1].view(groups, -1, 3), leaves[2]).view(10, 17)
+    wanted = F.kl_div(logits.log_softmax(1), (reference @ head.T).log_softmax(1), reduction="none", log_target=True)
+    wanted = wanted.sum(1) * (targets != IGNORE)
+    (3 * (wanted * weights).sum()).backward()
+    ours, thin, found = hidden.clone().requires_grad_(), inner.clone().requires_grad_(), []
+    padded = F.pad(head, (0, 0, 0, padding))
+    update = LowRankLogits(thin, outer, found.append)
+    loss_value, divergence = fused_linear_kl_divergence(
+        ours, padded, targets, weights, update, reference, vocab_size=17
+    )
+    (3 * loss_value).backward()
+    assert torch.allclose(divergence, wanted.detach(), atol=1e-5)
+    assert torch.allclose(loss_value, (wanted * weights).sum(), atol=1e-5)
+    for mine, theirs in zip((ours.grad, thin.grad, found[0]), leaves, strict=True):
+        assert torch.allclose(mine, theirs.grad, atol=1e-5)
+    plain = linear_kl_divergence(hidden, padded, targets, LowRankLogits(inner, outer), reference, 17)
+    assert torch.allclose(plain, divergence, atol=1e-6)
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_model_does_not_diverge_from_itself():
+    hidden, head, targets, weights = draw()
+    ours = hidden.clone().requires_grad_()
+    loss_value, divergence = fused_linear_kl_divergence(ours, head, targets, weights, None, hidden)
+    loss_value.backward()
+    assert divergence.abs().max() < 1e-6
+    assert ours.grad.abs().max() < 1e-6
 
 
 def test_uniform_logits_cost_the_log_of_the_vocabulary():

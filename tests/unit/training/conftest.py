@@ -2,9 +2,9 @@
 
 import pytest
 
-from lora_gpt2.training import run
+from lora_gpt2.training import publish
 
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
-    monkeypatch.setattr(run, "render_report", lambda *args: {})
+    monkeypatch.setattr(publish, "render_report", lambda *args: {})

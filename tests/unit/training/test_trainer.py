@@ -33,6 +33,7 @@ from lora_gpt2.recipe import build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import WEIGHTS
+from lora_gpt2.training import publish as publish_module
 from lora_gpt2.training import run as run_module
 from lora_gpt2.training import validation as validation_module
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
@@ -460,7 +461,7 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatc
 def test_a_failed_publication_costs_no_training(base_folder, text_file, store, reporter, monkeypatch):
     recipe = make_recipe(base_folder, text_file)
     with monkeypatch.context() as patched, pytest.raises(ResourceError):
-        patched.setattr(run_module, "publish_adapter", _fail)
+        patched.setattr(publish_module, "publish_adapter", _fail)
         train_recipes([recipe], store, reporter)
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_advance", _fail)

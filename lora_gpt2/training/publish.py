@@ -1,0 +1,176 @@
+"""From a trained adapter to a version in the store: what is measured at the end, recorded and reported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lora_gpt2.core.memory import check_room
+from lora_gpt2.data.prepared import SKETCH, PreparedData, describe_preparation
+from lora_gpt2.evaluation.general import measure_general
+from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
+from lora_gpt2.model.base import Base
+from lora_gpt2.model.lora import count_parameters
+from lora_gpt2.model.runtime import measure_peak_memory
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.manifest import WEIGHTS
+from lora_gpt2.store.peft.tensors import to_peft
+from lora_gpt2.training.diagnosis import diagnose_curve, diagnose_forgetting
+from lora_gpt2.training.report import render_report
+from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
+from lora_gpt2.training.start import join_sketches
+
+COPIES, ROOM_BYTES = 3, 2**27  # what publishing takes: copies of the adapter, and the libraries' own
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """What a user is told about one trained adapter; the names are those of `train --json`."""
+
+    name: str
+    version: int
+    path: str
+    parents: tuple[str, ...]
+    steps: int
+    best_step: int
+    train_tokens: int
+    base_perplexity: float
+    parent_perplexity: float | None
+    validation_perplexity: float
+    base_test_perplexity: float | None
+    test_perplexity: float | None
+    base_general_perplexity: float
+    general_perplexity: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    seconds: float
+    verdict: str
+    forgetting: str
+
+    def __str__(self) -> str:
+        """Returns the reference of the version, such as `law@2`."""
+        return f"{self.name}@{self.version}"
+
+
+NOT_FIGURES = ("name", "version", "path", "parents")
+
+
+def publish_trained(
+    store: Store,
+    base: Base,
+    outcome: TrainedAdapter,
+    base_general: Score,
+    resumed: bool,
+    more: Mapping[str, bytes] = MappingProxyType({}),
+) -> AdapterReport:
+    """Publishes an adapter, unless a run that was interrupted afterwards has done so already.
+
+    `more` are further files of the version, by name.
+    """
+    slot, adapter = outcome.slot, outcome.adapter
+    if resumed and (version := _find_published(store, base, outcome)):
+        return report_published(store, f"{slot.name}@{version}")
+    count = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
+    check_room(COPIES * 4 * count + ROOM_BYTES)
+    session = Session(base)
+    session.load_in_memory({slot.name: adapter})
+    general = measure_general(base, session.select(Mix.single(slot.name)))
+    num_epochs = slot.train_tokens / max(1, slot.data.train.num_targets)
+    report = AdapterReport(
+        name=slot.name,
+        version=0,
+        path="",
+        parents=tuple(parent.reference for parent in slot.parents) or ((slot.source,) if slot.source else ()),
+        steps=slot.last_step,
+        best_step=slot.best_step,
+        train_tokens=slot.train_tokens,
+        base_perplexity=to_perplexity(outcome.base_nll),
+        parent_perplexity=None if slot.parent_nll is None else to_perplexity(slot.parent_nll),
+        validation_perplexity=to_perplexity(outcome.validation_nll),
+        base_test_perplexity=to_perplexity(outcome.test_nll[0]) if outcome.test_nll else None,
+        test_perplexity=to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
+        base_general_perplexity=base_general.perplexity,
+        general_perplexity=general.perplexity,
+        tokens_per_second=slot.train_tokens / max(outcome.seconds, 1e-9),
+        peak_memory_bytes=measure_peak_memory(base.runtime.device),
+        seconds=outcome.seconds,
+        verdict=diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets),
+        forgetting=diagnose_forgetting(base_general, general),
+    )
+    figures = {key: value for key, value in vars(report).items() if key not in NOT_FIGURES}
+    figures["trained_parameters"] = count_parameters(base.config, slot.recipe.lora)
+    figures["dtype"] = base.runtime.dtype_name
+    figures["test"] = _describe_test(base, slot)
+    pages = render_report(slot.name, slot.recipe, slot.records, figures, describe_preparation(slot.data))
+    sketch = join_sketches(slot, store)
+    pages |= {SKETCH: sketch.to_bytes(), **more}
+    recipe = slot.recipe.model_dump(mode="json")
+    origin = Origin(
+        data=_describe_data(slot.recipe, slot.data) | ({} if sketch.is_whole else {"sketch_is_whole": False}),
+        recipe=recipe,
+        figures=figures,
+        parents=slot.parents,
+        provenance={"by": "train", "from": Path(slot.source).name} if slot.source else {},
+        metrics=slot.records,
+        pages=pages,
+    )
+    manifest = publish_adapter(store, slot.name, adapter, base, origin)
+    return replace(report, version=manifest.version, path=str(store.resolve(manifest.reference).absolute()))
+
+
+def _describe_test(base: Base, slot: TrainingSlot) -> dict[str, Any]:
+    """Returns how the test figure was measured, so that one that differs can be explained."""
+    settings, report = slot.recipe.evaluate, slot.data.report
+    window, stride = choose_window(base, settings)
+    return {
+        "documents": report["documents"]["test"],
+        "files": report["test_files"],
+        "profile": slot.recipe.data.profile,
+        "protocol": settings.protocol,
+        "window": window,
+        "stride": stride,
+        "dtype": base.runtime.dtype_name,
+    }
+
+
+def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:
+    """Returns the newest version if it has this adapter's weights; a kill may have left it without being in use."""
+    name = outcome.slot.name
+    digest = hashlib.sha256(to_peft(outcome.adapter, base.name, base.config)[WEIGHTS]).hexdigest()
+    for version in store.list_versions(name)[-1:]:
+        if store.read_manifest(f"{name}@{version}").files.get(WEIGHTS) == digest:
+            store.use_version(name, version)
+            return version
+    return None
+
+
+def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+    return {
+        "sources": [Path(source).name for source in recipe.data.sources],
+        "fingerprint": data.fingerprint,
+        "train_tokens": data.train.num_tokens,
+        **{key: data.report[key] for key in ("documents_read", "documents_kept", "documents", "tokens", "reading")},
+        "rules": {
+            name: {key: rule[key] for key in ("documents", "characters_removed")}
+            for name, rule in data.report["rules"].items()
+        },
+        "set_aside": data.report["rejected"],
+    }
+
+
+def report_published(store: Store, reference: str) -> AdapterReport:
+    """Returns what was said of a version when it was published."""
+    manifest = store.read_manifest(reference)
+    figures: dict[str, Any] = {
+        key: manifest.figures.get(key) for key in AdapterReport.__dataclass_fields__ if key not in NOT_FIGURES
+    }
+    path, parents = str(store.resolve(manifest.reference).absolute()), tuple(p.reference for p in manifest.parents)
+    return AdapterReport(name=manifest.name, version=manifest.version, path=path, parents=parents, **figures)

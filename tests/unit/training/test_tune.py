@@ -1,0 +1,125 @@
+"""Laws of the search by successive halving."""
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from lora_gpt2.core.errors import Interrupted, TrainingDiverged, UsageError
+from lora_gpt2.recipe import BLOCKS
+from lora_gpt2.recipe_files import set_values
+from lora_gpt2.training.halving import SuccessiveHalving, list_candidates
+from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.trainer import Trainer
+from lora_gpt2.training.tune import CANDIDATES, tune
+from lora_gpt2.training.validation import HeldOutLosses
+from tests.unit.training.test_trainer import make_recipe, weights_of
+
+
+def make_search(base_folder, text_file, **values):
+    recipe = make_recipe(base_folder, text_file, "law", steps=16)
+    grid = {"tune.ranks": [1, 2, 3], "tune.learning_rate_factors": [0.01, 0.5, 1.0], "tune.targets": [["mlp.c_fc"]]}
+    changed = set_values(recipe.model_dump(exclude_unset=True), {"lora.targets": ["mlp.c_fc"], **grid, **values})
+    return type(recipe).model_validate(changed)
+
+
+def test_each_rung_has_twice_the_steps_and_half_the_candidates():
+    halving = SuccessiveHalving.build(8, 200)
+    assert halving.rungs == (25, 50, 100)
+    assert halving.count_steps(200) == 500, "2.5 runs"
+    assert SuccessiveHalving.build(8, 3).rungs == (1,)
+    assert SuccessiveHalving.build(5, 100).rungs == (25, 50)
+    assert SuccessiveHalving.build(2, 1).rungs == ()
+
+
+def test_candidates_are_the_recipe_and_an_even_draw_from_its_grid(base_folder, text_file):
+    recipe = make_search(base_folder, text_file, **{"tune.dropouts": [0.0, 0.1], "tune.step_fractions": [0.5, 1.0]})
+    found = list_candidates(recipe, 12)
+    assert found == list_candidates(recipe, 12)
+    assert found[0] == (recipe.model_copy(), {})
+    assert len({repr(candidate) for candidate, _ in found}) == 12
+    ranks = Counter(candidate.lora.rank for candidate, _ in found[1:])
+    assert max(ranks.values()) - min(ranks.values()) <= 2
+    assert {candidate.train.steps for candidate, _ in found} == {8, 16}
+    assert {round(candidate.train.learning_rate / recipe.train.learning_rate, 3) for candidate, _ in found} == {
+        0.01,
+        0.5,
+        1.0,
+    }
+    for candidate, settings in found:
+        assert all(key.split(".")[0] in ("train", "lora") for key in settings)
+        assert candidate.lora.targets == ("mlp.c_fc",)
+    small = set_values(recipe.model_dump(), {"tune.ranks": [2], "tune.learning_rate_factors": [1.0]})
+    assert len(list_candidates(type(recipe).model_validate(small), 12)) == 4, "no more than the grid has"
+    assert recipe.tune.targets == (("mlp.c_fc",),)
+    assert type(recipe)().tune.targets[0] == BLOCKS
+
+
+def test_the_best_is_published_as_if_it_had_been_trained_alone(base_folder, text_file, store, reporter, monkeypatch):
+    tested, steps = [], []
+    measure, launch = HeldOutLosses.measure_test, Trainer._launch
+    monkeypatch.setattr(HeldOutLosses, "measure_test", lambda self, *a: tested.append(a[0]) or measure(self, *a))
+    monkeypatch.setattr(Trainer, "_launch", lambda self, ids: steps.append(len(ids)) or launch(self, ids))
+    recipe = make_search(base_folder, text_file)
+    report = tune(recipe, store, reporter, num_candidates=8)
+    assert str(report.adapter) == "law@1"
+    assert steps == [8] * 2 + [4] * 2 + [2] * 4 + [1] * 8
+    assert len(tested) == 1, "test text is for the best alone"
+    assert [candidate.steps for candidate in report.candidates].count(16) == 1
+    (best,) = [candidate for candidate in report.candidates if candidate.is_best]
+    assert best == report.candidates[0]
+    assert all(candidate.general_perplexity > 0 for candidate in report.candidates)
+    assert CANDIDATES in store.read_manifest("law").files
+    alone = type(recipe).model_validate(set_values(recipe.model_dump(), {**best.settings, "name": "alone"}))
+    train = alone.train.model_copy(update={"validate_every": 2})
+    train_recipes([alone.model_copy(update={"train": train})], store, reporter)
+    one, other = (load(weights_of(store, name)) for name in ("law", "alone"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], tensor, atol=2e-5) for key, tensor in other.items())
+
+
+def test_a_search_that_was_interrupted_goes_on_and_is_not_repeated(
+    base_folder, text_file, store, reporter, monkeypatch
+):
+    recipe = make_search(base_folder, text_file)
+    whole = tune(recipe.model_copy(update={"name": "whole"}), store, reporter)
+    advance = Trainer._advance
+
+    def interrupt(self, active):
+        advance(self, active)
+        if self.step == 5:
+            os.kill(os.getpid(), 2)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(Trainer, "_advance", interrupt)
+        tune(recipe, store, reporter)
+    assert store.list_names() == ["whole"]
+    resumed = tune(recipe, store, reporter, resume=True)
+    assert resumed.candidates == whole.candidates
+    assert weights_of(store, "law") == weights_of(store, "whole")
+    assert tune(recipe, store, reporter, resume=True) == resumed
+    assert store.list_versions("law") == [1]
+
+
+def test_candidates_that_diverge_lose_and_nothing_is_published_if_all_do(base_folder, text_file, store, reporter):
+    hot = {"train.max_grad_norm": 0.0, "tune.learning_rate_factors": [1.0, 1e2], "train.learning_rate": 1e36}
+    with pytest.raises(TrainingDiverged):
+        tune(make_search(base_folder, text_file, **hot), store, reporter, num_candidates=4)
+    assert store.list_names() == []
+    hot |= {"tune.learning_rate_factors": [1e-38, 1.0], "tune.ranks": [2]}
+    recipe = make_search(base_folder, text_file, **hot)
+    report = tune(recipe, store, reporter, num_candidates=3, fresh=True)
+    assert report.candidates[0].settings["train.learning_rate"] == pytest.approx(0.01)
+    assert str(report.adapter) == "law@1"
+
+
+def test_a_budget_of_time_decides_the_steps(base_folder, text_file, store, reporter):
+    short, long = (
+        max(c.steps for c in tune(recipe, store, reporter, num_candidates=2, budget_seconds=seconds).candidates)
+        for recipe, seconds in ((make_search(base_folder, text_file, name=f"b{s}"), s) for s in (0.2, 2.0))
+    )
+    assert short < long
+    with pytest.raises(UsageError, match="at least two"):
+        tune(make_search(base_folder, text_file), store, reporter, num_candidates=1)
