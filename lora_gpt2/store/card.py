@@ -29,6 +29,7 @@ OTHERS = {
     "seconds": "seconds",
     "dtype": "dtype of the base",
     "verdict": "the curve",
+    "divergence": "KL divergence from the base on general text, in nats per token",
     "forgetting": "forgetting",
 }
 
@@ -107,7 +108,7 @@ def _list_figures(manifest: Manifest) -> Iterator[str]:
 
 def _show(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.2f}"
+        return f"{value:,.2f}" if abs(value) >= 1 or not value else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from lora_gpt2.data.prepared import FEW_VALIDATION_TOKENS
 from lora_gpt2.evaluation.bootstrap import find_interval, resample_ratio
 from lora_gpt2.evaluation.perplexity import Score
+from lora_gpt2.training.slot import TrainingSlot
 
 RISE = 0.02
 STILL_FALLING = 0.005
@@ -63,6 +64,15 @@ def diagnose_forgetting(base: Score, adapted: Score) -> str:
     much = "little" if change < LITTLE else "some of it" if change < MUCH else "much"
     hint = "" if change < LITTLE else "; fewer steps, a smaller learning rate or rank keep more"
     return f"{shown} ({change:+.3f} nats per token{interval}): {much} is forgotten{hint}"
+
+
+def diagnose_budget(slot: TrainingSlot) -> str:
+    """Returns what became of the budget of forgetting, to be added to `diagnose_forgetting`; "" without one."""
+    budget, divergence = slot.recipe.train.forget, slot.best_divergence
+    if budget is None or divergence is None:
+        return ""
+    said = "exceeds the budget: more steps, or a larger train.replay_fraction" if slot.best_excess else "is within it"
+    return f"; a divergence of {divergence:.3f} nats from the base, of {budget:g}, {said}"
 
 
 def _mean_loss(records: Sequence[dict[str, Any]], after: int, until: int) -> float:

@@ -32,6 +32,7 @@ KEPT_WIDTHS = 6  # x 1, q k v 3, attention 1, x' 1, per token and block, besides
 END_WIDTHS = 4  # the embeddings, the last block's output, the normed output and its gradient ...
 FORWARD_WIDTHS = 6  # of a block that keeps nothing: the residual stream, the norm's output, q k v and the attention's
 FREED_WIDTHS = 3  # ... of which three are gone when the backward pass reaches the last MLP
+COMPARED = 3  # the base's log-probabilities, their ratio to the adapter's, and what is summed or exponentiated
 BUFFERS = 5  # an adapter, its gradient, AdamW's two moments and the best so far, in float32
 CGROUP = Path("/sys/fs/cgroup")
 CUDA_CONTEXT = 900_000_000  # what CUDA and the code of its libraries take besides the allocator: 0.89 GB on an H100
@@ -74,8 +75,15 @@ def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runt
         chunk = _measure_chunk(config, tokens, runtime)
         chunk += ranks.get(HEAD, 0) * config.vocab_size * (4 * len(group) + item)  # the gradient of its update
         largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + dense)), key=sum)
+        if rows := max(recipe.replayed_per_step for recipe in group):
+            replayed = count_micro_batch_tokens(group, rows)
+            chunk += _measure_comparison(config, replayed, runtime)
+            reference = replayed * config.n_embd * item
+            largest = max(largest, (replayed * kept + reference, max(chunk, replayed * backward + dense)), key=sum)
+    kept_text = max(r.train.replay_tokens if r.replayed_per_step else 0 for r in recipes)
+    is_shared = runtime.device.type != "cuda"  # a GPU leaves it to the host
     parts = {
-        "weights": _count_weights(config, settings.quantize, item),
+        "weights": _count_weights(config, settings.quantize, item) + is_shared * kept_text * config.n_embd * item,
         "adapters": parameters * (4 * buffers + copies),
         "activations": largest[0],
         "loss": largest[1],
@@ -100,6 +108,12 @@ def _measure_chunk(config: GPT2Config, tokens: int, runtime: Runtime) -> int:
     return size * config.vocab_size * bytes_per_logit(runtime.device, runtime.dtype.itemsize)
 
 
+def _measure_comparison(config: GPT2Config, tokens: int, runtime: Runtime) -> int:
+    """Returns the bytes that the divergence of a chunk takes beside its logits: those of the base, and in float32."""
+    size, item = min(tokens_per_chunk(runtime.device), tokens), runtime.dtype.itemsize
+    return size * config.vocab_size * (COMPARED * 4 + (item + 4 if item != 4 else 0))
+
+
 def _iter_groups(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
     for indices in group_recipes(recipes):
         yield [recipes[index] for index in indices]
@@ -119,11 +133,14 @@ def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], it
     return live * block + products + END_WIDTHS * width, backward
 
 
-def count_micro_batch_tokens(recipes: Sequence[Recipe]) -> int:
-    """Returns the most tokens of a micro-batch of recipes that train together, also when some of them have stopped."""
+def count_micro_batch_tokens(recipes: Sequence[Recipe], rows: int = 0) -> int:
+    """Returns the most tokens of a micro-batch of recipes that train together, also when some of them have stopped.
+
+    `rows` is the number of blocks of each in a step; 0 for those that they train on.
+    """
     size = recipes[0].data.block_size
     limit = min(recipe.train.micro_batch_tokens for recipe in recipes)
-    rows = max(recipe.blocks_per_step for recipe in recipes)
+    rows = rows or max(recipe.blocks_per_step for recipe in recipes)
     return max(k * min(rows, max(1, limit // size // k)) * size for k in range(1, len(recipes) + 1))
 
 

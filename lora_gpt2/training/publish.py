@@ -23,7 +23,7 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.store.peft.tensors import to_peft
-from lora_gpt2.training.diagnosis import diagnose_curve, diagnose_forgetting
+from lora_gpt2.training.diagnosis import diagnose_budget, diagnose_curve, diagnose_forgetting
 from lora_gpt2.training.report import render_report
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
 from lora_gpt2.training.start import join_sketches
@@ -49,6 +49,7 @@ class AdapterReport:
     test_perplexity: float | None
     base_general_perplexity: float
     general_perplexity: float
+    divergence: float | None
     tokens_per_second: float
     peak_memory_bytes: int
     seconds: float
@@ -99,11 +100,12 @@ def publish_trained(
         test_perplexity=to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
         base_general_perplexity=base_general.perplexity,
         general_perplexity=general.perplexity,
+        divergence=slot.best_divergence,
         tokens_per_second=slot.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device),
         seconds=outcome.seconds,
         verdict=diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets),
-        forgetting=diagnose_forgetting(base_general, general),
+        forgetting=diagnose_forgetting(base_general, general) + diagnose_budget(slot),
     )
     figures = {key: value for key, value in vars(report).items() if key not in NOT_FIGURES}
     figures["trained_parameters"] = count_parameters(base.config, slot.recipe.lora)

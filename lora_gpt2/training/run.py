@@ -150,6 +150,7 @@ def _train_locked(
     _warn_of_overlaps(slots, reporter)
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter))
     identity = _identify_run(base, slots, process_group, [digest_parent(recipe, store) for recipe in recipes])
+    identity["replay"] = replay.fingerprint if replay else ""
     resume = process_group.broadcast_object(
         resume and process_group.is_main_process and _can_resume(run, identity, reporter)
     )

@@ -145,6 +145,12 @@ class TrainingSlot:
         return math.isfinite(self.best_nll)
 
     @property
+    def best_divergence(self) -> float | None:
+        """Divergence of the best weights from the base on held-out general text, in nats per token, if measured."""
+        records = (record for record in self.records if record["step"] == self.best_step)
+        return next((record.get("validation_divergence") for record in records), None)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that go through the network in a step, padding included."""
         return self.order.batch_size * self.recipe.data.block_size

@@ -138,13 +138,11 @@ def _describe(trainer: Trainer, index: int, settings: dict[str, Any], is_best: b
         session = Session(trainer.base)
         session.load_in_memory({slot.name: trainer.read_best(index)})
         general = measure_general(trainer.base, session.select(Mix.single(slot.name))).perplexity
-    records = [record for record in slot.records if record["step"] == slot.best_step]
-    measured = [record["validation_divergence"] for record in records if "validation_divergence" in record]
     return CandidateReport(
         settings=settings,
         steps=slot.last_step,
         validation_perplexity=to_perplexity(slot.best_nll),
         general_perplexity=general,
-        divergence=measured[0] if measured else None,
+        divergence=slot.best_divergence,
         is_best=is_best,
     )

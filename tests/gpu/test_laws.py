@@ -13,6 +13,7 @@ from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import GenerateSettings, build_recipe
+from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.samples import generate_sample
 from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.step import SlotHyperparams
@@ -62,7 +63,7 @@ def make_trainer(folder, text_file, reporter, sampler=None, **settings):
     ]
     data = prepare_data(recipes[0].data, base.tokenizer, reporter)
     slots = [TrainingSlot(recipe=recipe, data=data) for recipe in recipes]
-    return Trainer(base, slots, reporter, sampler=sampler)
+    return Trainer(base, slots, reporter, sampler=sampler, replay=open_replay(recipes, base, reporter))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ def make_trainer(folder, text_file, reporter, sampler=None, **settings):
         {"train": {"dtype": "float16"}, "dtype": torch.float16},
         {"train": {"loraplus_lr_ratio": 4.0}, "lora": {"targets": ["c_attn.q", "mlp.c_fc", "lm_head"]}},
         {"train": {"neftune_noise_alpha": 5.0}, "lora": {"dropout": 0.2}},
+        {"train": {"forget": 2.0, "replay_tokens": 256}, "lora": {"targets": ["mlp.c_fc", "lm_head"]}},
     ],
     ids=str,
 )

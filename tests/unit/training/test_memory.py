@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.data.blocks import TokenBlocks
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.config import parse_config
@@ -26,6 +27,7 @@ from lora_gpt2.training.memory import (
     wrap_oom_errors,
 )
 from lora_gpt2.training.plan import build_random_data, plan_run
+from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_base_folder
@@ -51,10 +53,21 @@ def make_recipe(folder, name="one", rank=8, quantize="none", lora=None, data=Non
     )
 
 
+def build_random_replay(base, recipe):
+    """Returns general text of random tokens, as much of it as the recipe says."""
+    size = recipe.data.block_size
+    stream = torch.randint(0, base.config.vocab_size, (recipe.train.replay_tokens + 1,)).numpy()
+    blocks = TokenBlocks(stream=stream, block_size=size, loss=None, sequence_offsets=None, block_offsets=None)
+    batch = blocks.read(range(recipe.train.replay_tokens // size))
+    hidden = torch.zeros(*batch.inputs.shape, base.config.n_embd, dtype=base.runtime.dtype)
+    return Replay(fingerprint="", batch=batch, hidden=hidden, num_held_out=1)
+
+
 def measure_peak(base, recipes):
     """Returns the most bytes that a step holds beyond what was there before it, as the CPU allocator counts."""
     domains = [TrainingSlot(recipe=r, data=build_random_data(r, base.config.vocab_size)) for r in recipes]
-    trainer = Trainer(base, domains, None)
+    replay = build_random_replay(base, recipes[0]) if recipes[0].replayed_per_step else None
+    trainer = Trainer(base, domains, None, replay=replay)
     slots = list(range(len(domains)))
     trainer.run_step(slots)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -68,7 +81,9 @@ def measure_peak(base, recipes):
     optimizer = trainer.runner.optimizer
     buffers = (trainer.bank.flat, trainer.runner.gradient, trainer.best, optimizer.exp_avg, optimizer.exp_avg_sq)
     held += sum(t.numel() * t.element_size() for t in buffers)
-    held += sum(t.numel() * 4 for t in (trainer.runner.mask, trainer.runner.lr_multipliers) if t is not None)
+    masks = {id(t): t for t in (trainer.runner.mask, trainer.runner.lr_multipliers) if t is not None}
+    held += sum(t.numel() * 4 for t in masks.values())
+    held += 0 if replay is None else replay.hidden.numel() * replay.hidden.element_size()
     copies = trainer.bank.flat_cast
     return peak + held + (copies.numel() * copies.element_size() if copies is not trainer.bank.flat else 0)
 
@@ -90,6 +105,9 @@ def measure_peak(base, recipes):
         (1, torch.float32, {"lora": {"targets": ["c_attn.q", "c_attn.v"]}}),
         (1, torch.float32, {"batch_tokens": 128, "rank": 64}),
         (1, torch.float32, {"data": {"block_size": 128, "layout": "packed"}}),
+        (1, torch.float32, {"forget": 0.1, "replay_tokens": 4096}),
+        (2, torch.bfloat16, {"forget": 0.1, "replay_fraction": 1.0, "batch_tokens": 1024, "replay_tokens": 4096}),
+        (1, torch.float32, {"lora": {"init": "pissa"}, "batch_tokens": 128, "rank": 64}),
     ],
 )
 def test_the_estimate_is_within_a_fiftieth_of_the_allocators_peak(wide_folder, num_slots, dtype, train):
