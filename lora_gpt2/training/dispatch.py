@@ -43,7 +43,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _PendingStep:
-    step: int
+    steps: Sequence[int]
     slot_ids: Sequence[int]
     num_tokens: Sequence[int]
     learning_rates: Sequence[float]
@@ -60,15 +60,15 @@ class StepDispatcher:
         self.slots, self.runner, self.micro_batches, self.device = slots, runner, micro_batches, device
         self._pending: deque[_PendingStep] = deque()
 
-    def launch(self, slot_ids: Sequence[int], step: int) -> None:
-        """Launches the step after `step` steps for these slots."""
+    def launch(self, slot_ids: Sequence[int]) -> None:
+        """Launches the next step of these slots."""
         width = self.runner.model.config.n_embd
         settings = [slot.recipe.train for slot in self.slots]
         learning_rates = [
-            each.peak_learning_rate(width) * lr_factor(step, slot.num_steps, each)
+            each.peak_learning_rate(width) * lr_factor(slot.last_step, slot.num_steps, each)
             for each, slot in zip(settings, self.slots, strict=True)
         ]
-        batches, num_tokens = self.micro_batches.build(slot_ids, step)
+        batches, num_tokens = self.micro_batches.build(slot_ids)
         hyperparams = SlotHyperparams(
             learning_rates=self._per_slot(learning_rates),
             weight_decays=self._per_slot([each.weight_decay for each in settings]),
@@ -78,7 +78,7 @@ class StepDispatcher:
         stats, done = self._copy_to_host(self.runner.run(batches, hyperparams))
         self._pending.append(
             _PendingStep(
-                step=step + 1,
+                steps=[slot.last_step + 1 for slot in self.slots],
                 slot_ids=slot_ids,
                 num_tokens=num_tokens,
                 learning_rates=learning_rates,
@@ -96,7 +96,7 @@ class StepDispatcher:
             losses, norms, applied, divergences = pending.stats.tolist()
             for slot_id in pending.slot_ids:
                 yield StepResult(
-                    step=pending.step,
+                    step=pending.steps[slot_id],
                     slot_id=slot_id,
                     num_tokens=pending.num_tokens[slot_id],
                     learning_rate=pending.learning_rates[slot_id],

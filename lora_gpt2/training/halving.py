@@ -44,13 +44,13 @@ class SuccessiveHalving:
         lengths = [end - start for start, end in zip([0, *self.rungs], ends, strict=True)]
         return sum((self.num_candidates >> index) * length for index, length in enumerate(lengths))
 
-    def list_losers(self, step: int, slots: Sequence[TrainingSlot]) -> list[int]:
-        """Returns the slots that stop after `step` steps: at a rung, those that are not among the better half."""
+    def stop_losers(self, step: int, slots: Sequence[TrainingSlot]) -> None:
+        """Stops, if there is a rung after `step` steps, the slots that are not among the better half."""
         if step not in self.rungs:
-            return []
+            return
         kept = max(1, self.num_candidates >> (self.rungs.index(step) + 1))
-        running = [index for index, slot in enumerate(slots) if not slot.failure and not slot.stopped]
-        return sorted(running, key=lambda index: score(slots[index]))[kept:]
+        for slot in sorted((slot for slot in slots if not slot.failure and not slot.stopped), key=score)[kept:]:
+            slot.stopped = True
 
     def choose(self, slots: Sequence[TrainingSlot]) -> int:
         """Returns the best of the slots that did not fail."""

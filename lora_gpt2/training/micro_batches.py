@@ -33,21 +33,21 @@ class MicroBatchBuilder:
         self.slots, self.process_group, self.replay = slots, process_group, replay
         self.block_size = slots[0].recipe.data.block_size
 
-    def read(self, slot_ids: Sequence[int], step: int) -> tuple[dict[int, BlockBatch], list[int]]:
-        """Returns the whole batches of a step, and the number of targets in each slot's."""
-        batches = {slot_id: self.slots[slot_id].order.read(step) for slot_id in slot_ids}
+    def read(self, slot_ids: Sequence[int]) -> tuple[dict[int, BlockBatch], list[int]]:
+        """Returns the whole batches of the next step of some slots, and the number of targets in each slot's."""
+        batches = {slot_id: self.slots[slot_id].order.read(self.slots[slot_id].last_step) for slot_id in slot_ids}
         counts = [int((batches[k].targets != IGNORE).sum()) if k in batches else 0 for k in range(len(self.slots))]
         return batches, counts
 
-    def build(self, slot_ids: Sequence[int], step: int) -> tuple[list[MicroBatch], list[int]]:
-        """Returns this process's share of a step, and the number of targets of each slot in the whole of it.
+    def build(self, slot_ids: Sequence[int]) -> tuple[list[MicroBatch], list[int]]:
+        """Returns this process's share of the next step, and the number of targets of each slot in the whole of it.
 
         Slots with different `PER_MICRO_BATCH` settings do not share a micro-batch.
         """
-        batches, counts = self.read(slot_ids, step)
-        micro_batches = [self._build_one(parts, batches, counts, step) for parts in self._split(batches)]
+        batches, counts = self.read(slot_ids)
+        micro_batches = [self._build_one(parts, batches, counts) for parts in self._split(batches)]
         if self.replay is not None:
-            micro_batches += self._build_replayed(self.replay, slot_ids, step)
+            micro_batches += self._build_replayed(self.replay, slot_ids)
         return micro_batches, counts
 
     def _split(self, batches: Mapping[int, BlockBatch]) -> Iterator[dict[int, list[int]]]:
@@ -60,17 +60,17 @@ class MicroBatchBuilder:
             for start in range(0, max(len(shares[slot_id]) for slot_id in group), size):
                 yield {k: shares[k][start : start + size] for k in group if len(shares[k]) > start}
 
-    def _build_replayed(self, replay: Replay, slot_ids: Sequence[int], step: int) -> Iterator[MicroBatch]:
+    def _build_replayed(self, replay: Replay, slot_ids: Sequence[int]) -> Iterator[MicroBatch]:
         """Yields this process's share of the text that a step replays; without NEFTune's noise."""
+        slots = {k: self.slots[k] for k in slot_ids if self.slots[k].recipe.replayed_per_step}
         chosen = {
-            k: replay.indices(step, self.slots[k].recipe.replayed_per_step, self.slots[k].recipe.train.seed)
-            for k in slot_ids
-            if self.slots[k].recipe.replayed_per_step
+            k: replay.indices(slot.last_step, slot.recipe.replayed_per_step, slot.recipe.train.seed)
+            for k, slot in slots.items()
         }
         batches = {k: replay.batch.take(indices) for k, indices in chosen.items()}
         counts = [int((batches[k].targets != IGNORE).sum()) if k in batches else 0 for k in range(len(self.slots))]
         for parts in self._split(batches):
-            micro_batch = self._build_one(parts, batches, counts, step, label="replay ")
+            micro_batch = self._build_one(parts, batches, counts, "replay ")
             reference = replay.hidden.new_zeros(*micro_batch.inputs.shape, replay.hidden.shape[-1])
             rows = reference.view(len(parts), -1, *reference.shape[1:])
             for row, (slot_id, indices) in zip(rows, parts.items(), strict=True):
@@ -85,7 +85,6 @@ class MicroBatchBuilder:
         parts: dict[int, list[int]],
         batches: Mapping[int, BlockBatch],
         counts: Sequence[int],
-        step: int,
         label: str = "",
     ) -> MicroBatch:
         """Puts sequences of several slots together; a slot with fewer of them gets empty ones."""
@@ -99,7 +98,8 @@ class MicroBatchBuilder:
             if taken.positions is not None:
                 positions[row, : len(indices)] = taken.positions
             for column, index in enumerate(indices):
-                seed = f"{label}{self.slots[slot_id].recipe.train.seed} {step} {index}"
+                slot = self.slots[slot_id]
+                seed = f"{label}{slot.recipe.train.seed} {slot.last_step} {index}"
                 seeds[row * size + column] = zlib.crc32(seed.encode())
         settings = self.slots[slot_ids[0]].recipe
         weights = torch.tensor([1 / max(1, counts[k]) for k in slot_ids]).repeat_interleave(size * self.block_size)

@@ -69,6 +69,10 @@ class GradScaler:
         self.values = torch.full((num_slots,), START_SCALE, device=device)
         self.good = torch.zeros(num_slots, device=device)
 
+    def reset(self, slot_id: int) -> None:
+        """Begins anew with a slot."""
+        self.values[slot_id], self.good[slot_id] = START_SCALE, 0
+
     @torch.no_grad()
     def update(self, finite: Bool[Tensor, " slots"], active: Bool[Tensor, " slots"]) -> None:
         """Halves the scale of active slots that overflowed, doubles it for those that have been good for long."""

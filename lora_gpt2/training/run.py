@@ -29,12 +29,13 @@ from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.halving import SuccessiveHalving
-from lora_gpt2.training.memory import wrap_oom_errors
+from lora_gpt2.training.memory import measure_budget, wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.publish import AdapterReport, publish_trained, report_published
+from lora_gpt2.training.queue import DomainQueue, choose_num_slots, order_domains
 from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.samples import generate_sample
-from lora_gpt2.training.slot import TrainingSlot, check_together
+from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, check_together
 from lora_gpt2.training.start import (
     build_start,
     count_seen_by_parents,
@@ -46,6 +47,7 @@ from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
 MICRO_BATCHING = "passes"  # as checkpoints name it
+MOST_NAMED = 8
 CHECKPOINT_FORMAT = 3  # version of what a checkpoint holds
 
 
@@ -71,12 +73,14 @@ def train_recipes(
     callbacks: Sequence[Callback] = (),
     halving: SuccessiveHalving | None = None,
     conclude: Conclude | None = None,
+    num_slots: int | None = None,
 ) -> TrainReport:
     """Trains one adapter per recipe, together, and publishes them; returns the report.
 
     An interrupted run of the same adapters is continued (`resume`) or set aside (`fresh`), never overwritten.
     `callbacks` receive each event of the training. With `halving` the recipes are candidates for one adapter, and
-    `conclude` gets the trainer and the best slot, and returns further files of the version.
+    `conclude` gets the trainer and the best slot, and returns further files of the version. With fewer `num_slots` than
+    recipes (0: as many as memory has room for) the others wait, and each adapter is published when it is done.
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and dtype.
@@ -101,10 +105,10 @@ def train_recipes(
         if process_group.is_main_process:
             store.check_writable()
             with wrap_os_errors(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
-                stack.enter_context(hold_lock(run.lock, f"the run of {', '.join(names)}"))
+                stack.enter_context(hold_lock(run.lock, f"the run of {join_names(names)}"))
             if not (resume or fresh) and (step := run.find_last_step()):
                 raise InterruptedRunError(
-                    f"an interrupted run of {', '.join(names)} is kept, at step {step}",
+                    f"an interrupted run of {join_names(names)} is kept, at step {step}",
                     "--resume continues it, --fresh starts over",
                 )
         return _train_locked(
@@ -117,7 +121,14 @@ def train_recipes(
             callbacks=callbacks,
             halving=halving,
             conclude=conclude,
+            num_slots=num_slots,
         )
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Returns some names in one line; of many, the first and how many more there are."""
+    shown = ", ".join(names[:MOST_NAMED])
+    return shown if len(names) <= MOST_NAMED else f"{shown} and {len(names) - MOST_NAMED} more"
 
 
 def _train_locked(
@@ -131,23 +142,21 @@ def _train_locked(
     callbacks: Sequence[Callback],
     halving: SuccessiveHalving | None,
     conclude: Conclude | None,
+    num_slots: int | None,
 ) -> TrainReport:
     settings = recipes[0].train
     runtime = choose_runtime(settings.dtype, process_group.device)
     base = load_base(recipes[0].base, runtime, settings.quantize)
     dtype = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
     reporter.message(
-        f"base {base.name} on {runtime.device.type} in {dtype}; training {', '.join(r.name for r in recipes)}"
+        f"base {base.name} on {runtime.device.type} in {dtype}; training {join_names([r.name for r in recipes])}"
     )
     prepared = process_group.main_process_first(
         lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes]
     )
-    for recipe, data in list(zip(recipes, prepared, strict=True))[: 1 if halving else None]:
-        for line in describe_preparation(data):
-            reporter.message(f"{recipe.name}: {line}")
     recipes = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
     slots = [TrainingSlot(recipe=recipe, data=data) for recipe, data in zip(recipes, prepared, strict=True)]
-    _warn_of_overlaps(slots, reporter)
+    _describe_texts(slots[: 1 if halving else None], reporter)
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter))
     identity = _identify_run(base, slots, process_group, [digest_parent(recipe, store) for recipe in recipes])
     identity["replay"] = replay.fingerprint if replay else ""
@@ -155,23 +164,38 @@ def _train_locked(
         resume and process_group.is_main_process and _can_resume(run, identity, reporter)
     )
     if resume and (published := process_group.broadcast_object(run.read_published())):
-        reporter.message(f"already complete: {', '.join(published)}")
+        reporter.message(f"already complete: {join_names(published)}")
         found = [report_published(store, reference) for reference in published] if process_group.is_main_process else []
         return TrainReport(adapters=found, already_complete=True)
-    with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in slots]):
+    reports = dict[str, AdapterReport]()
+
+    def publish(outcome: TrainedAdapter) -> str:
+        """Publishes an adapter while others are still being trained; returns its reference."""
+        if not process_group.is_main_process:
+            return outcome.slot.name
+        report = publish_trained(store, base, outcome, general, resume)
+        reports[str(report)] = report
+        before, after = report.base_perplexity, report.validation_perplexity
+        reporter.message(f"{report}: perplexity {before:.2f} -> {after:.2f} after {report.steps} steps")
+        return str(report)
+
+    general = measure_general(base)
+    rows, queue = _queue_domains(slots, num_slots, base, publish)
+    with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in rows]):
         checkpoint = process_group.broadcast_object(
             run.load(reporter) if resume and process_group.is_main_process else None
         )
         trainer = Trainer(
             base,
-            slots,
+            rows,
             reporter,
             run,
             process_group,
             sampler=generate_sample,
-            initial={} if checkpoint else _open_starts(slots, store, base, reporter),
+            open_start=lambda slot: _open_start(slot, store, base, reporter),
             replay=replay,
             halving=halving,
+            queue=queue,
             callbacks=callbacks,
         )
         if checkpoint:
@@ -184,13 +208,29 @@ def _train_locked(
         if not process_group.is_main_process:
             return TrainReport(adapters=[])
         pages = conclude(trainer, halving.choose(trainer.slots)) if halving and conclude else {}
-        general = measure_general(base)
-        reports = [publish_trained(store, base, outcome, general, resume, pages) for outcome in trained]
+        for outcome in trained:
+            report = publish_trained(store, base, outcome, general, resume, pages)
+            reports[str(report)] = report
+    published = queue.list_references() if queue else [*reports]
+    found = [reports.get(reference) or report_published(store, reference) for reference in published]
     if (failures := trainer.describe_failures()) and halving is None:
-        kept = ", ".join(map(str, reports))
+        kept = join_names(published)
         raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
-    run.finish(list(map(str, reports)))
-    return TrainReport(adapters=reports)
+    run.finish(published)
+    return TrainReport(adapters=found)
+
+
+def _queue_domains(
+    slots: Sequence[TrainingSlot], num_slots: int | None, base: Base, publish: Callable[[TrainedAdapter], str]
+) -> tuple[Sequence[TrainingSlot], DomainQueue | None]:
+    """Returns the domains that begin, and the queue of the others; None where nobody has to wait."""
+    if num_slots is None:
+        return slots, None
+    if not num_slots:
+        budget = measure_budget(base.runtime.device)
+        num_slots = choose_num_slots([slot.recipe for slot in slots], base.config, base.runtime, budget)
+    ordered = order_domains(slots)
+    return ordered[:num_slots], DomainQueue(ordered[num_slots:], publish)
 
 
 def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:
@@ -208,23 +248,25 @@ def pin_parent(recipe: Recipe, run: RunFolder) -> Recipe:
     return recipe.model_copy(update={"lora": lora})
 
 
-def _open_starts(slots: Sequence[TrainingSlot], store: Store, base: Base, reporter: Reporter) -> dict[str, Adapter]:
-    """Returns the adapters that slots start from, by name, and notes their parents."""
-    initial = {}
+def _open_start(slot: TrainingSlot, store: Store, base: Base, reporter: Reporter) -> Adapter | None:
+    """Returns the adapter that a slot starts from, None for a fresh one, and notes its parents in the slot."""
+    start = build_start(slot, store, base, reporter)
+    if start is None:
+        return None
+    slot.parents, slot.source = start.parents, start.source
+    reporter.message(describe_start(start, slot.name))
+    for parent, (seen, count) in count_seen_by_parents(slot, store, base.tokenizer).items():
+        reporter.message(
+            f"{slot.name}: {parent} was trained on {seen} of the {count} documents that are held out, "
+            "so their perplexity is too low"
+        )
+    return start.adapter
+
+
+def _describe_texts(slots: Sequence[TrainingSlot], reporter: Reporter) -> None:
     for slot in slots:
-        if start := build_start(slot, store, base, reporter):
-            initial[slot.name] = start.adapter
-            slot.parents, slot.source = start.parents, start.source
-            reporter.message(describe_start(start, slot.name))
-        for parent, (seen, count) in count_seen_by_parents(slot, store, base.tokenizer).items():
-            reporter.message(
-                f"{slot.name}: {parent} was trained on {seen} of the {count} documents that are held out, "
-                "so their perplexity is too low"
-            )
-    return initial
-
-
-def _warn_of_overlaps(slots: Sequence[TrainingSlot], reporter: Reporter) -> None:
+        for line in describe_preparation(slot.data):
+            reporter.message(f"{slot.name}: {line}")
     threshold = max(slot.recipe.data.near_duplicate_threshold for slot in slots)
     prepared = {slot.name: slot.data for slot in slots}
     for of, among, copies, documents in measure_overlaps(prepared, threshold) if threshold else ():

@@ -15,7 +15,7 @@ from lora_gpt2.store.manifest import Parent
 from lora_gpt2.training.block_order import BlockOrder
 
 MIN_VALIDATION_TOKENS = 4096
-PENALTY_RATE, AVERAGED = 0.1, 0.2
+FIRST_PENALTY, PENALTY_RATE, AVERAGED = 4.0, 0.05, 0.2
 LEAST_PENALTY, MOST_PENALTY = 0.01, 1000.0
 TOLERANCE = 0.1
 """Fraction by which the divergence of the best weights may exceed the budget, because it is measured on little text."""
@@ -75,6 +75,7 @@ class TrainingSlot:
         penalty: weight of the divergence from the base in the loss, in place of the budget of forgetting.
         divergence: moving average of the divergence on replayed text, in nats per token.
         best_excess: by how much the best weights exceed the budget, as a fraction of it.
+        started_seconds: what the run had taken before the slot's first step.
         num_written: the number of `records` in the file.
         stop_requested: a callback has asked for the end.
     """
@@ -95,6 +96,7 @@ class TrainingSlot:
         "penalty",
         "divergence",
         "best_excess",
+        "started_seconds",
     )
     recipe: Recipe
     data: PreparedData
@@ -115,9 +117,10 @@ class TrainingSlot:
     parents: tuple[Parent, ...] = ()
     source: str = ""
     parent_nll: float | None = None
-    penalty: float = 1.0
+    penalty: float = FIRST_PENALTY
     divergence: float = 0.0
     best_excess: float = 0.0
+    started_seconds: float = 0.0
     num_written: int = 0
     stop_requested: bool = False
 
@@ -155,13 +158,15 @@ class TrainingSlot:
         """Tokens that go through the network in a step, padding included."""
         return self.order.batch_size * self.recipe.data.block_size
 
-    def is_active(self, step: int) -> bool:
-        """True if the slot trains in the step after `step`."""
-        return step < self.num_steps and not self.stopped and not self.failure
+    @property
+    def is_active(self) -> bool:
+        """True if the slot trains in the next step."""
+        return self.last_step < self.num_steps and not self.stopped and not self.failure
 
-    def is_validation_due(self, step: int) -> bool:
-        """True if the slot is validated after `step` steps."""
-        return self.last_step == step and (step % self.validate_every == 0 or step == self.num_steps)
+    @property
+    def is_validation_due(self) -> bool:
+        """True if the slot is validated after the step that it has just made."""
+        return self.last_step % self.validate_every == 0 or self.last_step == self.num_steps
 
     def record_step(
         self,

@@ -159,6 +159,14 @@ class StepRunner:
         update.replay()
         return self.stats
 
+    @torch.no_grad()
+    def reset(self, slot_id: int) -> None:
+        """Forgets what the optimizer knows of a slot."""
+        for tensor in (self.optimizer.exp_avg, self.optimizer.exp_avg_sq, self.optimizer.steps):
+            tensor[slot_id] = 0
+        if self.grad_scaler is not None:
+            self.grad_scaler.reset(slot_id)
+
     def copy_to_device(
         self, batches: Sequence[MicroBatch], hyperparams: SlotHyperparams
     ) -> tuple[list[MicroBatch], SlotHyperparams]:

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import TrainingDiverged, UsageError
+from lora_gpt2.core.errors import TrainingDiverged
 from lora_gpt2.core.interrupt import StopRequest
-from lora_gpt2.evaluation.perplexity import choose_window
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingAdapters
-from lora_gpt2.model.lora import Adapter, build_adapter, merge_ranks, plan_targets
+from lora_gpt2.model.lora import Adapter, build_adapter, build_ranks, merge_ranks, plan_targets
 from lora_gpt2.model.runtime import measure_peak_memory
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.dispatch import StepDispatcher, StepResult
@@ -31,13 +31,14 @@ from lora_gpt2.training.events import Callback, EventKind, describe_event
 from lora_gpt2.training.halving import SuccessiveHalving
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.progress import check_lengths, describe_progress
+from lora_gpt2.training.queue import DomainQueue
 from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
 from lora_gpt2.training.step import StepRunner
 from lora_gpt2.training.trackers import Log
-from lora_gpt2.training.validation import HeldOutLosses, measure_blocks
+from lora_gpt2.training.validation import HeldOutLosses, OnTokens, ignore_tokens, measure_blocks
 
-MOST_NATS = 50.0  # of which e to the power is still shown
 MAX_SKIPS = 20
 """Steps that dynamic loss scaling may skip in a row."""
 
@@ -52,9 +53,10 @@ class Trainer:
         run: keeps checkpoints and metrics; None keeps none.
         process_group: the processes of the run.
         sampler: called as `sampler(base, slot, adapter)`; returns a text to keep with each validation.
-        initial: adapters that slots start from, in the shape of their recipes, by name; others start fresh.
+        open_start: returns the adapter that a slot starts from, in the shape of its recipe; None for a fresh one.
         replay: general text for slots with a budget of forgetting.
         halving: slots are candidates for one adapter, of which the worse ones stop early and one is returned.
+        queue: domains that wait for a slot.
         callbacks: receive each event of each adapter, in the main process.
 
     `lookahead` is the number of steps that may be in flight when Python continues.
@@ -72,39 +74,43 @@ class Trainer:
         process_group: ProcessGroup | None = None,
         *,
         sampler: Callable[[Base, TrainingSlot, Adapter], str] | None = None,
-        initial: Mapping[str, Adapter] = MappingProxyType({}),
+        open_start: Callable[[TrainingSlot], Adapter | None] = lambda slot: None,
         replay: Replay | None = None,
         halving: SuccessiveHalving | None = None,
+        queue: DomainQueue | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.base, self.slots, self.reporter, self.run = base, list(slots), reporter, run
         self.process_group, self.sampler, self.callbacks = process_group or ProcessGroup(), sampler, callbacks
         self.device = base.model.wte.weight.device
         self.lookahead = 1 if self.device.type == "cuda" else 0
-        _check_lengths(base, slots)
-        plans = [plan_targets(base.config, slot.recipe.lora) for slot in slots]
-        adapters = [
-            initial.get(slot.name) or build_adapter(base.config, slot.recipe.lora, slot.recipe.train.seed)
-            for slot in slots
-        ]
-        ranks = merge_ranks(adapter.ranks for adapter in adapters)
+        self.open_start, self.replay, self.halving, self.queue = open_start, replay, halving, queue
+        all_slots = [*slots, *(queue.waiting if queue else ())]
+        check_lengths(base, all_slots)
+        ranks = merge_ranks(build_ranks(base.config, slot.recipe.lora) for slot in all_slots)
         self.bank = AdapterBank(base.config, ranks, len(slots), "training", base.model.wte.weight)
-        for slot_id, adapter in enumerate(adapters):
-            self.bank.load(slot_id, adapter)
-        mask = self.bank.build_mask(plans)
-        lr_multipliers = self.bank.build_lr_multipliers([slot.recipe.train.loraplus_lr_ratio for slot in slots], mask)
+        for slot_id, slot in enumerate(slots):
+            self.bank.load(slot_id, build_adapter(base.config, slot.recipe.lora, slot.recipe.train.seed))
+        mask, lr_multipliers = self._build_masks(all_slots)
         self.runner = StepRunner(base.model, self.bank, mask, lr_multipliers, self.process_group)
-        self.replay, self.halving = replay, halving
         self.micro_batches = MicroBatchBuilder(self.slots, self.process_group, replay)
         self.dispatcher = StepDispatcher(self.slots, self.runner, self.micro_batches, self.device)
+        self.losses = HeldOutLosses(base, self.bank, self.slots)
         self.best = self.bank.flat.clone()
         self.step = 0
         self.seconds = 0.0
 
-    @property
-    def total_steps(self) -> int:
-        """Steps until the last slot is done, if none stops early."""
-        return max(slot.num_steps for slot in self.slots)
+    def _build_masks(self, all_slots: Sequence[TrainingSlot]) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the mask and the learning-rate multipliers of the bank, each None where no slot needs one."""
+        plans = [plan_targets(self.base.config, slot.recipe.lora) for slot in all_slots]
+        has_mask = any(plan.blocks is not None or plan.frozen_rank for some in plans for plan in some)
+        mask = self.bank.build_mask(plans[: len(self.slots)])
+        mask = torch.ones_like(self.bank.flat) if has_mask and mask is None else mask
+        ratios = [slot.recipe.train.loraplus_lr_ratio for slot in all_slots]
+        multipliers = self.bank.build_lr_multipliers(ratios[: len(self.slots)], mask)
+        if multipliers is mask and any(ratio != 1 for ratio in ratios):
+            multipliers = torch.ones_like(self.bank.flat) if mask is None else mask.clone()
+        return mask, multipliers
 
     def train(self, stop: StopRequest, log: Log | None = None) -> list[TrainedAdapter]:
         """Runs to the end and returns the adapters that did not fail, the best ones where `keep_best` is set.
@@ -115,14 +121,19 @@ class Trainer:
             TrainingDiverged: no slot is left whose loss and gradient are finite; the last checkpoint is kept.
             Interrupted: a signal came; a checkpoint of the last whole step is kept.
         """
-        remaining = sum(max(0, slot.num_steps - self.step) * slot.tokens_per_step for slot in self.slots)
+        waiting = self.queue.waiting if self.queue else ()
+        remaining = sum((s.num_steps - s.last_step) * s.tokens_per_step for s in [*self.slots, *waiting])
         if self.step == 0:
-            self._validate_parents()
+            for slot_id in range(len(self.slots)):
+                self._start(slot_id)
         with self.reporter.task("training", remaining, "tokens") as task:
-            while active := [slot_id for slot_id, slot in enumerate(self.slots) if slot.is_active(self.step)]:
+            while active := self._list_active(log):
                 self._advance(active)
                 self._write_metrics(log)
-                task.advance(sum(self.slots[slot_id].tokens_per_step for slot_id in active), self._describe_progress())
+                task.advance(
+                    sum(self.slots[slot_id].tokens_per_step for slot_id in active),
+                    describe_progress(self.slots, self.halving, self.queue),
+                )
                 signal = self.process_group.broadcast_object(stop.signal_number)
                 if signal or self._is_checkpoint_due():
                     self._collect(0)
@@ -133,6 +144,8 @@ class Trainer:
         self._collect(0)
         self._write_metrics(log)
         healthy = [slot_id for slot_id, slot in enumerate(self.slots) if not slot.failure]
+        if self.queue and any(outcome.reference for outcome in self.queue.finished.values()):
+            return []
         if not healthy:
             hint = "use a smaller --set train.learning_rate, with --fresh"
             raise TrainingDiverged(f"{self.describe_failures()}; nothing was published", hint)
@@ -141,7 +154,9 @@ class Trainer:
 
     def describe_failures(self) -> str:
         """Returns what went wrong with the slots that failed, or nothing."""
-        return "; ".join(f"'{slot.name}' diverged at {slot.failure}" for slot in self.slots if slot.failure)
+        found = {name: outcome.failure for name, outcome in self.queue.finished.items()} if self.queue else {}
+        failures = [*found.items(), *((slot.name, slot.failure) for slot in self.slots if slot.name not in found)]
+        return "; ".join(f"'{name}' diverged at {failure}" for name, failure in failures if failure)
 
     def read_best(self, slot_id: int) -> Adapter:
         """Returns a slot's best weights so far; those that it has where no validation was better."""
@@ -154,24 +169,58 @@ class Trainer:
         self._collect(0)
 
     def _launch(self, slot_ids: list[int]) -> None:
-        self.dispatcher.launch(slot_ids, self.step)
+        self.dispatcher.launch(slot_ids)
         self.step += 1
         for slot_id in slot_ids:
-            self.slots[slot_id].last_step = self.step
+            self.slots[slot_id].last_step += 1
 
-    def _validate_parents(self) -> None:
-        """Measures the slots that continue from another adapter, which is the best so far."""
+    def _list_active(self, log: Log | None) -> list[int]:
+        """Returns the slots that train in the next step, after those that ended have been given to who waits."""
+        changed = False
         for slot_id, slot in enumerate(self.slots):
-            if slot.is_continued:
-                slot.records.append({"step": 0, "tokens": 0, "loss": None, "learning_rate": 0.0, "seconds": 0.0})
-                self._validate(slot_id)
-                slot.parent_nll = self.measure_validation(slot_id, whole=True)
+            if self.queue is None or slot.is_active or slot.name in self.queue.finished:
+                continue
+            self._collect(0)
+            self._write_metrics(log)
+            after = self.queue.finish(slot, partial(self._conclude_one, slot_id, ignore_tokens))
+            if after is not None:
+                self.slots[slot_id] = after
+                self._load_fresh([slot_id])
+                self._start(slot_id)
+            changed = True
+        if changed:
+            self.save_checkpoint()
+        return [slot_id for slot_id, slot in enumerate(self.slots) if slot.is_active]
+
+    def _load_fresh(self, slot_ids: Iterable[int]) -> None:
+        """Gives rows of the bank to the domains that have them now."""
+        for slot_id in slot_ids:
+            slot = self.slots[slot_id]
+            self.bank.load(slot_id, build_adapter(self.base.config, slot.recipe.lora, slot.recipe.train.seed))
+            self.best[slot_id] = self.bank.flat[slot_id]
+            self.runner.reset(slot_id)
+        buffers = self.runner.mask, self.runner.lr_multipliers
+        for buffer, values in zip(buffers, self._build_masks(self.slots), strict=True):
+            if buffer is not None:
+                buffer.fill_(1.0) if values is None else buffer.copy_(values)
+
+    def _start(self, slot_id: int) -> None:
+        """Begins with a domain: opens and measures the adapter that it continues, which is the best so far."""
+        slot = self.slots[slot_id]
+        if start := self.open_start(slot):
+            self.bank.load(slot_id, start)
+            self.best[slot_id] = self.bank.flat[slot_id]
+        slot.started_seconds = self.seconds
+        if slot.is_continued:
+            slot.records.append({"step": 0, "tokens": 0, "loss": None, "learning_rate": 0.0, "seconds": 0.0})
+            self._validate(slot_id)
+            slot.parent_nll = self.measure_validation(slot_id, whole=True)
 
     def _advance(self, active: list[int]) -> None:
         """Launches a step; validates the slots that are due."""
         started = time.monotonic()
         self._launch(active)
-        due = [slot_id for slot_id in active if self.slots[slot_id].is_validation_due(self.step)]
+        due = [slot_id for slot_id in active if self.slots[slot_id].is_validation_due]
         self._collect(0 if due else self.lookahead)
         self.seconds += time.monotonic() - started
         if self.callbacks and (stopping := self._apply_stop_requests(active)):
@@ -182,8 +231,8 @@ class Trainer:
                 self._validate(slot_id)
         if self.callbacks:
             self._apply_stop_requests(due)  # asked for when a validation was reported
-        for slot_id in self.halving.list_losers(self.step, self.slots) if self.halving and due else ():
-            self.slots[slot_id].stopped = True
+        if self.halving and due:
+            self.halving.stop_losers(self.step, self.slots)
 
     def _apply_stop_requests(self, active: Sequence[int]) -> list[int]:
         """Marks the slots that a callback wants to end as stopped, in every process alike; returns them."""
@@ -217,7 +266,7 @@ class Trainer:
             learning_rate=result.learning_rate,
             gradient_norm=result.gradient_norm,
             is_applied=result.is_applied,
-            seconds=self.seconds,
+            seconds=self.seconds - slot.started_seconds,
         )
         if slot.recipe.replayed_per_step:
             slot.records[-1] |= {"divergence": result.divergence, "penalty": slot.penalty}
@@ -235,7 +284,7 @@ class Trainer:
         """Measures a slot, keeps its weights if they are the best so far, and stops it by its patience."""
         slot, nll = self.slots[slot_id], self.process_group.broadcast_object(self.measure_validation(slot_id))
         if not math.isfinite(nll):
-            self._fail(slot, f"step {self.step}: validation loss {nll}")
+            self._fail(slot, f"step {slot.last_step}: validation loss {nll}")
             return
         record = slot.records[-1]
         record |= {"validation_loss": nll, "memory_bytes": measure_peak_memory(self.device)}
@@ -244,11 +293,11 @@ class Trainer:
         divergence = self.process_group.broadcast_object(self.measure_divergence(slot_id))
         if divergence is not None:
             record["validation_divergence"] = divergence
-        if slot.record_validation(self.step, nll, divergence):
+        if slot.record_validation(slot.last_step, nll, divergence):
             self.best[slot_id] = self.bank.flat[slot_id]
         self._emit("validation", slot, nll)
         if slot.stopped:
-            self.reporter.message(f"'{slot.name}' stopped at step {self.step}: best was step {slot.best_step}")
+            self.reporter.message(f"'{slot.name}' stopped at step {slot.last_step}: best was step {slot.best_step}")
 
     def measure_validation(self, slot_id: int, whole: bool = False) -> float:
         """Returns a slot's mean NLL over the first tokens of its validation split, or all, in nats per target."""
@@ -269,39 +318,29 @@ class Trainer:
 
     def _conclude(self, slot_ids: Sequence[int], stop: StopRequest) -> Iterator[TrainedAdapter]:
         """Yields the adapters with their losses on all held-out text."""
-        losses = HeldOutLosses(self.base, self.bank, self.slots)
-        with self.reporter.task("measuring", losses.count_tokens(slot_ids), "tokens") as task:
+        with self.reporter.task("measuring", self.losses.count_tokens(slot_ids), "tokens") as task:
             for slot_id in slot_ids:
-                slot = self.slots[slot_id]
-                if slot.recipe.train.keep_best and slot.has_best:
-                    self.bank.write(slot_id, self.best[slot_id])
-                base_nll, validation_nll = losses.measure_validation(slot_id, task.advance)
-                self._emit("end", slot, validation_nll)
-                yield TrainedAdapter(
-                    slot=slot,
-                    adapter=self.bank.read(slot_id),
-                    base_nll=base_nll,
-                    validation_nll=validation_nll,
-                    test_nll=losses.measure_test(slot_id, task.advance),
-                    seconds=self.seconds,
-                )
+                yield self._conclude_one(slot_id, task.advance)
                 stop.raise_if_asked("all steps are kept; 'train' with the same recipes and --resume publishes them")
 
-    def _describe_progress(self) -> str:
-        if self.halving:
-            running = sum(slot.is_active(self.step) for slot in self.slots)
-            best_nll = min(slot.best_nll for slot in self.slots)
-            return f"{running} candidates" + (f", val ppl {math.exp(best_nll):.1f}" if best_nll < MOST_NATS else "")
-        parts = []
-        for slot in self.slots:
-            best = f" val ppl {math.exp(min(slot.best_nll, MOST_NATS)):.1f}" if slot.has_best else ""
-            loss = next((r["loss"] for r in reversed(slot.records) if r["loss"] is not None), math.nan)
-            parts.append(f"{slot.name} failed" if slot.failure else f"{slot.name} loss {loss:.2f}{best}")
-        return "; ".join(parts)
+    def _conclude_one(self, slot_id: int, on_tokens: OnTokens) -> TrainedAdapter:
+        slot = self.slots[slot_id]
+        if slot.recipe.train.keep_best and slot.has_best:
+            self.bank.write(slot_id, self.best[slot_id])
+        base_nll, validation_nll = self.losses.measure_validation(slot_id, on_tokens)
+        self._emit("end", slot, validation_nll)
+        return TrainedAdapter(
+            slot=slot,
+            adapter=self.bank.read(slot_id),
+            base_nll=base_nll,
+            validation_nll=validation_nll,
+            test_nll=self.losses.measure_test(slot_id, on_tokens),
+            seconds=self.seconds - slot.started_seconds,
+        )
 
     def _is_checkpoint_due(self) -> bool:
         intervals = [s.recipe.train.checkpoint_every for s in self.slots if s.recipe.train.checkpoint_every]
-        return bool(intervals) and self.step % min(intervals) == 0 and self.step < self.total_steps
+        return bool(intervals) and self.step % min(intervals) == 0 and any(slot.is_active for slot in self.slots)
 
     def _write_metrics(self, log: Log | None = None) -> None:
         """Appends the records since the last time to the run's files, and passes them to the trackers."""
@@ -321,15 +360,22 @@ class Trainer:
         """Writes everything that the rest of the run depends on."""
         if self.run is None or not self.process_group.is_main_process:
             return
-        progress = [slot.progress_to_json() for slot in self.slots]
-        self.run.save(
-            self.step, self._list_tensors(), {"step": self.step, "seconds": self.seconds, "domains": progress}
-        )
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "names": [slot.name for slot in self.slots],
+            "domains": [slot.progress_to_json() for slot in self.slots],
+            "finished": self.queue.to_json() if self.queue else {},
+        }
+        self.run.save(self.step, self._list_tensors(), state)
         for slot in self.slots:
             self._emit("checkpoint", slot)
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continues where a checkpoint was taken."""
+        if self.queue:
+            self.queue.restore(self.slots, state["names"], state["finished"])
+            self._load_fresh(range(len(self.slots)))
         for name, tensor in self._list_tensors().items():
             tensor.copy_(tensors[name])
         self.bank.refresh_casts()
@@ -350,15 +396,3 @@ class Trainer:
             "counts": optimizer.steps,
         }
         return tensors if scale is None else {**tensors, "scale": scale.values, "good": scale.good}
-
-
-def _check_lengths(base: Base, slots: Sequence[TrainingSlot]) -> None:
-    """Raises `UsageError` if blocks, or the windows that are measured at the end, exceed the base's context."""
-    block_size, context = slots[0].recipe.data.block_size, base.config.n_positions
-    if block_size > context:
-        raise UsageError(
-            f"data.block_size {block_size} exceeds the context of '{base.name}', {context}",
-            f"use --set data.block_size={context}",
-        )
-    for slot in slots:
-        choose_window(base, slot.recipe.evaluate)

@@ -24,6 +24,10 @@ OnTokens = Callable[[int], None]
 """Receives the number of tokens of each batch."""
 
 
+def ignore_tokens(tokens: int) -> None:
+    """Shows no progress."""
+
+
 @torch.no_grad()
 def measure_blocks(
     base: Base,

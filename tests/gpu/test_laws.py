@@ -151,7 +151,7 @@ def test_the_kernels_of_a_layer_may_only_become_fewer(tmp_path, log, text_file, 
         trainer = make_trainer(
             folder, text_file, reporter, lora={"targets": ["c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]}
         )
-        batches, _ = trainer.micro_batches.build([0, 1, 2], 0)
+        batches, _ = trainer.micro_batches.build([0, 1, 2])
         zeros, ones = torch.zeros(3), torch.ones(3)
 
         hyperparams = SlotHyperparams(

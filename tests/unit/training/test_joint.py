@@ -171,12 +171,12 @@ def test_checkpointing_gives_the_same_adapter(base_folder, text_file, reporter):
 def test_each_process_takes_its_share_and_the_shares_add_up_to_the_whole(base_folder, text_file, reporter):
     recipe = make_recipe(base_folder, text_file, batch_tokens=80, micro_batch_tokens=32)
     whole = make_trainer([recipe], reporter)
-    whole.runner.compute_gradients(whole.micro_batches.build([0], 0)[0])
+    whole.runner.compute_gradients(whole.micro_batches.build([0])[0])
     total = torch.zeros_like(whole.runner.gradient)
     for rank in range(3):
         part = make_trainer([recipe], reporter)
         part.micro_batches.process_group = ProcessGroup(rank, 3)
-        part.runner.compute_gradients(part.micro_batches.build([0], 0)[0])
+        part.runner.compute_gradients(part.micro_batches.build([0])[0])
         total += part.runner.gradient
     assert torch.allclose(total, whole.runner.gradient, rtol=1e-4, atol=1e-7)
     assert total.any()

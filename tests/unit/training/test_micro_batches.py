@@ -24,7 +24,9 @@ from tests.unit.training.test_trainer import make_recipe, make_trainer
 def seeds_of(trainer, slots, step):
     """Returns the seeds of each slot's rows in their order, over all passes, without those that fill passes up."""
     found = {slot: [] for slot in slots}
-    for each in trainer.micro_batches.build(slots, step)[0]:
+    for slot in slots:
+        trainer.slots[slot].last_step = step
+    for each in trainer.micro_batches.build(slots)[0]:
         rows = len(each.seeds) // len(each.slots)
         filled = (each.targets != IGNORE).any(1).view(len(each.slots), rows)
         for place, slot in enumerate(each.slots):
@@ -62,7 +64,8 @@ def test_noise_and_dropout_are_drawn_anew_in_every_step(base_folder, text_file, 
     trainer = make_trainer([recipe], reporter)
     noises, masks = [], []
     for step in range(4):
-        (each,) = trainer.micro_batches.build([0], step)[0]
+        trainer.slots[0].last_step = step
+        (each,) = trainer.micro_batches.build([0])[0]
         noises.append(draw_noise(each, 16))
         rows = TrainingAdapters(trainer.bank, each.slots, each.slot_ids, each.dropout, each.seeds)
         masks.append(rows.draw_mask("h.0.mlp.c_fc", noises[0]))
@@ -80,7 +83,7 @@ def test_a_pass_has_the_settings_of_its_recipe(base_folder, text_file, reporter)
         "lora": {"dropout": 0.3},
     }
     recipes = [make_recipe(base_folder, text_file, "plain"), make_recipe(base_folder, text_file, "regular", **regular)]
-    plain, other = make_trainer(recipes, reporter).micro_batches.build([0, 1], 0)[0]
+    plain, other = make_trainer(recipes, reporter).micro_batches.build([0, 1])[0]
     assert (list(plain.slots), list(other.slots)) == ([0], [1])
     assert (plain.dropout, plain.label_smoothing, plain.noise_alpha, plain.gradient_checkpointing) == (0, 0, 0, False)
     assert (other.dropout, other.label_smoothing, other.noise_alpha, other.gradient_checkpointing) == (
@@ -142,9 +145,9 @@ def test_a_packed_batch_trains_each_document_as_if_it_were_alone(
     trainer = make_trainer([recipe], reporter)
     adapter = make_adapter(trainer.base.config, settings=recipe.lora)
     trainer.bank.load(0, adapter)
-    passes, (count,) = trainer.micro_batches.build([0], 0)
+    passes, (count,) = trainer.micro_batches.build([0])
     trainer.runner.compute_gradients(passes)
-    documents = split_documents(trainer.micro_batches.read([0], 0)[0][0])
+    documents = split_documents(trainer.micro_batches.read([0])[0][0])
     assert len(documents) > 7, "more than rows"
     assert sum(inputs.numel() for inputs, _ in documents) == count
     leaves = {s: (u.a.clone().requires_grad_(), u.b.clone().requires_grad_()) for s, u in adapter.updates.items()}
@@ -172,7 +175,7 @@ def test_packed_text_is_measured_document_by_document(base_folder, short_texts, 
 
 
 def test_in_layout_concat_documents_see_what_stands_before_them(base_folder, short_texts, reporter):
-    passes, _ = make_trainer([packed_recipe(base_folder, short_texts, "concat")], reporter).micro_batches.build([0], 0)
+    passes, _ = make_trainer([packed_recipe(base_folder, short_texts, "concat")], reporter).micro_batches.build([0])
     assert all(each.positions is None for each in passes)
 
 

@@ -14,7 +14,7 @@ from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.replay import open_replay, write_text
 from lora_gpt2.training.run import train_recipes
-from lora_gpt2.training.slot import TrainingSlot
+from lora_gpt2.training.slot import FIRST_PENALTY, TrainingSlot
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_text
 from tests.unit.training.test_trainer import make_recipe, weights_of
@@ -54,7 +54,7 @@ def test_a_budget_is_kept_and_without_it_much_more_is_forgotten(base_folder, tex
     assert divergence[0] < 1.1 * BUDGET < divergence[1] / 3
     assert free.validation_nll < kept.validation_nll < kept.base_nll - 0.05
     assert free.slot.best_divergence is None
-    assert kept.slot.penalty != free.slot.penalty == 1
+    assert kept.slot.penalty != free.slot.penalty == FIRST_PENALTY
 
 
 def test_the_gradient_is_that_of_the_loss_plus_penalty_times_divergence(base_folder, text_file, general, reporter):
@@ -65,13 +65,13 @@ def test_the_gradient_is_that_of_the_loss_plus_penalty_times_divergence(base_fol
     found = []
     for penalty in (0.0, 1.0, 3.0):
         slot.penalty = penalty
-        batches, _ = trainer.micro_batches.build([0], 3)
+        batches, _ = trainer.micro_batches.build([0])
         runner.compute_gradients(batches)
         found.append(runner.gradient.clone())
     one, three = found[1] - found[0], found[2] - found[0]
     assert one.norm() > 1e-3
     assert torch.allclose(three, 3 * one, atol=1e-5)
-    batches, _ = trainer.micro_batches.build([0], 3)
+    batches, _ = trainer.micro_batches.build([0])
     replayed = [batch for batch in batches if batch.reference is not None]
     value, change = float(runner.divergences), 1e-2 * one / one.norm()
     trainer.bank.flat.sub_(change)
@@ -97,13 +97,13 @@ def test_several_processes_add_up_to_one(base_folder, text_file, general, report
     recipe = bounded(base_folder, text_file, general, batch_tokens=128)
     whole = make_trainer([recipe], reporter)
     whole.run_step([0])
-    whole.runner.compute_gradients(whole.micro_batches.build([0], 1)[0])
+    whole.runner.compute_gradients(whole.micro_batches.build([0])[0])
     parts = []
     for rank in range(2):
         part = make_trainer([recipe], reporter)
         part.run_step([0])
         part.micro_batches.process_group = ProcessGroup(rank, 2)
-        part.runner.compute_gradients(part.micro_batches.build([0], 1)[0])
+        part.runner.compute_gradients(part.micro_batches.build([0])[0])
         parts.append(part.runner)
     assert torch.allclose(parts[0].gradient + parts[1].gradient, whole.runner.gradient, atol=1e-5)
     assert torch.allclose(parts[0].divergences + parts[1].divergences, whole.runner.divergences, atol=1e-6)

@@ -232,7 +232,7 @@ def test_pissa_trains_its_part_and_leaves_the_frozen_one(base, base_folder, text
     recipe = make_recipe(base_folder, text_file, lora={"rank": 2, "init": "pissa"}, weight_decay=0.5, steps=4)
     slot = TrainingSlot(recipe=recipe, data=prepare_data(recipe.data, base.tokenizer, reporter))
     start = build_start(slot, Store(base_folder / "none"), base, reporter)
-    trainer = Trainer(base, [slot], reporter, initial={slot.name: start.adapter})
+    trainer = Trainer(base, [slot], reporter, open_start=lambda slot: start.adapter)
     (trained,) = trainer.train(StopRequest())
     for site, update in trained.adapter.updates.items():
         before, half = start.adapter.updates[site], update.rank // 2

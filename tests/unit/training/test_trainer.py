@@ -139,7 +139,7 @@ def test_accumulated_batches_equal_whole_ones(base_folder, text_file, reporter):
     gradients = []
     for micro in (16, 32, 1000):
         trainer = make_trainer([make_recipe(base_folder, text_file, micro_batch_tokens=micro)], reporter)
-        trainer.runner.compute_gradients(trainer.micro_batches.build([0], 0)[0])
+        trainer.runner.compute_gradients(trainer.micro_batches.build([0])[0])
         gradients.append(trainer.runner.gradient.clone())
     assert gradients[0].abs().max() > 0
     for other in gradients[1:]:

@@ -1,0 +1,46 @@
+"""What is checked of the slots before they train, and what is shown of them while they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.evaluation.perplexity import choose_window
+from lora_gpt2.model.base import Base
+from lora_gpt2.training.halving import SuccessiveHalving
+from lora_gpt2.training.queue import DomainQueue
+from lora_gpt2.training.slot import TrainingSlot
+
+MOST_NATS = 50.0  # of which e to the power is still shown
+MOST_SHOWN = 8  # slots
+
+
+def check_lengths(base: Base, slots: Sequence[TrainingSlot]) -> None:
+    """Raises `UsageError` if blocks, or the windows that are measured at the end, exceed the base's context."""
+    block_size, context = slots[0].recipe.data.block_size, base.config.n_positions
+    if block_size > context:
+        raise UsageError(
+            f"data.block_size {block_size} exceeds the context of '{base.name}', {context}",
+            f"use --set data.block_size={context}",
+        )
+    for slot in slots:
+        choose_window(base, slot.recipe.evaluate)
+
+
+def describe_progress(
+    slots: Sequence[TrainingSlot], halving: SuccessiveHalving | None, queue: DomainQueue | None
+) -> str:
+    """Returns the last losses of the slots; of candidates, how many are left and the best of them."""
+    if halving:
+        best_nll = min(slot.best_nll for slot in slots)
+        shown = f", val ppl {math.exp(best_nll):.1f}" if best_nll < MOST_NATS else ""
+        return f"{sum(slot.is_active for slot in slots)} candidates{shown}"
+    parts = [f"{len(queue.finished)} done, {len(queue.waiting)} wait"] if queue else []
+    return "; ".join([*parts, *map(_describe_slot, slots[:MOST_SHOWN])])
+
+
+def _describe_slot(slot: TrainingSlot) -> str:
+    best = f" val ppl {math.exp(min(slot.best_nll, MOST_NATS)):.1f}" if slot.has_best else ""
+    loss = next((r["loss"] for r in reversed(slot.records) if r["loss"] is not None), math.nan)
+    return f"{slot.name} failed" if slot.failure else f"{slot.name} loss {loss:.2f}{best}"

@@ -1,0 +1,141 @@
+"""Laws of training more domains than there are slots."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from lora_gpt2.core.errors import Interrupted, TrainingDiverged
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import Runtime
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.training.memory import estimate_memory
+from lora_gpt2.training.queue import MOST_SLOTS, choose_num_slots
+from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.trainer import Trainer
+from tests.builders import make_text
+from tests.unit.training.test_trainer import make_recipe, weights_of
+
+SETTINGS = [
+    {"steps": 9, "seed": 1},
+    {"steps": 5, "seed": 2, "lora": {"rank": 4, "targets": ["c_attn.q", "lm_head"]}},
+    {"steps": 12, "seed": 3, "lora": {"dropout": 0.2}},
+    {"steps": 7, "loraplus_lr_ratio": 4.0},
+    {"steps": 6, "lora": {"init": "pissa"}, "weight_decay": 0.1},
+    {"steps": 8, "validate_every": 1, "patience": 1, "learning_rate": 0.06},
+]
+
+
+@pytest.fixture
+def recipes(base_folder, tmp_path):
+    found = []
+    for index, settings in enumerate(SETTINGS):
+        path = tmp_path / f"d{index}.jsonl"
+        path.write_text(make_text(60, seed=index))
+        found.append(make_recipe(base_folder, path, f"d{index}", **settings))
+    return found
+
+
+def kill_at(monkeypatch, step):
+    advance = Trainer._advance
+
+    def interrupt(self, active):
+        advance(self, active)
+        if self.step == step:
+            os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(Trainer, "_advance", interrupt)
+
+
+def assert_close(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], tensor, atol=5e-5) for key, tensor in other.items())
+
+
+def test_each_adapter_of_a_queue_equals_the_one_trained_alone(recipes, store, reporter, tmp_path, monkeypatch):
+    launched = []
+    launch = Trainer._launch
+    monkeypatch.setattr(Trainer, "_launch", lambda self, ids: launched.append(len(ids)) or launch(self, ids))
+    report = train_recipes(recipes, store, reporter, num_slots=2)
+    assert [str(item) for item in report.adapters] == [f"d{index}@1" for index in range(6)]
+    assert max(launched) == 2
+    assert sum(launched) == sum(item.steps for item in report.adapters)
+    assert launched.count(1) <= 6, "who waits takes a slot that is free"
+    alone = Store(tmp_path / "alone")
+    for recipe, item in zip(recipes, report.adapters, strict=True):
+        (own,) = train_recipes([recipe], alone, reporter).adapters
+        assert_close(load(weights_of(store, recipe.name)), load(weights_of(alone, recipe.name)))
+        assert (item.steps, item.best_step, item.train_tokens) == (own.steps, own.best_step, own.train_tokens)
+        assert item.validation_perplexity == pytest.approx(own.validation_perplexity, rel=1e-4)
+        assert item.test_perplexity == pytest.approx(own.test_perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [3, 14, 20])
+def test_a_queue_goes_on_where_it_was_stopped_and_publishes_nothing_twice(
+    recipes, store, reporter, tmp_path, monkeypatch, step
+):
+    whole = Store(tmp_path / "whole")
+    wanted = train_recipes(recipes, whole, reporter, num_slots=2).adapters
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, step)
+        train_recipes(recipes, store, reporter, num_slots=2)
+    done = store.list_names()
+    report = train_recipes(recipes, store, reporter, num_slots=2, resume=True)
+    assert [(item.name, item.version, item.steps) for item in report.adapters] == [
+        (item.name, item.version, item.steps) for item in wanted
+    ]
+    for recipe in recipes:
+        assert weights_of(store, recipe.name) == weights_of(whole, recipe.name)
+        assert store.list_versions(recipe.name) == [1]
+    assert step < 14 or done
+    again = train_recipes(recipes, store, reporter, num_slots=2, resume=True)
+    assert again.already_complete
+    assert [str(item) for item in again.adapters] == [f"d{index}@1" for index in range(6)]
+
+
+def test_what_was_published_before_a_crash_is_not_published_again(recipes, store, reporter, monkeypatch):
+    published = []
+    save = Trainer.save_checkpoint
+
+    def crash(self):
+        if self.queue.finished and not published:
+            published.append(store.list_names())
+            raise RuntimeError("killed between publishing and the checkpoint")
+        save(self)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(Trainer, "save_checkpoint", crash)
+        train_recipes(
+            [r.model_copy(update={"train": r.train.model_copy(update={"checkpoint_every": 1})}) for r in recipes],
+            store,
+            reporter,
+            num_slots=3,
+        )
+    assert published[0]
+    train_recipes(
+        [r.model_copy(update={"train": r.train.model_copy(update={"checkpoint_every": 1})}) for r in recipes],
+        store,
+        reporter,
+        num_slots=3,
+        resume=True,
+    )
+    assert all(store.list_versions(recipe.name) == [1] for recipe in recipes)
+
+
+def test_a_domain_that_diverges_leaves_its_slot_to_the_next(recipes, store, reporter):
+    hot = recipes[2].train.model_copy(update={"learning_rate": 1e38, "max_grad_norm": 0.0, "steps": 40})
+    mixed = [recipes[0], recipes[2].model_copy(update={"train": hot}), *recipes[3:]]
+    with pytest.raises(TrainingDiverged, match=r"'d2' diverged at step .*published: d0@1, d3@1, d4@1, d5@1"):
+        train_recipes(mixed, store, reporter, num_slots=2)
+    assert store.list_names() == ["d0", "d3", "d4", "d5"]
+
+
+def test_as_many_slots_as_memory_has_room_for(recipes, base_folder, store, reporter):
+    base = load_base(str(base_folder), Runtime(torch.device("cpu"), torch.float32))
+    enough = estimate_memory(base.config, recipes, base.runtime).peak
+    assert choose_num_slots(recipes, base.config, base.runtime, enough) == 6
+    one = max(estimate_memory(base.config, [recipe], base.runtime).peak for recipe in recipes)
+    assert choose_num_slots(recipes, base.config, base.runtime, one) == 1
+    assert choose_num_slots(recipes * 4, base.config, base.runtime, 10**12) == MOST_SLOTS
+    assert len(train_recipes(recipes, store, reporter, num_slots=0).adapters) == 6
