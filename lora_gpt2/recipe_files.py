@@ -180,6 +180,14 @@ class TrainingItem:
     recipe: Path | None = None
     name: str | None = None
     sources: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What it sets in a recipe, by dotted key."""
+        splits = {"data.sources": self.sources, "data.validation": self.validation, "data.test": self.test}
+        return {"name": self.name, **splits}
 
 
 def list_items(words: Sequence[str], data: Sequence[str], name: str | None) -> list[TrainingItem]:

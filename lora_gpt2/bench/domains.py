@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError
-from lora_gpt2.data.read.sources import KINDS
+from lora_gpt2.data.domains import SPLITS, find_split
 from lora_gpt2.evaluation.matrix import Cell, LabelledSource, measure_matrix, read_sources
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
@@ -24,8 +24,6 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.references import BASE
 from lora_gpt2.training.publish import AdapterReport
 from lora_gpt2.training.run import train_recipes
-
-SPLITS = {"train": "sources", "valid": "validation", "test": "test"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +61,12 @@ def measure_domains(
 def build_recipe_for(folder: Path, overrides: Sequence[str]) -> Recipe:
     """Returns the recipe of a domain's folder; raises `NotFoundError` if a part is missing."""
     found: dict[str, tuple[str, ...]] = {}
-    for stem, key in SPLITS.items():
-        files = [path for path in sorted(folder.glob(f"{stem}.*")) if path.suffix in KINDS]
+    for key, stems in SPLITS.items():
+        files = find_split(folder, stems)
         if not files:
-            raise NotFoundError(f"{folder} has no {stem} file", "a domain's folder holds train.*, valid.* and test.*")
-        found[f"data.{key}"] = (str(files[0]),)
+            raise NotFoundError(
+                f"{folder} has no {stems[0]} file", "a domain's folder holds train.*, valid.* and test.*"
+            )
+        found[f"data.{key}"] = files[:1]
     name = folder.name.lower().replace("_", "-")
     return load_recipe(None, overrides, {"name": name, **found})

@@ -71,7 +71,7 @@ def command(
         load_recipe(
             item.recipe,
             overrides,
-            {**flags, "base": base, "data.sources": item.sources, "lora.init_from": init_from},
+            {**flags, "base": base, "lora.init_from": init_from, **item.flags},
         )
         for item in list_items(items, data, None)
     ]

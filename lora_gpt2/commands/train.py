@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,8 +29,11 @@ from lora_gpt2.commands.shared import (
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import InterruptedRunError, UsageError
 from lora_gpt2.core.tables import format_table
-from lora_gpt2.recipe_files import list_items, load_recipe, name_recipe
+from lora_gpt2.recipe_files import TrainingItem, list_items, load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
+
+ALL = "Train an adapter for each folder, file or recipe in FOLDER, a few at a time."
+MOST_EXPLAINED = 8  # adapters, line by line
 
 
 @click.command("train")
@@ -43,6 +47,8 @@ from lora_gpt2.store.catalog import Store
 @skip_bad_option
 @click.option("--resume", is_flag=True, help="Resume the interrupted run of the same recipes.")
 @click.option("--fresh", is_flag=True, help="Begin anew; an interrupted run of the same adapters is set aside.")
+@click.option("--all", "folder", metavar="FOLDER", type=click.Path(path_type=Path), help=ALL)
+@click.option("--slots", type=click.IntRange(1, 4096), help="Domains trained at a time; else as memory allows.")
 @click.option("--fit", is_flag=True, help="Change settings so that it fits into memory; see 'plan'.")
 @memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and train nothing.")
@@ -61,6 +67,8 @@ def command(
     skip_bad: bool,
     resume: bool,
     fresh: bool,
+    folder: Path | None,
+    slots: int | None,
     fit: bool,
     gpu_memory: int | None,
     dry_run: bool,
@@ -79,16 +87,16 @@ def command(
       lora-gpt2 train law=law.jsonl code=src/     two adapters, one pass over the base
       lora-gpt2 train prose notes/ --set train.patience=3
       lora-gpt2 train more_law.txt --from law     the next version of law, from its present one
+      lora-gpt2 train --all domains/              an adapter for each folder, file or recipe in it
       lora-gpt2 train a.yaml b.yaml --resume      after an interruption; --fresh begins anew
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     own = {**flags, "base": base, "data.skip_bad": skip_bad or None, "lora.init_from": init_from}
-    chosen = [
-        name_recipe(load_recipe(item.recipe, overrides, {**own, "name": item.name, "data.sources": item.sources}))
-        for item in list_items(items, data, name)
-    ]
+    found = list_items(items, data, name) if folder is None else _list_all(folder, items, data, name)
+    chosen = [name_recipe(load_recipe(item.recipe, overrides, {**own, **item.flags})) for item in found]
+    num_slots = slots if slots or folder is None else 0
     if dry_run:
         from lora_gpt2.commands.plan import show_plan
         from lora_gpt2.training.plan import plan_run
@@ -102,20 +110,30 @@ def command(
     from lora_gpt2.training.run import train_recipes
 
     try:
-        report = train_recipes(chosen, store, reporter, resume=resume, fresh=fresh)
+        report = train_recipes(chosen, store, reporter, resume=resume, fresh=fresh, num_slots=num_slots)
     except InterruptedRunError as error:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
         goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
-        report = train_recipes(chosen, store, reporter, resume=goes_on, fresh=not goes_on)
+        report = train_recipes(chosen, store, reporter, resume=goes_on, fresh=not goes_on, num_slots=num_slots)
     if not report.adapters:  # another process of this launch speaks
         return
     emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))
-    for item in report.adapters:
+    for item in report.adapters[:MOST_EXPLAINED]:
         reporter.message(f"{item.name}: {item.verdict}; {item.forgetting}")
     first = report.adapters[0].name
     suggest_next(reporter, "generate", SAMPLE_PROMPT, "--adapter", first, store=store)
     reporter.message(f"see:  {store.resolve(first) / 'report.html'}")
+
+
+def _list_all(folder: Path, items: tuple[str, ...], data: tuple[str, ...], name: str | None) -> list[TrainingItem]:
+    """Returns the domains of a folder; one recipe may stand beside it, and is for those that have none of their own."""
+    from lora_gpt2.data.domains import list_domains
+
+    common = list_items(items, data, name)
+    if len(common) > 1 or common[0].sources or name:
+        raise UsageError("--all names the adapters and their text", "leave other text and --name out")
+    return [replace(item, recipe=item.recipe or common[0].recipe) for item in list_domains(folder)]
 
 
 def _render(adapters: list[Any]) -> str:

@@ -83,7 +83,7 @@ def command(
     seconds = None if budget is None else parse_seconds(budget, "--budget")
     own = {**flags, "base": base, "data.skip_bad": skip_bad or None, "lora.init_from": init_from}
     item = chosen[0]
-    recipe = load_recipe(item.recipe, overrides, {**own, "name": item.name, "data.sources": item.sources})
+    recipe = load_recipe(item.recipe, overrides, {**own, **item.flags})
     from lora_gpt2.training.tune import tune
 
     report = tune(

@@ -16,7 +16,7 @@ from lora_gpt2.training.block_order import BlockOrder
 
 MIN_VALIDATION_TOKENS = 4096
 FIRST_PENALTY, PENALTY_RATE, AVERAGED = 4.0, 0.05, 0.2
-LEAST_PENALTY, MOST_PENALTY = 0.01, 1000.0
+LEAST_PENALTY, MOST_PENALTY = 0.01, 30.0
 TOLERANCE = 0.1
 """Fraction by which the divergence of the best weights may exceed the budget, because it is measured on little text."""
 PER_MICRO_BATCH = ("lora.dropout", "train.label_smoothing", "train.neftune_noise_alpha", "train.gradient_checkpointing")

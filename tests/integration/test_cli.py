@@ -83,6 +83,38 @@ def test_an_adapter_is_continued_as_its_next_version(run, base_folder, text_file
     assert "did you mean 'law'" in err
 
 
+def test_a_folder_of_domains_trains_a_few_at_a_time(run, base_folder, tmp_path):
+    folder = tmp_path / "domains"
+    folder.mkdir()
+    for index in range(4):
+        (folder / f"d{index}.jsonl").write_text(make_text(60, seed=index))
+    (folder / "own.yaml").write_text("data: {sources: [d0.jsonl], block_size: 16}\nlora: {rank: 3}\n")
+    own = ["--base", base_folder, *TINY[:6], *TINY[8:]]
+    code, out, err = run("train", "--all", folder, "--slots", "2", *own, "--json")
+    assert code == 0, err
+    assert [item["name"] for item in json.loads(out)["adapters"]] == ["d0", "d1", "d2", "d3", "own"]
+    assert "d3@1: perplexity" in err
+    code, out, err = run("train", "--all", folder, *own, "--resume")
+    assert code == 0, err
+    assert "already complete" in err
+    assert run("train", "--all", folder, folder / "d0.jsonl", *own)[0] == 2
+    assert run("train", "--all", tmp_path / "none", *own)[0] == 4
+
+
+def test_a_search_publishes_one_adapter_and_shows_all_candidates(run, base_folder, text_file):
+    own = ["--base", base_folder, *TINY, "--set", "tune.ranks=[1,2]", "--candidates", "4"]
+    code, out, err = run("tune", f"law={text_file}", *own, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["adapter"]["name"], found["adapter"]["version"], len(found["candidates"])) == ("law", 1, 4)
+    assert [candidate["is_best"] for candidate in found["candidates"]] == [True, False, False, False]
+    code, out, err = run("tune", f"law={text_file}", *own, "--resume")
+    assert "the recipe's own" in out
+    assert "best" in out
+    assert run("tune", f"a={text_file}", f"b={text_file}", *own)[0] == 2
+    assert run("tune", text_file, *own, "--budget", "soon")[0] == 2
+
+
 def test_bench_domains_trains_one_adapter_per_folder_and_names_the_winners(run, base_folder, tmp_path):
     words = {"cat": "the cat and the dog run", "chat": "le chat et le chien sous"}
     for name, vocabulary in words.items():

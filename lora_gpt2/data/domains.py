@@ -1,0 +1,55 @@
+"""A folder of domains: each sub-folder, file or recipe in it is the text of one adapter, and names it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
+from lora_gpt2.data.read.sources import KINDS
+from lora_gpt2.recipe_files import TrainingItem, read_recipe
+
+RECIPES = (".yaml", ".yml")
+SPLITS = {"sources": ("train",), "validation": ("valid", "validation", "dev"), "test": ("test",)}
+"""The settings of section `data`, and the names of the files in a sub-folder that they take."""
+
+
+def list_domains(folder: Path) -> list[TrainingItem]:
+    """Returns the adapters of a folder of domains, by name.
+
+    A sub-folder with `train.*` also gives `valid.*` and `test.*`, where they are; any other is a text as a whole. A
+    recipe keeps its name. Hidden files, and files of kinds that are not read, are left out.
+
+    Raises:
+        NotFoundError: there is no such folder.
+        DataError: there is no domain in it.
+        UsageError: two domains have the same name.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"there is no folder {folder}", "--all takes a folder with a folder, file or recipe each")
+    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    found = [_describe(path) for path in entries if path.is_dir() or path.suffix in (*KINDS, *RECIPES)]
+    if not found:
+        raise DataError(f"{folder} holds no domain", "put a folder, a file of text or a recipe for each into it")
+    names = dict[str, TrainingItem]()
+    for item in found:
+        assert item.name is not None
+        if names.setdefault(item.name, item) is not item:
+            raise UsageError(f"two domains in {folder} are called '{item.name}'", "rename one of them")
+    return sorted(found, key=lambda item: item.name or "")
+
+
+def _describe(path: Path) -> TrainingItem:
+    name = re.sub(r"[^a-z0-9.-]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-.")[:64]
+    if path.suffix in RECIPES and path.is_file():
+        return TrainingItem(recipe=path, name=str(read_recipe(path).get("name") or name))
+    train, validation, test = (find_split(path, stems) if path.is_dir() else () for stems in SPLITS.values())
+    if not train:
+        return TrainingItem(name=name, sources=(str(path),))
+    return TrainingItem(name=name, sources=train, validation=validation, test=test)
+
+
+def find_split(folder: Path, stems: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the files of a split in a domain's folder: those whose names are `stem.*`."""
+    files = (path for stem in stems for path in sorted(folder.glob(f"{stem}.*")))
+    return tuple(str(path) for path in files if path.suffix in KINDS)

@@ -1,0 +1,45 @@
+"""A folder of domains."""
+
+import pytest
+
+from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
+from lora_gpt2.data.domains import list_domains
+
+
+def test_folders_files_and_recipes_are_domains(tmp_path):
+    for path in (
+        "law/train.jsonl",
+        "law/valid.jsonl",
+        "law/test.txt",
+        "law/notes.bin",
+        "My_Code/a.py",
+        "My_Code/b/c.py",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("x")
+    for name in ("poems.txt", ".hidden.txt", "picture.png"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "a.yaml").write_text("lora: {rank: 4}")
+    (tmp_path / "b.yaml").write_text("name: own")
+    found = {item.name: item for item in list_domains(tmp_path)}
+    assert list(found) == ["a", "law", "my-code", "own", "poems"]
+    assert found["law"].flags == {
+        "name": "law",
+        "data.sources": (str(tmp_path / "law/train.jsonl"),),
+        "data.validation": (str(tmp_path / "law/valid.jsonl"),),
+        "data.test": (str(tmp_path / "law/test.txt"),),
+    }
+    assert found["my-code"].sources == (str(tmp_path / "My_Code"),)
+    assert found["poems"].sources == (str(tmp_path / "poems.txt"),)
+    assert (found["a"].recipe, found["own"].recipe) == (tmp_path / "a.yaml", tmp_path / "b.yaml")
+
+
+def test_a_folder_without_domains_or_with_one_twice_is_refused(tmp_path):
+    with pytest.raises(NotFoundError, match="there is no folder"):
+        list_domains(tmp_path / "none")
+    with pytest.raises(DataError, match="holds no domain"):
+        list_domains(tmp_path)
+    (tmp_path / "law.txt").write_text("x")
+    (tmp_path / "law").mkdir()
+    with pytest.raises(UsageError, match="called 'law'"):
+        list_domains(tmp_path)
