@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_gpt2.api.evaluation import evaluate
     from lora_gpt2.api.merging import merge
     from lora_gpt2.api.model import Model, load
-    from lora_gpt2.api.training import prepare, train, train_together
+    from lora_gpt2.api.training import prepare, train, train_together, tune
     from lora_gpt2.core.errors import LoraGpt2Error
     from lora_gpt2.evaluation.run import Evaluation
     from lora_gpt2.inference.generate import Output
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_gpt2.store.catalog import Store
     from lora_gpt2.training.events import TrainingEvent
     from lora_gpt2.training.publish import AdapterReport
+    from lora_gpt2.training.tune import TuneReport
 
 _MODULES = {
     "AdapterReport": "training.publish",
@@ -40,12 +41,14 @@ _MODULES = {
     "Recipe": "recipe",
     "Store": "store.catalog",
     "TrainingEvent": "training.events",
+    "TuneReport": "training.tune",
     "evaluate": "api.evaluation",
     "load": "api.model",
     "merge": "api.merging",
     "prepare": "api.training",
     "train": "api.training",
     "train_together": "api.training",
+    "tune": "api.training",
 }
 __all__ = [
     "AdapterReport",
@@ -57,6 +60,7 @@ __all__ = [
     "Recipe",
     "Store",
     "TrainingEvent",
+    "TuneReport",
     "__version__",
     "evaluate",
     "load",
@@ -64,6 +68,7 @@ __all__ = [
     "prepare",
     "train",
     "train_together",
+    "tune",
 ]
 
 

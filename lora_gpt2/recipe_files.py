@@ -253,7 +253,7 @@ def name_recipe(recipe: Recipe) -> Recipe:
         return recipe
     if not recipe.data.sources:
         raise UsageError("there is nothing to train on", "name a file or a folder of text, or a recipe")
-    if is_name(parent := recipe.lora.init_from.partition("@")[0]):
-        return recipe.model_copy(update={"name": parent})
+    if recipe.lora.parent_name:
+        return recipe.model_copy(update={"name": recipe.lora.parent_name})
     stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
     return recipe.model_copy(update={"name": stem[:64]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -45,6 +46,12 @@ def show(command: click.Command | None, title: str, parent: click.Context, name:
     return f"## {title}\n\n```text\n{command.get_help(context)}\n```\n"
 
 
+def _join(values: list[Any]) -> str:
+    """Returns a list as text; lists in it are separated by semicolons."""
+    is_nested = any(isinstance(value, list) for value in values)
+    return ("; " if is_nested else ", ").join(_join(v) if isinstance(v, list) else str(v) for v in values)
+
+
 def write_settings() -> str:
     """Returns a table of every setting with its default and meaning."""
     recipe = load_recipe(None).model_dump(mode="json")
@@ -52,7 +59,7 @@ def write_settings() -> str:
     for key in list_keys():
         section, _, name = key.rpartition(".")
         value = recipe[section][name] if section else recipe[name]
-        shown = ", ".join(value) if isinstance(value, list) else value
+        shown = _join(value) if isinstance(value, list) else value
         if shown is None or isinstance(shown, dict):
             shown = ""
         elif isinstance(shown, bool):

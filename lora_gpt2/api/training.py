@@ -12,12 +12,14 @@ from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.prepared import SPLITS, prepare_data
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.model.checkpoint import Checkpoint
-from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe import LoraSettings, Recipe
 from lora_gpt2.recipe_files import EVERYDAY, name_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.publish import AdapterReport
 from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.tune import TuneReport
+from lora_gpt2.training.tune import tune as search
 
 if TYPE_CHECKING:
     import datasets
@@ -112,8 +114,7 @@ def train(  # noqa: PLR0913 - the everyday settings, for completion and type che
         "dtype": dtype,
         "quantize": quantize,
     }
-    parent = None if init_from is None else os.fspath(init_from)
-    other = {"base": base, "lora.init_from": parent, **_name_parts(data, name, validation, test)}
+    other = {"base": base, **_name_parent(init_from), **_name_parts(data, name, validation, test, init_from)}
     found = _train_recipes([make_recipe(settings, "train", keywords, other)], store, callbacks, resume, fresh, progress)
     return found[0]
 
@@ -128,6 +129,7 @@ def train_together(
     resume: bool = False,
     fresh: bool = False,
     progress: bool = True,
+    slots: int | None = None,
     **everyday: Any,
 ) -> dict[str, AdapterReport]:
     """Trains several adapters in one pass over the base, which costs hardly more than one of them.
@@ -141,6 +143,8 @@ def train_together(
         resume: continue an interrupted run.
         fresh: set an interrupted run aside.
         progress: show it.
+        slots: how many are trained at a time, 0 for as many as memory has room for; each is published when it is done,
+            and its slot taken by the next. None trains all of them together.
         everyday: `epochs`, `rank`, …
 
     Returns:
@@ -148,15 +152,74 @@ def train_together(
 
     Raises what `train` does.
     """
-    known = {key.rpartition(".")[2] for key in EVERYDAY["train"]}
-    if unknown := sorted(set(everyday) - known):
-        raise TypeError(f"train_together() got an unexpected keyword argument '{unknown[0]}'")
+    _check_everyday("train_together", everyday)
     recipes = [
         make_recipe(settings, "train", everyday, {"base": base, **_name_parts(texts, name, None, None)})
         for name, texts in data.items()
     ]
-    found = _train_recipes(recipes, store, callbacks, resume, fresh, progress)
+    found = _train_recipes(recipes, store, callbacks, resume, fresh, progress, num_slots=slots)
     return {report.name: report for report in found}
+
+
+def tune(
+    data: Data = None,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    init_from: str | Path | None = None,
+    candidates: int = 8,
+    seconds: float | None = None,
+    validation: Data = None,
+    test: Data = None,
+    settings: Settings = None,
+    store: str | Path | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+    progress: bool = True,
+    **everyday: Any,
+) -> TuneReport:
+    """Searches for the settings of an adapter in one run, by successive halving, and publishes the best.
+
+    Args:
+        data: see `train`, as for everything that is not named here.
+        name: name of the adapter.
+        base: the base.
+        init_from: an adapter to continue training from.
+        candidates: how many settings are tried; the first are those given here, the others come from the section
+            `tune` of the settings.
+        seconds: time for the whole search; it decides the number of steps.
+        validation: text on which candidates are compared; by default a fraction is held out.
+        test: text that is measured once, with the best.
+        settings: any other setting.
+        store: folder of the store.
+        resume: continue an interrupted search.
+        fresh: set an interrupted search aside.
+        progress: show it.
+        everyday: `steps`, `rank`, …
+
+    Returns:
+        The published version as `adapter`, and all `candidates`, the best first.
+
+    Raises what `train` does.
+    """
+    _check_everyday("tune", everyday)
+    other = {"base": base, **_name_parent(init_from), **_name_parts(data, name, validation, test, init_from)}
+    return search(
+        name_recipe(make_recipe(settings, "train", everyday, other)),
+        Store.find(store),
+        choose_reporter(progress),
+        num_candidates=candidates,
+        budget_seconds=seconds,
+        resume=resume,
+        fresh=fresh,
+    )
+
+
+def _check_everyday(function: str, keywords: Mapping[str, Any]) -> None:
+    """Raises `TypeError` for a keyword that is no everyday setting, as Python does for one that a function lacks."""
+    known = {key.rpartition(".")[2] for key in EVERYDAY["train"]}
+    if unknown := sorted(set(keywords) - known):
+        raise TypeError(f"{function}() got an unexpected keyword argument '{unknown[0]}'")
 
 
 def _train_recipes(
@@ -166,6 +229,8 @@ def _train_recipes(
     resume: bool,
     fresh: bool,
     progress: bool,
+    *,
+    num_slots: int | None = None,
 ) -> list[AdapterReport]:
     return train_recipes(
         [name_recipe(recipe) for recipe in recipes],
@@ -174,6 +239,7 @@ def _train_recipes(
         resume=resume,
         fresh=fresh,
         callbacks=callbacks,
+        num_slots=num_slots,
     ).adapters
 
 
@@ -182,7 +248,14 @@ def _is_dataset_dict(data: object) -> bool:
     return any(kind.__name__ in ("DatasetDict", "IterableDatasetDict") for kind in type(data).__mro__)
 
 
-def _name_parts(data: Any, name: str | None, validation: Data, test: Data) -> dict[str, Any]:
+def _name_parent(init_from: str | Path | None) -> dict[str, Any]:
+    """Returns what a recipe says about the adapter that it continues, by dotted keys."""
+    return {} if init_from is None else {"lora.init_from": os.fspath(init_from)}
+
+
+def _name_parts(
+    data: Any, name: str | None, validation: Data, test: Data, init_from: str | Path | None = None
+) -> dict[str, Any]:
     """Returns what a recipe says about its name and text, by dotted keys."""
     if isinstance(data, Mapping) and not _is_dataset_dict(data):
         raise UsageError("a mapping is not one text", "several adapters: train_together({'law': …, 'code': …})")
@@ -192,7 +265,8 @@ def _name_parts(data: Any, name: str | None, validation: Data, test: Data) -> di
         if "train" not in data:
             raise UsageError(f"the data set has no split 'train', but {', '.join(data)}", "pass one of them")
     is_kept = splits["train"] is not None and not isinstance(splits["train"], str | Path)
-    if is_kept and name is None:
+    has_name = name is not None or (init_from is not None and LoraSettings(init_from=os.fspath(init_from)).parent_name)
+    if is_kept and not has_name:
         raise UsageError("the adapter has no name", "pass name='…'")
     keys = {"train": "data.sources", "validation": "data.validation", "test": "data.test"}
     found = {keys[split]: to_sources(texts) for split, texts in splits.items() if texts is not None}

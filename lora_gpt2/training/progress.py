@@ -44,3 +44,16 @@ def _describe_slot(slot: TrainingSlot) -> str:
     best = f" val ppl {math.exp(min(slot.best_nll, MOST_NATS)):.1f}" if slot.has_best else ""
     loss = next((r["loss"] for r in reversed(slot.records) if r["loss"] is not None), math.nan)
     return f"{slot.name} failed" if slot.failure else f"{slot.name} loss {loss:.2f}{best}"
+
+
+def describe_failures(slots: Sequence[TrainingSlot], queue: DomainQueue | None) -> str:
+    """Returns what went wrong with the domains that failed, or nothing."""
+    found = {name: outcome.failure for name, outcome in queue.finished.items()} if queue else {}
+    failures = [*found.items(), *((slot.name, slot.failure) for slot in slots if slot.name not in found)]
+    return "; ".join(f"'{name}' diverged at {failure}" for name, failure in failures if failure)
+
+
+def is_checkpoint_due(slots: Sequence[TrainingSlot], step: int) -> bool:
+    """True if a run of these slots is checkpointed after `step` steps, because it is not at its end."""
+    intervals = [s.recipe.train.checkpoint_every for s in slots if s.recipe.train.checkpoint_every]
+    return bool(intervals) and step % min(intervals) == 0 and any(slot.is_active for slot in slots)

@@ -111,6 +111,9 @@ def _list_charts(records: Records) -> list[Callable[[Axes], None]]:
         lambda axes: _plot_column(axes, records, "learning_rate", "learning rate", ""),
         lambda axes: _plot_speed(axes, records),
     ]
+    if any("divergence" in record for record in records):
+        title = "divergence from the base on replayed text"
+        charts.append(lambda axes: _plot_column(axes, records, "divergence", title, "nats per token"))
     if any("memory_bytes" in record for record in records):
         charts.append(lambda axes: _plot_column(axes, records, "memory_bytes", "peak memory", "GB", 1e-9))
     return charts

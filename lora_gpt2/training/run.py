@@ -31,6 +31,7 @@ from lora_gpt2.training.events import Callback
 from lora_gpt2.training.halving import SuccessiveHalving
 from lora_gpt2.training.memory import measure_budget, wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
+from lora_gpt2.training.progress import describe_failures
 from lora_gpt2.training.publish import AdapterReport, publish_trained, report_published
 from lora_gpt2.training.queue import DomainQueue, choose_num_slots, order_domains
 from lora_gpt2.training.replay import open_replay
@@ -213,7 +214,7 @@ def _train_locked(
             reports[str(report)] = report
     published = queue.list_references() if queue else [*reports]
     found = [reports.get(reference) or report_published(store, reference) for reference in published]
-    if (failures := trainer.describe_failures()) and halving is None:
+    if (failures := describe_failures(trainer.slots, queue)) and halving is None:
         kept = join_names(published)
         raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
     run.finish(published)

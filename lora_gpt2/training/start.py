@@ -8,14 +8,17 @@ adapters under which a sample of the training text is most likely, found by `eva
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import NotFoundError, UsageError
 from lora_gpt2.core.names import AUTO
 from lora_gpt2.data.blocks import BlockBatch
 from lora_gpt2.data.inspect import list_documents
@@ -45,6 +48,7 @@ from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS, Manifest, Parent
 from lora_gpt2.store.peft.config import parse_peft_config
 from lora_gpt2.store.peft.convert import DORA_RANK, weight_of
 from lora_gpt2.store.references import AdapterRef
+from lora_gpt2.store.version import Version
 from lora_gpt2.training.slot import TrainingSlot
 
 MAX_PARENTS = 4
@@ -88,7 +92,7 @@ def inherit_shape(recipe: Recipe, store: Store) -> Recipe:
     if is_foreign(lora.init_from):
         reference, shape = lora.init_from, _read_foreign_shape(fetch_adapter(lora.init_from), config)
     else:
-        with store.open(AdapterRef.parse(lora.init_from).label) as version:
+        with _open_version(store, lora.init_from) as version:
             reference = version.manifest.reference
             shape = _parse_shape(version.read_file(PEFT_CONFIG), reference, config)
             trained = upgrade_section("lora", version.manifest.recipe.get("lora", {}))
@@ -102,6 +106,18 @@ def inherit_shape(recipe: Recipe, store: Store) -> Recipe:
         shape["rank_pattern"] = {target: rank for target, rank in pattern.items() if target in own["targets"]}
     settings = LoraSettings.model_validate({**shape, **own, "init_from": reference})
     return recipe.model_copy(update={"lora": settings})
+
+
+@contextmanager
+def _open_version(store: Store, reference: str) -> Iterator[Version]:
+    """Yields a version of the store; a folder that is named like a missing one is pointed out."""
+    try:
+        with store.open(AdapterRef.parse(reference).label) as version:
+            yield version
+    except NotFoundError as error:
+        if not Path(reference).exists():
+            raise
+        raise NotFoundError(error.message, f"a folder is named with its path: --from ./{reference}") from error
 
 
 def _read_foreign_shape(source: FetchedAdapter, config: GPT2Config) -> dict[str, Any]:

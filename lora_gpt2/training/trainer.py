@@ -28,10 +28,10 @@ from lora_gpt2.model.runtime import measure_peak_memory
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.dispatch import StepDispatcher, StepResult
 from lora_gpt2.training.events import Callback, EventKind, describe_event
-from lora_gpt2.training.halving import SuccessiveHalving
+from lora_gpt2.training.halving import SuccessiveHalving, average_weights
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
-from lora_gpt2.training.progress import check_lengths, describe_progress
+from lora_gpt2.training.progress import check_lengths, describe_failures, describe_progress, is_checkpoint_due
 from lora_gpt2.training.queue import DomainQueue
 from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
@@ -97,8 +97,8 @@ class Trainer:
         self.dispatcher = StepDispatcher(self.slots, self.runner, self.micro_batches, self.device)
         self.losses = HeldOutLosses(base, self.bank, self.slots)
         self.best = self.bank.flat.clone()
-        self.step = 0
-        self.seconds = 0.0
+        self.average = self.bank.flat.clone() if halving else self.bank.flat[:0]
+        self.step, self.seconds = 0, 0.0
 
     def _build_masks(self, all_slots: Sequence[TrainingSlot]) -> tuple[Tensor | None, Tensor | None]:
         """Returns the mask and the learning-rate multipliers of the bank, each None where no slot needs one."""
@@ -135,7 +135,7 @@ class Trainer:
                     describe_progress(self.slots, self.halving, self.queue),
                 )
                 signal = self.process_group.broadcast_object(stop.signal_number)
-                if signal or self._is_checkpoint_due():
+                if signal or is_checkpoint_due(self.slots, self.step):
                     self._collect(0)
                     self._write_metrics(log)
                     self.save_checkpoint()
@@ -143,20 +143,14 @@ class Trainer:
                 stop.raise_if_asked(kept if self.run else "this training keeps no checkpoints", signal)
         self._collect(0)
         self._write_metrics(log)
-        healthy = [slot_id for slot_id, slot in enumerate(self.slots) if not slot.failure]
+        healthy = [k for k, slot in enumerate(self.slots) if not slot.failure]
         if self.queue and any(outcome.reference for outcome in self.queue.finished.values()):
             return []
         if not healthy:
             hint = "use a smaller --set train.learning_rate, with --fresh"
-            raise TrainingDiverged(f"{self.describe_failures()}; nothing was published", hint)
+            raise TrainingDiverged(f"{describe_failures(self.slots, self.queue)}; nothing was published", hint)
         self.save_checkpoint()  # so that a full disk while publishing costs no training
         return list(self._conclude([self.halving.choose(self.slots)] if self.halving else healthy, stop))
-
-    def describe_failures(self) -> str:
-        """Returns what went wrong with the slots that failed, or nothing."""
-        found = {name: outcome.failure for name, outcome in self.queue.finished.items()} if self.queue else {}
-        failures = [*found.items(), *((slot.name, slot.failure) for slot in self.slots if slot.name not in found)]
-        return "; ".join(f"'{name}' diverged at {failure}" for name, failure in failures if failure)
 
     def read_best(self, slot_id: int) -> Adapter:
         """Returns a slot's best weights so far; those that it has where no validation was better."""
@@ -173,6 +167,16 @@ class Trainer:
         self.step += 1
         for slot_id in slot_ids:
             self.slots[slot_id].last_step += 1
+        if self.halving:
+            average_weights(self.average, self.bank.flat, self.step)
+
+    def _measure_average(self, slot_id: int) -> float:
+        """Returns the validation loss of a slot's averaged weights, in nats per target."""
+        kept = self.bank.flat[slot_id].clone()
+        self.bank.write(slot_id, self.average[slot_id])
+        nll = self.process_group.broadcast_object(self.measure_validation(slot_id))
+        self.bank.write(slot_id, kept)
+        return nll
 
     def _list_active(self, log: Log | None) -> list[int]:
         """Returns the slots that train in the next step, after those that ended have been given to who waits."""
@@ -220,7 +224,8 @@ class Trainer:
         """Launches a step; validates the slots that are due."""
         started = time.monotonic()
         self._launch(active)
-        due = [slot_id for slot_id in active if self.slots[slot_id].is_validation_due]
+        is_rung = self.halving is not None and self.step in self.halving.rungs
+        due = [slot_id for slot_id in active if is_rung or self.slots[slot_id].is_validation_due]
         self._collect(0 if due else self.lookahead)
         self.seconds += time.monotonic() - started
         if self.callbacks and (stopping := self._apply_stop_requests(active)):
@@ -231,8 +236,8 @@ class Trainer:
                 self._validate(slot_id)
         if self.callbacks:
             self._apply_stop_requests(due)  # asked for when a validation was reported
-        if self.halving and due:
-            self.halving.stop_losers(self.step, self.slots)
+        if self.halving and is_rung:
+            self.halving.stop_losers(self.step, self.slots, self._measure_average)
 
     def _apply_stop_requests(self, active: Sequence[int]) -> list[int]:
         """Marks the slots that a callback wants to end as stopped, in every process alike; returns them."""
@@ -338,10 +343,6 @@ class Trainer:
             seconds=self.seconds - slot.started_seconds,
         )
 
-    def _is_checkpoint_due(self) -> bool:
-        intervals = [s.recipe.train.checkpoint_every for s in self.slots if s.recipe.train.checkpoint_every]
-        return bool(intervals) and self.step % min(intervals) == 0 and any(slot.is_active for slot in self.slots)
-
     def _write_metrics(self, log: Log | None = None) -> None:
         """Appends the records since the last time to the run's files, and passes them to the trackers."""
         if not self.process_group.is_main_process:
@@ -395,4 +396,5 @@ class Trainer:
             "square": optimizer.exp_avg_sq,
             "counts": optimizer.steps,
         }
+        tensors |= {"average": self.average} if self.halving else {}
         return tensors if scale is None else {**tensors, "scale": scale.values, "good": scale.good}

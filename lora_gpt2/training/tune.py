@@ -90,8 +90,7 @@ def tune(
     longest = max(candidate.train.steps or 0 for candidate, _ in candidates)
     halving = SuccessiveHalving.build(len(candidates), longest)
     recipes = [
-        _prepare_candidate(candidate, f"{recipe.name[:56]}.{index}", halving)
-        for index, (candidate, _) in enumerate(candidates)
+        _prepare_candidate(candidate, f"{recipe.name[:56]}.{index}") for index, (candidate, _) in enumerate(candidates)
     ]
     reporter.message(f"{len(recipes)} candidates, up to {longest} steps; halved after {_join(halving.rungs)} steps")
 
@@ -117,9 +116,9 @@ def _with_steps(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
 
 
-def _prepare_candidate(recipe: Recipe, name: str, halving: SuccessiveHalving) -> Recipe:
-    update = {"validate_every": halving.validate_every, "sample_tokens": 0}
-    return recipe.model_copy(update={"name": name, "train": recipe.train.model_copy(update=update)})
+def _prepare_candidate(recipe: Recipe, name: str) -> Recipe:
+    train = recipe.train.model_copy(update={"sample_tokens": 0})
+    return recipe.model_copy(update={"name": name, "train": train})
 
 
 def _fit_steps(recipe: Recipe, num_candidates: int, budget_seconds: float, reporter: Reporter) -> int:

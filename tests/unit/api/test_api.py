@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_what_is_probably_meant_otherwise_is_refused(texts, text_file, tmp_path,
         lg.train("nowhere.txt")
     assert to_sources([text_file, text_file]) == [str(text_file)] * 2
     assert to_source("src/") == "src/"
+
+
+def test_an_adapter_is_continued_and_settings_are_searched_for(law, texts, base_folder):
+    own = {"base": str(base_folder), "settings": TINY, "progress": False, "steps": 4, "block_size": 16}
+    more = lg.train(texts[:60], init_from="law", **own)
+    assert (str(more), more.parents) == ("law@2", ("law@1",))
+    elsewhere = lg.train(texts[:60], init_from=Path(law.path), name="copy", **own)
+    assert elsewhere.parents == ("law@1",), "a version of a store says what it is, wherever it lies"
+    found = lg.tune(texts, name="best", candidates=3, **{**own, "settings": {**TINY, "tune.ranks": [1, 2]}})
+    assert str(found.adapter) == "best@1"
+    assert [candidate.is_best for candidate in found.candidates] == [True, False, False]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
+        lg.tune(texts, name="best", lr=1)
 
 
 def test_adapters_train_together(texts, base_folder):

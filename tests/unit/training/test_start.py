@@ -219,9 +219,14 @@ def test_auto_starts_afresh_where_no_adapter_helps(base, base_folder, text_file,
     assert (report.parents, report.parent_perplexity) == ((), None)
 
 
-def test_what_cannot_be_continued_is_refused(base, base_folder, text_file, store, reporter, law):
+def test_what_cannot_be_continued_is_refused(base, base_folder, text_file, store, reporter, law, monkeypatch):
     with pytest.raises(NotFoundError, match="no adapter 'lex'"):
         train_recipes([continued(base_folder, text_file, "lex")], store, reporter)
+    (base_folder.parent / "peft").mkdir(exist_ok=True)
+    monkeypatch.chdir(base_folder.parent)
+    with pytest.raises(NotFoundError) as caught:
+        train_recipes([continued(base_folder, text_file, "peft")], store, reporter)
+    assert caught.value.hint == "a folder is named with its path: --from ./peft"
     with pytest.raises(UsageError, match="changes none of the targets c_attn"):
         train_recipes([continued(base_folder, text_file, law, lora={"targets": ["c_attn"]})], store, reporter)
     with pytest.raises(NotFoundError, match=r"there is no \./nowhere"):

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load
 from lora_gpt2.core.errors import Interrupted, TrainingDiverged, UsageError
 from lora_gpt2.recipe import BLOCKS
 from lora_gpt2.recipe_files import set_values
-from lora_gpt2.training.halving import SuccessiveHalving, list_candidates
+from lora_gpt2.training.halving import SuccessiveHalving, average_weights, list_candidates
 from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.trainer import Trainer
 from lora_gpt2.training.tune import CANDIDATES, tune
@@ -27,11 +28,24 @@ def make_search(base_folder, text_file, **values):
 
 def test_each_rung_has_twice_the_steps_and_half_the_candidates():
     halving = SuccessiveHalving.build(8, 200)
-    assert halving.rungs == (25, 50, 100)
-    assert halving.count_steps(200) == 500, "2.5 runs"
-    assert SuccessiveHalving.build(8, 3).rungs == (1,)
-    assert SuccessiveHalving.build(5, 100).rungs == (25, 50)
+    assert halving.rungs == (25, 50, 150)
+    assert halving.count_steps(200) == 550, "2.75 runs"
+    assert SuccessiveHalving.build(8, 3).rungs == (2,)
+    assert SuccessiveHalving.build(5, 100).rungs == (25, 75)
     assert SuccessiveHalving.build(2, 1).rungs == ()
+
+
+def test_the_average_is_of_recent_weights_and_a_rung_compares_it():
+    average, weights = torch.zeros(1), [torch.tensor([float(step)]) for step in range(1, 101)]
+    for step, value in enumerate(weights, start=1):
+        average_weights(average, value, step)
+    assert 88 < float(average) < 92, "with an exponent of 8, nine tenths of the way"
+    slots = [SimpleNamespace(failure="", stopped=False, best_excess=0.0, best_nll=nll) for nll in (3.0, 3.1, 3.2, 9.0)]
+    measured = [2.9, 2.5, 3.0, 2.4]
+    SuccessiveHalving(num_candidates=4, rungs=(5, 9)).stop_losers(4, slots, measured.__getitem__)
+    assert not any(slot.stopped for slot in slots)
+    SuccessiveHalving(num_candidates=4, rungs=(5, 9)).stop_losers(5, slots, measured.__getitem__)
+    assert [slot.stopped for slot in slots] == [True, False, True, False]
 
 
 def test_candidates_are_the_recipe_and_an_even_draw_from_its_grid(base_folder, text_file):
@@ -65,7 +79,7 @@ def test_the_best_is_published_as_if_it_had_been_trained_alone(base_folder, text
     recipe = make_search(base_folder, text_file)
     report = tune(recipe, store, reporter, num_candidates=8)
     assert str(report.adapter) == "law@1"
-    assert steps == [8] * 2 + [4] * 2 + [2] * 4 + [1] * 8
+    assert steps == [8] * 2 + [4] * 2 + [2] * 8 + [1] * 4
     assert len(tested) == 1, "test text is for the best alone"
     assert [candidate.steps for candidate in report.candidates].count(16) == 1
     (best,) = [candidate for candidate in report.candidates if candidate.is_best]
@@ -73,8 +87,7 @@ def test_the_best_is_published_as_if_it_had_been_trained_alone(base_folder, text
     assert all(candidate.general_perplexity > 0 for candidate in report.candidates)
     assert CANDIDATES in store.read_manifest("law").files
     alone = type(recipe).model_validate(set_values(recipe.model_dump(), {**best.settings, "name": "alone"}))
-    train = alone.train.model_copy(update={"validate_every": 2})
-    train_recipes([alone.model_copy(update={"train": train})], store, reporter)
+    train_recipes([alone], store, reporter)
     one, other = (load(weights_of(store, name)) for name in ("law", "alone"))
     assert one.keys() == other.keys()
     assert all(torch.allclose(one[key], tensor, atol=2e-5) for key, tensor in other.items())
