@@ -9,6 +9,7 @@ computed once and kept, so that replaying costs one pass of the adapters and no 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ class Replay:
         return total / max(1, int((batch.targets != IGNORE).sum()))
 
 
-def open_replay(recipes: list[Recipe], base: Base, reporter: Reporter) -> Replay | None:
+def open_replay(recipes: Sequence[Recipe], base: Base, reporter: Reporter) -> Replay | None:
     """Returns the text that the recipes replay; None if none of them has a budget of forgetting.
 
     Raises what reading `train.replay` may raise.

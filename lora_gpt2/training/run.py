@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.console import Reporter, SilentReporter
@@ -20,6 +22,7 @@ from lora_gpt2.data.prepared import (
     prepare_data,
 )
 from lora_gpt2.evaluation.general import measure_general
+from lora_gpt2.evaluation.perplexity import Score
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.runtime import choose_runtime
@@ -112,18 +115,58 @@ def train_recipes(
                     f"an interrupted run of {join_names(names)} is kept, at step {step}",
                     "--resume continues it, --fresh starts over",
                 )
-        return _train_locked(
-            recipes,
-            store,
-            reporter,
-            run,
-            process_group,
-            resume=resume,
-            callbacks=callbacks,
-            halving=halving,
-            conclude=conclude,
-            num_slots=num_slots,
-        )
+        options = _Options(resume=resume, callbacks=callbacks, halving=halving, conclude=conclude, num_slots=num_slots)
+        return _train_locked(recipes, store, reporter, run, process_group, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """The keywords of `train_recipes`."""
+
+    resume: bool
+    callbacks: Sequence[Callback]
+    halving: SuccessiveHalving | None
+    conclude: Conclude | None
+    num_slots: int | None
+
+
+@dataclass(kw_only=True)
+class _Publisher:
+    """Publishes adapters, also while others are being trained, and keeps their reports by reference."""
+
+    store: Store
+    base: Base
+    reporter: Reporter
+    is_main_process: bool
+    is_resumed: bool
+    reports: dict[str, AdapterReport] = field(default_factory=dict)
+
+    @cached_property
+    def general(self) -> Score:
+        """How well the base predicts general English."""
+        return measure_general(self.base)
+
+    def publish(self, outcome: TrainedAdapter, pages: Mapping[str, bytes] = MappingProxyType({})) -> str:
+        """Publishes an adapter, with further files; returns its reference."""
+        if not self.is_main_process:
+            return outcome.slot.name
+        report = publish_trained(self.store, self.base, outcome, self.general, self.is_resumed, pages)
+        self.reports[str(report)] = report
+        return str(report)
+
+    def publish_aloud(self, outcome: TrainedAdapter) -> str:
+        """Publishes an adapter and says so, because others are still being trained."""
+        reference = self.publish(outcome)
+        if report := self.reports.get(reference):
+            before, after = report.base_perplexity, report.validation_perplexity
+            self.reporter.message(f"{reference}: perplexity {before:.2f} -> {after:.2f} after {report.steps} steps")
+        return reference
+
+    def list_reports(self, references: Sequence[str]) -> list[AdapterReport]:
+        """Returns the reports of some adapters, those of an earlier session too; only the main process has any."""
+        if not self.is_main_process:
+            return []
+        return [self.reports.get(reference) or report_published(self.store, reference) for reference in references]
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -138,54 +181,22 @@ def _train_locked(
     reporter: Reporter,
     run: RunFolder,
     process_group: ProcessGroup,
-    *,
-    resume: bool,
-    callbacks: Sequence[Callback],
-    halving: SuccessiveHalving | None,
-    conclude: Conclude | None,
-    num_slots: int | None,
+    options: _Options,
 ) -> TrainReport:
-    settings = recipes[0].train
-    runtime = choose_runtime(settings.dtype, process_group.device)
-    base = load_base(recipes[0].base, runtime, settings.quantize)
-    dtype = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
-    reporter.message(
-        f"base {base.name} on {runtime.device.type} in {dtype}; training {join_names([r.name for r in recipes])}"
-    )
-    prepared = process_group.main_process_first(
-        lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes]
-    )
-    recipes = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
-    slots = [TrainingSlot(recipe=recipe, data=data) for recipe, data in zip(recipes, prepared, strict=True)]
+    base, slots = _open_slots(recipes, reporter, process_group)
+    halving, is_main = options.halving, process_group.is_main_process
     _describe_texts(slots[: 1 if halving else None], reporter)
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter))
     identity = _identify_run(base, slots, process_group, [digest_parent(recipe, store) for recipe in recipes])
     identity["replay"] = replay.fingerprint if replay else ""
-    resume = process_group.broadcast_object(
-        resume and process_group.is_main_process and _can_resume(run, identity, reporter)
-    )
+    resume = process_group.broadcast_object(options.resume and is_main and _can_resume(run, identity, reporter))
+    publisher = _Publisher(store=store, base=base, reporter=reporter, is_main_process=is_main, is_resumed=resume)
     if resume and (published := process_group.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {join_names(published)}")
-        found = [report_published(store, reference) for reference in published] if process_group.is_main_process else []
-        return TrainReport(adapters=found, already_complete=True)
-    reports = dict[str, AdapterReport]()
-
-    def publish(outcome: TrainedAdapter) -> str:
-        """Publishes an adapter while others are still being trained; returns its reference."""
-        if not process_group.is_main_process:
-            return outcome.slot.name
-        report = publish_trained(store, base, outcome, general, resume)
-        reports[str(report)] = report
-        before, after = report.base_perplexity, report.validation_perplexity
-        reporter.message(f"{report}: perplexity {before:.2f} -> {after:.2f} after {report.steps} steps")
-        return str(report)
-
-    general = measure_general(base)
-    rows, queue = _queue_domains(slots, num_slots, base, publish)
+        return TrainReport(adapters=publisher.list_reports(published), already_complete=True)
+    rows, queue = _queue_domains(slots, options.num_slots, base, publisher.publish_aloud)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in rows]):
-        checkpoint = process_group.broadcast_object(
-            run.load(reporter) if resume and process_group.is_main_process else None
-        )
+        checkpoint = process_group.broadcast_object(run.load(reporter) if resume and is_main else None)
         trainer = Trainer(
             base,
             rows,
@@ -197,28 +208,43 @@ def _train_locked(
             replay=replay,
             halving=halving,
             queue=queue,
-            callbacks=callbacks,
+            callbacks=options.callbacks,
         )
         if checkpoint:
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")
-        elif process_group.is_main_process:
+        elif is_main:
             run.begin(identity)
-        with track(recipes, run.path, enabled=process_group.is_main_process) as log:
+        with track([slot.recipe for slot in slots], run.path, enabled=is_main) as log:
             trained = trainer.train(stop, log)
-        if not process_group.is_main_process:
+        if not is_main:
             return TrainReport(adapters=[])
-        pages = conclude(trainer, halving.choose(trainer.slots)) if halving and conclude else {}
-        for outcome in trained:
-            report = publish_trained(store, base, outcome, general, resume, pages)
-            reports[str(report)] = report
-    published = queue.list_references() if queue else [*reports]
-    found = [reports.get(reference) or report_published(store, reference) for reference in published]
+        pages = options.conclude(trainer, halving.choose(trainer.slots)) if halving and options.conclude else {}
+        published = [publisher.publish(outcome, pages) for outcome in trained]
+    published = queue.list_references() if queue else published
     if (failures := describe_failures(trainer.slots, queue)) and halving is None:
         kept = join_names(published)
         raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
     run.finish(published)
-    return TrainReport(adapters=found)
+    return TrainReport(adapters=publisher.list_reports(published))
+
+
+def _open_slots(
+    recipes: Sequence[Recipe], reporter: Reporter, process_group: ProcessGroup
+) -> tuple[Base, list[TrainingSlot]]:
+    """Returns the base and a slot for each recipe, with its text prepared."""
+    settings = recipes[0].train
+    runtime = choose_runtime(settings.dtype, process_group.device)
+    base = load_base(recipes[0].base, runtime, settings.quantize)
+    dtype = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
+    reporter.message(
+        f"base {base.name} on {runtime.device.type} in {dtype}; training {join_names([r.name for r in recipes])}"
+    )
+    prepared = process_group.main_process_first(
+        lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes]
+    )
+    resolved = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
+    return base, [TrainingSlot(recipe=recipe, data=data) for recipe, data in zip(resolved, prepared, strict=True)]
 
 
 def _queue_domains(
