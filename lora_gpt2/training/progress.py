@@ -28,6 +28,18 @@ def check_lengths(base: Base, slots: Sequence[TrainingSlot]) -> None:
         choose_window(base, slot.recipe.evaluate)
 
 
+def count_remaining_tokens(
+    slots: Sequence[TrainingSlot], halving: SuccessiveHalving | None, queue: DomainQueue | None
+) -> int:
+    """Returns the tokens that go through the network until the end, if nothing but a rung stops a slot early."""
+    if halving:
+        done = sum(slot.last_step for slot in slots)
+        steps = halving.count_steps(max(slot.num_steps for slot in slots))
+        return max(0, steps - done) * slots[0].tokens_per_step
+    all_slots = [*slots, *(queue.waiting if queue else ())]
+    return sum((slot.num_steps - slot.last_step) * slot.tokens_per_step for slot in all_slots if not slot.stopped)
+
+
 def describe_progress(
     slots: Sequence[TrainingSlot], halving: SuccessiveHalving | None, queue: DomainQueue | None
 ) -> str:

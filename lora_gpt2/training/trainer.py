@@ -31,7 +31,13 @@ from lora_gpt2.training.events import Callback, EventKind, describe_event
 from lora_gpt2.training.halving import SuccessiveHalving, average_weights
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
-from lora_gpt2.training.progress import check_lengths, describe_failures, describe_progress, is_checkpoint_due
+from lora_gpt2.training.progress import (
+    check_lengths,
+    count_remaining_tokens,
+    describe_failures,
+    describe_progress,
+    is_checkpoint_due,
+)
 from lora_gpt2.training.queue import DomainQueue
 from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
@@ -121,8 +127,7 @@ class Trainer:
             TrainingDiverged: no slot is left whose loss and gradient are finite; the last checkpoint is kept.
             Interrupted: a signal came; a checkpoint of the last whole step is kept.
         """
-        waiting = self.queue.waiting if self.queue else ()
-        remaining = sum((s.num_steps - s.last_step) * s.tokens_per_step for s in [*self.slots, *waiting])
+        remaining = count_remaining_tokens(self.slots, self.halving, self.queue)
         if self.step == 0:
             for slot_id in range(len(self.slots)):
                 self._start(slot_id)

@@ -2,12 +2,14 @@
 
 import os
 from collections import Counter
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load
 
+from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import Interrupted, TrainingDiverged, UsageError
 from lora_gpt2.recipe import BLOCKS
 from lora_gpt2.recipe_files import set_values
@@ -136,3 +138,16 @@ def test_a_budget_of_time_decides_the_steps(base_folder, text_file, store, repor
     assert short < long
     with pytest.raises(UsageError, match="at least two"):
         tune(make_search(base_folder, text_file), store, reporter, num_candidates=1)
+
+
+def test_the_progress_of_a_search_ends_where_its_total_is(base_folder, text_file, store):
+    tasks = {}
+
+    class Reporter(SilentReporter):
+        @contextmanager
+        def task(self, title, total, unit):
+            tasks[title] = [total, 0]
+            yield SimpleNamespace(advance=lambda amount, note="": tasks[title].__setitem__(1, tasks[title][1] + amount))
+
+    tune(make_search(base_folder, text_file), store, Reporter())
+    assert tasks["training"][0] == tasks["training"][1] > 0
