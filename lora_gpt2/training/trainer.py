@@ -25,19 +25,13 @@ from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.lora import Adapter, build_adapter, build_ranks, merge_ranks, plan_targets
 from lora_gpt2.model.runtime import measure_peak_memory
+from lora_gpt2.training import progress
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.dispatch import StepDispatcher, StepResult
 from lora_gpt2.training.events import Callback, EventKind, describe_event
 from lora_gpt2.training.halving import SuccessiveHalving, average_weights
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
-from lora_gpt2.training.progress import (
-    check_lengths,
-    count_remaining_tokens,
-    describe_failures,
-    describe_progress,
-    is_checkpoint_due,
-)
 from lora_gpt2.training.queue import DomainQueue
 from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
@@ -92,7 +86,7 @@ class Trainer:
         self.lookahead = 1 if self.device.type == "cuda" else 0
         self.open_start, self.replay, self.halving, self.queue = open_start, replay, halving, queue
         all_slots = [*slots, *(queue.waiting if queue else ())]
-        check_lengths(base, all_slots)
+        progress.check_lengths(base, all_slots)
         ranks = merge_ranks(build_ranks(base.config, slot.recipe.lora) for slot in all_slots)
         self.bank = AdapterBank(base.config, ranks, len(slots), "training", base.model.wte.weight)
         for slot_id, slot in enumerate(slots):
@@ -127,7 +121,7 @@ class Trainer:
             TrainingDiverged: no slot is left whose loss and gradient are finite; the last checkpoint is kept.
             Interrupted: a signal came; a checkpoint of the last whole step is kept.
         """
-        remaining = count_remaining_tokens(self.slots, self.halving, self.queue)
+        remaining = progress.count_remaining_tokens(self.slots, self.halving, self.queue)
         if self.step == 0:
             for slot_id in range(len(self.slots)):
                 self._start(slot_id)
@@ -137,10 +131,10 @@ class Trainer:
                 self._write_metrics(log)
                 task.advance(
                     sum(self.slots[slot_id].tokens_per_step for slot_id in active),
-                    describe_progress(self.slots, self.halving, self.queue),
+                    progress.describe_progress(self.slots, self.halving, self.queue),
                 )
                 signal = self.process_group.broadcast_object(stop.signal_number)
-                if signal or is_checkpoint_due(self.slots, self.step):
+                if signal or progress.is_checkpoint_due(self.slots, self.step):
                     self._collect(0)
                     self._write_metrics(log)
                     self.save_checkpoint()
@@ -153,7 +147,7 @@ class Trainer:
             return []
         if not healthy:
             hint = "use a smaller --set train.learning_rate, with --fresh"
-            raise TrainingDiverged(f"{describe_failures(self.slots, self.queue)}; nothing was published", hint)
+            raise TrainingDiverged(f"{progress.describe_failures(self.slots, self.queue)}; nothing was published", hint)
         self.save_checkpoint()  # so that a full disk while publishing costs no training
         return list(self._conclude([self.halving.choose(self.slots)] if self.halving else healthy, stop))
 
