@@ -380,8 +380,8 @@ class Trainer:
             tensor.copy_(tensors[name])
         self.bank.refresh_casts()
         self.step, self.seconds = state["step"], state["seconds"]
-        for slot, progress in zip(self.slots, state["domains"], strict=True):
-            slot.restore_progress(progress)
+        for slot, values in zip(self.slots, state["domains"], strict=True):
+            slot.restore_progress(values)
             if self.run is not None and self.process_group.is_main_process:
                 self.run.append_metrics(slot.name, slot.records, anew=True)
                 slot.num_written = len(slot.records)
