@@ -580,6 +580,43 @@ def summarise_profile(record: Any, wall: float) -> Figures:
     }
 
 
+def compare_searches(size: str = "S", steps: int = 400) -> Figures:
+    """Seconds of one run, of one with a budget of forgetting, and of a search among 8, by the command line."""
+    work = WORK / "searches"
+    work.mkdir(parents=True, exist_ok=True)
+    pages = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("lora_gpt2/**/*.py")])
+    (work / "text.txt").write_text("\n\n".join(page.read_text(encoding="utf-8") for page in pages), encoding="utf-8")
+    shared = [str(work / "text.txt"), "--base", str(build_base(size)), "--store", str(work / "store")]
+    shared += ["--steps", str(steps), "--set", "train.sample_tokens=0"]
+    found: Figures = {}
+    runs = {
+        "warm-up": ["train", "--name", "warm", "--steps", "20"],
+        "one": ["train", "--name", "one"],
+        "one, forget 0.1": [
+            "train",
+            "--name",
+            "kept",
+            "--set",
+            "train.forget=0.1",
+            "--set",
+            "train.replay_tokens=8192",
+        ],
+        "tune 8": ["tune", "--name", "best", "--candidates", "8"],
+    }
+    for name, (command, *options) in runs.items():
+        started = time.perf_counter()
+        call = [sys.executable, "-m", "lora_gpt2", command, *shared, *options]
+        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        found[name] = round(time.perf_counter() - started, 2)
+        if done.returncode:
+            found[f"{name}: error"] = done.stderr[-1500:]
+    metrics = {path.parent.parent.name: path for path in work.glob("store/**/metrics.jsonl")}
+    for name, path in metrics.items():
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found[f"{name}: last line"] = lines[-1]
+    return found
+
+
 @dataclass(frozen=True)
 class Step:
     """A step of the visit: its function, arguments, and limit in seconds."""
@@ -616,6 +653,7 @@ STEPS = [  # the most valuable first
         50,
         {"size": "XL", "tokens": 1024, "quantize": "int8", "checkpointing": True, "budget": 4e9},
     ),
+    Step("searches S", compare_searches, 150),
     Step("memory XL nf4", measure_memory, 50, {"size": "XL", "tokens": 1024, "quantize": "nf4", "checkpointing": True}),
 ]
 DRY = {"size": "T", "tokens": 256, "rows": 2, "length": 128, "steps": 3, "budget": 2e9, "num_rows": 2}

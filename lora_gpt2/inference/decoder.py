@@ -41,10 +41,10 @@ class NextTokens:
         return wanted.cpu()
 
 
-def build_sampling_columns(sequences: Sequence[SequenceState], padding: int = 0) -> Tensor:
+def build_sampling_columns(sequences: Sequence[SequenceState], padding: int = 0, ahead: int = 0) -> Tensor:
     """Returns the sampling columns of sequences, followed by rows of padding; see `device_sampling`."""
     params = [sequence.params for sequence in sequences] + [SamplingParams()] * padding
-    return build_columns(params, [sequence.draw_uniform() for sequence in sequences] + [0.0] * padding)
+    return build_columns(params, [sequence.draw_uniform(ahead) for sequence in sequences] + [0.0] * padding)
 
 
 class Decoder:

@@ -22,6 +22,7 @@ from lora_gpt2.inference.sampling import (
     take_top_k,
     weigh_logits,
 )
+from lora_gpt2.model.kernels import has_triton
 
 CANDIDATES = 128
 LARGEST_TOP_K = 64
@@ -49,6 +50,10 @@ def choose_tokens(logits: Float[Tensor, "batch vocab"], columns: Float[Tensor, "
 
     `columns` are temperature, top-k, top-p, min-p and random number of each row, in float64.
     """
+    if logits.device.type == "cuda" and has_triton():
+        from lora_gpt2.model.sampling_kernel import draw_from_logits
+
+        return draw_from_logits(logits, columns, CANDIDATES, not_finite=NOT_FINITE, undecided=UNDECIDED)
     temperature, top_k, top_p, min_p, uniforms = (columns[:, index : index + 1] for index in range(5))
     exact = logits.float() + 0.0  # which makes -0 the same as 0
     count = min(CANDIDATES, exact.shape[1])

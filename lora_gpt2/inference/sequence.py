@@ -113,9 +113,9 @@ class SequenceState:
         """True if the next token can be chosen on the device: no logits are needed here."""
         return can_choose(self.params) and not self.no_verbatim and not self.settings.logprobs
 
-    def draw_uniform(self) -> float:
-        """Returns the random number of the next token."""
-        return draw_uniform(self.seed, len(self.new_ids))
+    def draw_uniform(self, ahead: int = 0) -> float:
+        """Returns the random number of the next token, or of the one that comes `ahead` tokens after it."""
+        return draw_uniform(self.seed, len(self.new_ids) + ahead)
 
     def adjust_logits(self, logits: Tensor) -> Tensor:
         """Returns the logits `[vocab]` of the next token after everything that looks at the sequence's own tokens.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_IN, BLOCK_OUT = 256, 128
+BLOCK_IN, BLOCK_OUT = 512, 256
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -28,27 +28,29 @@ def _add_updates(  # type: ignore[no-untyped-def]
     block_in: tl.constexpr,
     block_out: tl.constexpr,
     block_rank: tl.constexpr,
+    block_slots: tl.constexpr,
 ):
     row = tl.program_id(0)
     columns = tl.program_id(1) * block_out + tl.arange(0, block_out)
-    ranks = tl.arange(0, block_rank)
-    total = tl.zeros([block_out], tl.float32)
-    for slot in range(num_slots):
-        weight = tl.load(weights + row * num_slots + slot)
-        if weight != 0.0:
-            first = (slot * rank + ranks).to(tl.int64)[:, None]
-            z = tl.zeros([block_rank], tl.float32)
-            for start in range(0, inputs, block_in):
-                lanes = start + tl.arange(0, block_in)
-                h = tl.load(x + row * inputs + lanes, mask=lanes < inputs, other=0.0).to(tl.float32)
-                is_inside = (ranks < rank)[:, None] & (lanes < inputs)[None, :]
-                factor = tl.load(a + first * inputs + lanes[None, :], mask=is_inside, other=0.0).to(tl.float32)
-                z += tl.sum(factor * h[None, :], 1)
-            is_inside = (ranks < rank)[:, None] & (columns < outputs)[None, :]
-            factor = tl.load(b_t + first * outputs + columns[None, :], mask=is_inside, other=0.0).to(tl.float32)
-            total += tl.sum(factor * (z * weight)[:, None], 0)
-    before = tl.load(y + row * outputs + columns, mask=columns < outputs, other=0.0).to(tl.float32)
-    tl.store(y + row * outputs + columns, (before + total).to(y.dtype.element_ty), mask=columns < outputs)
+    ranks, slots = tl.arange(0, block_rank), tl.arange(0, block_slots)
+    total = tl.load(y + row * outputs + columns, mask=columns < outputs, other=0.0).to(tl.float32)
+    own = tl.load(weights + row * num_slots + slots, mask=slots < num_slots, other=0.0)
+    is_inside_b = (ranks < rank)[:, None] & (columns < outputs)[None, :]
+    slot = -1
+    for _ in range(tl.sum((own != 0.0).to(tl.int32))):
+        slot = tl.min(tl.where((own != 0.0) & (slots > slot), slots, block_slots))
+        weight = tl.sum(tl.where(slots == slot, own, 0.0))
+        first = (slot * rank + ranks).to(tl.int64)[:, None]
+        factor_b = tl.load(b_t + first * outputs + columns[None, :], mask=is_inside_b, other=0.0).to(tl.float32)
+        products = tl.zeros([block_rank, block_in], tl.float32)
+        for start in range(0, inputs, block_in):
+            lanes = start + tl.arange(0, block_in)
+            h = tl.load(x + row * inputs + lanes, mask=lanes < inputs, other=0.0).to(tl.float32)
+            is_inside = (ranks < rank)[:, None] & (lanes < inputs)[None, :]
+            factor = tl.load(a + first * inputs + lanes[None, :], mask=is_inside, other=0.0).to(tl.float32)
+            products += factor * h[None, :]
+        total += tl.sum(factor_b * (tl.sum(products, 1) * weight)[:, None], 0)
+    tl.store(y + row * outputs + columns, total.to(y.dtype.element_ty), mask=columns < outputs)
 
 
 def add_updates(x: Tensor, lora_a: Tensor, lora_b_t: Tensor, weights: Tensor, y: Tensor) -> None:
@@ -77,5 +79,6 @@ def add_updates(x: Tensor, lora_a: Tensor, lora_b_t: Tensor, weights: Tensor, y:
         block_in=max(16, min(BLOCK_IN, 8192 // block_rank)),
         block_out=BLOCK_OUT,
         block_rank=block_rank,
+        block_slots=triton.next_power_of_2(num_slots),
         num_warps=4,
     )

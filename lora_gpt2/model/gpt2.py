@@ -130,7 +130,7 @@ class Attention(nn.Module):
         batch, time, width = x.shape
         fused = project(self.c_attn, f"h.{self.layer}.attn.c_attn", norm, x, context.adapters)
         qkv = fused.view(batch, time, 3, self.n_head, width // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # whose gradients are put together as they lie
         if context.cache is not None:
             cached = context.cache.append(self.layer, context.positions, qkv[:, :, 1:])
             if context.mask is not None:

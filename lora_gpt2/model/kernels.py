@@ -37,6 +37,7 @@ def _are_right(device: torch.device) -> bool:
     from lora_gpt2.model.decode_kernel import add_updates
     from lora_gpt2.model.dropout_kernel import fill_dropout_mask
     from lora_gpt2.model.loss_kernel import score_rows
+    from lora_gpt2.model.sampling_kernel import draw_from_logits
 
     draw = torch.Generator().manual_seed(0)
     logits, a, b_t = (torch.randn(shape, generator=draw).to(device) for shape in ((2, 64), (1, 4, 64), (1, 4, 64)))
@@ -51,4 +52,7 @@ def _are_right(device: torch.device) -> bool:
     seeds, rate = torch.tensor([5]).to(device), 0.25
     mask = fill_dropout_mask(torch.empty(1, 1, 100, device=device), offset_of(seeds, 7), rate)
     is_right.append(torch.equal(mask[0, 0] > 0, draw_bits(seeds, 7, 100)[0] >= threshold_of(rate)))
+    columns = torch.tensor([[0.0, 1, 1, 0, 0], [1.0, 2, 1, 0, 1 - 2.0**-53]], dtype=torch.float64).to(device)
+    drawn = draw_from_logits(slopes, columns, 8, not_finite=-1, undecided=-2)
+    is_right.append(torch.equal(drawn, torch.stack([slopes[0].argmax(), slopes[1].topk(2).indices[1]])))
     return all(is_right)

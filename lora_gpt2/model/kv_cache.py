@@ -124,16 +124,20 @@ class KVCache:
         """Zeroes what the first rows hold at a position."""
         self.buffer[:, :, :num_rows, :, position] = 0
 
-    def record_replay(self, num_tokens: Sequence[int], num_rows: int) -> None:
-        """Takes over what a replayed step over the first `num_rows` rows did, in which no Python ran.
+    def clear_padding(self, first: int, end: int) -> None:
+        """Zeroes what the padding rows of a step, `first` to `end`, wrote to their first position."""
+        if first < end:
+            self.buffer[:, :, first:end, :, 0] = 0
 
-        `num_tokens` has the lengths of the first rows; the others were padding, which wrote to their first position.
+    def record_replay(self, num_tokens: Sequence[int], num_rows: int) -> None:
+        """Takes over the lengths after a replayed step over the first `num_rows` rows, in which no Python ran.
+
+        `num_tokens` has the lengths of the first rows; the others were padding. A token more may have been written
+        behind each, by a step that was launched ahead.
         """
-        if len(num_tokens) < num_rows:
-            self.buffer[:, :, len(num_tokens) : num_rows, :, 0] = 0
         for row in range(num_rows):
-            count = num_tokens[row] if row < len(num_tokens) else 0
-            self._num_tokens[row] = self._num_written[row] = count
+            self._num_tokens[row] = num_tokens[row] if row < len(num_tokens) else 0
+            self._num_written[row] = self._num_tokens[row] + 1
 
     def _clear_behind(self, row: int) -> None:
         """Zeroes what a row wrote behind its length."""

@@ -1,10 +1,11 @@
-"""From the host to a GPU: the small tensors of a step in one copy that nothing waits for."""
+"""Between the host and a GPU: the small tensors of a step in one copy there, and its results in one back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 ALIGNMENT = 256
@@ -56,3 +57,31 @@ class Transfer:
         self._buffer = torch.empty(ends[-1], dtype=torch.uint8, device=self.device)
         self._views = view(self._buffer)
         self._done = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+
+
+class Readback:
+    """Copies integers from a device to the host while the device goes on.
+
+    Two pinned buffers take turns, so what `begin` returns must be called before the second `begin` after it.
+    """
+
+    def __init__(self, device: torch.device, capacity: int) -> None:
+        self.device, self._turn = device, 0
+        if device.type == "cuda":
+            self._hosts = [torch.empty(capacity, dtype=torch.long, pin_memory=True) for _ in range(2)]
+            self._done = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def begin(self, values: Int[Tensor, " values"]) -> Callable[[], list[int]]:
+        """Launches a copy; returns a function that waits for it and returns the values."""
+        if self.device.type != "cuda":
+            return values.tolist
+        self._turn = 1 - self._turn
+        host, done = self._hosts[self._turn][: len(values)], self._done[self._turn]
+        host.copy_(values, non_blocking=True)
+        done.record()
+
+        def read() -> list[int]:
+            done.synchronize()
+            return list(host.tolist())
+
+        return read

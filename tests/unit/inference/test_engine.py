@@ -7,11 +7,13 @@ import torch
 
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.inference import decoder as decoder_module
+from lora_gpt2.inference import device_sampling
 from lora_gpt2.inference import sequence as sequence_module
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.engine import Engine
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sampling import SamplingParams
 from lora_gpt2.inference.sequence import SequenceState, StopStringMatcher
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
@@ -95,6 +97,91 @@ def check_joining(session, alone, max_num_seqs, decoder):
     assert not engine.cache.buffer.any(), "a cache without sequences holds nothing"
     assert not engine.cache.lengths.any()
     assert {row.finish_reason for row in rows} <= {"stop", "length"}
+
+
+class Counting(Replaying):
+    """Also counts the steps that are launched."""
+
+    launched = 0
+
+    def _launch(self, *args, **options):
+        self.launched += 1
+        return super()._launch(*args, **options)
+
+
+def make_lasting_rows(session, count=4, **settings):
+    """Rows that no end-of-text token ends."""
+    rows = make_rows(session, count, seed=3)
+    for row in rows:
+        row.settings = OPEN.model_copy(update={"temperature": 0.9, "top_k": 5, **settings})
+        row.params, row.max_new_tokens = SamplingParams.from_settings(row.settings), 10
+    return rows
+
+
+@pytest.fixture
+def no_end(monkeypatch):
+    monkeypatch.setattr(SequenceState, "accept", lambda self, token, logits: accept_any(self, token))
+
+
+def accept_any(sequence, token):
+    text = sequence.append(token)
+    return text + (sequence.finish("length") if len(sequence.new_ids) >= sequence.max_new_tokens else "")
+
+
+def run_all(session, rows, decoder=None, disturb=lambda step, engine: None):
+    engine = Engine(session, len(rows), 48)
+    if decoder:
+        engine.decoder = decoder(session, engine.cache)
+    for row in rows:
+        engine.submit(row)
+    step = 0
+    while engine.is_busy:
+        engine.step()
+        disturb(step, engine)
+        step += 1
+    assert not engine.cache.buffer.any()
+    return engine
+
+
+def test_a_step_is_launched_before_the_last_ones_tokens_are_known_and_only_once(session, no_end):
+    expected, rows = make_lasting_rows(session), make_lasting_rows(session)
+    run_all(session, expected)
+    engine = run_all(session, rows, Counting)
+    assert [row.new_ids for row in rows] == [row.new_ids for row in expected]
+    assert engine.decoder.launched == 9, "the prefill gives the first token"
+    logprobs = make_lasting_rows(session, logprobs=1)
+    assert run_all(session, logprobs, Counting).decoder.launched == 9
+    assert [row.new_ids for row in logprobs] == [row.new_ids for row in expected]
+
+
+def test_a_step_that_was_launched_for_nothing_leaves_no_trace(session, no_end):
+    """A row is changed from outside, a row leaves, and an adapter is loaded into other memory."""
+    expected, rows = make_lasting_rows(session), make_lasting_rows(session)
+
+    def disturb(step, engine):
+        running = engine.scheduler.running
+        if step == 3 and running:
+            running[0].new_ids[-1] = 7
+        if step == 5 and len(running) > 2:
+            engine.stop(running[1], "interrupted")
+        if step == 6:
+            session.slots.num_loads += 1
+
+    run_all(session, expected, disturb=disturb)
+    engine = run_all(session, rows, Counting, disturb)
+    assert [row.new_ids for row in rows] == [row.new_ids for row in expected]
+    assert 9 < engine.decoder.launched <= 13
+
+
+def test_tokens_that_the_device_cannot_decide_are_sampled_from_the_right_logits(session, no_end, monkeypatch):
+    """Where too many tokens are equally likely; the step after it was launched already."""
+    monkeypatch.setattr(device_sampling, "CANDIDATES", 5)  # fewer than the top-k and one more
+    rows, expected = make_lasting_rows(session), make_lasting_rows(session)
+    engine = run_all(session, rows, Counting)
+    monkeypatch.undo()
+    run_all(session, expected)
+    assert [row.new_ids for row in rows] == [row.new_ids for row in expected]
+    assert engine.decoder.launched > 15, "most steps were needed twice"
 
 
 def test_a_row_that_is_stopped_leaves_and_the_others_are_not_disturbed(session):

@@ -3,6 +3,7 @@
 They run in one process of their own: the interpreter is chosen when triton is imported.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from lora_gpt2.data.blocks import IGNORE
+from lora_gpt2.inference.device_sampling import build_columns, choose_tokens
+from lora_gpt2.inference.sampling import SamplingParams
 from lora_gpt2.model.counter_random import draw_dropout_mask
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,6 +29,7 @@ UPDATE_CASES = [
     (inputs, outputs, rank, dtype) for inputs, outputs, rank in ((48, 80, 3), (600, 300, 16)) for dtype in DTYPES
 ]
 SEEDS = torch.tensor([3, 2**32 - 1])
+DRAW_CASES = ["many tokens", "some tokens", "few tokens", "ties", "zeros", "not finite", "sliced"]
 MASK_CASES = [(rate, dtype) for rate in (0.0, 0.1, 0.5, 1 - 2**-20) for dtype in DTYPES]
 SCRIPT = """
 import sys, torch
@@ -34,6 +38,7 @@ from lora_gpt2.model.counter_random import offset_of
 from lora_gpt2.model import dropout_kernel, kernels
 from lora_gpt2.model.dropout_kernel import fill_dropout_mask
 from lora_gpt2.model.loss_kernel import score_rows
+from lora_gpt2.model.sampling_kernel import draw_from_logits
 given, found = torch.load(sys.argv[1], weights_only=True), {}
 found["right"] = kernels._are_right(torch.device("cpu"))
 dropout_kernel.FIRST += 2
@@ -46,6 +51,8 @@ for name, (x, a, b_t, weights, y) in given["updates"].items():
     found[name] = y
 for name, (mask, seeds, stream, rate) in given["masks"].items():
     found[name] = fill_dropout_mask(mask, offset_of(seeds, stream), rate)
+for name, (logits, columns) in given["draws"].items():
+    found[name] = draw_from_logits(logits, columns, 128, not_finite=-1, undecided=-2)
 torch.save(found, sys.argv[2])
 """
 
@@ -67,6 +74,31 @@ def make_update(inputs, outputs, rank, dtype):
     return x, a, b_t, weights, y
 
 
+def make_draw(name):
+    """Logits and sampling columns of 24 rows, every kind of parameter among them."""
+    draw = torch.Generator().manual_seed(2)
+    logits = torch.randn(24, {"few tokens": 100, "some tokens": 300}.get(name, 5001), generator=draw) * 2
+    uniforms = [0.0, *torch.rand(22, generator=draw, dtype=torch.float64).tolist(), 1 - 2.0**-53]
+    params = [
+        SamplingParams(temperature=(0.0, 0.7, 1.3)[k % 3], top_k=(1, 5, 50, 64)[k % 4], top_p=p, min_p=m)
+        for k, (p, m) in enumerate(itertools.product((1.0, 0.95, 0.5, 0.01), (0.0, 0.05, 0.9, 0.0, 0.1, 0.0)))
+    ]
+    if name == "ties":
+        logits = logits.div(4).round()
+    if name == "zeros":
+        logits = torch.where(logits > 5, logits, torch.where(logits > 0, 0.0, -0.0))[:, :90]
+    if name == "not finite":
+        logits[3, 4999], logits[5, 0], logits[7, 70], logits[8:16] = (
+            torch.nan,
+            torch.inf,
+            -torch.inf,
+            logits[8:16] * 1e37,
+        )
+    if name == "sliced":  # a head that is padded
+        logits = torch.cat([logits.round(), torch.full((24, 55), 1e9)], 1)[:, :5001]
+    return logits, build_columns(params, uniforms)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     pytest.importorskip("triton")
@@ -77,8 +109,9 @@ def found(tmp_path_factory):
     }
     loss["no gradient"] = (make_logits(100, 128, 1.0, torch.bfloat16, torch.nan), 100, torch.tensor(TARGETS), None, 0.0)
     updates = {str(case): make_update(*case) for case in UPDATE_CASES}
+    draws = {name: make_draw(name) for name in DRAW_CASES}
     masks = {str(case): (torch.empty(2, 70, 30, dtype=case[1]), SEEDS, 2**31 + 5, case[0]) for case in MASK_CASES}
-    torch.save({"loss": loss, "updates": updates, "masks": masks}, folder / "given.pt")
+    torch.save({"loss": loss, "updates": updates, "masks": masks, "draws": draws}, folder / "given.pt")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder / "given.pt"), str(folder / "found.pt")],
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -134,6 +167,15 @@ def test_dropout_masks_are_the_same_bit_for_bit(found, case):
     assert rate or expected.eq(1).all()
 
 
+@pytest.mark.parametrize("name", DRAW_CASES)
+def test_the_tokens_drawn_are_those_of_tensor_operations(found, name):
+    logits, columns = make_draw(name)
+    expected = choose_tokens(logits, columns)
+    assert found[name].tolist() == expected.tolist()
+    assert (expected < 0).any() == (name in ("not finite", "ties", "sliced"))
+    assert len(set(expected.tolist())) > 3
+
+
 def test_kernels_that_compute_other_numbers_are_not_used(found):
     assert found["right"]
     assert not found["wrong"]
@@ -144,15 +186,17 @@ import inspect
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lora_gpt2.model import decode_kernel, dropout_kernel, loss_kernel
+from lora_gpt2.model import decode_kernel, dropout_kernel, loss_kernel, sampling_kernel
 
 NUMBERS = {"smoothing": "fp32", "scale": "fp32", "nll": "*fp32", "uniform": "*fp32", "factors": "*fp32"}
 NUMBERS |= {"weights": "*fp32", "targets": "*i64", "offsets": "*i32"}
+NUMBERS |= {"keys": "*i64", "maxima": "*i64", "flags": "*i32", "columns": "*fp64", "chosen": "*i64"}
 VALUES = {"ignore": -100, "lowest": -1e38, "has_smoothing": True, "has_gradient": True, "block": 1024, "block_in": 256}
-VALUES |= {"block_out": 128, "block_rank": 16, "golden": dropout_kernel.GOLDEN, "first": dropout_kernel.FIRST}
-VALUES |= {"second": dropout_kernel.SECOND}
-for kernel in (loss_kernel._score_rows, decode_kernel._add_updates, dropout_kernel._fill_mask):
-    for dtype in ("bf16", "fp16", "fp32"):
+VALUES |= {"block_out": 128, "block_rank": 16, "block_slots": 8, "group": 16, "block_flags": 64}
+VALUES |= {"golden": dropout_kernel.GOLDEN, "first": dropout_kernel.FIRST, "second": dropout_kernel.SECOND}
+KERNELS = [loss_kernel._score_rows, decode_kernel._add_updates, dropout_kernel._fill_mask]
+for kernel in (*KERNELS, sampling_kernel._build_keys, sampling_kernel._draw):
+    for dtype in ("bf16", "fp16", "fp32") if kernel in KERNELS else ("fp32",):
         names = kernel.arg_names
         constants = {name: VALUES[name] for name in names if name in VALUES}
         pointers = {name: "*" + dtype for name in ("logits", "x", "a", "b_t", "y", "mask")}
@@ -176,4 +220,4 @@ def test_the_kernels_compile_for_real_gpus(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 18
+    assert len(done.stdout.splitlines()) == 22
