@@ -331,7 +331,7 @@ def build_trainer(size: str, tokens: int, length: int, **settings: Any) -> tuple
     raw = {"name": "a", "base": str(build_base(size)), "data": {"block_size": length}, "train": train}
     recipe = build_recipe(raw, "gpu")
     if budget:
-        (recipe,) = fit_to_memory([recipe], Store.find(), int(budget), SilentReporter())
+        (recipe,), _ = fit_to_memory([recipe], Store.find(), int(budget), SilentReporter())
     base = load_base(recipe.base, choose_runtime("auto"), recipe.train.quantize)
     slot = TrainingSlot(recipe=recipe, data=build_random_data(recipe, base.config.vocab_size))
     return Trainer(base, [slot], SilentReporter()), recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +18,9 @@ from lora_gpt2.commands.shared import (
     from_option,
     items_argument,
     json_option,
+    list_training,
     memory_option,
+    queue_options,
     set_option,
     store_option,
     suggest_next,
@@ -25,7 +28,7 @@ from lora_gpt2.commands.shared import (
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.synonyms import ARGUMENTS
 from lora_gpt2.core.tables import format_table
-from lora_gpt2.recipe_files import list_items, load_recipe
+from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 @data_option
 @base_option
 @from_option
+@queue_options
 @memory_option
 @click.option("--probe/--no-probe", default=True, help="Time two steps on random tokens.  [default: probe]")
 @setting_options("train")
@@ -50,6 +54,8 @@ def command(
     data: tuple[str, ...],
     base: str | None,
     init_from: str | None,
+    folder: Path | None,
+    slots: int | None,
     gpu_memory: int | None,
     probe: bool,
     flags: dict[str, Any],
@@ -64,18 +70,20 @@ def command(
       lora-gpt2 plan my_texts/ --epochs 5
       lora-gpt2 plan notebook.yaml --gpu-memory 6GB
       lora-gpt2 plan a.yaml b.yaml c.yaml         together, over one base
+      lora-gpt2 plan --all domains/               a few at a time, as 'train --all' does
     """
     from lora_gpt2.training.plan import plan_run
 
+    found, num_slots = list_training(items, data, None, folder, slots)
     chosen = [
         load_recipe(
             item.recipe,
             overrides,
             {**flags, "base": base, "lora.init_from": init_from, **item.flags},
         )
-        for item in list_items(items, data, None)
+        for item in found
     ]
-    plan = plan_run(chosen, store, reporter, gpu_memory, probe)
+    plan = plan_run(chosen, store, reporter, gpu_memory, probe, num_slots=num_slots)
     show_plan(plan, as_json)
     typed = click.get_current_context().meta[ARGUMENTS]
     same = [word for word in typed[typed.index("plan") + 1 :] if word not in ("--probe", "--no-probe", "--json")]
@@ -95,6 +103,8 @@ def _to_json(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.memory.peak,
         "parts": vars(plan.memory),
         "settings": plan.changes,
+        "adapters": len(plan.recipes),
+        "slots": plan.num_slots,
         "budget_bytes": plan.budget_bytes,
         "device": plan.device,
         "dtype": plan.dtype,
@@ -117,6 +127,8 @@ def _render(plan: Plan) -> str:
     rows.append([f"peak on {plan.device} in {plan.dtype}: {verdict} into", format_bytes(plan.budget_bytes)])
     rows.insert(-1, ["peak", format_bytes(plan.memory.peak)])
     lines = [format_table(["memory", ""], rows)]
+    if plan.num_slots < len(plan.recipes):
+        lines.append(f"slots  {plan.num_slots} for {len(plan.recipes)} adapters, which take turns")
     if plan.changes:
         lines.append("with " + " ".join(f"--set {key}={str(value).lower()}" for key, value in plan.changes.items()))
     if plan.tokens_per_second:

@@ -8,7 +8,8 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ import click
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CheckFailed, UsageError
 from lora_gpt2.core.printable import printable
+from lora_gpt2.recipe_files import TrainingItem, list_items
 from lora_gpt2.store.catalog import Store
 
 SAMPLE_PROMPT = "Once upon a time"
@@ -82,6 +84,33 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (click.pass_obj, json_option, store_option, set_option, base_option):
         command = option(command)
     return command
+
+
+def queue_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of a run whose adapters take turns."""
+    text = "An adapter for each folder, file or recipe in FOLDER, a few at a time."
+    command = click.option("--slots", type=click.IntRange(1, 4096), help="Adapters at a time; else as memory allows.")(
+        command
+    )
+    return click.option("--all", "folder", metavar="FOLDER", type=click.Path(path_type=Path), help=text)(command)
+
+
+def list_training(
+    items: Sequence[str], data: Sequence[str], name: str | None, folder: Path | None, slots: int | None
+) -> tuple[list[TrainingItem], int | None]:
+    """Returns what to train, and in how many slots: None for all at the same time, 0 for as many as memory allows.
+
+    One recipe may stand beside a folder, and is for those domains that have none of their own.
+    """
+    found = list_items(items, data, name)
+    if folder is None:
+        return found, slots
+    from lora_gpt2.data.domains import list_domains
+
+    if len(found) > 1 or found[0].sources or name:
+        raise UsageError("--all names the adapters and their text", "leave other text and --name out")
+    domains = [replace(item, recipe=item.recipe or found[0].recipe) for item in list_domains(folder)]
+    return domains, slots or 0
 
 
 def suggest_next(reporter: Reporter, *words: str | Path, store: Store | None = None, title: str = "next") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from lora_gpt2.commands.shared import (
     from_option,
     items_argument,
     json_option,
+    list_training,
     memory_option,
+    queue_options,
     set_option,
     skip_bad_option,
     store_option,
@@ -29,10 +31,9 @@ from lora_gpt2.commands.shared import (
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import InterruptedRunError, UsageError
 from lora_gpt2.core.tables import format_table
-from lora_gpt2.recipe_files import TrainingItem, list_items, load_recipe, name_recipe
+from lora_gpt2.recipe_files import load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
 
-ALL = "Train an adapter for each folder, file or recipe in FOLDER, a few at a time."
 MOST_EXPLAINED = 8  # adapters, line by line
 
 
@@ -47,8 +48,7 @@ MOST_EXPLAINED = 8  # adapters, line by line
 @skip_bad_option
 @click.option("--resume", is_flag=True, help="Resume the interrupted run of the same recipes.")
 @click.option("--fresh", is_flag=True, help="Begin anew; an interrupted run of the same adapters is set aside.")
-@click.option("--all", "folder", metavar="FOLDER", type=click.Path(path_type=Path), help=ALL)
-@click.option("--slots", type=click.IntRange(1, 4096), help="Domains trained at a time; else as memory allows.")
+@queue_options
 @click.option("--fit", is_flag=True, help="Change settings so that it fits into memory; see 'plan'.")
 @memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and train nothing.")
@@ -94,19 +94,18 @@ def command(
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     own = {**flags, "base": base, "data.skip_bad": skip_bad or None, "lora.init_from": init_from}
-    found = list_items(items, data, name) if folder is None else _list_all(folder, items, data, name)
+    found, num_slots = list_training(items, data, name, folder, slots)
     chosen = [name_recipe(load_recipe(item.recipe, overrides, {**own, **item.flags})) for item in found]
-    num_slots = slots if slots or folder is None else 0
     if dry_run:
         from lora_gpt2.commands.plan import show_plan
         from lora_gpt2.training.plan import plan_run
 
-        show_plan(plan_run(chosen, store, reporter, gpu_memory), as_json)
+        show_plan(plan_run(chosen, store, reporter, gpu_memory, num_slots=num_slots), as_json)
         return
     if fit or gpu_memory is not None:
         from lora_gpt2.training.plan import fit_to_memory
 
-        chosen = fit_to_memory(chosen, store, gpu_memory, reporter)
+        chosen, num_slots = fit_to_memory(chosen, store, gpu_memory, reporter, num_slots)
     from lora_gpt2.training.run import train_recipes
 
     try:
@@ -124,16 +123,6 @@ def command(
     first = report.adapters[0].name
     suggest_next(reporter, "generate", SAMPLE_PROMPT, "--adapter", first, store=store)
     reporter.message(f"see:  {store.resolve(first) / 'report.html'}")
-
-
-def _list_all(folder: Path, items: tuple[str, ...], data: tuple[str, ...], name: str | None) -> list[TrainingItem]:
-    """Returns the domains of a folder; one recipe may stand beside it, and is for those that have none of their own."""
-    from lora_gpt2.data.domains import list_domains
-
-    common = list_items(items, data, name)
-    if len(common) > 1 or common[0].sources or name:
-        raise UsageError("--all names the adapters and their text", "leave other text and --name out")
-    return [replace(item, recipe=item.recipe or common[0].recipe) for item in list_domains(folder)]
 
 
 def _render(adapters: list[Any]) -> str:

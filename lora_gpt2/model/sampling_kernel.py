@@ -79,8 +79,8 @@ def _draw(  # type: ignore[no-untyped-def]
     sums = tl.cumsum(weights, 0)
     total = tl.sum(tl.where(lanes == block - 1, sums, 0.0))
     below = (total.to(tl.int64, bitcast=True) - 1).to(tl.float64, bitcast=True)  # rounding must not reach the end
-    place = tl.sum((sums <= tl.minimum(uniform * total, below)).to(tl.int32))
-    token = tl.sum(tl.where(lanes == tl.where(is_greedy, 0, place), tokens, 0))
+    position = tl.sum((sums <= tl.minimum(uniform * total, below)).to(tl.int32))
+    token = tl.sum(tl.where(lanes == tl.where(is_greedy, 0, position), tokens, 0))
     last = tl.sum(tl.where(lanes == num_candidates - 1, value, 0.0))
     is_decided = is_greedy | (num_candidates >= vocab) | (last < smallest)
     flag_lanes = tl.arange(0, block_flags)

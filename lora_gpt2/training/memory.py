@@ -38,6 +38,8 @@ CGROUP = Path("/sys/fs/cgroup")
 CUDA_CONTEXT = 900_000_000  # what CUDA and the code of its libraries take besides the allocator: 0.89 GB on an H100
 CUBLAS_WORKSPACES = 4 * 2**25  # 32 MiB for each of two streams (see `graphs.py`), forward and backward
 CPU_RESERVE, FRAGMENTATION = 420_000_000, 0.05
+MOST_SLOTS = 8
+"""Slots of a queue where memory has room for more: beyond it a step takes longer, but no token gets cheaper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +171,35 @@ def measure_budget(device: torch.device) -> int:
     return min(available, limit - used)
 
 
-def fit_recipes(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime, budget: int) -> list[Recipe] | None:
+def list_concurrent(
+    config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime, budget: int, num_slots: int | None
+) -> list[Recipe]:
+    """Returns, of recipes that take turns in `num_slots` slots, those whose training at the same time takes the most.
+
+    With 0 slots: as many as fit into `budget` bytes, at least one. None: all train at the same time.
+    """
+    if num_slots is None:
+        return list(recipes)
+    largest = sorted(recipes, key=lambda recipe: estimate_memory(config, [recipe], runtime).peak, reverse=True)
+    if num_slots:
+        return largest[:num_slots]
+    counts = range(2, min(MOST_SLOTS, len(recipes)) + 1)
+    fitting = [count for count in counts if estimate_memory(config, largest[:count], runtime).peak <= budget]
+    return largest[: max(fitting, default=1)]
+
+
+def fit_recipes(
+    config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime, budget: int, num_slots: int | None = None
+) -> list[Recipe] | None:
     """Returns the recipes with the fastest settings whose peak is within `budget` bytes, or None if none is.
 
-    As they are, if that fits; else, the dearest last: smaller passes down to 2,048 tokens, gradient checkpointing,
-    smaller passes still, an int8 base, an nf4 base. None of it changes a result by more than rounding, but the bases.
+    They train together, or take turns in `num_slots` slots; see `list_concurrent`. As they are, if that fits; else,
+    the dearest last: smaller passes down to 2,048 tokens, gradient checkpointing, smaller passes still, an int8 base,
+    an nf4 base. None of it changes a result by more than rounding, but the bases.
     """
     for changed in _iter_changes(recipes):
-        if estimate_memory(config, changed, runtime).peak <= budget:
+        running = list_concurrent(config, changed, runtime, budget, num_slots)
+        if estimate_memory(config, running, runtime).peak <= budget:
             return changed
     return None
 

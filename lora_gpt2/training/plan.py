@@ -31,6 +31,7 @@ from lora_gpt2.training.memory import (
     fit_recipes,
     format_changes,
     list_changes,
+    list_concurrent,
     measure_budget,
 )
 from lora_gpt2.training.process_group import init_process_group
@@ -44,7 +45,7 @@ PROBE_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run that has not begun: `recipes` as they would be trained, and `changes` that make them fit.
+    """A run that has not begun: `recipes` as they would be trained, `num_slots` at a time, after `changes` to fit.
 
     `tokens_per_second` and `seconds` are None without a probe, `tokens` also where the amount of text is unknown.
     """
@@ -55,6 +56,7 @@ class Plan:
     device: str
     dtype: str
     recipes: list[Recipe]
+    num_slots: int
     changes: dict[str, object]
     tokens: int | None
     tokens_per_second: float | None
@@ -66,17 +68,27 @@ class Plan:
 
 
 def plan_run(
-    recipes: Sequence[Recipe], store: Store, reporter: Reporter, budget: int | None = None, probe: bool = True
+    recipes: Sequence[Recipe],
+    store: Store,
+    reporter: Reporter,
+    budget: int | None = None,
+    probe: bool = True,
+    *,
+    num_slots: int | None = None,
 ) -> Plan:
-    """Returns what training these recipes together will take; `budget` in bytes, None for the device's memory."""
+    """Returns what training these recipes will take; `budget` in bytes, None for the device's memory.
+
+    They train together, or take turns in `num_slots` slots; see `memory.list_concurrent`.
+    """
     recipes = [inherit_shape(recipe, store) for recipe in recipes]
     check_together(recipes)
     config, runtime = read_shape(recipes[0])
     limit = measure_budget(runtime.device) if budget is None else budget
-    fitting = fit_recipes(config, recipes, runtime, limit)
+    fitting = fit_recipes(config, recipes, runtime, limit, num_slots)
     chosen = list(recipes) if fitting is None else fitting
+    running = list_concurrent(config, chosen, runtime, limit, num_slots)
     data = _prepare(recipes, reporter)
-    speed = measure_speed(chosen, runtime, reporter) if probe and fitting is not None else None
+    speed = measure_speed(running, runtime, reporter) if probe and fitting is not None else None
     tokens = None
     if data is not None or all(recipe.train.steps for recipe in chosen):
         blocks = data or [build_random_data(recipe, config.vocab_size) for recipe in chosen]
@@ -84,31 +96,35 @@ def plan_run(
         tokens = sum(slot.num_steps * slot.tokens_per_step for slot in slots)
     return Plan(
         fits=fitting is not None,
-        memory=estimate_memory(config, chosen, runtime),
+        memory=estimate_memory(config, running, runtime),
         budget_bytes=limit,
         device=runtime.device.type,
         dtype=runtime.dtype_name,
         recipes=chosen,
+        num_slots=len(running),
         changes=list_changes(recipes, chosen),
         tokens=tokens,
         tokens_per_second=speed,
     )
 
 
-def fit_to_memory(recipes: Sequence[Recipe], store: Store, budget: int | None, reporter: Reporter) -> list[Recipe]:
-    """Returns the recipes with the fastest settings that fit; on a GPU, `budget` also becomes a limit that holds.
+def fit_to_memory(
+    recipes: Sequence[Recipe], store: Store, budget: int | None, reporter: Reporter, num_slots: int | None = None
+) -> tuple[list[Recipe], int | None]:
+    """Returns the recipes with the fastest settings that fit, and the slots they take turns in (None: all together).
 
-    Raises `ResourceError` if nothing fits.
+    On a GPU, `budget` also becomes a limit that holds. Raises `ResourceError` if nothing fits.
     """
     check_together(recipes)
     config, runtime = read_shape(recipes[0])
     limit = measure_budget(runtime.device) if budget is None else budget
     shaped = [inherit_shape(recipe, store) for recipe in recipes]
-    fitting = fit_recipes(config, shaped, runtime, limit)
+    fitting = fit_recipes(config, shaped, runtime, limit, num_slots)
+    running = list_concurrent(config, fitting or shaped, runtime, limit, num_slots)
     if fitting is None:
         raise ResourceError(
             f"nothing fits into {limit / 1e9:.2f} GB: this run needs "
-            f"{estimate_memory(config, shaped, runtime).peak / 1e9:.2f} GB",
+            f"{estimate_memory(config, running, runtime).peak / 1e9:.2f} GB",
             "use a smaller base or data.block_size",
         )
     if changes := list_changes(shaped, fitting):
@@ -119,7 +135,8 @@ def fit_to_memory(recipes: Sequence[Recipe], store: Store, budget: int | None, r
         share = min(1.0, max(0, budget - CUDA_CONTEXT) / total)  # the context is not the allocator's
         torch.cuda.set_per_process_memory_fraction(share, index)
     pairs = zip(recipes, fitting, strict=True)
-    return [recipe.model_copy(update={"train": fitted.train}) for recipe, fitted in pairs]
+    fitted = [recipe.model_copy(update={"train": changed.train}) for recipe, changed in pairs]
+    return fitted, None if num_slots is None else len(running)
 
 
 def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:

@@ -61,8 +61,8 @@ def _describe_slot(slot: TrainingSlot) -> str:
 def describe_failures(slots: Sequence[TrainingSlot], queue: DomainQueue | None) -> str:
     """Returns what went wrong with the domains that failed, or nothing."""
     found = {name: outcome.failure for name, outcome in queue.finished.items()} if queue else {}
-    failures = [*found.items(), *((slot.name, slot.failure) for slot in slots if slot.name not in found)]
-    return "; ".join(f"'{name}' diverged at {failure}" for name, failure in failures if failure)
+    running = {slot.name: f"diverged at {slot.failure}" for slot in slots if slot.failure and slot.name not in found}
+    return "; ".join(f"'{name}' {failure}" for name, failure in {**found, **running}.items() if failure)
 
 
 def is_checkpoint_due(slots: Sequence[TrainingSlot], step: int) -> bool:

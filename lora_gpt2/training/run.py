@@ -10,12 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.console import Reporter, SilentReporter
-from lora_gpt2.core.errors import InterruptedRunError, TrainingDiverged, UsageError
+from lora_gpt2.core.errors import DataError, InterruptedRunError, LoraGpt2Error, TrainingDiverged, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.names import check_name
 from lora_gpt2.data.prepared import (
+    PreparedData,
     check_sources,
     describe_preparation,
     measure_overlaps,
@@ -32,11 +33,11 @@ from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.halving import SuccessiveHalving
-from lora_gpt2.training.memory import measure_budget, wrap_oom_errors
+from lora_gpt2.training.memory import list_concurrent, measure_budget, wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.progress import describe_failures
 from lora_gpt2.training.publish import AdapterReport, publish_trained, report_published
-from lora_gpt2.training.queue import DomainQueue, choose_num_slots, order_domains
+from lora_gpt2.training.queue import DomainQueue, order_domains
 from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.samples import generate_sample
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, check_together
@@ -84,7 +85,8 @@ def train_recipes(
     An interrupted run of the same adapters is continued (`resume`) or set aside (`fresh`), never overwritten.
     `callbacks` receive each event of the training. With `halving` the recipes are candidates for one adapter, and
     `conclude` gets the trainer and the best slot, and returns further files of the version. With fewer `num_slots` than
-    recipes (0: as many as memory has room for) the others wait, and each adapter is published when it is done.
+    recipes (0: as many as memory has room for) the others wait, and each adapter is published when it is done; a text
+    that cannot be read then stops its own domain alone.
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and dtype.
@@ -93,6 +95,7 @@ def train_recipes(
         MismatchError: `resume` with other settings, data or base than the run on disk.
         ResourceError: it does not fit into memory; the last checkpoint is kept.
         TrainingDiverged: an adapter failed; the others of the run are published.
+        DataError: there is no text in a recipe's sources; the others of a queue are published.
         Interrupted: nothing is published; the last checkpoint is kept.
     """
     names = [check_name(recipe.name) for recipe in recipes]
@@ -183,18 +186,18 @@ def _train_locked(
     process_group: ProcessGroup,
     options: _Options,
 ) -> TrainReport:
-    base, slots = _open_slots(recipes, reporter, process_group)
+    base, slots, unreadable = _open_slots(recipes, reporter, process_group, options.num_slots is not None)
     halving, is_main = options.halving, process_group.is_main_process
     _describe_texts(slots[: 1 if halving else None], reporter)
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter))
-    identity = _identify_run(base, slots, process_group, [digest_parent(recipe, store) for recipe in recipes])
+    identity = _identify_run(base, slots, process_group, [digest_parent(slot.recipe, store) for slot in slots])
     identity["replay"] = replay.fingerprint if replay else ""
     resume = process_group.broadcast_object(options.resume and is_main and _can_resume(run, identity, reporter))
     publisher = _Publisher(store=store, base=base, reporter=reporter, is_main_process=is_main, is_resumed=resume)
     if resume and (published := process_group.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {join_names(published)}")
         return TrainReport(adapters=publisher.list_reports(published), already_complete=True)
-    rows, queue = _queue_domains(slots, options.num_slots, base, publisher.publish_aloud)
+    rows, queue = _queue_domains(slots, options.num_slots, base, publisher.publish_aloud, unreadable)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in rows]):
         checkpoint = process_group.broadcast_object(run.load(reporter) if resume and is_main else None)
         trainer = Trainer(
@@ -223,16 +226,21 @@ def _train_locked(
         published = [publisher.publish(outcome, pages) for outcome in trained]
     published = queue.list_references() if queue else published
     if (failures := describe_failures(trainer.slots, queue)) and halving is None:
-        kept = join_names(published)
-        raise TrainingDiverged(f"{failures}; published: {kept}", "train it again with a smaller train.learning_rate")
+        message = f"{failures}; published: {join_names(published)}"
+        if "diverged" in failures:
+            raise TrainingDiverged(message, "train it again with a smaller train.learning_rate")
+        raise DataError(message, "mend the text, and train it alone")
     run.finish(published)
     return TrainReport(adapters=publisher.list_reports(published))
 
 
 def _open_slots(
-    recipes: Sequence[Recipe], reporter: Reporter, process_group: ProcessGroup
-) -> tuple[Base, list[TrainingSlot]]:
-    """Returns the base and a slot for each recipe, with its text prepared."""
+    recipes: Sequence[Recipe], reporter: Reporter, process_group: ProcessGroup, leaves_out: bool
+) -> tuple[Base, list[TrainingSlot], dict[str, LoraGpt2Error]]:
+    """Returns the base, a slot for each recipe with its text prepared, and errors by name of the recipes without one.
+
+    Raises what `prepare_data` does, unless the run `leaves_out` such recipes and others remain.
+    """
     settings = recipes[0].train
     runtime = choose_runtime(settings.dtype, process_group.device)
     base = load_base(recipes[0].base, runtime, settings.quantize)
@@ -240,24 +248,39 @@ def _open_slots(
     reporter.message(
         f"base {base.name} on {runtime.device.type} in {dtype}; training {join_names([r.name for r in recipes])}"
     )
-    prepared = process_group.main_process_first(
-        lambda: [prepare_data(r.data, base.tokenizer, reporter) for r in recipes]
-    )
+    unreadable: dict[str, LoraGpt2Error] = {}
+
+    def prepare(recipe: Recipe) -> PreparedData | None:
+        try:
+            return prepare_data(recipe.data, base.tokenizer, reporter)
+        except LoraGpt2Error as error:
+            unreadable[recipe.name] = error
+            if not leaves_out or len(unreadable) == len(recipes):
+                raise
+            reporter.message(f"{recipe.name} is left out: {error}")
+            return None
+
+    prepared = process_group.main_process_first(lambda: [prepare(recipe) for recipe in recipes])
     resolved = [resolve_learning_rate(recipe, base.config.n_embd) for recipe in recipes]
-    return base, [TrainingSlot(recipe=recipe, data=data) for recipe, data in zip(resolved, prepared, strict=True)]
+    pairs = zip(resolved, prepared, strict=True)
+    return base, [TrainingSlot(recipe=recipe, data=data) for recipe, data in pairs if data is not None], unreadable
 
 
 def _queue_domains(
-    slots: Sequence[TrainingSlot], num_slots: int | None, base: Base, publish: Callable[[TrainedAdapter], str]
+    slots: Sequence[TrainingSlot],
+    num_slots: int | None,
+    base: Base,
+    publish: Callable[[TrainedAdapter], str],
+    unreadable: Mapping[str, LoraGpt2Error],
 ) -> tuple[Sequence[TrainingSlot], DomainQueue | None]:
     """Returns the domains that begin, and the queue of the others; None where nobody has to wait."""
     if num_slots is None:
         return slots, None
     if not num_slots:
-        budget = measure_budget(base.runtime.device)
-        num_slots = choose_num_slots([slot.recipe for slot in slots], base.config, base.runtime, budget)
+        recipes, budget = [slot.recipe for slot in slots], measure_budget(base.runtime.device)
+        num_slots = len(list_concurrent(base.config, recipes, base.runtime, budget, num_slots))
     ordered = order_domains(slots)
-    return ordered[:num_slots], DomainQueue(ordered[num_slots:], publish)
+    return ordered[:num_slots], DomainQueue(ordered[num_slots:], publish, unreadable)
 
 
 def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:

@@ -1,17 +1,19 @@
 """Laws of training more domains than there are slots."""
 
+import itertools
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load
 
-from lora_gpt2.core.errors import Interrupted, TrainingDiverged
+from lora_gpt2.core.errors import DataError, Interrupted, ResourceError, TrainingDiverged
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.training.memory import estimate_memory
-from lora_gpt2.training.queue import MOST_SLOTS, choose_num_slots
+from lora_gpt2.training.memory import MOST_SLOTS, estimate_memory, list_concurrent
+from lora_gpt2.training.plan import fit_to_memory, plan_run, read_shape
 from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_text
@@ -131,11 +133,53 @@ def test_a_domain_that_diverges_leaves_its_slot_to_the_next(recipes, store, repo
     assert store.list_names() == ["d0", "d3", "d4", "d5"]
 
 
+def test_a_text_that_cannot_be_read_stops_its_own_domain_alone(recipes, store, reporter, monkeypatch):
+    """Also when the run is killed and goes on."""
+    for index, content in ((1, b"\x00" * 50), (4, b'{"no": 1')):
+        Path(recipes[index].data.sources[0]).write_bytes(content)
+    recipes = [r.model_copy(update={"train": r.train.model_copy(update={"checkpoint_every": 1})}) for r in recipes]
+    kill_at(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        train_recipes(recipes, store, reporter, num_slots=2)
+    monkeypatch.undo()
+    with pytest.raises(
+        DataError, match=r"'d1' has no usable text: .*'d4' has no .*; published: d0@1, d2@1, d3@1, d5@1"
+    ):
+        train_recipes(recipes, store, reporter, num_slots=2, resume=True)
+    assert store.list_names() == ["d0", "d2", "d3", "d5"]
+    with pytest.raises(DataError, match="d4"):
+        train_recipes([recipes[1], recipes[4]], store, reporter, num_slots=2)
+    with pytest.raises(DataError, match="d1"):
+        train_recipes(recipes[:2], store, reporter)
+
+
+def test_a_plan_of_a_queue_is_that_of_the_largest_that_train_at_the_same_time(recipes, store, reporter):
+    plan = plan_run(recipes, store, reporter, num_slots=2, probe=False)
+    config, runtime = read_shape(recipes[0])
+    pairs = [estimate_memory(config, pair, runtime).peak for pair in itertools.combinations(recipes, 2)]
+    alone = [estimate_memory(config, [recipe], runtime).peak for recipe in recipes]
+    assert (plan.num_slots, len(plan.recipes)) == (2, 6)
+    assert max(alone) < plan.memory.peak <= max(pairs)
+    whole = plan_run(recipes, store, reporter, probe=False)
+    assert plan.memory.peak < whole.memory.peak
+    assert plan.tokens == whole.tokens
+    fitted, num_slots = fit_to_memory(recipes, store, max(alone), reporter, 0)
+    assert (num_slots, fitted) == (1, recipes)
+    with pytest.raises(ResourceError, match="nothing fits"):
+        fit_to_memory(recipes, store, 1000, reporter, 0)
+
+
 def test_as_many_slots_as_memory_has_room_for(recipes, base_folder, store, reporter):
     base = load_base(str(base_folder), Runtime(torch.device("cpu"), torch.float32))
     enough = estimate_memory(base.config, recipes, base.runtime).peak
-    assert choose_num_slots(recipes, base.config, base.runtime, enough) == 6
+
+    def count(recipes, budget, num_slots=0):
+        return len(list_concurrent(base.config, recipes, base.runtime, budget, num_slots))
+
+    assert count(recipes, enough) == 6
     one = max(estimate_memory(base.config, [recipe], base.runtime).peak for recipe in recipes)
-    assert choose_num_slots(recipes, base.config, base.runtime, one) == 1
-    assert choose_num_slots(recipes * 4, base.config, base.runtime, 10**12) == MOST_SLOTS
+    assert count(recipes, one) == 1
+    assert count(recipes * 4, 10**12) == MOST_SLOTS
+    assert count(recipes, one, 3) == 3, "what was asked for"
+    assert count(recipes * 4, one, None) == 24
     assert len(train_recipes(recipes, store, reporter, num_slots=0).adapters) == 6
