@@ -30,6 +30,7 @@ EVERYDAY: dict[str, tuple[str, ...]] = {
         "train.seed",
         "train.dtype",
         "train.quantize",
+        "train.forget",
         "lora.rank",
         "lora.alpha",
         "lora.targets",

@@ -46,6 +46,7 @@ def train(  # noqa: PLR0913 - the everyday settings, for completion and type che
     seed: int | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    forget: float | None = None,
     validation: Data = None,
     test: Data = None,
     settings: Settings = None,
@@ -78,6 +79,7 @@ def train(  # noqa: PLR0913 - the everyday settings, for completion and type che
         seed: of initialisation, data order and dropout.
         dtype: of the base's weights; default `auto`.
         quantize: `int8` or `nf4` for a quantized base.
+        forget: maximum KL divergence from the base on general text, in nats per token; by default there is no limit.
         validation: text to validate on; by default a fraction is held out.
         test: text to test on; by default a fraction is held out.
         settings: any other setting; see `lora-gpt2 recipes show`.
@@ -113,6 +115,7 @@ def train(  # noqa: PLR0913 - the everyday settings, for completion and type che
         "seed": seed,
         "dtype": dtype,
         "quantize": quantize,
+        "forget": forget,
     }
     other = {"base": base, **_name_parent(init_from), **_name_parts(data, name, validation, test, init_from)}
     found = _train_recipes([make_recipe(settings, "train", keywords, other)], store, callbacks, resume, fresh, progress)

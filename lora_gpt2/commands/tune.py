@@ -73,7 +73,7 @@ def command(
     Examples:
       lora-gpt2 tune law.jsonl
       lora-gpt2 tune law.jsonl --candidates 16 --budget 10min
-      lora-gpt2 tune law.yaml --set tune.ranks=[4,16,64] --set train.forget=0.02
+      lora-gpt2 tune law.yaml --set tune.ranks=[4,16,64] --forget 0.1
     """
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")

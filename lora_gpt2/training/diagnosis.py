@@ -62,15 +62,24 @@ def diagnose_forgetting(base: Score, adapted: Score) -> str:
         low, high = find_interval(means[:, 1] - means[:, 0])
         interval = f", {low:+.3f} to {high:+.3f}"
     much = "little" if change < LITTLE else "some of it" if change < MUCH else "much"
-    hint = "" if change < LITTLE else "; fewer steps, a smaller learning rate or rank keep more"
-    return f"{shown} ({change:+.3f} nats per token{interval}): {much} is forgotten{hint}"
+    return f"{shown} ({change:+.3f} nats per token{interval}): {much} is forgotten"
 
 
-def diagnose_budget(slot: TrainingSlot) -> str:
-    """Returns what became of the budget of forgetting, to be added to `diagnose_forgetting`; "" without one."""
+def describe_forgetting(slot: TrainingSlot, base: Score, adapted: Score) -> str:
+    """Returns what became of general English under the adapter of a slot, and of its budget."""
+    return diagnose_forgetting(base, adapted) + diagnose_budget(
+        slot, adapted.nll_nats_per_token - base.nll_nats_per_token
+    )
+
+
+def diagnose_budget(slot: TrainingSlot, forgotten: float) -> str:
+    """Returns what became of the budget of forgetting, to be added to `diagnose_forgetting`.
+
+    Without one: where much is forgotten, what would keep it.
+    """
     budget, divergence = slot.recipe.train.forget, slot.best_divergence
     if budget is None or divergence is None:
-        return ""
+        return "" if forgotten < LITTLE else "; a budget (--forget 0.1) keeps most of it"
     said = "exceeds the budget: more steps, or a larger train.replay_fraction" if slot.best_excess else "is within it"
     return f"; a divergence of {divergence:.3f} nats from the base, of {budget:g}, {said}"
 

@@ -23,7 +23,7 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.store.peft.tensors import to_peft
-from lora_gpt2.training.diagnosis import diagnose_budget, diagnose_curve, diagnose_forgetting
+from lora_gpt2.training.diagnosis import describe_forgetting, diagnose_curve
 from lora_gpt2.training.report import render_report
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
 from lora_gpt2.training.start import join_sketches
@@ -105,7 +105,7 @@ def publish_trained(
         peak_memory_bytes=measure_peak_memory(base.runtime.device),
         seconds=outcome.seconds,
         verdict=diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets),
-        forgetting=diagnose_forgetting(base_general, general) + diagnose_budget(slot),
+        forgetting=describe_forgetting(slot, base_general, general),
     )
     figures = {key: value for key, value in vars(report).items() if key not in NOT_FIGURES}
     figures["trained_parameters"] = count_parameters(base.config, slot.recipe.lora)

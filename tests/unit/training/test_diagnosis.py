@@ -1,11 +1,14 @@
+import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lora_gpt2.evaluation.perplexity import Score
-from lora_gpt2.training.diagnosis import diagnose_curve, diagnose_forgetting
+from lora_gpt2.recipe import build_recipe
+from lora_gpt2.training.diagnosis import diagnose_budget, diagnose_curve, diagnose_forgetting
 
 judge = partial(diagnose_curve, passes=2.0, validation_tokens=9_000)
 
@@ -133,3 +136,12 @@ def test_the_interval_of_forgetting_is_of_the_difference_over_passages():
     # a quantile of 1,000 draws deviates by a tenth of the spread, 0.0018; and three digits are shown
     assert low == pytest.approx(mean - 1.96 * spread, abs=0.004), "that of the perplexities would be ten times as wide"
     assert high == pytest.approx(mean + 1.96 * spread, abs=0.004)
+
+
+@pytest.mark.parametrize(("forgotten", "hinted"), [(0.05, False), (0.2, True), (math.inf, True), (math.nan, True)])
+def test_where_much_is_forgotten_a_budget_is_suggested_unless_there_is_one(forgotten, hinted):
+    slot = SimpleNamespace(recipe=build_recipe({"name": "x"}, "x"), best_divergence=None)
+    assert ("--forget 0.1" in diagnose_budget(slot, forgotten)) == hinted
+    bounded = build_recipe({"name": "x", "train": {"forget": 0.1}}, "x")
+    slot = SimpleNamespace(recipe=bounded, best_divergence=0.07, best_excess=0.0)
+    assert diagnose_budget(slot, forgotten) == "; a divergence of 0.070 nats from the base, of 0.1, is within it"
