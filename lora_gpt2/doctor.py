@@ -61,6 +61,7 @@ OPTIONAL = {
     "documents": ("pypdf", "docx", "odf", "pysubs2", "defusedxml"),
     "quality": ("sacrebleu", "rouge_score"),
     "lm-eval": ("lm_eval",),
+    "ray": ("ray",),
 }
 """Extras of the package, and what they import."""
 TRAINING, GENERATING, STORE = "train a step on nano", "generate with nano", "store"

@@ -54,8 +54,7 @@ def command(
     data: tuple[str, ...],
     base: str | None,
     init_from: str | None,
-    folder: Path | None,
-    slots: int | None,
+    queue: tuple[Path | None, int | None],
     gpu_memory: int | None,
     probe: bool,
     flags: dict[str, Any],
@@ -74,7 +73,7 @@ def command(
     """
     from lora_gpt2.training.plan import plan_run
 
-    found, num_slots = list_training(items, data, None, folder, slots)
+    found, num_slots = list_training(items, data, None, queue)
     chosen = [
         load_recipe(
             item.recipe,

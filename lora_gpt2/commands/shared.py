@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -87,22 +88,28 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def queue_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of a run whose adapters take turns."""
+    """Adds the options of a run whose adapters take turns, and passes them as `queue`: the folder and the slots."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, folder: Path | None, slots: int | None, **values: Any) -> Any:
+        return command(*arguments, queue=(folder, slots), **values)
+
     text = "An adapter for each folder, file or recipe in FOLDER, a few at a time."
-    command = click.option("--slots", type=click.IntRange(1, 4096), help="Adapters at a time; else as memory allows.")(
-        command
+    slots_option = click.option(
+        "--slots", type=click.IntRange(1, 4096), help="Adapters at a time; else as memory allows."
     )
-    return click.option("--all", "folder", metavar="FOLDER", type=click.Path(path_type=Path), help=text)(command)
+    result: Callable[..., Any] = slots_option(wrapped)
+    return click.option("--all", "folder", metavar="FOLDER", type=click.Path(path_type=Path), help=text)(result)
 
 
 def list_training(
-    items: Sequence[str], data: Sequence[str], name: str | None, folder: Path | None, slots: int | None
+    items: Sequence[str], data: Sequence[str], name: str | None, queue: tuple[Path | None, int | None]
 ) -> tuple[list[TrainingItem], int | None]:
     """Returns what to train, and in how many slots: None for all at the same time, 0 for as many as memory allows.
 
     One recipe may stand beside a folder, and is for those domains that have none of their own.
     """
-    found = list_items(items, data, name)
+    found, (folder, slots) = list_items(items, data, name), queue
     if folder is None:
         return found, slots
     from lora_gpt2.data.domains import list_domains

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,6 +35,10 @@ from lora_gpt2.core.tables import format_table
 from lora_gpt2.recipe_files import load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
 
+if TYPE_CHECKING:
+    from lora_gpt2.recipe import Recipe
+    from lora_gpt2.training.run import TrainReport
+
 MOST_EXPLAINED = 8  # adapters, line by line
 
 
@@ -49,6 +54,7 @@ MOST_EXPLAINED = 8  # adapters, line by line
 @click.option("--resume", is_flag=True, help="Resume the interrupted run of the same recipes.")
 @click.option("--fresh", is_flag=True, help="Begin anew; an interrupted run of the same adapters is set aside.")
 @queue_options
+@click.option("--ray", metavar="ADDRESS", help="Train on the machines of a Ray cluster: auto, local, or its address.")
 @click.option("--fit", is_flag=True, help="Change settings so that it fits into memory; see 'plan'.")
 @memory_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and train nothing.")
@@ -67,8 +73,8 @@ def command(
     skip_bad: bool,
     resume: bool,
     fresh: bool,
-    folder: Path | None,
-    slots: int | None,
+    queue: tuple[Path | None, int | None],
+    ray: str | None,
     fit: bool,
     gpu_memory: int | None,
     dry_run: bool,
@@ -88,14 +94,17 @@ def command(
       lora-gpt2 train prose notes/ --set train.patience=3
       lora-gpt2 train more_law.txt --from law     the next version of law, from its present one
       lora-gpt2 train --all domains/              an adapter for each folder, file or recipe in it
+      lora-gpt2 train --all domains/ --ray auto   over the machines of a Ray cluster
       lora-gpt2 train a.yaml b.yaml --resume      after an interruption; --fresh begins anew
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     own = {**flags, "base": base, "data.skip_bad": skip_bad or None, "lora.init_from": init_from}
-    found, num_slots = list_training(items, data, name, folder, slots)
+    found, num_slots = list_training(items, data, name, queue)
     chosen = [name_recipe(load_recipe(item.recipe, overrides, {**own, **item.flags})) for item in found]
+    if ray and (fit or gpu_memory is not None or dry_run):
+        raise UsageError("--ray cannot be combined with --fit, --gpu-memory or --dry-run", "'plan' here, then train")
     if dry_run:
         from lora_gpt2.commands.plan import show_plan
         from lora_gpt2.training.plan import plan_run
@@ -106,15 +115,15 @@ def command(
         from lora_gpt2.training.plan import fit_to_memory
 
         chosen, num_slots = fit_to_memory(chosen, store, gpu_memory, reporter, num_slots)
-    from lora_gpt2.training.run import train_recipes
 
+    run = functools.partial(_train, chosen, store, reporter, ray, num_slots)
     try:
-        report = train_recipes(chosen, store, reporter, resume=resume, fresh=fresh, num_slots=num_slots)
+        report = run(resume, fresh)
     except InterruptedRunError as error:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
         goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
-        report = train_recipes(chosen, store, reporter, resume=goes_on, fresh=not goes_on, num_slots=num_slots)
+        report = run(goes_on, not goes_on)
     if not report.adapters:  # another process of this launch speaks
         return
     emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))
@@ -123,6 +132,24 @@ def command(
     first = report.adapters[0].name
     suggest_next(reporter, "generate", SAMPLE_PROMPT, "--adapter", first, store=store)
     reporter.message(f"see:  {store.resolve(first) / 'report.html'}")
+
+
+def _train(
+    recipes: list[Recipe],
+    store: Store,
+    reporter: Reporter,
+    ray: str | None,
+    num_slots: int | None,
+    resume: bool,
+    fresh: bool,
+) -> TrainReport:
+    if ray:
+        from lora_gpt2.training.ray_cluster import train_on_ray
+
+        return train_on_ray(recipes, store, reporter, ray, resume=resume, fresh=fresh, num_slots=num_slots or 0)
+    from lora_gpt2.training.run import train_recipes
+
+    return train_recipes(recipes, store, reporter, resume=resume, fresh=fresh, num_slots=num_slots)
 
 
 def _render(adapters: list[Any]) -> str:

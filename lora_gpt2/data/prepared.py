@@ -20,7 +20,7 @@ import numpy as np
 from lora_gpt2 import __version__
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.dirs import find_cache_dir
-from lora_gpt2.core.errors import DataError, Interrupted, LoraGpt2Error
+from lora_gpt2.core.errors import CorruptError, DataError, Interrupted, LoraGpt2Error
 from lora_gpt2.core.files import rename_path, sync_tree, wrap_os_errors
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.locks import hold_new_folder
@@ -89,12 +89,16 @@ def prepare_data(
             report = _read_report(folder)  # another process may have prepared it meanwhile
             if report is None:
                 report = _build(folder, work, sources, settings, tokenizer, reporter)
-    train, validation, test = (
-        open_blocks(folder, split, settings.block_size, tokenizer.vocab_size) for split in SPLITS
-    )
-    return PreparedData(
-        path=folder, fingerprint=fingerprint, train=train, validation=validation, test=test, report=report
-    )
+    return open_prepared(folder, settings, tokenizer)
+
+
+def open_prepared(folder: Path, settings: DataSettings, tokenizer: Tokenizer) -> PreparedData:
+    """Returns the blocks in a folder that `prepare_data` made with these settings; else raises `CorruptError`."""
+    if (report := _read_report(folder)) is None:
+        raise CorruptError(f"{folder} is not whole", "prepare the text again")
+    vocab_size = tokenizer.with_special(settings.special_tokens).vocab_size
+    blocks = {split: open_blocks(folder, split, settings.block_size, vocab_size) for split in SPLITS}
+    return PreparedData(path=folder, fingerprint=folder.name, report=report, **blocks)
 
 
 def check_sources(settings: DataSettings) -> None:

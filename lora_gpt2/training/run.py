@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_gpt2.data.prepared import (
     check_sources,
     describe_preparation,
     measure_overlaps,
+    open_prepared,
     prepare_data,
 )
 from lora_gpt2.evaluation.general import measure_general
@@ -79,6 +81,7 @@ def train_recipes(
     halving: SuccessiveHalving | None = None,
     conclude: Conclude | None = None,
     num_slots: int | None = None,
+    texts: Mapping[str, Path] = MappingProxyType({}),
 ) -> TrainReport:
     """Trains one adapter per recipe, together, and publishes them; returns the report.
 
@@ -86,7 +89,7 @@ def train_recipes(
     `callbacks` receive each event of the training. With `halving` the recipes are candidates for one adapter, and
     `conclude` gets the trainer and the best slot, and returns further files of the version. With fewer `num_slots` than
     recipes (0: as many as memory has room for) the others wait, and each adapter is published when it is done; a text
-    that cannot be read then stops its own domain alone.
+    that cannot be read then stops its own domain alone. `texts` has folders of text that was prepared before, by name.
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and dtype.
@@ -103,7 +106,8 @@ def train_recipes(
         raise UsageError(f"two recipes have the same name: {', '.join(names)}", "give each its own name")
     check_together(recipes)
     for recipe in recipes:
-        check_sources(recipe.data)
+        if recipe.name not in texts:
+            check_sources(recipe.data)
     process_group = init_process_group()
     reporter = reporter if process_group.is_main_process else SilentReporter()
     run = open_run_folder(store.root, names)
@@ -118,7 +122,9 @@ def train_recipes(
                     f"an interrupted run of {join_names(names)} is kept, at step {step}",
                     "--resume continues it, --fresh starts over",
                 )
-        options = _Options(resume=resume, callbacks=callbacks, halving=halving, conclude=conclude, num_slots=num_slots)
+        options = _Options(
+            resume=resume, callbacks=callbacks, halving=halving, conclude=conclude, num_slots=num_slots, texts=texts
+        )
         return _train_locked(recipes, store, reporter, run, process_group, options)
 
 
@@ -131,6 +137,7 @@ class _Options:
     halving: SuccessiveHalving | None
     conclude: Conclude | None
     num_slots: int | None
+    texts: Mapping[str, Path]
 
 
 @dataclass(kw_only=True)
@@ -186,7 +193,7 @@ def _train_locked(
     process_group: ProcessGroup,
     options: _Options,
 ) -> TrainReport:
-    base, slots, unreadable = _open_slots(recipes, reporter, process_group, options.num_slots is not None)
+    base, slots, unreadable = _open_slots(recipes, reporter, process_group, options)
     halving, is_main = options.halving, process_group.is_main_process
     _describe_texts(slots[: 1 if halving else None], reporter)
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter))
@@ -235,11 +242,11 @@ def _train_locked(
 
 
 def _open_slots(
-    recipes: Sequence[Recipe], reporter: Reporter, process_group: ProcessGroup, leaves_out: bool
+    recipes: Sequence[Recipe], reporter: Reporter, process_group: ProcessGroup, options: _Options
 ) -> tuple[Base, list[TrainingSlot], dict[str, LoraGpt2Error]]:
     """Returns the base, a slot for each recipe with its text prepared, and errors by name of the recipes without one.
 
-    Raises what `prepare_data` does, unless the run `leaves_out` such recipes and others remain.
+    Raises what `prepare_data` does, unless it is a queue and other recipes remain.
     """
     settings = recipes[0].train
     runtime = choose_runtime(settings.dtype, process_group.device)
@@ -252,10 +259,12 @@ def _open_slots(
 
     def prepare(recipe: Recipe) -> PreparedData | None:
         try:
+            if recipe.name in options.texts:
+                return open_prepared(options.texts[recipe.name], recipe.data, base.tokenizer)
             return prepare_data(recipe.data, base.tokenizer, reporter)
         except LoraGpt2Error as error:
             unreadable[recipe.name] = error
-            if not leaves_out or len(unreadable) == len(recipes):
+            if options.num_slots is None or len(unreadable) == len(recipes):
                 raise
             reporter.message(f"{recipe.name} is left out: {error}")
             return None

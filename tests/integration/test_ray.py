@@ -1,0 +1,127 @@
+"""Training over two machines of a Ray cluster, one of which is lost on the way: slow, Ray takes seconds to start."""
+
+import time
+
+import pytest
+import torch
+
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.errors import DataError, InterruptedRunError, ResourceError, UsageError
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.training.ray_cluster import train_on_ray
+from lora_gpt2.training.run import train_recipes
+from tests.builders import make_text
+from tests.unit.training.test_trainer import make_recipe
+
+pytestmark = pytest.mark.slow
+STEPS = 400
+
+
+@pytest.fixture
+def recipes(base_folder, tmp_path):
+    found = []
+    for index in range(4):
+        path = tmp_path / f"d{index}.jsonl"
+        path.write_text(make_text(60, seed=index))
+        found.append(make_recipe(base_folder, path, f"d{index}", checkpoint_every=10, steps=STEPS + index))
+    return found
+
+
+@pytest.fixture
+def cluster():
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    made = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    yield made
+    made.shutdown()
+
+
+class Watching(SilentReporter):
+    """Calls a function once a share of the tokens has been trained on."""
+
+    def __init__(self, share, action):
+        super().__init__()
+        self.share, self.action, self.messages = share, action, []
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def task(self, title, total, unit):
+        return _Task(self, total) if title == "training on Ray" else super().task(title, total, unit)
+
+
+class _Task:
+    def __init__(self, reporter, total):
+        self.reporter, self.left = reporter, total * reporter.share
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *rest):
+        return None
+
+    def advance(self, amount):
+        self.left -= amount
+        if self.left < 0 and self.reporter.action:
+            action, self.reporter.action = self.reporter.action, None
+            action()
+
+
+def read_weights(store, name):
+    with store.open(name) as version:
+        return version.read_file("adapter_model.safetensors")
+
+
+def test_a_machine_that_is_lost_costs_no_adapter_and_changes_none(recipes, cluster, store, reporter, tmp_path, capsys):
+    first = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    began = time.monotonic()
+
+    def lose():
+        with capsys.disabled():
+            print(f"\n{time.monotonic() - began:5.1f} s: a node is killed")
+        cluster.remove_node(first, allow_graceful=False)
+
+    watching = Watching(0.4, lose)
+    report = train_on_ray(recipes, store, watching, cluster.address, num_slots=2)
+    with capsys.disabled():
+        print(*watching.messages, f"{time.monotonic() - began:5.1f} s: done", sep="\n")
+    assert watching.action is None, "the node was killed"
+    assert [str(item) for item in report.adapters] == ["d0@1", "d1@1", "d2@1", "d3@1"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = Store(tmp_path / "alone")
+        for pair in ((recipes[3], recipes[2]), (recipes[1], recipes[0])):  # the longest first
+            train_recipes(pair, alone, reporter, num_slots=2)
+    finally:
+        torch.set_num_threads(threads)
+    for name in alone.list_names():
+        assert read_weights(store, name) == read_weights(alone, name)
+    assert (store.root / "d0" / "1" / "report.html").is_file()
+
+
+def test_a_driver_goes_on_and_says_what_failed(recipes, cluster, store, tmp_path):
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    broken = tmp_path / "d1.jsonl"
+    text = broken.read_text()
+    broken.write_text('{"no": 1')
+    with pytest.raises(DataError, match=r"'d1' has no usable text: .*published: d0@1, d2@1, d3@1"):
+        train_on_ray(recipes, store, SilentReporter(), cluster.address, num_slots=3)
+    with pytest.raises(InterruptedRunError, match="3 are published"):
+        train_on_ray(recipes, store, SilentReporter(), cluster.address)
+    broken.write_text(text)
+    report = train_on_ray(recipes, store, SilentReporter(), cluster.address, resume=True)
+    assert [str(item) for item in report.adapters] == ["d0@1", "d1@1", "d2@1", "d3@1"]
+
+
+def test_what_cannot_be_done_is_said_before_anything_begins(recipes, store, reporter):
+    continued = recipes[0].model_copy(update={"lora": recipes[0].lora.model_copy(update={"init_from": "law"})})
+    with pytest.raises(UsageError, match="does not continue adapters"):
+        train_on_ray([continued], store, reporter, "auto")
+    with pytest.raises(UsageError, match="part of the Ray cluster"):
+        train_on_ray(recipes, store, reporter, "ray://head:10001")
+    pytest.importorskip("ray")
+    with pytest.raises(ResourceError, match="no Ray cluster"):
+        train_on_ray(recipes, store, reporter, "127.0.0.1:1")
