@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_gpt2.inference.decoder import Decoder, NextTokens, build_sampling_columns
+from lora_gpt2.inference.decoder import Decoder, NextTokens, build_sampling_adjustments, build_sampling_columns
+from lora_gpt2.inference.device_penalties import adjust_logits
 from lora_gpt2.inference.device_sampling import choose_tokens
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
@@ -40,7 +41,8 @@ class _CapturedStep:
     """A step for a batch size and a number of keys: its inputs, its results, and on a GPU its graph.
 
     `inputs` are the tokens `[batch, 1]`, or `CHOSEN_BEFORE` for what the last step chose, the lengths before and after
-    `[batch]`, the sampling columns, and the adapters' weights where there are any.
+    `[batch]`, the sampling columns, the adapters' weights where there are any, and what changes the logits; see
+    `device_penalties`.
     """
 
     bank: AdapterBank | None
@@ -72,7 +74,7 @@ class CudaGraphDecoder(Decoder):
 
     def __init__(self, session: Session, cache: KVCache) -> None:
         super().__init__(session, cache)
-        self._captured: dict[tuple[int, int, bool], _CapturedStep] = {}
+        self._captured: dict[tuple[int, int, bool, int], _CapturedStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if cache.buffer.device.type == "cuda" else None
         self._weights: tuple[object, Tensor | None] = (None, None)
         self._readback = Readback(cache.buffer.device, cache.batch_size)
@@ -125,7 +127,8 @@ class CudaGraphDecoder(Decoder):
             torch.tensor([*(length + 1 for length in lengths), *none]),
             build_sampling_columns(sequences, len(none), ahead),
         ]
-        step = self._find(num_keys, inputs if weights is None else [*inputs, weights])
+        adjustments = build_sampling_adjustments(sequences, num_keys, lengths, len(none))
+        step = self._find(num_keys, weights, inputs, adjustments)
         if step.graph is None:
             self._compute(step)
         else:
@@ -150,14 +153,17 @@ class CudaGraphDecoder(Decoder):
             self._weights = ((list(mixes), self.session.slots.num_loads), weights)
         return self._weights[1]
 
-    def _find(self, num_keys: int, inputs: list[Tensor]) -> _CapturedStep:
+    def _find(
+        self, num_keys: int, weights: Tensor | None, inputs: list[Tensor], adjustments: list[Tensor]
+    ) -> _CapturedStep:
         """Returns the step for these shapes with these inputs on the device, captured if need be.
 
         A bank that was rebuilt is other memory, which no step that was captured before may hold any longer.
         """
-        has_adapters = len(inputs) == 5
+        has_adapters = weights is not None
         bank = self.session.slots.bank if has_adapters else None
-        key = (len(inputs[0]), num_keys, has_adapters)
+        key = (len(inputs[0]), num_keys, has_adapters, adjustments[-1].shape[1] if adjustments else 0)
+        inputs = [*inputs, *([] if weights is None else [weights]), *adjustments]
         if any(step.bank is not bank for step in self._captured.values() if has_adapters and step.bank is not None):
             self._captured.clear()
         step = self._captured.get(key)
@@ -173,7 +179,8 @@ class CudaGraphDecoder(Decoder):
         return step
 
     def _compute(self, step: _CapturedStep) -> None:
-        tokens, lengths, lengths_after, columns, *weights = step.inputs
+        tokens, lengths, lengths_after, columns, *rest = step.inputs
+        weights, adjustments = (rest[:1], rest[1:]) if step.bank is not None else ([], rest)
         chosen = self._chosen[: len(tokens)]
         tokens = torch.where(tokens == CHOSEN_BEFORE, chosen[:, None], tokens)
         view = self.cache.view(0, len(tokens), fixed_keys=step.num_keys)
@@ -184,7 +191,10 @@ class CudaGraphDecoder(Decoder):
         logits, _ = next_logits(self.session.base.model, tokens, adapters, view)
         view.lengths.copy_(lengths_after)
         step.logits = logits
-        step.tokens = choose_tokens(logits[:, : self.session.base.tokenizer.vocab_size], columns)
+        own = logits[:, : self.session.base.tokenizer.vocab_size]
+        if adjustments:
+            own = adjust_logits(own, tokens, *adjustments)
+        step.tokens = choose_tokens(own, columns)
         chosen.copy_(step.tokens.clamp(min=0))
 
     def _capture(self, step: _CapturedStep) -> None:

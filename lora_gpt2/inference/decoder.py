@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_gpt2.inference.device_penalties import NONE, adjust_logits, build_adjustments, is_adjusted
 from lora_gpt2.inference.device_sampling import UNDECIDED, build_columns, choose_tokens
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams
@@ -47,6 +48,21 @@ def build_sampling_columns(sequences: Sequence[SequenceState], padding: int = 0,
     return build_columns(params, [sequence.draw_uniform(ahead) for sequence in sequences] + [0.0] * padding)
 
 
+def build_sampling_adjustments(
+    sequences: Sequence[SequenceState], capacity: int, lengths: Sequence[int | None], padding: int = 0
+) -> list[Tensor]:
+    """Returns what changes the logits of sequences, each with the tokens up to a length, followed by rows of padding.
+
+    None where no sequence has any; see `device_penalties`.
+    """
+    params = [sequence.params for sequence in sequences] + [SamplingParams()] * padding
+    if not any(map(is_adjusted, params)):
+        return []
+    known = [(sequence.prompt_ids + sequence.new_ids)[:end] for sequence, end in zip(sequences, lengths, strict=True)]
+    prompt_lengths = [len(sequence.prompt_ids) for sequence in sequences] + [0] * padding
+    return build_adjustments(params, [*known, *[[]] * padding], prompt_lengths, capacity)
+
+
 class Decoder:
     """Computes what follows sequences; the caller decides which rows they occupy."""
 
@@ -67,8 +83,12 @@ class Decoder:
         """Chooses tokens on a GPU; a CPU samples faster where it need not take every case into account."""
         if logits.device.type != "cuda":
             return NextTokens(logits=logits, tokens=[UNDECIDED] * len(logits))
-        columns = build_sampling_columns(sequences).to(logits.device)
-        tokens = choose_tokens(logits[:, : self.session.base.tokenizer.vocab_size], columns)
+        device = logits.device
+        own = logits[:, : self.session.base.tokenizer.vocab_size]
+        if adjustments := build_sampling_adjustments(sequences, self.cache.capacity + 1, [None] * len(sequences)):
+            newest = torch.full((len(sequences), 1), NONE, device=device)
+            own = adjust_logits(own, newest, *(part.to(device) for part in adjustments))
+        tokens = choose_tokens(own, build_sampling_columns(sequences).to(device))
         return NextTokens(logits=logits, tokens=tokens.tolist())
 
     def _reuse_adapters(self, mixes: Sequence[Mix]) -> InferenceAdapters | None:

@@ -2,8 +2,8 @@
 
 The logits stay on the device; a token of each row comes back. What is chosen is what `sampling.sample_tokens` chooses:
 the same candidates in the same order, the same arithmetic in float64, the same random number. Rows that this cannot
-decide say so and are sampled on the host: those that look back at their own tokens, those without top-k or with a large
-one, and those of which more tokens than there are candidates are equally likely.
+decide say so and are sampled on the host: those with a watermark or without repeated n-grams, those without top-k or
+with a large one, and those of which more tokens than there are candidates are equally likely.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lora_gpt2.inference.device_penalties import MOST_BIASES
 from lora_gpt2.inference.sampling import (
     Candidates,
     SamplingParams,
@@ -31,8 +32,10 @@ TOKEN_BITS = 2**32
 
 
 def can_choose(params: SamplingParams) -> bool:
-    """True if `choose_tokens` implements these parameters."""
-    return not params.looks_back and (params.temperature == 0 or 0 < params.top_k <= LARGEST_TOP_K)
+    """True if `choose_tokens` implements these parameters, after `device_penalties.adjust_logits`."""
+    if params.no_repeat_ngram_size or params.watermark_key is not None or len(params.logit_bias) > MOST_BIASES:
+        return False
+    return params.temperature == 0 or 0 < params.top_k <= LARGEST_TOP_K
 
 
 def build_columns(params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Float[Tensor, "batch 5"]:

@@ -1,5 +1,7 @@
 """What a step may cost on a GPU: copies, waits and kernels, counted on the pretended device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -111,7 +113,15 @@ def make_sequences(session, count=4, **settings):
     ]
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"temperature": 1.3, "top_k": 5, "min_p": 0.05}], ids=str)
+SAMPLING = [
+    {},
+    {"temperature": 0},
+    {"temperature": 1.3, "top_k": 5, "min_p": 0.05},
+    {"repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {3: 2.0}},
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLING, ids=str)
 def test_a_decode_step_has_one_upload_and_one_download(base_folder, log, settings):
     session = open_session(base_folder)
     engine, sequences = Engine(session, 4, 40), make_sequences(session, **settings)
@@ -125,6 +135,23 @@ def test_a_decode_step_has_one_upload_and_one_download(base_folder, log, setting
         pytest.skip("a sequence ended too early")
     assert (log.count(UPLOAD), log.count(DOWNLOAD) + log.count(WAIT)) == (1, 1), log.moves
     assert log.operations["graph.replay"] == 1
+
+
+def test_penalties_and_biases_are_those_of_the_cpu(base_folder):
+    requests = [Request("the cat sat", Mix.single(name), seed) for seed, name in enumerate(NAMES)]
+    own = [
+        GenerateSettings(max_new_tokens=10, **settings)
+        for settings in ({"repetition_penalty": 1.5}, {"frequency_penalty": 0.8}, {"logit_bias": {4: 9.0}}, {})
+    ]
+    requests = [replace(request, settings=each) for request, each in zip(requests, own, strict=True)]
+    base = load_base(str(base_folder), Runtime(torch.device("cpu"), torch.float32))
+    session = Session(base)
+    session.load_in_memory({name: make_adapter(base.config, seed) for seed, name in enumerate(NAMES)})
+    expected = generate(session, requests, GenerateSettings())
+    with pretend_cuda() as log:
+        found = generate(open_session(base_folder), requests, GenerateSettings())
+        assert log.operations["graph.replay"]
+    assert [output.text for output in found] == [output.text for output in expected]
 
 
 def test_calls_reuse_the_steps_that_were_captured(base_folder, log):

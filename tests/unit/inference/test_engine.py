@@ -8,6 +8,7 @@ import torch
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.inference import decoder as decoder_module
 from lora_gpt2.inference import device_sampling
+from lora_gpt2.inference import engine as engine_module
 from lora_gpt2.inference import sequence as sequence_module
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.engine import Engine
@@ -152,6 +153,33 @@ def test_a_step_is_launched_before_the_last_ones_tokens_are_known_and_only_once(
     logprobs = make_lasting_rows(session, logprobs=1)
     assert run_all(session, logprobs, Counting).decoder.launched == 9
     assert [row.new_ids for row in logprobs] == [row.new_ids for row in expected]
+
+
+PENALTIES = [
+    {"repetition_penalty": 1.4},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.3},
+    {"logit_bias": {5: 4.0, 9: -100.0, 10**6: 50.0}, "repetition_penalty": 0.8, "frequency_penalty": -0.2},
+    {"logit_bias": dict.fromkeys(range(20), -100.0)},
+]
+
+
+@pytest.mark.parametrize("decoder", [CudaGraphDecoder, Replaying])
+def test_penalties_and_biases_are_applied_on_the_device_as_on_the_host(session, no_end, decoder, monkeypatch):
+    """Rows with different ones side by side, greedy and sampled, and none of them is sampled here."""
+    expected, rows = [
+        [
+            row
+            for index, settings in enumerate([*PENALTIES, {}])
+            for row in make_lasting_rows(session, 2, temperature=0.9 * (index % 2), **settings)
+        ]
+        for _ in range(2)
+    ]
+    run_all(session, expected)
+    sampled, sample_here = [], engine_module._sample_here
+    monkeypatch.setattr(engine_module, "_sample_here", lambda *given: sampled.append(1) or sample_here(*given))
+    run_all(session, rows, decoder)
+    assert [row.new_ids for row in rows] == [row.new_ids for row in expected]
+    assert len(sampled) == 1, "after the prefill, which a CPU does not sample on the device"
 
 
 def test_a_step_that_was_launched_for_nothing_leaves_no_trace(session, no_end):
