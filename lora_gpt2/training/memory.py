@@ -58,14 +58,20 @@ class Memory:
         return self.weights + self.adapters + self.activations + self.loss + self.reserve
 
 
-def estimate_memory(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime) -> Memory:
-    """Returns the memory of training these recipes together on a base of this shape."""
-    settings, item = recipes[0].train, runtime.dtype.itemsize
-    ranks = merge_ranks(build_ranks(config, recipe.lora) for recipe in recipes)
+def estimate_memory(
+    config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime, waiting: Sequence[Recipe] = ()
+) -> Memory:
+    """Returns the memory of training these recipes together on a base of this shape.
+
+    Their rows of the bank are as large as those which `waiting` for them need.
+    """
+    settings, item, known = recipes[0].train, runtime.dtype.itemsize, [*recipes, *waiting]
+    shapes = {recipe.lora.model_dump_json(): recipe.lora for recipe in known}
+    ranks = merge_ranks(build_ranks(config, lora) for lora in shapes.values())
     parameters = len(recipes) * sum(r * sum(config.shape_of(target_of(site))) for site, r in ranks.items())
     copies = item if item != 4 else 0
-    buffers = BUFFERS + any(r.train.loraplus_lr_ratio > 1 for r in recipes)
-    buffers += any(plan.blocks or plan.frozen_rank for r in recipes for plan in plan_targets(config, r.lora))
+    buffers = BUFFERS + any(r.train.loraplus_lr_ratio > 1 for r in known)
+    buffers += any(plan.blocks or plan.frozen_rank for r in known for plan in plan_targets(config, r.lora))
     dense = config.n_embd * config.n_inner * (item + 2) if settings.quantize != "none" else 0
     largest = (0, 0)
     for group in _iter_groups(recipes):
@@ -180,12 +186,20 @@ def list_concurrent(
     """
     if num_slots is None:
         return list(recipes)
-    largest = sorted(recipes, key=lambda recipe: estimate_memory(config, [recipe], runtime).peak, reverse=True)
+    peaks = [estimate_memory(config, [recipe], runtime).peak for recipe in recipes]
+    order = sorted(range(len(recipes)), key=lambda index: peaks[index], reverse=True)
+    groups = [order, *([index for index in order if index in group] for group in map(set, group_recipes(recipes)))]
+
+    def measure(running: Sequence[Recipe]) -> int:
+        return estimate_memory(config, running, runtime, recipes).peak
+
+    def choose(count: int) -> list[Recipe]:
+        return max(([recipes[index] for index in group[:count]] for group in groups), key=measure)
+
     if num_slots:
-        return largest[:num_slots]
-    counts = range(2, min(MOST_SLOTS, len(recipes)) + 1)
-    fitting = [count for count in counts if estimate_memory(config, largest[:count], runtime).peak <= budget]
-    return largest[: max(fitting, default=1)]
+        return choose(num_slots)
+    fitting = [count for count in range(2, min(MOST_SLOTS, len(recipes)) + 1) if measure(choose(count)) <= budget]
+    return choose(max(fitting, default=1))
 
 
 def fit_recipes(
@@ -199,7 +213,7 @@ def fit_recipes(
     """
     for changed in _iter_changes(recipes):
         running = list_concurrent(config, changed, runtime, budget, num_slots)
-        if estimate_memory(config, running, runtime).peak <= budget:
+        if estimate_memory(config, running, runtime, changed).peak <= budget:
             return changed
     return None
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.core.errors import LoraGpt2Error, ResourceError
 from lora_gpt2.data.blocks import TokenBlocks
 from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.model.base import Base, load_base
@@ -87,16 +87,17 @@ def plan_run(
     fitting = fit_recipes(config, recipes, runtime, limit, num_slots)
     chosen = list(recipes) if fitting is None else fitting
     running = list_concurrent(config, chosen, runtime, limit, num_slots)
-    data = _prepare(recipes, reporter)
+    data = _prepare(recipes, reporter, leaves_out=num_slots is not None)
     speed = measure_speed(running, runtime, reporter) if probe and fitting is not None else None
     tokens = None
     if data is not None or all(recipe.train.steps for recipe in chosen):
         blocks = data or [build_random_data(recipe, config.vocab_size) for recipe in chosen]
-        slots = [TrainingSlot(recipe=recipe, data=each) for recipe, each in zip(chosen, blocks, strict=True)]
+        pairs = zip(chosen, blocks, strict=True)
+        slots = [TrainingSlot(recipe=recipe, data=each) for recipe, each in pairs if each is not None]
         tokens = sum(slot.num_steps * slot.tokens_per_step for slot in slots)
     return Plan(
         fits=fitting is not None,
-        memory=estimate_memory(config, running, runtime),
+        memory=estimate_memory(config, running, runtime, chosen),
         budget_bytes=limit,
         device=runtime.device.type,
         dtype=runtime.dtype_name,
@@ -124,7 +125,7 @@ def fit_to_memory(
     if fitting is None:
         raise ResourceError(
             f"nothing fits into {limit / 1e9:.2f} GB: this run needs "
-            f"{estimate_memory(config, running, runtime).peak / 1e9:.2f} GB",
+            f"{estimate_memory(config, running, runtime, shaped).peak / 1e9:.2f} GB",
             "use a smaller base or data.block_size",
         )
     if changes := list_changes(shaped, fitting):
@@ -145,11 +146,24 @@ def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:
     return Checkpoint.open(recipe.base).config, runtime
 
 
-def _prepare(recipes: Sequence[Recipe], reporter: Reporter) -> list[PreparedData] | None:
+def _prepare(
+    recipes: Sequence[Recipe], reporter: Reporter, *, leaves_out: bool
+) -> Sequence[PreparedData | None] | None:
+    """Returns the text of each recipe, None for one that cannot be read and that a queue leaves out; else raises."""
     if not all(recipe.data.sources for recipe in recipes):
         return None
     tokenizer = Checkpoint.open(recipes[0].base).load_tokenizer()
-    return [prepare_data(recipe.data, tokenizer, reporter) for recipe in recipes]
+
+    def prepare(recipe: Recipe) -> PreparedData | None:
+        try:
+            return prepare_data(recipe.data, tokenizer, reporter)
+        except LoraGpt2Error as error:
+            if not leaves_out:
+                raise
+            reporter.message(f"{recipe.name} is left out: {error.message}")
+            return None
+
+    return [prepare(recipe) for recipe in recipes]
 
 
 def measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> float:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import (
     DataError,
+    Interrupted,
     InterruptedRunError,
     LoraGpt2Error,
+    MismatchError,
     ResourceError,
     TrainingDiverged,
     UsageError,
@@ -34,7 +36,7 @@ from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.manifest import MANIFEST, parse_manifest
+from lora_gpt2.store.manifest import MANIFEST, WEIGHTS, parse_manifest
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.memory import MOST_SLOTS
 from lora_gpt2.training.publish import report_published
@@ -58,25 +60,40 @@ class _Driver:
     store: Store
     run: RunFolder
     reporter: Reporter
+    recipes: str
+    is_resumed: bool
     published: dict[str, str] = field(default_factory=dict)
 
     def read_ledger(self) -> None:
         """Takes over what an interrupted run published."""
         path = self.run.path / LEDGER
-        if path.exists():
-            self.published = json.loads(path.read_bytes())
+        if not path.exists():
+            return
+        found = json.loads(path.read_bytes())
+        if self.is_resumed and found["recipes"] != self.recipes:
+            raise MismatchError("the run to resume had other settings", "restore these, or use --fresh")
+        self.published = found["published"]
 
     def write_ledger(self) -> None:
         """Notes what is published; what was there without a name is set aside with the run."""
         with wrap_os_errors(f"write to {self.run.path}"):
-            write_atomic(self.run.path / LEDGER, json.dumps(self.published).encode())
+            content = {"recipes": self.recipes, "published": self.published}
+            write_atomic(self.run.path / LEDGER, json.dumps(content).encode())
+
+    def _find_published(self, files: Files) -> str:
+        """Returns the version of these very weights, if a run that was killed published it and could not note it."""
+        manifest = parse_manifest(files[MANIFEST])
+        if not self.is_resumed or manifest.name not in self.store.list_names():
+            return ""
+        newest = self.store.read_manifest(manifest.name)
+        return newest.reference if newest.files[WEIGHTS] == manifest.files[WEIGHTS] else ""
 
     def publish(self, files: Files) -> None:
         """Publishes an adapter that came back, unless a machine that was lost had sent it already."""
         name = parse_manifest(files[MANIFEST]).name
         if name in self.published:
             return
-        self.published[name] = publish_delivered(self.store, files)
+        self.published[name] = self._find_published(files) or publish_delivered(self.store, files)
         self.write_ledger()
         report = report_published(self.store, self.published[name])
         before, after = report.base_perplexity, report.validation_perplexity
@@ -106,14 +123,17 @@ def train_on_ray(
 
     Raises:
         UsageError: names are missing or the same, the recipes do not share a base, or one continues an adapter.
+        MismatchError: the run to resume had other settings.
         InterruptedRunError: an interrupted run is there, and neither `resume` nor `fresh` says what becomes of it.
-        ResourceError: Ray is not installed, there is no such cluster, or a task was lost too often.
+        ResourceError: Ray is not installed, there is no such cluster, or a task was lost too often; the others go on.
         TrainingDiverged, DataError: an adapter failed; the others are published.
         Interrupted: what has come back is published.
     """
     names = [check_name(recipe.name) for recipe in recipes]
     _check(recipes, names, address)
-    driver = _Driver(store=store, run=open_run_folder(store.root, [*names, "on Ray"]), reporter=reporter)
+    run = open_run_folder(store.root, [*names, "on Ray"])
+    made_of = fingerprint_json([recipe.model_dump(mode="json") for recipe in recipes])
+    driver = _Driver(store=store, run=run, reporter=reporter, recipes=made_of, is_resumed=resume)
     store.check_writable()
     with wrap_os_errors(f"keep the run in {driver.run.path} (see LORA_GPT2_CACHE)"):
         driver.run.path.mkdir(parents=True, exist_ok=True)
@@ -132,7 +152,8 @@ def train_on_ray(
         references = [driver.published[name] for name in sorted(driver.published)]
         if failures:
             message = "; ".join(dict.fromkeys(failures.values()))
-            kind = TrainingDiverged if "diverged" in message else DataError
+            is_text = all("no usable text" in failure for failure in failures.values())
+            kind = TrainingDiverged if "diverged" in message else DataError if is_text else ResourceError
             raise kind(f"{message}; published: {join_names(references)}", "mend these, and train them with --resume")
         (driver.run.path / LEDGER).unlink()
     return TrainReport(adapters=[report_published(store, reference) for reference in references])
@@ -144,6 +165,11 @@ def _check(recipes: Sequence[Recipe], names: Sequence[str], address: str) -> Non
     check_together(recipes)
     if address.startswith("ray://"):
         raise UsageError("this machine must be part of the Ray cluster", "run it there, or 'ray job submit' it")
+    if named := [recipe.name for recipe in recipes if recipe.train.replay or recipe.train.trackers]:
+        raise UsageError(
+            f"{join_names(named)}: --ray does not send the files of train.replay, nor back those of train.trackers",
+            "leave them out, or train here without --ray",
+        )
     if continued := [recipe.name for recipe in recipes if recipe.lora.init_from]:
         raise UsageError(
             f"{join_names(continued)}: --ray does not continue adapters, which are in the store of this machine",
@@ -176,8 +202,8 @@ def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slo
     total, failures = sum(slot.num_steps * slot.tokens_per_step for slot in slots), dict[str, str]()
     with _connect(address) as library, catch_signals() as stop:  # Ray has a handler of its own for SIGTERM
         mailbox = _start_mailbox(library)
-        options = {"max_retries": MAX_RETRIES, **_find_device(library)}
-        start = library.remote(_run_in_ray).options(**options)
+        options = {"max_retries": MAX_RETRIES, "retry_exceptions": [Interrupted], **_find_device(library)}
+        start = library.remote(**options)(_run_in_ray)  # a worker of a GPU ends with its task, and frees its memory
         tasks: dict[Any, Sequence[TrainingSlot]] = {}
         for chunk in chunks:
             names = [slot.name for slot in chunk]
@@ -192,7 +218,7 @@ def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slo
                 stop.raise_if_asked(f"{len(driver.published)} adapters are published; --resume goes on")
                 ready, _ = library.wait(list(tasks), timeout=POLL_SECONDS)
                 found = [(tasks[each], _read_result(library, each)) for each in ready]
-                delivered, tokens = library.get(mailbox.collect.remote())
+                delivered, tokens = _collect(library, mailbox)
                 for files in delivered:
                     driver.publish(files)
                 progress.advance(max(0, tokens - done))
@@ -204,12 +230,23 @@ def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slo
 
 
 def _read_result(library: Any, reference: Any) -> str:
+    """Returns what went wrong in a task that has ended, "" if nothing did."""
     try:
         return str(library.get(reference))
     except library.exceptions.RayError as error:
-        raise ResourceError(
-            f"a task was lost: {str(error).splitlines()[0]}", "see Ray's dashboard; --resume goes on"
-        ) from error
+        return f"a task was lost: {_last_line(error)}"
+
+
+def _collect(library: Any, mailbox: Any) -> tuple[list[Files], int]:
+    try:
+        delivered, tokens = library.get(mailbox.collect.remote())
+    except library.exceptions.RayError as error:
+        raise ResourceError(f"what the tasks sent is lost: {_last_line(error)}", "--resume goes on") from error
+    return delivered, tokens
+
+
+def _last_line(error: Exception) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _run_in_ray(task: RemoteTask, mailbox: Any, *prepared: Files) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.core.errors import CorruptError, LoraGpt2Error
+from lora_gpt2.core.errors import CorruptError, Interrupted, LoraGpt2Error
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import CARD, MANIFEST, parse_manifest
 from lora_gpt2.store.version import verify_hashes
+from lora_gpt2.training.checkpoint import open_run_folder
 from lora_gpt2.training.events import TrainingEvent
 from lora_gpt2.training.run import train_recipes
 
@@ -105,7 +106,8 @@ def write_folder(files: Files, parent: Path) -> Path:
 def run_task(task: RemoteTask, prepared: Sequence[Files], mailbox: Mailbox) -> str:
     """Trains the domains of a task; returns what went wrong, "" if nothing did.
 
-    `prepared` has the files of each domain's text. What is wrong with one domain does not stop the others.
+    `prepared` has the files of each domain's text. What is wrong with one domain does not stop the others. Raises
+    `Interrupted` where this machine is told to stop: the task is to go on elsewhere.
     """
     work = Path(tempfile.gettempdir()) / f"lora-gpt2-{task.key}"
     shutil.rmtree(work, ignore_errors=True)
@@ -116,18 +118,31 @@ def run_task(task: RemoteTask, prepared: Sequence[Files], mailbox: Mailbox) -> s
     shipper = _Shipper(task.key, work / "state", mailbox)
     before = os.environ.get("LORA_GPT2_CACHE")
     os.environ["LORA_GPT2_CACHE"] = str(work / "state" / "cache")
+    _move_run(open_run_folder(shipper.store.root, [recipe.name for recipe in task.recipes]).path)
     options: dict[str, Any] = {"callbacks": [shipper], "num_slots": task.num_slots, "texts": texts}
     try:
         train_recipes(task.recipes, shipper.store, SilentReporter(), resume=True, **options)
+    except Interrupted:  # of this machine, not of the run
+        raise
     except LoraGpt2Error as error:
-        return error.message
+        mailbox.keep_state(task.key, {})
+        return error.message.partition("; published: ")[0]
+    else:
+        mailbox.keep_state(task.key, {})
+        return ""
     finally:
         shipper.deliver_new()
         os.environ.pop("LORA_GPT2_CACHE")
         if before is not None:
             os.environ["LORA_GPT2_CACHE"] = before
         shutil.rmtree(work, ignore_errors=True)
-    return ""
+
+
+def _move_run(expected: Path) -> None:
+    """Gives the run that came from another machine the folder that it has here, where the temporary folder differs."""
+    for found in expected.parent.glob("*"):
+        if found != expected:
+            found.rename(expected)
 
 
 class _Shipper:
@@ -152,7 +167,9 @@ class _Shipper:
         if (now := [(path.name, path.stat().st_mtime_ns) for path in files]) != self._kept:
             self._kept = now
             self.deliver_new()
-            self.mailbox.keep_state(self.key, read_folder(self.state))
+            state, newest = read_folder(self.state), files[-1].name
+            kept = {name: state[name] for name in state if not name.endswith(".checkpoint") or name.endswith(newest)}
+            self.mailbox.keep_state(self.key, kept)
 
     def deliver_new(self) -> None:
         """Delivers the versions that have not been."""

@@ -106,7 +106,7 @@ def train_recipes(
         raise UsageError(f"two recipes have the same name: {', '.join(names)}", "give each its own name")
     check_together(recipes)
     for recipe in recipes:
-        if recipe.name not in texts:
+        if num_slots is None and recipe.name not in texts:
             check_sources(recipe.data)
     process_group = init_process_group()
     reporter = reporter if process_group.is_main_process else SilentReporter()
@@ -204,9 +204,12 @@ def _train_locked(
     if resume and (published := process_group.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {join_names(published)}")
         return TrainReport(adapters=publisher.list_reports(published), already_complete=True)
-    rows, queue = _queue_domains(slots, options.num_slots, base, publisher.publish_aloud, unreadable)
+    checkpoint = process_group.broadcast_object(run.load(reporter) if resume and is_main else None)
+    num_slots = options.num_slots
+    if checkpoint and num_slots is not None:  # its tensors have a row for each slot that it had
+        num_slots = len(checkpoint[1]["names"])
+    rows, queue = _queue_domains(slots, num_slots, base, publisher.publish_aloud, unreadable)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in rows]):
-        checkpoint = process_group.broadcast_object(run.load(reporter) if resume and is_main else None)
         trainer = Trainer(
             base,
             rows,

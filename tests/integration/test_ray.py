@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.core.errors import DataError, InterruptedRunError, ResourceError, UsageError
+from lora_gpt2.core.errors import DataError, InterruptedRunError, MismatchError, ResourceError, UsageError
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.ray_cluster import train_on_ray
 from lora_gpt2.training.run import train_recipes
@@ -112,6 +112,9 @@ def test_a_driver_goes_on_and_says_what_failed(recipes, cluster, store, tmp_path
     with pytest.raises(InterruptedRunError, match="3 are published"):
         train_on_ray(recipes, store, SilentReporter(), cluster.address)
     broken.write_text(text)
+    other = [r.model_copy(update={"train": r.train.model_copy(update={"seed": 7})}) for r in recipes]
+    with pytest.raises(MismatchError):
+        train_on_ray(other, store, SilentReporter(), cluster.address, resume=True)
     report = train_on_ray(recipes, store, SilentReporter(), cluster.address, resume=True)
     assert [str(item) for item in report.adapters] == ["d0@1", "d1@1", "d2@1", "d3@1"]
 
@@ -120,6 +123,9 @@ def test_what_cannot_be_done_is_said_before_anything_begins(recipes, store, repo
     continued = recipes[0].model_copy(update={"lora": recipes[0].lora.model_copy(update={"init_from": "law"})})
     with pytest.raises(UsageError, match="does not continue adapters"):
         train_on_ray([continued], store, reporter, "auto")
+    replay = recipes[0].model_copy(update={"train": recipes[0].train.model_copy(update={"replay": ("a.txt",)})})
+    with pytest.raises(UsageError, match="does not send"):
+        train_on_ray([replay], store, reporter, "auto")
     with pytest.raises(UsageError, match="part of the Ray cluster"):
         train_on_ray(recipes, store, reporter, "ray://head:10001")
     pytest.importorskip("ray")

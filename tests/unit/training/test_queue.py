@@ -153,11 +153,43 @@ def test_a_text_that_cannot_be_read_stops_its_own_domain_alone(recipes, store, r
         train_recipes(recipes[:2], store, reporter)
 
 
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4), (2, 0)])
+def test_a_queue_goes_on_with_the_slots_that_it_had(recipes, store, reporter, monkeypatch, before, after):
+    """Whatever memory has room for now."""
+    expected = Store(store.root.with_name("expected"))
+    train_recipes(recipes, expected, reporter, num_slots=before)
+    recipes = [r.model_copy(update={"train": r.train.model_copy(update={"checkpoint_every": 1})}) for r in recipes]
+    kill_at(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        train_recipes(recipes, store, reporter, num_slots=before)
+    monkeypatch.undo()
+    train_recipes(recipes, store, reporter, num_slots=after, resume=True)
+    for recipe in recipes:
+        assert_close(load(weights_of(store, recipe.name)), load(weights_of(expected, recipe.name)))
+
+
+def test_a_folder_without_text_stops_its_own_domain_alone_and_no_plan(recipes, store, reporter, tmp_path):
+    (tmp_path / "empty").mkdir()
+    data = recipes[1].data.model_copy(update={"sources": (str(tmp_path / "empty"),)})
+    mixed = [recipes[0], recipes[1].model_copy(update={"data": data}), recipes[2]]
+    assert plan_run(mixed, store, reporter, num_slots=2, probe=False).tokens > 0
+    with pytest.raises(DataError, match=r"'d1' has no usable text: .*published: d0@1, d2@1"):
+        train_recipes(mixed, store, reporter, num_slots=2)
+
+
+def test_the_rows_of_a_bank_are_as_large_as_those_who_wait_need(recipes):
+    config, runtime = read_shape(recipes[0])
+    wide = recipes[0].model_copy(update={"lora": recipes[0].lora.model_copy(update={"rank": 64})})
+    small = wide.model_copy(update={"train": wide.train.model_copy(update={"batch_tokens": 16})})
+    alone = estimate_memory(config, [recipes[0]], runtime)
+    assert estimate_memory(config, [recipes[0]], runtime, [recipes[0], small]).adapters > 4 * alone.adapters
+
+
 def test_a_plan_of_a_queue_is_that_of_the_largest_that_train_at_the_same_time(recipes, store, reporter):
     plan = plan_run(recipes, store, reporter, num_slots=2, probe=False)
     config, runtime = read_shape(recipes[0])
-    pairs = [estimate_memory(config, pair, runtime).peak for pair in itertools.combinations(recipes, 2)]
-    alone = [estimate_memory(config, [recipe], runtime).peak for recipe in recipes]
+    pairs = [estimate_memory(config, pair, runtime, recipes).peak for pair in itertools.combinations(recipes, 2)]
+    alone = [estimate_memory(config, [recipe], runtime, recipes).peak for recipe in recipes]
     assert (plan.num_slots, len(plan.recipes)) == (2, 6)
     assert max(alone) < plan.memory.peak <= max(pairs)
     whole = plan_run(recipes, store, reporter, probe=False)

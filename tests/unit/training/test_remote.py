@@ -1,10 +1,11 @@
 """Laws of training on another machine: the same bytes, nothing lost with it, nothing published twice."""
 
 import os
+import tempfile
 
 import pytest
 
-from lora_gpt2.core.errors import CorruptError
+from lora_gpt2.core.errors import CorruptError, Interrupted
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.store.catalog import Store
@@ -63,6 +64,7 @@ def test_what_comes_back_is_byte_for_byte_what_is_trained_here(task, texts, expe
     assert run_task(task, texts, mailbox) == ""
     assert deliver_all(mailbox) == expected
     assert sum(mailbox.tokens.values()) > 0
+    assert not mailbox.find_state(task.key), "of a task that is done nothing is kept"
     store = Store(tmp_path / "driver")
     assert [publish_delivered(store, files) for files in sorted(mailbox.delivered, key=str)] != []
     assert store.list_names() == ["d0", "d1", "d2"]
@@ -95,6 +97,27 @@ def test_another_machine_goes_on_where_a_lost_one_left_off(task, texts, expected
     assert deliver_all(mailbox) == expected
     assert [parse_manifest(files[MANIFEST]).name for files in mailbox.delivered].count("d2") == 2
     assert len(steps) <= 8 + 12 - 6, "it did not begin anew"
+
+
+def test_a_machine_that_is_told_to_stop_leaves_its_task_to_another(task, texts, expected, monkeypatch, tmp_path):
+    """Whose temporary folder is another one."""
+    mailbox, steps, advance = LocalMailbox(), [], Trainer._advance
+
+    def stop(self, active):
+        steps.append(self.step)
+        advance(self, active)
+        if len(steps) == 8:
+            os.kill(os.getpid(), 15)
+
+    monkeypatch.setattr(Trainer, "_advance", stop)
+    with pytest.raises(Interrupted):
+        run_task(task, texts, mailbox)
+    assert sum(name.endswith(".checkpoint") for name in mailbox.find_state(task.key)) == 1, "the newest"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    assert run_task(task, texts, mailbox) == ""
+    assert deliver_all(mailbox) == expected
+    assert len(steps) == 12, "nothing was trained twice"
 
 
 def test_what_fails_is_said_and_the_others_come_back(task, texts, expected, recipes):
