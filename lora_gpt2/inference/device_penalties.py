@@ -49,16 +49,16 @@ def build_adjustments(
         if own.logit_bias:
             tokens[row, : len(own.logit_bias)] = torch.tensor(list(own.logit_bias))
             biases[row, : len(own.logit_bias)] = torch.tensor(list(own.logit_bias.values()))
-    factors = torch.tensor([[p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for p in params])
-    return [history, torch.tensor(prompt_lengths)[:, None], factors, tokens, biases]
+    pairs = zip(params, prompt_lengths, strict=True)
+    factors = [[p.repetition_penalty, p.presence_penalty, p.frequency_penalty, float(count)] for p, count in pairs]
+    return [history, torch.tensor(factors), tokens, biases]
 
 
 def adjust_logits(
     logits: Float[Tensor, "batch vocab"],
     newest: Int[Tensor, "batch 1"],
     history: Int[Tensor, "batch capacity"],
-    prompt_lengths: Int[Tensor, "batch 1"],
-    factors: Float[Tensor, "batch 3"],
+    factors: Float[Tensor, "batch 4"],
     bias_tokens: Int[Tensor, "batch biases"],
     biases: Float[Tensor, "batch biases"],
 ) -> Float[Tensor, "batch vocab"]:
@@ -68,20 +68,19 @@ def adjust_logits(
         logits: in float32.
         newest: the last token of each row, -1 where it is in the history already.
         history: the tokens before it, -1 behind them.
-        prompt_lengths: how many tokens of the history are the prompt's.
-        factors: repetition, presence and frequency penalty of each row.
+        factors: repetition, presence and frequency penalty of each row, and how many of its tokens are the prompt's.
         bias_tokens: tokens whose logits are changed, -1 for none; those beyond the vocabulary are ignored.
         biases: what is added to them.
     """
     is_known = (bias_tokens >= 0) & (bias_tokens < logits.shape[1])
     biased = logits.scatter_add(1, torch.where(is_known, bias_tokens, 0), torch.where(is_known, biases, 0.0))
     ids = torch.cat([history, newest], dim=1)
+    repetition, presence, frequency, prompt_lengths = (factors[:, index : index + 1] for index in range(4))
     is_written = torch.arange(ids.shape[1], device=ids.device) >= prompt_lengths
     counts = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
     places, is_token = ids.clamp(min=0), ids >= 0
     is_seen = counts.scatter_add(1, places, is_token.int()) > 0
     counts = counts.scatter_add(1, places, (is_token & is_written).int())
-    repetition, presence, frequency = (factors[:, index : index + 1] for index in range(3))
     penalised = torch.where(biased > 0, biased / repetition, biased * repetition)
     adjusted = torch.where(is_seen & (repetition != 1), penalised, biased)
     counted = adjusted - presence * (counts > 0) - frequency * counts

@@ -154,7 +154,7 @@ def train_on_ray(
             message = "; ".join(dict.fromkeys(failures.values()))
             is_text = all("no usable text" in failure for failure in failures.values())
             kind = TrainingDiverged if "diverged" in message else DataError if is_text else ResourceError
-            raise kind(f"{message}; published: {join_names(references)}", "mend these, and train them with --resume")
+            raise kind(f"{message}; published: {join_names(references)}", "fix these, and train them with --resume")
         (driver.run.path / LEDGER).unlink()
     return TrainReport(adapters=[report_published(store, reference) for reference in references])
 

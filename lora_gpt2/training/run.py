@@ -239,7 +239,7 @@ def _train_locked(
         message = f"{failures}; published: {join_names(published)}"
         if "diverged" in failures:
             raise TrainingDiverged(message, "train it again with a smaller train.learning_rate")
-        raise DataError(message, "mend the text, and train it alone")
+        raise DataError(message, "fix the text, and train it alone")
     run.finish(published)
     return TrainReport(adapters=publisher.list_reports(published))
 

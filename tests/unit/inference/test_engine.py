@@ -203,10 +203,10 @@ def test_a_step_that_was_launched_for_nothing_leaves_no_trace(session, no_end):
 
 def test_tokens_that_the_device_cannot_decide_are_sampled_from_the_right_logits(session, no_end, monkeypatch):
     """Where too many tokens are equally likely; the step after it was launched already."""
-    monkeypatch.setattr(device_sampling, "CANDIDATES", 5)  # fewer than the top-k and one more
     rows, expected = make_lasting_rows(session), make_lasting_rows(session)
-    engine = run_all(session, rows, Counting)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(device_sampling, "CANDIDATES", 5)  # fewer than the top-k and one more
+        engine = run_all(session, rows, Counting)
     run_all(session, expected)
     assert [row.new_ids for row in rows] == [row.new_ids for row in expected]
     assert engine.decoder.launched > 15, "most steps were needed twice"

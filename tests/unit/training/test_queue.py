@@ -138,10 +138,9 @@ def test_a_text_that_cannot_be_read_stops_its_own_domain_alone(recipes, store, r
     for index, content in ((1, b"\x00" * 50), (4, b'{"no": 1')):
         Path(recipes[index].data.sources[0]).write_bytes(content)
     recipes = [r.model_copy(update={"train": r.train.model_copy(update={"checkpoint_every": 1})}) for r in recipes]
-    kill_at(monkeypatch, 8)
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, 8)
         train_recipes(recipes, store, reporter, num_slots=2)
-    monkeypatch.undo()
     with pytest.raises(
         DataError, match=r"'d1' has no usable text: .*'d4' has no .*; published: d0@1, d2@1, d3@1, d5@1"
     ):
@@ -159,11 +158,12 @@ def test_a_queue_goes_on_with_the_slots_that_it_had(recipes, store, reporter, mo
     expected = Store(store.root.with_name("expected"))
     train_recipes(recipes, expected, reporter, num_slots=before)
     recipes = [r.model_copy(update={"train": r.train.model_copy(update={"checkpoint_every": 1})}) for r in recipes]
-    kill_at(monkeypatch, 8)
-    with pytest.raises(Interrupted):
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, 13)
         train_recipes(recipes, store, reporter, num_slots=before)
-    monkeypatch.undo()
+    assert store.list_names(), "some are published, and not again"
     train_recipes(recipes, store, reporter, num_slots=after, resume=True)
+    assert all(store.list_versions(recipe.name) == [1] for recipe in recipes)
     for recipe in recipes:
         assert_close(load(weights_of(store, recipe.name)), load(weights_of(expected, recipe.name)))
 
