@@ -155,11 +155,12 @@ def test_a_text_that_cannot_be_read_stops_its_own_domain_alone(recipes, store, r
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4), (2, 0)])
 def test_a_queue_goes_on_with_the_slots_that_it_had(recipes, store, reporter, monkeypatch, before, after):
     """Whatever memory has room for now."""
+    recipes = [*recipes[:2], *recipes[3:5]]
     expected = Store(store.root.with_name("expected"))
     train_recipes(recipes, expected, reporter, num_slots=before)
     recipes = [r.model_copy(update={"train": r.train.model_copy(update={"checkpoint_every": 1})}) for r in recipes]
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        kill_at(patched, 13)
+        kill_at(patched, 8)
         train_recipes(recipes, store, reporter, num_slots=before)
     assert store.list_names(), "some are published, and not again"
     train_recipes(recipes, store, reporter, num_slots=after, resume=True)
