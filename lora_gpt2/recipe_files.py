@@ -11,10 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from lora_gpt2.core.errors import DataError, NotFoundError, RecipeError, UsageError
 from lora_gpt2.core.names import is_name
 from lora_gpt2.core.printable import shorten
+from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.core.strict_yaml import describe_problem, parse_yaml
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.core.user_files import read_user_text
@@ -47,6 +49,9 @@ EVERYDAY: dict[str, tuple[str, ...]] = {
         "generate.repetition_penalty",
         "generate.num_beams",
         "generate.stop",
+        "generate.choice",
+        "generate.regex",
+        "generate.json_schema",
     ),
     "evaluate": ("evaluate.window", "evaluate.stride", "evaluate.protocol", "data.profile"),
 }
@@ -54,6 +59,9 @@ EVERYDAY: dict[str, tuple[str, ...]] = {
 their key; every other one is set by `--set` and `settings=`."""
 PATHS = (("data", "sources"), ("data", "validation"), ("data", "test"), ("train", "replay"))
 """The settings that hold sources, which are relative to the folder of their recipe."""
+VERBATIM = ("generate.regex", "generate.grammar")
+"""Free texts that are taken as they were typed, because `\\` means something in them."""
+SCHEMA = ("generate", "json_schema")
 EXAMPLES = "correct it; 'lora-gpt2 recipes show prose' shows one that is valid"
 
 
@@ -71,10 +79,11 @@ def parse_value(key: str, value: str, where: str) -> Any:
     YAML 1.1 reads `1e-3` as a text; that it is a number is found out where the recipe is validated.
     """
     field = find_field(key)
-    if field is not None and field.annotation is str and not value.startswith(('"', "'")):
+    is_quoted = value.startswith(('"', "'")) and key not in VERBATIM
+    if field is not None and field.annotation is str and not is_quoted:
         if any("\ud800" <= character <= "\udfff" for character in value):  # bytes that are not UTF-8
             raise RecipeError(f"{where}: the value is not valid UTF-8", "type it in UTF-8")
-        return value.replace("\\n", "\n").replace("\\t", "\t")
+        return value if key in VERBATIM else value.replace("\\n", "\n").replace("\\t", "\t")
     try:
         return parse_yaml(value)
     except yaml.YAMLError as error:
@@ -116,6 +125,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         section = values.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), list):
             section[key] = [_place_source(source, path.parent) for source in section[key]]
+    generate, key = values.get(SCHEMA[0]), SCHEMA[1]
+    if isinstance(generate, dict) and isinstance(generate.get(key), str):
+        generate[key] = str(path.parent / generate[key])
     if isinstance(lora, dict) and _is_beside(lora.get("init_from"), path):
         lora["init_from"] = str(path.parent / lora["init_from"])
     return values
@@ -162,7 +174,47 @@ def load_recipe(
     """
     values = read_recipe(path) if path else {}
     values = set_values(apply_overrides(values, overrides), flags)
-    return build_recipe(values, str(path) if path else "settings")
+    return build_from_values(values, str(path) if path else "settings")
+
+
+def build_from_values(values: Mapping[str, Any], where: str) -> Recipe:
+    """Returns the recipe of these values, with the JSON schema that a file holds instead of its path.
+
+    A schema may also be a class of pydantic. Raises what `build_recipe` does, and `RecipeError` for the file.
+    """
+    section, key = SCHEMA
+    own = values.get(section)
+    own = own if isinstance(own, Mapping) else {}
+    schema = own.get(key)
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        schema = _close_objects(schema.model_json_schema())
+    elif isinstance(schema, str | Path):
+        schema = _read_schema(Path(schema))
+    return build_recipe(values if schema is None else {**values, section: {**own, key: schema}}, where)
+
+
+def _close_objects(schema: Any) -> Any:
+    """Returns pydantic's schema without the further properties that its objects may have and nobody wants."""
+    if isinstance(schema, list):
+        return [_close_objects(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _close_objects(value) for key, value in schema.items()}
+    return (
+        {"additionalProperties": False, **closed}
+        if closed.get("type") == "object" and "properties" in closed
+        else closed
+    )
+
+
+def _read_schema(path: Path) -> dict[str, Any]:
+    try:
+        schema = load_json(read_user_text(path, max_bytes=MAX_RECIPE_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not JSON: {str(error)[:200]}", "a schema is a JSON object") from error
+    if not isinstance(schema, dict):
+        raise RecipeError(f"{path} holds no JSON schema", "a schema is a JSON object")
+    return schema
 
 
 def set_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from lora_gpt2.core.console import LoggingReporter, ProgressTask, Reporter, Rich
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import check_name
 from lora_gpt2.data.read.texts import Texts, keep_texts
-from lora_gpt2.recipe import Recipe, build_recipe
-from lora_gpt2.recipe_files import EVERYDAY, set_values
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe_files import EVERYDAY, build_from_values, set_values
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import FetchedAdapter, fetch_adapter, is_foreign
 
@@ -43,7 +43,7 @@ def make_recipe(
     values = settings.model_dump(exclude_unset=True) if isinstance(settings, Recipe) else set_values({}, settings or {})
     keys = {key.rpartition(".")[2]: key for key in EVERYDAY[everyday]}
     flags = {keys[name]: list(value) if isinstance(value, set) else value for name, value in keywords.items()}
-    return build_recipe(set_values(values, {**flags, **(other or {})}), "settings")
+    return build_from_values(set_values(values, {**flags, **(other or {})}), "settings")
 
 
 def to_source(texts: Texts | Source) -> str:

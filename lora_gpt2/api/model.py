@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_gpt2.api.arguments import Adapters, Settings, choose_reporter, make_recipe, sort_adapters, to_source
+from lora_gpt2.api.perplexity import Perplexity
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import ALL, AUTO, check_name
 from lora_gpt2.data.pipeline import read_clean
 from lora_gpt2.data.read.texts import Texts
-from lora_gpt2.evaluation.matrix import Cell, EvaluationText, measure_matrix
+from lora_gpt2.evaluation.matrix import EvaluationText, measure_matrix
 from lora_gpt2.evaluation.run import read_mix_sketches
 from lora_gpt2.inference.choose import AdapterChoice, choose_adapter
 from lora_gpt2.inference.generate import Output, Request, generate, iter_pieces
@@ -31,43 +31,6 @@ from lora_gpt2.store.exchange import parse_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """The perplexity of texts; `float()` of it is the figure.
-
-    Args:
-        perplexity: exp of `nll_nats_per_token`.
-        nll_nats_per_token: mean negative log-likelihood of a token.
-        low, high: 95 % bootstrap confidence interval of the perplexity over documents; None for too few documents.
-        tokens, documents: what was scored; a prompt is not.
-        word_perplexity: the same per whitespace-separated word of the original text.
-        bits_per_byte: comparable between tokenizers.
-        adapter: the mix, or `base`.
-        dtype: of the base's weights.
-        documents_trained_on: of the documents, those that the adapter was trained on; None if that is not known.
-    """
-
-    perplexity: float
-    nll_nats_per_token: float
-    low: float | None
-    high: float | None
-    tokens: int
-    documents: int
-    word_perplexity: float
-    bits_per_byte: float
-    adapter: str
-    dtype: str
-    documents_trained_on: int | None
-
-    def __float__(self) -> float:
-        return self.perplexity
-
-    def __str__(self) -> str:
-        """Returns the figure with its interval."""
-        interval = "" if self.low is None or self.high is None else f" ({self.low:,.2f} to {self.high:,.2f})"
-        return f"{self.perplexity:,.2f}{interval}"
 
 
 def load(
@@ -167,6 +130,9 @@ class Model:
         repetition_penalty: float | None = None,
         num_beams: int | None = None,
         stop: str | Sequence[str] | None = None,
+        choice: Sequence[str] | None = None,
+        regex: str | None = None,
+        json_schema: Any = None,
         truncate_left: bool = False,
         settings: Settings = None,
     ) -> Output:
@@ -184,6 +150,9 @@ class Model:
             repetition_penalty: 1, the default, is off.
             num_beams: beam search, instead of sampling.
             stop: one or more strings before the first of which the text ends.
+            choice: the text is exactly one of these, such as `[" yes", " no"]`.
+            regex: the text matches this regular expression as a whole.
+            json_schema: the text is JSON that this schema accepts: a mapping, a file, or a class of pydantic.
             truncate_left: drop the beginning of a prompt that is too long, instead of raising.
             settings: any other setting, such as `{"generate.no_repeat_ngram_size": 3}`.
 
@@ -204,6 +173,9 @@ class Model:
             "repetition_penalty": repetition_penalty,
             "num_beams": num_beams,
             "stop": stop,
+            "choice": choice,
+            "regex": regex,
+            "json_schema": json_schema,
         }
         return self.generate_batch(
             [prompt], adapter, seed=seed, truncate_left=truncate_left, settings=settings, **keywords
@@ -286,7 +258,7 @@ class Model:
         (cell,) = measure_matrix(
             session.base, {str(mix): session.select(mix)}, [text], recipe.evaluate, self.reporter, sketches=sketches
         )
-        return _to_perplexity(cell, session.base.runtime.dtype_name)
+        return Perplexity.from_cell(cell, session.base.runtime.dtype_name)
 
     def choose(self, text: str) -> AdapterChoice:
         """Returns the adapter under which a text is most likely, as `auto` takes it, and how sure that is."""
@@ -377,16 +349,3 @@ def _iter_text(
             raise output.error
         if text:
             yield text
-
-
-def _to_perplexity(cell: Cell, dtype: str) -> Perplexity:
-    low, high = cell.interval or (None, None)
-    figures = cell.to_json()
-    keys = ("perplexity", "nll_nats_per_token", "tokens", "documents", "word_perplexity", "bits_per_byte", "adapter")
-    return Perplexity(
-        **{key: figures[key] for key in keys},
-        low=low,
-        high=high,
-        dtype=dtype,
-        documents_trained_on=cell.trained_on,
-    )

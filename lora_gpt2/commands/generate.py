@@ -121,6 +121,10 @@ def command(
         click.echo(f"\n[{printable(generation.disclosure)}]")
     if generation.dropped:
         reporter.message(f"the first {generation.dropped} tokens of the prompt were left out, to make room")
+    cut = [output for output in generation.outputs if output.constraint and output.finish_reason == "length"]
+    if cut:
+        which = "it" if len(generation.outputs) == 1 else f"{len(cut)} of {len(generation.outputs)} texts"
+        reporter.message(f"{which} ended before the {cut[0].constraint} was complete; see --max-new-tokens")
     stop.raise_if_asked("the text so far is above")
     _end(generation.outputs, as_json)
 

@@ -14,6 +14,7 @@ from lora_gpt2.recipe_files import EVERYDAY, parse_value
 
 SHORT = {"train.learning_rate": ("--lr",), "generate.max_new_tokens": ("--max-tokens",)}
 """Second names that everybody types."""
+METAVARS = {"generate.choice": "A,B", "generate.regex": "REGEX", "generate.json_schema": "FILE"}
 
 
 def setting_options(*groups: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -43,7 +44,7 @@ def _build_option(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
     assert field is not None
     name = "--" + key.rpartition(".")[2].replace("_", "-")
     choices, is_list = _list_choices(field.annotation), get_origin(field.annotation) is tuple
-    is_free = is_list and not choices
+    is_free = is_list and not choices and key not in METAVARS
     default = field.default
     shown = "" if default in (None, (), "", PydanticUndefined) or is_list else f"  [default: {default}]"
     return click.option(
@@ -51,11 +52,18 @@ def _build_option(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
         *SHORT.get(key, ()),
         _parameter_name(key),
         type=click.Choice(choices) if choices and not is_list else str,
-        metavar=None if choices and not is_list else "A,B" if choices else "TEXT" if is_free else "N",
+        metavar=METAVARS.get(key) or _name_values(bool(choices), is_list),
         multiple=is_free,
-        callback=functools.partial(_parse, key, bool(choices) and is_list),
+        callback=functools.partial(_parse, key, is_list and not is_free),
         help=f"{field.description}{shown}",
     )
+
+
+def _name_values(has_choices: bool, is_list: bool) -> str | None:
+    """Returns what stands for a value in the help."""
+    if has_choices:
+        return "A,B" if is_list else None
+    return "TEXT" if is_list else "N"
 
 
 def _parse(key: str, is_split: bool, ctx: click.Context, param: click.Parameter, value: Any) -> Any:

@@ -30,4 +30,4 @@ def _has_truth_value(value: Any) -> bool:
 
 def _takes_truth_values(annotation: Any) -> bool:
     is_section = isinstance(annotation, type) and issubclass(annotation, Section)
-    return annotation is bool or is_section or any(map(_takes_truth_values, get_args(annotation)))
+    return annotation in (bool, Any) or is_section or any(map(_takes_truth_values, get_args(annotation)))

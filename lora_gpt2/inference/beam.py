@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_gpt2.inference.constraint import Constraint, start_constraint
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams, adjust_logits
 from lora_gpt2.inference.session import Session, check_logits
@@ -42,6 +43,7 @@ class BeamSearch:
         self, session: Session, prompt_ids: Sequence[int], mix: Mix, max_new_tokens: int, settings: GenerateSettings
     ) -> None:
         base = session.base
+        self.constraints = [start_constraint(settings, base.tokenizer)]
         self.session, self.prompt_ids, self.mix, self.settings = session, prompt_ids, mix, settings
         self.max_new_tokens, self.params = max_new_tokens, SamplingParams.from_settings(settings)
         capacity = min(len(prompt_ids) + max_new_tokens, base.config.n_positions)
@@ -61,14 +63,16 @@ class BeamSearch:
         totals = self.scores[:, None] + self._adjust(self._compute_logits().log_softmax(-1))
         values, indices = totals.flatten().topk(min(2 * num_beams, totals.numel()))
         rows, tokens = indices // totals.shape[1], indices % totals.shape[1]
-        running: list[int] = []
+        running, constraints = list[int](), list[Constraint | None]()
         for rank, (value, row, token) in enumerate(zip(values.tolist(), rows.tolist(), tokens.tolist(), strict=True)):
             if value == -torch.inf:
                 break
-            ends = token == eos or self.length == self.max_new_tokens
+            constraints.append(_follow(self.constraints[row], token))
+            stops = token == eos or bool((last := constraints[-1]) and last.is_finished)
+            ends = stops or self.length == self.max_new_tokens
             if ends and rank < num_beams:
                 ids = self.beams[row] if token == eos else (*self.beams[row], token)
-                reason = "stop" if token == eos else "length"
+                reason = "stop" if stops else "length"
                 self.hypotheses.append(Hypothesis(ids=ids, score=self._normalise(value), finish_reason=reason))
             elif not ends and len(running) < num_beams:
                 running.append(rank)
@@ -80,7 +84,7 @@ class BeamSearch:
         index = torch.tensor(running)
         pairs = zip(rows[index].tolist(), tokens[index].tolist(), strict=True)
         self.beams = [(*self.beams[row], token) for row, token in pairs]
-        self.scores = values[index]
+        self.scores, self.constraints = values[index], [constraints[rank] for rank in running]
         self.cache.select(rows[index].to(self.tokens.device))
         self.tokens = tokens[index].to(self.tokens.device)[:, None]
 
@@ -97,11 +101,22 @@ class BeamSearch:
         return logits
 
     def _adjust(self, logprobs: Tensor) -> Tensor:
-        """Returns log-probabilities `[beams, vocab]` after bias and penalties."""
+        """Returns log-probabilities `[beams, vocab]` after bias and penalties, -inf for what a constraint forbids."""
         rows = [
             adjust_logits(
                 row, torch.tensor([*self.prompt_ids, *beam], dtype=torch.long), len(self.prompt_ids), self.params
             )
             for row, beam in zip(logprobs, self.beams, strict=True)
         ]
-        return torch.stack(rows)
+        allowed = [constraint.find_allowed() for constraint in self.constraints if constraint is not None]
+        adjusted = torch.stack(rows)
+        return adjusted.masked_fill(~torch.stack(allowed), -torch.inf) if allowed else adjusted
+
+
+def _follow(constraint: Constraint | None, token: int) -> Constraint | None:
+    """Returns the constraint after one more token."""
+    if constraint is None:
+        return None
+    following = constraint.copy()
+    following.accept(token)
+    return following

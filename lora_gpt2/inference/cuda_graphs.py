@@ -18,9 +18,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_gpt2.inference.decoder import Decoder, NextTokens, build_sampling_adjustments, build_sampling_columns
-from lora_gpt2.inference.device_penalties import adjust_logits
-from lora_gpt2.inference.device_sampling import choose_tokens
+from lora_gpt2.inference.decoder import (
+    Decoder,
+    NextTokens,
+    build_sampling_adjustments,
+    build_sampling_columns,
+    build_sampling_masks,
+)
+from lora_gpt2.inference.device_penalties import adjust_logits, forbid_tokens
+from lora_gpt2.inference.device_sampling import FORBIDDEN, choose_tokens
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
@@ -41,11 +47,12 @@ class _CapturedStep:
     """A step for a batch size and a number of keys: its inputs, its results, and on a GPU its graph.
 
     `inputs` are the tokens `[batch, 1]`, or `CHOSEN_BEFORE` for what the last step chose, the lengths before and after
-    `[batch]`, the sampling columns, the adapters' weights where there are any, and what changes the logits; see
-    `device_penalties`.
+    `[batch]`, the sampling columns, the adapters' weights where there are any, what changes the logits, and with
+    `is_constrained` which tokens may follow; see `device_penalties`.
     """
 
     bank: AdapterBank | None
+    is_constrained: bool
     num_keys: int
     transfer: Transfer
     inputs: list[Tensor]
@@ -74,7 +81,7 @@ class CudaGraphDecoder(Decoder):
 
     def __init__(self, session: Session, cache: KVCache) -> None:
         super().__init__(session, cache)
-        self._captured: dict[tuple[int, int, bool, int], _CapturedStep] = {}
+        self._captured: dict[tuple[int, int, bool, int, bool], _CapturedStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if cache.buffer.device.type == "cuda" else None
         self._weights: tuple[object, Tensor | None] = (None, None)
         self._readback = Readback(cache.buffer.device, cache.batch_size)
@@ -103,7 +110,8 @@ class CudaGraphDecoder(Decoder):
     def _may_go_on(self, sequence: SequenceState) -> bool:
         """True if the token after the next one can be computed before that is known, and will probably be wanted."""
         num_left = sequence.max_new_tokens - len(sequence.new_ids)
-        return sequence.is_plain and num_left > 1 and sequence.num_cached + 2 <= self.cache.capacity
+        is_known = sequence.is_plain and sequence.constraint is None
+        return is_known and num_left > 1 and sequence.num_cached + 2 <= self.cache.capacity
 
     def _take_ahead(self, sequences: Sequence[SequenceState]) -> _Launched | None:
         """Returns the step that was launched ahead, if it is the one of these sequences as they are now."""
@@ -128,7 +136,8 @@ class CudaGraphDecoder(Decoder):
             build_sampling_columns(sequences, len(none), ahead),
         ]
         adjustments = build_sampling_adjustments(sequences, num_keys, lengths, len(none))
-        step = self._find(num_keys, weights, inputs, adjustments)
+        masks = build_sampling_masks(sequences, len(none))
+        step = self._find(num_keys, weights, inputs, adjustments, masks)
         if step.graph is None:
             self._compute(step)
         else:
@@ -154,7 +163,12 @@ class CudaGraphDecoder(Decoder):
         return self._weights[1]
 
     def _find(
-        self, num_keys: int, weights: Tensor | None, inputs: list[Tensor], adjustments: list[Tensor]
+        self,
+        num_keys: int,
+        weights: Tensor | None,
+        inputs: list[Tensor],
+        adjustments: list[Tensor],
+        masks: list[Tensor],
     ) -> _CapturedStep:
         """Returns the step for these shapes with these inputs on the device, captured if need be.
 
@@ -162,8 +176,9 @@ class CudaGraphDecoder(Decoder):
         """
         has_adapters = weights is not None
         bank = self.session.slots.bank if has_adapters else None
-        key = (len(inputs[0]), num_keys, has_adapters, adjustments[-1].shape[1] if adjustments else 0)
-        inputs = [*inputs, *([] if weights is None else [weights]), *adjustments]
+        num_biases = adjustments[-1].shape[1] if adjustments else 0
+        key = (len(inputs[0]), num_keys, has_adapters, num_biases, bool(masks))
+        inputs = [*inputs, *([] if weights is None else [weights]), *adjustments, *masks]
         if any(step.bank is not bank for step in self._captured.values() if has_adapters and step.bank is not None):
             self._captured.clear()
         step = self._captured.get(key)
@@ -171,7 +186,7 @@ class CudaGraphDecoder(Decoder):
             if len(self._captured) >= MAX_GRAPHS:
                 self._captured.clear()
             transfer = Transfer(self.cache.buffer.device)
-            step = _CapturedStep(bank, num_keys, transfer, transfer.copy(inputs))
+            step = _CapturedStep(bank, bool(masks), num_keys, transfer, transfer.copy(inputs))
             self._captured[key] = step
             if transfer.device.type == "cuda":
                 self._capture(step)
@@ -180,6 +195,7 @@ class CudaGraphDecoder(Decoder):
 
     def _compute(self, step: _CapturedStep) -> None:
         tokens, lengths, lengths_after, columns, *rest = step.inputs
+        masks = [rest.pop()] if step.is_constrained else []
         weights, adjustments = (rest[:1], rest[1:]) if step.bank is not None else ([], rest)
         chosen = self._chosen[: len(tokens)]
         tokens = torch.where(tokens == CHOSEN_BEFORE, chosen[:, None], tokens)
@@ -194,6 +210,8 @@ class CudaGraphDecoder(Decoder):
         own = logits[:, : self.session.base.tokenizer.vocab_size]
         if adjustments:
             own = adjust_logits(own, tokens, *adjustments)
+        for words in masks:
+            own = forbid_tokens(own, words, FORBIDDEN)
         step.tokens = choose_tokens(own, columns)
         chosen.copy_(step.tokens.clamp(min=0))
 

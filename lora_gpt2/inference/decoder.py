@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_gpt2.inference.device_penalties import NONE, adjust_logits, build_adjustments, is_adjusted
-from lora_gpt2.inference.device_sampling import UNDECIDED, build_columns, choose_tokens
+from lora_gpt2.inference.device_penalties import NONE, adjust_logits, build_adjustments, forbid_tokens, is_adjusted
+from lora_gpt2.inference.device_sampling import FORBIDDEN, UNDECIDED, build_columns, choose_tokens
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams
 from lora_gpt2.inference.sequence import SequenceState
@@ -63,6 +63,19 @@ def build_sampling_adjustments(
     return build_adjustments(params, [*known, *[[]] * padding], prompt_lengths, capacity)
 
 
+def build_sampling_masks(sequences: Sequence[SequenceState], padding: int = 0) -> list[Tensor]:
+    """Returns the words of the constraints of sequences, `[batch, words]`, all bits set where there is none.
+
+    Padding follows; no tensor where no sequence has a constraint.
+    """
+    found = [sequence.find_words() for sequence in sequences]
+    size = next((len(words) for words in found if words is not None), 0)
+    if not size:
+        return []
+    free = torch.full((size,), -1, dtype=torch.int32)
+    return [torch.stack([free if words is None else words for words in [*found, *[None] * padding]])]
+
+
 class Decoder:
     """Computes what follows sequences; the caller decides which rows they occupy."""
 
@@ -88,6 +101,8 @@ class Decoder:
         if adjustments := build_sampling_adjustments(sequences, self.cache.capacity + 1, [None] * len(sequences)):
             newest = torch.full((len(sequences), 1), NONE, device=device)
             own = adjust_logits(own, newest, *(part.to(device) for part in adjustments))
+        for words in build_sampling_masks(sequences):
+            own = forbid_tokens(own, words.to(device), FORBIDDEN)
         tokens = choose_tokens(own, build_sampling_columns(sequences).to(device))
         return NextTokens(logits=logits, tokens=tokens.tolist())
 

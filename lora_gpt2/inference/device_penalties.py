@@ -1,4 +1,4 @@
-"""Penalties and biases as tensor operations alone, in front of `device_sampling.choose_tokens`.
+"""Penalties, biases and constraints as tensor operations alone, in front of `device_sampling.choose_tokens`.
 
 They do, to the bit, what `sampling.adjust_logits` does for a row: bias, repetition penalty, presence and frequency
 penalty. The newest token is an input of its own, so that a step that was launched before it is known can follow.
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lora_gpt2.inference.constraint import unpack_words
 from lora_gpt2.inference.sampling import SamplingParams
 
 MOST_BIASES = 1024
@@ -52,6 +53,17 @@ def build_adjustments(
     pairs = zip(params, prompt_lengths, strict=True)
     factors = [[p.repetition_penalty, p.presence_penalty, p.frequency_penalty, float(count)] for p, count in pairs]
     return [history, torch.tensor(factors), tokens, biases]
+
+
+def forbid_tokens(
+    logits: Float[Tensor, "batch vocab"], words: Int[Tensor, "batch words"], forbidden: float
+) -> Float[Tensor, "batch vocab"]:
+    """Returns the logits with those of tokens whose bit is not set replaced; see `Constraint.find_words`.
+
+    What is not finite stays, so that it is found.
+    """
+    is_kept = unpack_words(words, logits.shape[1]) | ~logits.isfinite()
+    return torch.where(is_kept, logits, forbidden)
 
 
 def adjust_logits(

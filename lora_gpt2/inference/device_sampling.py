@@ -29,6 +29,8 @@ CANDIDATES = 128
 LARGEST_TOP_K = 64
 NOT_FINITE, UNDECIDED = -1, -2
 TOKEN_BITS = 2**32
+FORBIDDEN = -1e30
+"""The logit of a token that a constraint forbids: finite, so that -inf is an error here too."""
 
 
 def can_choose(params: SamplingParams) -> bool:
@@ -72,6 +74,7 @@ def choose_tokens(logits: Float[Tensor, "batch vocab"], columns: Float[Tensor, "
     chosen = torch.where(is_greedy[:, 0], tokens[:, 0], draw_tokens(found, weights, uniforms))
     if count < exact.shape[1]:
         is_decided = is_greedy | (values[:, -1:] < smallest)  # all that are as likely as the last are candidates
+        is_decided |= smallest <= FORBIDDEN  # fewer than top-k are allowed
         chosen = torch.where(is_decided[:, 0], chosen, UNDECIDED)
     return torch.where(exact.isfinite().all(1), chosen, NOT_FINITE)
 

@@ -11,6 +11,7 @@ from lora_gpt2.core.errors import LoraGpt2Error, ResourceError, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.inference.constraint import adopt_constraint
 from lora_gpt2.inference.engine import borrow_engine
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
@@ -57,6 +58,7 @@ class Output:
         provenance: base, adapters with the sha256 of their weights, seed and settings.
         logprobs: log-probabilities of the tokens, where they were requested.
         error: the error that finished this continuation; the others of its batch are not affected.
+        constraint: which setting constrained it, such as `json_schema`; if it finished for `length`, it is incomplete.
     """
 
     prompt: str
@@ -68,6 +70,7 @@ class Output:
     provenance: dict[str, Any] = field(default_factory=dict)
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: LoraGpt2Error | None = None
+    constraint: str = ""
 
     def __str__(self) -> str:
         """Returns the continuation."""
@@ -75,7 +78,8 @@ class Output:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the continuation with the keys of `generate --json`."""
-        values = {key: value for key, value in vars(self).items() if key not in ("logprobs", "error")}
+        values = {key: value for key, value in vars(self).items() if key not in ("logprobs", "error", "constraint")}
+        values |= {"constraint": self.constraint} if self.constraint else {}
         values |= {"logprobs": [vars(item) for item in self.logprobs]} if self.logprobs else {}
         return values | ({"error": self.error.message} if self.error else {})
 
@@ -249,13 +253,14 @@ def _build_sequences(
                 "--no-verbatim does not work with beam search", "leave --no-verbatim or generate.num_beams out"
             )
         prompt_ids, max_new_tokens = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
+        mix = session.resolve(request.mix)
         sequences.append(
             SequenceState(
                 index=index,
-                mix=session.resolve(request.mix),
+                mix=mix,
                 prompt_ids=prompt_ids,
                 max_new_tokens=max_new_tokens,
-                settings=own,
+                settings=adopt_constraint(own, session.find_recipe(mix)),
                 seed=request.seed,
                 tokenizer=tokenizer,
                 no_verbatim=request.no_verbatim,
@@ -301,6 +306,7 @@ def _to_output(request: Request, sequence: SequenceState, provenance: dict[str, 
         provenance=provenance,
         logprobs=tuple(sequence.logprobs),
         error=_wrap_error(sequence.error),
+        constraint=sequence.settings.constraint,
     )
 
 

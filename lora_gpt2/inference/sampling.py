@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from lora_gpt2.recipe import GenerateSettings
@@ -130,10 +130,11 @@ def adjust_row(
     *,
     num_prompt_tokens: int = 0,
     banned: Sequence[int] = (),
+    allowed: Bool[Tensor, " vocab"] | None = None,
 ) -> Float[Tensor, " vocab"]:
     """Returns a row's logits in float32 after everything that looks at its own tokens; they are not changed in place.
 
-    If every token was excluded, returns the original logits.
+    If every token was excluded, returns the original logits, of the allowed ones.
 
     Args:
         logits: of the next token.
@@ -141,8 +142,9 @@ def adjust_row(
         params: sampling parameters.
         num_prompt_tokens: number of prompt tokens in `ids`.
         banned: tokens that must not be chosen.
+        allowed: tokens that may be chosen, of which there is one at least; None for all.
     """
-    logits = logits.float()
+    logits = logits.float() if allowed is None else logits.float().masked_fill(~allowed, -torch.inf)
     if not (banned or params.looks_back):
         return logits
     seen = torch.tensor(ids, dtype=torch.long)
@@ -215,7 +217,7 @@ def find_top_k(logits: Float[Tensor, "batch vocab"], sizes: Sequence[int]) -> Ca
     size = torch.tensor(sizes, device=logits.device)[:, None]
     values, tokens = take_top_k(logits, min(max(sizes) + 1, logits.shape[1]))
     smallest = values.gather(1, size - 1)
-    if bool((values[:, -1:] == smallest).any()):  # more may be as likely
+    if bool(((values[:, -1:] == smallest) & (smallest > -torch.inf)).any()):  # more may be as likely
         values, tokens = logits.topk(int((logits >= smallest).sum(1).max()), dim=1)
     if bool((values[:, 1:] == values[:, :-1]).any()):
         by_token = tokens.argsort(1)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.inference.constraint import start_constraint
 from lora_gpt2.inference.device_sampling import can_choose
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams, adjust_row, draw_uniform
@@ -79,6 +81,7 @@ class SequenceState:
         scores_prompt: also compute the log-probabilities of the prompt's tokens, except for the first.
         no_verbatim: texts that are not copied for longer than their index's n-grams.
 
+    `constraint` is what the continuation may become, None for anything. One that cannot be compiled is a `UsageError`.
     `finish_reason` is empty while the sequence is running; then `stop`, `length`, `error`, or what `Engine.stop` gave.
     """
 
@@ -102,6 +105,7 @@ class SequenceState:
     def __post_init__(self) -> None:
         self._stream, self._matcher = TextStream(self.tokenizer), StopStringMatcher(self.settings.stop)
         self.params = SamplingParams.from_settings(self.settings)
+        self.constraint = start_constraint(self.settings, self.tokenizer)
 
     @property
     def num_cached(self) -> int:
@@ -125,7 +129,17 @@ class SequenceState:
         check_logits(logits, self.mix)
         ids = self.prompt_ids + self.new_ids
         banned = [token for index in self.no_verbatim for token in index.find_followers(ids)]
-        return adjust_row(logits, ids, self.params, num_prompt_tokens=len(self.prompt_ids), banned=banned)
+        allowed = self.constraint.find_allowed() if self.constraint else None
+        num_prompt_tokens = len(self.prompt_ids)
+        return adjust_row(logits, ids, self.params, num_prompt_tokens=num_prompt_tokens, banned=banned, allowed=allowed)
+
+    def find_words(self) -> Tensor | None:
+        """Returns which tokens may follow, as `Constraint.find_words` does; None for all, or if that fails."""
+        try:
+            return self.constraint.find_words() if self.constraint else None
+        except LoraGpt2Error as error:
+            self.fail(error)
+            return None
 
     def accept(self, token: int, logits: Tensor | None) -> str:
         """Takes the next token, chosen from these logits `[vocab]` (None if it `is_plain`); returns its text."""
@@ -134,6 +148,9 @@ class SequenceState:
         if logits is not None and self.settings.logprobs:
             self.logprobs.append(TokenLogprobs.from_logits(logits, token, self.settings.logprobs))
         text = self.append(token)
+        if self.constraint is not None and not self.finish_reason:
+            self.constraint.accept(token)
+            text += self.finish("stop") if self.constraint.is_finished else ""
         is_full = not self.finish_reason and len(self.new_ids) >= self.max_new_tokens
         return text + (self.finish("length") if is_full else "")
 

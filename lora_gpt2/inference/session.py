@@ -54,6 +54,7 @@ class Session:
     def __init__(self, base: Base, store: Store | None = None, max_slots: int = 64) -> None:
         self.base, self.store = base, store
         self.slots = AdapterSlots(base, max_slots)
+        self._recipes: dict[str, Mapping[str, Any]] = {}
         self.idle_engine: object | None = None  # see `engine.borrow_engine`
 
     def resolve(self, mix: Mix) -> Mix:
@@ -67,7 +68,13 @@ class Session:
         if self.slots.find(reference) is not None or "#" in reference or self.store is None:
             return reference
         manifest = self.store.read_manifest(reference)
-        return str(AdapterRef(manifest.name, manifest.version, manifest.digest[:DIGEST_DIGITS]))
+        resolved = str(AdapterRef(manifest.name, manifest.version, manifest.digest[:DIGEST_DIGITS]))
+        self._recipes[resolved] = manifest.recipe
+        return resolved
+
+    def find_recipe(self, mix: Mix) -> Mapping[str, Any]:
+        """Returns the recipe that the only adapter of a resolved mix was trained with; empty where there is none."""
+        return self._recipes.get(mix.references[0], {}) if len(mix) == 1 else {}
 
     def fetch(self, reference: str) -> VerifiedAdapter:
         """Returns an adapter, from its slot or from the store; see `load_adapter` for the errors."""
@@ -79,6 +86,7 @@ class Session:
         manifest, adapter = load_adapter(self.store, wanted.label, self.base)
         if not manifest.digest.startswith(wanted.digest):
             raise NotFoundError(f"{wanted.label} was replaced by another adapter", "name it again")
+        self._recipes[reference] = manifest.recipe
         return VerifiedAdapter(adapter=adapter, digest=manifest.digest)
 
     def load(self, references: Sequence[str]) -> None:

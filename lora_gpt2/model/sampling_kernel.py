@@ -15,6 +15,7 @@ GROUP = 16  # tokens of which the maximum is taken first
 BLOCK = 1024
 LOWEST = tl.constexpr(-(2**63))
 LAST_TOKEN = tl.constexpr(2**31 - 1)
+FORBIDDEN = tl.constexpr(-1e30)  # see `inference.device_sampling`
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -82,7 +83,7 @@ def _draw(  # type: ignore[no-untyped-def]
     position = tl.sum((sums <= tl.minimum(uniform * total, below)).to(tl.int32))
     token = tl.sum(tl.where(lanes == tl.where(is_greedy, 0, position), tokens, 0))
     last = tl.sum(tl.where(lanes == num_candidates - 1, value, 0.0))
-    is_decided = is_greedy | (num_candidates >= vocab) | (last < smallest)
+    is_decided = is_greedy | (num_candidates >= vocab) | (last < smallest) | (smallest <= FORBIDDEN)
     flag_lanes = tl.arange(0, block_flags)
     is_finite = tl.min(tl.load(flags + row * num_flags + flag_lanes, mask=flag_lanes < num_flags, other=1)) == 1
     token = tl.where(is_decided, token, undecided)

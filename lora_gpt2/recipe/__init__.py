@@ -112,6 +112,10 @@ class EvaluateSettings(Section):
     """Dtype of the base's weights during evaluation."""
 
 
+CONSTRAINTS = ("choice", "regex", "json_schema", "grammar")
+"""The settings `generate.*` that constrain decoding, of which at most one is set."""
+
+
 class GenerateSettings(Section):
     """How text is generated."""
 
@@ -137,6 +141,16 @@ class GenerateSettings(Section):
     """Bias added to the logits of these token ids."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(max_length=16)] = ()
     """Stop strings; the output ends before the first of them."""
+    choice: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=1000)] = ()
+    """Constrained decoding: the output is exactly one of these, such as " yes" and " no"."""
+    regex: str = ""
+    """Constrained decoding: the output matches this regular expression as a whole."""
+    json_schema: dict[str, Any] | None = None
+    """Constrained decoding: the output is JSON that this schema accepts; the schema, or a file that holds it."""
+    grammar: str = ""
+    """Constrained decoding: the output is derived by this context-free grammar, in Lark's syntax or GBNF."""
+    constrained: bool = True
+    """Obey a constraint: the one that is set here, else that of the recipe an adapter was trained with."""
     num_beams: Annotated[int, Field(ge=1, le=64)] = 1
     """Number of beams for beam search; 1 = sampling."""
     length_penalty: Annotated[float, Field(ge=-5, le=5)] = 1.0
@@ -160,7 +174,17 @@ class GenerateSettings(Section):
             raise ValueError("logprobs are not supported with beam search")
         if self.num_beams > 1 and self.watermark:
             raise ValueError("watermark is not supported with beam search")
+        if len(self._list_constraints()) > 1:
+            raise ValueError(f"only one of {', '.join(CONSTRAINTS)} can be used at a time")
         return self
+
+    @property
+    def constraint(self) -> str:
+        """Which of `CONSTRAINTS` constrains the output, "" if none does."""
+        return next(iter(self._list_constraints()), "") if self.constrained else ""
+
+    def _list_constraints(self) -> list[str]:
+        return [name for name in CONSTRAINTS if getattr(self, name) not in (None, "", ())]
 
 
 class MergeSettings(Section):

@@ -14,18 +14,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError, UsageError
 from lora_gpt2.core.names import is_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.inference.constraint import adopt_constraint
 from lora_gpt2.inference.generate import fit_prompt
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.structured import StructuredFields, read_constraint
 from lora_gpt2.serving.worker import StepOutput
 
 SAMPLING = (
@@ -79,10 +81,11 @@ def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
 
 
 if TYPE_CHECKING:
-    SamplingFields = BaseModel
+    SamplingFields = StructuredFields
 else:
     SamplingFields = create_model(
         "SamplingFields",
+        __base__=StructuredFields,
         **{n: (JSON_TYPES.get(n, GenerateSettings.model_fields[n].annotation) | None, None) for n in SAMPLING},
     )
 
@@ -178,6 +181,10 @@ def build_settings(body: CompletionBody, defaults: GenerateSettings) -> Generate
         values["max_new_tokens"] = max(1, body.max_tokens)
     if body.stop is not None:
         values["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    try:
+        values |= read_constraint(body)
+    except ValueError as error:
+        raise ApiError(400, str(error), str(error).partition(":")[0]) from error
     values["logprobs"] = 0 if body.logprobs is None else max(1, body.logprobs)
     try:
         return GenerateSettings.model_validate({**defaults.model_dump(), **values})
@@ -251,6 +258,7 @@ def build_sequences(
         text = f"beam search gives one choice, and prompts times num_beams are at most {limits.max_choices}"
         raise ApiError(400, text, "num_beams")
     mix, loaded = fetch_model(body.model, session)
+    settings = adopt_constraint(settings, session.find_recipe(mix))
     sequences: list[SequenceState] = []
     for prompt in prompts:
         prompt_ids, max_new_tokens = _fit_prompt(prompt, body, session, settings)

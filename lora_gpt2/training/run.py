@@ -26,6 +26,7 @@ from lora_gpt2.data.prepared import (
 )
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import Score
+from lora_gpt2.inference.constraint import start_constraint
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.runtime import choose_runtime
@@ -262,6 +263,7 @@ def _open_slots(
 
     def prepare(recipe: Recipe) -> PreparedData | None:
         try:
+            start_constraint(recipe.generate, base.tokenizer)  # which the adapter will be published with
             if recipe.name in options.texts:
                 return open_prepared(options.texts[recipe.name], recipe.data, base.tokenizer)
             return prepare_data(recipe.data, base.tokenizer, reporter)

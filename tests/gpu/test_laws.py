@@ -118,6 +118,7 @@ SAMPLING = [
     {"temperature": 0},
     {"temperature": 1.3, "top_k": 5, "min_p": 0.05},
     {"repetition_penalty": 1.3, "presence_penalty": 0.5, "logit_bias": {3: 2.0}},
+    {"regex": "[a-z ]+"},
 ]
 
 
@@ -137,12 +138,16 @@ def test_a_decode_step_has_one_upload_and_one_download(base_folder, log, setting
     assert log.operations["graph.replay"] == 1
 
 
-def test_penalties_and_biases_are_those_of_the_cpu(base_folder):
+ADJUSTED = (
+    [{"repetition_penalty": 1.5}, {"frequency_penalty": 0.8}, {"logit_bias": {4: 9.0}}, {}],
+    [{"regex": "[a-z]{3,8}"}, {"choice": (" yes", " no"), "temperature": 0}, {}, {"json_schema": {"type": "integer"}}],
+)
+
+
+@pytest.mark.parametrize("adjusted", ADJUSTED, ids=["penalties", "constraints"])
+def test_penalties_biases_and_constraints_are_those_of_the_cpu(base_folder, adjusted):
     requests = [Request("the cat sat", Mix.single(name), seed) for seed, name in enumerate(NAMES)]
-    own = [
-        GenerateSettings(max_new_tokens=10, **settings)
-        for settings in ({"repetition_penalty": 1.5}, {"frequency_penalty": 0.8}, {"logit_bias": {4: 9.0}}, {})
-    ]
+    own = [GenerateSettings(max_new_tokens=10, **settings) for settings in adjusted]
     requests = [replace(request, settings=each) for request, each in zip(requests, own, strict=True)]
     base = load_base(str(base_folder), Runtime(torch.device("cpu"), torch.float32))
     session = Session(base)

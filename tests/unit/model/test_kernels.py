@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lora_gpt2.data.blocks import IGNORE
-from lora_gpt2.inference.device_sampling import build_columns, choose_tokens
+from lora_gpt2.inference.device_sampling import FORBIDDEN, build_columns, choose_tokens
 from lora_gpt2.inference.sampling import SamplingParams
 from lora_gpt2.model.counter_random import draw_dropout_mask
 
@@ -29,7 +29,7 @@ UPDATE_CASES = [
     (inputs, outputs, rank, dtype) for inputs, outputs, rank in ((48, 80, 3), (600, 300, 16)) for dtype in DTYPES
 ]
 SEEDS = torch.tensor([3, 2**32 - 1])
-DRAW_CASES = ["many tokens", "some tokens", "few tokens", "ties", "zeros", "not finite", "sliced"]
+DRAW_CASES = ["many tokens", "some tokens", "few tokens", "ties", "zeros", "not finite", "sliced", "constrained"]
 MASK_CASES = [(rate, dtype) for rate in (0.0, 0.1, 0.5, 1 - 2**-20) for dtype in DTYPES]
 SCRIPT = """
 import sys, torch
@@ -96,6 +96,9 @@ def make_draw(name):
         )
     if name == "sliced":  # a head that is padded
         logits = torch.cat([logits.round(), torch.full((24, 55), 1e9)], 1)[:, :5001]
+    if name == "constrained":  # two to 48 tokens are allowed
+        allowed = torch.stack([torch.randperm(5001, generator=draw).argsort() < 2 * k + 2 for k in range(24)])
+        logits = logits.masked_fill(~allowed, FORBIDDEN)
     return logits, build_columns(params, uniforms)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
@@ -52,6 +53,62 @@ def refusal(session, **body):
     with pytest.raises(ApiError) as caught:
         rows_of(session, **body)
     return caught.value.status, caught.value.param
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "any", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "value"),
+    [
+        ({"response_format": FORMAT}, "json_schema", SCHEMA),
+        ({"response_format": {"type": "json_object"}}, "json_schema", {"type": "object"}),
+        ({"guided_json": SCHEMA}, "json_schema", SCHEMA),
+        ({"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA),
+        ({"guided_regex": "[0-9]+"}, "regex", "[0-9]+"),
+        ({"guided_choice": ["a", "b"]}, "choice", ("a", "b")),
+        ({"guided_grammar": 'start: "x"'}, "grammar", 'start: "x"'),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", SCHEMA),
+        ({"structured_outputs": {"choice": ["a"], "regex": None}}, "choice", ("a",)),
+        ({"structured_outputs": {"json_object": True}}, "json_schema", {"type": "object"}),
+        ({"response_format": {"type": "text"}}, "", None),
+        ({}, "regex", "z"),
+    ],
+)
+def test_clients_constrain_as_they_do_elsewhere_and_go_before_the_servers_default(session, body, kind, value):
+    defaults = DEFAULTS.model_copy(update={"regex": "z"})
+    content = json.dumps({"model": "base", "max_tokens": 2, **body}).encode()
+    (sequence,) = build_sequences(parse_body(content), session, defaults, LIMITS, 0)
+    assert sequence.settings.constraint == kind
+    assert (sequence.constraint is None) == (kind == "")
+    assert not kind or getattr(sequence.settings, kind) == value
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_regex"),
+        ({"response_format": FORMAT, "guided_json": SCHEMA}, "guided_json"),
+        ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"nothing": 1}}, "structured_outputs"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {}}, "response_format"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": "[]"}, "guided_json"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": [""]}, "guided_choice"),
+        ({"structured_outputs": {"regex": 7}}, "structured_outputs"),
+    ],
+)
+def test_constraints_that_are_none_get_400_with_the_parameter(session, body, param):
+    assert refusal(session, **body) == (400, param)
+
+
+@pytest.mark.parametrize("body", [{"guided_regex": "("}, {"guided_json": {"not": {}}}], ids=str)
+def test_constraints_that_cannot_be_compiled_are_refused(session, body):
+    with pytest.raises(UsageError, match="cannot be used"):  # which the route answers with 400
+        rows_of(session, **body)
 
 
 def test_token_ids_end_below_the_size_of_the_vocabulary(session):

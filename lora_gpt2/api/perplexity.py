@@ -1,0 +1,66 @@
+"""A measured perplexity, as `Model.perplexity` returns it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_gpt2.evaluation.matrix import Cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """The perplexity of texts; `float()` of it is the figure.
+
+    Args:
+        perplexity: exp of `nll_nats_per_token`.
+        nll_nats_per_token: mean negative log-likelihood of a token.
+        low, high: 95 % bootstrap confidence interval of the perplexity over documents; None for too few documents.
+        tokens, documents: what was scored; a prompt is not.
+        word_perplexity: per whitespace-separated word of the original text.
+        bits_per_byte: comparable between tokenizers.
+        adapter: the mix, or `base`.
+        dtype: of the base's weights.
+        documents_trained_on: of the documents, those that the adapter was trained on; None if that is not known.
+    """
+
+    perplexity: float
+    nll_nats_per_token: float
+    low: float | None
+    high: float | None
+    tokens: int
+    documents: int
+    word_perplexity: float
+    bits_per_byte: float
+    adapter: str
+    dtype: str
+    documents_trained_on: int | None
+
+    @classmethod
+    def from_cell(cls, cell: Cell, dtype: str) -> Perplexity:
+        """Returns the figure of a cell of the matrix, measured with weights of this dtype."""
+        low, high = cell.interval or (None, None)
+        figures = cell.to_json()
+        keys = (
+            "perplexity",
+            "nll_nats_per_token",
+            "tokens",
+            "documents",
+            "word_perplexity",
+            "bits_per_byte",
+            "adapter",
+        )
+        return cls(
+            **{key: figures[key] for key in keys},
+            low=low,
+            high=high,
+            dtype=dtype,
+            documents_trained_on=cell.trained_on,
+        )
+
+    def __float__(self) -> float:
+        return self.perplexity
+
+    def __str__(self) -> str:
+        """Returns the figure with its interval."""
+        interval = "" if self.low is None or self.high is None else f" ({self.low:,.2f} to {self.high:,.2f})"
+        return f"{self.perplexity:,.2f}{interval}"

@@ -1,0 +1,146 @@
+"""Constrained decoding: which tokens may follow, such that the whole continuation is what was asked for.
+
+That is one of some choices, a match of a regular expression, what a grammar derives, or JSON that a schema accepts.
+The library is llguidance: exact (it refuses a keyword of a schema that it does not implement), and a mask takes tens of
+microseconds. JSON is written on one line, as Python's `json.dumps` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from pydantic import ValidationError
+from torch import Tensor
+
+from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.data.tokenizer import EOS, Tokenizer
+from lora_gpt2.recipe import CONSTRAINTS, GenerateSettings
+
+JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+WORD_BITS = 32
+
+
+class Constraint:
+    """What one continuation may still become; `copy` it for another one."""
+
+    def __init__(self, matcher: Any, tokenizer: Tokenizer) -> None:
+        self._matcher, self._tokenizer = matcher, tokenizer
+
+    def copy(self) -> Constraint:
+        """Returns one in the same state."""
+        return Constraint(self._matcher.deep_copy(), self._tokenizer)
+
+    def accept(self, token: int) -> None:
+        """Takes the next token, which must be an allowed one, or EOS."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def is_finished(self) -> bool:
+        """True if nothing but EOS may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def find_words(self) -> Int[Tensor, " words"]:
+        """Returns a bit for each token that may follow, 32 of them in an int32, the lowest first."""
+        words = np.zeros(-(-self._tokenizer.vocab_size // WORD_BITS), dtype=np.int32)
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._check()
+        return torch.from_numpy(words)
+
+    def find_allowed(self) -> Bool[Tensor, " vocab"]:
+        """Returns which tokens may follow; at least one may, EOS where the continuation is complete."""
+        return unpack_words(self.find_words(), self._tokenizer.vocab_size)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = _first_line(self._matcher.get_error())
+            raise ResourceError(f"the constraint cannot go on: {reason}", "make it simpler")
+
+
+def unpack_words(words: Int[Tensor, "*batch words"], vocab_size: int) -> Bool[Tensor, "*batch vocab"]:
+    """Returns the bits of `Constraint.find_words` as truth values, on the device of the words."""
+    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> shifts) & 1).flatten(-2)[..., :vocab_size].bool()
+
+
+def start_constraint(settings: GenerateSettings, tokenizer: Tokenizer) -> Constraint | None:
+    """Returns the constraint of some settings at the beginning of a continuation, None if they have none.
+
+    Raises `UsageError` if it cannot be compiled.
+    """
+    kind = settings.constraint
+    return _compile(tokenizer, kind, json.dumps(getattr(settings, kind))).copy() if kind else None
+
+
+def adopt_constraint(settings: GenerateSettings, recipe: Mapping[str, Any]) -> GenerateSettings:
+    """Returns settings with the constraint of a recipe, as an adapter's manifest has it, where they have none.
+
+    Raises `UsageError` if the recipe's cannot be used.
+    """
+    own = recipe.get("generate", {})
+    if settings.constraint or not settings.constrained or not isinstance(own, Mapping):
+        return settings
+    found = {name: own[name] for name in CONSTRAINTS if own.get(name) not in (None, "", [], ())}
+    if not found or own.get("constrained") is False:
+        return settings
+    try:
+        return GenerateSettings.model_validate({**settings.model_dump(), **found})
+    except ValidationError as error:
+        raise UsageError(
+            f"the adapter's own constraint cannot be used: generate.{', '.join(found)} of its recipe",
+            "leave it out with --set generate.constrained=false",
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _compile(tokenizer: Tokenizer, kind: str, content: str) -> Constraint:
+    from llguidance import LLMatcher, grammar_from
+
+    value = json.loads(content)
+    try:
+        if kind == "json_schema":
+            grammar = LLMatcher.grammar_from_json_schema(value, defaults=JSON_OPTIONS)
+        else:
+            grammar = grammar_from(kind, content if kind == "choice" else value)  # type: ignore[arg-type]
+        problem = (matcher := LLMatcher(_wrap_tokenizer(tokenizer), grammar, log_level=0)).get_error()
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        hint = "see https://github.com/guidance-ai/llguidance for what is supported"
+        raise UsageError(f"generate.{kind} cannot be used: {_first_line(problem)}", hint)
+    return Constraint(matcher, tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    pieces = list(tokenizer.token_bytes)
+    pieces[tokenizer.eos_id] = EOS.encode()
+
+    class Vocabulary:
+        """A vocabulary as llguidance wants it."""
+
+        eos_token_id = tokenizer.eos_id
+        bos_token_id = None
+        special_token_ids = (tokenizer.eos_id,)
+        tokens = tuple(pieces)
+
+        def __call__(self, text: str) -> list[int]:
+            """Returns the token ids of a text."""
+            return tokenizer.encode(text)
+
+    return LLTokenizer(TokenizerWrapper(Vocabulary()))
+
+
+def _first_line(problem: str) -> str:
+    """Returns what a message of the library says, without the excerpts below it."""
+    lines = [line.strip() for line in problem.splitlines() if line.strip()]
+    wanted = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "")
+    return wanted.removeprefix("error:").strip()[:300]

@@ -1,0 +1,89 @@
+"""How a request constrains its output: OpenAI's `response_format`, and what vLLM's clients send.
+
+`guided_json`, `guided_regex`, `guided_choice` and `guided_grammar`, or the same inside `structured_outputs` without the
+prefix, become the settings `generate.*` of the same meaning. At most one of them may be there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from lora_gpt2.core.strict_json import load_json
+from lora_gpt2.recipe import CONSTRAINTS
+
+KINDS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
+"""From vLLM's names to those of `generate.*`."""
+ANY_OBJECT = {"type": "object"}
+
+
+class StructuredFields(BaseModel):
+    """The parameters of a request that constrain its output."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+
+def read_constraint(body: StructuredFields) -> dict[str, Any]:
+    """Returns the settings `generate.*` that a request's constraint comes to; empty if it has none.
+
+    Raises `ValueError` that names a parameter, and says what it may be.
+    """
+    found = {kind: getattr(body, f"guided_{kind}") for kind in KINDS}
+    found = {kind: value for kind, value in found.items() if value is not None}
+    asked = [f"guided_{kind}" for kind in found]
+    for name, read in (("structured_outputs", _read_structured), ("response_format", _read_format)):
+        if (value := getattr(body, name)) is not None:
+            found |= read(value)
+            asked.append(name)
+    if len(asked) > 1 or len(found) > 1:
+        raise ValueError(f"{asked[0]}: only one constraint at a time, found {', '.join(asked)}")
+    if not asked:
+        return {}
+    empty: dict[str, Any] = {"choice": (), "regex": "", "json_schema": None, "grammar": ""}
+    own = {KINDS[kind]: _parse(kind, value, asked[0]) for kind, value in found.items()}
+    return {**{name: empty[name] for name in CONSTRAINTS}, **own, "constrained": bool(own)}
+
+
+def _read_structured(values: dict[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in values.items() if value not in (None, False)}
+    if unknown := set(found) - {*KINDS, "json_object"}:
+        known = ", ".join([*KINDS, "json_object"])
+        raise ValueError(f"structured_outputs: there is no '{min(unknown)}'; it has {known}")
+    if found.pop("json_object", None):
+        found.setdefault("json", ANY_OBJECT)
+    return found
+
+
+def _read_format(values: dict[str, Any]) -> dict[str, Any]:
+    kind = values.get("type")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json": ANY_OBJECT}
+    described = values.get("json_schema")
+    if kind != "json_schema" or not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
+        raise ValueError(
+            "response_format: its type is text, json_object, or json_schema with json_schema={'schema': {...}}"
+        )
+    return {"json": described["schema"]}
+
+
+def _parse(kind: str, value: Any, name: str) -> Any:
+    if kind == "json" and isinstance(value, str):
+        try:
+            value = load_json(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: the schema is not JSON") from error
+    if kind == "json" and not isinstance(value, dict):
+        raise ValueError(f"{name}: a schema is a JSON object")
+    if kind == "choice" and not (isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)):
+        raise ValueError(f"{name}: choices are texts")
+    if kind in ("regex", "grammar") and not (isinstance(value, str) and value):
+        raise ValueError(f"{name}: expected a text")
+    return value

@@ -1,0 +1,188 @@
+"""What a constraint forbids does not come out, under any way of sampling, beside any neighbour."""
+
+import itertools
+import json
+import re
+
+import pytest
+import torch
+
+from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.inference import constraint as module
+from lora_gpt2.inference.constraint import adopt_constraint, start_constraint, unpack_words
+from lora_gpt2.inference.generate import Request, generate, generate_all
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.store.files import Origin, publish_adapter
+from tests.builders import make_adapter
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}, "ok": {"type": "boolean"}},
+    "required": ["n", "ok"],
+    "additionalProperties": False,
+}
+CHOICES = (" yes", " no", " né")
+
+
+def settings(**values):
+    return GenerateSettings(**{"max_new_tokens": 40, "temperature": 2.0, "top_k": 0, "top_p": 1.0, **values})
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0},
+        {"top_k": 50, "top_p": 0.9},
+        {"top_k": 3, "min_p": 0.2},
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
+        {"logit_bias": {5: 100.0, 6: -100.0}, "frequency_penalty": 2.0},
+        {"watermark": True},
+        {"num_beams": 3},
+    ],
+)
+def test_outputs_are_what_the_constraint_accepts_however_they_are_sampled(base, sampling):
+    session = Session(base)
+    requests = [Request("the cat", seed=seed) for seed in range(6)]
+    for text in (output.text for output in generate(session, requests, settings(choice=CHOICES, **sampling))):
+        assert text in CHOICES
+    for output in generate(session, requests, settings(regex="[0-9]{2}-[a-c]+é", **sampling)):
+        assert output.finish_reason == "length" or re.fullmatch("[0-9]{2}-[a-c]+é", output.text)
+    for output in generate(session, requests, settings(json_schema=SCHEMA, **sampling)):
+        value = json.loads(output.text)
+        assert list(value) == ["n", "ok"]
+        assert output.finish_reason == "stop"
+
+
+def test_a_grammar_derives_its_output(base):
+    grammar = 'start: "(" start ")" | "x"'
+    outputs = generate(Session(base), [Request("a", seed=seed) for seed in range(8)], settings(grammar=grammar))
+    for output in outputs:
+        depth = output.text.count("(")
+        assert output.finish_reason == "length" or output.text == "(" * depth + "x" + ")" * depth
+
+
+def test_an_output_that_may_go_on_ends_with_eos_only_where_it_is_complete(base):
+    outputs = generate(Session(base), [Request("a", seed=seed) for seed in range(40)], settings(regex="a(bc)*"))
+    assert any(output.finish_reason == "stop" for output in outputs)
+    for output in outputs:
+        assert output.finish_reason == "length" or re.fullmatch("a(bc)*", output.text)
+        assert output.constraint == "regex"
+
+
+def test_neighbours_with_and_without_constraints_do_not_notice_each_other(base):
+    session = Session(base)
+    own = [settings(), settings(choice=CHOICES), settings(json_schema=SCHEMA), settings(regex="[xy]{3}")]
+    requests = [Request("the cat", seed=7, settings=each) for each in own]
+    together = generate(session, requests, GenerateSettings())
+    assert together == [generate(session, [request], GenerateSettings())[0] for request in requests]
+
+
+def test_probabilities_are_those_of_the_model_among_what_is_allowed(base):
+    """With choices of one token each, temperature 1 samples them in proportion to their probability."""
+    session, count = Session(base), 600
+    ids = base.tokenizer.encode("the cat")
+    logits = base.model.logits(base.model(torch.tensor([ids]), None), None)[0, -1]
+    tokens = [base.tokenizer.encode(choice)[0] for choice in ("a", "q", "z")]
+    expected = logits[tokens].softmax(0)
+    requests = [Request("the cat", seed=seed) for seed in range(count)]
+    outputs = generate(session, requests, settings(choice=("a", "q", "z"), temperature=1.0))
+    shares = torch.tensor([sum(output.text == choice for output in outputs) / count for choice in ("a", "q", "z")])
+    assert (shares - expected).abs().max() < 4 * (0.25 / count) ** 0.5
+
+
+def test_beam_search_finds_the_likeliest_choice(base):
+    choices = ("ab", "cd", "the", "dog")
+    (output,) = generate(Session(base), [Request("the cat")], settings(choice=choices, num_beams=8, length_penalty=0.0))
+    prompt = base.tokenizer.encode("the cat")
+
+    def score(choice):
+        ids = base.tokenizer.encode(choice)
+        logprobs = base.model.logits(base.model(torch.tensor([prompt + ids]), None), None)[0].log_softmax(-1)
+        return sum(float(logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(ids))
+
+    assert score(output.text) >= max(map(score, choices)) - 1e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"regex": "("}, "generate.regex cannot be used: unclosed group"),
+        ({"regex": "(?=a)"}, "look-around"),
+        ({"json_schema": {"not": {}}}, 'Unimplemented keys: \\["not"\\]'),
+        ({"json_schema": {"type": "objct"}}, "Invalid type"),
+        ({"grammar": "nothing of the kind"}, "generate.grammar cannot be used"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_with_its_reason(base, values, reason):
+    with pytest.raises(UsageError, match=reason):
+        generate(Session(base), [Request("a")], settings(**values))
+
+
+def test_only_one_constraint_at_a_time_and_an_empty_schema_is_one():
+    with pytest.raises(ValueError, match="only one of"):
+        settings(regex="a", choice=("b",))
+    assert settings(json_schema={}).constraint == "json_schema"
+    assert settings(regex="a", constrained=False).constraint == ""
+
+
+def test_words_and_truth_values_are_the_same_tokens(base):
+    constraint = start_constraint(settings(choice=CHOICES), base.tokenizer)
+    allowed = constraint.find_allowed()
+    assert torch.equal(unpack_words(constraint.find_words()[None], len(allowed))[0], allowed)
+    begins = [base.tokenizer.token_bytes[token] for token in allowed.nonzero().flatten().tolist()]
+    assert all(any(choice.encode().startswith(piece) for choice in CHOICES) for piece in begins)
+    assert not allowed[base.tokenizer.eos_id]
+
+
+def test_a_constraint_is_compiled_once_and_copies_do_not_share_what_they_took(base):
+    first = start_constraint(settings(regex="ab|cd"), base.tokenizer)
+    compiled = module._compile.cache_info().misses
+    second = start_constraint(settings(regex="ab|cd"), base.tokenizer)
+    assert module._compile.cache_info().misses == compiled
+    first.accept(base.tokenizer.encode("a")[0])
+    assert first.find_allowed().nonzero().flatten().tolist() == base.tokenizer.encode("b")
+    assert int(second.find_allowed().sum()) >= 2
+
+
+def test_a_constraint_that_breaks_ends_its_own_sequence_alone(base, monkeypatch):
+    session, calls = Session(base), itertools.count()
+    real = module.Constraint.find_allowed
+
+    def find(self):
+        if next(calls) == 2:
+            raise ResourceError("the constraint cannot go on: too complex", "make it simpler")
+        return real(self)
+
+    monkeypatch.setattr(module.Constraint, "find_allowed", find)
+    requests = [Request("the cat", seed=1, settings=settings(regex="[a-z]+")), Request("the dog", seed=2)]
+    broken, other = generate_all(session, requests, settings(max_new_tokens=6))
+    assert isinstance(broken.error, ResourceError)
+    assert other == generate(session, requests[1:], settings(max_new_tokens=6))[0]
+
+
+def test_an_adapter_generates_under_the_constraint_of_its_recipe_unless_told_otherwise(base, store):
+    recipe = {"generate": {"choice": ["yes", "no"], "temperature": 0.1}}
+    publish_adapter(store, "judge", make_adapter(base.config, 1), base, Origin(recipe=recipe))
+    publish_adapter(store, "law", make_adapter(base.config, 2), base, Origin())
+    session = Session(base, store)
+
+    def write(mix, **values):
+        (output,) = generate(session, [Request("the cat", Mix.parse(mix), seed=3)], settings(**values))
+        return output
+
+    assert write("judge").text in ("yes", "no")
+    assert write("judge").provenance["settings"]["choice"] == ["yes", "no"]
+    assert write("judge:0.5").constraint == "choice"
+    assert write("judge", regex="x{3}").text == "xxx"
+    for mix, values in (("judge", {"constrained": False}), ("law", {}), ("judge+law", {}), ("base", {})):
+        assert write(mix, **values).constraint == ""
+
+
+def test_a_recipe_from_elsewhere_that_holds_nonsense_is_refused():
+    with pytest.raises(UsageError, match="own constraint cannot be used"):
+        adopt_constraint(settings(), {"generate": {"choice": 7}})
+    assert adopt_constraint(settings(), {"generate": "nothing"}).constraint == ""
+    assert adopt_constraint(settings(), {"generate": {"regex": "a", "constrained": False}}).constraint == ""
