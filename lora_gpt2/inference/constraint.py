@@ -8,7 +8,7 @@ microseconds. JSON is written on one line, as Python's `json.dumps` does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_gpt2.core.errors import ResourceError, UsageError
 from lora_gpt2.data.tokenizer import EOS, Tokenizer
 from lora_gpt2.recipe import CONSTRAINTS, GenerateSettings
+from lora_gpt2.store.manifest import Manifest
 
 JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 WORD_BITS = 32
@@ -78,12 +79,13 @@ def start_constraint(settings: GenerateSettings, tokenizer: Tokenizer) -> Constr
     return _compile(tokenizer, kind, json.dumps(getattr(settings, kind))).copy() if kind else None
 
 
-def adopt_constraint(settings: GenerateSettings, recipe: Mapping[str, Any]) -> GenerateSettings:
-    """Returns settings with the constraint of a recipe, as an adapter's manifest has it, where they have none.
+def adopt_constraint(settings: GenerateSettings, manifests: Sequence[Manifest | None]) -> GenerateSettings:
+    """Returns settings with the constraint of the recipe that the only adapter was trained with, where they have none.
 
-    Raises `UsageError` if the recipe's cannot be used.
+    `manifests` are those of a mix; see `Session.find_manifests`. Raises `UsageError` if the recipe's cannot be used.
     """
-    own = recipe.get("generate", {})
+    only = manifests[0] if len(manifests) == 1 else None
+    own = only.recipe.get("generate", {}) if only is not None else {}
     if settings.constraint or not settings.constrained or not isinstance(own, Mapping):
         return settings
     found = {name: own[name] for name in CONSTRAINTS if own.get(name) not in (None, "", [], ())}

@@ -260,7 +260,7 @@ def _build_sequences(
                 mix=mix,
                 prompt_ids=prompt_ids,
                 max_new_tokens=max_new_tokens,
-                settings=adopt_constraint(own, session.find_recipe(mix)),
+                settings=adopt_constraint(own, session.find_manifests(mix)),
                 seed=request.seed,
                 tokenizer=tokenizer,
                 no_verbatim=request.no_verbatim,

@@ -29,6 +29,7 @@ from lora_gpt2.model.prepacked import PrepackedLinear
 from lora_gpt2.model.probe import AdapterSelector
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
+from lora_gpt2.store.manifest import Manifest
 from lora_gpt2.store.references import DIGEST_DIGITS, AdapterRef, label_of
 
 
@@ -54,7 +55,7 @@ class Session:
     def __init__(self, base: Base, store: Store | None = None, max_slots: int = 64) -> None:
         self.base, self.store = base, store
         self.slots = AdapterSlots(base, max_slots)
-        self._recipes: dict[str, Mapping[str, Any]] = {}
+        self._manifests: dict[str, Manifest] = {}
         self.idle_engine: object | None = None  # see `engine.borrow_engine`
 
     def resolve(self, mix: Mix) -> Mix:
@@ -69,12 +70,12 @@ class Session:
             return reference
         manifest = self.store.read_manifest(reference)
         resolved = str(AdapterRef(manifest.name, manifest.version, manifest.digest[:DIGEST_DIGITS]))
-        self._recipes[resolved] = manifest.recipe
+        self._manifests[resolved] = manifest
         return resolved
 
-    def find_recipe(self, mix: Mix) -> Mapping[str, Any]:
-        """Returns the recipe that the only adapter of a resolved mix was trained with; empty where there is none."""
-        return self._recipes.get(mix.references[0], {}) if len(mix) == 1 else {}
+    def find_manifests(self, mix: Mix) -> list[Manifest | None]:
+        """Returns the manifest of each adapter of a resolved mix, None for one in memory."""
+        return [self._manifests.get(reference) for reference in mix.references]
 
     def fetch(self, reference: str) -> VerifiedAdapter:
         """Returns an adapter, from its slot or from the store; see `load_adapter` for the errors."""
@@ -86,7 +87,7 @@ class Session:
         manifest, adapter = load_adapter(self.store, wanted.label, self.base)
         if not manifest.digest.startswith(wanted.digest):
             raise NotFoundError(f"{wanted.label} was replaced by another adapter", "name it again")
-        self._recipes[reference] = manifest.recipe
+        self._manifests[reference] = manifest
         return VerifiedAdapter(adapter=adapter, digest=manifest.digest)
 
     def load(self, references: Sequence[str]) -> None:

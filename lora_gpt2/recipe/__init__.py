@@ -141,6 +141,8 @@ class GenerateSettings(Section):
     """Bias added to the logits of these token ids."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(max_length=16)] = ()
     """Stop strings; the output ends before the first of them."""
+    chat_turns: dict[str, str] = {}
+    """How chats are written: a template for each role, such as {user: "U: {content}", assistant: "A: {content}"}."""
     choice: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=1000)] = ()
     """Constrained decoding: the output is exactly one of these, such as " yes" and " no"."""
     regex: str = ""
@@ -174,6 +176,10 @@ class GenerateSettings(Section):
             raise ValueError("logprobs are not supported with beam search")
         if self.num_beams > 1 and self.watermark:
             raise ValueError("watermark is not supported with beam search")
+        if self.chat_turns and not {"user", "assistant"} <= set(self.chat_turns):
+            raise ValueError("chat_turns needs a template for user and one for assistant")
+        if bad := [role for role, template in self.chat_turns.items() if template.count("{content}") != 1]:
+            raise ValueError(f"chat_turns: the template for {bad[0]} must hold {{content}} once")
         if len(self._list_constraints()) > 1:
             raise ValueError(f"only one of {', '.join(CONSTRAINTS)} can be used at a time")
         return self

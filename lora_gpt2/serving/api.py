@@ -1,4 +1,4 @@
-"""The routes: completions, models, adapters, health, metrics, and the web page's files.
+"""The routes: completions, chats, embeddings, models, adapters, health, metrics, and the web page's files.
 
 A handler reads and validates a body, fetches the adapters in another thread, submits the sequences to the worker, and
 returns or streams their outputs. Nothing here computes, and nothing waits without a timeout.
@@ -12,9 +12,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -26,16 +28,19 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from lora_gpt2.core.errors import BusyError, EngineFailed, LoraGpt2Error
+from lora_gpt2.inference.embedding import batch_by_length, embed_batch
 from lora_gpt2.inference.generate import describe_provenance
 from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.session import Session
 from lora_gpt2.rating.votes import check_vote
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat
+from lora_gpt2.serving.embeddings import build_embeddings, parse_embeddings
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.middleware import AccessMiddleware, has_key
 from lora_gpt2.serving.protocol import (
     ApiError,
-    CompletionChoice,
+    CompletionBody,
     build_sequences,
     fetch_model,
     parse_body,
@@ -50,9 +55,8 @@ from lora_gpt2.store.listing import list_current
 from lora_gpt2.store.references import BASE, label_of
 
 PAGE = Path(__file__).parent / "page"
-CONTINUES = ": GPT-2 continues a text, it has no chat; POST /v1/completions with a prompt"
+CONTINUES = ": POST /v1/chat/completions, or /v1/completions with a prompt"
 ELSEWHERE = {
-    "/v1/chat/completions": CONTINUES,
     "/v1/responses": CONTINUES,
     "/v1/messages": CONTINUES,
     "/api/chat": CONTINUES,
@@ -103,6 +107,8 @@ class Server:
         """Returns the ASGI application; the worker must be started."""
         routes = [
             Route("/v1/completions", self._answer("completions", self.complete), methods=["POST"]),
+            Route("/v1/chat/completions", self._answer("chat", self.chat), methods=["POST"]),
+            Route("/v1/embeddings", self._answer("embeddings", self.embed), methods=["POST"]),
             Route("/v1/choices", self._answer("choices", self.record_vote), methods=["POST"]),
             Route("/v1/models", self._answer("models", self.list_models)),
             Route("/v1/models/{model:path}", self._answer("models", self.show_model)),
@@ -184,21 +190,51 @@ class Server:
         """POST /v1/completions."""
         content = await self.read_body(request)
         started = time.monotonic()
-        body = parse_body(content)
+        return await self._complete(request, parse_body(content), started, CompletionRequest)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        content = await self.read_body(request)
+        started = time.monotonic()
+        body = parse_chat(content)
+        completion, dropped = await run_in_threadpool(build_completion, body, self.session, self.defaults)
+        more = {"dropped_messages": dropped}
+        return await self._complete(request, completion, started, ChatRequest, **more)
+
+    async def _complete(
+        self, request: Request, body: CompletionBody, started: float, kind: type[CompletionRequest], **more: Any
+    ) -> Response:
+        """Decodes a request and answers it, whole or as a stream; `more` is added to its provenance."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down")
         self.worker.check_room()
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed % 2**63
         sequences = await run_in_threadpool(build_sequences, body, self.session, self.defaults, self.limits, seed)
-        provenance = describe_provenance(self.session, sequences[0]) | {"seeds": [s.seed for s in sequences]}
-        choices = [CompletionChoice(sequence, body) for sequence in sequences]
-        completion = CompletionRequest(
+        provenance = describe_provenance(self.session, sequences[0]) | {"seeds": [s.seed for s in sequences], **more}
+        choices = [kind.choice(sequence, body) for sequence in sequences]
+        completion = kind(
             worker=self.worker, metrics=self.metrics, body=body, choices=choices, provenance=provenance, started=started
         )
         completion.submit()
         if body.stream:
             return EventStream(completion, self.limits.send_timeout_seconds)
         return JSONResponse(await completion.collect(request))
+
+    async def embed(self, request: Request) -> Response:
+        """POST /v1/embeddings."""
+        content = await self.read_body(request)
+        body, texts = await run_in_threadpool(parse_embeddings, content, self.session)
+        self.worker.check_room()
+        mix, loaded = await run_in_threadpool(fetch_model, body.model, self.session)
+        vectors = torch.empty(len(texts), self.session.base.config.n_embd)
+
+        def compute(batch: list[int]) -> torch.Tensor:
+            self.session.slots.load(loaded)
+            return embed_batch(self.session, mix, [texts[index] for index in batch])
+
+        for batch in batch_by_length(texts):  # what is being decoded goes on in between
+            vectors[batch] = await self._call(partial(compute, batch))
+        return JSONResponse(build_embeddings(body, texts, vectors))
 
     async def record_vote(self, request: Request) -> Response:
         """POST /v1/choices: records what was chosen while the names were hidden, each held to its version."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError, UsageError
 from lora_gpt2.core.names import is_name
@@ -86,14 +86,13 @@ else:
     SamplingFields = create_model(
         "SamplingFields",
         __base__=StructuredFields,
+        __module__=__name__,
         **{n: (JSON_TYPES.get(n, GenerateSettings.model_fields[n].annotation) | None, None) for n in SAMPLING},
     )
 
 
 class CompletionBody(SamplingFields):
     """The body of a completions request; numbers are numbers, not texts or truth values."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = Field(min_length=1, max_length=2000)
     prompt: Any = ""
@@ -153,7 +152,7 @@ def parse_body(content: bytes) -> CompletionBody:
     try:
         body = CompletionBody.model_validate(values)
     except ValidationError as error:
-        raise _describe_invalid(error) from error
+        raise describe_invalid(error, CompletionBody) from error
     if body.best_of not in (None, body.n):
         raise ApiError(400, "best_of is not supported, except as n", "best_of")
     if body.suffix:
@@ -163,14 +162,15 @@ def parse_body(content: bytes) -> CompletionBody:
     return body
 
 
-def _describe_invalid(error: ValidationError) -> ApiError:
+def describe_invalid(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    """Returns the answer to a body that is not one of `model`'s."""
     first = error.errors(include_url=False, include_context=False)[0]
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return ApiError(400, reason)
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"there is no parameter '{name}'; {suggest(name, CompletionBody.model_fields)}", name)
+        return ApiError(400, f"there is no parameter '{name}'; {suggest(name, model.model_fields)}", name)
     return ApiError(400, f"{name}: {reason}, found {json.dumps(first['input'])[:100]}", name)
 
 
@@ -189,11 +189,11 @@ def build_settings(body: CompletionBody, defaults: GenerateSettings) -> Generate
     try:
         return GenerateSettings.model_validate({**defaults.model_dump(), **values})
     except ValidationError as error:
-        raise _describe_invalid(error) from error
+        raise describe_invalid(error, CompletionBody) from error
 
 
-def list_prompts(prompt: Any) -> list[str | list[int]]:
-    """Returns the prompts of a request, each a text or token ids; raises `ApiError` if they are neither."""
+def list_prompts(prompt: Any, name: str = "prompt") -> list[str | list[int]]:
+    """Returns the prompts of a request, each a text or token ids; raises `ApiError` for parameter `name` if neither."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(map(_is_id, prompt))):
         return [prompt]
     if isinstance(prompt, list) and prompt:
@@ -201,7 +201,19 @@ def list_prompts(prompt: Any) -> list[str | list[int]]:
             return list(prompt)
         if all(isinstance(item, list) and item and all(map(_is_id, item)) for item in prompt):
             return list(prompt)
-    raise ApiError(400, "prompt is a text, a list of texts, or of token ids", "prompt")
+    raise ApiError(400, f"{name} is a text, a list of texts, or of token ids", name)
+
+
+def encode_prompt(prompt: str | list[int], tokenizer: Tokenizer, name: str = "prompt") -> list[int]:
+    """Returns the token ids of a prompt, EOS for an empty one; raises `ApiError` for parameter `name`."""
+    if isinstance(prompt, list):
+        if max(prompt) >= tokenizer.vocab_size:
+            raise ApiError(400, f"token ids are below {tokenizer.vocab_size}", name)
+        return prompt
+    try:
+        return tokenizer.encode(prompt) or [tokenizer.eos_id]
+    except LoraGpt2Error as error:
+        raise ApiError(400, f"{error.message}; {error.hint}", name) from error
 
 
 def _is_id(value: Any) -> bool:
@@ -258,7 +270,7 @@ def build_sequences(
         text = f"beam search gives one choice, and prompts times num_beams are at most {limits.max_choices}"
         raise ApiError(400, text, "num_beams")
     mix, loaded = fetch_model(body.model, session)
-    settings = adopt_constraint(settings, session.find_recipe(mix))
+    settings = adopt_constraint(settings, session.find_manifests(mix))
     sequences: list[SequenceState] = []
     for prompt in prompts:
         prompt_ids, max_new_tokens = _fit_prompt(prompt, body, session, settings)
@@ -283,17 +295,7 @@ def _fit_prompt(
     prompt: str | list[int], body: CompletionBody, session: Session, settings: GenerateSettings
 ) -> tuple[list[int], int]:
     """Returns a prompt's token ids and how many tokens may follow."""
-    tokenizer, context = session.base.tokenizer, session.base.config.n_positions
-    if isinstance(prompt, str):
-        try:
-            ids = tokenizer.encode(prompt)
-        except LoraGpt2Error as error:
-            raise ApiError(400, f"{error.message}; {error.hint}", "prompt") from error
-    else:
-        ids = prompt
-        if max(ids) >= tokenizer.vocab_size:
-            raise ApiError(400, f"token ids are below {tokenizer.vocab_size}", "prompt")
-    ids = ids or [tokenizer.eos_id]
+    ids, context = encode_prompt(prompt, session.base.tokenizer), session.base.config.n_positions
     wanted = 0 if body.max_tokens == 0 else settings.max_new_tokens  # a setting is at least 1; 0 only reads the prompt
     asked = wanted if body.max_tokens is not None else 1
     if len(ids) + asked > context and not body.truncate:

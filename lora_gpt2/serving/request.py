@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -42,8 +42,13 @@ class CompletionRequest:
     provenance: dict[str, Any]
     started: float
 
+    prefix: ClassVar[str] = "cmpl"
+    whole: ClassVar[str] = "text_completion"
+    chunk: ClassVar[str] = "text_completion"
+    choice: ClassVar[type[CompletionChoice]] = CompletionChoice
+
     def __post_init__(self) -> None:
-        self.identifier, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
+        self.identifier, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
         loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[list[StepOutput] | BaseException]()
 
         def enqueue(item: list[StepOutput] | BaseException) -> None:
@@ -98,10 +103,10 @@ class CompletionRequest:
             pass
 
     def build(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Returns a `text_completion` object: the whole response, or a chunk of a stream."""
+        """Returns the whole response, or a chunk of a stream, in OpenAI's shape."""
         return {
             "id": self.identifier,
-            "object": "text_completion",
+            "object": self.chunk if self.body.stream else self.whole,
             "created": self.created,
             "model": self.body.model,
             "choices": choices,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.recipe import CONSTRAINTS
@@ -19,7 +19,9 @@ ANY_OBJECT = {"type": "object"}
 
 
 class StructuredFields(BaseModel):
-    """The parameters of a request that constrain its output."""
+    """The parameters of a request that constrain its output; numbers are numbers, not texts or truth values."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None

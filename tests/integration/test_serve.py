@@ -36,7 +36,8 @@ from lora_gpt2.store.manifest import WEIGHTS
 from tests.builders import make_adapter
 from tests.serving import ask, ask_async, serving
 
-GREEDY = GenerateSettings(temperature=0, max_new_tokens=12)
+TURNS = {"user": "U: {content}", "assistant": "A: {content}"}
+GREEDY = GenerateSettings(temperature=0, max_new_tokens=12, chat_turns=TURNS)
 LIMITS = ServeSettings(
     max_num_seqs=8, max_waiting=32, header_timeout_seconds=1, body_timeout_seconds=1, send_timeout_seconds=2
 )
@@ -646,12 +647,19 @@ def test_models_say_when_they_were_made(port, store):
             assert model["created"] == int(store.read_manifest(model["id"]).created.timestamp())
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/generate", "/v1/responses", "/generate", "/models"])
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/v1/responses", "/generate", "/models"])
 def test_a_route_of_another_server_is_answered_with_ours(port, path):
     for method, body in (("POST", {"model": "law", "messages": []}), ("GET", None)):
         status, _, answer = ask(port, path, body, method=method)
         assert status in (404, 405)
         assert "/v1/completions" in answer["error"]["message"] or path == "/models"
+
+
+BODIES = {
+    "/v1/completions": {"model": "law", "prompt": "the", "max_tokens": 2},
+    "/v1/chat/completions": {"model": "law", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    "/v1/embeddings": {"model": "law", "input": "the"},
+}
 
 
 def mangle(draw, body):
@@ -673,12 +681,13 @@ def test_no_malformed_request_is_a_server_error_and_none_leaves_anything(server,
     draw, codes = random.Random(5), set()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for _ in range(count):
-        path = draw.choice(["/v1/completions"] * 8 + ["/v1/adapters/load", "/v1/models/" + "%2e" * draw.randrange(9)])
+        others = ["/v1/adapters/load", "/v1/models/" + "%2e" * draw.randrange(9), *list(BODIES)[1:] * 2]
+        path = draw.choice(["/v1/completions"] * 6 + others)
         method = draw.choice(["POST"] * 9 + ["GET", "PUT", "DELETE", "OPTIONS", "HEAD"])
         headers = {
             "Content-Type": draw.choice(["application/json"] * 9 + ["text/html", "a" * 500, "application/json;"])
         }
-        content = mangle(draw, {"model": "law", "prompt": "the", "max_tokens": 2})
+        content = mangle(draw, BODIES.get(path, BODIES["/v1/completions"]))
         connection.request(method, path, content, headers)
         answer = connection.getresponse()
         answer.read()

@@ -7,7 +7,7 @@ would say the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ PAIRS = (
     ("source", "target"),
     ("query", "response"),
 )
+CHATS_NOTE = "chats in"
 TEXTS = ("content", "body", "document", "article", "story", "sentence", "raw_text")
 Note = Callable[[str], None]
 
@@ -39,7 +40,7 @@ def recognise_record(record: Mapping[str, Any], item_template: str, where: str, 
     """Returns what a record of a usual layout says, or None for any other; `note` hears which layout it is."""
     for key in CHATS:
         if (turns := _read_turns(record.get(key))) is not None:
-            note(f"{where}: chats in '{key}', loss from the first answer on (data.item_template='{item_template}')")
+            note(f"{where}: {CHATS_NOTE} '{key}', loss from the first answer on (data.item_template='{item_template}')")
             return _join_turns(turns, item_template)
     if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
         note(f"{where}: instructions, loss on the output alone (data.prompt, with data.text_field=output)")
@@ -53,6 +54,11 @@ def recognise_record(record: Mapping[str, Any], item_template: str, where: str, 
         note(f"{where}: the text is in '{named[0]}' (data.text_field={named[0]})")
         return Recognised(prompt="", text=str(record[named[0]]))
     return None
+
+
+def has_chats(notes: Sequence[str]) -> bool:
+    """True if chats were recognised, by what was said about the reading."""
+    return any(f": {CHATS_NOTE} '" in str(note) for note in notes)
 
 
 def is_usual(columns: Mapping[str, Any] | list[str]) -> bool:

@@ -181,8 +181,13 @@ def test_an_adapter_generates_under_the_constraint_of_its_recipe_unless_told_oth
         assert write(mix, **values).constraint == ""
 
 
-def test_a_recipe_from_elsewhere_that_holds_nonsense_is_refused():
+def test_a_recipe_from_elsewhere_that_holds_nonsense_is_refused(base, store):
+    def adopt(recipe):
+        manifest = publish_adapter(store, "odd", make_adapter(base.config, 1), base, Origin(recipe=recipe))
+        return adopt_constraint(settings(), [manifest])
+
     with pytest.raises(UsageError, match="own constraint cannot be used"):
-        adopt_constraint(settings(), {"generate": {"choice": 7}})
-    assert adopt_constraint(settings(), {"generate": "nothing"}).constraint == ""
-    assert adopt_constraint(settings(), {"generate": {"regex": "a", "constrained": False}}).constraint == ""
+        adopt({"generate": {"choice": 7}})
+    assert adopt({"generate": "nothing"}).constraint == ""
+    assert adopt({"generate": {"regex": "a", "constrained": False}}).constraint == ""
+    assert adopt_constraint(settings(), [None]).constraint == ""

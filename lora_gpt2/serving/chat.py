@@ -1,0 +1,178 @@
+"""OpenAI's chat completions: a chat becomes the text that the adapter continues, and the continuation a message.
+
+How turns are written is the adapter's, see `inference.chat`. A chat that is too long for the context loses its oldest
+messages, those of the system excepted; `provenance` says how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.inference.chat import ROLES, ChatFormat, Message, find_chat_format
+from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.serving.protocol import (
+    MAX_SEED,
+    SAMPLING,
+    ApiError,
+    CompletionBody,
+    CompletionChoice,
+    SamplingFields,
+    describe_invalid,
+    parse_json,
+    parse_model,
+    show_token,
+)
+from lora_gpt2.serving.request import CompletionRequest
+from lora_gpt2.serving.structured import StructuredFields
+
+ALIASES = {"developer": "system"}
+SHARED = (*SAMPLING, *StructuredFields.model_fields, "model", "n", "stream", "stream_options", "seed", "max_tokens")
+"""What a request for a chat has in common with one for a completion."""
+
+
+class ChatBody(SamplingFields):
+    """The body of a chat completions request; `user` and what follows it change nothing."""
+
+    model: str = Field(min_length=1, max_length=2000)
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=1024)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1024)
+    n: int = Field(1, ge=1)
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
+    modalities: list[Literal["text"]] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+
+def parse_chat(content: bytes) -> ChatBody:
+    """Returns a chat completions request; raises `ApiError` that names the parameter and what it may be."""
+    values = parse_json(content)
+    if any(values.get(name) for name in ("tools", "functions")):
+        raise ApiError(400, "tools are not supported: GPT-2 continues text", "tools")
+    values = {key: value for key, value in values.items() if key not in ("tools", "functions", "tool_choice")}
+    try:
+        body = ChatBody.model_validate(values)
+    except ValidationError as error:
+        raise describe_invalid(error, ChatBody) from error
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is for streams", "stream_options")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs goes with logprobs", "top_logprobs")
+    return body
+
+
+def read_messages(body: ChatBody) -> list[Message]:
+    """Returns the messages of a request; raises `ApiError` for a role that is none, and for what is no text."""
+    messages = []
+    for index, item in enumerate(body.messages):
+        name, role = f"messages[{index}]", item.get("role")
+        role = ALIASES.get(str(role), role)
+        if role not in ROLES:
+            raise ApiError(400, f"{name}: its role is {', '.join(ROLES)}", "messages")
+        content = item.get("content")
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        if not isinstance(content, str):
+            raise ApiError(400, f"{name}: its content is a text", "messages")
+        messages.append(Message(role, content))
+    return messages
+
+
+def build_completion(body: ChatBody, session: Session, defaults: GenerateSettings) -> tuple[CompletionBody, int]:
+    """Returns the completions request that a chat comes to, and how many messages were left out.
+
+    Raises `ApiError` 400 if nothing says how this model's chats are written, or the last message alone is too long.
+    """
+    messages, mix = read_messages(body), parse_model(body.model, session)
+    try:
+        chat_format = find_chat_format(defaults, session.find_manifests(mix), body.model)
+    except UsageError as error:
+        raise ApiError(400, f"{error.message}; {error.hint}", "model", "no_chat_template") from error
+    context = session.base.config.n_positions
+    asked = body.max_completion_tokens or body.max_tokens
+    room = context - (asked or min(defaults.max_new_tokens, context // 4))
+    kept = fit_messages(messages, chat_format, session.base.tokenizer, room)
+    own = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    completion = CompletionBody.model_validate(
+        {
+            **{name: getattr(body, name) for name in SHARED},
+            "max_tokens": asked,
+            "prompt": chat_format.render(kept),
+            "stop": list(
+                dict.fromkeys([*own, *(defaults.stop if body.stop is None else ()), *chat_format.list_stops()])
+            ),
+            "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        }
+    )
+    return completion, len(messages) - len(kept)
+
+
+def fit_messages(
+    messages: Sequence[Message], chat_format: ChatFormat, tokenizer: Tokenizer, room: int
+) -> list[Message]:
+    """Returns the messages without the oldest ones that do not fit into so many tokens; the last one stays."""
+    sizes = [len(ids) for ids in tokenizer.encode_batch([chat_format.render([message]) for message in messages])]
+    kept, total = list(range(len(messages))), sum(sizes)
+    for index in [index for index, message in enumerate(messages[:-1]) if message.role != "system"]:
+        if total <= room:
+            break
+        kept.remove(index)
+        total -= sizes[index]
+    return [messages[index] for index in kept]
+
+
+class ChatChoice(CompletionChoice):
+    """A choice as a message, or as what a message grew by."""
+
+    def __init__(self, sequence: SequenceState, body: CompletionBody) -> None:
+        super().__init__(sequence, body)
+        self._has_text = False
+
+    def take_json(self) -> dict[str, Any]:
+        """Returns what was added since the last call; the space that the template left to the answer is not shown."""
+        text = self._text if self._has_text else self._text.lstrip(" ")
+        message = {"content": text, **({"role": "assistant"} if self._is_first or not self.body.stream else {})}
+        logprobs = None
+        if self.body.logprobs is not None:
+            found = [item for item in self._logprobs if isinstance(item, TokenLogprobs)]
+            logprobs = {"content": [self._describe_token(item) for item in found], "refusal": None}
+        self._has_text = self._has_text or bool(text)
+        self._is_first, self._text, self._logprobs = False, "", []
+        return {
+            "index": self.sequence.index,
+            "delta" if self.body.stream else "message": message,
+            "logprobs": logprobs,
+            "finish_reason": self._finish_reason or None,
+        }
+
+    def _describe_token(self, item: TokenLogprobs) -> dict[str, Any]:
+        def show(token: int, logprob: float) -> dict[str, Any]:
+            tokenizer = self.sequence.tokenizer
+            return {
+                "token": show_token(token, tokenizer),
+                "logprob": logprob,
+                "bytes": list(tokenizer.token_bytes[token]),
+            }
+
+        top = item.top[: self.body.logprobs or 0]
+        return {**show(item.token, item.logprob), "top_logprobs": [show(token, logprob) for token, logprob in top]}
+
+
+class ChatRequest(CompletionRequest):
+    """A chat completions request: the same work, answered in another shape."""
+
+    prefix, whole, chunk, choice = "chatcmpl", "chat.completion", "chat.completion.chunk", ChatChoice
