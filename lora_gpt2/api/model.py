@@ -16,10 +16,11 @@ from lora_gpt2.data.pipeline import read_clean
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.evaluation.matrix import EvaluationText, measure_matrix
 from lora_gpt2.evaluation.run import read_mix_sketches
-from lora_gpt2.inference.choose import AdapterChoice, choose_adapter
+from lora_gpt2.inference.choose import AdapterChoice
 from lora_gpt2.inference.generate import Output, Request, generate, iter_pieces
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import open_session
+from lora_gpt2.inference.routing import AUTO_MIX, Router
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.to_transformers import build_merged_model, build_peft_model
 from lora_gpt2.model.base import load_base
@@ -262,7 +263,11 @@ class Model:
 
     def choose(self, text: str) -> AdapterChoice:
         """Returns the adapter under which a text is most likely, as `auto` takes it, and how sure that is."""
-        return choose_adapter(self.session, text, self.adapters or self._list_all())
+        return self._router.choose(text)
+
+    @property
+    def _router(self) -> Router:
+        return Router(self.session, self.adapters or None)
 
     def to_transformers(self, adapter: Any = None, *, merged: bool = True) -> PreTrainedModel:
         """Returns a model of transformers, in float32, for its pipelines and trainers.
@@ -297,21 +302,20 @@ class Model:
         if bad := next((item for item in prompts if not isinstance(item, str)), None):
             raise UsageError(f"a prompt is a str, found {type(bad).__name__}", "pass a text, or a list of texts")
         first = secrets.randbelow(2**31) if seed is None else seed
-        mixes = [
-            Mix.parse(self.choose(prompt).adapter) if item == AUTO else self._parse(item)
-            for prompt, item in zip(prompts, each, strict=True)
+        mixes = [AUTO_MIX if item == AUTO else self._parse(item) for item in each]
+        router = self._router
+        routes = [router.route(p) if mix == AUTO_MIX else None for p, mix in zip(prompts, mixes, strict=True)]
+        return [
+            Request(prompt, mix, first + i, route=route)
+            for prompt, mix, route in zip(prompts, mixes, routes, strict=True)
+            for i in range(n)
         ]
-        return [Request(p, mix, first + i) for p, mix in zip(prompts, mixes, strict=True) for i in range(n)]
 
     def _choose_settings(self, keywords: Mapping[str, Any], settings: Settings) -> GenerateSettings:
         stop = keywords.get("stop")
         keywords = {**keywords, "stop": (stop,) if isinstance(stop, str) else stop}
         own = {"generate.dtype": self.recipe.generate.dtype}
         return make_recipe(settings, "generate", keywords, own).generate
-
-    def _list_all(self) -> list[str]:
-        store, fingerprint = self.session.store, self.session.base.fingerprint
-        return [] if store is None else [manifest.name for manifest in store.list_for_base(fingerprint)]
 
     def _open_measuring(self, recipe: Recipe) -> Session:
         """Returns a session to measure with: in `evaluate.dtype` if it is set, else in what `load` was given."""

@@ -10,7 +10,9 @@ from lora_gpt2.audit.canaries import Canary
 from lora_gpt2.audit.memorization import AuditSettings, MemorizationReport, audit_memorization
 from lora_gpt2.audit.training_text import TermSwap, TextAudit, TextReport, measure_swaps
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.names import AUTO
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.pipeline import read_clean
 from lora_gpt2.evaluation.held_out import read_own_text
@@ -96,9 +98,11 @@ def forbid_copies(
 ) -> list[Request]:
     """Returns requests whose continuations never copy so many tokens in a row of the training text of their adapters.
 
-    Raises `NotFoundError` where an adapter's training text is no longer where it was.
+    Raises `NotFoundError` where an adapter's training text is no longer where it was, `UsageError` for `auto`.
     """
     names = dict.fromkeys(name for request in requests for name, _ in request.mix)
+    if AUTO in names:
+        raise UsageError("--no-verbatim must know the adapter of each prompt", "name it instead of 'auto'")
     texts = [read_own_text(store, name, reporter, find_own_base(recipe)).prepared.train.stream for name in names]
     indexes = [NgramIndex(text, tokens - 1) for text in texts]
     return [replace(request, no_verbatim=indexes) for request in requests]

@@ -14,7 +14,7 @@ from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import emit, seed_option, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import CorruptError, UsageError
-from lora_gpt2.core.names import ALL
+from lora_gpt2.core.names import ALL, AUTO
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import read_stdin
 from lora_gpt2.recipe import Recipe
@@ -136,12 +136,12 @@ def _check_options(
         raise UsageError("--compare and --adapter exclude each other", "name the adapters in --compare a,b,base")
     if compare is not None and not compare.strip(","):
         raise UsageError("--compare names no adapter", "such as --compare law,code,base, or all")
-    if "auto" in adapters and len(adapters) > 1:
+    if AUTO in adapters and len(adapters) > 1:
         raise UsageError("'auto' chooses one adapter and is not mixed", "give --adapter auto alone")
     if (prompts is None) != (out is None):
         raise UsageError("--prompts and --out belong together", "--prompts prompts.jsonl --out results.jsonl")
-    if prompts is not None and (prompt is not None or compare or num > 1 or "auto" in adapters):
-        raise UsageError("--prompts takes neither PROMPT, --compare, -n nor 'auto'", "put them into the file's lines")
+    if prompts is not None and (prompt is not None or compare or num > 1):
+        raise UsageError("--prompts takes neither PROMPT, --compare nor -n", "put them into the file's lines")
 
 
 def _split_adapters(compare: str | None, adapters: tuple[str, ...]) -> list[str]:
@@ -162,6 +162,8 @@ def _build_guard(tokens: int | None, store: Store, recipe: Recipe, reporter: Rep
         return None
     from lora_gpt2.audit.run import forbid_copies
 
+    if recipe.generate.reroute_every:
+        raise UsageError("--no-verbatim must know the adapter beforehand", "leave generate.reroute_every out")
     return partial(forbid_copies, tokens=tokens, store=store, recipe=recipe, reporter=reporter)
 
 

@@ -60,10 +60,12 @@ def command(
     from lora_gpt2.inference.mix import Mix
     from lora_gpt2.inference.open import open_session
     from lora_gpt2.inference.repl import Repl
+    from lora_gpt2.inference.routing import AUTO_MIX
 
     mix = Mix.parse(adapters)
-    session, _ = open_session(store, [name for name, _ in mix], recipe, recipe.generate.dtype)
-    session.load([name for name, _ in session.resolve(mix)])
+    named = [] if mix == AUTO_MIX else mix.references
+    session, _ = open_session(store, named, recipe, recipe.generate.dtype)
+    session.load(session.resolve(mix).references if named else [])
     log = LocalLog(None if no_log else find_log(), reporter)
     first = (secrets.randbelow(2**31) if seed is None else seed) - 1
     repl = Repl(

@@ -52,7 +52,7 @@ def find_chat_format(settings: GenerateSettings, manifests: Sequence[Manifest | 
 
     Raises `UsageError` where no recipe says it, or adapters of the mix do not agree.
     """
-    found = [_read_turns(manifest) for manifest in manifests]
+    found = [read_turns(manifest) for manifest in manifests]
     own = list({tuple(sorted(turns.items())) for turns in found if turns})
     if len(own) == 1 and all(found):
         return ChatFormat(dict(own[0]))
@@ -66,7 +66,7 @@ def find_chat_format(settings: GenerateSettings, manifests: Sequence[Manifest | 
     )
 
 
-def _read_turns(manifest: Manifest | None) -> dict[str, str]:
+def read_turns(manifest: Manifest | None) -> dict[str, str]:
     """Returns the templates of the turns that an adapter was trained on, empty if those were no chats."""
     if manifest is None:
         return {}

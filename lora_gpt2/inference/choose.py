@@ -37,28 +37,29 @@ class AdapterChoice:
 
 
 @torch.inference_mode()
-def choose_adapter(session: Session, text: str, names: Sequence[str]) -> AdapterChoice:
+def choose_adapter(session: Session, text: str, names: Sequence[str], *, abstains: bool = True) -> AdapterChoice:
     """Returns the adapter of `names` under which the text is most likely; the base where none is clearly so.
 
-    The text is scored after EOS; of a text that is longer than the context, what fits at its end.
+    If it never `abstains`, the most likely adapter is taken, whatever the base says. The text is scored after EOS; of a
+    text that is longer than the context, what fits at its end.
     """
     base = session.base
     ids = base.tokenizer.encode(text)[-base.config.n_positions + 1 :]
     candidates = [name for name in names if name != BASE]
     if not ids or not candidates:
         return AdapterChoice(adapter=BASE, probability=0.0, nll_nats_per_token={})
-    candidates.append(BASE)
+    candidates += [BASE] if abstains else []
     tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
     totals: list[float] = []
     for start in range(0, len(candidates), BATCH):
-        mixes = [Mix.parse([name]) for name in candidates[start : start + BATCH]]
+        mixes = [session.resolve(Mix.parse([name])) for name in candidates[start : start + BATCH]]
         inputs, targets = tokens[:-1].expand(len(mixes), -1), tokens[1:].repeat(len(mixes))
         nll = token_nll(base.model, inputs, targets, session.adapters_for(mixes))
         sums = as_float64(nll).view(len(mixes), -1).sum(1)
         totals += sums.where(sums.isfinite(), torch.inf).tolist()  # an adapter that fails here is not likely at all
     probabilities = torch.tensor(totals, dtype=torch.float64).neg().softmax(0).tolist()
     best = max(range(len(candidates)), key=lambda index: probabilities[index])
-    sure = probabilities[best] >= SURE
+    sure = probabilities[best] >= SURE or not abstains
     per_token = {name: total / len(ids) for name, total in zip(candidates, totals, strict=True)}
     adapter = candidates[best] if sure else BASE
     return AdapterChoice(adapter=adapter, probability=probabilities[best], nll_nats_per_token=per_token)

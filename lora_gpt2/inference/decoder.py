@@ -114,13 +114,13 @@ class Decoder:
         return self._adapters[1]
 
     def prefill(self, sequences: Sequence[SequenceState], first: int) -> NextTokens:
-        """Puts prompts into the cache, from row `first` on; returns what follows each.
+        """Puts prompts, and what followed them already, into the cache, from row `first` on; returns what follows each.
 
         The hidden states are kept where a prompt wants its log-probabilities; see `iter_prompt_logits`.
         """
         eos = self.session.base.tokenizer.eos_id
-        lengths = [len(sequence.prompt_ids) for sequence in sequences]
-        padded = [s.prompt_ids + [eos] * (max(lengths) - len(s.prompt_ids)) for s in sequences]
+        lengths = [len(sequence.ids) for sequence in sequences]
+        padded = [s.ids + [eos] * (max(lengths) - len(s.ids)) for s in sequences]
         view = self.cache.view(first, first + len(sequences))
         adapters = self.session.adapters_for([sequence.mix for sequence in sequences])
         tokens = torch.tensor(padded, device=self.cache.buffer.device)

@@ -78,7 +78,8 @@ class Engine:
         """
         scheduler = self.scheduler
         scheduler.drop_finished()
-        outputs = self._decode()
+        outputs = self._reroute()
+        outputs += self._decode()
         outputs += [(sequence, _advance_search(sequence, search)) for sequence, search in scheduler.searches]
         admission = scheduler.admit()
         outputs += [(sequence, "") for sequence in admission.failed]
@@ -97,6 +98,21 @@ class Engine:
         self.decoder.reset()
         self.session.slots.unpin_all()
 
+    def _reroute(self) -> list[tuple[SequenceState, str]]:
+        """Lets sequences that are due choose their adapter again; returns those that failed in it."""
+        failed = []
+        for sequence in [sequence for sequence in self.scheduler.running if sequence.is_due]:
+            try:
+                route = sequence.routes[-1].router.route(sequence.tokenizer.decode(sequence.ids), len(sequence.new_ids))
+            except SEQUENCE_ERRORS as error:
+                failed.append((sequence, sequence.fail(error)))
+                continue
+            sequence.routes.append(route)
+            if route.mix != sequence.mix:
+                self.scheduler.readmit(sequence, route.mix)
+        self.scheduler.drop_finished()
+        return failed
+
     def _decode(self) -> list[tuple[SequenceState, str]]:
         """Advances each running sequence by a token; returns them with the text that it completed."""
         running = self.scheduler.running
@@ -110,7 +126,7 @@ class Engine:
             return []
         following = self.decoder.prefill(admitted, first=len(self.scheduler.running))
         for row, sequence in enumerate(admitted):
-            if sequence.scores_prompt:
+            if sequence.scores_prompt and not sequence.new_ids:
                 self._score_prompt(row, sequence)
         self.scheduler.running += admitted
         return sample(admitted, following)

@@ -14,6 +14,7 @@ from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.inference.constraint import adopt_constraint
 from lora_gpt2.inference.engine import borrow_engine
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.routing import AUTO_MIX, RoutedMix, Router
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
@@ -31,10 +32,12 @@ class Request:
 
     Args:
         prompt: the text to continue; "" starts a new one.
-        mix: the adapters to continue it with; empty for the base.
+        mix: the adapters to continue it with; empty for the base, `AUTO_MIX` for what `router` chooses.
         seed: random seed.
         settings: its own sampling settings; None takes those of the call.
         no_verbatim: texts that the continuation does not copy for longer than the n-grams of their indexes.
+        router: chooses the adapter; by default among all of the store.
+        route: what a router has chosen already.
     """
 
     prompt: str
@@ -42,6 +45,8 @@ class Request:
     seed: int = 0
     settings: GenerateSettings | None = None
     no_verbatim: Sequence[NgramIndex] = ()
+    router: Router | None = None
+    route: RoutedMix | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +258,10 @@ def _build_sequences(
                 "--no-verbatim does not work with beam search", "leave --no-verbatim or generate.num_beams out"
             )
         prompt_ids, max_new_tokens = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
-        mix = session.resolve(request.mix)
+        route = request.route
+        if route is None and request.mix == AUTO_MIX:
+            route = (request.router or Router(session)).route(request.prompt)
+        mix = session.resolve(request.mix) if route is None else route.mix
         sequences.append(
             SequenceState(
                 index=index,
@@ -264,6 +272,7 @@ def _build_sequences(
                 seed=request.seed,
                 tokenizer=tokenizer,
                 no_verbatim=request.no_verbatim,
+                routes=[] if route is None else [route],
             )
         )
     for reference in dict.fromkeys(reference for sequence in sequences for reference, _ in sequence.mix):
@@ -295,15 +304,20 @@ def describe_provenance(session: Session, sequence: SequenceState) -> dict[str, 
     }
 
 
+def describe_routes(sequence: SequenceState) -> dict[str, Any]:
+    """Returns what `auto` chose, and how sure it was, for a text's provenance; empty for a mix that was named."""
+    return {"auto": [route.to_json() for route in sequence.routes]} if sequence.routes else {}
+
+
 def _to_output(request: Request, sequence: SequenceState, provenance: dict[str, Any]) -> Output:
     return Output(
         prompt=request.prompt,
         text=sequence.text,
-        adapter=str(Mix(request.mix)),
+        adapter=sequence.routes[-1].choice.adapter if sequence.routes else str(Mix(request.mix)),
         tokens=len(sequence.new_ids),
         finish_reason=sequence.finish_reason,
         seed=request.seed,
-        provenance=provenance,
+        provenance=provenance | describe_routes(sequence),
         logprobs=tuple(sequence.logprobs),
         error=_wrap_error(sequence.error),
         constraint=sequence.settings.constraint,

@@ -19,12 +19,14 @@ import torch
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.files import wrap_os_errors, write_file
 from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.names import AUTO
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.core.user_files import read_user_file
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all, raise_first_error
 from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.routing import AUTO_MIX, Router
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.runtime import as_float64
 from lora_gpt2.model.scoring import token_nll
@@ -34,7 +36,7 @@ from lora_gpt2.store.listing import list_current
 from lora_gpt2.store.references import BASE
 
 HELP = {
-    "use": ("NAME", "continue with this adapter (name or name@version)"),
+    "use": ("NAME", "continue with this adapter (name or name@version); auto: with the one that the text belongs to"),
     "mix": ("A:0.6 B:0.4", "continue with a mix"),
     "scale": ("X", "multiply the adapter's weights: 0 is the base, 1 as it was trained"),
     "base": ("", "continue with the plain base"),
@@ -81,6 +83,7 @@ class Repl:
     seconds: float = 0.0
     _steps: list[_Step] = field(default_factory=list)
     _saved: set[Path] = field(default_factory=set)
+    _said: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -115,7 +118,8 @@ class Repl:
         if not before:
             known = [f"/{name}" for name in HELP]
         elif before[0] in ("/use", "/mix", "/compare"):
-            known = [*self.list_adapters(), *([BASE] if before[0] == "/compare" else [])]
+            more = {"/use": [AUTO], "/compare": [BASE]}
+            known = [*self.list_adapters(), *more.get(before[0], [])]
         elif before == ["/set"]:
             known = [*GenerateSettings.model_fields, "seed"]
         else:
@@ -134,11 +138,13 @@ class Repl:
         notes = {"interrupted": "stopped; what was written is kept", "stop": "the text ends here"}
         dropped = count_dropped(self.session.base, prompt, self.settings)
         cut = f"the first {dropped} tokens were left out, to make room" if dropped else ""
-        return "\n".join(filter(None, (cut, notes.get(output.finish_reason))))
+        return "\n".join(filter(None, (cut, *self._said, notes.get(output.finish_reason))))
 
     def _write(self, prompt: str, mixes: Sequence[Mix], seed: int, on_text: OnText | None) -> list[Output]:
         started = time.monotonic()
-        requests = [Request(prompt, mix, seed) for mix in mixes]
+        self._said = []
+        router = Router(self.session, on_choice=lambda choice: self._said.append(str(choice)))
+        requests = [Request(prompt, mix, seed, router=router if mix == AUTO_MIX else None) for mix in mixes]
         with catch_signals() as stop:
             outputs = generate_all(
                 self.session, requests, self.settings, on_text=on_text, stop=stop, truncate_left=True
@@ -161,7 +167,8 @@ class Repl:
         if not specs:
             raise UsageError("name an adapter", usage)
         mix = Mix.parse(specs)
-        self.session.load(self.session.resolve(mix).references)
+        if mix != AUTO_MIX:
+            self.session.load(self.session.resolve(mix).references)
         self.mix, self.scale = mix, 1.0
         return f"{self.name} continues"
 
@@ -174,7 +181,7 @@ class Repl:
             factor = float(rest)
         except ValueError:
             factor = math.nan
-        if not self.mix or not math.isfinite(factor):
+        if self.mix in (Mix(), AUTO_MIX) or not math.isfinite(factor):
             raise UsageError("/scale multiplies the weights of the adapter in use", "/use NAME, then /scale 0.5")
         Mix.parse([f"{name}:{weight * factor!r}" for name, weight in self.mix])  # refuses weights that are too large
         self.scale = factor
@@ -272,7 +279,8 @@ class Repl:
         lines = [f"{self.num_tokens} tokens written, {self.num_tokens / max(self.seconds, 1e-9):.1f} tokens/s"]
         if ids:
             tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
-            for mix in dict.fromkeys([self.mix, Mix()]):
+            used = Router(self.session).route(self.text).mix if self.mix == AUTO_MIX else self.mix
+            for mix in dict.fromkeys([used, Mix()]):
                 adapters = self.session.adapters_for([self.session.resolve(mix)])
                 nll = as_float64(token_nll(base.model, tokens[None, :-1], tokens[1:], adapters)).mean()
                 lines.append(f"perplexity of the text under {mix!s}: {math.exp(nll):.2f} ({len(ids)} tokens)")

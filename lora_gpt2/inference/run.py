@@ -9,14 +9,15 @@ from typing import Any
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.interrupt import StopRequest
-from lora_gpt2.core.names import ALL, AUTO
+from lora_gpt2.core.names import AUTO
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.inference.batch import generate_file, read_prompts
-from lora_gpt2.inference.choose import AdapterChoice, choose_adapter
+from lora_gpt2.inference.choose import AdapterChoice
 from lora_gpt2.inference.disclosure import format_disclosure, write_disclosure
 from lora_gpt2.inference.generate import OnText, Output, Request, count_dropped, generate_all
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import open_session
+from lora_gpt2.inference.routing import Router
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 
@@ -98,18 +99,17 @@ def generate_prompt(
         NotFoundError: there is no such adapter.
     """
     is_auto = list(adapters) == [AUTO]
-    session, mixes = open_session(store, [ALL] if is_auto else adapters, recipe, recipe.generate.dtype)
-    choice = choose_adapter(session, prompt, list(map(str, mixes))) if is_auto else None
-    if choice is not None:
-        mixes = [Mix.parse(choice.adapter)]
-        if on_choice is not None:
-            on_choice(choice)
+    session, mixes = open_session(store, [] if is_auto else adapters, recipe, recipe.generate.dtype)
+    router = Router(session, on_choice=on_choice or (lambda choice: None)) if is_auto else None
+    route = router.route(prompt) if router is not None else None
+    mixes = [Mix.parse(route.choice.adapter)] if route is not None else mixes
     requests: Sequence[Request] = [
-        Request(prompt=prompt, mix=mix, seed=seed + i) for mix in mixes or [Mix()] for i in range(n)
+        Request(prompt=prompt, mix=mix, seed=seed + i, route=route) for mix in mixes or [Mix()] for i in range(n)
     ]
     requests = guard(requests) if guard is not None else requests
     outputs = generate_all(session, requests, recipe.generate, on_text=on_text, stop=stop, truncate_left=truncate_left)
     dropped = count_dropped(session.base, prompt, recipe.generate) if truncate_left else 0
+    choice = route.choice if route is not None else None
     return Generation(outputs=outputs, base=session.base.name, choice=choice, dropped=dropped)
 
 
@@ -146,7 +146,7 @@ def generate_prompts(
     """
     check_output(out)
     requests: Sequence[Request] = read_prompts(prompts, Mix.parse(adapters), seed)
-    names = list(dict.fromkeys(name for request in requests for name, _ in request.mix))
+    names = list(dict.fromkeys(name for request in requests for name, _ in request.mix if name != AUTO))
     session, _ = open_session(store, names, recipe, recipe.generate.dtype)
     requests = guard(requests) if guard is not None else requests
     done = generate_file(session, requests, out, recipe.generate, stop, reporter=reporter, truncate_left=truncate_left)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.inference.beam import BeamSearch
+from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.kv_cache import KVCache
@@ -84,13 +85,23 @@ class Scheduler:
                 self.session.slots.unpin(sequence.mix)
         for row in range(len(self.running) - 1, -1, -1):
             if self.running[row].finish_reason:
-                last = self.running.pop()
-                if row < len(self.running):
-                    self.running[row] = last
-                    self.cache.free(row)
-                    self.cache.move(len(self.running), row)
-                else:
-                    self.cache.free(row)
+                self._free(row)
+
+    def _free(self, row: int) -> None:
+        """Takes a sequence out of its row, which the last one gets."""
+        last = self.running.pop()
+        self.cache.free(row)
+        if row < len(self.running):
+            self.running[row] = last
+            self.cache.move(len(self.running), row)
+
+    def readmit(self, sequence: SequenceState, mix: Mix) -> None:
+        """Puts a running sequence back to the head of the queue, to go on with another mix."""
+        row = self.running.index(sequence)
+        self._free(row)
+        self.session.slots.unpin(sequence.mix)
+        sequence.mix, sequence.loaded = mix, {}
+        self.waiting.appendleft(sequence)
 
     def clear(self) -> None:
         """Forgets every sequence; `Engine.reset` frees their rows and what they pinned."""

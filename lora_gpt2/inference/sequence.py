@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from lora_gpt2.inference.sampling import SamplingParams, adjust_row, draw_unifor
 from lora_gpt2.inference.session import check_logits
 from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings
+
+if TYPE_CHECKING:
+    from lora_gpt2.inference.routing import RoutedMix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,7 @@ class SequenceState:
         loaded: adapters of the mix that were fetched beforehand, so that admission waits for no disk.
         scores_prompt: also compute the log-probabilities of the prompt's tokens, except for the first.
         no_verbatim: texts that are not copied for longer than their index's n-grams.
+        routes: what `auto` chose, so far; empty for a mix that was named.
 
     `constraint` is what the continuation may become, None for anything. One that cannot be compiled is a `UsageError`.
     `finish_reason` is empty while the sequence is running; then `stop`, `length`, `error`, or what `Engine.stop` gave.
@@ -95,6 +100,7 @@ class SequenceState:
     loaded: Mapping[str, VerifiedAdapter] = field(default_factory=dict)
     scores_prompt: bool = False
     no_verbatim: Sequence[NgramIndex] = ()
+    routes: list[RoutedMix] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: Exception | None = None
     new_ids: list[int] = field(default_factory=list)
@@ -106,6 +112,17 @@ class SequenceState:
         self._stream, self._matcher = TextStream(self.tokenizer), StopStringMatcher(self.settings.stop)
         self.params = SamplingParams.from_settings(self.settings)
         self.constraint = start_constraint(self.settings, self.tokenizer)
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt's tokens and the generated ones."""
+        return self.prompt_ids + self.new_ids
+
+    @property
+    def is_due(self) -> bool:
+        """True if the adapter is to be chosen again before the next token."""
+        every, count = self.settings.reroute_every, len(self.new_ids)
+        return bool(self.routes and every and count and count % every == 0 and self.routes[-1].num_tokens < count)
 
     @property
     def num_cached(self) -> int:
@@ -127,7 +144,7 @@ class SequenceState:
         Raises `CorruptError` if the logits are not finite.
         """
         check_logits(logits, self.mix)
-        ids = self.prompt_ids + self.new_ids
+        ids = self.ids
         banned = [token for index in self.no_verbatim for token in index.find_followers(ids)]
         allowed = self.constraint.find_allowed() if self.constraint else None
         num_prompt_tokens = len(self.prompt_ids)

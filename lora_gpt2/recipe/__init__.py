@@ -155,6 +155,8 @@ class GenerateSettings(Section):
     """Obey a constraint: the one that is set here, else that of the recipe an adapter was trained with."""
     num_beams: Annotated[int, Field(ge=1, le=64)] = 1
     """Number of beams for beam search; 1 = sampling."""
+    reroute_every: Annotated[int, Field(ge=0, le=1024)] = 0
+    """With the adapter `auto`: choose it again each time the text has grown by this many tokens; 0 = once."""
     length_penalty: Annotated[float, Field(ge=-5, le=5)] = 1.0
     """Beam search: scores are log-probabilities divided by length to this power."""
     merge_into_base: bool = False
@@ -174,8 +176,12 @@ class GenerateSettings(Section):
             raise ValueError("temperature is 0 (greedy) or at least 0.001")
         if self.num_beams > 1 and self.logprobs:
             raise ValueError("logprobs are not supported with beam search")
+        if self.num_beams > 1 and self.reroute_every:
+            raise ValueError("reroute_every is not supported with beam search")
         if self.num_beams > 1 and self.watermark:
             raise ValueError("watermark is not supported with beam search")
+        if self.merge_into_base and self.reroute_every:
+            raise ValueError("reroute_every and merge_into_base exclude each other")
         if self.chat_turns and not {"user", "assistant"} <= set(self.chat_turns):
             raise ValueError("chat_turns needs a template for user and one for assistant")
         if bad := [role for role, template in self.chat_turns.items() if template.count("{content}") != 1]:

@@ -28,13 +28,15 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from lora_gpt2.core.errors import BusyError, EngineFailed, LoraGpt2Error
+from lora_gpt2.core.names import AUTO
 from lora_gpt2.inference.embedding import batch_by_length, embed_batch
 from lora_gpt2.inference.generate import describe_provenance
 from lora_gpt2.inference.history import LocalLog
+from lora_gpt2.inference.routing import RoutedMix, Router
 from lora_gpt2.inference.session import Session
 from lora_gpt2.rating.votes import check_vote
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
-from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat
+from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat, read_messages, route_chat
 from lora_gpt2.serving.embeddings import build_embeddings, parse_embeddings
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.middleware import AccessMiddleware, has_key
@@ -42,6 +44,9 @@ from lora_gpt2.serving.protocol import (
     ApiError,
     CompletionBody,
     build_sequences,
+    build_settings,
+    check_choices,
+    encode_prompt,
     fetch_model,
     parse_body,
     parse_json,
@@ -70,6 +75,7 @@ ELSEWHERE = {
     "/health": ": GET /healthz",
 }
 """Routes of other servers, and what is asked here instead."""
+AUTO_DESCRIPTION = "the adapter under which the prompt is most likely, or the base"
 CREATED = 1_546_300_800  # what OpenAI's list says of a base: when it came out; GPT-2's year, 2019
 READ_AND_REFUSED = 4  # times the largest body: who sends a little too much shall read the answer
 T = TypeVar("T")
@@ -98,6 +104,7 @@ class Server:
     is_draining: bool = False
 
     def __post_init__(self) -> None:
+        self.router = Router(self.session)
         self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self._record_step)
 
     def _record_step(self, batch_size: int, num_running: int, num_waiting: int) -> None:
@@ -190,26 +197,43 @@ class Server:
         """POST /v1/completions."""
         content = await self.read_body(request)
         started = time.monotonic()
-        return await self._complete(request, parse_body(content), started, CompletionRequest)
+        body = parse_body(content)
+        routes = await self._route(body) if body.model == AUTO else []
+        return await self._complete(request, body, started, CompletionRequest, routes=routes)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         content = await self.read_body(request)
         started = time.monotonic()
         body = parse_chat(content)
-        completion, dropped = await run_in_threadpool(build_completion, body, self.session, self.defaults)
-        more = {"dropped_messages": dropped}
-        return await self._complete(request, completion, started, ChatRequest, **more)
+        route = None
+        if body.model == AUTO:
+            route = await self._call(partial(route_chat, read_messages(body), self.router))
+        completion, dropped = await run_in_threadpool(build_completion, body, self.session, self.defaults, route)
+        routes = [] if route is None else [route]
+        return await self._complete(request, completion, started, ChatRequest, routes=routes, dropped_messages=dropped)
 
     async def _complete(
-        self, request: Request, body: CompletionBody, started: float, kind: type[CompletionRequest], **more: Any
+        self,
+        request: Request,
+        body: CompletionBody,
+        started: float,
+        kind: type[CompletionRequest],
+        *,
+        routes: Sequence[RoutedMix] = (),
+        **more: Any,
     ) -> Response:
-        """Decodes a request and answers it, whole or as a stream; `more` is added to its provenance."""
+        """Decodes a request and answers it, whole or as a stream; `more` is added to its provenance.
+
+        `routes` is what was chosen for each prompt, where the model is `auto`.
+        """
         if self.is_draining:
             raise ApiError(503, "the server is shutting down")
         self.worker.check_room()
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed % 2**63
-        sequences = await run_in_threadpool(build_sequences, body, self.session, self.defaults, self.limits, seed)
+        sequences = await run_in_threadpool(
+            build_sequences, body, self.session, self.defaults, self.limits, seed, routes
+        )
         provenance = describe_provenance(self.session, sequences[0]) | {"seeds": [s.seed for s in sequences], **more}
         choices = [kind.choice(sequence, body) for sequence in sequences]
         completion = kind(
@@ -219,6 +243,15 @@ class Server:
         if body.stream:
             return EventStream(completion, self.limits.send_timeout_seconds)
         return JSONResponse(await completion.collect(request))
+
+    async def _route(self, body: CompletionBody) -> list[RoutedMix]:
+        """Returns what `auto` chooses for each prompt of a request."""
+        prompts = check_choices(body, build_settings(body, self.defaults), self.limits)
+        tokenizer = self.session.base.tokenizer
+        texts = [
+            item if isinstance(item, str) else tokenizer.decode(encode_prompt(item, tokenizer)) for item in prompts
+        ]
+        return [await self._call(partial(self.router.route, text)) for text in texts]
 
     async def embed(self, request: Request) -> Response:
         """POST /v1/embeddings."""
@@ -270,7 +303,7 @@ class Server:
             if row["base_fingerprint"] == base.fingerprint:
                 more = {key: row[key] for key in row if key not in ("name", "created")}
                 models.append(describe_model(row["name"], created=parse_time(row["created"]), **more))
-        return models
+        return [*models, describe_model(AUTO, description=AUTO_DESCRIPTION)] if len(models) > 1 else models
 
     async def list_adapters(self, request: Request) -> Response:
         """GET /v1/adapters: what is in the slots."""

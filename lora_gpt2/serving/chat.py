@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.inference.chat import ROLES, ChatFormat, Message, find_chat_format
+from lora_gpt2.inference.chat import ROLES, ChatFormat, Message, find_chat_format, read_turns
+from lora_gpt2.inference.routing import RoutedMix, Router
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
@@ -92,12 +93,27 @@ def read_messages(body: ChatBody) -> list[Message]:
     return messages
 
 
-def build_completion(body: ChatBody, session: Session, defaults: GenerateSettings) -> tuple[CompletionBody, int]:
+def route_chat(messages: Sequence[Message], router: Router) -> RoutedMix:
+    """Returns the adapter trained on chats under which what was said is most likely; used by the session's thread.
+
+    Raises `ApiError` 400 if there is none.
+    """
+    manifests = {name: router.find_manifest(name) for name in router.list_names()}
+    names = [name for name, manifest in manifests.items() if read_turns(manifest)]
+    if not names:
+        raise ApiError(400, "no adapter of the store was trained on chats", "model", "no_chat_template")
+    able = Router(router.session, names, abstains=False)  # the base could not answer
+    return able.route("\n".join(message.content for message in messages))
+
+
+def build_completion(
+    body: ChatBody, session: Session, defaults: GenerateSettings, route: RoutedMix | None = None
+) -> tuple[CompletionBody, int]:
     """Returns the completions request that a chat comes to, and how many messages were left out.
 
     Raises `ApiError` 400 if nothing says how this model's chats are written, or the last message alone is too long.
     """
-    messages, mix = read_messages(body), parse_model(body.model, session)
+    messages, mix = read_messages(body), parse_model(body.model, session) if route is None else route.mix
     try:
         chat_format = find_chat_format(defaults, session.find_manifests(mix), body.model)
     except UsageError as error:

@@ -23,6 +23,7 @@ from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.constraint import adopt_constraint
 from lora_gpt2.inference.generate import fit_prompt
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.routing import RoutedMix
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import VerifiedAdapter
@@ -256,23 +257,36 @@ def _model_errors() -> Iterator[None]:
         raise translate_error(error, "model") from error
 
 
-def build_sequences(
-    body: CompletionBody, session: Session, defaults: GenerateSettings, limits: ServeSettings, seed: int
-) -> list[SequenceState]:
-    """Returns a sequence for each prompt and each of its `n` continuations, with their adapters fetched from disk.
-
-    The k-th continuation of a prompt samples with `seed` + k. Raises `ApiError`.
-    """
-    settings, prompts = build_settings(body, defaults), list_prompts(body.prompt)
+def check_choices(body: CompletionBody, settings: GenerateSettings, limits: ServeSettings) -> list[str | list[int]]:
+    """Returns the prompts of a request; raises `ApiError` if they are too many."""
+    prompts = list_prompts(body.prompt)
     if len(prompts) * body.n > limits.max_choices:
         raise ApiError(400, f"{len(prompts)} prompts times n={body.n} are more than {limits.max_choices}", "n")
     if settings.num_beams > 1 and (body.n > 1 or len(prompts) * settings.num_beams > limits.max_choices):
         text = f"beam search gives one choice, and prompts times num_beams are at most {limits.max_choices}"
         raise ApiError(400, text, "num_beams")
-    mix, loaded = fetch_model(body.model, session)
-    settings = adopt_constraint(settings, session.find_manifests(mix))
+    return prompts
+
+
+def build_sequences(
+    body: CompletionBody,
+    session: Session,
+    defaults: GenerateSettings,
+    limits: ServeSettings,
+    seed: int,
+    routes: Sequence[RoutedMix] = (),
+) -> list[SequenceState]:
+    """Returns a sequence for each prompt and each of its `n` continuations, with their adapters fetched from disk.
+
+    The k-th continuation of a prompt samples with `seed` + k. `routes` are what was chosen for each prompt, where the
+    model is `auto`. Raises `ApiError`.
+    """
+    asked = build_settings(body, defaults)
+    prompts = check_choices(body, asked, limits)
     sequences: list[SequenceState] = []
-    for prompt in prompts:
+    for index, prompt in enumerate(prompts):
+        mix, loaded = fetch_model(routes[index].choice.adapter if routes else body.model, session)
+        settings = adopt_constraint(asked, session.find_manifests(mix))
         prompt_ids, max_new_tokens = _fit_prompt(prompt, body, session, settings)
         for choice in range(body.n):
             sequences.append(
@@ -286,6 +300,7 @@ def build_sequences(
                     tokenizer=session.base.tokenizer,
                     loaded=loaded,
                     scores_prompt=body.echo and body.logprobs is not None,
+                    routes=list(routes[index : index + 1]),
                 )
             )
     return sequences

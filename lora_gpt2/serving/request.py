@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from lora_gpt2.core.errors import EngineFailed, LoraGpt2Error
+from lora_gpt2.inference.generate import describe_routes
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.protocol import ApiError, CompletionBody, CompletionChoice, count_usage, translate_error
 from lora_gpt2.serving.worker import PendingRequest, StepOutput, Worker
@@ -96,7 +97,13 @@ class CompletionRequest:
             self.cancel()
             raise
         choices = [choice.take_json() for choice in self.choices]
-        return self.build(choices, usage=count_usage(self.choices, self.body.n), provenance=self.provenance)
+        provenance = self.provenance | self._describe_routes()
+        return self.build(choices, usage=count_usage(self.choices, self.body.n), provenance=provenance)
+
+    def _describe_routes(self) -> dict[str, Any]:
+        """Returns what `auto` chose for each choice, in order; empty for a model that was named."""
+        routes = [describe_routes(choice.sequence).get("auto") for choice in self.choices]
+        return {"auto": routes} if any(routes) else {}
 
     async def _finish(self) -> None:
         async for _ in self.iter_outputs():
@@ -115,7 +122,7 @@ class CompletionRequest:
 
     async def iter_chunks(self) -> AsyncIterator[dict[str, Any]]:
         """Yields the chunks of a stream; the first one has the provenance."""
-        more: dict[str, Any] = {"provenance": self.provenance}
+        more: dict[str, Any] = {"provenance": self.provenance | self._describe_routes()}
         async for outputs in self.iter_outputs():
             chunks = [
                 self.choices[output.index].take_json()
@@ -125,6 +132,8 @@ class CompletionRequest:
             if chunks:
                 yield self.build(chunks, **more)
                 more = {}
+        if any(len(choice.sequence.routes) > 1 for choice in self.choices):  # it was chosen again meanwhile
+            yield self.build([], provenance=self.provenance | self._describe_routes())
         if (self.body.stream_options or {}).get("include_usage"):
             yield self.build([], usage=count_usage(self.choices, self.body.n))
 

@@ -10,15 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.memory import check_room
-from lora_gpt2.data.prepared import SKETCH, PreparedData, describe_preparation
+from lora_gpt2.data.prepared import SKETCH, describe_preparation
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity
+from lora_gpt2.inference.embedding import EmbeddingMoments
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.lora import count_parameters
 from lora_gpt2.model.runtime import measure_peak_memory
-from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
@@ -116,7 +116,7 @@ def publish_trained(
     pages |= {SKETCH: sketch.to_bytes(), **more}
     recipe = slot.recipe.model_dump(mode="json")
     origin = Origin(
-        data=_describe_data(slot.recipe, slot.data) | ({} if sketch.is_whole else {"sketch_is_whole": False}),
+        data=_describe_data(slot, base) | ({} if sketch.is_whole else {"sketch_is_whole": False}),
         recipe=recipe,
         figures=figures,
         parents=slot.parents,
@@ -154,7 +154,9 @@ def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | 
     return None
 
 
-def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+def _describe_data(slot: TrainingSlot, base: Base) -> dict[str, Any]:
+    recipe, data = slot.recipe, slot.data
+    moments = EmbeddingMoments.measure(Session(base), data.train.stream)
     return {
         "sources": [Path(source).name for source in recipe.data.sources],
         "fingerprint": data.fingerprint,
@@ -165,6 +167,7 @@ def _describe_data(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
             for name, rule in data.report["rules"].items()
         },
         "set_aside": data.report["rejected"],
+        **({"embedding": moments.to_json()} if moments is not None else {}),
     }
 
 

@@ -7,9 +7,11 @@ import torch
 
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.inference.choose import AdapterChoice
 from lora_gpt2.inference.engine import Engine
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.routing import AUTO_MIX, Router
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
@@ -157,6 +159,31 @@ def test_penalties_biases_and_constraints_are_those_of_the_cpu(base_folder, adju
         found = generate(open_session(base_folder), requests, GenerateSettings())
         assert log.operations["graph.replay"]
     assert [output.text for output in found] == [output.text for output in expected]
+
+
+class Turns(Router):
+    """Chooses one adapter after the other."""
+
+    def choose(self, text):
+        self.turn = getattr(self, "turn", -1) + 1
+        return AdapterChoice(adapter=NAMES[self.turn % 4], probability=1.0, nll_nats_per_token={})
+
+
+def test_a_text_that_changes_its_adapter_is_that_of_the_cpu(base_folder):
+    settings = GenerateSettings(max_new_tokens=14, temperature=1.0, top_k=8, reroute_every=3)
+
+    def write(session):
+        others = [Request("the dog", Mix.single(name), seed) for seed, name in enumerate(NAMES[:2])]
+        requests = [*others, Request("the cat", AUTO_MIX, 7, router=Turns(session))]
+        return [output.text for output in generate(session, requests, settings)]
+
+    base = load_base(str(base_folder), Runtime(torch.device("cpu"), torch.float32))
+    session = Session(base)
+    session.load_in_memory({name: make_adapter(base.config, seed) for seed, name in enumerate(NAMES)})
+    expected = write(session)
+    with pretend_cuda() as log:
+        assert write(open_session(base_folder)) == expected
+        assert log.operations["graph.replay"]
 
 
 def test_calls_reuse_the_steps_that_were_captured(base_folder, log):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from openai import BadRequestError, OpenAI
 
+from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
@@ -117,6 +118,24 @@ def test_a_model_without_chats_is_refused_with_the_reason(client, name):
         client.chat.completions.create(model=name, messages=HELLO)
     assert caught.value.param == "model"
     assert "chats" in caught.value.message
+
+
+def test_auto_takes_the_likeliest_of_the_adapters_that_were_trained_on_chats(client, base, chatty):
+    answer = client.chat.completions.create(model="auto", messages=HELLO)
+    names = ["listed", "named", "recognised"]
+    chosen = choose_adapter(Session(base, chatty), "the cat", names, abstains=False)
+    ((entry,),) = answer.provenance["auto"]
+    assert entry["adapter"].partition("@")[0] == chosen.adapter
+    assert entry["probability"] == pytest.approx(chosen.probability, abs=1e-4)
+    same = client.chat.completions.create(model=chosen.adapter, messages=HELLO)
+    assert answer.choices[0].message.content == same.choices[0].message.content
+
+
+def test_auto_without_any_adapter_of_chats_is_refused(base, store):
+    publish_adapter(store, "plain", make_adapter(base.config, 1), base, Origin())
+    with serving(Server(session=Session(base, store), defaults=GREEDY, limits=ServeSettings())) as port:
+        status, _, answer = ask(port, "/v1/chat/completions", {"model": "auto", "messages": HELLO})
+    assert (status, answer["error"]["param"]) == (400, "model")
 
 
 def test_turns_set_for_the_server_are_for_models_that_have_none(base, chatty):

@@ -22,6 +22,7 @@ from openai import NotFoundError, OpenAI
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.mix import Mix
@@ -140,7 +141,7 @@ def test_token_ids_as_prompt_beams_and_stop(client, base):
 
 
 def test_models_are_the_base_and_its_adapters(client):
-    assert [model.id for model in client.models.list()] == ["base", "code", "law"]
+    assert [model.id for model in client.models.list()] == ["base", "code", "law", "auto"]
     assert client.models.retrieve("law").version == 1
     assert client.models.retrieve("law:0.5+code:0.5").id == "law:0.5+code:0.5"
     with pytest.raises(NotFoundError):
@@ -640,10 +641,44 @@ def test_a_switch_for_the_whole_process_would_fail_that_test(base, store, monkey
     assert ask_under_churn(base, store, 96)[1] > 0
 
 
+def test_auto_is_a_model_that_says_what_it_chose(client, port, base, trained):
+    assert [model.id for model in client.models.list()] == ["base", "code", "law", "auto"]
+    prompts = ["the cat", "the dog and the rain"]
+    answer = client.completions.create(model="auto", prompt=prompts, n=2, seed=0)
+    routes = answer.provenance["auto"]
+    for index, prompt in enumerate(prompts):
+        chosen = choose_adapter(Session(base, trained), prompt, ["code", "law"])
+        for k in (0, 1):
+            (entry,) = routes[2 * index + k]
+            assert entry["adapter"].partition("@")[0] == chosen.adapter
+            assert entry["probability"] == pytest.approx(chosen.probability, abs=1e-4)
+            text = alone(base, trained, Mix.parse(chosen.adapter), prompt, seed=k).text
+            assert answer.choices[2 * index + k].text == text
+    assert ask_completion(port, model="auto:0.5")[0] == 404
+    assert ask_completion(port, model="auto", prompt=[[1, 2, 3], [4]])[0] == 200
+    assert ask_completion(port, model="auto", prompt=7)[0] == 400
+
+
+def test_auto_may_choose_again_and_a_stream_ends_with_all_choices(base, trained):
+    defaults = GREEDY.model_copy(update={"reroute_every": 3})
+    with serving(Server(session=Session(base, trained), defaults=defaults, limits=LIMITS)) as number:
+        body = {"model": "auto", "prompt": "the cat", "stream": True, "max_tokens": 8}
+        connection = http.client.HTTPConnection("127.0.0.1", number, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        lines = connection.getresponse().read().decode().split("\n\n")
+        connection.close()
+        whole = ask_completion(number, **body | {"stream": False})[2]
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    last = next(event for event in reversed(events) if "provenance" in event)["provenance"]["auto"]
+    assert [entry["token"] for entry in last[0]] == [0, 3, 6]
+    assert last == whole["provenance"]["auto"]
+    assert "".join(choice["text"] for event in events for choice in event["choices"]) == whole["choices"][0]["text"]
+
+
 def test_models_say_when_they_were_made(port, store):
     for model in ask(port, "/v1/models")[2]["data"]:
         assert isinstance(model["created"], int)
-        if model["id"] != "base":
+        if model["id"] not in ("base", "auto"):
             assert model["created"] == int(store.read_manifest(model["id"]).created.timestamp())
 
 

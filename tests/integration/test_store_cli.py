@@ -184,5 +184,11 @@ def test_a_file_of_prompts_and_an_adapter_found_by_itself(run, trained, base_fol
     code, _, err = run("generate", "the cat", "--adapter", "auto", "--base", base_folder, *few)
     assert code == 0
     assert "adapter " in err
+    many = ["generate", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "a.jsonl", "--adapter", "auto"]
+    assert result_of(run, *many, "--seed", 1, "--base", base_folder, *few)["done"] == 2
+    for line in (tmp_path / "a.jsonl").read_text().splitlines():
+        written = json.loads(line)
+        assert written["provenance"]["auto"][0]["adapter"].startswith(written["adapter"])
+    assert run(*many, "--base", base_folder, "--no-verbatim", 9)[0] == 2
     for wrong in (["x", "--prompts", "p"], ["x", "--adapter", "auto", "--adapter", "law"], ["--out", "o"]):
         assert run("generate", *wrong)[0] == 2

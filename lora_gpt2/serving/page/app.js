@@ -24,6 +24,7 @@ function format(value) {
 }
 
 function describe(model) {
+  if (model.id === "auto") return [model.description];
   if (model.id === "base") return [`${model.base}, without an adapter`];
   const lines = model.description ? [model.description] : [];
   const own = model.test_perplexity ?? model.validation_perplexity;
@@ -66,7 +67,7 @@ function showChosen() {
 }
 
 function listMixed() {
-  return chosen.filter((id) => id !== "base");
+  return chosen.filter((id) => id !== "base" && id !== "auto");
 }
 
 function showWeights() {
@@ -89,7 +90,7 @@ function listModels() {
   const mixed = listMixed();
   if (!$("mixes").checked || mixed.length < 2) return written ? chosen.concat(written) : chosen.slice();
   const mix = mixed.map((id) => `${id}:${Number(weights[id].toFixed(2))}`).join("+");
-  return [...chosen.filter((id) => id === "base"), mix, ...(written ? [written] : [])];
+  return [...chosen.filter((id) => !mixed.includes(id)), mix, ...(written ? [written] : [])];
 }
 
 function showSettings() {
@@ -174,7 +175,9 @@ class Result {
     this.pinned = !only ? "base" : !more.length && only.weight === 1 ? only.adapter
       : origin.adapters.map((part) => `${part.adapter}:${part.weight}`).join("+");
     const parts = origin.adapters.map((part) => `${part.adapter} (${part.sha256.slice(0, 12)})`).join(" + ") || "no adapter";
-    this.origin.textContent = `${parts}, seed ${origin.seed}`;
+    const routes = origin.auto?.[0] ?? [];
+    const found = routes.map((route) => route.adapter === "base" ? "no adapter is clearly the one" : `${route.adapter}: ${Math.round(100 * route.probability)} % sure`);
+    this.origin.textContent = `${found.length ? `auto chose ${found.join(", then ")}; ` : ""}${parts}, seed ${origin.seed}`;
   }
 
   reveal() {

@@ -9,6 +9,7 @@ import pytest
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, LoraGpt2Error, NotFoundError, RecipeError, UsageError
 from lora_gpt2.evaluation.perplexity import measure_perplexity
+from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog, find_log
 from lora_gpt2.inference.mix import Mix
@@ -226,3 +227,17 @@ def test_a_value_may_hold_what_stands_between_key_and_value(repl):
     assert repl.settings.stop == ("a=b", "c d")
     repl.run('/set stop=["a=b"]')
     assert repl.settings.stop == ("a=b",)
+
+
+def test_auto_continues_with_the_adapter_that_the_text_belongs_to_and_says_so(repl):
+    assert repl.run("/use auto") == "auto continues"
+    said = repl.run("the cat")
+    chosen = choose_adapter(repl.session, "the cat", ["code", "law"])
+    assert said.splitlines()[0] == str(chosen)
+    assert repl.text == "the cat" + wanted(repl, "the cat", Mix.parse(chosen.adapter), 11)
+    assert "perplexity of the text under base" in repl.run("/stats")
+    assert repl.complete("/use a") == ["auto"]
+    with pytest.raises(UsageError):
+        repl.run("/scale 0.5")
+    assert repl.run("/use law") == "law continues"
+    assert repl.run(" and") == ""
