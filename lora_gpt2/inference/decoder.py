@@ -113,14 +113,22 @@ class Decoder:
             self._adapters = (key, self.session.adapters_for(mixes))
         return self._adapters[1]
 
-    def prefill(self, sequences: Sequence[SequenceState], first: int) -> NextTokens:
+    def prefill(
+        self, sequences: Sequence[SequenceState], first: int, prefixes: Sequence[Sequence[Tensor]] | None = None
+    ) -> NextTokens:
         """Puts prompts, and what followed them already, into the cache, from row `first` on; returns what follows each.
 
-        The hidden states are kept where a prompt wants its log-probabilities; see `iter_prompt_logits`.
+        `prefixes` are the keys and values that each of them begins with, in blocks, which are copied instead of being
+        computed. The hidden states are kept where a prompt wants its log-probabilities; see `iter_prompt_logits`.
         """
         eos = self.session.base.tokenizer.eos_id
-        lengths = [len(sequence.ids) for sequence in sequences]
-        padded = [s.ids + [eos] * (max(lengths) - len(s.ids)) for s in sequences]
+        known = [sum(block.shape[3] for block in blocks) for blocks in prefixes or [()] * len(sequences)]
+        rest = [sequence.ids[start:] for sequence, start in zip(sequences, known, strict=True)]
+        lengths = [len(ids) for ids in rest]
+        padded = [ids + [eos] * (max(lengths) - len(ids)) for ids in rest]
+        for row, blocks in enumerate(prefixes or ()):
+            if blocks:
+                self.cache.fill(first + row, blocks)
         view = self.cache.view(first, first + len(sequences))
         adapters = self.session.adapters_for([sequence.mix for sequence in sequences])
         tokens = torch.tensor(padded, device=self.cache.buffer.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.decoder import Decoder, NextTokens
+from lora_gpt2.inference.prefixes import BLOCK, WORTHWHILE, count_shared
 from lora_gpt2.inference.sampling import sample_tokens
 from lora_gpt2.inference.scheduler import SEQUENCE_ERRORS, Scheduler
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
@@ -77,7 +78,7 @@ class Engine:
         Sequences that finished in this step are included, with the text that was held back.
         """
         scheduler = self.scheduler
-        scheduler.drop_finished()
+        self._drop_finished()
         outputs = self._reroute()
         outputs += self._decode()
         outputs += [(sequence, _advance_search(sequence, search)) for sequence, search in scheduler.searches]
@@ -89,8 +90,19 @@ class Engine:
                 self.session, sequence.prompt_ids, sequence.mix, sequence.max_new_tokens, sequence.settings
             )
             scheduler.searches.append((sequence, search))
-        scheduler.drop_finished()
+        self._drop_finished()
         return outputs
+
+    def _drop_finished(self) -> None:
+        """Frees the rows of finished sequences; what they read and wrote is kept for texts that begin alike."""
+        for row, sequence in enumerate(self.scheduler.running):
+            if sequence.finish_reason and not sequence.error:
+                self._keep_prefix(row, sequence, sequence.num_cached)
+        self.scheduler.drop_finished()
+
+    def _keep_prefix(self, row: int, sequence: SequenceState, num_tokens: int) -> None:
+        if (key := self.session.identify(sequence.mix)) is not None:
+            self.session.prefixes.store(key, sequence.ids[:num_tokens], self.cache.buffer[:, :, row, :, :num_tokens])
 
     def reset(self) -> None:
         """Forgets every sequence, and what it pinned, without finishing it; the memory of the cache is kept."""
@@ -110,7 +122,7 @@ class Engine:
             sequence.routes.append(route)
             if route.mix != sequence.mix:
                 self.scheduler.readmit(sequence, route.mix)
-        self.scheduler.drop_finished()
+        self._drop_finished()
         return failed
 
     def _decode(self) -> list[tuple[SequenceState, str]]:
@@ -122,14 +134,24 @@ class Engine:
 
     def _prefill(self, admitted: list[SequenceState]) -> list[tuple[SequenceState, str]]:
         """Prefills the prompts of admitted sequences and samples their first tokens; they are running afterwards."""
-        if not admitted:
-            return []
-        following = self.decoder.prefill(admitted, first=len(self.scheduler.running))
-        for row, sequence in enumerate(admitted):
-            if sequence.scores_prompt and not sequence.new_ids:
-                self._score_prompt(row, sequence)
-        self.scheduler.running += admitted
-        return sample(admitted, following)
+        outputs, leaders, followers = [], *split_by_beginning(self.session, admitted)
+        for part in (leaders, followers):
+            prefixes = [self._find_prefix(sequence) for sequence in part]
+            for group in group_by_room(part, prefixes, self.cache.capacity):
+                first = len(self.scheduler.running)
+                sequences = [part[index] for index in group]
+                following = self.decoder.prefill(sequences, first, [prefixes[index] for index in group])
+                for row, sequence in enumerate(sequences):
+                    if sequence.scores_prompt and not sequence.new_ids:
+                        self._score_prompt(row, sequence)
+                    self._keep_prefix(first + row, sequence, len(sequence.ids))
+                self.scheduler.running += sequences
+                outputs += sample(sequences, following)
+        return outputs
+
+    def _find_prefix(self, sequence: SequenceState) -> list[Tensor]:
+        key = None if sequence.scores_prompt else self.session.identify(sequence.mix)
+        return [] if key is None else self.session.prefixes.find(key, sequence.ids)
 
     def _score_prompt(self, row: int, sequence: SequenceState) -> None:
         """Gives each token of the prompt but the first its log-probabilities."""
@@ -143,6 +165,39 @@ class Engine:
                 TokenLogprobs.from_logits(line, token, sequence.settings.logprobs)
                 for line, token in zip(logits, targets, strict=True)
             ]
+
+
+def split_by_beginning(
+    session: Session, sequences: Sequence[SequenceState]
+) -> tuple[list[SequenceState], list[SequenceState]]:
+    """Returns the sequences to read first, and those that then have a beginning in common with one of them."""
+    found: tuple[list[SequenceState], list[SequenceState]] = ([], [])
+    leaders: dict[object, SequenceState] = {}
+    for sequence in sequences:
+        key = None if sequence.scores_prompt else session.identify(sequence.mix)
+        leader = leaders.setdefault((key, tuple(sequence.ids[:WORTHWHILE])), sequence)
+        shared = 0
+        if key is not None and leader is not sequence:
+            shared = count_shared(leader.ids, sequence.ids[:-1])
+            shared -= len(session.prefixes.find(key, sequence.ids)) * BLOCK
+        found[shared >= WORTHWHILE].append(sequence)
+    return found
+
+
+def group_by_room(
+    sequences: Sequence[SequenceState], prefixes: Sequence[Sequence[Tensor]], capacity: int
+) -> list[list[int]]:
+    """Returns the indices of sequences that are read together: the longest beginning and rest of a group fit a row."""
+    groups, room = list[list[int]](), (0, 0)
+    for index, (sequence, blocks) in enumerate(zip(sequences, prefixes, strict=True)):
+        known = len(blocks) * BLOCK
+        wanted = (max(room[0], known), max(room[1], len(sequence.ids) - known))
+        if not groups or sum(wanted) > capacity:
+            groups.append([])
+            wanted = (known, len(sequence.ids) - known)
+        groups[-1].append(index)
+        room = wanted
+    return groups
 
 
 @contextmanager

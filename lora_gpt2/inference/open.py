@@ -31,7 +31,8 @@ def open_session(store: Store, adapters: Sequence[str], recipe: Recipe, dtype: s
             *(spec for spec in adapters if spec not in (ALL, BASE)),
             BASE,
         ]
-    return Session(base, store), list(dict.fromkeys(map(Mix.parse, adapters)))
+    session = Session(base, store, prefix_bytes=recipe.generate.prefix_cache_bytes)
+    return session, list(dict.fromkeys(map(Mix.parse, adapters)))
 
 
 def open_store(store: Store, recipe: Recipe) -> Session:
@@ -41,7 +42,9 @@ def open_store(store: Store, recipe: Recipe) -> Session:
     """
     names = {row["base"] for row in list_current(store)[0]}
     chosen = names.pop() if len(names) == 1 and "base" not in recipe.model_fields_set else recipe.base
-    return Session(load_for_inference(chosen, recipe.generate.dtype), store, recipe.serve.max_slots)
+    settings = recipe.generate
+    base = load_for_inference(chosen, settings.dtype)
+    return Session(base, store, recipe.serve.max_slots, settings.prefix_cache_bytes)
 
 
 def load_for_inference(name: str, dtype: str) -> Base:

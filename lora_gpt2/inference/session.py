@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, NotFoundError, UsageError
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.prefixes import PrefixCache
 from lora_gpt2.inference.slots import AdapterSlots, VerifiedAdapter
 from lora_gpt2.model.bank import InferenceAdapters
 from lora_gpt2.model.base import Base
@@ -31,6 +32,8 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import Manifest
 from lora_gpt2.store.references import DIGEST_DIGITS, AdapterRef, label_of
+
+PREFIX_BYTES = 2**27
 
 
 def check_logits(logits: Float[Tensor, "*shape vocab"], mix: Mix) -> None:
@@ -48,13 +51,17 @@ class Session:
         base: the loaded base.
         store: where adapters are found; None if only the base, or adapters in memory, are used.
         max_slots: number of adapters to keep loaded; a batch that needs more gets them.
+        prefix_bytes: memory for the beginnings of texts that were read; see `PrefixCache`.
 
     One thread uses a session; `resolve` and `fetch` may be called from others.
     """
 
-    def __init__(self, base: Base, store: Store | None = None, max_slots: int = 64) -> None:
+    def __init__(
+        self, base: Base, store: Store | None = None, max_slots: int = 64, prefix_bytes: int = PREFIX_BYTES
+    ) -> None:
         self.base, self.store = base, store
         self.slots = AdapterSlots(base, max_slots)
+        self.prefixes = PrefixCache(prefix_bytes)
         self._manifests: dict[str, Manifest] = {}
         self.idle_engine: object | None = None  # see `engine.borrow_engine`
 
@@ -72,6 +79,17 @@ class Session:
         resolved = str(AdapterRef(manifest.name, manifest.version, manifest.digest[:DIGEST_DIGITS]))
         self._manifests[resolved] = manifest
         return resolved
+
+    def identify(self, mix: Mix) -> Hashable | None:
+        """Returns what a resolved mix, whose adapters are loaded, has in common with equal ones alone.
+
+        None for adapters in memory, which others may replace under their name.
+        """
+        found = [self.slots.find(reference) for reference in mix.references]
+        digests = [loaded.digest for loaded in found if loaded is not None and loaded.digest]
+        if len(digests) < len(mix):
+            return None
+        return tuple(zip(digests, (weight for _, weight in mix), strict=True))
 
     def find_manifests(self, mix: Mix) -> list[Manifest | None]:
         """Returns the manifest of each adapter of a resolved mix, None for one in memory."""

@@ -112,6 +112,14 @@ class KVCache:
         self._num_tokens[self._first + row] = 0
         self._clear_behind(row)
 
+    def fill(self, row: int, blocks: Sequence[Float[Tensor, "layers 2 heads tokens head_dim"]]) -> None:
+        """Begins a free row with keys and values that were computed before, block after block."""
+        length = sum(block.shape[3] for block in blocks)
+        if length:
+            self.buffer[:, :, row, :, :length] = torch.cat(list(blocks), dim=3)
+        self.lengths[row] = length
+        self._num_tokens[self._first + row] = self._num_written[self._first + row] = length
+
     def move(self, source: int, target: int) -> None:
         """Moves a row's sequence to a row that is free; the source is free afterwards."""
         length = self._num_tokens[self._first + source]
