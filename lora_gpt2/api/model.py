@@ -336,7 +336,7 @@ class Model:
     @property
     def _is_packed(self) -> bool:
         """True if the weights are packed, and only generate: float16 on a CPU."""
-        return self.recipe.generate.dtype == "float16" and self.session.base.runtime.device.type == "cpu"
+        return self.session.base.model.prepacked_head is not None
 
 
 def _add_in_memory(session: Session, adapters: Mapping[str, Adapter]) -> None:

@@ -298,6 +298,7 @@ def describe_provenance(session: Session, sequence: SequenceState) -> dict[str, 
     return {
         "base": base.name,
         "base_fingerprint": base.fingerprint,
+        "dtype": "float16" if base.model.prepacked_head is not None else base.runtime.dtype_name,
         "adapters": session.describe_adapters(sequence.mix, sequence.loaded),
         "seed": sequence.seed,
         "settings": sequence.settings.model_dump(mode="json", exclude={"watermark_key"}),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 
+from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.core.names import ALL
 from lora_gpt2.inference.mix import Mix, read_manifests
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base, load_base
-from lora_gpt2.model.prepacked import prepack_weights
-from lora_gpt2.model.runtime import choose_device, choose_runtime
+from lora_gpt2.model.prepacked import can_prepack, prepack_weights
+from lora_gpt2.model.runtime import CPU_DTYPE, choose_device, choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.listing import list_current
@@ -48,9 +51,14 @@ def open_store(store: Store, recipe: Recipe) -> Session:
 
 
 def load_for_inference(name: str, dtype: str) -> Base:
-    """Returns a base to generate with; on a CPU `float16` packs the weights and computes in float32."""
-    if dtype != "float16" or choose_device().type != "cpu":
+    """Returns a base to generate with; on a CPU `float16` packs the weights and computes in float32.
+
+    That is the fastest there for any batch, so it is what `auto` does, unless `$LORA_GPT2_CPU_DTYPE` names a dtype.
+    """
+    is_best = dtype == "auto" and can_prepack() and not os.environ.get(CPU_DTYPE)
+    if choose_device().type != "cpu" or not (dtype == "float16" or is_best):
         return load_base(name, choose_runtime(dtype))
     base = load_base(name, choose_runtime("float32"))
-    prepack_weights(base.model)
+    with nullcontext() if dtype == "float16" else suppress(ResourceError):  # weights that are too large stay float32
+        prepack_weights(base.model)
     return base

@@ -7,12 +7,17 @@ and processors other than x86. (8-bit weights with FBGEMM's 8-bit inputs raised 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.model.gpt2 import GPT2, Linear
+
+NAMES = {"attn": ("c_attn", "c_proj"), "mlp": ("c_fc", "c_proj")}
+LARGEST = torch.finfo(torch.float16).max
 
 
 class PrepackedLinear(Linear):
@@ -41,12 +46,26 @@ class PrepackedLinear(Linear):
 def prepack_weights(model: GPT2) -> None:
     """Replaces the projections and the head of a base on a CPU; the embeddings stay for looking tokens up.
 
-    Raises `ResourceError` where PyTorch has no FBGEMM.
+    Raises `ResourceError` where PyTorch has no FBGEMM, or a weight is too large for float16; the base is as it was.
     """
-    if not {"fbgemm", "x86"} & set(torch.backends.quantized.supported_engines):
+    if not can_prepack():
         raise ResourceError("float16 weights need an x86 processor", "use --set generate.dtype=float32")
-    for block in model.h:
-        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
+    parts = [(getattr(block, part), name) for block in model.h for part in ("attn", "mlp") for name in NAMES[part]]
+    weights = [model.head, *(getattr(part, name).weight for part, name in parts)]
+    if any(max(map(abs, map(float, weight.aminmax()))) > LARGEST for weight in weights):
+        raise ResourceError("a weight of the base is too large for float16", "use --set generate.dtype=float32")
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # PyTorch packs on one core
+        head = pool.submit(PrepackedLinear, model.head, None)  # the largest begins
+
+        def pack(part: nn.Module, name: str) -> None:
             linear = getattr(part, name)
             setattr(part, name, PrepackedLinear(linear.weight, linear.bias))
-    model.prepacked_head = PrepackedLinear(model.head, None)
+
+        for done in [pool.submit(pack, *part) for part in parts]:
+            done.result()
+        model.prepacked_head = head.result()
+
+
+def can_prepack() -> bool:
+    """True if PyTorch has FBGEMM for this processor."""
+    return bool({"fbgemm", "x86"} & set(torch.backends.quantized.supported_engines))

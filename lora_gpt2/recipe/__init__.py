@@ -170,7 +170,7 @@ class GenerateSettings(Section):
     logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     """Return the log-probabilities of each token and of this many most likely alternatives; 0 = off."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the base's weights; on a CPU, float16 only stores the weights and computes in float32 (faster)."""
+    """Dtype of the base's weights; float16 on a CPU stores them and computes in float32: what auto does on x86."""
 
     @model_validator(mode="after")
     def _check_together(self) -> GenerateSettings:

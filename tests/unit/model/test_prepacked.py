@@ -56,3 +56,28 @@ def test_without_fbgemm_it_says_what_to_use(base, monkeypatch):
     with pytest.raises(ResourceError, match="x86") as caught:
         prepack_weights(base.model)
     assert "dtype=float32" in caught.value.hint
+
+
+def test_auto_packs_on_a_cpu_unless_a_dtype_is_named_for_it(base_folder, monkeypatch):
+    monkeypatch.delenv("LORA_GPT2_CPU_DTYPE")
+    packed = load_for_inference(str(base_folder), "auto")
+    assert packed.model.prepacked_head is not None
+    (output,) = generate(Session(packed), [Request("the cat")], GenerateSettings(max_new_tokens=2))
+    assert output.provenance["dtype"] == "float16"
+    monkeypatch.setenv("LORA_GPT2_CPU_DTYPE", "float32")
+    assert load_for_inference(str(base_folder), "auto").model.prepacked_head is None
+    monkeypatch.delenv("LORA_GPT2_CPU_DTYPE")
+    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack"])
+    assert load_for_inference(str(base_folder), "auto").model.prepacked_head is None
+
+
+def test_weights_that_float16_cannot_hold_are_not_packed(base, base_folder, monkeypatch):
+    with torch.no_grad():
+        base.model.h[1].mlp.c_fc.weight[0, 0] = 1e5
+    with pytest.raises(ResourceError, match="too large for float16"):
+        prepack_weights(base.model)
+    assert base.model.prepacked_head is None
+    assert not isinstance(base.model.h[0].attn.c_attn, PrepackedLinear)
+    monkeypatch.delenv("LORA_GPT2_CPU_DTYPE")
+    monkeypatch.setattr("lora_gpt2.inference.open.load_base", lambda name, runtime: base)
+    assert load_for_inference("any", "auto").model.prepacked_head is None
