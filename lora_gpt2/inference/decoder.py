@@ -92,6 +92,20 @@ class Decoder:
         adapters = self._reuse_adapters([sequence.mix for sequence in sequences])
         return self._choose(sequences, next_logits(self.session.base.model, batch, adapters, view)[0])
 
+    def check_drafts(self, sequences: Sequence[SequenceState], drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Decodes in each of the first rows its newest token and a draft; returns the logits `[batch, time, vocab]`.
+
+        The logits at a position are those behind it; what lies behind a row's draft is padding. The rows hold their
+        whole drafts afterwards, until `cache.truncate`.
+        """
+        eos, lengths = self.session.base.tokenizer.eos_id, [1 + len(draft) for draft in drafts]
+        pairs = zip(sequences, drafts, strict=True)
+        rows = [[s.new_ids[-1], *draft, *[eos] * (max(lengths) - 1 - len(draft))] for s, draft in pairs]
+        view, tokens = self.cache.view(0, len(rows)), torch.tensor(rows, device=self.cache.buffer.device)
+        adapters = self._reuse_adapters([sequence.mix for sequence in sequences])
+        model = self.session.base.model
+        return model.logits(model(tokens, adapters, view, num_tokens=lengths), adapters).float()
+
     def _choose(self, sequences: Sequence[SequenceState], logits: Tensor) -> NextTokens:
         """Chooses tokens on a GPU; a CPU samples faster where it need not take every case into account."""
         if logits.device.type != "cuda":

@@ -1,10 +1,10 @@
 """The inference engine: continuous batching over one static KV cache, each sequence with its own mix of adapters.
 
-A step decodes a token for every running sequence, advances beam searches, admits waiting sequences and prefills their
-prompts together. Each sequence samples with its own random numbers, so its output does not depend on what else is
-in the batch (except for rounding of the logits), nor on what its row of the cache held before. A sequence whose logits
-are not finite finishes alone, with an error. Omitted: paged attention (a sequence of GPT-2 S is 38 MB) and chunked
-prefill.
+A step decodes a token for every running sequence (or several, see `drafting`), advances beam searches, admits waiting
+sequences and prefills their prompts together. Each sequence samples with its own random numbers, so its output does
+not depend on what else is in the batch (except for rounding of the logits), nor on what its row of the cache held
+before. A sequence whose logits are not finite finishes alone, with an error. Omitted: paged attention (a sequence of
+GPT-2 S is 38 MB) and chunked prefill.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.decoder import Decoder, NextTokens
+from lora_gpt2.inference.device_sampling import UNDECIDED
+from lora_gpt2.inference.drafting import limit_drafts
 from lora_gpt2.inference.prefixes import BLOCK, WORTHWHILE, count_shared
 from lora_gpt2.inference.sampling import sample_tokens
 from lora_gpt2.inference.scheduler import SEQUENCE_ERRORS, Scheduler
@@ -130,7 +132,37 @@ class Engine:
         running = self.scheduler.running
         if not running:
             return []
-        return sample(running, self.decoder.step(running))
+        drafts = self._draft(running)
+        return self._accept_drafts(running, drafts) if any(drafts) else sample(running, self.decoder.step(running))
+
+    def _draft(self, running: Sequence[SequenceState]) -> list[list[int]]:
+        """Returns what each running sequence drafts; nothing where a pass over several tokens costs much more."""
+        longest = max(sequence.num_cached for sequence in running)
+        most = min(limit_drafts(len(running)), self.cache.capacity - longest - 1)
+        if self.session.base.model.prepacked_head is None or most < 1:
+            return [[] for _ in running]
+        return [sequence.draft(most) for sequence in running]
+
+    def _accept_drafts(
+        self, running: Sequence[SequenceState], drafts: Sequence[Sequence[int]]
+    ) -> list[tuple[SequenceState, str]]:
+        """Samples behind each drafted token for as long as the drafts are what is sampled."""
+        logits, texts = self.decoder.check_drafts(running, drafts), [""] * len(running)
+        active = list(range(len(running)))
+        for place in range(logits.shape[1]):
+            following = NextTokens(logits=logits[active, place], tokens=[UNDECIDED] * len(active))
+            for index, (_, text) in zip(active, sample([running[index] for index in active], following), strict=True):
+                texts[index] += text
+            going = [index for index in active if not running[index].finish_reason and place < len(drafts[index])]
+            active = [index for index in going if running[index].new_ids[-1] == drafts[index][place]]
+            if not active:
+                break
+        for row, (sequence, draft) in enumerate(zip(running, drafts, strict=True)):
+            num_accepted = sequence.num_cached - int(self.cache.lengths[row]) + len(draft)
+            if draft and sequence.drafter is not None:
+                sequence.drafter.record(max(0, num_accepted))
+            self.cache.truncate(row, min(sequence.num_cached, int(self.cache.lengths[row])))
+        return list(zip(running, texts, strict=True))
 
     def _prefill(self, admitted: list[SequenceState]) -> list[tuple[SequenceState, str]]:
         """Prefills the prompts of admitted sequences and samples their first tokens; they are running afterwards."""

@@ -13,6 +13,7 @@ from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.constraint import start_constraint
 from lora_gpt2.inference.device_sampling import can_choose
+from lora_gpt2.inference.drafting import Drafter
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams, adjust_row, draw_uniform
 from lora_gpt2.inference.session import check_logits
@@ -112,6 +113,7 @@ class SequenceState:
         self._stream, self._matcher = TextStream(self.tokenizer), StopStringMatcher(self.settings.stop)
         self.params = SamplingParams.from_settings(self.settings)
         self.constraint = start_constraint(self.settings, self.tokenizer)
+        self.drafter = Drafter() if self.settings.speculate else None
 
     @property
     def ids(self) -> list[int]:
@@ -123,6 +125,13 @@ class SequenceState:
         """True if the adapter is to be chosen again before the next token."""
         every, count = self.settings.reroute_every, len(self.new_ids)
         return bool(self.routes and every and count and count % every == 0 and self.routes[-1].num_tokens < count)
+
+    def draft(self, most: int) -> list[int]:
+        """Returns up to `most` tokens that may follow, fewer than are wanted."""
+        room = min(most, self.max_new_tokens - len(self.new_ids) - 1)
+        if self.drafter is None or room < 1 or (self.routes and self.settings.reroute_every):
+            return []
+        return self.drafter.draft(self.ids, room)
 
     @property
     def num_cached(self) -> int:

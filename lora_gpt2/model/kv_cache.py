@@ -106,11 +106,15 @@ class KVCache:
         self._num_tokens = [self._num_tokens[row] for row in kept]
         self._num_written = [self._num_written[row] for row in kept]
 
+    def truncate(self, row: int, length: int) -> None:
+        """Shortens a row's sequence and zeroes what lies behind."""
+        self.lengths[row] = length
+        self._num_tokens[self._first + row] = length
+        self._clear_behind(row)
+
     def free(self, row: int) -> None:
         """Ends a row's sequence and zeroes what it wrote."""
-        self.lengths[row] = 0
-        self._num_tokens[self._first + row] = 0
-        self._clear_behind(row)
+        self.truncate(row, 0)
 
     def fill(self, row: int, blocks: Sequence[Float[Tensor, "layers 2 heads tokens head_dim"]]) -> None:
         """Begins a free row with keys and values that were computed before, block after block."""

@@ -159,6 +159,8 @@ class GenerateSettings(Section):
     """With the adapter `auto`: choose it again each time the text has grown by this many tokens; 0 = once."""
     length_penalty: Annotated[float, Field(ge=-5, le=5)] = 1.0
     """Beam search: scores are log-probabilities divided by length to this power."""
+    speculate: bool = True
+    """Check several drafted tokens at once where that is faster (packed weights on a CPU); the text is the same."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 2**27
     """Memory for the beginnings of prompts, so that those that begin alike are read once; 0 = off."""
     merge_into_base: bool = False
