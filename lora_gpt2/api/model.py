@@ -315,7 +315,9 @@ class Model:
         stop = keywords.get("stop")
         keywords = {**keywords, "stop": (stop,) if isinstance(stop, str) else stop}
         own = {"generate.dtype": self.recipe.generate.dtype}
-        return make_recipe(settings, "generate", keywords, own).generate
+        chosen = make_recipe(settings, "generate", keywords, own).generate
+        self.session.prefixes.max_bytes = chosen.prefix_cache_bytes
+        return chosen
 
     def _open_measuring(self, recipe: Recipe) -> Session:
         """Returns a session to measure with: in `evaluate.dtype` if it is set, else in what `load` was given."""

@@ -102,15 +102,13 @@ class BeamSearch:
 
     def _adjust(self, logprobs: Tensor) -> Tensor:
         """Returns log-probabilities `[beams, vocab]` after bias and penalties, -inf for what a constraint forbids."""
-        rows = [
-            adjust_logits(
-                row, torch.tensor([*self.prompt_ids, *beam], dtype=torch.long), len(self.prompt_ids), self.params
-            )
-            for row, beam in zip(logprobs, self.beams, strict=True)
-        ]
-        allowed = [constraint.find_allowed() for constraint in self.constraints if constraint is not None]
-        adjusted = torch.stack(rows)
-        return adjusted.masked_fill(~torch.stack(allowed), -torch.inf) if allowed else adjusted
+        rows = []
+        for row, beam, constraint in zip(logprobs, self.beams, self.constraints, strict=True):
+            allowed = row if constraint is None else row.masked_fill(~constraint.find_allowed(), -torch.inf)
+            ids = torch.tensor([*self.prompt_ids, *beam], dtype=torch.long)
+            adjusted = adjust_logits(allowed, ids, len(self.prompt_ids), self.params)
+            rows.append(adjusted if adjusted.isfinite().any() else allowed)  # as in sampling
+        return torch.stack(rows)
 
 
 def _follow(constraint: Constraint | None, token: int) -> Constraint | None:

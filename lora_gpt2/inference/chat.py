@@ -17,6 +17,7 @@ from lora_gpt2.store.manifest import Manifest
 
 ROLES = ("system", "user", "assistant")
 CONTENT = "{content}"
+MOST_CHARACTERS = 200  # of a stop text
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,19 @@ class ChatFormat:
 
     def render(self, messages: Sequence[Message]) -> str:
         """Returns the prompt of a chat: a line for each message, and the beginning of the assistant's next one."""
-        lines = [self.turns.get(message.role, CONTENT).replace(CONTENT, message.content) for message in messages]
+        lines = map(self.render_turn, messages)
         return "\n".join([*lines, self._begin("assistant").rstrip(" ")])
 
     def list_stops(self) -> tuple[str, ...]:
-        """Returns the texts before which an answer ends: what the next turn begins with."""
+        """Returns the texts before which an answer ends: what its own turn ends with, or the next one begins with."""
         begins = dict.fromkeys(self._begin(role).rstrip() for role in self.turns)
-        return tuple(f"\n{begin}" for begin in begins if begin)
+        end = self.turns.get("assistant", CONTENT).partition(CONTENT)[2].rstrip()
+        stops = [*([end] if end else []), *(f"\n{begin}" for begin in begins if begin)]
+        return tuple(stop[:MOST_CHARACTERS] for stop in stops)
+
+    def render_turn(self, message: Message) -> str:
+        """Returns the line of a message."""
+        return self.turns.get(message.role, CONTENT).replace(CONTENT, message.content)
 
     def _begin(self, role: str) -> str:
         return self.turns.get(role, CONTENT).partition(CONTENT)[0]

@@ -46,8 +46,10 @@ def choose_adapter(session: Session, text: str, names: Sequence[str], *, abstain
     base = session.base
     ids = base.tokenizer.encode(text)[-base.config.n_positions + 1 :]
     candidates = [name for name in names if name != BASE]
-    if not ids or not candidates:
+    if not candidates or (abstains and not ids):
         return AdapterChoice(adapter=BASE, probability=0.0, nll_nats_per_token={})
+    if not ids:
+        return AdapterChoice(adapter=candidates[0], probability=1 / len(candidates), nll_nats_per_token={})
     candidates += [BASE] if abstains else []
     tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
     totals: list[float] = []

@@ -25,6 +25,8 @@ from lora_gpt2.store.manifest import Manifest
 
 JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 WORD_BITS = 32
+MOST_REFERENCES = 256
+"""References of a schema and rules of a grammar: the library's stack ends with the process at a chain of 1,500."""
 
 
 class Constraint:
@@ -105,6 +107,8 @@ def _compile(tokenizer: Tokenizer, kind: str, content: str) -> Constraint:
     from llguidance import LLMatcher, grammar_from
 
     value = json.loads(content)
+    if max(content.count('"$ref"'), value.count(":") if kind == "grammar" else 0) > MOST_REFERENCES:
+        raise UsageError(f"generate.{kind} has more than {MOST_REFERENCES} references or rules", "make it smaller")
     try:
         if kind == "json_schema":
             grammar = LLMatcher.grammar_from_json_schema(value, defaults=JSON_OPTIONS)

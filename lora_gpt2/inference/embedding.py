@@ -21,14 +21,14 @@ from lora_gpt2.inference.session import Session
 
 BATCH_TOKENS = 4096
 PIECES, PIECE_TOKENS, FEWEST_PIECES = 128, 32, 4
-"""Pieces of a text that its moments are measured on, and tokens of each, which is a prompt's order of length."""
+"""How many pieces of a text its moments are measured on, and how long each is: about as long as a prompt."""
 
 
-def batch_by_length(texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Yields the indices of texts in batches of at most `BATCH_TOKENS` with padding, shorter texts first."""
+def batch_by_length(texts: Sequence[Sequence[int]], max_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Yields the indices of texts in batches of at most `max_tokens` with padding, shorter texts first."""
     batch: list[int] = []
     for index in sorted(range(len(texts)), key=lambda index: len(texts[index])):
-        if batch and (len(batch) + 1) * len(texts[index]) > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * len(texts[index]) > max_tokens:
             yield batch
             batch = []
         batch.append(index)

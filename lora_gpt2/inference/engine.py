@@ -149,12 +149,12 @@ class Engine:
         """Samples behind each drafted token for as long as the drafts are what is sampled."""
         logits, texts = self.decoder.check_drafts(running, drafts), [""] * len(running)
         active = list(range(len(running)))
-        for place in range(logits.shape[1]):
-            following = NextTokens(logits=logits[active, place], tokens=[UNDECIDED] * len(active))
+        for offset in range(logits.shape[1]):
+            following = NextTokens(logits=logits[active, offset], tokens=[UNDECIDED] * len(active))
             for index, (_, text) in zip(active, sample([running[index] for index in active], following), strict=True):
                 texts[index] += text
-            going = [index for index in active if not running[index].finish_reason and place < len(drafts[index])]
-            active = [index for index in going if running[index].new_ids[-1] == drafts[index][place]]
+            going = [index for index in active if not running[index].finish_reason and offset < len(drafts[index])]
+            active = [index for index in going if running[index].new_ids[-1] == drafts[index][offset]]
             if not active:
                 break
         for row, (sequence, draft) in enumerate(zip(running, drafts, strict=True)):
@@ -204,6 +204,8 @@ def split_by_beginning(
 ) -> tuple[list[SequenceState], list[SequenceState]]:
     """Returns the sequences to read first, and those that then have a beginning in common with one of them."""
     found: tuple[list[SequenceState], list[SequenceState]] = ([], [])
+    if not session.prefixes.max_bytes:
+        return list(sequences), []
     leaders: dict[object, SequenceState] = {}
     for sequence in sequences:
         key = None if sequence.scores_prompt else session.identify(sequence.mix)
@@ -300,14 +302,15 @@ def _accept(sequence: SequenceState, token: int, logits: Tensor | None) -> str:
 
 def _advance_search(sequence: SequenceState, search: BeamSearch) -> str:
     """Advances a beam search by one token; returns the text of the best hypothesis once the search is done."""
+    text = ""
     try:
         search.advance()
+        if not search.is_done:
+            return ""
+        best = search.hypotheses[0]
+        for token in best.ids:
+            if not sequence.finish_reason:
+                text += sequence.append(token)
     except SEQUENCE_ERRORS as error:
         return sequence.fail(error)
-    if not search.is_done:
-        return ""
-    best, text = search.hypotheses[0], ""
-    for token in best.ids:
-        if not sequence.finish_reason:
-            text += sequence.append(token)
     return text + (sequence.finish(best.finish_reason) if not sequence.finish_reason else "")

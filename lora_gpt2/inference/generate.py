@@ -250,7 +250,7 @@ def _build_sequences(
     session: Session, requests: Sequence[Request], settings: GenerateSettings, truncate_left: bool
 ) -> list[SequenceState]:
     tokenizer, context = session.base.tokenizer, session.base.config.n_positions
-    sequences = []
+    sequences, router = [], Router(session)
     for index, request in enumerate(requests):
         own = request.settings or settings
         if request.no_verbatim and own.num_beams > 1:
@@ -260,7 +260,7 @@ def _build_sequences(
         prompt_ids, max_new_tokens = encode_prompt(tokenizer, request.prompt, context, own, truncate_left)
         route = request.route
         if route is None and request.mix == AUTO_MIX:
-            route = (request.router or Router(session)).route(request.prompt)
+            route = (request.router or router).route(request.prompt)
         mix = session.resolve(request.mix) if route is None else route.mix
         sequences.append(
             SequenceState(

@@ -7,8 +7,11 @@ Reading a beginning here or anew is the same but for rounding, since sums are ta
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import takewhile
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,40 +27,41 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.num_bytes = max_bytes, 0
-        self._blocks: OrderedDict[Hashable, Tensor] = OrderedDict()  # the least recently used first
+        self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()  # the least recently used first
 
     def find(self, mix: Hashable, ids: Sequence[int]) -> list[Tensor]:
         """Returns the blocks that a text under a mix begins with; never all of it, since its last token is computed."""
-        found = []
-        for key in _list_keys(mix, ids[:-1]):
-            if (block := self._blocks.get(key)) is None:
-                break
-            self._blocks.move_to_end(key)
-            found.append(block)
-        return found if len(found) * BLOCK >= WORTHWHILE else []
+        if not self.max_bytes:
+            return []
+        found = list(takewhile(self._blocks.__contains__, _iter_keys(mix, ids[:-1])))
+        self._touch(found)
+        return [self._blocks[key] for key in found] if len(found) * BLOCK >= WORTHWHILE else []
 
     def store(self, mix: Hashable, ids: Sequence[int], row: Float[Tensor, "layers 2 heads tokens head_dim"]) -> None:
         """Keeps the whole blocks of a text, whose keys and values a row of the KV cache holds."""
-        keys = list(_list_keys(mix, ids))
-        if len(keys) * BLOCK < WORTHWHILE:
+        if len(ids) < WORTHWHILE or not self.max_bytes:
             return
+        keys = list(_iter_keys(mix, ids))
+        own = set(keys)
+        self._touch(keys)
         for index, key in enumerate(keys):
             if key in self._blocks:
-                self._blocks.move_to_end(key)
                 continue
             block = row[:, :, :, index * BLOCK : (index + 1) * BLOCK]
-            if self.num_bytes + block.nbytes > self.max_bytes and not self._make_room(block.nbytes, set(keys)):
-                return
+            while self.num_bytes + block.nbytes > self.max_bytes:
+                oldest = next(iter(self._blocks), None)
+                if oldest is None or oldest in own:  # the text's own were touched: nothing else is left
+                    return
+                self.num_bytes -= self._blocks.pop(oldest).nbytes
             self._blocks[key] = block.clone()
             self.num_bytes += block.nbytes
+        self._touch(keys)
 
-    def _make_room(self, size: int, spared: set[Hashable]) -> bool:
-        """Drops the least recently used blocks but those of the text at hand; returns False if that is not enough."""
-        for key in [key for key in self._blocks if key not in spared]:
-            if self.num_bytes + size <= self.max_bytes:
-                break
-            self.num_bytes -= self._blocks.pop(key).nbytes
-        return self.num_bytes + size <= self.max_bytes
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        """Makes blocks the most recently used, the first of a text last: without it the others are of no use."""
+        for key in reversed(keys):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
 
 
 def count_shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -68,6 +72,9 @@ def count_shared(first: Sequence[int], second: Sequence[int]) -> int:
     return shared // BLOCK * BLOCK
 
 
-def _list_keys(mix: Hashable, ids: Sequence[int]) -> list[Hashable]:
-    """Returns the key of each whole block: the mix, and all tokens up to its end."""
-    return [(mix, tuple(ids[:end])) for end in range(BLOCK, len(ids) + 1, BLOCK)]
+def _iter_keys(mix: Hashable, ids: Sequence[int]) -> Iterator[bytes]:
+    """Yields the key of each whole block: a digest of the mix and of all tokens up to its end."""
+    key = repr(mix).encode()
+    for start in range(0, len(ids) - BLOCK + 1, BLOCK):
+        key = hashlib.blake2b(key + array("q", ids[start : start + BLOCK]).tobytes(), digest_size=16).digest()
+        yield key

@@ -87,6 +87,12 @@ class Router:
         self._on_choice(choice)
         return choice
 
+    def among(self, names: Sequence[str]) -> Router:
+        """Returns a router of some of the candidates that never abstains, and knows what this one has read."""
+        router = Router(self.session, names, self._on_choice, abstains=False)
+        router._versions, router._known = self._versions, self._known
+        return router
+
     def route(self, text: str, num_tokens: int = 0) -> RoutedMix:
         """Returns what is chosen for a text whose last `num_tokens` tokens were generated."""
         choice = self.choose(text)

@@ -30,7 +30,7 @@ from lora_gpt2.model.prepacked import PrepackedLinear
 from lora_gpt2.model.probe import AdapterSelector
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
-from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
 from lora_gpt2.store.references import DIGEST_DIGITS, AdapterRef, label_of
 
 PREFIX_BYTES = 2**27
@@ -86,10 +86,10 @@ class Session:
         None for adapters in memory, which others may replace under their name.
         """
         found = [self.slots.find(reference) for reference in mix.references]
-        digests = [loaded.digest for loaded in found if loaded is not None and loaded.digest]
-        if len(digests) < len(mix):
+        identities = [loaded.identity for loaded in found if loaded is not None and loaded.identity]
+        if len(identities) < len(mix):
             return None
-        return tuple(zip(digests, (weight for _, weight in mix), strict=True))
+        return tuple(zip(identities, (weight for _, weight in mix), strict=True))
 
     def find_manifests(self, mix: Mix) -> list[Manifest | None]:
         """Returns the manifest of each adapter of a resolved mix, None for one in memory."""
@@ -106,7 +106,8 @@ class Session:
         if not manifest.digest.startswith(wanted.digest):
             raise NotFoundError(f"{wanted.label} was replaced by another adapter", "name it again")
         self._manifests[reference] = manifest
-        return VerifiedAdapter(adapter=adapter, digest=manifest.digest)
+        config_digest = manifest.files.get(PEFT_CONFIG, "")
+        return VerifiedAdapter(adapter=adapter, digest=manifest.digest, config_digest=config_digest)
 
     def load(self, references: Sequence[str]) -> None:
         """Loads adapters into slots, after all of them were verified; see `load_adapter` for the errors."""
@@ -157,4 +158,4 @@ class Session:
             linear = model.get_submodule(site)
             assert isinstance(linear, Linear)
             model.set_submodule(site, linear.with_weight(linear.dense(torch.float32) + delta.to(base.runtime.device)))
-        return Session(replace(base, model=model))
+        return Session(replace(base, model=model), prefix_bytes=self.prefixes.max_bytes)

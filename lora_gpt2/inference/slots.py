@@ -18,10 +18,20 @@ from lora_gpt2.model.lora import Adapter, merge_ranks
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedAdapter:
-    """An adapter in memory, and the sha256 of the weights it was read from ("" if it never was on disk)."""
+    """An adapter in memory, and the sha256 of the files it was read from ("" if it never was on disk)."""
 
     adapter: Adapter
     digest: str = ""
+    config_digest: str = ""
+
+    @property
+    def identity(self) -> tuple[str, str] | None:
+        """What only an equal adapter has too: the sha256 of its weights and of its scaling; None for one in memory."""
+        return (self.digest, self.config_digest) if self.digest else None
+
+    def is_same(self, other: VerifiedAdapter) -> bool:
+        """True if the other one need not take this one's slot."""
+        return self is other or (self.identity is not None and self.identity == other.identity)
 
 
 @dataclass
@@ -70,7 +80,7 @@ class AdapterSlots:
         fresh = {}
         for reference, loaded in adapters.items():
             slot = self._slots.pop(reference, None)
-            if slot is None or not (slot.loaded is loaded or (loaded.digest and slot.loaded.digest == loaded.digest)):
+            if slot is None or not slot.loaded.is_same(loaded):
                 fresh[reference] = loaded.adapter
                 slot = _Slot(loaded, slot.index if slot else self._allocate(adapters))
             self._slots[reference] = slot  # the most recently used comes last

@@ -139,7 +139,7 @@ class GenerateSettings(Section):
     """Never repeat an n-gram of this size; 0 = off."""
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     """Bias added to the logits of these token ids."""
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(max_length=16)] = ()
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(max_length=32)] = ()
     """Stop strings; the output ends before the first of them."""
     chat_turns: dict[str, str] = {}
     """How chats are written: a template for each role, such as {user: "U: {content}", assistant: "A: {content}"}."""

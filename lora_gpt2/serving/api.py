@@ -36,6 +36,7 @@ from lora_gpt2.inference.routing import RoutedMix, Router
 from lora_gpt2.inference.session import Session
 from lora_gpt2.rating.votes import check_vote
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.answers import show_bug, show_http_error
 from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat, read_messages, route_chat
 from lora_gpt2.serving.embeddings import build_embeddings, parse_embeddings
 from lora_gpt2.serving.metrics import Metrics
@@ -46,7 +47,7 @@ from lora_gpt2.serving.protocol import (
     build_sequences,
     build_settings,
     check_choices,
-    encode_prompt,
+    cut_prompt,
     fetch_model,
     parse_body,
     parse_json,
@@ -60,22 +61,8 @@ from lora_gpt2.store.listing import list_current
 from lora_gpt2.store.references import BASE, label_of
 
 PAGE = Path(__file__).parent / "page"
-CONTINUES = ": POST /v1/chat/completions, or /v1/completions with a prompt"
-ELSEWHERE = {
-    "/v1/responses": CONTINUES,
-    "/v1/messages": CONTINUES,
-    "/api/chat": CONTINUES,
-    "/api/generate": ": this is no ollama; POST /v1/completions with a prompt",
-    "/generate": ": POST /v1/completions with a prompt",
-    "/completions": ": POST /v1/completions",
-    "/models": ": GET /v1/models",
-    "/api/tags": ": GET /v1/models",
-    "/v1/load_lora_adapter": ": POST /v1/adapters/load",
-    "/v1/unload_lora_adapter": ": POST /v1/adapters/unload",
-    "/health": ": GET /healthz",
-}
-"""Routes of other servers, and what is asked here instead."""
 AUTO_DESCRIPTION = "the adapter under which the prompt is most likely, or the base"
+EMBEDDING_TOKENS = 1024
 CREATED = 1_546_300_800  # what OpenAI's list says of a base: when it came out; GPT-2's year, 2019
 READ_AND_REFUSED = 4  # times the largest body: who sends a little too much shall read the answer
 T = TypeVar("T")
@@ -105,6 +92,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.router = Router(self.session)
+        self._computing, self._num_computing = asyncio.Semaphore(1), 0
         self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self._record_step)
 
     def _record_step(self, batch_size: int, num_running: int, num_waiting: int) -> None:
@@ -135,7 +123,7 @@ class Server:
                 CORSMiddleware, allow_origins=access.origins, allow_methods=methods, allow_headers=headers
             )
             middleware.insert(0, cors)
-        handlers: dict[Any, Any] = {HTTPException: _show_http_error, Exception: _show_bug}
+        handlers: dict[Any, Any] = {HTTPException: show_http_error, Exception: show_bug}
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
     def _answer(
@@ -198,6 +186,7 @@ class Server:
         content = await self.read_body(request)
         started = time.monotonic()
         body = parse_body(content)
+        self._check_open()
         routes = await self._route(body) if body.model == AUTO else []
         return await self._complete(request, body, started, CompletionRequest, routes=routes)
 
@@ -206,12 +195,19 @@ class Server:
         content = await self.read_body(request)
         started = time.monotonic()
         body = parse_chat(content)
+        self._check_open()
         route = None
         if body.model == AUTO:
-            route = await self._call(partial(route_chat, read_messages(body), self.router))
+            route = await self._compute(partial(route_chat, read_messages(body), self.router))
         completion, dropped = await run_in_threadpool(build_completion, body, self.session, self.defaults, route)
         routes = [] if route is None else [route]
         return await self._complete(request, completion, started, ChatRequest, routes=routes, dropped_messages=dropped)
+
+    def _check_open(self) -> None:
+        """Raises what a request gets that is not taken on; asked before anything is computed for it."""
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down")
+        self.worker.check_room()
 
     async def _complete(
         self,
@@ -227,9 +223,7 @@ class Server:
 
         `routes` is what was chosen for each prompt, where the model is `auto`.
         """
-        if self.is_draining:
-            raise ApiError(503, "the server is shutting down")
-        self.worker.check_room()
+        self._check_open()
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed % 2**63
         sequences = await run_in_threadpool(
             build_sequences, body, self.session, self.defaults, self.limits, seed, routes
@@ -247,17 +241,14 @@ class Server:
     async def _route(self, body: CompletionBody) -> list[RoutedMix]:
         """Returns what `auto` chooses for each prompt of a request."""
         prompts = check_choices(body, build_settings(body, self.defaults), self.limits)
-        tokenizer = self.session.base.tokenizer
-        texts = [
-            item if isinstance(item, str) else tokenizer.decode(encode_prompt(item, tokenizer)) for item in prompts
-        ]
-        return [await self._call(partial(self.router.route, text)) for text in texts]
+        texts = await run_in_threadpool(lambda: [cut_prompt(each, self.session) for each in prompts])
+        return [await self._compute(partial(self.router.route, text)) for text in texts]
 
     async def embed(self, request: Request) -> Response:
         """POST /v1/embeddings."""
         content = await self.read_body(request)
+        self._check_open()
         body, texts = await run_in_threadpool(parse_embeddings, content, self.session)
-        self.worker.check_room()
         mix, loaded = await run_in_threadpool(fetch_model, body.model, self.session)
         vectors = torch.empty(len(texts), self.session.base.config.n_embd)
 
@@ -265,9 +256,11 @@ class Server:
             self.session.slots.load(loaded)
             return embed_batch(self.session, mix, [texts[index] for index in batch])
 
-        for batch in batch_by_length(texts):  # what is being decoded goes on in between
-            vectors[batch] = await self._call(partial(compute, batch))
-        return JSONResponse(build_embeddings(body, texts, vectors))
+        for batch in batch_by_length(texts, EMBEDDING_TOKENS):  # what is being decoded goes on in between
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            vectors[batch] = await self._compute(partial(compute, batch))
+        return await run_in_threadpool(lambda: JSONResponse(build_embeddings(body, texts, vectors)))
 
     async def record_vote(self, request: Request) -> Response:
         """POST /v1/choices: records what was chosen while the names were hidden, each held to its version."""
@@ -345,6 +338,20 @@ class Server:
         if not has_key(request.headers, key):
             raise ApiError(401, "the admin key is needed: Authorization: Bearer KEY", None, "invalid_api_key")
 
+    async def _compute(self, action: Callable[[], T]) -> T:
+        """Runs a forward pass in the engine's thread, one at a time, so that decoding goes on between any two.
+
+        Raises `BusyError` if too many are waiting.
+        """
+        if self._num_computing >= self.limits.max_waiting:
+            raise BusyError(f"{self._num_computing} requests are waiting to be computed", "retry later")
+        self._num_computing += 1
+        try:
+            async with self._computing:
+                return await self._call(action)
+        finally:
+            self._num_computing -= 1
+
     async def _call(self, action: Callable[[], T]) -> T:
         return await asyncio.wrap_future(self.worker.call(action))
 
@@ -374,13 +381,3 @@ def describe_model(name: str, created: int = CREATED, **more: Any) -> dict[str, 
 def parse_time(text: str) -> int:
     """Returns the seconds since 1970 of a time in ISO 8601."""
     return int(datetime.fromisoformat(text).timestamp())
-
-
-async def _show_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    ours = ApiError(error.status_code, f"{error.detail}{ELSEWHERE.get(request.url.path.rstrip('/'), '')}")
-    return JSONResponse(ours.to_json(), ours.status, error.headers)
-
-
-async def _show_bug(request: Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, f"a bug: {type(error).__name__}; see the server's log").to_json(), 500)

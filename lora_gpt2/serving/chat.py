@@ -85,8 +85,8 @@ def read_messages(body: ChatBody) -> list[Message]:
         if role not in ROLES:
             raise ApiError(400, f"{name}: its role is {', '.join(ROLES)}", "messages")
         content = item.get("content")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
+        if isinstance(content, list) and all(map(_is_text, content)):
+            content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
             raise ApiError(400, f"{name}: its content is a text", "messages")
         messages.append(Message(role, content))
@@ -102,8 +102,7 @@ def route_chat(messages: Sequence[Message], router: Router) -> RoutedMix:
     names = [name for name, manifest in manifests.items() if read_turns(manifest)]
     if not names:
         raise ApiError(400, "no adapter of the store was trained on chats", "model", "no_chat_template")
-    able = Router(router.session, names, abstains=False)  # the base could not answer
-    return able.route("\n".join(message.content for message in messages))
+    return router.among(names).route("\n".join(message.content for message in messages))  # the base could not answer
 
 
 def build_completion(
@@ -118,15 +117,19 @@ def build_completion(
         chat_format = find_chat_format(defaults, session.find_manifests(mix), body.model)
     except UsageError as error:
         raise ApiError(400, f"{error.message}; {error.hint}", "model", "no_chat_template") from error
-    context = session.base.config.n_positions
+    tokenizer, context = session.base.tokenizer, session.base.config.n_positions
     asked = body.max_completion_tokens or body.max_tokens
-    room = context - (asked or min(defaults.max_new_tokens, context // 4))
-    kept = fit_messages(messages, chat_format, session.base.tokenizer, room)
+    room = context - min(asked or defaults.max_new_tokens, context // 4)
+    kept = fit_messages(messages, chat_format, tokenizer, room)
+    left = context - len(tokenizer.encode(chat_format.render(kept)))
+    if left < 1:
+        text = f"the last message and the system's leave no room for an answer in a context of {context} tokens"
+        raise ApiError(400, text, "messages", "context_length_exceeded")
     own = [body.stop] if isinstance(body.stop, str) else body.stop or []
     completion = CompletionBody.model_validate(
         {
             **{name: getattr(body, name) for name in SHARED},
-            "max_tokens": asked,
+            "max_tokens": min(asked, left) if asked else None,
             "prompt": chat_format.render(kept),
             "stop": list(
                 dict.fromkeys([*own, *(defaults.stop if body.stop is None else ()), *chat_format.list_stops()])
@@ -141,7 +144,8 @@ def fit_messages(
     messages: Sequence[Message], chat_format: ChatFormat, tokenizer: Tokenizer, room: int
 ) -> list[Message]:
     """Returns the messages without the oldest ones that do not fit into so many tokens; the last one stays."""
-    sizes = [len(ids) for ids in tokenizer.encode_batch([chat_format.render([message]) for message in messages])]
+    lines = [f"{chat_format.render_turn(message)}\n" for message in messages]
+    sizes = [len(ids) for ids in tokenizer.encode_batch([*lines, chat_format.render([])])]
     kept, total = list(range(len(messages))), sum(sizes)
     for index in [index for index, message in enumerate(messages[:-1]) if message.role != "system"]:
         if total <= room:
@@ -149,6 +153,10 @@ def fit_messages(
         kept.remove(index)
         total -= sizes[index]
     return [messages[index] for index in kept]
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 class ChatChoice(CompletionChoice):
@@ -159,14 +167,15 @@ class ChatChoice(CompletionChoice):
         self._has_text = False
 
     def take_json(self) -> dict[str, Any]:
-        """Returns what was added since the last call; the space that the template left to the answer is not shown."""
-        text = self._text if self._has_text else self._text.lstrip(" ")
+        """Returns what was added since the last call, without the space that the template left to a free answer."""
+        is_begin = not self._has_text and not self.sequence.settings.constraint
+        text = self._text.removeprefix(" ") if is_begin else self._text
         message = {"content": text, **({"role": "assistant"} if self._is_first or not self.body.stream else {})}
         logprobs = None
         if self.body.logprobs is not None:
             found = [item for item in self._logprobs if isinstance(item, TokenLogprobs)]
             logprobs = {"content": [self._describe_token(item) for item in found], "refusal": None}
-        self._has_text = self._has_text or bool(text)
+        self._has_text = self._has_text or bool(self._text)
         self._is_first, self._text, self._logprobs = False, "", []
         return {
             "index": self.sequence.index,

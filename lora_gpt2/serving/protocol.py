@@ -242,7 +242,11 @@ def parse_names(model: str) -> list[str]:
 
 def fetch_model(model: str, session: Session) -> tuple[Mix, dict[str, VerifiedAdapter]]:
     """Returns the mix that `model` names and its adapters, fetched and verified; raises `ApiError` 404 or 503."""
-    mix = parse_model(model, session)
+    return fetch_mix(parse_model(model, session), session)
+
+
+def fetch_mix(mix: Mix, session: Session) -> tuple[Mix, dict[str, VerifiedAdapter]]:
+    """Returns a resolved mix and its adapters, fetched and verified; raises `ApiError` 404 or 503."""
     with _model_errors():
         return mix, {name: session.fetch(name) for name, _ in mix}
 
@@ -285,7 +289,7 @@ def build_sequences(
     prompts = check_choices(body, asked, limits)
     sequences: list[SequenceState] = []
     for index, prompt in enumerate(prompts):
-        mix, loaded = fetch_model(routes[index].choice.adapter if routes else body.model, session)
+        mix, loaded = fetch_mix(routes[index].mix, session) if routes else fetch_model(body.model, session)
         settings = adopt_constraint(asked, session.find_manifests(mix))
         prompt_ids, max_new_tokens = _fit_prompt(prompt, body, session, settings)
         for choice in range(body.n):
@@ -304,6 +308,12 @@ def build_sequences(
                 )
             )
     return sequences
+
+
+def cut_prompt(prompt: str | list[int], session: Session) -> str:
+    """Returns the end of a prompt that fits into the context, as a text; raises `ApiError`."""
+    ids = encode_prompt(prompt, session.base.tokenizer)
+    return session.base.tokenizer.decode(ids[-session.base.config.n_positions :])
 
 
 def _fit_prompt(

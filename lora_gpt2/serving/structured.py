@@ -16,6 +16,7 @@ from lora_gpt2.recipe import CONSTRAINTS
 KINDS = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
 """From vLLM's names to those of `generate.*`."""
 ANY_OBJECT = {"type": "object"}
+MOST_CHOICES = 1000
 
 
 class StructuredFields(BaseModel):
@@ -39,21 +40,26 @@ def read_constraint(body: StructuredFields) -> dict[str, Any]:
     found = {kind: getattr(body, f"guided_{kind}") for kind in KINDS}
     found = {kind: value for kind, value in found.items() if value is not None}
     asked = [f"guided_{kind}" for kind in found]
-    for name, read in (("structured_outputs", _read_structured), ("response_format", _read_format)):
-        if (value := getattr(body, name)) is not None:
-            found |= read(value)
-            asked.append(name)
-    if len(asked) > 1 or len(found) > 1:
-        raise ValueError(f"{asked[0]}: only one constraint at a time, found {', '.join(asked)}")
+    if structured := _read_structured(body.structured_outputs or {}):
+        asked += [f"structured_outputs.{kind}" for kind in structured]
+        found |= structured
+    if body.response_format is not None:
+        described = _read_format(body.response_format)
+        if described or not asked:  # a text without a constraint goes with any
+            found |= described
+            asked.append("response_format")
+    if len(asked) > 1:
+        raise ValueError(f"{asked[0].partition('.')[0]}: only one constraint at a time, found {', '.join(asked)}")
     if not asked:
         return {}
     empty: dict[str, Any] = {"choice": (), "regex": "", "json_schema": None, "grammar": ""}
-    own = {KINDS[kind]: _parse(kind, value, asked[0]) for kind, value in found.items()}
+    name = asked[0].partition(".")[0]
+    own = {KINDS[kind]: _parse(kind, value, name) for kind, value in found.items()}
     return {**{name: empty[name] for name in CONSTRAINTS}, **own, "constrained": bool(own)}
 
 
 def _read_structured(values: dict[str, Any]) -> dict[str, Any]:
-    found = {key: value for key, value in values.items() if value not in (None, False)}
+    found = {key: value for key, value in values.items() if value is not None and value is not False}
     if unknown := set(found) - {*KINDS, "json_object"}:
         known = ", ".join([*KINDS, "json_object"])
         raise ValueError(f"structured_outputs: there is no '{min(unknown)}'; it has {known}")
@@ -86,6 +92,8 @@ def _parse(kind: str, value: Any, name: str) -> Any:
         raise ValueError(f"{name}: a schema is a JSON object")
     if kind == "choice" and not (isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)):
         raise ValueError(f"{name}: choices are texts")
+    if kind == "choice" and len(value) > MOST_CHOICES:
+        raise ValueError(f"{name}: {len(value)} choices, at most {MOST_CHOICES} are allowed")
     if kind in ("regex", "grammar") and not (isinstance(value, str) and value):
         raise ValueError(f"{name}: expected a text")
     return value

@@ -6,6 +6,7 @@ import pytest
 import torch
 from openai import BadRequestError, OpenAI
 
+from lora_gpt2.inference.chat import ChatFormat, Message
 from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.mix import Mix
@@ -109,7 +110,7 @@ def test_an_answer_may_be_constrained(client):
     answer = client.chat.completions.create(
         model="named", messages=HELLO, extra_body={"structured_outputs": {"choice": [" yes", " no"]}}
     )
-    assert answer.choices[0].message.content in ("yes", "no")
+    assert answer.choices[0].message.content in (" yes", " no"), "exactly what was allowed"
 
 
 @pytest.mark.parametrize("name", ["base", "plain", "field", "plain+named", "listed+named"])
@@ -157,9 +158,25 @@ def test_the_oldest_messages_make_room_and_the_answer_says_so(port, base):
     assert status == 200
     assert 0 < answer["provenance"]["dropped_messages"] < 18
     assert answer["usage"]["prompt_tokens"] + 10 <= base.config.n_positions
+    many = {"model": "named", "messages": messages[-1:], "max_completion_tokens": 1000}
+    status, _, answer = ask(port, "/v1/chat/completions", many)
+    assert (status, answer["provenance"]["dropped_messages"]) == (200, 0)
     messages[-1]["content"] = "long " * 40
     status, _, answer = ask(port, "/v1/chat/completions", {"model": "named", "messages": messages})
-    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", "messages")
+
+
+def test_an_answer_ends_with_its_own_turn_and_long_beginnings_are_no_error():
+    wrapped = ChatFormat({"user": "[INST] {content} [/INST]", "assistant": "{content}</s>"})
+    assert wrapped.list_stops() == ("</s>", "\n[INST]")
+    assert wrapped.render([Message("user", "hi")]) == "[INST] hi [/INST]\n"
+    long = ChatFormat({"user": "x" * 500 + "{content}", "assistant": "A: {content}"})
+    assert all(len(stop) <= 200 for stop in long.list_stops())
+
+
+def test_auto_answers_a_chat_that_says_nothing(client):
+    answer = client.chat.completions.create(model="auto", messages=[{"role": "user", "content": ""}])
+    assert answer.choices[0].message.role == "assistant"
 
 
 @pytest.mark.parametrize(
@@ -170,13 +187,14 @@ def test_the_oldest_messages_make_room_and_the_answer_says_so(port, base):
         ({"messages": [{"role": "user", "content": 5}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"mesages": 1}, "mesages"),
         ({"modalities": ["audio"]}, "modalities"),
-        ({"stop": [f"x{k}" for k in range(20)]}, "stop"),
+        ({"stop": [f"x{k}" for k in range(40)]}, "stop"),
         ({"n": 100}, "n"),
     ],
 )

@@ -177,6 +177,7 @@ class Result {
     const parts = origin.adapters.map((part) => `${part.adapter} (${part.sha256.slice(0, 12)})`).join(" + ") || "no adapter";
     const routes = origin.auto?.[0] ?? [];
     const found = routes.map((route) => route.adapter === "base" ? "no adapter is clearly the one" : `${route.adapter}: ${Math.round(100 * route.probability)} % sure`);
+    if (routes.length > 1) this.pinned = null;  // several wrote it: a vote is for none of them
     this.origin.textContent = `${found.length ? `auto chose ${found.join(", then ")}; ` : ""}${parts}, seed ${origin.seed}`;
   }
 

@@ -191,3 +191,29 @@ def test_a_recipe_from_elsewhere_that_holds_nonsense_is_refused(base, store):
     assert adopt({"generate": "nothing"}).constraint == ""
     assert adopt({"generate": {"regex": "a", "constrained": False}}).constraint == ""
     assert adopt_constraint(settings(), [None]).constraint == ""
+
+
+def test_a_beam_search_in_which_nothing_is_left_goes_on_with_what_is_allowed(base):
+    own = settings(choice=(" a a a a a",), num_beams=2, no_repeat_ngram_size=1)
+    other = Request("the dog", seed=2)
+    found = generate_all(Session(base), [Request("the cat", settings=own), other], settings(max_new_tokens=6))
+    assert found[0].text == " a a a a a"
+    assert found[1] == generate(Session(base), [other], settings(max_new_tokens=6))[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {
+            "json_schema": {
+                "$ref": "#/$defs/a0",
+                "$defs": {f"a{k}": {"type": "array", "items": {"$ref": f"#/$defs/a{k + 1}"}} for k in range(5000)},
+            }
+        },
+        {"grammar": "start: a0\n" + "".join(f'a{k}: "y" a{k + 1}\n' for k in range(5000))},
+    ],
+    ids=["schema", "grammar"],
+)
+def test_chains_that_would_end_the_process_are_refused(base, values):
+    with pytest.raises(UsageError, match="references or rules"):
+        start_constraint(settings(**values), base.tokenizer)

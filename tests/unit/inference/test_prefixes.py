@@ -1,5 +1,8 @@
 """A beginning that was read before is not read again, and nobody can tell."""
 
+import dataclasses
+import time
+
 import pytest
 import torch
 
@@ -196,3 +199,40 @@ def test_a_group_is_no_longer_than_a_row_has_room_for(open_session):
     for group in groups:
         longest = max(known[index] * BLOCK for index in group)
         assert longest + max(lengths[index] - known[index] * BLOCK for index in group) <= 320
+
+
+def test_adapters_of_the_same_weights_with_another_alpha_share_nothing(long_base, store):
+    adapter = make_adapter(long_base.config, 1)
+    publish_adapter(store, "one", adapter, long_base, Origin())
+    publish_adapter(store, "two", replace_scale(adapter, 8.0), long_base, Origin())
+    manifests = [store.read_manifest(name) for name in ("one", "two")]
+    assert manifests[0].digest == manifests[1].digest
+    expected = generate(Session(long_base, store, prefix_bytes=0), ask(["a"], "two"), SETTINGS)
+    session = Session(long_base, store)
+    assert generate(session, ask(["a"], "one"), SETTINGS) != expected
+    assert generate(session, ask(["a"], "two"), SETTINGS) == expected
+
+
+def replace_scale(adapter, factor):
+    updates = {k: dataclasses.replace(update, alpha=update.alpha * factor) for k, update in adapter.updates.items()}
+    return dataclasses.replace(adapter, updates=updates)
+
+
+def test_the_beginning_of_a_text_outlives_its_end():
+    row = torch.randn(1, 2, 1, 160, 2)
+    size = row[:, :, :, :BLOCK].nbytes
+    cache = PrefixCache(10 * size)
+    cache.store("m", list(range(160)), row)
+    cache.store("m", list(range(500, 580)), row)
+    assert len(cache.find("m", list(range(160)))) == 5
+
+
+def test_a_full_cache_takes_a_long_text_in_little_time():
+    row = torch.zeros(1, 2, 1, 1024, 1)
+    cache = PrefixCache(500 * row[:, :, :, :BLOCK].nbytes)
+    for start in range(0, 20_000, 1024):
+        cache.store("m", range(start, start + 1024), row)
+    began = time.perf_counter()
+    for start in range(30_000, 50_000, 1024):
+        cache.store("m", range(start, start + 1024), row)
+    assert time.perf_counter() - began < 0.4, "20 texts; it was 80 ms for one"

@@ -73,6 +73,9 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "any", "schema": SCHEMA
         ({"structured_outputs": {"choice": ["a"], "regex": None}}, "choice", ("a",)),
         ({"structured_outputs": {"json_object": True}}, "json_schema", {"type": "object"}),
         ({"response_format": {"type": "text"}}, "", None),
+        ({"response_format": {"type": "text"}, "guided_regex": "b"}, "regex", "b"),
+        ({"structured_outputs": {}}, "regex", "z"),
+        ({"structured_outputs": {"choice": None, "json_object": False}}, "regex", "z"),
         ({}, "regex", "z"),
     ],
 )
@@ -98,6 +101,8 @@ def test_clients_constrain_as_they_do_elsewhere_and_go_before_the_servers_defaul
         ({"guided_json": "[]"}, "guided_json"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_choice": [""]}, "guided_choice"),
+        ({"guided_choice": ["a"] * 1001}, "guided_choice"),
+        ({"structured_outputs": {"json": 0}}, "structured_outputs"),
         ({"structured_outputs": {"regex": 7}}, "structured_outputs"),
     ],
 )
