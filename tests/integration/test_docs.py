@@ -40,6 +40,8 @@ def folder(tmp_path, monkeypatch):
         text = make_text(60, seed)
         rows = [json.loads(line)["text"] for line in text.splitlines()]
         (tmp_path / name).write_text(text if name.endswith("l") else "\n<|endoftext|>\n".join(row * 3 for row in rows))
+    person = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    (tmp_path / "person.json").write_text(json.dumps(person | {"additionalProperties": False}))
     (tmp_path / "prompts.txt").write_text("The first\nThe second\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
