@@ -8,7 +8,7 @@ COPY recipes recipes
 COPY lora_gpt2 lora_gpt2
 RUN if [ "$TORCH" = cpu ]; then INDEX="--extra-index-url https://download.pytorch.org/whl/cpu"; fi \
     && pip install $INDEX --constraint constraints.txt ".[serve,documents]"
-RUN useradd --create-home --uid 1000 writer && mkdir -p /adapters /cache && chown writer /adapters /cache
+RUN useradd --create-home --uid 1000 writer && mkdir -p /adapters /cache /records && chown writer /adapters /cache /records
 USER writer
 WORKDIR /work
 VOLUME ["/adapters", "/cache"]

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lora_gpt2.model import gelu
 from lora_gpt2.model.bank import AdapterBank, BankSite
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.counter_random import draw_dropout_mask
@@ -126,7 +127,7 @@ class _Projection(torch.autograd.Function):
     ) -> Tensor:
         """Returns `[batch, time, out]`; `grad_trigger` only makes autograd call `backward`."""
         ctx.adapters, ctx.site, ctx.linear, ctx.prologue, ctx.views = adapters, site, linear, prologue, views
-        h = apply_prologue(prologue, x)
+        h = gelu.compute_gelu(x) if gelu.applies(prologue, x) else apply_prologue(prologue, x)
         y: Tensor = linear(h)
         z = None
         if views is not None:
@@ -141,13 +142,15 @@ class _Projection(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Adds the gradients of A and B to the bank's; returns that of x."""
         (dy,), (x, z), adapters, views, prologue = upstream, ctx.saved_tensors, ctx.adapters, ctx.views, ctx.prologue
-        statistics: tuple[Tensor, ...] = ()
+        saved: Sequence[Tensor] = ()
         dz = mask = None
         if isinstance(prologue, LayerNorm):
             h, *rest = torch.native_layer_norm(
                 x, prologue.normalized_shape, prologue.weight, prologue.bias, prologue.eps
             )
-            statistics = tuple(rest)
+            saved = rest
+        elif views is not None and gelu.applies(prologue, x):
+            h, *saved = gelu.compute_gelu_and_derivative(x)
         elif views is not None:
             h = apply_prologue(prologue, x)
         if views is not None:
@@ -164,7 +167,7 @@ class _Projection(torch.autograd.Function):
                 adapters.by_slot(dh).baddbmm_(dz, views.lora_a_cast[adapters.slots])
             elif views is not None and dz is not None and mask is not None:
                 dh.addcmul_(torch.bmm(dz, views.lora_a_cast[adapters.slots]).view(dh.shape), mask)
-            dx = _backward_prologue(prologue, dh, x, statistics)
+            dx = _backward_prologue(prologue, dh, x, saved)
         return dx, None, None, None, None, None, None
 
 
@@ -191,13 +194,18 @@ class _HeadInput(torch.autograd.Function):
         return dh if mask is None else dh.mul_(mask), None, None, None
 
 
-def _backward_prologue(prologue: Prologue, dh: Tensor, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
-    """Returns the gradient of x through the norm (whose weights are constants) or the activation."""
+def _backward_prologue(prologue: Prologue, dh: Tensor, x: Tensor, saved: Sequence[Tensor]) -> Tensor:
+    """Returns the gradient of x through the norm (whose weights are constants) or the activation.
+
+    `saved` is what computing it again has left: the norm's statistics, or the activation's derivative.
+    """
     if isinstance(prologue, LayerNorm):
-        mean, rstd = statistics
+        mean, rstd = saved
         shape, output_mask = prologue.normalized_shape, [True, False, False]
         weight, bias = prologue.weight, prologue.bias
         dh = torch.ops.aten.native_layer_norm_backward(dh, x, shape, mean, rstd, weight, bias, output_mask)[0]
+    elif saved:
+        dh.mul_(saved[0])
     elif isinstance(prologue, nn.GELU):
         dh = torch.ops.aten.gelu_backward(dh, x, approximate=prologue.approximate)
     return dh

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from lora_gpt2.model.attention import attend_by_blocks
 from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.kv_cache import KVCache
 
@@ -130,16 +131,24 @@ class Attention(nn.Module):
         batch, time, width = x.shape
         fused = project(self.c_attn, f"h.{self.layer}.attn.c_attn", norm, x, context.adapters)
         qkv = fused.view(batch, time, 3, self.n_head, width // self.n_head)
+        if qkv.requires_grad and qkv.device.type == "cpu":
+            attended = attend_by_blocks(qkv, self.scale, context.mask)
+        else:
+            attended = self._attend(qkv, context).transpose(1, 2)
+        attended = attended.reshape(batch, time, width)
+        return project(self.c_proj, f"h.{self.layer}.attn.c_proj", None, attended, context.adapters)
+
+    def _attend(
+        self, qkv: Float[Tensor, "batch time 3 heads head_width"], context: ForwardContext
+    ) -> Float[Tensor, "batch heads time head_width"]:
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # whose gradients are put together as they lie
         if context.cache is not None:
             cached = context.cache.append(self.layer, context.positions, qkv[:, :, 1:])
             if context.mask is not None:
                 k, v = cached
-        attended = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q, k, v, attn_mask=context.mask, is_causal=context.mask is None, scale=self.scale
         )
-        attended = attended.transpose(1, 2).reshape(batch, time, width)
-        return project(self.c_proj, f"h.{self.layer}.attn.c_proj", None, attended, context.adapters)
 
 
 class MLP(nn.Module):

@@ -23,17 +23,21 @@ from lora_gpt2.model.gpt2 import LowRankLogits
 from lora_gpt2.model.kernels import has_triton
 
 CPU_TOKENS, DEVICE_TOKENS = 256, 1024
+CACHED_LOGITS = 1_600_000
+"""Logits that a CPU scores at a time, in float32: several passes go over them, which its cache shall hold."""
 
 
 def tokens_per_chunk(device: torch.device) -> int:
-    """Returns the number of tokens whose logits fit a CPU's cache, or fill a GPU."""
+    """Returns the number of tokens whose logits are computed in one product."""
     return CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS
 
 
-def bytes_per_logit(device: torch.device, item: int) -> int:
-    """Returns the bytes that a logit of a chunk takes where a value of the head takes `item`."""
-    has_copy = item != 4 and not (device.type == "cuda" and has_triton())
-    return item + 4 * has_copy
+def measure_chunk(tokens: int, vocab_size: int, device: torch.device, item: int) -> int:
+    """Returns the bytes of the logits of a chunk, where a value of the head takes `item`, and of their float32 copy."""
+    size = min(tokens_per_chunk(device), tokens) * vocab_size
+    if item == 4 or (device.type == "cuda" and has_triton()):
+        return item * size
+    return item * size + 4 * (min(size, CACHED_LOGITS) if device.type == "cpu" else size)
 
 
 def linear_nll(
@@ -66,9 +70,12 @@ class _Chunks:
         self.num_tokens = min(tokens_per_chunk(hidden.device), self.group_tokens)
         self.padded = hidden.new_empty(self.num_tokens, len(head))
         self.has_kernel = hidden.device.type == "cuda" and has_triton()
-        self.exact = self.padded[:, : self.vocab_size]  # in float32, except where the kernel converts by itself
+        is_cpu = hidden.device.type == "cpu"
+        self.num_rows = max(1, CACHED_LOGITS // self.vocab_size) if is_cpu else max(1, self.num_tokens)
+        self.exact: Tensor | None = None
         if self.padded.dtype != torch.float32 and not self.has_kernel:
-            self.exact = hidden.new_empty(self.exact.shape, dtype=torch.float32)
+            rows = min(self.num_rows, self.num_tokens)
+            self.exact = hidden.new_empty(rows, self.vocab_size, dtype=torch.float32)
 
     def split(self) -> Iterator[tuple[int, slice]]:
         """Yields the chunks: the group of the update, and the tokens, which are all of that group."""
@@ -92,7 +99,15 @@ class _Chunks:
             from lora_gpt2.model.loss_kernel import score_rows
 
             return score_rows(padded, self.vocab_size, targets, factors, smoothing)
-        return self._score_eagerly(padded[:, : self.vocab_size], targets, factors, smoothing)
+        nll = torch.empty(targets.shape, dtype=torch.float32, device=padded.device)
+        uniform = torch.empty_like(nll) if smoothing else None
+        for first in range(0, len(targets), self.num_rows):
+            rows = slice(first, first + self.num_rows)
+            some = None if factors is None else factors[rows]
+            nll[rows], mean = self._score_eagerly(padded[rows, : self.vocab_size], targets[rows], some, smoothing)
+            if uniform is not None and mean is not None:
+                uniform[rows] = mean
+        return nll, uniform
 
     def compare(self, group: int, tokens: slice, reference: Tensor, has_loss: Tensor, factors: Tensor | None) -> Tensor:
         """Returns KL(reference || these logits) of some tokens, in nats; 0 where there is no loss.
@@ -121,9 +136,7 @@ class _Chunks:
     ) -> tuple[Tensor, Tensor | None]:
         """Does what `score_rows` does."""
         has_loss, ids = targets != IGNORE, targets.clamp_min(0)[:, None]
-        logits = self.exact[: len(targets)]
-        if logits.dtype != lowp.dtype:
-            logits.copy_(lowp)
+        logits = lowp if self.exact is None else self.exact[: len(targets)].copy_(lowp)
         logits.sub_(logits.amax(1, keepdim=True))
         target_logits, mean = logits.gather(1, ids)[:, 0], logits.mean(1) if smoothing else None
         normaliser = logits.exp_().sum(1)

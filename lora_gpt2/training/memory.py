@@ -21,8 +21,9 @@ from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.core.memory import is_out_of_memory
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD, GPT2Config
+from lora_gpt2.model.gelu import BUFFER_BYTES, PIECE
 from lora_gpt2.model.lora import build_ranks, layer_of, merge_ranks, plan_targets, target_of
-from lora_gpt2.model.loss import bytes_per_logit, tokens_per_chunk
+from lora_gpt2.model.loss import measure_chunk, tokens_per_chunk
 from lora_gpt2.model.quantize import bytes_per_weight
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import Recipe
@@ -72,22 +73,23 @@ def estimate_memory(
     copies = item if item != 4 else 0
     buffers = BUFFERS + any(r.train.loraplus_lr_ratio > 1 for r in known)
     buffers += any(plan.blocks or plan.frozen_rank for r in known for plan in plan_targets(config, r.lora))
-    dense = config.n_embd * config.n_inner * (item + 2) if settings.quantize != "none" else 0
     largest = (0, 0)
     for group in _iter_groups(recipes):
         tokens = count_micro_batch_tokens(group)
-        kept, backward = _measure_token(config, group[0], ranks, item)
+        kept, backward = _measure_token(config, group[0], ranks, runtime)
         noise = 4 * config.n_embd * tokens if group[0].train.neftune_noise_alpha else 0
         if group[0].data.layout == "packed":
             noise += tokens * group[0].data.block_size * item  # what hides other documents from each
         chunk = _measure_chunk(config, tokens, runtime)
+        passing = _measure_passing(config, group[0], ranks, tokens, runtime)
         chunk += ranks.get(HEAD, 0) * config.vocab_size * (4 * len(group) + item)  # the gradient of its update
-        largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + dense)), key=sum)
+        largest = max(largest, (tokens * kept + noise, max(chunk, tokens * backward + passing)), key=sum)
         if rows := max(recipe.replayed_per_step for recipe in group):
             replayed = count_micro_batch_tokens(group, rows)
             chunk += _measure_comparison(config, replayed, runtime)
             reference = replayed * config.n_embd * item
-            largest = max(largest, (replayed * kept + reference, max(chunk, replayed * backward + dense)), key=sum)
+            passing = _measure_passing(config, group[0], ranks, replayed, runtime)
+            largest = max(largest, (replayed * kept + reference, max(chunk, replayed * backward + passing)), key=sum)
     kept_text = max(r.train.replay_tokens if r.replayed_per_step else 0 for r in recipes)
     is_shared = runtime.device.type != "cuda"  # a GPU leaves it to the host
     parts = {
@@ -112,8 +114,7 @@ def _measure_validation(config: GPT2Config, recipes: Sequence[Recipe], runtime: 
 
 def _measure_chunk(config: GPT2Config, tokens: int, runtime: Runtime) -> int:
     """Returns the bytes of the logits that exist at the same time."""
-    size = min(tokens_per_chunk(runtime.device), tokens)
-    return size * config.vocab_size * bytes_per_logit(runtime.device, runtime.dtype.itemsize)
+    return measure_chunk(tokens, config.vocab_size, runtime.device, runtime.dtype.itemsize)
 
 
 def _measure_comparison(config: GPT2Config, tokens: int, runtime: Runtime) -> int:
@@ -127,18 +128,34 @@ def _iter_groups(recipes: Sequence[Recipe]) -> Iterator[list[Recipe]]:
         yield [recipes[index] for index in indices]
 
 
-def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], item: int) -> tuple[int, int]:
+def _measure_token(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], runtime: Runtime) -> tuple[int, int]:
     """Returns the bytes kept per token when the loss is computed, and what the backward pass adds at its peak."""
+    item = runtime.dtype.itemsize
     width, inner = config.n_embd * item, config.n_inner * item
     live = config.n_layer - min(
         (layer for site in ranks if (layer := layer_of(site)) is not None), default=config.n_layer
     )
     products = sum(ranks.values()) * item
-    block = KEPT_WIDTHS * width + inner + 4 * config.n_head  # the last for the attention's float32 normaliser
-    backward = width + 2 * inner + (inner if recipe.lora.dropout else 0) - FREED_WIDTHS * width
+    normaliser = 0 if runtime.device.type == "cpu" else 4 * config.n_head  # the attention's, in float32
+    block = KEPT_WIDTHS * width + inner + normaliser
+    backward = width + 2 * inner - FREED_WIDTHS * width
     if recipe.train.gradient_checkpointing:
         return (live + END_WIDTHS) * width, backward + block - width + products // config.n_layer
     return live * block + products + END_WIDTHS * width, backward
+
+
+def _measure_passing(config: GPT2Config, recipe: Recipe, ranks: dict[str, int], tokens: int, runtime: Runtime) -> int:
+    """Returns what the backward pass through the last MLP takes besides, at the larger of two moments.
+
+    While GELU is computed again, its buffers (on a CPU); after it, a quantized weight in full, and with dropout the
+    mask and a product with it.
+    """
+    gelu = 0
+    if runtime.device.type == "cpu" and any(target_of(site) == "mlp.c_proj" for site in ranks):
+        gelu = BUFFER_BYTES * min(PIECE, tokens * config.n_inner)
+    item = runtime.dtype.itemsize
+    dense = config.n_embd * config.n_inner * (item + 2) if recipe.train.quantize != "none" else 0
+    return max(gelu, dense + (2 * tokens * config.n_inner * item if recipe.lora.dropout else 0))
 
 
 def count_micro_batch_tokens(recipes: Sequence[Recipe], rows: int = 0) -> int:

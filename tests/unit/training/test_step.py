@@ -68,7 +68,7 @@ def test_each_slots_gradient_in_16_bits_is_float32s_whatever_its_loss_scale(base
         assert wanted.any() == any(slot in slots for slots in groups)
         # roundings on the way through two blocks; a wrong scale would be a factor of 8 at least
         assert (found - wanted).norm() <= 4 * epsilon * wanted.norm(), slot
-        assert float(((found - wanted) * wanted).sum().abs()) <= epsilon * float(wanted.square().sum()), slot
+        assert float(((found - wanted) * wanted).sum().abs()) <= 2 * epsilon * float(wanted.square().sum()), slot
     assert torch.allclose(rounded.losses, exact.losses, rtol=epsilon), "the loss is not scaled"
 
 
