@@ -110,6 +110,10 @@ def measure_peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    with contextlib.suppress(OSError):  # on Linux, where `ru_maxrss` begins at that of the parent
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     resource = _find_resource()
     if resource is None:
         import psutil

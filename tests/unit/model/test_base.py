@@ -270,3 +270,14 @@ def test_loading_takes_the_weights_and_one_tensor_more(tmp_path, base_folder):
     assert weights > 7e7
     few = 8 * largest  # in float32 in the file and as two copies, and what a mapping has beyond its bound
     assert peak <= 1.1 * weights + few + MAPPED_BYTES
+
+
+PEAK = "import torch; from lora_gpt2.model.runtime import measure_peak_memory as f; print(f(torch.device('cpu')))"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process begins at the peak of another")
+def test_the_peak_is_this_processs_and_not_that_of_the_one_which_started_it():
+    """Linux' `ru_maxrss` survives exec: a command that a large process starts would report that process's peak."""
+    large = f"import subprocess, sys; block = bytearray(12 * 10**8); subprocess.run([sys.executable, '-c', {PEAK!r}])"
+    done = subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True)
+    assert 50e6 < int(done.stdout) < 9e8
