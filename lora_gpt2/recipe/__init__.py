@@ -253,6 +253,8 @@ class ServeSettings(Section):
     """Answer 408 to clients that have not sent their body within this time."""
     send_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Disconnect clients that read nothing for this long."""
+    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """Time after SIGTERM in which requests are still taken while /readyz says 503, so that load balancers turn away."""
     shutdown_grace_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """Grace period for in-flight requests after SIGTERM."""
 

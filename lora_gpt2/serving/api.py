@@ -88,6 +88,8 @@ class Server:
     access: Access = Access()
     vote_log: LocalLog | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    is_leaving: bool = False
+    """True once load balancers shall turn away: requests are still taken on, until `is_draining`."""
     is_draining: bool = False
 
     def __post_init__(self) -> None:
@@ -364,7 +366,7 @@ class Server:
     async def show_ready(self, request: Request) -> Response:
         """GET /readyz: 200 while new requests are taken on."""
         await self.show_health(request)
-        if self.is_draining:
+        if self.is_leaving or self.is_draining:
             raise ApiError(503, "the server is shutting down")
         return JSONResponse({"status": "ready", "base": self.session.base.name})
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
+import signal
 import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
 import h11
@@ -132,15 +135,26 @@ class HttpServer(uvicorn.Server):
         self.served, self.on_started = server, on_started
         self.stop = StopRequest()
         self.was_cut_off = False
+        self._leave_at = math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, then says so."""
         await super().startup(sockets)
         self.on_started()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to leave at the first signal; the second one ends the server."""
+        if self.stop.signal_number:
+            super().handle_exit(sig, frame)
+        self.stop.signal_number = sig
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second by uvicorn."""
-        if self.served.worker.error is not None or self.stop.signal_number:
+        if self.stop.signal_number and not self.served.is_leaving:
+            self.served.is_leaving = True
+            is_drained = self.stop.signal_number == signal.SIGTERM
+            self._leave_at = time.monotonic() + (self.served.limits.drain_seconds if is_drained else 0)
+        if self.served.worker.error is not None or time.monotonic() >= self._leave_at:
             self.should_exit = True
         return await super().on_tick(counter)
 

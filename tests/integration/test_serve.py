@@ -735,8 +735,9 @@ def test_no_malformed_request_is_a_server_error_and_none_leaves_anything(server,
     assert ask_completion(port)[0] == 200
 
 
-def start_process(base_folder, store):
+def start_process(base_folder, store, *options):
     command = [sys.executable, "-m", "lora_gpt2", "serve", "--port", "0", "--base", base_folder, "--store", store.root]
+    command += options
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     line = process.stderr.readline()
     if "at http://127.0.0.1:" not in line:
@@ -761,6 +762,24 @@ def test_sigterm_lets_what_has_begun_end(base_folder, trained):
     with process:
         assert process.wait(timeout=20) == 143
         assert "what had begun was answered" in process.stderr.read()
+
+
+@pytest.mark.parametrize(("asked", "drains"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
+def test_a_server_that_leaves_says_so_first_and_still_answers(base_folder, trained, asked, drains):
+    process, port = start_process(base_folder, trained, "--set", "serve.drain_seconds=3")
+    with process:
+        assert ask(port, "/readyz")[0] == 200
+        process.send_signal(asked)
+        began = time.monotonic()
+        if drains:
+            while ask(port, "/readyz")[0] == 200:
+                assert time.monotonic() - began < 2
+                time.sleep(0.02)
+            assert ask(port, "/healthz")[0] == 200
+            status, _, answer = ask(port, "/v1/completions", {"model": "law", "prompt": "the", "max_tokens": 4})
+            assert (status, answer["provenance"]["adapters"][0]["adapter"]) == (200, "law@1")
+        assert process.wait(timeout=20) == 128 + asked
+        assert (time.monotonic() - began >= 3) == drains
 
 
 def test_a_port_that_is_taken_and_a_host_for_all_are_refused(run, base_folder, trained):
