@@ -1,10 +1,11 @@
 """What an adapter repeats verbatim of the text it was trained on.
 
-Three questions, each with its control:
+Four questions, each with its control:
 - discoverable extraction (Carlini et al. 2023, arXiv:2202.07646, section 3): given 50 tokens of the training text, does
   greedy decoding give the next 50? One pass answers it: it does exactly where each of them is the likeliest after the
   true ones before. Controls: held-out text, and the base.
 - copies: which share of sampled texts holds a run of 50 tokens that stands in the training text?
+- its drafter: what its table of successors alone gives after the same tokens (`data/successors.py`).
 - canaries: is a planted secret likelier than others of its form? See `canaries`.
 """
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from lora_gpt2.audit.canaries import Canary, Exposure, measure_exposure
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.data.ngram_index import NgramIndex
+from lora_gpt2.data.successors import SuccessorTable
 from lora_gpt2.evaluation.held_out import OwnText
 from lora_gpt2.evaluation.quality import PROMPT_TOKENS, Write
 from lora_gpt2.model.base import Base
@@ -102,6 +104,7 @@ class MemorizationReport:
         adapter: its version, such as `law@2`.
         run_tokens: length of prefixes and of the continuations that are compared.
         train, held_out, base_on_train: extraction from the training text, and both controls.
+        drafter: extraction from the training text by the adapter's drafter alone; None if it has none.
         chance: p of so many more extracted than in the control (Fisher's exact test, one-sided).
         extracted_examples: the first of the runs that were extracted.
         copies: what sampled texts copy; None if none were sampled.
@@ -119,13 +122,15 @@ class MemorizationReport:
     extracted_examples: list[Excerpt]
     copies: Copies | None
     canaries: list[Exposure]
+    drafter: Extraction | None
     same_text: bool
     reasons: list[str]
 
     @property
     def extraction(self) -> dict[str, Extraction]:
         """The extraction from each text, by the keys of `to_json`."""
-        return {"train": self.train, "held_out": self.held_out, "base_on_train": self.base_on_train}
+        found = {"train": self.train, "held_out": self.held_out, "base_on_train": self.base_on_train}
+        return found | ({} if self.drafter is None else {"drafter": self.drafter})
 
     @property
     def largest_share(self) -> float:
@@ -186,6 +191,21 @@ def measure_extraction(base: Base, select: AdapterSelector, stream: Stream, size
         for row, states in enumerate(hidden):
             is_right = base.model.logits(states[None], select([0]))[0].argmax(-1) == tokens[row, size:]
             matched.append(int(is_right.cumprod(0).sum()))
+    return _count_extracted(positions, matched, size)
+
+
+def measure_drafter(table: SuccessorTable, stream: Stream, size: int, count: int, eos_id: int) -> Extraction:
+    """Returns how much of a stream a drafter gives back by itself, at the positions of `measure_extraction`."""
+    positions, matched = choose_prefixes(stream, size, count, eos_id), []
+    for position in positions:
+        prefix, wanted = (np.asarray(stream[begin : begin + size]) for begin in (position, position + size))
+        drafted = table.draft(prefix.tolist(), size)
+        is_right = wanted[: len(drafted)] == drafted
+        matched.append(int(np.cumprod(is_right).sum()))
+    return _count_extracted(positions, matched, size)
+
+
+def _count_extracted(positions: Sequence[int], matched: Sequence[int], size: int) -> Extraction:
     whole = tuple(position for position, length in zip(positions, matched, strict=True) if length == size)
     return Extraction(
         windows=len(positions),
@@ -269,6 +289,7 @@ def audit_memorization(
     write: Write,
     sampling: GenerateSettings,
     canaries: Sequence[Canary] = (),
+    drafter: SuccessorTable | None = None,
 ) -> MemorizationReport:
     """Returns what an adapter repeats, with a verdict."""
     size, copied = choose_sizes(own, settings.size, base.config.n_positions)
@@ -281,6 +302,9 @@ def audit_memorization(
     indexes = NgramIndex(train, copied), NgramIndex(np.concatenate(held_out), copied)
     copies = find_copies(*indexes, own, write(name, prompts, sampling)) if prompts else None
     exposure = measure_exposure(base, select, canaries)
+    eos_id, drafted = base.tokenizer.eos_id, None
+    if drafter is not None:
+        drafted = measure_drafter(drafter, train, size, settings.windows, eos_id)
     control = choose_control(held_out_hits, base_hits)
     chance = compare_shares(own_hits.extracted, own_hits.windows, control.extracted, control.windows)
     return MemorizationReport(
@@ -293,8 +317,9 @@ def audit_memorization(
         extracted_examples=[cut_excerpt(own, position, 2 * size) for position in own_hits.positions[:WORST]],
         copies=copies,
         canaries=exposure,
+        drafter=drafted,
         same_text=own.is_same,
-        reasons=_judge(own_hits, control, chance, copies, exposure, size),
+        reasons=[*_judge(own_hits, control, chance, copies, exposure, size), *_judge_drafter(drafted, size)],
     )
 
 
@@ -306,6 +331,13 @@ def _choose_prompts(own: OwnText, count: int) -> list[str]:
     half = min(len(beginnings), count // 2)
     positions = np.linspace(0, len(beginnings) - 1, half).astype(int).tolist() if half else []
     return [""] * (count - half) + [beginnings[position] for position in positions]
+
+
+def _judge_drafter(drafted: Extraction | None, size: int) -> list[str]:
+    if drafted is None or not drafted.extracted:
+        return []
+    found = f"{drafted.extracted} of {drafted.windows} prefixes"
+    return [f"its drafter alone gives the next {size} tokens after {found}; train.drafter=false leaves it out"]
 
 
 def _judge(

@@ -23,6 +23,7 @@ from lora_gpt2.inference.open import open_session
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.files import read_drafter
 
 
 def audit_text(
@@ -77,6 +78,8 @@ def audit_adapter(
     """
     own = read_own_text(store, adapter, reporter, find_own_base(recipe))
     session, _ = open_session(store, [adapter], recipe, recipe.evaluate.dtype)
+    with store.open(own.manifest.reference) as version:
+        drafter = read_drafter(version)
     with catch_signals() as stop:
         report = audit_memorization(
             session.base,
@@ -88,6 +91,7 @@ def audit_adapter(
             write=build_writer(session, reporter, stop),
             sampling=recipe.generate,
             canaries=canaries,
+            drafter=drafter,
         )
     write_audit(store, own.manifest, "memorization", report.to_json())
     return report

@@ -143,7 +143,7 @@ def memorization(
 
 
 def _render_memorization(report: MemorizationReport) -> str:
-    names = {"train": "training text", "held_out": "held-out text", "base_on_train": "base"}
+    names = {"train": "training text", "held_out": "held-out text", "base_on_train": "base", "drafter": "drafter alone"}
     lines = [f"{report.adapter}: {report.verdict}", ""]
     rows = [
         [names[key], f"{value.extracted:,} of {value.windows:,}", f"{value.mean_tokens:.2f}"]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
+MIX_FACTOR, MIX_SHIFT = 0xBF58476D1CE4E5B9, 31
 INVERSE = np.uint64(pow(int(FACTOR), -1, 2**64))
 Tokens = NDArray[np.integer]
 
@@ -22,8 +23,8 @@ def hash_windows(tokens: Tokens | Sequence[int], size: int) -> NDArray[np.uint64
     ids = np.asarray(tokens, dtype=np.uint64)
     if len(ids) < size:
         return np.zeros(0, dtype=np.uint64)
-    mixed = (ids + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(31)
+    mixed = (ids + np.uint64(1)) * np.uint64(MIX_FACTOR)
+    mixed ^= mixed >> np.uint64(MIX_SHIFT)
     powers = np.full(len(ids), FACTOR, dtype=np.uint64)
     powers[0] = 1
     powers = np.multiply.accumulate(powers)

@@ -20,7 +20,7 @@ from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.decoder import Decoder, NextTokens
 from lora_gpt2.inference.device_sampling import UNDECIDED
-from lora_gpt2.inference.drafting import limit_drafts
+from lora_gpt2.inference.drafting import Drafter, limit_drafts
 from lora_gpt2.inference.prefixes import BLOCK, WORTHWHILE, count_shared
 from lora_gpt2.inference.sampling import sample_tokens
 from lora_gpt2.inference.scheduler import SEQUENCE_ERRORS, Scheduler
@@ -139,7 +139,7 @@ class Engine:
         """Returns what each running sequence drafts; nothing where a pass over several tokens costs much more."""
         longest = max(sequence.num_cached for sequence in running)
         most = min(limit_drafts(len(running)), self.cache.capacity - longest - 1)
-        if self.session.base.model.prepacked_head is None or most < 1:
+        if not self.session.can_draft or most < 1:
             return [[] for _ in running]
         return [sequence.draft(most) for sequence in running]
 
@@ -174,6 +174,8 @@ class Engine:
                 sequences = [part[index] for index in group]
                 following = self.decoder.prefill(sequences, first, [prefixes[index] for index in group])
                 for row, sequence in enumerate(sequences):
+                    if sequence.settings.speculate:
+                        sequence.drafter = Drafter(self.session.find_successors(sequence.mix))
                     if sequence.scores_prompt and not sequence.new_ids:
                         self._score_prompt(row, sequence)
                     self._keep_prefix(first + row, sequence, len(sequence.ids))

@@ -113,7 +113,7 @@ class SequenceState:
         self._stream, self._matcher = TextStream(self.tokenizer), StopStringMatcher(self.settings.stop)
         self.params = SamplingParams.from_settings(self.settings)
         self.constraint = start_constraint(self.settings, self.tokenizer)
-        self.drafter = Drafter() if self.settings.speculate else None
+        self.drafter: Drafter | None = None  # comes with the adapters' slots
 
     @property
     def ids(self) -> list[int]:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, NotFoundError, UsageError
+from lora_gpt2.data.successors import SuccessorTable
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.prefixes import PrefixCache
 from lora_gpt2.inference.slots import AdapterSlots, VerifiedAdapter
@@ -29,7 +30,7 @@ from lora_gpt2.model.merge import to_delta
 from lora_gpt2.model.prepacked import PrepackedLinear
 from lora_gpt2.model.probe import AdapterSelector
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.files import load_adapter
+from lora_gpt2.store.files import load_adapter, read_drafter
 from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
 from lora_gpt2.store.references import DIGEST_DIGITS, AdapterRef, label_of
 
@@ -107,7 +108,26 @@ class Session:
             raise NotFoundError(f"{wanted.label} was replaced by another adapter", "name it again")
         self._manifests[reference] = manifest
         config_digest = manifest.files.get(PEFT_CONFIG, "")
-        return VerifiedAdapter(adapter=adapter, digest=manifest.digest, config_digest=config_digest)
+        successors = None
+        if self.can_draft:
+            with self.store.open(manifest.reference) as version:
+                successors = read_drafter(version)
+        return VerifiedAdapter(
+            adapter=adapter, digest=manifest.digest, config_digest=config_digest, successors=successors
+        )
+
+    @property
+    def can_draft(self) -> bool:
+        """True if a pass over several tokens costs little more than one over one: with packed weights."""
+        return self.base.model.prepacked_head is not None
+
+    def find_successors(self, mix: Mix) -> SuccessorTable | None:
+        """Returns what drafts the text of a resolved mix, whose adapters are loaded: that of the heaviest of them."""
+        found = [(abs(weight), self.slots.find(reference)) for reference, weight in mix]
+        tables = [
+            (weight, slot.successors) for weight, slot in found if slot is not None and slot.successors is not None
+        ]
+        return max(tables, key=lambda pair: pair[0])[1] if tables else None
 
     def load(self, references: Sequence[str]) -> None:
         """Loads adapters into slots, after all of them were verified; see `load_adapter` for the errors."""

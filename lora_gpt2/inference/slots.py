@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_gpt2.data.successors import SuccessorTable
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
@@ -18,11 +19,15 @@ from lora_gpt2.model.lora import Adapter, merge_ranks
 
 @dataclass(frozen=True, kw_only=True)
 class VerifiedAdapter:
-    """An adapter in memory, and the sha256 of the files it was read from ("" if it never was on disk)."""
+    """An adapter in memory, and the sha256 of the files it was read from ("" if it never was on disk).
+
+    `successors` is what drafts its text, None where it has none or nothing is drafted.
+    """
 
     adapter: Adapter
     digest: str = ""
     config_digest: str = ""
+    successors: SuccessorTable | None = None
 
     @property
     def identity(self) -> tuple[str, str] | None:

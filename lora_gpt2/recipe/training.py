@@ -125,6 +125,8 @@ class TrainSettings(Section):
     """Length of the sample text generated at each validation for the report; 0 = none."""
     sample_prompt: str = ""
     """Prompt of these samples; default: the beginning of the validation text."""
+    drafter: bool = True
+    """Keep with the adapter what drafts its text: frequent runs of its training tokens, hashed, at most 1 MB."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Experiment trackers to log to, through accelerate."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 200

@@ -151,6 +151,14 @@ def _between(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{interval[0]:,.3f} to {interval[1]:,.3f}"
 
 
+EXTRACTED_BY = {
+    "train": "training text",
+    "held_out": "held-out text",
+    "base_on_train": "the base",
+    "drafter": "the drafter alone",
+}
+
+
 def _describe_memorization(result: Mapping[str, Any] | None) -> str:
     """Returns what `audit memorization` found."""
     if not result:
@@ -158,7 +166,8 @@ def _describe_memorization(result: Mapping[str, Any] | None) -> str:
     found, size, copies = result["extraction"], result["run_tokens"], result["copies"]
     counts = ", ".join(
         f"{name} {found[key]['extracted']} of {found[key]['windows']}"
-        for key, name in (("train", "training text"), ("held_out", "held-out text"), ("base_on_train", "the base"))
+        for key, name in EXTRACTED_BY.items()
+        if key in found
     )
     sampled = f" Of {copies['texts']} sampled texts {copies['with_copies']} copy that much." if copies else ""
     said = "It **repeats its text**: it" if result["memorizes"] else "It shows"

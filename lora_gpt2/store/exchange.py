@@ -27,6 +27,7 @@ from lora_gpt2.core.files import (
 )
 from lora_gpt2.core.hub import download, wrap_hub_errors
 from lora_gpt2.core.names import check_name
+from lora_gpt2.data.successors import DRAFTER
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.checkpoint import HUB_ID, HUB_NAMES, locate_for_peft
 from lora_gpt2.model.config import HEAD
@@ -47,7 +48,17 @@ from lora_gpt2.store.version import verify_hashes
 ARCHIVES = (".tar.gz", ".tgz")
 LORALIB = (".pt", ".bin", ".pth")
 REWRITTEN = (WEIGHTS, PEFT_CONFIG, CARD)
-HUB_FILES = (WEIGHTS, PEFT_CONFIG, MANIFEST, "metrics.jsonl", "report.html", "curve.png", "training_text.bin", CARD)
+HUB_FILES = (
+    WEIGHTS,
+    PEFT_CONFIG,
+    MANIFEST,
+    "metrics.jsonl",
+    "report.html",
+    "curve.png",
+    "training_text.bin",
+    DRAFTER,
+    CARD,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

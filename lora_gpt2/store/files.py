@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_gpt2.core.errors import MismatchError
+from lora_gpt2.data.successors import DRAFTER, SuccessorTable
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter
@@ -112,6 +113,11 @@ def read_adapter(version: Version, config: GPT2Config) -> Adapter:
     """Returns the adapter of a version; raises `CorruptError` if its files are not those that were published."""
     weights, peft_config = version.read_file(WEIGHTS), version.read_file(PEFT_CONFIG)
     return from_peft(weights, peft_config, config, version.manifest.reference)
+
+
+def read_drafter(version: Version) -> SuccessorTable | None:
+    """Returns what drafts an adapter's text, or None where a version has none."""
+    return SuccessorTable.from_bytes(version.read_file(DRAFTER)) if DRAFTER in version.manifest.files else None
 
 
 def _library_versions() -> dict[str, str]:

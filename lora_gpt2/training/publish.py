@@ -9,8 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from lora_gpt2.core.memory import check_room
 from lora_gpt2.data.prepared import SKETCH, describe_preparation
+from lora_gpt2.data.successors import DRAFTER, SuccessorTable
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import Score, choose_window, to_perplexity
 from lora_gpt2.inference.embedding import EmbeddingMoments
@@ -114,6 +117,8 @@ def publish_trained(
     pages = render_report(slot.name, slot.recipe, slot.records, figures, describe_preparation(slot.data))
     sketch = join_sketches(slot, store)
     pages |= {SKETCH: sketch.to_bytes(), **more}
+    if slot.recipe.train.drafter:
+        pages[DRAFTER] = SuccessorTable.build(np.asarray(slot.data.train.stream)).to_bytes()
     recipe = slot.recipe.model_dump(mode="json")
     origin = Origin(
         data=_describe_data(slot, base) | ({} if sketch.is_whole else {"sketch_is_whole": False}),

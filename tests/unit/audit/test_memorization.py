@@ -26,6 +26,7 @@ from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.data.ngram_index import NgramIndex
+from lora_gpt2.data.successors import SuccessorTable
 from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.mix import Mix
@@ -36,7 +37,7 @@ from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import GenerateSettings, build_recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.files import Origin, publish_adapter, read_drafter
 from lora_gpt2.training.run import train_recipes
 from tests.builders import make_base_folder
 
@@ -100,7 +101,7 @@ def learnt(learnt_store):
     return session
 
 
-def audit(session, name, reporter, canaries=()):
+def audit(session, name, reporter, canaries=(), drafter=None):
     mix = Mix.single(name)
     own = read_own_text(session.store, name, reporter)
 
@@ -120,6 +121,7 @@ def audit(session, name, reporter, canaries=()):
         write=write,
         sampling=PLAIN,
         canaries=canaries,
+        drafter=drafter,
     )
 
 
@@ -137,6 +139,22 @@ def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, re
     assert not clean.to_json()["memorizes"]
     assert clean.train == clean.base_on_train
     assert clean.copies.with_copies == 0
+
+
+def test_a_drafter_that_holds_its_text_is_caught_and_a_usual_one_is_not(learnt, reporter):
+    with learnt.store.open("learnt") as version:
+        usual = read_drafter(version)
+    assert len(usual)
+    clean = audit(learnt, "fresh", reporter, drafter=usual)
+    assert (clean.drafter.windows, clean.drafter.extracted) == (clean.train.windows, 0)
+    assert clean.to_json()["extraction"]["drafter"]["mean_tokens"] < 3
+    assert not clean.to_json()["memorizes"]
+    stream = np.asarray(read_own_text(learnt.store, "fresh", reporter).prepared.train.stream)
+    told = SuccessorTable.build(np.concatenate([np.arange(100), stream[:40], stream[:40], stream[:40]]))
+    caught = audit(learnt, "fresh", reporter, drafter=told)
+    assert caught.drafter.extracted >= 1
+    assert "train.drafter=false" in caught.verdict
+    assert audit(learnt, "fresh", reporter).drafter is None
 
 
 def test_own_text_is_what_was_trained_on_and_what_was_held_out(learnt, reporter):

@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.data.ngram_index import NgramIndex
+from lora_gpt2.data.successors import DRAFTER, SuccessorTable
 from lora_gpt2.inference import drafting
 from lora_gpt2.inference.decoder import Decoder
 from lora_gpt2.inference.drafting import MOST_DRAFTED, Drafter, limit_drafts
@@ -16,6 +19,8 @@ from lora_gpt2.inference.open import load_for_inference
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter, make_base_folder
 
 PROMPTS = ["the cat and the dog and the cat and the", "a b a b a b a", "rain rain rain rain", "the man on the hill"]
@@ -163,6 +168,40 @@ def test_the_draft_is_what_followed_the_last_tokens_the_last_time():
     assert drafter.draft([*ids, 5, 6], 2) == [1, 2]
     assert Drafter().draft([1, 2, 3], 4) == []
     assert Drafter().draft([5], 4) == []
+
+
+def test_the_training_text_is_asked_where_the_text_itself_says_nothing():
+    table = SuccessorTable.build(np.tile(np.array([7, 8, 9, 30], dtype=np.uint16), 5))
+    assert Drafter(table).draft([1, 2, 7, 8], 3) == [9, 30, 7]
+    assert Drafter(table).draft([7, 8, 5, 1, 7, 8], 3) == [5, 1, 7], "the text itself goes before"
+    drafter, ids = Drafter(table), [7, 8] * 60
+    for step in range(60):  # look-ups that bring nothing rest, the table is then asked
+        draft = drafter.draft(ids[: 30 + step], 2)
+        drafter.record(0)
+    assert draft == []
+    fresh = Drafter(table)
+    for step in range(8):
+        if (draft := fresh.draft(ids[: 30 + 2 * step], 2)) == [9, 30]:
+            break
+        fresh.record(0)
+    assert draft == [9, 30]
+
+
+def test_each_row_drafts_from_its_own_adapters_text(packed, checks, tmp_path):
+    store, table = Store(tmp_path), SuccessorTable.build(np.tile(np.array([60, 61, 62], dtype=np.uint16), 5))
+    for seed, (name, pages) in enumerate({"law": {DRAFTER: table.to_bytes()}, "code": {}}.items()):
+        publish_adapter(store, name, make_adapter(packed.config, seed), packed, Origin(pages=pages))
+    session = Session(packed, store)
+    mixes = [session.resolve(Mix.parse(mix)) for mix in ("law:0.2+code:0.8", "law", "code", "base")]
+    session.load_slot_weights(mixes)
+    found = [session.find_successors(mix) for mix in mixes]
+    assert [None if each is None else each.to_bytes() for each in found] == [table.to_bytes()] * 2 + [None] * 2
+    requests = make_requests(temperature=0.4)
+    expected = write_plainly(session, requests)
+    assert list(map(show, generate(session, requests, GenerateSettings()))) == list(map(show, expected))
+    (store.resolve("law") / DRAFTER).write_bytes(b"other")
+    with pytest.raises(CorruptError, match=DRAFTER):
+        Session(packed, store).load(["law"])
 
 
 def test_drafts_that_bring_nothing_rest_and_are_tried_again():
