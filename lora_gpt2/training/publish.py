@@ -116,9 +116,7 @@ def publish_trained(
     figures["test"] = _describe_test(base, slot)
     pages = render_report(slot.name, slot.recipe, slot.records, figures, describe_preparation(slot.data))
     sketch = join_sketches(slot, store)
-    pages |= {SKETCH: sketch.to_bytes(), **more}
-    if slot.recipe.train.drafter:
-        pages[DRAFTER] = SuccessorTable.build(np.asarray(slot.data.train.stream)).to_bytes()
+    pages |= {SKETCH: sketch.to_bytes(), **_build_drafter(slot), **more}
     recipe = slot.recipe.model_dump(mode="json")
     origin = Origin(
         data=_describe_data(slot, base) | ({} if sketch.is_whole else {"sketch_is_whole": False}),
@@ -131,6 +129,13 @@ def publish_trained(
     )
     manifest = publish_adapter(store, slot.name, adapter, base, origin)
     return replace(report, version=manifest.version, path=str(store.resolve(manifest.reference).absolute()))
+
+
+def _build_drafter(slot: TrainingSlot) -> dict[str, bytes]:
+    """Returns the file that drafts the adapter's text, unless the recipe leaves it out."""
+    if not slot.recipe.train.drafter:
+        return {}
+    return {DRAFTER: SuccessorTable.build(np.asarray(slot.data.train.stream)).to_bytes()}
 
 
 def _describe_test(base: Base, slot: TrainingSlot) -> dict[str, Any]:
