@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_gpt2.api.evaluation import evaluate
     from lora_gpt2.api.merging import merge
     from lora_gpt2.api.model import Model, load
+    from lora_gpt2.api.preferences import train_preferences
     from lora_gpt2.api.training import prepare, train, train_together, tune
     from lora_gpt2.core.errors import LoraGpt2Error
     from lora_gpt2.evaluation.run import Evaluation
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lora_gpt2.store.catalog import Store
     from lora_gpt2.training.events import TrainingEvent
     from lora_gpt2.training.publish import AdapterReport
+    from lora_gpt2.training.publish_preferences import PreferenceReport
     from lora_gpt2.training.tune import TuneReport
 
 _MODULES = {
@@ -38,6 +40,7 @@ _MODULES = {
     "Mix": "inference.mix",
     "Model": "api.model",
     "Output": "inference.generate",
+    "PreferenceReport": "training.publish_preferences",
     "Recipe": "recipe",
     "Store": "store.catalog",
     "TrainingEvent": "training.events",
@@ -47,6 +50,7 @@ _MODULES = {
     "merge": "api.merging",
     "prepare": "api.training",
     "train": "api.training",
+    "train_preferences": "api.preferences",
     "train_together": "api.training",
     "tune": "api.training",
 }
@@ -57,6 +61,7 @@ __all__ = [
     "Mix",
     "Model",
     "Output",
+    "PreferenceReport",
     "Recipe",
     "Store",
     "TrainingEvent",
@@ -67,6 +72,7 @@ __all__ = [
     "merge",
     "prepare",
     "train",
+    "train_preferences",
     "train_together",
     "tune",
 ]

@@ -57,7 +57,13 @@ EVERYDAY: dict[str, tuple[str, ...]] = {
 }
 """The settings that have an option of their own on the command line, and a keyword in Python, by the last part of
 their key; every other one is set by `--set` and `settings=`."""
-PATHS = (("data", "sources"), ("data", "validation"), ("data", "test"), ("train", "replay"))
+PATHS = (
+    ("data", "sources"),
+    ("data", "validation"),
+    ("data", "test"),
+    ("train", "replay"),
+    ("preferences", "sources"),
+)
 """The settings that hold sources, which are relative to the folder of their recipe."""
 VERBATIM = ("generate.regex", "generate.grammar")
 """Free texts that are taken as they were typed, because `\\` means something in them."""
@@ -304,9 +310,10 @@ def name_recipe(recipe: Recipe) -> Recipe:
     """Returns the recipe with a name: its own, that of the adapter it continues, or one made of its first source's."""
     if recipe.name:
         return recipe
-    if not recipe.data.sources:
+    if not recipe.data.sources and not recipe.preferences.sources:
         raise UsageError("there is nothing to train on", "name a file or a folder of text, or a recipe")
     if recipe.lora.parent_name:
         return recipe.model_copy(update={"name": recipe.lora.parent_name})
-    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(recipe.data.sources[0]).stem.lower()).strip("-._")
+    source = (*recipe.data.sources, *recipe.preferences.sources)[0]
+    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(source).stem.lower()).strip("-._")
     return recipe.model_copy(update={"name": stem[:64]})

@@ -102,6 +102,18 @@ def queue_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--all", "folder", metavar="FOLDER", type=click.Path(path_type=Path), help=text)(result)
 
 
+def parent_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what a run continues from and which choices it learns from, and passes them as `parent`: settings by key."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, init_from: str | None, preferences: tuple[str, ...], **values: Any) -> Any:
+        parent = {"lora.init_from": init_from, "preferences.sources": preferences or None}
+        return command(*arguments, parent=parent, **values)
+
+    text = "Train on choices: pairs (prompt, chosen, rejected), a round of 'rate', choices of 'serve'; with --from."
+    return from_option(click.option("--preferences", multiple=True, metavar="FILE", help=text)(wrapped))
+
+
 def list_training(
     items: Sequence[str], data: Sequence[str], name: str | None, queue: tuple[Path | None, int | None]
 ) -> tuple[list[TrainingItem], int | None]:

@@ -18,11 +18,11 @@ from lora_gpt2.commands.shared import (
     emit,
     format_bytes,
     format_seconds,
-    from_option,
     items_argument,
     json_option,
     list_training,
     memory_option,
+    parent_options,
     queue_options,
     set_option,
     skip_bad_option,
@@ -37,6 +37,7 @@ from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
     from lora_gpt2.recipe import Recipe
+    from lora_gpt2.training.publish_preferences import PreferenceReport
     from lora_gpt2.training.run import TrainReport
 
 MOST_EXPLAINED = 8  # adapters, line by line
@@ -47,7 +48,7 @@ MOST_EXPLAINED = 8  # adapters, line by line
 @data_option
 @click.option("--name", metavar="N", help="Name of the adapter; else the recipe's, else the first file's.")
 @base_option
-@from_option
+@parent_options
 @setting_options("train")
 @set_option
 @skip_bad_option
@@ -67,7 +68,7 @@ def command(
     data: tuple[str, ...],
     name: str | None,
     base: str | None,
-    init_from: str | None,
+    parent: dict[str, Any],
     flags: dict[str, Any],
     overrides: tuple[str, ...],
     skip_bad: bool,
@@ -93,6 +94,7 @@ def command(
       lora-gpt2 train law=law.jsonl code=src/     two adapters, one pass over the base
       lora-gpt2 train prose notes/ --set train.patience=3
       lora-gpt2 train more_law.txt --from law     the next version of law, from its present one
+      lora-gpt2 train --from law --preferences choices.jsonl   the next version, as people chose
       lora-gpt2 train --all domains/              an adapter for each folder, file or recipe in it
       lora-gpt2 train --all domains/ --ray auto   over the machines of a Ray cluster
       lora-gpt2 train a.yaml b.yaml --resume      after an interruption; --fresh begins anew
@@ -100,9 +102,12 @@ def command(
     """
     if resume and fresh:
         raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
-    own = {**flags, "base": base, "data.skip_bad": skip_bad or None, "lora.init_from": init_from}
+    own = {**flags, "base": base, "data.skip_bad": skip_bad or None, **parent}
     found, num_slots = list_training(items, data, name, queue)
     chosen = [name_recipe(load_recipe(item.recipe, overrides, {**own, **item.flags})) for item in found]
+    if any(recipe.preferences.sources for recipe in chosen):
+        _train_preferences(chosen, any((queue[0], ray, fit, gpu_memory, dry_run, resume)), store, reporter, as_json)
+        return
     if ray and (fit or gpu_memory is not None or dry_run):
         raise UsageError("--ray cannot be combined with --fit, --gpu-memory or --dry-run", "'plan' here, then train")
     if dry_run:
@@ -132,6 +137,36 @@ def command(
     first = report.adapters[0].name
     suggest_next(reporter, "generate", SAMPLE_PROMPT, "--adapter", first, store=store)
     reporter.message(f"see:  {store.resolve(first) / 'report.html'}")
+
+
+def _train_preferences(
+    recipes: list[Recipe], is_special: bool, store: Store, reporter: Reporter, as_json: bool
+) -> None:
+    from lora_gpt2.training.preferences import train_preferences
+
+    if len(recipes) > 1 or is_special:
+        raise UsageError(
+            "preferences train one adapter, on this machine, from the start", "leave the other options out"
+        )
+    report = train_preferences(recipes[0], store, reporter)
+    emit({"adapters": [asdict(report)]}, as_json, lambda: _render_preferred(report))
+    reporter.message(f"{report.name}: {report.verdict}")
+    compared = ["--adapter", str(report), "--adapter", report.parents[0], "--prompts", "FILE"]
+    suggest_next(reporter, "rate", *compared, store=store)
+
+
+def _render_preferred(report: PreferenceReport) -> str:
+    def show(name: str, before: float | None, after: float | None) -> list[str]:
+        return [name, *("" if value is None else f"{value:.2f}" for value in (before, after))]
+
+    right = f"{report.held_out_accuracy:.0%} of {report.held_out_pairs}"
+    rows = [
+        ["held-out pairs: loss", f"{report.held_out_loss_before:.4f}", f"{report.held_out_loss:.4f}"],
+        ["held-out pairs: chosen text is ahead of the parent's opinion", "", right],
+        show("own text: perplexity", report.parent_perplexity, report.validation_perplexity),
+        show("general English: perplexity", report.general_perplexity_before, report.general_perplexity),
+    ]
+    return format_table([f"step {report.best_step} of {report.steps}", report.parents[0], str(report)], rows)
 
 
 def _train(

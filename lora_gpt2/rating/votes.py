@@ -14,13 +14,14 @@ MAX_NAME = 2_000
 
 @dataclass(frozen=True, kw_only=True)
 class Vote:
-    """A prompt, the models that continued it, and the one whose text was chosen."""
+    """A prompt, the models that continued it, the one whose text was chosen, and, if recorded, their texts."""
 
     prompt: str
     models: tuple[str, ...]
     chosen: str
     seed: int = 0
     base: str = ""
+    texts: tuple[str, ...] = ()
 
 
 def check_vote(values: Mapping[str, Any]) -> Vote:
@@ -31,7 +32,15 @@ def check_vote(values: Mapping[str, Any]) -> Vote:
         raise DataError(f"a choice is of 2 to {MOST} different models, one of them chosen", "send models and chosen")
     if not isinstance(prompt, str) or not isinstance(seed, int) or isinstance(seed, bool):
         raise DataError("a choice has a prompt and a seed", "send prompt, a text, and seed, a whole number")
-    return Vote(prompt=prompt, models=tuple(names), chosen=str(chosen), seed=seed, base=str(values.get("base", "")))
+    texts = values.get("texts") or []
+    if (
+        not isinstance(texts, list | tuple)
+        or len(texts) not in (0, len(names))
+        or not all(isinstance(t, str) for t in texts)
+    ):
+        raise DataError("texts are those of the models, one of each", "send texts in the order of models, or none")
+    base = str(values.get("base", ""))
+    return Vote(prompt=prompt, models=tuple(names), chosen=str(chosen), seed=seed, base=base, texts=tuple(texts))
 
 
 def read_votes(records: Iterable[Mapping[str, Any]]) -> list[Vote]:

@@ -21,6 +21,7 @@ from lora_gpt2.recipe.training import (
     Fraction,
     LoraSettings,
     Positive,
+    PreferenceSettings,
     Sources,
     Target,
     TrainSettings,
@@ -28,7 +29,7 @@ from lora_gpt2.recipe.training import (
 )
 from lora_gpt2.renamed_settings import RENAMED
 
-__all__ = ["BLOCKS", "LoraSettings", "Target", "TrainSettings", "TuneSettings"]
+__all__ = ["BLOCKS", "LoraSettings", "PreferenceSettings", "Target", "TrainSettings", "TuneSettings"]
 """What is imported from here and defined in `recipe/training.py`."""
 MergeMethod = Literal["cat", "linear", "svd", "task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 Format = Literal["auto", "text", "html", "json", "jsonl", "csv", "tsv", "parquet"]
@@ -253,7 +254,7 @@ class ServeSettings(Section):
     """Answer 408 to clients that have not sent their body within this time."""
     send_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Disconnect clients that read nothing for this long."""
-    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    lameduck_seconds: Annotated[float, Field(ge=0, le=3600)] = 0.0
     """Time after SIGTERM in which requests are still taken while /readyz says 503, so that load balancers turn away."""
     shutdown_grace_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """Grace period for in-flight requests after SIGTERM."""
@@ -276,6 +277,8 @@ class Recipe(Section):
     """Rank, scaling and targets of the adapter."""
     train: TrainSettings = TrainSettings()
     """The training loop."""
+    preferences: PreferenceSettings = PreferenceSettings()
+    """Training on choices between texts instead of on text."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """How perplexity is measured."""
     generate: GenerateSettings = GenerateSettings()

@@ -153,7 +153,7 @@ class HttpServer(uvicorn.Server):
         if self.stop.signal_number and not self.served.is_leaving:
             self.served.is_leaving = True
             is_drained = self.stop.signal_number == signal.SIGTERM
-            self._leave_at = time.monotonic() + (self.served.limits.drain_seconds if is_drained else 0)
+            self._leave_at = time.monotonic() + (self.served.limits.lameduck_seconds if is_drained else 0)
         if self.served.worker.error is not None or time.monotonic() >= self._leave_at:
             self.should_exit = True
         return await super().on_tick(counter)

@@ -17,14 +17,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.model import counter_random
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingAdapters
-from lora_gpt2.model.gpt2 import GPT2
+from lora_gpt2.model.gpt2 import GPT2, LowRankLogits
 from lora_gpt2.model.graphs import capture, on_capture_stream
-from lora_gpt2.model.loss import fused_linear_cross_entropy, fused_linear_kl_divergence
+from lora_gpt2.model.loss import fused_linear_cross_entropy, fused_linear_kl_divergence, linear_nll
 from lora_gpt2.model.transfer import Transfer
 from lora_gpt2.training.optimizer import GradScaler, SlotAdamW, clip_slots
+from lora_gpt2.training.preference_loss import PreferenceLoss
 from lora_gpt2.training.process_group import ProcessGroup
 
 NOISE = 1
@@ -50,6 +52,9 @@ class MicroBatch:
         gradient_checkpointing: compute activations again in the backward pass.
         penalties: `[slots]`; of replayed text, the weight of the divergence from the base, which is the loss there.
         reference: `[batch, time, width]`; of replayed text, the base's hidden states.
+        preference: the loss, where rows are the chosen and the rejected text of a pair in turn; `loss_weights` are then
+            1 / the pairs in a slot's whole batch.
+        reference_logps: `[batch]`; log-likelihood of each of these rows under the reference, in nats.
     """
 
     slots: Sequence[int]
@@ -65,6 +70,8 @@ class MicroBatch:
     positions: Tensor | None = None
     penalties: Tensor | None = None
     reference: Tensor | None = None
+    preference: PreferenceLoss | None = None
+    reference_logps: Tensor | None = None
 
     @property
     def signature(self) -> tuple[object, ...]:
@@ -75,6 +82,7 @@ class MicroBatch:
             self.noise_alpha,
             self.gradient_checkpointing,
             self.reference is None,
+            self.preference,
         )
         return (*self.slots, *self.inputs.shape, *settings)
 
@@ -207,7 +215,10 @@ class StepRunner:
             )
             update, targets = adapters.low_rank_logits(hidden), batch.targets.flatten()
             flat, head, vocab_size = hidden.flatten(0, 1), self.model.padded_head, self.model.config.vocab_size
-            if batch.reference is None:
+            if batch.preference is not None:
+                totals = self.losses
+                loss, values = self._score_pairs(batch, flat, targets, weights, update)
+            elif batch.reference is None:
                 totals = self.losses
                 loss, values = fused_linear_cross_entropy(
                     flat, head, targets, weights, batch.label_smoothing, update, vocab_size=vocab_size
@@ -224,6 +235,23 @@ class StepRunner:
             self.gradient.div_(self.grad_scaler.values[:, None])
         if self.mask is not None:
             self.gradient.mul_(self.mask)
+
+    def _score_pairs(
+        self, batch: MicroBatch, hidden: Tensor, targets: Tensor, weights: Tensor, update: LowRankLogits | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what has the gradient of the loss of pairs, and per token what adds up to it with `loss_weights`."""
+        assert batch.preference is not None
+        assert batch.reference_logps is not None
+        head, vocab_size, rows = self.model.padded_head, self.model.config.vocab_size, len(batch.inputs)
+        logps = -linear_nll(hidden.detach(), head, targets, update, vocab_size).view(rows, -1).sum(1)
+        num_targets = (targets != IGNORE).view(rows, -1).sum(1)
+        losses, _, slopes = batch.preference.measure(logps, batch.reference_logps, num_targets)
+        time = len(targets) // rows
+        weights = weights * -slopes.repeat_interleave(time, output_size=len(targets))
+        loss, _ = fused_linear_cross_entropy(hidden, head, targets, weights, 0.0, update, vocab_size=vocab_size)
+        values = torch.zeros_like(weights)
+        values.view(-1, 2 * time)[:, 0] = losses
+        return loss, values
 
     def apply_gradients(self, hyperparams: SlotHyperparams) -> None:
         """Clips and applies the gradients of all processes; fills `stats`."""

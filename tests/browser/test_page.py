@@ -135,6 +135,8 @@ def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_
     assert page.locator("article.best").count() == 1
     page.wait_for_selector("#status:has-text('rate --recorded page')")
     (choice,) = read_votes(read_log(tmp_path / "choices.jsonl"))
+    assert len(choice.texts) == len(choice.models)
+    assert all(text and not text.startswith(choice.prompt) for text in choice.texts)
     best = page.locator("article.best h2 span:first-child").inner_text()
     assert choice.chosen == ("base" if best == "base" else f"{best}@1")
     assert sorted(choice.models) == ["base", "code@1", "law@1"]

@@ -42,6 +42,8 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text if name.endswith("l") else "\n<|endoftext|>\n".join(row * 3 for row in rows))
     person = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
     (tmp_path / "person.json").write_text(json.dumps(person | {"additionalProperties": False}))
+    pairs = [{"prompt": f"Take {n}", "chosen": f" the cat {n}", "rejected": f" rain {n}"} for n in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "prompts.txt").write_text("The first\nThe second\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -147,7 +147,7 @@ class Replicas:
 
     def start(self, index):
         command = [sys.executable, "-m", "lora_gpt2", "serve", "--port", str(self.ports[index]), "--base"]
-        command += [self.base_folder, "--store", self.store.root, "--set", "serve.drain_seconds=3"]
+        command += [self.base_folder, "--store", self.store.root, "--set", "serve.lameduck_seconds=3"]
         environment = os.environ | {"LORA_GPT2_API_KEY": "secret"}
         self.processes[index] = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 

@@ -27,6 +27,7 @@ from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
+from lora_gpt2.rating.preferences import read_preferences
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
 from lora_gpt2.serving.api import Access, Server
 from lora_gpt2.serving.http import bind, build_http
@@ -330,19 +331,30 @@ def test_the_smallest_top_p_keeps_the_likeliest_token(port):
 
 def test_a_blind_choice_is_kept_with_its_versions_and_nothing_else_is(base, trained, run, tmp_path):
     log = LocalLog(tmp_path / "state" / "lora-gpt2" / "choices.jsonl", SilentReporter())
+    texts = [" sat", " ran", " hid"]
     choice = {"prompt": "the cat", "models": ["base", "law", "law:0.6+code:0.4"], "chosen": "law", "seed": 3}
+    choice["texts"] = texts
     with serving(Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS, vote_log=log)) as port:
         assert ask(port, "/v1/choices", choice)[::2] == (200, {"kept": True})
-        for wrong in ({**choice, "chosen": "x"}, {**choice, "models": ["law"]}, {}, b"x"):
+        for wrong in (
+            {**choice, "chosen": "x"},
+            {**choice, "models": ["law"]},
+            {**choice, "texts": texts[:2]},
+            {**choice, "texts": [1, 2, 3]},
+            {},
+            b"x",
+        ):
             assert ask(port, "/v1/choices", wrong)[0] == 400
-        assert ask(port, "/v1/choices", {**choice, "models": ["law", "nobody"]})[0] == 404
+        assert ask(port, "/v1/choices", {**choice, "models": ["law", "nobody"], "texts": []})[0] == 404
         for same in ("law@1", "law:1"):
-            assert ask(port, "/v1/choices", {**choice, "models": ["law", same]})[0] == 400
+            assert ask(port, "/v1/choices", {**choice, "models": ["law", same], "texts": []})[0] == 400
         assert ask(port, "/v1/choices", choice, [("Content-Type", "text/plain")])[0] == 415
     (line,) = log.path.read_text(encoding="utf-8").splitlines()
     kept = json.loads(line)
     assert kept["models"] == ["base", "law@1", "law@1:0.6+code@1:0.4"]
     assert (kept["chosen"], kept["prompt"], kept["seed"], kept["base"]) == ("law@1", "the cat", 3, base.name)
+    found = [(pair.chosen, pair.rejected) for pair in read_preferences([str(log.path)]).pairs]
+    assert found == [(" ran", " sat"), (" ran", " hid")]
     with serving(Server(session=Session(base, trained), defaults=GREEDY, limits=LIMITS)) as port:
         assert ask(port, "/v1/choices", choice)[2] == {"kept": False}
     code, out, _ = run("rate", "--recorded", "page", "--json")
@@ -766,7 +778,7 @@ def test_sigterm_lets_what_has_begun_end(base_folder, trained):
 
 @pytest.mark.parametrize(("asked", "drains"), [(signal.SIGTERM, True), (signal.SIGINT, False)])
 def test_a_server_that_leaves_says_so_first_and_still_answers(base_folder, trained, asked, drains):
-    process, port = start_process(base_folder, trained, "--set", "serve.drain_seconds=3")
+    process, port = start_process(base_folder, trained, "--set", "serve.lameduck_seconds=3")
     with process:
         assert ask(port, "/readyz")[0] == 200
         process.send_signal(asked)

@@ -221,7 +221,8 @@ async function write(result, prompt, settings, colours, signal) {
 
 async function keepChoice(results, best) {
   const models = results.map((result) => result.pinned);
-  const body = JSON.stringify({ prompt: best.prompt, models, chosen: best.pinned, seed: best.seed });
+  const texts = results.map((result) => result.text.textContent.slice(result.prompt.length));
+  const body = JSON.stringify({ prompt: best.prompt, models, chosen: best.pinned, seed: best.seed, texts });
   try {
     const answer = await fetch("v1/choices", { method: "POST", headers: { "Content-Type": "application/json" }, body });
     return answer.ok && (await answer.json()).kept ? "; kept for 'lora-gpt2 rate --recorded page'" : "; not kept";

@@ -1,0 +1,50 @@
+"""What a model that prefers the wrong text loses, and how much each text's log-likelihood counts in the gradient.
+
+Every loss here is a function of the log-likelihoods of whole texts, so its gradient is that of their sum weighted by
+its derivatives; the weights are known once the texts are scored, and the rest is the loss of a language model.
+Margin: h = log π(chosen) / ref(chosen) - log π(rejected) / ref(rejected).
+`dpo`: -(1 - ε) log σ(β h) - ε log σ(-β h) (Rafailov et al. 2023, arXiv:2305.18290, equation 7; with ε, the share of
+choices taken to be wrong, Mitchell 2023). `ipo`: (h - 1 / (2 β))², h per token (Azar et al. 2023, arXiv:2310.12036).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceLoss:
+    """A loss of pairs, `beta` weighing the reference; `smoothing` is ε."""
+
+    kind: Literal["dpo", "ipo"] = "dpo"
+    beta: float = 0.1
+    smoothing: float = 0.0
+
+    def measure(
+        self, logps: Float[Tensor, " rows"], reference: Float[Tensor, " rows"], num_targets: Int[Tensor, " rows"]
+    ) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"], Float[Tensor, " rows"]]:
+        """Returns the loss of each pair, its margin h in nats, and the derivative of its loss by each row's `logps`.
+
+        Args:
+            logps: log-likelihood of each text in nats; chosen and rejected in turn.
+            reference: those under the reference.
+            num_targets: number of tokens that were scored.
+        """
+        ratio = logps - reference
+        lengths = num_targets.clamp_min(1).to(ratio.dtype) if self.kind == "ipo" else torch.ones_like(ratio)
+        pairs = (ratio / lengths).view(-1, 2)
+        margin = pairs[:, 0] - pairs[:, 1]
+        if self.kind == "ipo":
+            distance = margin - 1 / (2 * self.beta)
+            losses, slope = distance.square(), 2 * distance
+        else:
+            reward, kept = self.beta * margin, 1 - self.smoothing
+            losses = -kept * F.logsigmoid(reward) - self.smoothing * F.logsigmoid(-reward)
+            slope = self.beta * (self.smoothing * torch.sigmoid(reward) - kept * torch.sigmoid(-reward))
+        return losses, margin, torch.stack([slope, -slope], 1).flatten() / lengths

@@ -1,0 +1,295 @@
+"""Training an adapter on what people preferred: its present version is the reference, and costs no second model.
+
+The reference's log-likelihoods are computed once, before the first step, by the weights that training starts from. The
+weights that are kept are the last ones that are within the limits and tell held-out pairs apart better than the parent:
+the perplexity of the parent's own text may rise by `preferences.max_perplexity_ratio`, the loss of general English by
+`train.forget` nats per token. The loss of a few dozen held-out choices is too noisy to choose a step by.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import DataError, NotFoundError, TrainingDiverged, UsageError
+from lora_gpt2.core.interrupt import StopRequest, catch_signals
+from lora_gpt2.core.names import AUTO
+from lora_gpt2.data.blocks import TokenBlocks
+from lora_gpt2.evaluation.general import measure_general
+from lora_gpt2.evaluation.held_out import read_own_text
+from lora_gpt2.model.bank import AdapterBank
+from lora_gpt2.model.base import Base, load_base
+from lora_gpt2.model.fused import TrainingAdapters
+from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.reshape import reshape_adapter
+from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
+from lora_gpt2.rating.preferences import Preferences, read_preferences
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.exchange import is_foreign
+from lora_gpt2.store.files import load_adapter
+from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.training.pairs import PairRows, encode_pairs, iter_groups, score_rows, split_pairs
+from lora_gpt2.training.preference_loss import PreferenceLoss
+from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.publish_preferences import PreferenceReport, publish_preferred
+from lora_gpt2.training.schedule import lr_factor
+from lora_gpt2.training.start import inherit_shape
+from lora_gpt2.training.step import MicroBatch, SlotHyperparams, StepRunner
+from lora_gpt2.training.validation import measure_blocks
+
+FEWEST_PAIRS = 20
+OWN_TOKENS = 16_384
+VALIDATIONS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScore:
+    """How well held-out pairs are told apart: mean loss, share with the chosen text ahead, mean margin in nats."""
+
+    loss: float
+    accuracy: float
+    margin: float
+
+
+class PreferenceTrainer:
+    """Trains one adapter on pairs; see the module's docstring.
+
+    Args:
+        base: the base.
+        recipe: the settings.
+        parent: the adapter to start from, which is the reference.
+        pairs: all pairs.
+        split: indices of those to train on and of those held out.
+        own_text: blocks of the parent's held-out text; None where they cannot be read.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        recipe: Recipe,
+        parent: Adapter,
+        pairs: PairRows,
+        split: tuple[Sequence[int], Sequence[int]],
+        own_text: TokenBlocks | None = None,
+    ) -> None:
+        self.base, self.recipe, self.pairs, self.own_text = base, recipe, pairs, own_text
+        (self.trained, self.held_out), settings = split, recipe.preferences
+        self.loss = PreferenceLoss(kind=settings.loss, beta=settings.beta, smoothing=settings.smoothing)
+        self.bank = AdapterBank(base.config, parent.ranks, 1, "training", base.model.wte.weight)
+        self.bank.load(0, parent)
+        self.runner = StepRunner(base.model, self.bank, None, None, ProcessGroup())
+        self.micro_batch_tokens = recipe.train.micro_batch_tokens
+        self.pairs_per_step = min(len(self.trained), settings.batch_size)
+        per_epoch = -(-len(self.trained) // self.pairs_per_step)
+        self.num_steps = recipe.train.steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
+        self.validate_every = recipe.train.validate_every or max(1, self.num_steps // VALIDATIONS)
+        self.reference = self._score(range(pairs.num_pairs))
+        self.parent_own = self._measure_own_text()
+        self.parent_general = self._measure_general()
+        self.best, self.best_score, self.best_step = self.bank.flat.clone(), self.measure(), 0
+        self.first_score = self.best_score
+        self.records: list[dict[str, Any]] = [self._record(0, self.first_score, self.parent_own, self.parent_general)]
+        self.seconds, self.num_tokens = 0.0, 0
+
+    @property
+    def adapters(self) -> TrainingAdapters:
+        """The adapter as it is now."""
+        return TrainingAdapters(self.bank, [0])
+
+    def read_best(self) -> Adapter:
+        """Returns the weights that are kept; the parent's where none were better."""
+        return self.bank.read(0, self.best)
+
+    def measure(self) -> PairScore:
+        """Returns how well the held-out pairs are told apart now."""
+        rows = self.pairs.rows_of(self.held_out)
+        lengths = torch.from_numpy(self.pairs.lengths).flatten()[rows]
+        losses, margins, _ = self.loss.measure(self._score(self.held_out), self.reference[rows], lengths)
+        return PairScore(
+            loss=float(losses.mean()), accuracy=float((margins > 0).float().mean()), margin=float(margins.mean())
+        )
+
+    def train(self, stop: StopRequest, reporter: Reporter) -> None:
+        """Runs to the end.
+
+        Raises:
+            TrainingDiverged: the loss or its gradient is no longer finite.
+            Interrupted: a stop was requested; nothing is kept.
+        """
+        with reporter.task("training", self.num_steps, "steps") as task:
+            for step in range(self.num_steps):
+                started = time.monotonic()
+                loss = self._run_step(step)
+                self.seconds += time.monotonic() - started
+                if not math.isfinite(loss):
+                    hint = "use a smaller --set train.learning_rate, or a larger preferences.beta"
+                    raise TrainingDiverged(f"{self.recipe.name} diverged in step {step + 1}", hint)
+                is_due = (step + 1) % self.validate_every == 0 or step + 1 == self.num_steps
+                score = self._validate(step + 1, loss) if is_due else None
+                note = f"loss {loss:.3f}" + (
+                    "" if score is None else f" held out {score.loss:.3f}, {score.accuracy:.0%}"
+                )
+                task.advance(1, note)
+                stop.raise_if_asked("nothing was published")
+
+    def _run_step(self, step: int) -> float:
+        settings = self.recipe.train
+        chosen = self._choose_pairs(step)
+        rate = settings.peak_learning_rate(self.base.config.n_embd) * lr_factor(step, self.num_steps, settings)
+        hyperparams = SlotHyperparams(
+            learning_rates=torch.tensor([rate]),
+            weight_decays=torch.tensor([settings.weight_decay]),
+            max_grad_norms=torch.tensor([settings.max_grad_norm or math.inf]),
+            is_active=torch.tensor([True]),
+        )
+        rows = self.pairs.rows_of(chosen)
+        groups = iter_groups(rows, self.pairs.inputs.shape[1], self.micro_batch_tokens)
+        batches = [self._build(group, len(chosen)) for group in groups]
+        self.num_tokens += sum(batch.inputs.numel() for batch in batches)
+        return float(self.runner.run(batches, hyperparams)[0, 0])
+
+    def _choose_pairs(self, step: int) -> list[int]:
+        """Returns the pairs of a step: each once in an epoch, in an order of its own."""
+        order: list[int] = []
+        first, per_epoch = step * self.pairs_per_step, len(self.trained)
+        for epoch in range(first // per_epoch, (first + self.pairs_per_step - 1) // per_epoch + 1):
+            generator = random.Random(f"{self.recipe.train.seed} {epoch}")  # noqa: S311 - an order, no secret
+            order += generator.sample(list(self.trained), per_epoch)
+        begin = first % per_epoch
+        return order[begin : begin + self.pairs_per_step]
+
+    def _build(self, rows: Sequence[int], num_pairs: int) -> MicroBatch:
+        inputs, targets = (torch.from_numpy(side[list(rows)]) for side in (self.pairs.inputs, self.pairs.targets))
+        return MicroBatch(
+            slots=[0],
+            slot_ids=torch.zeros(1, dtype=torch.long),
+            inputs=inputs,
+            targets=targets,
+            loss_weights=torch.full((targets.numel(),), 1 / num_pairs),
+            dropout=0.0,
+            label_smoothing=0.0,
+            seeds=torch.zeros(len(inputs), dtype=torch.long),
+            noise_alpha=0.0,
+            gradient_checkpointing=self.recipe.train.gradient_checkpointing,
+            preference=self.loss,
+            reference_logps=self.reference[list(rows)],
+        )
+
+    def _validate(self, step: int, loss: float) -> PairScore:
+        """Measures the weights, and keeps them if they are the best that are within the limits."""
+        score, own, general = self.measure(), self._measure_own_text(), self._measure_general()
+        self.records.append(self._record(step, score, own, general) | {"loss": loss})
+        if self._is_allowed(own, general) and score.loss < self.first_score.loss:
+            self.best.copy_(self.bank.flat)
+            self.best_score, self.best_step = score, step
+        return score
+
+    def _is_allowed(self, own: float | None, general: float | None) -> bool:
+        budget, most = self.recipe.train.forget, math.log(self.recipe.preferences.max_perplexity_ratio)
+        if own is not None and self.parent_own is not None and own - self.parent_own > most:
+            return False
+        return (
+            budget is None or general is None or self.parent_general is None or general - self.parent_general <= budget
+        )
+
+    def _record(self, step: int, score: PairScore, own: float | None, general: float | None) -> dict[str, Any]:
+        measured = {f"held_out_{key}": value for key, value in asdict(score).items()}
+        return {"step": step, **measured, "own_text_loss": own, "general_loss": general}
+
+    def _score(self, pairs: Sequence[int]) -> Tensor:
+        return score_rows(
+            self.base.model, self.adapters, self.pairs, self.pairs.rows_of(pairs), self.micro_batch_tokens
+        )
+
+    def _measure_own_text(self) -> float | None:
+        """Returns the loss of the parent's own held-out text in nats per token; None where it cannot be read."""
+        if self.own_text is None:
+            return None
+        return measure_blocks(self.base, self.own_text, self.adapters, max_tokens=OWN_TOKENS)
+
+    def _measure_general(self) -> float | None:
+        """Returns the loss of general English in nats per token; None where there is no budget of forgetting."""
+        if self.recipe.train.forget is None:
+            return None
+        with torch.no_grad():
+            return measure_general(self.base, lambda choices: self.adapters).nll_nats_per_token
+
+
+def train_preferences(recipe: Recipe, store: Store, reporter: Reporter) -> PreferenceReport:
+    """Trains the next version of an adapter on what people preferred, and publishes it; returns its figures.
+
+    Raises:
+        UsageError: the recipe names no adapter of the store to continue, or text to train on besides.
+        NotFoundError: there is no such adapter, or no such file.
+        DataError: fewer than `FEWEST_PAIRS` pairs are decided.
+        TrainingDiverged: the loss is no longer finite; nothing is published.
+        Interrupted: a stop was requested; nothing is published.
+    """
+    if recipe.lora.init_from in ("", AUTO):
+        raise UsageError("preferences need an adapter to start from", "name it: --from law")
+    if is_foreign(recipe.lora.init_from):
+        raise UsageError("preferences need an adapter of the store", "lora-gpt2 adapters import it first")
+    if recipe.data.sources:
+        raise UsageError("train on text or on preferences, not on both", "train on the text first, then --from it")
+    found = read_preferences(recipe.preferences.sources)
+    if len(found.pairs) < FEWEST_PAIRS:
+        ties = f", {found.num_ties} are ties" if found.num_ties else ""
+        raise DataError(
+            f"{len(found.pairs)} pairs are decided{ties}", f"at least {FEWEST_PAIRS} are needed: ask for more"
+        )
+    recipe = inherit_shape(recipe, store)
+    base = load_base(recipe.base, choose_runtime(recipe.train.dtype), recipe.train.quantize)
+    manifest, parent = load_adapter(store, recipe.lora.init_from, base)
+    parent, _ = reshape_adapter(parent, base.config, recipe.lora, recipe.train.seed)
+    rate = recipe.train.learning_rate or (
+        recipe.train.peak_learning_rate(base.config.n_embd) * recipe.preferences.learning_rate_factor
+    )
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
+    rows = encode_pairs(found.pairs, base.tokenizer, base.config.n_positions)
+    split = split_pairs(found.pairs)
+    _say_what_is_there(found, rows, split, manifest, reporter)
+    trainer = PreferenceTrainer(base, recipe, parent, rows, split, _read_own_blocks(store, manifest, reporter))
+    with catch_signals() as stop:
+        trainer.train(stop, reporter)
+    return publish_preferred(store, base, trainer, manifest, found, measure_peak_memory(base.runtime.device))
+
+
+def _say_what_is_there(
+    found: Preferences,
+    rows: PairRows,
+    split: tuple[Sequence[int], Sequence[int]],
+    manifest: Manifest,
+    reporter: Reporter,
+) -> None:
+    ties = f", {found.num_ties} ties left out" if found.num_ties else ""
+    reporter.message(
+        f"{manifest.reference}: {len(split[0])} pairs to train on, {len(split[1])} held out{ties}; "
+        f"{describe_lengths(rows)}"
+    )
+    if rows.num_cut:
+        reporter.message(f"{rows.num_cut} texts are longer than the context and are cut")
+
+
+def describe_lengths(rows: PairRows) -> str:
+    """Returns how far the longer text was preferred, which a model learns as readily as anything else."""
+    chosen, rejected = rows.lengths.T
+    longer = float((chosen > rejected).mean())
+    return f"the longer text was preferred in {longer:.0%} ({chosen.mean():.0f} and {rejected.mean():.0f} tokens)"
+
+
+def _read_own_blocks(store: Store, manifest: Manifest, reporter: Reporter) -> TokenBlocks | None:
+    try:
+        own = read_own_text(store, manifest.reference, reporter)
+    except NotFoundError as error:
+        reporter.message(f"its perplexity on its own text is not watched: {error.message}")
+        return None
+    return own.prepared.validation if own.prepared.validation.num_targets else None

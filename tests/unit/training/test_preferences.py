@@ -1,0 +1,278 @@
+"""Pairs become rows, rows a loss, and the loss moves an adapter towards what was chosen, within its limits."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
+from lora_gpt2.core.interrupt import StopRequest
+from lora_gpt2.data.blocks import IGNORE
+from lora_gpt2.model.bank import AdapterBank
+from lora_gpt2.model.fused import TrainingAdapters
+from lora_gpt2.rating.preferences import Preference, read_preferences
+from lora_gpt2.rating.rounds import Answer, Round, add_answers, write_round
+from lora_gpt2.recipe import build_recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.training.pairs import encode_pairs, iter_groups, score_rows, split_pairs
+from lora_gpt2.training.preference_loss import PreferenceLoss
+from lora_gpt2.training.preferences import PreferenceTrainer, train_preferences
+from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.step import MicroBatch, StepRunner
+from tests.builders import make_adapter
+
+PAIRS = [
+    Preference(prompt=f"the {animal} and", chosen=f" the sun {animal}", rejected=" rain rain in the", is_whole=whole)
+    for animal, whole in (("cat", True), ("dog", False), ("man", True), ("the cat on the hill", False))
+]
+
+
+def make_settings(name="law", **changes):
+    values = {"name": name, "lora": {"init_from": name}, "train": {"dtype": "float32", "steps": 12}}
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            values.setdefault(section, {})[field] = value
+        else:
+            values[section] = value
+    return build_recipe(values, "test")
+
+
+def test_prompts_carry_no_loss_and_whole_texts_end_with_eos(base):
+    rows, tokenizer = encode_pairs(PAIRS, base.tokenizer, 48), base.tokenizer
+    assert rows.num_pairs == 4
+    for number, pair in enumerate(PAIRS):
+        for column, text in enumerate((pair.chosen, pair.rejected)):
+            inputs, targets = (side[2 * number + column] for side in (rows.inputs, rows.targets))
+            scored = targets[targets != IGNORE].tolist()
+            prompt, ids = tokenizer.encode(pair.prompt), tokenizer.encode(text)
+            assert scored == [*ids, *([tokenizer.eos_id] if pair.is_whole else [])]
+            assert inputs[: len(prompt) + len(ids)].tolist()[: len(prompt)] == list(prompt)
+            assert targets[: len(prompt) - 1].tolist() == [IGNORE] * (len(prompt) - 1)
+            assert rows.lengths[number, column] == len(scored)
+    (empty,) = [Preference(prompt="", chosen="a", rejected="b")]
+    assert encode_pairs([empty], tokenizer, 48).inputs[0, 0] == tokenizer.eos_id
+
+
+def test_what_does_not_fit_is_cut_where_it_matters_least(base):
+    ids = base.tokenizer.encode
+    pair = Preference(prompt="x y z " * 30, chosen="the cat" * 2, rejected="rain " * 60)
+    rows = encode_pairs([pair], base.tokenizer, 32)
+    assert rows.inputs.shape == (2, 32)
+    assert rows.num_cut == 1
+    assert rows.targets[0][rows.targets[0] != IGNORE].tolist() == list(ids(pair.chosen))
+    assert rows.targets[1].tolist() == list(ids(pair.rejected))[:32]
+    assert rows.inputs[1, 0] == ids(pair.prompt)[-1]
+
+
+def test_held_out_prompts_are_not_trained_on():
+    pairs = [dataclasses.replace(PAIRS[0], prompt=f"p{number // 3}") for number in range(60)]
+    trained, held_out = split_pairs(pairs)
+    assert sorted([*trained, *held_out]) == list(range(60))
+    assert 6 <= len(held_out) <= 9
+    assert not {pairs[i].prompt for i in trained} & {pairs[i].prompt for i in held_out}
+    trained, held_out = split_pairs([PAIRS[0]] * 30)
+    assert (len(trained), len(held_out)) == (27, 3), "one prompt for all"
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_derivatives_are_those_of_the_loss(kind, smoothing):
+    torch.manual_seed(0)
+    logps, reference = torch.randn(6, requires_grad=True), torch.randn(6)
+    lengths = torch.tensor([3, 5, 2, 2, 9, 1])
+    loss = PreferenceLoss(kind=kind, beta=0.3, smoothing=smoothing)
+    losses, margins, slopes = loss.measure(logps, reference, lengths)
+    losses.sum().backward()
+    torch.testing.assert_close(slopes.detach(), logps.grad)
+    ratio = (logps - reference) / (lengths if kind == "ipo" else 1)
+    torch.testing.assert_close(margins, ratio[::2] - ratio[1::2])
+    if kind == "dpo":
+        kept = F.logsigmoid(0.3 * margins) * (1 - smoothing) + F.logsigmoid(-0.3 * margins) * smoothing
+        torch.testing.assert_close(losses, -kept)
+
+
+def test_a_step_has_the_gradient_of_the_loss_whatever_the_passes(base):
+    """Against autograd through the plain sum of log-likelihoods, with an adapter of the head too."""
+    adapter = make_adapter(base.config, 3)
+    rows, loss = encode_pairs(PAIRS, base.tokenizer, 48), PreferenceLoss(beta=0.5, smoothing=0.1)
+    reference = torch.linspace(-40, -20, 8)
+    gradients = []
+    for most_tokens in (10**6, 1):
+        bank = AdapterBank(base.config, adapter.ranks, 1, "training", base.model.wte.weight)
+        bank.load(0, adapter)
+        runner = StepRunner(base.model, bank, None, None, ProcessGroup())
+        passes = [
+            MicroBatch(
+                slots=[0],
+                slot_ids=torch.zeros(1, dtype=torch.long),
+                inputs=torch.from_numpy(rows.inputs[group]),
+                targets=torch.from_numpy(rows.targets[group]),
+                loss_weights=torch.full((rows.inputs[group].size,), 1 / 4),
+                dropout=0.0,
+                label_smoothing=0.0,
+                seeds=torch.zeros(len(group), dtype=torch.long),
+                noise_alpha=0.0,
+                gradient_checkpointing=False,
+                preference=loss,
+                reference_logps=reference[group],
+            )
+            for group in iter_groups(range(8), rows.inputs.shape[1], most_tokens)
+        ]
+        assert len(passes) == (1 if most_tokens > 1 else 4)
+        runner.compute_gradients(passes)
+        gradients.append((runner.losses.item(), runner.gradient.clone()))
+    logps = score_rows(base.model, TrainingAdapters(bank, [0]), rows, range(8), 10**6)
+    expected = loss.measure(logps, reference, torch.from_numpy(rows.lengths).flatten())[0].mean()
+    assert gradients[0][0] == pytest.approx(expected.item(), rel=1e-5)
+    assert gradients[1][0] == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradients[0][1] - gradients[1][1]).norm() <= 1e-5 * gradients[0][1].norm()
+    # by differences along the gradient itself
+    bank.enable_gradients()
+    direction, step = gradients[0][1] / gradients[0][1].norm(), 1e-2
+    values = []
+    for sign in (1, -1):
+        bank.flat.add_(direction, alpha=sign * step)
+        bank.refresh_casts()
+        found = score_rows(base.model, TrainingAdapters(bank, [0]), rows, range(8), 10**6)
+        values.append(loss.measure(found, reference, torch.from_numpy(rows.lengths).flatten())[0].mean().item())
+        bank.flat.add_(direction, alpha=-sign * step)
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(gradients[0][1].norm().item(), rel=0.02)
+
+
+@pytest.fixture
+def store(tmp_path, base):
+    found = Store(tmp_path / "store")
+    publish_adapter(
+        found, "law", make_adapter(base.config, 1), base, Origin(data={"embedding": {}}, recipe={"name": "law"})
+    )
+    return found
+
+
+def write_pairs(path, count=40):
+    words = ["sun", "rain", "cat", "dog", "hill"]
+    records = [
+        {"prompt": f"the {words[n % 5]} {n}", "chosen": f" and the cat {n}", "rejected": f" in rain in {n}"}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_training_moves_towards_what_was_chosen_and_publishes_the_next_version(base_folder, store, tmp_path):
+    recipe = make_settings(
+        base=str(base_folder), preferences__sources=[write_pairs(tmp_path / "pairs.jsonl")], train__learning_rate=3e-2
+    )
+    report = train_preferences(recipe, store, SilentReporter())
+    assert str(report) == "law@2"
+    assert report.held_out_loss_before == pytest.approx(math.log(2), rel=1e-5), "at first it is the reference"
+    assert report.held_out_loss < 0.6
+    assert report.held_out_accuracy == 1.0
+    assert report.pairs + report.held_out_pairs == 40
+    assert report.parent_perplexity is None, "its text is not known"
+    assert "100% of 4 held-out pairs" in report.verdict
+    manifest = store.read_manifest("law")
+    assert [parent.reference for parent in manifest.parents] == ["law@1"]
+    assert manifest.recipe["preferences"]["beta"] == 0.1
+    assert manifest.data == store.read_manifest("law@1").data
+    assert manifest.figures["held_out_loss"] == report.held_out_loss
+    again = train_preferences(recipe.model_copy(update={"name": "other"}), store, SilentReporter())
+    assert again.held_out_loss != report.held_out_loss, "from law@2, which is in use now"
+
+
+def test_weights_beyond_the_limits_are_not_kept(base, base_folder, store, tmp_path, monkeypatch):
+    rows = encode_pairs(PAIRS * 6, base.tokenizer, 48)
+    recipe = make_settings(train__learning_rate=3e-2)
+    adapter = make_adapter(base.config, 1)
+    trainer = PreferenceTrainer(base, recipe, adapter, rows, (list(range(20)), list(range(20, 24))))
+    own = iter([1.0, *[1.0 + 0.015 * step for step in range(1, 30)]])
+    monkeypatch.setattr(trainer, "_measure_own_text", lambda: next(own))
+    trainer.parent_own = next(own)
+    trainer.train(StopRequest(), SilentReporter())
+    assert trainer.best_step == 1
+    assert not torch.equal(trainer.best, trainer.bank.flat)
+    strict = PreferenceTrainer(
+        base,
+        make_settings(train__forget=0.05, train__learning_rate=3e-2),
+        adapter,
+        rows,
+        (list(range(20)), [20]),
+    )
+    assert strict.parent_general > 0
+    monkeypatch.setattr(strict, "_measure_general", lambda: strict.parent_general + 0.06)
+    strict.train(StopRequest(), SilentReporter())
+    assert strict.best_step == 0
+    kept = strict.read_best().updates
+    assert all(torch.equal(kept[site].a, update.a) for site, update in adapter.updates.items())
+
+
+def test_every_pair_is_trained_on_once_in_an_epoch(base):
+    rows = encode_pairs(PAIRS * 5, base.tokenizer, 48)
+    trainer = PreferenceTrainer(
+        base,
+        make_settings(preferences__batch_size=6, train__steps=None),
+        make_adapter(base.config, 1),
+        rows,
+        (list(range(18)), [18, 19]),
+    )
+    assert trainer.num_steps == 9
+    chosen = [trainer._choose_pairs(step) for step in range(9)]
+    assert all(sorted(itertools.chain(*chosen[start : start + 3])) == list(range(18)) for start in (0, 3, 6))
+    assert chosen[0] != chosen[3]
+
+
+def test_what_cannot_be_trained_is_refused_with_the_next_step(store, base_folder, tmp_path):
+    few = [write_pairs(tmp_path / "few.jsonl", 5)]
+    cases = [
+        ({"preferences__sources": few}, DataError, "5 pairs are decided"),
+        ({"preferences__sources": [str(tmp_path / "none.jsonl")]}, NotFoundError, "none.jsonl"),
+        ({"preferences__sources": few, "lora__init_from": ""}, UsageError, "an adapter to start from"),
+        ({"preferences__sources": few, "lora__init_from": "./folder"}, UsageError, "of the store"),
+        ({"preferences__sources": few, "data__sources": ["x.txt"]}, UsageError, "not on both"),
+    ]
+    for changes, error, message in cases:
+        with pytest.raises(error, match=message):
+            train_preferences(make_settings(base=str(base_folder), **changes), store, SilentReporter())
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b"}\n')
+    with pytest.raises(DataError, match="rejected"):
+        read_preferences([str(bad)])
+
+
+def test_rounds_and_recorded_choices_are_read_ties_left_out(tmp_path):
+    texts = (("one", "two"), ("three", "four"), ("five", "six"), ("same", "same"))
+    round_ = Round(
+        base="nano", adapters=("law", "base"), prompts=("a", "b", "c", "d"), texts=texts, criteria=("style",)
+    )
+    write_round(tmp_path / "round", round_)
+    given = [("ann", 0, "second"), ("bob", 0, "second"), ("eve", 0, "first"), ("ann", 1, "tie"), ("ann", 2, "first")]
+    add_answers(tmp_path / "round", [Answer(rater=r, task=t, criterion="style", value=v) for r, t, v in given])
+    found = read_preferences([str(tmp_path / "round")])
+    assert [(p.prompt, p.chosen, p.rejected) for p in found.pairs] == [("a", "two", "one"), ("c", "five", "six")]
+    assert found.num_ties == 1
+    scale = dataclasses.replace(round_, mode="scale")
+    write_round(tmp_path / "scale", scale)
+    add_answers(
+        tmp_path / "scale",
+        [Answer(rater="ann", task=t, criterion="style", value=v) for t, v in ((0, 2), (1, 5), (2, 3), (3, 3))],
+    )
+    found = read_preferences([str(tmp_path / "scale")])
+    assert [(p.prompt, p.chosen, p.rejected) for p in found.pairs] == [("a", "two", "one")]
+    assert found.num_ties == 1
+    choices = tmp_path / "choices.jsonl"
+    vote = {"prompt": "p", "models": ["law@1", "base", "code@1"], "chosen": "base", "seed": 1}
+    choices.write_text(json.dumps(vote | {"texts": ["x", "y", "z"]}) + "\n" + json.dumps(vote) + "\n")
+    found = read_preferences([str(choices)])
+    assert [(p.prompt, p.chosen, p.rejected, p.is_whole) for p in found.pairs] == [
+        ("p", "y", "x", False),
+        ("p", "y", "z", False),
+    ]
+    choices.write_text(json.dumps(vote) + "\n")
+    with pytest.raises(DataError, match="without their texts"):
+        read_preferences([str(choices)])
