@@ -3,7 +3,8 @@
 The reference's log-likelihoods are computed once, before the first step, by the weights that training starts from. The
 weights that are kept are the last ones that are within the limits and tell held-out pairs apart better than the parent:
 the perplexity of the parent's own text may rise by `preferences.max_perplexity_ratio`, the loss of general English by
-`train.forget` nats per token. The loss of a few dozen held-out choices is too noisy to choose a step by.
+`train.forget` nats per token. What goes beyond them is taken back, and training goes on in smaller steps. (The loss of
+a few dozen held-out choices is too noisy to choose a step by.)
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import DataError, NotFoundError, TrainingDiverged, UsageError
+from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, TrainingDiverged, UsageError
 from lora_gpt2.core.interrupt import StopRequest, catch_signals
+from lora_gpt2.core.memory import is_out_of_memory
 from lora_gpt2.core.names import AUTO
 from lora_gpt2.data.blocks import TokenBlocks
 from lora_gpt2.evaluation.general import measure_general
@@ -39,7 +42,7 @@ from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import Manifest
 from lora_gpt2.training.pairs import PairRows, encode_pairs, iter_groups, score_rows, split_pairs
 from lora_gpt2.training.preference_loss import PreferenceLoss
-from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.publish_preferences import PreferenceReport, publish_preferred
 from lora_gpt2.training.schedule import lr_factor
 from lora_gpt2.training.start import inherit_shape
@@ -48,6 +51,7 @@ from lora_gpt2.training.validation import measure_blocks
 
 FEWEST_PAIRS = 20
 OWN_TOKENS = 16_384
+TAKEN_BACK = 0.5  # how much smaller steps are after some that went beyond the limits
 VALIDATIONS = 10
 
 
@@ -95,6 +99,7 @@ class PreferenceTrainer:
         self.reference = self._score(range(pairs.num_pairs))
         self.parent_own = self._measure_own_text()
         self.parent_general = self._measure_general()
+        self.allowed, self.rate_factor = self.bank.flat.clone(), 1.0
         self.best, self.best_score, self.best_step = self.bank.flat.clone(), self.measure(), 0
         self.first_score = self.best_score
         self.records: list[dict[str, Any]] = [self._record(0, self.first_score, self.parent_own, self.parent_general)]
@@ -144,7 +149,11 @@ class PreferenceTrainer:
     def _run_step(self, step: int) -> float:
         settings = self.recipe.train
         chosen = self._choose_pairs(step)
-        rate = settings.peak_learning_rate(self.base.config.n_embd) * lr_factor(step, self.num_steps, settings)
+        rate = (
+            settings.peak_learning_rate(self.base.config.n_embd)
+            * lr_factor(step, self.num_steps, settings)
+            * self.rate_factor
+        )
         hyperparams = SlotHyperparams(
             learning_rates=torch.tensor([rate]),
             weight_decays=torch.tensor([settings.weight_decay]),
@@ -185,10 +194,16 @@ class PreferenceTrainer:
         )
 
     def _validate(self, step: int, loss: float) -> PairScore:
-        """Measures the weights, and keeps them if they are the best that are within the limits."""
+        """Measures the weights and keeps them; if they are beyond the limits, goes back and on in smaller steps."""
         score, own, general = self.measure(), self._measure_own_text(), self._measure_general()
         self.records.append(self._record(step, score, own, general) | {"loss": loss})
-        if self._is_allowed(own, general) and score.loss < self.first_score.loss:
+        if not self._is_allowed(own, general):
+            self.bank.flat.copy_(self.allowed)
+            self.bank.refresh_casts()
+            self.rate_factor *= TAKEN_BACK
+            return score
+        self.allowed.copy_(self.bank.flat)
+        if score.loss < self.first_score.loss:
             self.best.copy_(self.bank.flat)
             self.best_score, self.best_step = score, step
         return score
@@ -228,7 +243,8 @@ def train_preferences(recipe: Recipe, store: Store, reporter: Reporter) -> Prefe
     """Trains the next version of an adapter on what people preferred, and publishes it; returns its figures.
 
     Raises:
-        UsageError: the recipe names no adapter of the store to continue, or text to train on besides.
+        UsageError: the recipe names no adapter of the store to continue, or text besides; several processes.
+        ResourceError: it does not fit into memory.
         NotFoundError: there is no such adapter, or no such file.
         DataError: fewer than `FEWEST_PAIRS` pairs are decided.
         TrainingDiverged: the loss is no longer finite; nothing is published.
@@ -240,6 +256,8 @@ def train_preferences(recipe: Recipe, store: Store, reporter: Reporter) -> Prefe
         raise UsageError("preferences need an adapter of the store", "lora-gpt2 adapters import it first")
     if recipe.data.sources:
         raise UsageError("train on text or on preferences, not on both", "train on the text first, then --from it")
+    if init_process_group().size > 1:
+        raise UsageError("preferences are trained on in one process", "start it without torchrun or accelerate")
     found = read_preferences(recipe.preferences.sources)
     if len(found.pairs) < FEWEST_PAIRS:
         ties = f", {found.num_ties} are ties" if found.num_ties else ""
@@ -257,10 +275,23 @@ def train_preferences(recipe: Recipe, store: Store, reporter: Reporter) -> Prefe
     rows = encode_pairs(found.pairs, base.tokenizer, base.config.n_positions)
     split = split_pairs(found.pairs)
     _say_what_is_there(found, rows, split, manifest, reporter)
-    trainer = PreferenceTrainer(base, recipe, parent, rows, split, _read_own_blocks(store, manifest, reporter))
-    with catch_signals() as stop:
+    own_text = _read_own_blocks(store, manifest, reporter)
+    with catch_signals() as stop, _explain_oom(rows):
+        trainer = PreferenceTrainer(base, recipe, parent, rows, split, own_text)
         trainer.train(stop, reporter)
     return publish_preferred(store, base, trainer, manifest, found, measure_peak_memory(base.runtime.device))
+
+
+@contextmanager
+def _explain_oom(rows: PairRows) -> Iterator[None]:
+    """Turns running out of memory into a `ResourceError` that names what needs less."""
+    try:
+        yield
+    except BaseException as error:  # a panic of Rust is no Exception
+        if not is_out_of_memory(error):
+            raise
+        hint = "use --set train.micro_batch_tokens=1024, or train.gradient_checkpointing=true"
+        raise ResourceError(f"out of memory with texts of up to {rows.inputs.shape[1]} tokens", hint) from error
 
 
 def _say_what_is_there(

@@ -1,11 +1,24 @@
 """Choices make the next version: on the command line and in Python."""
 
 import json
+import math
+import os
+import random
+import re
+import shutil
+import statistics
+from pathlib import Path
 
 import pytest
 
 import lora_gpt2 as lg
 from lora_gpt2.core.errors import DataError
+from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.open import load_for_inference
+from lora_gpt2.inference.session import Session
+from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.store.catalog import Store
 
 
 @pytest.fixture
@@ -54,3 +67,47 @@ def test_python_takes_records_and_returns_the_figures(base_folder, trained, pair
     assert (manifest.recipe["preferences"]["beta"], manifest.figures["pairs"]) == (0.2, report.pairs)
     with pytest.raises(DataError, match="5 pairs are decided"):
         lg.train_preferences(pairs[:5], "law", **shared)
+
+
+TEXT = Path(os.environ.get("LORA_GPT2_SHARED", Path(__file__).parents[3] / "shared")) / "data/domains/cooking_recipes"
+
+
+@pytest.mark.slow
+def test_a_rater_of_known_taste_prefers_the_new_version(tmp_path):
+    """200 choices for short sentences, one in five wrong; then a fresh blind round of the same rater."""
+    if not TEXT.exists():
+        pytest.skip("no shared data here; see LORA_GPT2_SHARED")
+    store, generator = Store(tmp_path / "adapters"), random.Random(0)
+    shutil.copytree(Path(__file__).parents[2] / "adapters", store.root)
+    base = load_for_inference("nano", "auto")
+    texts = [json.loads(line)["text"] for line in (TEXT / "train.jsonl").read_text().splitlines()[:450]]
+    prompts = [base.tokenizer.decode(base.tokenizer.encode(text)[:12]) for text in texts]
+
+    def write(name, some, seed):
+        settings = GenerateSettings(temperature=0.8, max_new_tokens=40)
+        requests = [Request(prompt, Mix.parse(name), seed * 1000 + n) for n, prompt in enumerate(some)]
+        return [output.text for output in generate(Session(base, store), requests, settings)]
+
+    def measure(text):
+        sentences = [part for part in re.split(r"[.!?\n]+", text) if part.strip()]
+        return statistics.mean(len(part.split()) for part in sentences) if sentences else 99
+
+    def rate(first, second, noise=0.2):
+        """Returns whether the first text is chosen, None for a tie."""
+        lengths = measure(first), measure(second)
+        return None if lengths[0] == lengths[1] else (lengths[0] < lengths[1]) != (generator.random() < noise)
+
+    pairs = []
+    for prompt, one, other in zip(prompts, write("cooking", prompts, 1), write("cooking", prompts, 2), strict=True):
+        if (is_first := rate(one, other)) is not None and len(pairs) < 200:
+            chosen, rejected = (one, other) if is_first else (other, one)
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    report = lg.train_preferences(pairs, "cooking", store=store.root, progress=False)
+    fresh = prompts[250:] * 3  # with other random numbers each time
+    texts = list(zip(write("cooking@2", fresh, 3), write("cooking@1", fresh, 4), strict=True))
+    for noise in (0.0, 0.2):
+        decided = [answer for new, old in texts if (answer := rate(new, old, noise)) is not None]
+        share = sum(decided) / len(decided)
+        spread = 1.96 * math.sqrt(share * (1 - share) / len(decided))
+        print(f"noise {noise}: {share:.3f} ± {spread:.3f} of {len(decided)}; {report}")
+        assert share - spread > 0.5

@@ -196,7 +196,8 @@ def test_weights_beyond_the_limits_are_not_kept(base, base_folder, store, tmp_pa
     trainer.parent_own = next(own)
     trainer.train(StopRequest(), SilentReporter())
     assert trainer.best_step == 1
-    assert not torch.equal(trainer.best, trainer.bank.flat)
+    assert torch.equal(trainer.bank.flat, trainer.best), "what went beyond is taken back"
+    assert trainer.rate_factor == 0.5**11
     strict = PreferenceTrainer(
         base,
         make_settings(train__forget=0.05, train__learning_rate=3e-2),
