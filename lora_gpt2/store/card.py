@@ -28,7 +28,7 @@ OTHERS = {
     "peak_memory_bytes": "peak memory in bytes",
     "seconds": "seconds",
     "dtype": "dtype of the base",
-    "verdict": "the curve",
+    "verdict": "verdict",
     "divergence": "KL divergence from the base on general text, in nats per token",
     "forgetting": "forgetting",
 }

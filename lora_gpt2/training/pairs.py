@@ -19,7 +19,7 @@ from lora_gpt2.model.scoring import token_nll
 from lora_gpt2.rating.preferences import Preference
 
 ROUNDED_TO = 32  # tokens; few shapes
-HELD_OUT = 0.1
+HELD_OUT, FEWEST_HELD_OUT = 0.1, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def encode_pairs(pairs: Sequence[Preference], tokenizer: Tokenizer, max_tokens: 
 def split_pairs(pairs: Sequence[Preference]) -> tuple[list[int], list[int]]:
     """Returns the pairs to train on and those that are held out: whole prompts, chosen by their hash."""
     prompts = sorted({pair.prompt for pair in pairs}, key=lambda prompt: zlib.crc32(prompt.encode("utf-8", "replace")))
-    wanted, chosen, count = max(1, round(HELD_OUT * len(pairs))), set(), 0
+    wanted, chosen, count = max(FEWEST_HELD_OUT, round(HELD_OUT * len(pairs))), set(), 0
     for prompt in prompts[: len(prompts) - 1]:
         if count >= wanted:
             break

@@ -101,7 +101,11 @@ def publish_preferred(
         verdict=_judge(trainer),
     )
     figures = {key: value for key, value in asdict(report).items() if key not in NOT_FIGURES}
-    kept = {key: parent.figures[key] for key in ("base_perplexity", "trained_parameters") if key in parent.figures}
+    kept = {
+        key: parent.figures[key]
+        for key in ("base_perplexity", "base_general_perplexity", "trained_parameters")
+        if key in parent.figures
+    }
     origin = Origin(
         data=dict(parent.data),
         recipe=_join_recipes(parent, recipe.model_dump(mode="json")),

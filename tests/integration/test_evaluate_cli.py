@@ -121,7 +121,7 @@ def test_an_audit_is_kept_for_the_card(run, own, text_file, base_folder, tmp_pat
     assert code == 0, err
     found = json.loads(out)
     assert found["adapter"] == "mine@1"
-    assert set(found["extraction"]) == {"train", "held_out", "base_on_train"}
+    assert set(found["extraction"]) == {"train", "held_out", "base_on_train", "drafter"}
     assert read_audits(own, manifest)["memorization"] == found
     assert evaluate(run, base_folder, f"mine={text_file}", "--adapter", "mine", "--keep")[0] == 0
     _, out, _ = run("adapters", "card", "mine")

@@ -78,7 +78,7 @@ def test_held_out_prompts_are_not_trained_on():
     assert 6 <= len(held_out) <= 9
     assert not {pairs[i].prompt for i in trained} & {pairs[i].prompt for i in held_out}
     trained, held_out = split_pairs([PAIRS[0]] * 30)
-    assert (len(trained), len(held_out)) == (27, 3), "one prompt for all"
+    assert (len(trained), len(held_out)) == (26, 4), "one prompt for all"
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo"])
