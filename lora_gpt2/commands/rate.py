@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from lora_gpt2.commands.rate_terminal import ask_in_terminal
-from lora_gpt2.commands.shared import emit, seed_option, session_options, suggest_next
+from lora_gpt2.commands.shared import emit, missing_extra, seed_option, session_options, suggest_next
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import check_output
@@ -173,8 +173,7 @@ def _serve(folder: Path, port: int, reporter: Reporter) -> None:
         from lora_gpt2.serving.http import bind
         from lora_gpt2.serving.rating_form import serve_rating
     except ImportError as error:
-        missing = str(error).rpartition(" ")[2]
-        raise ResourceError(f"serving needs {missing}", "pip install 'lora-gpt2[serve]'") from error
+        raise missing_extra("serving", "serve", error) from error
     serve_rating(folder, bind("127.0.0.1", port), reporter)
 
 

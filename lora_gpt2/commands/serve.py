@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from lora_gpt2.commands.settings import setting_options
-from lora_gpt2.commands.shared import base_option, set_option, store_option
+from lora_gpt2.commands.shared import base_option, missing_extra, set_option, store_option
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
@@ -52,11 +52,11 @@ def command(
     """
     recipe = load_recipe(None, overrides, {**flags, "base": base})
     try:
-        from lora_gpt2.serving.api import Access, Server
+        from lora_gpt2.serving.api import Server
         from lora_gpt2.serving.http import bind, is_loopback, serve
+        from lora_gpt2.serving.middleware import Access
     except ImportError as error:
-        missing = str(error).rpartition(" ")[2]
-        raise ResourceError(f"serving needs {missing}", "pip install 'lora-gpt2[serve]'") from error
+        raise missing_extra("serving", "serve", error) from error
     key, admin_key = (os.environ.get(name) or None for name in ("LORA_GPT2_API_KEY", "LORA_GPT2_ADMIN_KEY"))
     if recipe.generate.merge_into_base:
         raise UsageError("generate.merge_into_base is for one adapter, a server has many", "leave it out")
@@ -67,7 +67,7 @@ def command(
     from lora_gpt2.inference.open import open_store
 
     session = open_store(store, recipe)
-    access = Access(key=key, admin_key=admin_key, hosts=(*hosts, host), origins=origins)
+    access = Access(key=key, admin_key=admin_key, hosts=(*hosts, host), origins=origins, is_local=is_loopback(host))
     choices = LocalLog(find_votes(), reporter)
     serve(
         Server(session=session, defaults=recipe.generate, limits=recipe.serve, access=access, vote_log=choices),

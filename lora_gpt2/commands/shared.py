@@ -10,14 +10,16 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import CheckFailed, UsageError
+from lora_gpt2.core.dirs import find_runs_dir
+from lora_gpt2.core.errors import CheckFailed, ResourceError, UsageError
 from lora_gpt2.core.printable import printable
 from lora_gpt2.recipe_files import TrainingItem, list_items
 from lora_gpt2.store.catalog import Store
@@ -85,6 +87,48 @@ def session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (click.pass_obj, json_option, store_option, set_option, base_option):
         command = option(command)
     return command
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run begins, and whether it can be watched."""
+
+    resume: bool
+    fresh: bool
+    watch: bool
+
+    def watching(self, reporter: Reporter) -> AbstractContextManager[None]:
+        """Gives out the page of the run while the block runs, if that is wanted; raises `ResourceError`."""
+        if not self.watch:
+            return nullcontext()
+        try:
+            from lora_gpt2.serving.watch import watch_this_process
+        except ImportError as error:
+            raise missing_extra("--watch", "serve", error) from error
+        return watch_this_process(find_runs_dir(), reporter)
+
+
+def missing_extra(what: str, extra: str, error: ImportError) -> ResourceError:
+    """Returns the error for a library of an extra that is not installed."""
+    missing = str(error).rpartition(" ")[2]
+    return ResourceError(f"{what} needs {missing}", f"pip install 'lora-gpt2[{extra}]'")
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --resume, --fresh and --watch, and passes them as `run`: `RunOptions`."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, resume: bool, fresh: bool, watch: bool, **values: Any) -> Any:
+        if resume and fresh:
+            raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
+        return command(*arguments, run=RunOptions(resume=resume, fresh=fresh, watch=watch), **values)
+
+    result: Callable[..., Any] = click.option("--watch", is_flag=True, help="Show it in a browser; see 'watch'.")(
+        wrapped
+    )
+    text = "Begin anew; an interrupted run of the same adapters is set aside."
+    result = click.option("--fresh", is_flag=True, help=text)(result)
+    return click.option("--resume", is_flag=True, help="Resume the interrupted run of the same recipes.")(result)
 
 
 def queue_options(command: Callable[..., Any]) -> Callable[..., Any]:

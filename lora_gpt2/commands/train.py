@@ -13,6 +13,7 @@ import click
 from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import (
     SAMPLE_PROMPT,
+    RunOptions,
     base_option,
     data_option,
     emit,
@@ -24,6 +25,7 @@ from lora_gpt2.commands.shared import (
     memory_option,
     parent_options,
     queue_options,
+    run_options,
     set_option,
     skip_bad_option,
     store_option,
@@ -52,8 +54,7 @@ MOST_EXPLAINED = 8  # adapters, line by line
 @setting_options("train")
 @set_option
 @skip_bad_option
-@click.option("--resume", is_flag=True, help="Resume the interrupted run of the same recipes.")
-@click.option("--fresh", is_flag=True, help="Begin anew; an interrupted run of the same adapters is set aside.")
+@run_options
 @queue_options
 @click.option("--ray", metavar="ADDRESS", help="Train on the machines of a Ray cluster: auto, local, or its address.")
 @click.option("--fit", is_flag=True, help="Change settings so that it fits into memory; see 'plan'.")
@@ -72,8 +73,7 @@ def command(
     flags: dict[str, Any],
     overrides: tuple[str, ...],
     skip_bad: bool,
-    resume: bool,
-    fresh: bool,
+    run: RunOptions,
     queue: tuple[Path | None, int | None],
     ray: str | None,
     fit: bool,
@@ -97,19 +97,21 @@ def command(
       lora-gpt2 train --from law --preferences choices.jsonl   the next version, as people chose
       lora-gpt2 train --all domains/              an adapter for each folder, file or recipe in it
       lora-gpt2 train --all domains/ --ray auto   over the machines of a Ray cluster
+      lora-gpt2 train my_text.txt --watch         curves and samples in a browser, as they come
       lora-gpt2 train a.yaml b.yaml --resume      after an interruption; --fresh begins anew
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
-    if resume and fresh:
-        raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     own = {**flags, "base": base, "data.skip_bad": skip_bad or None, **parent}
     found, num_slots = list_training(items, data, name, queue)
     chosen = [name_recipe(load_recipe(item.recipe, overrides, {**own, **item.flags})) for item in found]
     if any(recipe.preferences.sources for recipe in chosen):
-        _train_preferences(chosen, any((queue[0], ray, fit, gpu_memory, dry_run, resume)), store, reporter, as_json)
+        _train_preferences(
+            chosen, any((queue[0], ray, fit, gpu_memory, dry_run, run.resume, run.watch)), store, reporter, as_json
+        )
         return
-    if ray and (fit or gpu_memory is not None or dry_run):
-        raise UsageError("--ray cannot be combined with --fit, --gpu-memory or --dry-run", "'plan' here, then train")
+    if ray and (fit or gpu_memory is not None or dry_run or run.watch):
+        what = "--fit, --gpu-memory, --dry-run or --watch"
+        raise UsageError(f"--ray cannot be combined with {what}", "'plan' here, then train")
     if dry_run:
         from lora_gpt2.commands.plan import show_plan
         from lora_gpt2.training.plan import plan_run
@@ -121,14 +123,15 @@ def command(
 
         chosen, num_slots = fit_to_memory(chosen, store, gpu_memory, reporter, num_slots)
 
-    run = functools.partial(_train, chosen, store, reporter, ray, num_slots)
-    try:
-        report = run(resume, fresh)
-    except InterruptedRunError as error:
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise
-        goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
-        report = run(goes_on, not goes_on)
+    train = functools.partial(_train, chosen, store, reporter, ray, num_slots)
+    with run.watching(reporter):
+        try:
+            report = train(run.resume, run.fresh)
+        except InterruptedRunError as error:
+            if not (sys.stdin.isatty() and sys.stderr.isatty()):
+                raise
+            goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
+            report = train(goes_on, not goes_on)
     if not report.adapters:  # another process of this launch speaks
         return
     emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))

@@ -9,12 +9,14 @@ import click
 
 from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import (
+    RunOptions,
     base_option,
     data_option,
     emit,
     from_option,
     items_argument,
     json_option,
+    run_options,
     set_option,
     skip_bad_option,
     store_option,
@@ -42,8 +44,7 @@ if TYPE_CHECKING:
 @setting_options("train")
 @set_option
 @skip_bad_option
-@click.option("--resume", is_flag=True, help="Resume the interrupted search of the same recipe.")
-@click.option("--fresh", is_flag=True, help="Begin anew; an interrupted search is set aside.")
+@run_options
 @store_option
 @json_option
 @click.pass_obj
@@ -59,8 +60,7 @@ def command(
     flags: dict[str, Any],
     overrides: tuple[str, ...],
     skip_bad: bool,
-    resume: bool,
-    fresh: bool,
+    run: RunOptions,
     store: Store,
     as_json: bool,
 ) -> None:
@@ -75,8 +75,6 @@ def command(
       lora-gpt2 tune law.jsonl --candidates 16 --budget 10min
       lora-gpt2 tune law.yaml --set tune.ranks=[4,16,64] --forget 0.1
     """
-    if resume and fresh:
-        raise UsageError("--resume and --fresh exclude each other", "--resume continues, --fresh starts over")
     chosen = list_items(items, data, name)
     if len(chosen) > 1:
         raise UsageError("a search is for one adapter at a time", "name one recipe, or text without labels")
@@ -86,15 +84,16 @@ def command(
     recipe = load_recipe(item.recipe, overrides, {**own, **item.flags})
     from lora_gpt2.training.tune import tune
 
-    report = tune(
-        name_recipe(recipe),
-        store,
-        reporter,
-        num_candidates=candidates,
-        budget_seconds=seconds,
-        resume=resume,
-        fresh=fresh,
-    )
+    with run.watching(reporter):
+        report = tune(
+            name_recipe(recipe),
+            store,
+            reporter,
+            num_candidates=candidates,
+            budget_seconds=seconds,
+            resume=run.resume,
+            fresh=run.fresh,
+        )
     result = {"adapter": asdict(report.adapter), "candidates": [asdict(each) for each in report.candidates]}
     emit(result, as_json, lambda: _render(report))
     reporter.message(f"{report.adapter}: {report.adapter.verdict}; {report.adapter.forgetting}")

@@ -17,6 +17,11 @@ def find_cache_dir() -> Path:
     return Path(configured) if configured else _expand(platformdirs.user_cache_dir(APP_NAME, appauthor=False))
 
 
+def find_runs_dir() -> Path:
+    """Returns the folder in which each training run has its own: checkpoints, metrics, status."""
+    return find_cache_dir() / "runs"
+
+
 def find_state_dir() -> Path:
     """Returns the folder for records of what the user did, such as `$XDG_STATE_HOME/lora-gpt2`."""
     return _expand(platformdirs.user_state_dir(APP_NAME, appauthor=False))

@@ -1,13 +1,20 @@
-"""What is answered where no handler answers: routes that other servers have, and bugs."""
+"""Answers that are no success: errors in OpenAI's shape, routes that other servers have, and bugs."""
 
 from __future__ import annotations
+
+import logging
+import re
+from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lora_gpt2.serving.protocol import ApiError
+from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError
 
+LOG = logging.getLogger("lora_gpt2.serving")
+PATH = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s'\";,()]+)+")
+"""An absolute path inside a message."""
 CONTINUES = ": POST /v1/chat/completions, or /v1/completions with a prompt"
 ELSEWHERE = {
     "/v1/responses": CONTINUES,
@@ -23,6 +30,33 @@ ELSEWHERE = {
     "/health": ": GET /healthz",
 }
 """Routes of other servers, and what is asked here instead."""
+
+
+class ApiError(Exception):
+    """An answer that is no success: status, and the fields of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the body."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        message = self.message.encode("utf-8", "replace").decode()  # a name on disk may be no Unicode
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
+    """Returns the answer to one of our errors; paths of this machine are in the log alone."""
+    whole = f"{error.message}; {error.hint}"
+    text = PATH.sub(lambda match: re.split(r"[/\\]", match[0])[-1], whole)
+    if text != whole:
+        LOG.warning("%s", whole)
+    if isinstance(error, NotFoundError):
+        return ApiError(404, text, param, "model_not_found")
+    if isinstance(error, IntegrityError):
+        return ApiError(503, text, param, "adapter_unusable")
+    return ApiError(400 if error.exit_code in (2, 3) else 503, text, param)
 
 
 async def show_http_error(request: Request, error: Exception) -> Response:

@@ -36,13 +36,12 @@ from lora_gpt2.inference.routing import RoutedMix, Router
 from lora_gpt2.inference.session import Session
 from lora_gpt2.rating.votes import check_vote
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
-from lora_gpt2.serving.answers import show_bug, show_http_error
+from lora_gpt2.serving.answers import ApiError, show_bug, show_http_error, translate_error
 from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat, read_messages, route_chat
 from lora_gpt2.serving.embeddings import build_embeddings, parse_embeddings
 from lora_gpt2.serving.metrics import Metrics
-from lora_gpt2.serving.middleware import AccessMiddleware, has_key
+from lora_gpt2.serving.middleware import Access, AccessMiddleware, has_key
 from lora_gpt2.serving.protocol import (
-    ApiError,
     CompletionBody,
     build_sequences,
     build_settings,
@@ -53,7 +52,6 @@ from lora_gpt2.serving.protocol import (
     parse_json,
     parse_model,
     parse_names,
-    translate_error,
 )
 from lora_gpt2.serving.request import CompletionRequest, EventStream
 from lora_gpt2.serving.worker import Worker
@@ -68,16 +66,6 @@ READ_AND_REFUSED = 4  # times the largest body: who sends a little too much shal
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Access:
-    """Who may ask: keys (None for none), further host names, and origins that browsers may come from."""
-
-    key: str | None = None
-    admin_key: str | None = None
-    hosts: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()
-
-
 @dataclass(kw_only=True)
 class Server:
     """A session, the worker that decodes, the metrics, and the file of blind votes."""
@@ -85,7 +73,7 @@ class Server:
     session: Session
     defaults: GenerateSettings
     limits: ServeSettings
-    access: Access = Access()
+    access: Access = field(default_factory=Access)
     vote_log: LocalLog | None = None
     metrics: Metrics = field(default_factory=Metrics)
     is_leaving: bool = False
@@ -118,7 +106,7 @@ class Server:
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ]
         access = self.access
-        middleware = [Middleware(AccessMiddleware, hosts=access.hosts, key=access.key, admin_key=access.admin_key)]
+        middleware = [Middleware(AccessMiddleware, access=access)]
         if access.origins:
             methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
             cors = Middleware(

@@ -18,10 +18,10 @@ from lora_gpt2.inference.routing import RoutedMix, Router
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.serving.answers import ApiError
 from lora_gpt2.serving.protocol import (
     MAX_SEED,
     SAMPLING,
-    ApiError,
     CompletionBody,
     CompletionChoice,
     SamplingFields,

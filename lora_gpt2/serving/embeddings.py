@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from lora_gpt2.inference.session import Session
-from lora_gpt2.serving.protocol import ApiError, describe_invalid, encode_prompt, list_prompts, parse_json
+from lora_gpt2.serving.answers import ApiError
+from lora_gpt2.serving.protocol import describe_invalid, encode_prompt, list_prompts, parse_json
 
 MAX_INPUTS = 2048
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -25,8 +25,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, ResourceError, UsageError
 from lora_gpt2.core.interrupt import StopRequest, catch_signals
-from lora_gpt2.model.runtime import raise_file_limit
-from lora_gpt2.serving.api import Server
+
+if TYPE_CHECKING:
+    from lora_gpt2.serving.api import Server
 
 BACKLOG = 4096
 KEEP_ALIVE_SECONDS = 15
@@ -204,6 +205,8 @@ def serve(server: Server, bound: socket.socket, reporter: Reporter) -> None:
         Interrupted: SIGINT or SIGTERM, after what had begun was answered.
         ResourceError: the engine died.
     """
+    from lora_gpt2.model.runtime import raise_file_limit
+
     raise_file_limit()
     limits = server.limits
     said = f"serving {server.session.base.name} at {describe_url(bound)} (Ctrl-C ends it)"

@@ -11,14 +11,15 @@ import base64
 import binascii
 import hmac
 import ipaddress
-from collections.abc import Collection
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lora_gpt2.serving.protocol import ApiError
+from lora_gpt2.serving.answers import ApiError
 
+PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 SAFE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -26,19 +27,42 @@ SAFE_HEADERS = (
 )
 
 
-class AccessMiddleware:
-    """Checks Host and key, adds headers; an ASGI application around another.
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may ask.
 
     Args:
-        app: what is guarded.
-        hosts: names, besides `localhost` and IP addresses, that the server is asked under.
         key: what a client must send, as a bearer token or as the password of basic authentication; None for nothing.
-        admin_key: opens everything as well.
+        admin_key: opens everything as well, and is needed for what changes something; None: see `check_control`.
+        hosts: names, besides `localhost` and IP addresses, that the server is asked under.
+        origins: what pages of other origins may ask from a browser.
+        is_local: only this machine can reach the server.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str], key: str | None, admin_key: str | None) -> None:
-        self.app, self.hosts = app, {"localhost", *(host.lower() for host in hosts)}
-        self.keys = [each for each in (key, admin_key) if each] if key else []
+    key: str | None = None
+    admin_key: str | None = None
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    is_local: bool = False
+
+    def check_control(self, headers: Headers) -> None:
+        """Raises `ApiError` unless a request may start and stop training.
+
+        Without an admin key who sits at this machine may; not who comes through a proxy, which would be everybody.
+        """
+        if self.admin_key is not None:
+            if not has_key(headers, self.admin_key):
+                raise ApiError(401, "the admin key is needed: Authorization: Bearer KEY", None, "invalid_api_key")
+        elif not self.is_local or any(name in headers for name in PROXY_HEADERS):
+            raise ApiError(403, "start the server with LORA_GPT2_ADMIN_KEY to use this", None, "no_admin_key")
+
+
+class AccessMiddleware:
+    """Checks Host and key, adds headers; an ASGI application around another, `app`."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app, self.hosts = app, {"localhost", *(host.lower() for host in access.hosts)}
+        self.keys = [each for each in (access.key, access.admin_key) if each] if access.key else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers 403 or 401, or lets a request through."""

@@ -8,15 +8,13 @@ through the official client as `extra_body`. Parameters that a request leaves ou
 from __future__ import annotations
 
 import json
-import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError, UsageError
+from lora_gpt2.core.errors import LoraGpt2Error, UsageError
 from lora_gpt2.core.names import is_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
@@ -28,6 +26,7 @@ from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.answers import ApiError, translate_error
 from lora_gpt2.serving.structured import StructuredFields, read_constraint
 from lora_gpt2.serving.worker import StepOutput
 
@@ -47,38 +46,8 @@ SAMPLING = (
 )
 """The settings `generate.*` that a request may have, by the same names."""
 JSON_TYPES = {"logit_bias": dict[str, float]}  # whose keys JSON makes texts
-LOG = logging.getLogger("lora_gpt2.serving")
-PATH = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s'\";,()]+)+")
-"""An absolute path inside a message."""
 MAX_SEED = 2**63 - 1
 MAX_MIX = 8
-
-
-class ApiError(Exception):
-    """An answer that is no success: status, and the fields of OpenAI's error object."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the body."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        message = self.message.encode("utf-8", "replace").decode()  # a name on disk may be no Unicode
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
-    """Returns the answer to one of our errors; paths of this machine are in the log alone."""
-    whole = f"{error.message}; {error.hint}"
-    text = PATH.sub(lambda match: re.split(r"[/\\]", match[0])[-1], whole)
-    if text != whole:
-        LOG.warning("%s", whole)
-    if isinstance(error, NotFoundError):
-        return ApiError(404, text, param, "model_not_found")
-    if isinstance(error, IntegrityError):
-        return ApiError(503, text, param, "adapter_unusable")
-    return ApiError(400 if error.exit_code in (2, 3) else 503, text, param)
 
 
 if TYPE_CHECKING:

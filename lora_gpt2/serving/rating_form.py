@@ -17,7 +17,7 @@ from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.rating.form import FOLDER, SCRIPT, STYLE, build_form
 from lora_gpt2.rating.rounds import add_answers, check_answer, check_saved, read_round
 from lora_gpt2.serving.http import PatientProtocol, build_config, describe_url
-from lora_gpt2.serving.middleware import AccessMiddleware
+from lora_gpt2.serving.middleware import Access, AccessMiddleware
 
 MAX_BODY_BYTES = 2**20
 DRAIN_SECONDS = 2
@@ -53,7 +53,7 @@ def build_rating_server(folder: Path) -> uvicorn.Server:
 
     routes = [Route("/", show), Route("/answers", take, methods=["POST"]), *(Route(f"/{name}", give) for name in KINDS)]
     return uvicorn.Server(
-        build_config(AccessMiddleware(Starlette(routes=routes), (), None, None), PatientProtocol, DRAIN_SECONDS)
+        build_config(AccessMiddleware(Starlette(routes=routes), Access()), PatientProtocol, DRAIN_SECONDS)
     )
 
 

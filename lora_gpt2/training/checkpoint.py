@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.dirs import find_cache_dir
+from lora_gpt2.core.dirs import find_runs_dir
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.core.files import OPEN_FLAGS, fsync_dir, replace_file, wrap_os_errors, write_atomic
 from lora_gpt2.core.fingerprint import fingerprint_json, flatten_json
 from lora_gpt2.store.safetensors import iter_safetensors, read_own_safetensors
+from lora_gpt2.training.run_status import METRICS_ENDING, RunStatus
 
 KEPT = 2
 DIGEST_BYTES = 32
@@ -36,6 +38,11 @@ class RunFolder:
     """The folder of one run: of these adapter names into this store."""
 
     path: Path
+
+    @cached_property
+    def status(self) -> RunStatus:
+        """What the run says about itself to others."""
+        return RunStatus(self.path)
 
     @property
     def lock(self) -> Path:
@@ -124,7 +131,7 @@ class RunFolder:
 
     def append_metrics(self, name: str, records: Sequence[Mapping[str, Any]], anew: bool = False) -> None:
         """Adds lines to the adapter's metrics, which can be followed while the run goes on."""
-        path, mode = self.path / f"{name}.metrics.jsonl", "w" if anew else "a"
+        path, mode = self.path / f"{name}{METRICS_ENDING}", "w" if anew else "a"
         with wrap_os_errors(f"write metrics to {path}"), path.open(mode, encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
@@ -173,4 +180,4 @@ def _write_all(handle: int, rest: memoryview) -> None:
 def open_run_folder(store_root: Path, names: list[str]) -> RunFolder:
     """Returns the folder for training these adapters into this store."""
     key = fingerprint_json([str(store_root.resolve()), sorted(names)])
-    return RunFolder(path=find_cache_dir() / "runs" / key)
+    return RunFolder(path=find_runs_dir() / key)

@@ -58,6 +58,25 @@ def _describe_slot(slot: TrainingSlot) -> str:
     return f"{slot.name} failed" if slot.failure else f"{slot.name} loss {loss:.2f}{best}"
 
 
+def describe_states(
+    slots: Sequence[TrainingSlot], halving: SuccessiveHalving | None, queue: DomainQueue | None
+) -> dict[str, tuple[str, str]]:
+    """Returns what each adapter is doing, and a detail; see `run_status.States`."""
+
+    def describe(slot: TrainingSlot) -> tuple[str, str]:
+        if slot.failure:
+            return "failed", slot.failure
+        if slot.is_active:
+            return "training", ""
+        return ("dropped", "") if halving and slot.stopped else ("measuring", "stopped early" if slot.stopped else "")
+
+    states = {slot.name: ("waiting", "") for slot in queue.waiting} if queue else {}
+    states |= {slot.name: describe(slot) for slot in slots}
+    for name, outcome in queue.finished.items() if queue else ():
+        states[name] = ("failed", outcome.failure) if outcome.failure else ("published", outcome.reference)
+    return states
+
+
 def describe_failures(slots: Sequence[TrainingSlot], queue: DomainQueue | None) -> str:
     """Returns what went wrong with the domains that failed, or nothing."""
     found = {name: outcome.failure for name, outcome in queue.finished.items()} if queue else {}

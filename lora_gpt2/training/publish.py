@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.memory import check_room
 from lora_gpt2.data.prepared import SKETCH, describe_preparation
 from lora_gpt2.data.successors import DRAFTER, SuccessorTable
@@ -189,3 +191,42 @@ def report_published(store: Store, reference: str) -> AdapterReport:
     }
     path, parents = str(store.resolve(manifest.reference).absolute()), tuple(p.reference for p in manifest.parents)
     return AdapterReport(name=manifest.name, version=manifest.version, path=path, parents=parents, **figures)
+
+
+@dataclass(kw_only=True)
+class Publisher:
+    """Publishes adapters, also while others are being trained, and keeps their reports by reference."""
+
+    store: Store
+    base: Base
+    reporter: Reporter
+    is_main_process: bool
+    is_resumed: bool
+    reports: dict[str, AdapterReport] = field(default_factory=dict)
+
+    @cached_property
+    def general(self) -> Score:
+        """How well the base predicts general English."""
+        return measure_general(self.base)
+
+    def publish(self, outcome: TrainedAdapter, pages: Mapping[str, bytes] = MappingProxyType({})) -> str:
+        """Publishes an adapter, with further files; returns its reference."""
+        if not self.is_main_process:
+            return outcome.slot.name
+        report = publish_trained(self.store, self.base, outcome, self.general, self.is_resumed, pages)
+        self.reports[str(report)] = report
+        return str(report)
+
+    def publish_aloud(self, outcome: TrainedAdapter) -> str:
+        """Publishes an adapter and says so, because others are still being trained."""
+        reference = self.publish(outcome)
+        if report := self.reports.get(reference):
+            before, after = report.base_perplexity, report.validation_perplexity
+            self.reporter.message(f"{reference}: perplexity {before:.2f} -> {after:.2f} after {report.steps} steps")
+        return reference
+
+    def list_reports(self, references: Sequence[str]) -> list[AdapterReport]:
+        """Returns the reports of some adapters, those of an earlier session too; only the main process has any."""
+        if not self.is_main_process:
+            return []
+        return [self.reports.get(reference) or report_published(self.store, reference) for reference in references]

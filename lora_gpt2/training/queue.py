@@ -27,6 +27,8 @@ class DomainQueue:
         waiting: in the order in which they get a slot.
         publish: called with each trained adapter; returns its reference.
         unreadable: why the text of a domain could not be read, by name: it gets no slot.
+
+    Where `is_closed`, nobody gets a slot any more: those that wait are left to `--resume`.
     """
 
     def __init__(
@@ -36,14 +38,18 @@ class DomainQueue:
         unreadable: Mapping[str, LoraGpt2Error] = MappingProxyType({}),
     ) -> None:
         self.waiting, self.publish = deque(waiting), publish
+        self.is_closed = False
         self.finished = {name: Finished(failure=f"has no usable text: {why}") for name, why in unreadable.items()}
 
-    def finish(self, slot: TrainingSlot, conclude: Callable[[], TrainedAdapter]) -> TrainingSlot | None:
-        """Publishes the adapter of a slot, unless it failed; returns the domain that takes its place, if one waits."""
+    def finish(self, slot: TrainingSlot, conclude: Callable[[], TrainedAdapter]) -> None:
+        """Publishes the adapter of a slot, unless it failed."""
         failure = f"diverged at {slot.failure}" if slot.failure else ""
         reference = "" if failure else self.publish(conclude())
         self.finished[slot.name] = Finished(reference=reference, failure=failure)
-        return self.waiting.popleft() if self.waiting else None
+
+    def take_next(self) -> TrainingSlot | None:
+        """Returns the domain that gets a free slot, None if none waits."""
+        return self.waiting.popleft() if self.waiting and not self.is_closed else None
 
     def list_references(self) -> list[str]:
         """Returns the references of the adapters that were published, by name."""

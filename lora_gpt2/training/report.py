@@ -1,4 +1,4 @@
-"""The pages of a trained adapter: `curve.png`, and `report.html`, which stands alone (no scripts, no network).
+"""The pages of a trained adapter: `curve.png`, and `report.html`, which is one file and needs no network.
 
 Both are drawn from the records of the metrics file, so they can be drawn again for any version in a store.
 """
@@ -6,18 +6,20 @@ Both are drawn from the records of the metrics file, so they can be drawn again 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_gpt2.core.chart import INK, draw_chart, draw_svg
-from lora_gpt2.core.pages import embed_svg, render_page
+from lora_gpt2.core.chart import INK, draw_chart
+from lora_gpt2.core.pages import render_page
 from lora_gpt2.recipe import Recipe
+from lora_gpt2.training.run_reader import Curves, describe_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CURVE, REPORT = "curve.png", "report.html"
-TRAIN, VALIDATION, FAINT = "#4c78a8", "#e4572e", "#b8cce4"
+TRAIN, VALIDATION, FAINT = "#0072b2", "#b34700", "#a9cfe6"
+MOST_POINTS = 1024
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -49,24 +51,6 @@ def _plot_loss(axes: Axes, records: Records) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _plot_speed(axes: Axes, records: Records) -> None:
-    points = [(r["step"], r["tokens"], r["seconds"]) for r in records]
-    stride = max(1, len(points) // 40)
-    pairs = list(zip(points[::stride], points[stride::stride], strict=False))
-    steps = [later[0] for earlier, later in pairs if later[2] > earlier[2]]
-    rates = [(later[1] - earlier[1]) / (later[2] - earlier[2]) for earlier, later in pairs if later[2] > earlier[2]]
-    axes.plot(steps, rates, color=TRAIN, linewidth=1.4)
-    axes.set_ylim(bottom=0)
-    _label(axes, "speed", "tokens per second")
-
-
-def _plot_column(axes: Axes, records: Records, key: str, title: str, unit: str, scale: float = 1.0) -> None:
-    steps, values = _column(records, key)
-    axes.plot(steps, [value * scale for value in values], color=TRAIN, linewidth=1.4)
-    axes.set_ylim(bottom=0)
-    _label(axes, title, unit)
-
-
 def _label(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
     axes.set_ylabel(unit)
@@ -86,37 +70,22 @@ def _smooth(values: Sequence[float]) -> list[float]:
 def _build_html(name: str, recipe: Recipe, records: Records, figures: Mapping[str, Any], notes: Sequence[str]) -> str:
     sections = ("data", "lora", "train", "generate")
     settings = [(f"{s}.{k}", str(v)) for s in sections for k, v in getattr(recipe, s).model_dump(mode="json").items()]
+    curves = Curves(most_points=MOST_POINTS)
+    curves.add(records)
+    shown = {"name": name, "num_steps": figures["steps"], "description": recipe.description}
+    run = {"adapters": [shown], "base": recipe.base}
     return render_page(
         "training.html",
         title=name,
-        description=recipe.description or "A LoRA adapter",
-        base=recipe.base,
+        lead=f"{recipe.description or 'A LoRA adapter'} · base {recipe.base}",
+        events="",
         verdict=figures["verdict"],
         forgetting=figures["forgetting"],
         figures=_list_figures(figures),
-        charts=[embed_svg(draw_svg(plot)) for plot in _list_charts(records)],
-        samples=[
-            (r["step"], f"{math.exp(min(r['validation_loss'], 700)):.2f}", r["sample"])
-            for r in records
-            if r.get("sample")
-        ],
+        run=describe_curves(run, {"state": "done"}, {name: curves}),
         notes=notes,
         settings=settings,
     )
-
-
-def _list_charts(records: Records) -> list[Callable[[Axes], None]]:
-    charts: list[Callable[[Axes], None]] = [
-        lambda axes: _plot_loss(axes, records),
-        lambda axes: _plot_column(axes, records, "learning_rate", "learning rate", ""),
-        lambda axes: _plot_speed(axes, records),
-    ]
-    if any("divergence" in record for record in records):
-        title = "divergence from the base on replayed text"
-        charts.append(lambda axes: _plot_column(axes, records, "divergence", title, "nats per token"))
-    if any("memory_bytes" in record for record in records):
-        charts.append(lambda axes: _plot_column(axes, records, "memory_bytes", "peak memory", "GB", 1e-9))
-    return charts
 
 
 def _list_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

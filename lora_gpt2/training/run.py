@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.console import Reporter, SilentReporter
-from lora_gpt2.core.errors import DataError, InterruptedRunError, LoraGpt2Error, TrainingDiverged, UsageError
+from lora_gpt2.core.errors import (
+    DataError,
+    Interrupted,
+    InterruptedRunError,
+    LoraGpt2Error,
+    TrainingDiverged,
+    UsageError,
+)
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
@@ -24,8 +31,6 @@ from lora_gpt2.data.prepared import (
     open_prepared,
     prepare_data,
 )
-from lora_gpt2.evaluation.general import measure_general
-from lora_gpt2.evaluation.perplexity import Score
 from lora_gpt2.inference.constraint import start_constraint
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import Adapter
@@ -39,7 +44,7 @@ from lora_gpt2.training.halving import SuccessiveHalving
 from lora_gpt2.training.memory import list_concurrent, measure_budget, wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.progress import describe_failures
-from lora_gpt2.training.publish import AdapterReport, publish_trained, report_published
+from lora_gpt2.training.publish import AdapterReport, Publisher
 from lora_gpt2.training.queue import DomainQueue, order_domains
 from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.samples import generate_sample
@@ -141,45 +146,6 @@ class _Options:
     texts: Mapping[str, Path]
 
 
-@dataclass(kw_only=True)
-class _Publisher:
-    """Publishes adapters, also while others are being trained, and keeps their reports by reference."""
-
-    store: Store
-    base: Base
-    reporter: Reporter
-    is_main_process: bool
-    is_resumed: bool
-    reports: dict[str, AdapterReport] = field(default_factory=dict)
-
-    @cached_property
-    def general(self) -> Score:
-        """How well the base predicts general English."""
-        return measure_general(self.base)
-
-    def publish(self, outcome: TrainedAdapter, pages: Mapping[str, bytes] = MappingProxyType({})) -> str:
-        """Publishes an adapter, with further files; returns its reference."""
-        if not self.is_main_process:
-            return outcome.slot.name
-        report = publish_trained(self.store, self.base, outcome, self.general, self.is_resumed, pages)
-        self.reports[str(report)] = report
-        return str(report)
-
-    def publish_aloud(self, outcome: TrainedAdapter) -> str:
-        """Publishes an adapter and says so, because others are still being trained."""
-        reference = self.publish(outcome)
-        if report := self.reports.get(reference):
-            before, after = report.base_perplexity, report.validation_perplexity
-            self.reporter.message(f"{reference}: perplexity {before:.2f} -> {after:.2f} after {report.steps} steps")
-        return reference
-
-    def list_reports(self, references: Sequence[str]) -> list[AdapterReport]:
-        """Returns the reports of some adapters, those of an earlier session too; only the main process has any."""
-        if not self.is_main_process:
-            return []
-        return [self.reports.get(reference) or report_published(self.store, reference) for reference in references]
-
-
 def join_names(names: Sequence[str]) -> str:
     """Returns some names in one line; of many, the first and how many more there are."""
     shown = ", ".join(names[:MOST_NAMED])
@@ -201,7 +167,7 @@ def _train_locked(
     identity = _identify_run(base, slots, process_group, [digest_parent(slot.recipe, store) for slot in slots])
     identity["replay"] = replay.fingerprint if replay else ""
     resume = process_group.broadcast_object(options.resume and is_main and _can_resume(run, identity, reporter))
-    publisher = _Publisher(store=store, base=base, reporter=reporter, is_main_process=is_main, is_resumed=resume)
+    publisher = Publisher(store=store, base=base, reporter=reporter, is_main_process=is_main, is_resumed=resume)
     if resume and (published := process_group.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {join_names(published)}")
         return TrainReport(adapters=publisher.list_reports(published), already_complete=True)
@@ -229,20 +195,40 @@ def _train_locked(
             reporter.message(f"resuming at step {trainer.step}")
         elif is_main:
             run.begin(identity)
-        with track([slot.recipe for slot in slots], run.path, enabled=is_main) as log:
+        watched = run.status.report(_describe_run(base, slots, store, halving)) if is_main else nullcontext()
+        with track([slot.recipe for slot in slots], run.path, enabled=is_main) as log, watched:
             trained = trainer.train(stop, log)
-        if not is_main:
-            return TrainReport(adapters=[])
-        pages = options.conclude(trainer, halving.choose(trainer.slots)) if halving and options.conclude else {}
-        published = [publisher.publish(outcome, pages) for outcome in trained]
+            if not is_main:
+                return TrainReport(adapters=[])
+            published = _publish(trainer, trained, publisher, run, options.conclude)
+    run.finish(published)
+    return TrainReport(adapters=publisher.list_reports(published))
+
+
+def _publish(
+    trainer: Trainer,
+    trained: Sequence[TrainedAdapter],
+    publisher: Publisher,
+    run: RunFolder,
+    conclude: Conclude | None,
+) -> list[str]:
+    """Publishes what was trained, unless a queue has done so, and returns the references; raises what went wrong."""
+    halving, queue = trainer.halving, trainer.queue
+    best = halving.choose(trainer.slots) if halving else 0
+    watched_names = [trainer.slots[best].name] if halving else [outcome.slot.name for outcome in trained]
+    pages = conclude(trainer, best) if conclude else {}
+    published = [publisher.publish(outcome, pages) for outcome in trained]
+    run.status.update({name: ("published", said) for name, said in zip(watched_names, published, strict=True)})
     published = queue.list_references() if queue else published
+    if queue and queue.waiting:
+        hint = f"{join_names(published)} published; --resume trains the {len(queue.waiting)} that wait"
+        raise Interrupted("stopped on request", hint, signal.SIGINT)
     if (failures := describe_failures(trainer.slots, queue)) and halving is None:
         message = f"{failures}; published: {join_names(published)}"
         if "diverged" in failures:
             raise TrainingDiverged(message, "train it again with a smaller train.learning_rate")
         raise DataError(message, "fix the text, and train it alone")
-    run.finish(published)
-    return TrainReport(adapters=publisher.list_reports(published))
+    return published
 
 
 def _open_slots(
@@ -344,6 +330,28 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     if different := run.check_identity(identity, free=(MICRO_BATCHING,)):
         reporter.message(f"equal to rounding only, because micro-batches differ: {different}")
     return True
+
+
+def _describe_run(
+    base: Base, slots: Sequence[TrainingSlot], store: Store, halving: SuccessiveHalving | None
+) -> dict[str, Any]:
+    """Returns what those who watch a run are told of it."""
+    return {
+        "kind": "tune" if halving else "train",
+        "base": base.name,
+        "device": base.runtime.device.type,
+        "dtype": base.runtime.dtype_name,
+        "store": str(store.root.absolute()),
+        "adapters": [
+            {
+                "name": slot.name,
+                "description": slot.recipe.description,
+                "num_steps": slot.num_steps,
+                "tokens_per_step": slot.tokens_per_step,
+            }
+            for slot in slots
+        ],
+    }
 
 
 def _identify_run(

@@ -30,6 +30,7 @@ from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.dispatch import StepDispatcher, StepResult
 from lora_gpt2.training.events import Callback, EventKind, describe_event
 from lora_gpt2.training.halving import SuccessiveHalving, average_weights
+from lora_gpt2.training.journal import mark_stop_requests, write_metrics, write_states
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.queue import DomainQueue
@@ -133,7 +134,9 @@ class Trainer:
                     sum(self.slots[slot_id].tokens_per_step for slot_id in active),
                     progress.describe_progress(self.slots, self.halving, self.queue),
                 )
-                signal = self.process_group.broadcast_object(stop.signal_number)
+                asked = self.run.status.poll_stop_requests() if self.run else ()
+                signal, asked = self.process_group.broadcast_object((stop.signal_number, asked))
+                mark_stop_requests(asked, self.slots, self.queue)
                 if signal or progress.is_checkpoint_due(self.slots, self.step):
                     self._collect(0)
                     self._write_metrics(log)
@@ -181,16 +184,18 @@ class Trainer:
         """Returns the slots that train in the next step, after those that ended have been given to who waits."""
         changed = False
         for slot_id, slot in enumerate(self.slots):
-            if self.queue is None or slot.is_active or slot.name in self.queue.finished:
+            if self.queue is None or slot.is_active:
                 continue
-            self._collect(0)
-            self._write_metrics(log)
-            after = self.queue.finish(slot, partial(self._conclude_one, slot_id, ignore_tokens))
-            if after is not None:
+            if slot.name not in self.queue.finished:
+                self._collect(0)
+                self._write_metrics(log)
+                self.queue.finish(slot, partial(self._conclude_one, slot_id, ignore_tokens))
+                changed = True
+            if (after := self.queue.take_next()) is not None:
                 self.slots[slot_id] = after
                 self._load_fresh([slot_id])
                 self._start(slot_id)
-            changed = True
+                changed = True
         if changed:
             self.save_checkpoint()
         return [slot_id for slot_id, slot in enumerate(self.slots) if slot.is_active]
@@ -227,7 +232,7 @@ class Trainer:
         due = [slot_id for slot_id in active if is_rung or self.slots[slot_id].is_validation_due]
         self._collect(0 if due else self.lookahead)
         self.seconds += time.monotonic() - started
-        if self.callbacks and (stopping := self._apply_stop_requests(active)):
+        if (self.callbacks or self.run) and (stopping := self._apply_stop_requests(active)):
             self._collect(0)
             due = list(dict.fromkeys([*due, *stopping]))
         for slot_id in due:
@@ -343,18 +348,9 @@ class Trainer:
         )
 
     def _write_metrics(self, log: Log | None = None) -> None:
-        """Appends the records since the last time to the run's files, and passes them to the trackers."""
-        if not self.process_group.is_main_process:
-            return
-        fresh = {slot.name: slot.records[slot.num_written :] for slot in self.slots}
-        for slot in self.slots:
-            slot.num_written = len(slot.records)
-            if self.run is not None and fresh[slot.name]:
-                self.run.append_metrics(slot.name, fresh[slot.name])
-        if log is not None:
-            pairs = [(name, record) for name, records in fresh.items() for record in records]
-            for name, record in sorted(pairs, key=lambda pair: int(pair[1]["step"])):
-                log(name, record)
+        if self.process_group.is_main_process:
+            write_metrics(self.run, self.slots, log)
+            write_states(self.run, self.slots, self.halving, self.queue)
 
     def save_checkpoint(self) -> None:
         """Writes everything that the rest of the run depends on."""

@@ -90,13 +90,16 @@ def tune(
     longest = max(candidate.train.steps or 0 for candidate, _ in candidates)
     halving = SuccessiveHalving.build(len(candidates), longest)
     recipes = [
-        _prepare_candidate(candidate, f"{recipe.name[:56]}.{index}") for index, (candidate, _) in enumerate(candidates)
+        _prepare_candidate(candidate, f"{recipe.name[:56]}.{index}", settings)
+        for index, (candidate, settings) in enumerate(candidates)
     ]
     reporter.message(f"{len(recipes)} candidates, up to {longest} steps; halved after {_join(halving.rungs)} steps")
 
     def conclude(trainer: Trainer, best: int) -> dict[str, bytes]:
         slots = trainer.slots
-        slots[best].recipe = slots[best].recipe.model_copy(update={"name": recipe.name})
+        slots[best].recipe = slots[best].recipe.model_copy(
+            update={"name": recipe.name, "description": recipe.description}
+        )
         order = sorted(range(len(slots)), key=lambda index: (bool(slots[index].failure), score(slots[index])))
         table = [_describe(trainer, index, candidates[index][1], index == best) for index in order]
         return {CANDIDATES: (json.dumps([asdict(item) for item in table], indent=1) + "\n").encode()}
@@ -116,9 +119,10 @@ def _with_steps(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
 
 
-def _prepare_candidate(recipe: Recipe, name: str) -> Recipe:
+def _prepare_candidate(recipe: Recipe, name: str, settings: dict[str, Any]) -> Recipe:
     train = recipe.train.model_copy(update={"sample_tokens": 0})
-    return recipe.model_copy(update={"name": name, "train": train})
+    description = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return recipe.model_copy(update={"name": name, "train": train, "description": description})
 
 
 def _fit_steps(recipe: Recipe, num_candidates: int, budget_seconds: float, reporter: Reporter) -> int:

@@ -8,7 +8,6 @@ import pytest
 from lora_gpt2.rating.form import build_form
 from lora_gpt2.rating.rounds import Round, import_answers, read_answers, read_round, write_round
 from lora_gpt2.serving.rating_form import build_rating_server
-from tests.browser.test_page import browser, shoot  # noqa: F401 - a fixture
 from tests.serving import running
 
 pytestmark = pytest.mark.slow
@@ -39,7 +38,7 @@ def prefers_first_adapter(texts):
     return next(place for place, text in enumerate(texts) if "beat" in text or "dead" in text)
 
 
-def test_a_form_that_was_sent_gives_answers_that_can_be_imported(browser, tmp_path):  # noqa: F811
+def test_a_form_that_was_sent_gives_answers_that_can_be_imported(browser, tmp_path, shoot):
     folder = tmp_path / "r"
     write_round(folder, MADE)
     (tmp_path / "form.html").write_text(build_form(MADE), encoding="utf-8")
@@ -62,7 +61,7 @@ def test_a_form_that_was_sent_gives_answers_that_can_be_imported(browser, tmp_pa
     assert json.loads((tmp_path / "answers.json").read_text())["answers"][0]["rater"] == "anna"
 
 
-def test_the_served_form_works_under_its_content_security_policy(browser, tmp_path):  # noqa: F811
+def test_the_served_form_works_under_its_content_security_policy(browser, tmp_path, shoot):
     folder = tmp_path / "r"
     write_round(folder, MADE)
     page = browser.new_page(viewport={"width": 390, "height": 800})

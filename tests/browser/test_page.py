@@ -1,7 +1,4 @@
-"""The web page in a real browser: Debian's Chromium, driven by Playwright; both are needed, so this is a slow test."""
-
-import os
-import shutil
+"""The web page in a real browser."""
 
 import pytest
 
@@ -16,20 +13,6 @@ from tests.builders import make_adapter
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow
-CHROMIUM = os.environ.get("LORA_GPT2_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-KEEP = os.environ.get("LORA_GPT2_SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here: apt install chromium, or set LORA_GPT2_CHROMIUM")
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture
@@ -58,16 +41,11 @@ def page(browser, port):
     assert problems == []
 
 
-def shoot(page, name):
-    if KEEP:
-        page.screenshot(path=f"{KEEP}/{name}.png", full_page=True)
-
-
 def finish(page):
     page.wait_for_selector("#status[data-state=done]", timeout=30_000)
 
 
-def test_continuations_stream_side_by_side_by_keyboard_alone(page):
+def test_continuations_stream_side_by_side_by_keyboard_alone(page, shoot):
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.press("Control+A")
     page.keyboard.type("the cat")
@@ -98,7 +76,7 @@ def test_continuations_stream_side_by_side_by_keyboard_alone(page):
     assert "<b>Laws</b> & orders" in page.locator(".adapter").nth(1).inner_text(), "text stays text"
 
 
-def test_a_seed_repeats_and_colours_show_perplexity(page):
+def test_a_seed_repeats_and_colours_show_perplexity(page, shoot):
     page.click("summary")
     page.fill("#seed", "7")
     page.check("#colour")
@@ -120,7 +98,7 @@ def choose(page, *names):
             card.click()
 
 
-def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_path):
+def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_path, shoot):
     choose(page, "base", "code", "law")
     page.click("summary")
     page.check("#blind")
@@ -142,7 +120,7 @@ def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_
     assert sorted(choice.models) == ["base", "code@1", "law@1"]
 
 
-def test_a_mix_and_what_is_wrong_with_one(page):
+def test_a_mix_and_what_is_wrong_with_one(page, shoot):
     choose(page)
     page.click("#go")
     assert "choose an adapter" in page.locator("#status[data-state=error]").inner_text()
@@ -173,7 +151,7 @@ def test_an_error_is_said(page, port):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_readable_on_a_phone_in_light_and_dark(browser, port, scheme):
+def test_it_is_readable_on_a_phone_in_light_and_dark(browser, port, scheme, shoot):
     page = browser.new_page(viewport={"width": 375, "height": 720}, color_scheme=scheme)
     page.goto(f"http://127.0.0.1:{port}/")
     page.wait_for_selector(".adapter")
@@ -194,7 +172,7 @@ def test_it_is_readable_on_a_phone_in_light_and_dark(browser, port, scheme):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_static_pages_are_readable_on_a_phone_in_light_and_dark(browser, tmp_path, scheme):
+def test_static_pages_are_readable_on_a_phone_in_light_and_dark(browser, tmp_path, scheme, shoot):
     from lora_gpt2.core.pages import render_page
 
     long = "word" * 60

@@ -18,8 +18,8 @@ from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.inference.batch import hold_output
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.answers import translate_error
 from lora_gpt2.serving.api import Server
-from lora_gpt2.serving.protocol import translate_error
 from lora_gpt2.store.exchange import export_adapter, fetch_adapter, import_adapter
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.training.checkpoint import RunFolder

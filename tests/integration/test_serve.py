@@ -29,8 +29,9 @@ from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.rating.preferences import read_preferences
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
-from lora_gpt2.serving.api import Access, Server
+from lora_gpt2.serving.api import Server
 from lora_gpt2.serving.http import bind, build_http
+from lora_gpt2.serving.middleware import Access
 from lora_gpt2.serving.protocol import CompletionBody
 from lora_gpt2.store.changes import collect_garbage, remove_adapter
 from lora_gpt2.store.files import Origin, publish_adapter

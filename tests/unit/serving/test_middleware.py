@@ -6,7 +6,8 @@ import base64
 import pytest
 from starlette.datastructures import Headers
 
-from lora_gpt2.serving.middleware import SAFE_HEADERS, AccessMiddleware, has_key
+from lora_gpt2.serving.answers import ApiError
+from lora_gpt2.serving.middleware import PROXY_HEADERS, SAFE_HEADERS, Access, AccessMiddleware, has_key
 
 KEY, ADMIN_KEY = "s3cret:Key", "adm1n"
 
@@ -52,7 +53,7 @@ def knock(guard, host="localhost", authorization=None):
     ],
 )
 def test_our_names_and_any_ip_address_are_answered(host):
-    assert knock(AccessMiddleware(app, ("Box.Example", "second.example"), None, None), host)[0] == 200
+    assert knock(AccessMiddleware(app, Access(hosts=("Box.Example", "second.example"))), host)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -91,17 +92,17 @@ def test_our_names_and_any_ip_address_are_answered(host):
     ],
 )
 def test_every_other_name_is_refused_whatever_of_ours_it_holds(host):
-    guard = AccessMiddleware(app, ("box.example", "second.example"), None, None)
+    guard = AccessMiddleware(app, Access(hosts=("box.example", "second.example")))
     status, _, body = knock(guard, host)
     assert (status, b"host_not_allowed" in body, b"inside" in body) == (403, True, False)
     assert b"--allow-host" in body
-    keyed = AccessMiddleware(app, ("box.example", "second.example"), KEY, ADMIN_KEY)
+    keyed = AccessMiddleware(app, Access(hosts=("box.example", "second.example"), key=KEY, admin_key=ADMIN_KEY))
     assert knock(keyed, host, f"Bearer {KEY}")[0] == 403, "a key does not help"
 
 
 def test_a_host_that_was_not_allowed_at_the_start_is_none():
-    assert knock(AccessMiddleware(app, (), None, None), "box.example")[0] == 403
-    assert knock(AccessMiddleware(app, (), None, None), "localhost")[0] == 200
+    assert knock(AccessMiddleware(app, Access(hosts=())), "box.example")[0] == 403
+    assert knock(AccessMiddleware(app, Access(hosts=())), "localhost")[0] == 200
 
 
 def basic(text):
@@ -122,7 +123,9 @@ def basic(text):
     ],
 )
 def test_either_key_opens_as_a_bearer_token_or_as_a_password(authorization):
-    assert knock(AccessMiddleware(app, (), KEY, ADMIN_KEY), authorization=authorization)[::2] == (200, b"inside")
+    assert knock(AccessMiddleware(app, Access(hosts=(), key=KEY, admin_key=ADMIN_KEY)), authorization=authorization)[
+        ::2
+    ] == (200, b"inside")
 
 
 NEARLY = [
@@ -154,7 +157,7 @@ NEARLY = [
 
 @pytest.mark.parametrize("key", NEARLY)
 def test_nothing_but_the_whole_key_opens(key):
-    guard = AccessMiddleware(app, (), KEY, ADMIN_KEY)
+    guard = AccessMiddleware(app, Access(hosts=(), key=KEY, admin_key=ADMIN_KEY))
     for authorization in (f"Bearer {key}", basic(f"me:{key}"), basic(f":{key}"), basic(f"{KEY}:{key}")):
         status, headers, body = knock(guard, authorization=authorization)
         assert (status, b"invalid_api_key" in body, b"inside" in body) == (401, True, False), authorization
@@ -181,14 +184,17 @@ def test_nothing_but_the_whole_key_opens(key):
     ],
 )
 def test_a_key_in_another_place_or_none_opens_nothing(authorization):
-    assert knock(AccessMiddleware(app, (), KEY, ADMIN_KEY), authorization=authorization)[0] == 401
+    assert (
+        knock(AccessMiddleware(app, Access(hosts=(), key=KEY, admin_key=ADMIN_KEY)), authorization=authorization)[0]
+        == 401
+    )
 
 
 def test_without_a_key_everything_is_open_and_the_admin_key_alone_closes_nothing():
-    for guard in (AccessMiddleware(app, (), None, None), AccessMiddleware(app, (), None, ADMIN_KEY)):
+    for guard in (AccessMiddleware(app, Access(hosts=())), AccessMiddleware(app, Access(admin_key=ADMIN_KEY))):
         for authorization in (None, "Bearer wrong"):
             assert knock(guard, authorization=authorization)[0] == 200
-    only = AccessMiddleware(app, (), KEY, None)
+    only = AccessMiddleware(app, Access(key=KEY))
     assert [knock(only, authorization=value)[0] for value in (f"Bearer {KEY}", "Bearer ", "Bearer None")] == [
         200,
         401,
@@ -206,7 +212,7 @@ def test_one_key_is_not_another(key):
 
 
 def test_every_answer_has_the_safe_headers_refusals_included():
-    guard = AccessMiddleware(app, (), KEY, None)
+    guard = AccessMiddleware(app, Access(key=KEY))
     answers = [knock(guard), knock(guard, "evil.example"), knock(guard, authorization=f"Bearer {KEY}")]
     assert [answer[0] for answer in answers] == [401, 403, 200]
     for _, headers, _ in answers:
@@ -217,3 +223,25 @@ def test_every_answer_has_the_safe_headers_refusals_included():
         b"content-security-policy": b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     }
     assert (b"x-own", b"1") in answers[2][1], "those of the application stay"
+
+
+def control(access, **headers):
+    """Returns the status that a request to start or stop training gets."""
+    try:
+        access.check_control(Headers(headers={name.replace("_", "-"): value for name, value in headers.items()}))
+    except ApiError as error:
+        return error.status
+    return 200
+
+
+def test_training_is_controlled_from_this_machine_or_with_the_admin_key():
+    assert control(Access(is_local=True)) == 200
+    assert control(Access()) == 403, "other machines reach it"
+    assert control(Access(key=KEY), authorization=f"Bearer {KEY}") == 403, "the key to generate is not enough"
+    for header in PROXY_HEADERS:
+        assert control(Access(is_local=True), **{header: "10.0.0.1"}) == 403, "a proxy lets others in"
+    for access in (Access(admin_key=ADMIN_KEY), Access(admin_key=ADMIN_KEY, is_local=True)):
+        assert control(access) == 401
+        assert control(access, authorization=f"Bearer {KEY}") == 401
+        assert control(access, authorization=f"Bearer {ADMIN_KEY}") == 200
+        assert control(access, authorization=f"Bearer {ADMIN_KEY}", via="1.1 proxy") == 200

@@ -9,9 +9,9 @@ from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving.answers import ApiError
 from lora_gpt2.serving.protocol import (
     MAX_SEED,
-    ApiError,
     CompletionChoice,
     build_sequences,
     count_usage,

@@ -1,6 +1,7 @@
 """Laws of training more domains than there are slots."""
 
 import itertools
+import math
 import os
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from lora_gpt2.core.errors import DataError, Interrupted, ResourceError, Trainin
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.training.checkpoint import open_run_folder
 from lora_gpt2.training.memory import MOST_SLOTS, estimate_memory, list_concurrent
 from lora_gpt2.training.plan import fit_to_memory, plan_run, read_shape
 from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.run_reader import RunReader
+from lora_gpt2.training.run_status import ALL, request_stop
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_text
 from tests.unit.training.test_trainer import make_recipe, weights_of
@@ -216,3 +220,62 @@ def test_as_many_slots_as_memory_has_room_for(recipes, base_folder, store, repor
     assert count(recipes, one, 3) == 3, "what was asked for"
     assert count(recipes * 4, one, None) == 24
     assert len(train_recipes(recipes, store, reporter, num_slots=0).adapters) == 6
+
+
+def ask_at(monkeypatch, step, *names):
+    """Leaves requests to stop in the folder of the run, as the page does, after so many steps."""
+    advance = Trainer._advance
+
+    def ask(self, active):
+        advance(self, active)
+        if self.step == step:
+            for name in names:
+                request_stop(self.run.path, name)
+            self.run.status._polled = -math.inf  # it looks twice a second
+
+    monkeypatch.setattr(Trainer, "_advance", ask)
+
+
+def read_run(store, recipes):
+    return RunReader(open_run_folder(store.root, [recipe.name for recipe in recipes]).path)
+
+
+def test_one_adapter_stops_on_request_and_is_kept_and_its_slot_goes_to_the_next(recipes, store, reporter, monkeypatch):
+    ask_at(monkeypatch, 2, "d2")
+    report = train_recipes(recipes, store, reporter, num_slots=2)
+    steps = {item.name: item.steps for item in report.adapters}
+    assert steps.pop("d2") == 3, "it was the first to train, and made the step in which the request came"
+    assert all(steps[f"d{index}"] == SETTINGS[index]["steps"] for index in (0, 1, 3, 4))
+    run = read_run(store, recipes)
+    assert run.status["state"] == "done"
+    assert {name: tuple(state) for name, state in run.status["adapters"].items()} == {
+        item.name: ("published", str(item)) for item in report.adapters
+    }
+    assert {name: len(curves.points) for name, curves in run.curves.items()} == {"d2": 3, **steps}
+
+
+def test_when_all_stop_those_that_train_are_kept_and_the_others_wait_for_resume(recipes, store, reporter, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
+        ask_at(patch, 3, ALL)
+        train_recipes(recipes, store, reporter, num_slots=2)
+    assert "--resume trains the 4 that wait" in caught.value.hint
+    assert store.list_names() == ["d0", "d2"], "the two longest began"
+    states = read_run(store, recipes).status
+    assert states["state"] == "stopped"
+    assert [state for state, _ in states["adapters"].values()].count("waiting") == 4
+    report = train_recipes(recipes, store, reporter, num_slots=2, resume=True)
+    assert {item.name: item.steps for item in report.adapters if item.name not in ("d0", "d2")} == {
+        "d1": 5,
+        "d3": 7,
+        "d4": 6,
+        "d5": report.adapters[-1].steps,
+    }
+    assert [item.version for item in report.adapters] == [1] * 6, "what was kept is not trained again"
+    assert read_run(store, recipes).status["state"] == "done"
+
+
+def test_a_run_without_a_queue_stops_on_request_too(recipes, store, reporter, monkeypatch):
+    ask_at(monkeypatch, 2, ALL)
+    report = train_recipes(recipes[:2], store, reporter)
+    assert [(item.name, item.steps) for item in report.adapters] == [("d0", 3), ("d1", 3)]
+    assert not list(open_run_folder(store.root, ["d0", "d1"]).path.glob("step-*.checkpoint")), "it is done"

@@ -1,5 +1,7 @@
 """The charts of a report, from records of every kind."""
 
+import json
+
 import pytest
 
 from lora_gpt2.recipe import Recipe
@@ -31,7 +33,7 @@ def records(count, validations=True):
             {"step": step, "tokens": 64 * step, "loss": 5 - step / count, "learning_rate": 1e-3, "seconds": step / 10}
         )
         if validations:
-            made[-1] |= {"validation_loss": 5 - step / count, "memory_bytes": 10**9, "sample": f"text & {step}"}
+            made[-1] |= {"validation_loss": 5 - step / count, "memory_bytes": 10**9, "sample": f"text </script> {step}"}
     return made
 
 
@@ -41,8 +43,11 @@ def test_any_run_can_be_drawn(count, validations):
     pages = render_report("mine", Recipe(), records(count, validations), FIGURES)
     page = pages[REPORT].decode()
     assert pages[CURVE].startswith(b"\x89PNG")
-    assert page.count("<svg") == 3 + validations
-    assert ("text &amp; 1<" in page) == validations
+    data = json.loads(page.partition('id="run">')[2].partition("</script>")[0])
+    curves = data["curves"]["mine"]
+    assert [row[0] for row in curves["points"]] == list(range(1, count + 1))
+    assert [row[0] for row in curves["validations"]] == (list(range(1, count + 1)) if validations else [])
+    assert ("</script>" in json.dumps(data)) == validations, "a sample cannot end the script"
     assert "about &lt;right&gt;" in page
     assert "100.00 → 50.00" in page
 

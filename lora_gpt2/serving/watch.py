@@ -1,0 +1,292 @@
+"""The pages of runs while they train: curves over server-sent events, and requests to stop.
+
+Everything goes through a run's folder, so the run may be in this process, in another one or on another machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError
+from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.pages import STYLE, read_asset, render_page
+from lora_gpt2.serving.answers import ApiError, show_http_error, translate_error
+from lora_gpt2.serving.http import PatientProtocol, bind, build_config, describe_url
+from lora_gpt2.serving.middleware import Access, AccessMiddleware
+from lora_gpt2.training.run_reader import Curves, RunReader, list_runs
+from lora_gpt2.training.run_status import ALL, request_stop
+
+SCRIPT = "training.js"
+REFRESH_SECONDS, NEWS_SECONDS = 1.0, 10.0
+MOST_BODY_BYTES, MOST_LISTED = 4096, 100
+DRAIN_SECONDS = 2
+DEFAULT_PORT = 8002
+PAGE, ICON = Path(__file__).parent / "page", "icon.svg"
+KINDS = {STYLE: "text/css", SCRIPT: "text/javascript", ICON: "image/svg+xml"}
+
+
+@dataclass(kw_only=True)
+class _Watched:
+    """A run that somebody looks at; it is read once for all who do."""
+
+    reader: RunReader
+    read_at: float = 0.0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def refresh(self) -> RunReader:
+        """Returns the run as it is now, or was a second ago; `lock` must be held."""
+        if time.monotonic() > self.read_at + REFRESH_SECONDS / 2:
+            await run_in_threadpool(self.reader.refresh)
+            self.read_at = time.monotonic()
+        return self.reader
+
+
+@dataclass(kw_only=True)
+class RunPages:
+    """The routes of the runs in a folder.
+
+    Args:
+        folder: a run, or a folder of runs.
+        access: who may stop them.
+        is_closing: True once streams are to end.
+        process: only runs of this process are listed; None for all.
+    """
+
+    folder: Path
+    access: Access
+    is_closing: Callable[[], bool] = lambda: False
+    process: int | None = None
+    _watched: dict[Path, _Watched] = field(default_factory=dict)
+
+    def list_routes(self) -> list[BaseRoute]:
+        """Returns the routes, whose pages link each other relatively."""
+        return [
+            Route("/", _answer(self.show_list)),
+            Route("/list", _answer(self.list_json)),
+            *(Route(f"/{name}", _answer(self.give_asset)) for name in (STYLE, ICON)),
+            Route("/{run}/", _answer(self.show_run)),
+            Route("/{run}/events", _answer(self.send_events)),
+            Route("/{run}/stop", _answer(self.stop), methods=["POST"]),
+            Route("/{run}/{asset}", _answer(self.give_asset)),
+        ]
+
+    def list_runs(self) -> list[RunReader]:
+        """Returns the runs, those written to last first."""
+        found = []
+        for folder in list_runs(self.folder)[:MOST_LISTED]:
+            try:
+                reader = RunReader(folder, has_curves=False)
+            except NotFoundError:
+                continue  # it went away
+            if self.process in (None, reader.description.get("process")):
+                found.append(reader)
+        return found
+
+    async def show_list(self, request: Request) -> Response:
+        """The runs; where there is but one, its page."""
+        runs = await run_in_threadpool(self.list_runs)
+        if len(runs) == 1:
+            return RedirectResponse(f"{runs[0].folder.name}/", 302)
+        rows = [_describe(run) for run in runs]
+        return HTMLResponse(render_page("runs.html", linked=True, title="Training", runs=rows))
+
+    async def list_json(self, request: Request) -> Response:
+        """The same, for a page that shows it."""
+        return JSONResponse({"runs": [_describe(run) for run in await run_in_threadpool(self.list_runs)]})
+
+    async def give_asset(self, request: Request) -> Response:
+        """The style, the script and the icon."""
+        name = request.url.path.rpartition("/")[2]
+        if name not in KINDS:
+            raise ApiError(404, "Not Found")
+        content = (PAGE / ICON).read_text(encoding="utf-8") if name == ICON else read_asset(name)
+        return Response(content, media_type=KINDS[name], headers={"Cache-Control": "no-cache"})
+
+    def _find(self, request: Request) -> Path:
+        """Returns the folder of the run that a request names; raises `ApiError` 404."""
+        name = request.path_params["run"]
+        found = [folder for folder in list_runs(self.folder) if folder.name == name]
+        if not found:
+            raise ApiError(404, f"there is no run {name}")
+        return found[0]
+
+    async def _watch(self, request: Request) -> _Watched:
+        folder = await run_in_threadpool(self._find, request)
+        if folder not in self._watched:
+            self._watched[folder] = _Watched(reader=await run_in_threadpool(RunReader, folder))
+        return self._watched[folder]
+
+    async def show_run(self, request: Request) -> Response:
+        """The page of a run, which then listens to its events."""
+        reader = RunReader(await run_in_threadpool(self._find, request), has_curves=False)
+        return HTMLResponse(render_run(reader, is_live=True))
+
+    async def send_events(self, request: Request) -> Response:
+        """The whole run, and then what is new about it every second."""
+        watched = await self._watch(request)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(self._iter_events(watched), media_type="text/event-stream", headers=headers)
+
+    async def _iter_events(self, watched: _Watched) -> AsyncIterator[str]:
+        cursor, sent_at = _Cursor(), 0.0
+        while not self.is_closing():
+            async with watched.lock:
+                reader = await watched.refresh()
+                message = await run_in_threadpool(cursor.take, reader)
+            if message or time.monotonic() > sent_at + NEWS_SECONDS:
+                message = message or {"status": reader.describe_status(), "curves": {}}
+                yield f"data: {json.dumps(message, allow_nan=False)}\n\n"
+                sent_at = time.monotonic()
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    async def stop(self, request: Request) -> Response:
+        """POST {"adapter": NAME, or null for all}: their training ends, and what they have learnt is published."""
+        self.access.check_control(request.headers)
+        name = (await _read_json(request)).get("adapter")
+        reader = RunReader(await run_in_threadpool(self._find, request), has_curves=False)
+        if name is not None and name not in reader.names:
+            raise ApiError(404, "no adapter of this run has that name", "adapter")
+        if reader.status.get("state") != "training":
+            raise ApiError(409, "the run has ended")
+        await run_in_threadpool(request_stop, reader.folder, ALL if name is None else name)
+        return JSONResponse({"asked": name})
+
+
+def _answer(handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    """Wraps a handler: errors become answers."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            response: Response = await handler(request)
+        except ApiError as error:
+            response = JSONResponse(error.to_json(), error.status)
+        except LoraGpt2Error as error:
+            ours = translate_error(error)
+            response = JSONResponse(ours.to_json(), ours.status)
+        return response
+
+    return answer
+
+
+async def _read_json(request: Request) -> dict[str, Any]:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body must be application/json")
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MOST_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {MOST_BODY_BYTES} bytes")
+    try:
+        found = json.loads(body)
+    except ValueError as error:
+        raise ApiError(400, "the body is no JSON") from error
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return found
+
+
+@dataclass(kw_only=True)
+class _Cursor:
+    """How much of a run a page has."""
+
+    generation: int = -1
+    counts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, reader: RunReader) -> dict[str, Any] | None:
+        """Returns what is new, None if nothing is."""
+        before, self.counts = self.counts, {name: _count(curves) for name, curves in reader.curves.items()}
+        is_same = reader.status == self.status
+        self.status = reader.status
+        if reader.generation != self.generation:
+            self.generation = reader.generation
+            return reader.to_json()
+        grown = [name for name, count in self.counts.items() if count != before.get(name)]
+        if is_same and not grown:
+            return None
+        news = {name: reader.curves[name].to_json(before.get(name, (0, 0, 0))) for name in grown}
+        return {"status": reader.describe_status(), "curves": news}
+
+
+def _count(curves: Curves) -> tuple[int, int, int]:
+    return len(curves.points), len(curves.validations), curves.num_open
+
+
+def _describe(run: RunReader) -> dict[str, Any]:
+    """Returns what a list of runs shows of one."""
+    names = run.names
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    begun = run.description.get("started", "")
+    return {"key": run.folder.name, "adapters": shown, "state": run.status.get("state", ""), "begun": begun}
+
+
+def render_run(reader: RunReader, is_live: bool) -> str:
+    """Returns the page of a run: one that listens, or a file that is whole in itself."""
+    names = reader.names
+    run = reader.description
+    return render_page(
+        "training.html",
+        linked=is_live,
+        title=names[0] if len(names) == 1 else f"{len(names)} adapters",
+        lead=f"base {run.get('base')} on {run.get('device')} in {run.get('dtype')}, begun {run.get('started')}",
+        events="events" if is_live else "",
+        stop="stop",
+        verdict="",
+        figures=[],
+        notes=[],
+        settings=[],
+        run={} if is_live else reader.to_json(),
+    )
+
+
+def build_watch_server(pages: RunPages) -> uvicorn.Server:
+    """Returns what gives out the pages of runs."""
+    app = Starlette(routes=pages.list_routes(), exception_handlers={404: show_http_error, 405: show_http_error})
+    server = uvicorn.Server(build_config(AccessMiddleware(app, pages.access), PatientProtocol, DRAIN_SECONDS))
+    pages.is_closing = lambda: server.should_exit
+    return server
+
+
+def watch(folder: Path, host: str, port: int, access: Access, reporter: Reporter) -> None:
+    """Gives out the pages of the runs in a folder until a signal comes; raises what `bind` does."""
+    bound = bind(host, port)
+    server = build_watch_server(RunPages(folder=folder, access=access))
+    reporter.message(f"watch at {describe_url(bound)} (Ctrl-C ends it, and no training)")
+    with catch_signals():
+        server.run(sockets=[bound])
+
+
+@contextmanager
+def watch_this_process(folder: Path, reporter: Reporter) -> Iterator[None]:
+    """Gives out the pages of this process's runs, to this machine alone, while the block runs."""
+    try:
+        bound = bind("127.0.0.1", DEFAULT_PORT)
+    except LoraGpt2Error:  # another run has it
+        bound = bind("127.0.0.1", 0)
+    access = Access(admin_key=os.environ.get("LORA_GPT2_ADMIN_KEY") or None, is_local=True)
+    server = build_watch_server(RunPages(folder=folder, access=access, process=os.getpid()))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="lora-gpt2-watch", daemon=True)
+    thread.start()
+    reporter.message(f"watch at {describe_url(bound)}")
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(timeout=2 * DRAIN_SECONDS)
