@@ -25,7 +25,7 @@ from lora_gpt2.rating.rounds import (
     read_answers,
     read_round,
 )
-from lora_gpt2.rating.votes import read_votes
+from lora_gpt2.rating.votes import read_marks, read_votes
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -110,14 +110,15 @@ def command(
       lora-gpt2 rate --import answers-anna.json --import answers-ben.json
       lora-gpt2 rate --report --json
       lora-gpt2 rate --adapter law --adapter base --recorded repl --out from-repl
-      lora-gpt2 rate --recorded page
+      lora-gpt2 rate --recorded page              which texts were chosen; --mode scale: marks from 1 to 5
     """
     check_rater(rater)
     check_output(export)
-    from lora_gpt2.rating.ranking import rank_votes, summarize_round
+    from lora_gpt2.rating.ranking import rank_marks, rank_votes, summarize_round
 
     if recorded == "page":
-        ranked = rank_votes(read_votes(read_log(find_votes())))
+        records = read_log(find_votes())
+        ranked = rank_marks(read_marks(records)) if mode == "scale" else rank_votes(read_votes(records))
         emit(ranked.to_json(), as_json, lambda: _render(ranked))
         return
     if adapters or prompts or recorded:

@@ -18,7 +18,7 @@ from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.read.formats import read_documents
 from lora_gpt2.inference.history import read_log
 from lora_gpt2.rating.rounds import ROUND, Round, read_answers, read_round
-from lora_gpt2.rating.votes import read_votes
+from lora_gpt2.rating.votes import list_marks, list_votes
 from lora_gpt2.recipe import DataSettings
 
 BETWEEN = "\x1e"  # stands between the two texts of a record while it is read
@@ -79,14 +79,15 @@ def _holds_choices(path: Path) -> bool:
             record = json.loads(file.readline(1_000_000))
     except (OSError, ValueError):
         return False
-    return isinstance(record, dict) and "models" in record and "chosen" in record
+    return isinstance(record, dict) and "models" in record and ("chosen" in record or "marks" in record)
 
 
 def _add_choices(found: Preferences, path: Path) -> None:
-    """Adds, of each choice among several texts, the chosen one before each of the others."""
-    votes = read_votes(read_log(path))
+    """Adds, of each choice among several texts, the chosen one before each of the others; of marks, the higher mean."""
+    records = read_log(path)
+    votes, marks = list_votes(records), [each for each in list_marks(records) if each.texts]
     with_texts = [vote for vote in votes if vote.texts]
-    if not with_texts:
+    if not with_texts and not marks:
         raise DataError(
             f"the choices of {path} were recorded without their texts", "choose anew on the page of 'serve'"
         )
@@ -95,6 +96,12 @@ def _add_choices(found: Preferences, path: Path) -> None:
         for model in vote.models:
             if model != vote.chosen:
                 found.add(vote.prompt, texts[vote.chosen], texts[model], 1)
+    for each in marks:
+        columns = zip(*each.marks.values(), strict=True)
+        means = [fmean(known) if (known := [m for m in column if m is not None]) else None for column in columns]
+        for (first, one), (second, other) in combinations(zip(each.texts, means, strict=True), 2):
+            if one is not None and other is not None:
+                found.add(each.prompt, first, second, one - other)
 
 
 def _add_round(found: Preferences, folder: Path) -> None:

@@ -17,7 +17,7 @@ from lora_gpt2.rating.agreement import (
     measure_alpha,
 )
 from lora_gpt2.rating.rounds import Answer, Mode, Round
-from lora_gpt2.rating.votes import Vote
+from lora_gpt2.rating.votes import Marks, Vote
 
 VALUES = {"first": 1.0, "second": 0.0, "tie": 0.5}
 ROUNDS = 300
@@ -148,6 +148,48 @@ def rank_votes(votes: Sequence[Vote]) -> RatingReport:
     )
 
 
+def rank_marks(given: Sequence[Marks]) -> RatingReport:
+    """Returns the ranking of models by marks from 1 to 5; those of one prompt are one draw of the bootstrap.
+
+    Two models are compared where both have marks for the same prompt.
+    """
+    bases = {each.base for each in given}
+    labels = [[m if len(bases) == 1 else f"{m} on {each.base}" for m in each.models] for each in given]
+    names = sorted({name for row in labels for name in row})
+    criteria = tuple(dict.fromkeys(criterion for each in given for criterion in each.marks))
+
+    def average(chosen: Sequence[str]) -> list[dict[str, float]]:
+        """Returns, of each prompt, the mean mark of each model over some criteria."""
+        found = []
+        for each, row in zip(given, labels, strict=True):
+            marks = {name: [each.marks[c][i] for c in chosen if c in each.marks] for i, name in enumerate(row)}
+            known = {name: [mark for mark in some if mark is not None] for name, some in marks.items()}
+            found.append({name: float(np.mean(some)) for name, some in known.items() if some})
+        return found
+
+    def rank(chosen: Sequence[str]) -> list[RankedAdapter]:
+        found = average(chosen)
+        means = [np.array([marks[name] for marks in found if name in marks]) for name in names]
+        return _rank_means(names, means, [len(each) for each in means])
+
+    overall = average(criteria)
+    missing = []
+    for a, b in combinations(names, 2):
+        met = [marks for marks in overall if a in marks and b in marks]
+        missing.append(_describe_pair(a, b, [0.5 + 0.5 * float(np.sign(marks[a] - marks[b])) for marks in met]))
+    return RatingReport(
+        mode="scale",
+        criteria=criteria,
+        raters=("the web page",),
+        tasks=sum(len(marks) for marks in overall),
+        answers=sum(mark is not None for each in given for marks in each.marks.values() for mark in marks),
+        agreement={},
+        ranking=rank(criteria),
+        by_criterion={criterion: rank([criterion]) for criterion in criteria},
+        missing=missing,
+    )
+
+
 def measure_agreement(round_: Round, answers: Sequence[Answer]) -> dict[str, float | None]:
     """Returns Krippendorff's alpha for each criterion and over all: nominal for pairs, ordinal for 1 to 5.
 
@@ -223,16 +265,22 @@ def is_varied(values: np.ndarray) -> bool:
 def _rank_scales(round_: Round, answers: Sequence[Answer]) -> list[RankedAdapter]:
     """Returns the adapters by their mean, with intervals from a bootstrap over tasks."""
     tasks, judged = {task.number: task for task in round_.tasks}, _collect(round_, answers)
+    of = {name: [v for t, v in judged.items() if tasks[t].adapters[0] == name] for name in round_.adapters}
+    means = [np.array([np.mean(values) for values in of[name]]) for name in round_.adapters]
+    return _rank_means(round_.adapters, means, [sum(map(len, of[name])) for name in round_.adapters])
+
+
+def _rank_means(names: Sequence[str], means: Sequence[np.ndarray], counts: Sequence[int]) -> list[RankedAdapter]:
+    """Returns names by the mean of their tasks' means, with intervals from a bootstrap over tasks."""
     rows = []
-    for name in round_.adapters:
-        means = np.array([np.mean(v) for t, v in judged.items() if tasks[t].adapters[0] == name])
-        draws = draw_counts(len(means), ROUNDS) @ means / len(means) if is_varied(means) else None
+    for name, values, count in zip(names, means, counts, strict=True):
+        draws = draw_counts(len(values), ROUNDS) @ values / len(values) if is_varied(values) else None
         rows.append(
             RankedAdapter(
                 adapter=name,
-                score=float(means.mean()) if len(means) else None,
+                score=float(values.mean()) if len(values) else None,
                 interval=find_interval(draws) if draws is not None else None,
-                judgements=sum(len(v) for t, v in judged.items() if tasks[t].adapters[0] == name),
+                judgements=count,
             )
         )
     return sorted(rows, key=lambda row: -(row.score or 0.0))

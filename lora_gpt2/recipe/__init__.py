@@ -248,6 +248,8 @@ class ServeSettings(Section):
     """Maximum number of loaded adapters; the least recently used is evicted."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 1_000_000
     """Maximum size of a request body."""
+    max_upload_bytes: Annotated[int, Field(ge=1024, le=2**34)] = 50_000_000
+    """Maximum size of a file to train on that the web page sends."""
     header_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0
     """Disconnect clients that have not sent their headers within this time."""
     body_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 10.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -16,6 +18,7 @@ LOG = logging.getLogger("lora_gpt2.serving")
 PATH = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s'\";,()]+)+")
 """An absolute path inside a message."""
 CONTINUES = ": POST /v1/chat/completions, or /v1/completions with a prompt"
+MOST_BODY_BYTES = 4096  # of requests that are a few words
 ELSEWHERE = {
     "/v1/responses": CONTINUES,
     "/v1/messages": CONTINUES,
@@ -57,6 +60,40 @@ def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
     if isinstance(error, IntegrityError):
         return ApiError(503, text, param, "adapter_unusable")
     return ApiError(400 if error.exit_code in (2, 3) else 503, text, param)
+
+
+def answer_errors(handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    """Wraps a handler: errors become answers."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            response: Response = await handler(request)
+        except ApiError as error:
+            response = JSONResponse(error.to_json(), error.status)
+        except LoraGpt2Error as error:
+            ours = translate_error(error)
+            response = JSONResponse(ours.to_json(), ours.status)
+        return response
+
+    return answer
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """Returns the object in a small body; raises `ApiError` 400, 413 or 415."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body must be application/json")
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MOST_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {MOST_BODY_BYTES} bytes")
+    try:
+        found = json.loads(body)
+    except ValueError as error:
+        raise ApiError(400, "the body is no JSON") from error
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    return found
 
 
 async def show_http_error(request: Request, error: Exception) -> Response:

@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from lora_gpt2.core.dirs import find_runs_dir
 from lora_gpt2.core.errors import BusyError, EngineFailed, LoraGpt2Error
 from lora_gpt2.core.names import AUTO
 from lora_gpt2.inference.embedding import batch_by_length, embed_batch
@@ -34,8 +35,8 @@ from lora_gpt2.inference.generate import describe_provenance
 from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.routing import RoutedMix, Router
 from lora_gpt2.inference.session import Session
-from lora_gpt2.rating.votes import check_vote
-from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.rating.votes import Marks, Vote, check_marks, check_vote
+from lora_gpt2.recipe import DataSettings, GenerateSettings, ServeSettings
 from lora_gpt2.serving.answers import ApiError, show_bug, show_http_error, translate_error
 from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat, read_messages, route_chat
 from lora_gpt2.serving.embeddings import build_embeddings, parse_embeddings
@@ -54,7 +55,10 @@ from lora_gpt2.serving.protocol import (
     parse_names,
 )
 from lora_gpt2.serving.request import CompletionRequest, EventStream
+from lora_gpt2.serving.training_job import TrainingJob
+from lora_gpt2.serving.watch import RunPages
 from lora_gpt2.serving.worker import Worker
+from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.listing import list_current
 from lora_gpt2.store.references import BASE, label_of
 
@@ -81,9 +85,23 @@ class Server:
     is_draining: bool = False
 
     def __post_init__(self) -> None:
+        runs, store = find_runs_dir(), self.session.store
+        self.job = None if store is None else self._build_job(store, runs)
+        self.pages = RunPages(folder=runs, access=self.access, job=self.job, is_closing=lambda: self.is_draining)
         self.router = Router(self.session)
         self._computing, self._num_computing = asyncio.Semaphore(1), 0
         self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self._record_step)
+
+    def _build_job(self, store: Store, runs: Path) -> TrainingJob:
+        base = self.session.base
+        return TrainingJob(
+            base=base.name,
+            block_size=min(DataSettings().block_size, base.config.n_positions),
+            store=store.root,
+            runs=runs,
+            access=self.access,
+            max_upload_bytes=self.limits.max_upload_bytes,
+        )
 
     def _record_step(self, batch_size: int, num_running: int, num_waiting: int) -> None:
         self.metrics.record_step(batch_size, num_running, num_waiting, self.session.slots.num_loads)
@@ -103,6 +121,7 @@ class Server:
             Route("/healthz", self._answer("health", self.show_health)),
             Route("/readyz", self._answer("health", self.show_ready)),
             Route("/metrics", self._answer("metrics", self.show_metrics)),
+            Mount("/training", routes=self.pages.list_routes()),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ]
         access = self.access
@@ -253,8 +272,10 @@ class Server:
         return await run_in_threadpool(lambda: JSONResponse(build_embeddings(body, texts, vectors)))
 
     async def record_vote(self, request: Request) -> Response:
-        """POST /v1/choices: records what was chosen while the names were hidden, each held to its version."""
-        choice = check_vote(parse_json(await self.read_body(request)))
+        """POST /v1/choices: records what was said of texts while the names were hidden, each held to its version."""
+        values = parse_json(await self.read_body(request))
+        check = check_marks if "marks" in values else check_vote
+        choice: Vote | Marks = check(values)
         if self.vote_log is None:
             return JSONResponse({"kept": False})
 
@@ -262,9 +283,9 @@ class Server:
             return str(parse_model(model, self.session))
 
         pinned = {model: await run_in_threadpool(pin, model) for model in choice.models}
-        record = {**vars(choice), "models": list(pinned.values()), "chosen": pinned[choice.chosen]}
-        record["base"] = self.session.base.name
-        check_vote(record)  # two names may be one model
+        record = {**vars(choice), "models": list(pinned.values()), "base": self.session.base.name}
+        record |= {"chosen": pinned[choice.chosen]} if isinstance(choice, Vote) else {}
+        check(record)  # two names may be one model
         return JSONResponse({"kept": await run_in_threadpool(self.vote_log.add, record)})
 
     async def list_models(self, request: Request) -> Response:

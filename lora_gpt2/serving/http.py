@@ -218,6 +218,8 @@ def serve(server: Server, bound: socket.socket, reporter: Reporter) -> None:
             http.run(sockets=[bound])
         finally:
             server.worker.close()
+            if server.job is not None:
+                server.job.close()
         if server.worker.error is not None:
             raise ResourceError(
                 f"the engine failed again and again: {server.worker.error!r}", "restart; please report it"

@@ -21,25 +21,26 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Mount, Route
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.pages import STYLE, read_asset, render_page
-from lora_gpt2.serving.answers import ApiError, show_http_error, translate_error
+from lora_gpt2.serving.answers import ApiError, answer_errors, read_json, show_http_error
 from lora_gpt2.serving.http import PatientProtocol, bind, build_config, describe_url
 from lora_gpt2.serving.middleware import Access, AccessMiddleware
+from lora_gpt2.serving.training_job import TrainingJob
 from lora_gpt2.training.run_reader import Curves, RunReader, list_runs
 from lora_gpt2.training.run_status import ALL, request_stop
 
-SCRIPT = "training.js"
+SCRIPT, LIST_SCRIPT = "training.js", "runs.js"
 REFRESH_SECONDS, NEWS_SECONDS = 1.0, 10.0
-MOST_BODY_BYTES, MOST_LISTED = 4096, 100
+MOST_LISTED = 100
 DRAIN_SECONDS = 2
 DEFAULT_PORT = 8002
 PAGE, ICON = Path(__file__).parent / "page", "icon.svg"
-KINDS = {STYLE: "text/css", SCRIPT: "text/javascript", ICON: "image/svg+xml"}
+KINDS = {STYLE: "text/css", SCRIPT: "text/javascript", LIST_SCRIPT: "text/javascript", ICON: "image/svg+xml"}
 
 
 @dataclass(kw_only=True)
@@ -66,25 +67,29 @@ class RunPages:
         folder: a run, or a folder of runs.
         access: who may stop them.
         is_closing: True once streams are to end.
+        job: what trains texts that the page sends; None where it takes none.
         process: only runs of this process are listed; None for all.
     """
 
     folder: Path
     access: Access
     is_closing: Callable[[], bool] = lambda: False
+    job: TrainingJob | None = None
     process: int | None = None
     _watched: dict[Path, _Watched] = field(default_factory=dict)
 
     def list_routes(self) -> list[BaseRoute]:
         """Returns the routes, whose pages link each other relatively."""
+        own = [] if self.job is None else [Mount("/job", routes=self.job.list_routes())]
         return [
-            Route("/", _answer(self.show_list)),
-            Route("/list", _answer(self.list_json)),
-            *(Route(f"/{name}", _answer(self.give_asset)) for name in (STYLE, ICON)),
-            Route("/{run}/", _answer(self.show_run)),
-            Route("/{run}/events", _answer(self.send_events)),
-            Route("/{run}/stop", _answer(self.stop), methods=["POST"]),
-            Route("/{run}/{asset}", _answer(self.give_asset)),
+            *own,
+            Route("/", answer_errors(self.show_list)),
+            Route("/list", answer_errors(self.list_json)),
+            *(Route(f"/{name}", answer_errors(self.give_asset)) for name in (STYLE, ICON, LIST_SCRIPT)),
+            Route("/{run}/", answer_errors(self.show_run)),
+            Route("/{run}/events", answer_errors(self.send_events)),
+            Route("/{run}/stop", answer_errors(self.stop), methods=["POST"]),
+            Route("/{run}/{asset}", answer_errors(self.give_asset)),
         ]
 
     def list_runs(self) -> list[RunReader]:
@@ -102,10 +107,11 @@ class RunPages:
     async def show_list(self, request: Request) -> Response:
         """The runs; where there is but one, its page."""
         runs = await run_in_threadpool(self.list_runs)
-        if len(runs) == 1:
+        if len(runs) == 1 and self.job is None:
             return RedirectResponse(f"{runs[0].folder.name}/", 302)
         rows = [_describe(run) for run in runs]
-        return HTMLResponse(render_page("runs.html", linked=True, title="Training", runs=rows))
+        page = render_page("runs.html", linked=True, title="Training", runs=rows, can_train=self.job is not None)
+        return HTMLResponse(page)
 
     async def list_json(self, request: Request) -> Response:
         """The same, for a page that shows it."""
@@ -159,7 +165,7 @@ class RunPages:
     async def stop(self, request: Request) -> Response:
         """POST {"adapter": NAME, or null for all}: their training ends, and what they have learnt is published."""
         self.access.check_control(request.headers)
-        name = (await _read_json(request)).get("adapter")
+        name = (await read_json(request)).get("adapter")
         reader = RunReader(await run_in_threadpool(self._find, request), has_curves=False)
         if name is not None and name not in reader.names:
             raise ApiError(404, "no adapter of this run has that name", "adapter")
@@ -167,39 +173,6 @@ class RunPages:
             raise ApiError(409, "the run has ended")
         await run_in_threadpool(request_stop, reader.folder, ALL if name is None else name)
         return JSONResponse({"asked": name})
-
-
-def _answer(handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
-    """Wraps a handler: errors become answers."""
-
-    async def answer(request: Request) -> Response:
-        try:
-            response: Response = await handler(request)
-        except ApiError as error:
-            response = JSONResponse(error.to_json(), error.status)
-        except LoraGpt2Error as error:
-            ours = translate_error(error)
-            response = JSONResponse(ours.to_json(), ours.status)
-        return response
-
-    return answer
-
-
-async def _read_json(request: Request) -> dict[str, Any]:
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "the body must be application/json")
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MOST_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {MOST_BODY_BYTES} bytes")
-    try:
-        found = json.loads(body)
-    except ValueError as error:
-        raise ApiError(400, "the body is no JSON") from error
-    if not isinstance(found, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    return found
 
 
 @dataclass(kw_only=True)

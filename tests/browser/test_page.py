@@ -1,15 +1,18 @@
 """The web page in a real browser."""
 
+import re
+
 import pytest
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.inference.history import LocalLog, read_log
 from lora_gpt2.inference.session import Session
-from lora_gpt2.rating.votes import read_votes
+from lora_gpt2.rating.votes import read_marks, read_votes
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.api import Server
+from lora_gpt2.serving.middleware import Access
 from lora_gpt2.store.files import Origin, publish_adapter
-from tests.builders import make_adapter
+from tests.builders import make_adapter, make_text
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow
@@ -22,10 +25,16 @@ def port(base, store, tmp_path):
         recipe = {"description": "<b>Laws</b> & orders"}
         publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(figures=figures, recipe=recipe))
     choices = LocalLog(tmp_path / "choices.jsonl", SilentReporter())
-    with serving(
-        Server(session=Session(base, store), defaults=GenerateSettings(), limits=ServeSettings(), vote_log=choices)
-    ) as number:
+    server = Server(
+        session=Session(base, store),
+        defaults=GenerateSettings(),
+        limits=ServeSettings(),
+        access=Access(is_local=True),
+        vote_log=choices,
+    )
+    with serving(server) as number:
         yield number
+    server.job.close()
 
 
 @pytest.fixture
@@ -87,7 +96,15 @@ def test_a_seed_repeats_and_colours_show_perplexity(page, shoot):
         seen.append(page.locator("article pre").all_text_contents())
     shoot(page, "coloured")
     assert seen[0] == seen[1]
-    assert page.locator("article pre span[title$=nats]").count() > 20
+    assert page.locator("article pre span[class^=s]").count() > 20
+    text = page.locator("article pre").first
+    text.focus()
+    page.keyboard.press("ArrowRight")
+    first = page.locator("article .readout").first.inner_text()
+    assert re.fullmatch(r'".*" had [\d.]+ % \([\d.]+ nats\); others: (".*" [\d.]+ %(, )?){4}', first)
+    text.locator("span[class^=s]").nth(3).hover()
+    assert page.locator("article .readout").first.inner_text() != first
+    assert text.locator(".told").count() == 1
     assert page.locator("article h2 .quiet").first.inner_text().startswith("perplexity")
     assert page.locator("#legend").is_visible()
 
@@ -101,7 +118,7 @@ def choose(page, *names):
 def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_path, shoot):
     choose(page, "base", "code", "law")
     page.click("summary")
-    page.check("#blind")
+    page.select_option("#judge", "best")
     page.click("#go")
     page.wait_for_selector("article button")
     shoot(page, "blind")
@@ -118,6 +135,130 @@ def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_
     best = page.locator("article.best h2 span:first-child").inner_text()
     assert choice.chosen == ("base" if best == "base" else f"{best}@1")
     assert sorted(choice.models) == ["base", "code@1", "law@1"]
+
+
+def test_texts_are_rated_from_1_to_5_blind_and_the_marks_are_recorded(page, tmp_path, shoot, check_accessible):
+    choose(page, "code", "law")
+    page.click("summary")
+    page.select_option("#judge", "marks")
+    page.click("#go")
+    page.wait_for_selector("button.done")
+    assert page.locator("article h2 span:first-child").all_inner_texts() == ["Text A", "Text B"]
+    assert page.locator("#history").inner_text().endswith("not judged"), "the order of the texts is told nowhere"
+    given = {"coherence": (4, 2), "style": (5, 5), "fluency": (None, 1)}
+    for criterion, marks in given.items():
+        for card, mark in zip(page.locator("article").all(), marks, strict=True):
+            if mark is not None:
+                card.locator("fieldset", has_text=criterion).get_by_text(str(mark), exact=True).click()
+    shoot(page, "marks")
+    check_accessible(page)
+    page.click("button.done")
+    page.wait_for_selector("#status:has-text('--mode scale')")
+    names = page.locator("article h2 span:first-child").all_inner_texts()
+    assert sorted(names) == ["code", "law"]
+    assert page.locator("#history").inner_text().endswith(", ".join(names))
+    (found,) = read_marks(read_log(tmp_path / "choices.jsonl"))
+    assert list(found.models) == [f"{name}@1" for name in names]
+    assert found.marks == {"coherence": (4, 2), "relevance": (None, None), "fluency": (None, 1), "style": (5, 5)}
+    assert len(found.texts) == 2
+
+
+def test_the_session_can_be_undone_and_is_kept_over_a_reload(page, shoot):
+    seen = []
+    for prompt in ("the cat", "a dog"):
+        page.fill("#prompt", prompt)
+        page.click("#go")
+        finish(page)
+        seen.append(page.locator("article pre").inner_text())
+        page.evaluate("document.getElementById('status').dataset.state = ''")
+    assert page.locator("#history li").count() == 2
+    page.locator("article button:has-text('Continue from here')").click()
+    page.click("#undo")
+    assert page.input_value("#prompt") == "a dog", "what was typed since goes first"
+    page.click("#undo")
+    assert page.input_value("#prompt") == "the cat"
+    assert page.locator("article pre").inner_text() == seen[0]
+    assert page.locator("#undo").is_disabled()
+    page.click("#redo")
+    assert page.locator("article pre").inner_text() == seen[1]
+    shoot(page, "history")
+    page.reload()
+    page.wait_for_selector("#history li")
+    page.locator("#history button").first.click()
+    assert page.locator("article pre").inner_text() == seen[0]
+    page.locator("article button:has-text('Continue from here')").click()
+    assert page.input_value("#prompt") == seen[0]
+
+
+def test_auto_says_how_sure_it_is(page):
+    choose(page, "auto")
+    page.click("#go")
+    finish(page)
+    assert re.fullmatch(r"auto → (base|\w+ \(\d+ %\))", page.locator("article h2 span:first-child").inner_text())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser, port, check_accessible, scheme):
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+    page.goto(f"http://127.0.0.1:{port}/")
+    page.wait_for_selector(".adapter")
+    choose(page, "base", "code", "law")
+    page.click("summary")
+    page.check("#colour")
+    page.check("#mixes")
+    page.click("#go")
+    finish(page)
+    check_accessible(page)
+    page.goto(f"http://127.0.0.1:{port}/training/")
+    check_accessible(page)
+    page.close()
+
+
+def test_a_text_becomes_an_adapter_on_the_page(page, tmp_path, shoot, check_accessible):
+    page.get_by_role("link", name="Training").click()
+    (tmp_path / "plays.jsonl").write_text(make_text(60))
+    page.click("#plan")
+    assert page.locator("#name:invalid").count() == 1, "it needs a name"
+    page.fill("#name", "plays")
+    page.fill("#steps", "400")
+    page.uncheck("#forget")
+    page.click("#plan")
+    assert "choose a file, or paste some text" in page.inner_text("#said")
+    page.set_input_files("#file", tmp_path / "plays.jsonl")
+    page.click("#plan")
+    page.wait_for_selector("#train:visible", timeout=20_000)
+    assert "plays.jsonl, plays on" in page.inner_text("#said")
+    assert page.locator("#planned .figures div").count() == 4
+    shoot(page, "plan")
+    check_accessible(page)
+    page.click("#train")
+    page.wait_for_selector("#said a:has-text('watch it')", timeout=60_000)
+    with page.expect_navigation():
+        page.click("#said a")
+    page.wait_for_selector("#charts path.train", state="attached")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Stop all and keep").click()
+    page.wait_for_selector("#state:has-text('published plays@1')", timeout=60_000)
+    page.go_back()
+    page.wait_for_selector("#said:has-text('plays@1: perplexity')", timeout=60_000)
+    assert page.locator("#runs tbody tr").first.inner_text().startswith("plays")
+    shoot(page, "trained")
+    page.click("#said a:has-text('write with it')")
+    page.wait_for_selector(".adapter[aria-pressed=true]")
+    assert page.locator(".adapter[aria-pressed=true]").get_attribute("data-id") == "plays"
+    page.click("#go")
+    finish(page)
+    assert page.locator("article .origin").inner_text().startswith("plays@1 (")
+
+
+def test_a_text_that_cannot_be_trained_on_says_why(page):
+    page.get_by_role("link", name="Training").click()
+    page.fill("#name", "tiny")
+    page.fill("#text", "one word")
+    page.click("#plan")
+    page.wait_for_selector("#said:has-text(';')", timeout=60_000)
+    assert page.locator("#train").is_hidden()
+    assert "Traceback" not in page.inner_text("main")
 
 
 def test_a_mix_and_what_is_wrong_with_one(page, shoot):

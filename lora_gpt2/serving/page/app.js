@@ -1,7 +1,10 @@
 // The page of one prompt and up to four continuations. Text only ever enters the document as text.
 
 const MOST = 4;
+const MOST_KEPT = 50;  // of the history
 const SLIDERS = ["temperature", "top_k", "top_p", "max_tokens"];
+const CRITERIA = ["coherence", "relevance", "fluency", "style"];
+const KEY = "lora-gpt2 session";
 const $ = (id) => document.getElementById(id);
 let chosen = ["base"];
 let order = ["base"];  // of the cards, which the texts follow
@@ -41,7 +44,8 @@ async function loadAdapters() {
   $("max_tokens").max = Math.min(400, data[0].context - 1);
   showSettings();
   order = data.map((model) => model.id);
-  chosen = [order[1] ?? "base"];
+  const asked = new URLSearchParams(location.search).get("adapter");
+  chosen = [order.includes(asked) ? asked : order[1] ?? "base"];
   for (const model of data) {
     const card = element("button", { type: "button", className: "adapter" }, element("strong", { textContent: model.id }));
     for (const line of describe(model)) card.append(element("small", { textContent: line }));
@@ -50,6 +54,14 @@ async function loadAdapters() {
     $("adapters").append(card);
   }
   showChosen();
+  recall();
+}
+
+function recall() {
+  try {
+    ({ past, at } = JSON.parse(sessionStorage.getItem(KEY)) ?? { past, at });
+  } catch { /* storage may be forbidden */ }
+  showHistory();
 }
 
 function toggle(id) {
@@ -112,31 +124,69 @@ function colourOf(logprob) {
 }
 
 class Result {
-  constructor(model, prompt, seed, isBlind, place) {
-    Object.assign(this, { model, prompt, seed });
+  constructor(model, prompt, seed, hiddenName) {
+    Object.assign(this, { model, prompt, seed, label: model, isHidden: Boolean(hiddenName) });
     this.count = 0;
     this.nats = 0;
-    this.name = element("span", { textContent: isBlind ? `Text ${"ABCD"[place]}` : model });
+    this.tokens = [];
+    this.name = element("span", { textContent: hiddenName || model });
     this.note = element("span", { className: "quiet" });
     this.text = element("pre", {}, element("span", { className: "prompt", textContent: prompt }));
-    this.origin = element("p", { className: "origin", hidden: isBlind });
+    this.readout = element("p", { className: "readout", hidden: true });
+    this.origin = element("p", { className: "origin", hidden: this.isHidden });
     this.tools = element("div", { className: "tools", hidden: true });
-    this.card = element("article", { tabIndex: -1 }, element("h2", {}, this.name, this.note), this.text, this.origin, this.tools);
+    this.card = element("article", { tabIndex: -1 }, element("h2", {}, this.name, this.note), this.text, this.readout, this.origin, this.tools);
     $("results").append(this.card);
+  }
+
+  get written() {
+    return this.text.textContent.slice(this.prompt.length);
   }
 
   add(choice, colours) {
     const scores = choice.logprobs;
     if (!scores) return void this.text.append(choice.text);
-    for (const [place, token] of scores.tokens.entries()) {
+    for (const logprob of scores.token_logprobs) {
       this.count += 1;
-      this.nats -= scores.token_logprobs[place];
-      const isWhole = colours && !token.startsWith("bytes:");
-      if (isWhole) this.text.append(element("span", { className: colourOf(scores.token_logprobs[place]), textContent: token,
-        title: `${(-scores.token_logprobs[place]).toFixed(2)} nats` }));
+      this.nats -= logprob;
     }
-    if (!colours || scores.tokens.some((token) => token.startsWith("bytes:"))) this.text.append(choice.text);
+    if (!colours || scores.tokens.some((token) => token.startsWith("bytes:"))) this.text.append(choice.text);  // part of a character
+    else for (const [index, token] of scores.tokens.entries()) this.addToken(token, scores.token_logprobs[index], scores.top_logprobs?.[index]);
     if (this.count) this.note.textContent = `perplexity ${format(Math.exp(this.nats / this.count))}`;
+  }
+
+  addToken(token, logprob, top) {
+    const span = element("span", { className: colourOf(logprob), textContent: token });
+    const others = Object.entries(top ?? {}).filter(([other]) => other !== token).sort((a, b) => b[1] - a[1]).slice(0, 4);
+    const share = (value) => `${(100 * Math.exp(value)).toFixed(value > -7 ? 1 : 3)} %`;
+    const more = others.map(([other, value]) => `${JSON.stringify(other)} ${share(value)}`).join(", ");
+    this.tokens.push({ span, said: `${JSON.stringify(token)} had ${share(logprob)} (${(-logprob).toFixed(2)} nats)${more ? `; others: ${more}` : ""}` });
+    const index = this.tokens.length - 1;
+    span.addEventListener("pointerenter", () => this.tell(index));
+    this.text.append(span);
+  }
+
+  // What the model thought of a token, also by keyboard: the arrow keys go from one to the next.
+  tell(index) {
+    this.tokens[this.told]?.span.classList.remove("told");
+    this.told = Math.min(this.tokens.length - 1, Math.max(0, index));
+    this.tokens[this.told].span.classList.add("told");
+    this.readout.textContent = this.tokens[this.told].said;
+  }
+
+  offerTokens() {
+    if (!this.tokens.length) return;
+    this.readout.hidden = false;
+    this.readout.textContent = "Point at a token, or use the arrow keys on the text.";
+    Object.assign(this.text, { tabIndex: 0 });
+    this.text.setAttribute("role", "group");
+    this.text.setAttribute("aria-label", `Tokens of ${this.name.textContent}`);
+    this.readout.setAttribute("aria-live", "polite");
+    this.text.addEventListener("keydown", (event) => {
+      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (move) this.tell((this.told ?? -1) + move);
+      if (move) event.preventDefault();
+    });
   }
 
   offer(label, act) {
@@ -162,7 +212,21 @@ class Result {
     });
   }
 
+  offerMarks() {
+    this.marks = {};
+    for (const criterion of CRITERIA) {
+      const field = element("fieldset", { className: "marks" }, element("legend", { textContent: criterion }));
+      for (const mark of [1, 2, 3, 4, 5]) {
+        const input = element("input", { type: "radio", name: `${criterion} ${this.name.textContent}`, value: mark });
+        input.addEventListener("change", () => { this.marks[criterion] = mark; });
+        field.append(element("label", {}, input, String(mark)));
+      }
+      this.tools.before(field);
+    }
+  }
+
   fail(error) {
+    this.failure = error.message;
     this.note.textContent = "failed";
     this.card.classList.add("failed");
     this.text.append(element("span", { className: "problem", textContent: `\n${error.message}` }));
@@ -178,15 +242,33 @@ class Result {
     const routes = origin.auto?.[0] ?? [];
     const found = routes.map((route) => route.adapter === "base" ? "no adapter is clearly the one" : `${route.adapter}: ${Math.round(100 * route.probability)} % sure`);
     if (routes.length > 1) this.pinned = null;  // several wrote it: a vote is for none of them
+    if (routes.length) this.label = `${this.model} → ${routes.map((route) => route.adapter === "base" ? "base" : `${route.adapter} (${Math.round(100 * route.probability)} %)`).join(" → ")}`;
+    if (!this.isHidden) this.name.textContent = this.label;
     this.origin.textContent = `${found.length ? `auto chose ${found.join(", then ")}; ` : ""}${parts}, seed ${origin.seed}`;
   }
 
   reveal() {
-    this.name.textContent = this.model;
+    this.isHidden = false;
+    this.name.textContent = this.label;
     this.origin.hidden = false;
     this.tools.replaceChildren();
     this.offerTools();
   }
+
+  toJson() {
+    return { model: this.model, label: this.label, prompt: this.prompt, seed: this.seed, text: this.written, note: this.note.textContent, origin: this.origin.textContent, failure: this.failure };
+  }
+}
+
+function showAgain(kept) {
+  const result = new Result(kept.model, kept.prompt, kept.seed, "");
+  result.label = kept.label;
+  result.name.textContent = kept.label;
+  result.text.append(kept.failure ? "" : kept.text);
+  result.note.textContent = kept.note;
+  result.origin.textContent = kept.origin;
+  if (kept.failure) result.fail(new Error(kept.failure));
+  else result.offerTools();
 }
 
 async function* readEvents(answer) {
@@ -219,27 +301,113 @@ async function write(result, prompt, settings, colours, signal) {
   result.end(origin, reason);
 }
 
-async function keepChoice(results, best) {
+// What was judged while the names were hidden goes to the server, with the texts.
+async function keepJudgement(results, more) {
   const models = results.map((result) => result.pinned);
-  const texts = results.map((result) => result.text.textContent.slice(result.prompt.length));
-  const body = JSON.stringify({ prompt: best.prompt, models, chosen: best.pinned, seed: best.seed, texts });
+  const body = JSON.stringify({ prompt: results[0].prompt, models, seed: results[0].seed, texts: results.map((result) => result.written), ...more });
   try {
     const answer = await fetch("v1/choices", { method: "POST", headers: { "Content-Type": "application/json" }, body });
-    return answer.ok && (await answer.json()).kept ? "; kept for 'lora-gpt2 rate --recorded page'" : "; not kept";
+    const command = `lora-gpt2 rate --recorded page${more.marks ? " --mode scale" : ""}`;
+    return answer.ok && (await answer.json()).kept ? `; kept for '${command}'` : "; not kept";
   } catch {
     return "; not kept";
   }
+}
+
+function revealAll(results) {
+  for (const result of results) result.reveal();
+  if (past[at]) past[at].isHidden = false;
+  showHistory();
 }
 
 function offerChoice(results) {
   for (const result of results) {
     result.offer("This is the best", () => {
       result.card.classList.add("best");
-      for (const each of results) each.reveal();
-      keepChoice(results, result).then((kept) => say(`${result.model} was chosen${kept}`));
+      revealAll(results);
+      keepJudgement(results, { chosen: result.pinned }).then((kept) => say(`${result.label} was chosen${kept}`));
       result.card.focus();
     });
   }
+}
+
+function offerMarks(results) {
+  for (const result of results) result.offerMarks();
+  const done = element("button", { type: "button", className: "done", textContent: "Record the marks and show who wrote what" });
+  done.addEventListener("click", () => {
+    const given = results.some((result) => Object.keys(result.marks).length);
+    revealAll(results);
+    for (const result of results) {
+      for (const field of result.card.querySelectorAll(".marks")) field.disabled = true;
+    }
+    done.remove();
+    results[0].card.focus();
+    if (!given) return say("no marks were given: nothing is recorded");
+    const marks = Object.fromEntries(CRITERIA.map((criterion) => [criterion, results.map((result) => result.marks[criterion] ?? null)]));
+    keepJudgement(results, { marks }).then((kept) => say(`marked${kept}`));
+  });
+  $("results").after(done);
+}
+
+// The history of this session; a reload does not lose it.
+
+let past = [];
+let at = -1;
+
+function readForm() {
+  return { prompt: $("prompt").value, chosen: chosen.slice(), mixes: $("mixes").checked, mix: $("mix").value, weights: { ...weights } };
+}
+
+function remember(form, results) {
+  const isHidden = results.some((result) => result.isHidden);  // who wrote what is told by the judgement, not here
+  past = [...past.slice(0, at + 1), { ...form, isHidden, results: results.map((result) => result.toJson()) }].slice(-MOST_KEPT);
+  at = past.length - 1;
+  showHistory();
+}
+
+function goBack(steps) {
+  const isChanged = at >= 0 && $("prompt").value !== past[at].prompt;
+  visit(steps < 0 && isChanged ? at : at + steps);  // what was typed since goes first
+}
+
+function visit(index) {
+  const entry = past[index];
+  if (!entry) return;
+  running?.abort();
+  running = null;
+  at = index;
+  entry.isHidden = false;
+  $("prompt").value = entry.prompt;
+  $("mixes").checked = entry.mixes;
+  $("mix").value = entry.mix;
+  Object.assign(weights, entry.weights);
+  chosen = entry.chosen.filter((id) => order.includes(id));
+  showChosen();
+  clearResults();
+  entry.results.forEach(showAgain);
+  $("stop").disabled = true;
+  say(`${index + 1} of ${past.length} in this session`);
+  showHistory();
+}
+
+function showHistory() {
+  $("undo").disabled = at < 0 || (at === 0 && $("prompt").value === past[0].prompt);
+  $("redo").disabled = at + 1 >= past.length;
+  $("session").hidden = !past.length;
+  $("history").replaceChildren(...past.map((entry, index) => {
+    const start = entry.prompt.trim().slice(-60) || "(nothing)";
+    const names = entry.isHidden ? "not judged" : entry.results.map((result) => result.label).join(", ");
+    const button = element("button", { type: "button", textContent: `${start} · ${names}` });
+    if (index === at) button.setAttribute("aria-current", "true");
+    button.addEventListener("click", () => visit(index));
+    return element("li", {}, button);
+  }));
+  try { sessionStorage.setItem(KEY, JSON.stringify({ past, at })); } catch { /* it may be full or forbidden: the page then forgets at a reload */ }
+}
+
+function clearResults() {
+  $("results").replaceChildren();
+  document.querySelector(".done")?.remove();
 }
 
 async function run(event) {
@@ -248,36 +416,43 @@ async function run(event) {
   const models = listModels();
   if (models.length > MOST) return say(`at most ${MOST} side by side, the mix counts too`, "error");
   if (!models.length) return say("choose an adapter, or the base", "error");
-  const prompt = $("prompt").value, isBlind = $("blind").checked, colours = $("colour").checked;
+  const form = readForm(), judged = $("judge").value, colours = $("colour").checked;
   const settings = Object.fromEntries(SLIDERS.map((id) => [id, Number($(id).value)]));
   settings.seed = $("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number($("seed").value);
-  if (colours) settings.logprobs = 0;
+  if (colours) settings.logprobs = 5;
   const control = (running = new AbortController());
-  $("results").replaceChildren();
+  clearResults();
   $("legend").hidden = !colours;
   $("stop").disabled = false;
   say("writing…");
   const started = performance.now();
-  const results = (isBlind ? shuffle(models) : models).map((model, place) => new Result(model, prompt, settings.seed, isBlind, place));
-  const writing = results.map((result) => write(result, prompt, settings, colours, control.signal));
+  const results = (judged ? shuffle(models) : models).map((model, index) => new Result(model, form.prompt, settings.seed, judged ? `Text ${"ABCD"[index]}` : ""));
+  const writing = results.map((result) => write(result, form.prompt, settings, colours, control.signal));
   const outcomes = await Promise.allSettled(writing);
   if (running !== control) return;
   $("stop").disabled = true;
   const failed = outcomes.find((outcome) => outcome.status === "rejected");
-  for (const [place, outcome] of outcomes.entries()) {
-    const stopped = outcome.status === "rejected" && outcome.reason.name === "AbortError";
-    if (outcome.status === "rejected" && !stopped) results[place].fail(outcome.reason);
-    else if (!isBlind || stopped) results[place].offerTools();
+  for (const [index, outcome] of outcomes.entries()) {
+    const isStopped = outcome.status === "rejected" && outcome.reason.name === "AbortError";
+    if (outcome.status === "rejected" && !isStopped) results[index].fail(outcome.reason);
+    else if (!judged || isStopped) results[index].offerTools();
+    results[index].offerTokens();
   }
   if (control.signal.aborted) say("stopped");
   else if (failed) say(failed.reason.message, "error");
   else say(`done in ${((performance.now() - started) / 1000).toFixed(1)} s`, "done");
-  if (isBlind && !failed) offerChoice(results);
+  remember(form, results);
+  if (judged && failed) revealAll(results);
+  else if (judged === "best" && results.length > 1) offerChoice(results);
+  else if (judged) offerMarks(results);
 }
 
 $("form").addEventListener("submit", run);
 $("mixes").addEventListener("change", showWeights);
 $("stop").addEventListener("click", () => running?.abort());
+$("undo").addEventListener("click", () => goBack(-1));
+$("redo").addEventListener("click", () => goBack(1));
+$("prompt").addEventListener("input", () => { $("undo").disabled = at < 0; });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run(event);
   if (event.key === "Escape") running?.abort();
