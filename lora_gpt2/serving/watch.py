@@ -251,8 +251,10 @@ def watch_this_process(folder: Path, reporter: Reporter) -> Iterator[None]:
     """Gives out the pages of this process's runs, to this machine alone, while the block runs."""
     try:
         bound = bind("127.0.0.1", DEFAULT_PORT)
-    except LoraGpt2Error:  # another run has it
+        bound.listen()  # so that who reads the address at once is answered, as soon as the thread runs
+    except (LoraGpt2Error, OSError):  # another run has it
         bound = bind("127.0.0.1", 0)
+        bound.listen()
     access = Access(admin_key=os.environ.get("LORA_GPT2_ADMIN_KEY") or None, is_local=True)
     server = build_watch_server(RunPages(folder=folder, access=access, process=os.getpid()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="lora-gpt2-watch", daemon=True)
