@@ -11,10 +11,9 @@ import click
 from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import emit, end_as_failed, session_options
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.tables import format_table
-from lora_gpt2.core.user_files import check_output
+from lora_gpt2.core.user_files import check_output, check_picture
 from lora_gpt2.evaluation.report import format_matrix
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -22,7 +21,6 @@ from lora_gpt2.store.catalog import Store
 if TYPE_CHECKING:
     from lora_gpt2.evaluation.run import Evaluation
 
-PICTURES = (".png", ".svg")
 file_type = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -87,8 +85,7 @@ def command(
       lora-gpt2 evaluate mine --adapter mine --generate 20
       lora-gpt2 evaluate test.txt --set evaluate.window=256 --set evaluate.stride=128
     """
-    if plot and plot.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot {plot}: pictures are {', '.join(PICTURES)}", "name the file matrix.png, for example")
+    check_picture(plot)
     settings = load_recipe(recipe, overrides, {**flags, "base": base})
     from lora_gpt2.evaluation.general import GENERAL
     from lora_gpt2.evaluation.limits import check_limits, find_above, find_regressions, parse_limits, read_baseline
@@ -97,8 +94,7 @@ def command(
     from lora_gpt2.inference.mix import read_manifests
 
     limits, earlier = parse_limits(fail_above), read_baseline(baseline) if baseline else None
-    for page in (plot, html):
-        check_output(page)
+    check_output(html)
     wanted = [LabelledSource.parse(source) for source in sources]
     check_limits(limits, [GENERAL, *(source.label for source in wanted)])
     read_manifests(store, adapters)

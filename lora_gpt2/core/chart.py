@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#333333"
+CELL_INK = "#222222"  # on a light cell of a heat map, whatever the theme
+QUIET, LINE, GROUND = "#999999", "#ececec", "#ffffff"
+THEME = {INK: "var(--ink)", QUIET: "var(--quiet)", LINE: "var(--line)", GROUND: "var(--card)"}
+"""The colours of a chart, and those of the pages in their place, which follow the dark mode."""
 Margins = tuple[float, float, float, float]
 MARGINS: Margins = (0.14, 0.97, 0.9, 0.15)
 
@@ -23,7 +27,21 @@ def draw_chart(
     margins: Margins = MARGINS,
 ) -> bytes:
     """Returns a chart as `png` or `svg`; see `build_chart`."""
-    figure = build_chart(plot, size, margins)
+    return _save(build_chart(plot, size, margins), kind)
+
+
+def draw_panels(plots: Sequence[Callable[[Axes], None]], kind: str, size: tuple[float, float]) -> bytes:
+    """Returns charts side by side as `png` or `svg`; size in inches."""
+    from matplotlib.figure import Figure
+
+    with _look():
+        figure: Figure = Figure(figsize=size, layout="constrained")
+        for index, plot in enumerate(plots):
+            plot(figure.add_subplot(1, len(plots), index + 1))
+    return _save(figure, kind)
+
+
+def _save(figure: Figure, kind: str) -> bytes:
     out = io.BytesIO()
     with _look():
         figure.savefig(out, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else {"Software": None})
@@ -51,9 +69,11 @@ def _look() -> AbstractContextManager[None]:
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.edgecolor": "#999999",
+        "axes.edgecolor": QUIET,
         "axes.grid": True,
-        "grid.color": "#ececec",
+        "grid.color": LINE,
+        "text.color": INK,
+        "axes.titlecolor": INK,
         "axes.labelcolor": INK,
         "xtick.color": INK,
         "ytick.color": INK,
@@ -64,6 +84,8 @@ def _look() -> AbstractContextManager[None]:
 
 
 def draw_svg(plot: Callable[[Axes], None], size: tuple[float, float] = (5.6, 3.4), margins: Margins = MARGINS) -> str:
-    """Returns a chart as SVG to stand inside a page."""
+    """Returns a chart as SVG to stand inside a page, in the page's colours."""
     drawn = draw_chart(plot, "svg", size, margins).decode()
+    for colour, variable in THEME.items():
+        drawn = drawn.replace(f": {colour}", f": {variable}")  # in styles
     return drawn[drawn.index("<svg") :]

@@ -17,6 +17,7 @@ from lora_gpt2.core.files import DONT_WAIT, OPEN_FLAGS, translate_os_error
 
 MAX_TEXT_BYTES = 256 * 2**20
 _NO_SUCH_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
+PICTURES = (".png", ".svg")
 _NO_REGULAR_HINT = "write its content to a file, and name that"
 
 
@@ -108,6 +109,13 @@ def check_output(path: Path | None) -> None:
         raise UsageError(f"{path} is not a regular file", "name a file that may be written")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ResourceError(f"{path} cannot be written", "name a file in a folder that exists and is yours")
+
+
+def check_picture(path: Path | None) -> None:
+    """Raises `UsageError` if a file is not of a kind that pictures are drawn in, or what `check_output` does."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise UsageError(f"--plot {path}: pictures are {', '.join(PICTURES)}", "name the file picture.png, for example")
+    check_output(path)
 
 
 def _refuse_kind(path: Path) -> UsageError:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_gpt2.core.chart import INK, Margins, build_chart, draw_chart, draw_svg
+from lora_gpt2.core.chart import CELL_INK, Margins, build_chart, draw_chart, draw_svg
 from lora_gpt2.core.pages import embed_svg, render_page
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.store.references import BASE
@@ -114,7 +114,7 @@ def _plot(axes: Axes, cells: Cells) -> None:
                 ha="center",
                 va="center",
                 fontsize=9,
-                color="white" if abs(shade) > DARK else INK,
+                color="white" if abs(shade) > DARK else CELL_INK,
                 fontweight="bold" if id(cell) in own else "normal",
             )
     axes.set_xticks(range(len(sources)), sources, rotation=30, ha="left")

@@ -2,9 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.pages import render_page
+from lora_gpt2.evaluation.map import AdapterMap, build_map_page, scale_distances
+from lora_gpt2.evaluation.report import build_matrix_page
 from lora_gpt2.inference.history import LocalLog, read_log
 from lora_gpt2.inference.session import Session
 from lora_gpt2.rating.votes import read_marks, read_votes
@@ -313,23 +317,62 @@ def test_it_is_readable_on_a_phone_in_light_and_dark(browser, port, scheme, shoo
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_static_pages_are_readable_on_a_phone_in_light_and_dark(browser, tmp_path, scheme, shoot):
-    from lora_gpt2.core.pages import render_page
-
+def build_preparation():
     long = "word" * 60
     rows = [(long, long, 12345678)] * 3
     values = {"title": long, "sources": long, "figures": [("1,234", "documents")] * 5, "rules": [], "examples": rows}
     empty = {"rejected": [], "near_duplicates": [], "pii": [], "settings": [("a", long)]}
-    (tmp_path / "page.html").write_text(render_page("preparation.html", **values, **empty))
+    return render_page("preparation.html", **values, **empty)
+
+
+def build_map():
+    points = np.random.default_rng(0).normal(size=(9, 3))
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    coordinates, shown = scale_distances(distances)
+    names = ("base", *(f"a-name-that-is-long-{index}" for index in range(8)))
+    found = AdapterMap(
+        by="updates", names=names, distances=distances, cosines=distances, coordinates=coordinates, shown=shown
+    )
+    return build_map_page(found, "nano")
+
+
+def build_matrix():
+    cells = []
+    for adapter in ("base", "law", "code"):
+        for source in ("law", "code"):
+            value = 40.0 if adapter == source else 130.0
+            figures = {
+                "perplexity": value,
+                "word_perplexity": 2 * value,
+                "bits_per_byte": 1.0,
+                "tokens": 9,
+                "documents": 9,
+            }
+            ratio = {"ratio_to_base": value / 100, "ratio_interval": (0.1, 0.2), "perplexity_interval": (1.0, 2.0)}
+            cells.append({"adapter": adapter, "source": source, **figures, **ratio})
+    how = {"base": "nano", "protocol": "document", "window": 1024, "stride": 512}
+    return build_matrix_page({"cells": cells, **how})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("build", [build_preparation, build_map, build_matrix])
+def test_static_pages_are_readable_on_a_phone_in_light_and_dark(
+    browser, tmp_path, scheme, shoot, check_accessible, build
+):
+    (tmp_path / "page.html").write_text(build())
     page = browser.new_page(viewport={"width": 390, "height": 720}, color_scheme=scheme)
     page.goto(f"file://{tmp_path}/page.html")
-    shoot(page, f"static-{scheme}")
+    shoot(page, f"static-{build.__name__}-{scheme}")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    check_accessible(page)
     ink, ground = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )
     assert contrast(ink, ground) > 7
     assert (contrast(ground, "rgb(0, 0, 0)") < 3) == (scheme == "dark")
+    for colour in page.evaluate("[...document.querySelectorAll('.picture text')].map((t) => getComputedStyle(t).fill)"):
+        card = page.evaluate("getComputedStyle(document.querySelector('.picture')).backgroundColor")
+        assert contrast(colour, card) > 4.5 or build is build_matrix, "cells of a heat map have their own ground"
     page.close()
 
 

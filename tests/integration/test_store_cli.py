@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import WEIGHTS
+from tests.builders import make_text
 
 
 def result_of(run, *arguments):
@@ -192,3 +193,45 @@ def test_a_file_of_prompts_and_an_adapter_found_by_itself(run, trained, base_fol
     assert run(*many, "--base", base_folder, "--no-verbatim", 9)[0] == 2
     for wrong in (["x", "--prompts", "p"], ["x", "--adapter", "auto", "--adapter", "law"], ["--out", "o"]):
         assert run("generate", *wrong)[0] == 2
+
+
+def test_adapters_are_mapped_by_their_updates_and_by_each_others_text(run, trained, base_folder, tmp_path):
+    where = ["--store", trained.root]
+    code, out, _ = run(
+        "adapters", "map", "--json", "--plot", tmp_path / "map.svg", "--html", tmp_path / "map.html", *where
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert (found["by"], found["names"]) == ("updates", ["base", "code", "law"])
+    assert (tmp_path / "map.svg").read_text().count("<svg") == 1
+    assert "All distances" in (tmp_path / "map.html").read_text()
+    for name in ("law", "code"):
+        (tmp_path / f"{name}.jsonl").write_text(make_text(20, seed=len(name)))
+    texts = ",".join(f"{name}={tmp_path / name}.jsonl" for name in ("law", "code"))
+    code, out, _ = run("adapters", "map", "law", "code", "--by", "perplexity", "--on", texts, "--json", *where)
+    assert code == 0
+    assert json.loads(out)["names"] == ["base", "law", "code"]
+    code, out, _ = run("adapters", "map", *where)
+    assert (code, out.split()[:2]) == (0, ["adapter", "from"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["law"], 2, "a map needs two adapters"),
+        (["law", "nobody"], 4, "no adapter 'nobody'"),
+        (["--on", "law=x"], 2, "--on is for --by perplexity"),
+        (["--by", "perplexity", "--on", "verse=x"], 2, "none of the adapters"),
+        (["--by", "perplexity"], 4, "does not say which text"),
+        (["--plot", "map.gif"], 2, "pictures are .png, .svg"),
+    ],
+)
+def test_what_is_wrong_with_a_map_is_said(run, trained, arguments, code, message):
+    found, _, err = run("adapters", "map", *arguments, "--store", trained.root)
+    assert (found, message in err) == (code, True), err
+
+
+def test_a_difference_is_drawn(run, trained, tmp_path):
+    code, _, _ = run("adapters", "diff", "law", "code", "--plot", tmp_path / "diff.png", "--store", trained.root)
+    assert code == 0
+    assert (tmp_path / "diff.png").read_bytes().startswith(b"\x89PNG")

@@ -66,7 +66,8 @@ def test_a_run_is_watched_while_it_trains_and_stopped_by_its_page(base_folder, t
     process = start_training(base_folder, tmp_path, "--watch", "--json")
     try:
         said = process.stderr.readline()
-        assert (found := re.fullmatch(r"watch at http://127\.0\.0\.1:(\d+)/\n", said)), said
+        found = re.fullmatch(r"watch at http://127\.0\.0\.1:(\d+)/\n", said)
+        assert found, said
         port = int(found[1])
 
         def find_run():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lora_gpt2.commands.adapters import inspect, modify, transfer
+from lora_gpt2.commands.adapters import compare, inspect, modify, transfer
 from lora_gpt2.commands.shared import CommandGroup
 
 
@@ -13,6 +13,6 @@ def command() -> None:
     """The store: look at adapters, check them, change which there are, exchange them."""
 
 
-for _module in (inspect, modify, transfer):
+for _module in (inspect, compare, modify, transfer):
     for _command in _module.COMMANDS:
         command.add_command(_command)

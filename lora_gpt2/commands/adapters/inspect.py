@@ -1,4 +1,4 @@
-"""`adapters list | show | history | diff | verify`: looking at a store, changing nothing."""
+"""`adapters list | show | history | verify`: looking at a store, changing nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from lora_gpt2.commands.shared import base_option, emit, end_as_failed, format_bytes, json_option, store_option
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError, ResourceError, UsageError
+from lora_gpt2.core.errors import LoraGpt2Error, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.tables import format_table
@@ -19,7 +19,7 @@ from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.changes import list_history
-from lora_gpt2.store.lineage import compare_manifests, describe_lineage
+from lora_gpt2.store.lineage import describe_lineage
 from lora_gpt2.store.listing import list_current, summarise
 from lora_gpt2.store.manifest import Manifest
 
@@ -108,35 +108,6 @@ def history(name: str, store: Store, as_json: bool) -> None:
     emit({"adapter": {"name": name, "versions": rows}}, as_json, lambda: _render_history(rows))
 
 
-@click.command("diff")
-@click.argument("one", metavar="ONE[@VERSION]")
-@click.argument("other", metavar="OTHER[@VERSION]")
-@store_option
-@json_option
-@click.pass_obj
-def diff(reporter: Reporter, one: str, other: str, store: Store, as_json: bool) -> None:
-    """Compare two versions: settings, data, figures, and how far apart their updates are.
-
-    For each projection: the norms of both updates, that of their difference, and their cosine (1 the same direction, 0
-    nothing in common, -1 opposite).
-
-    \b
-    Examples:
-      lora-gpt2 adapters diff law@1 law@2
-      lora-gpt2 adapters diff cooking shakespeare --json
-    """
-    manifests = [store.read_manifest(reference) for reference in (one, other)]
-    names = [manifest.reference for manifest in manifests]
-    result: dict[str, Any] = {"adapters": names, "differences": compare_manifests(*manifests)}
-    result["same_weights"] = manifests[0].digest == manifests[1].digest
-    try:
-        result["updates"] = _compare_updates(store, manifests)
-    except (NotFoundError, ResourceError) as error:
-        result["updates"] = []
-        reporter.message(f"the updates are not compared: {error.message}")
-    emit(result, as_json, lambda: _render_diff(result, names))
-
-
 @click.command("verify")
 @click.argument("references", nargs=-1, metavar="[NAME[@VERSION]]...")
 @click.option("--files-only", is_flag=True, help="Check bytes only; needs no base.")
@@ -183,7 +154,7 @@ def verify(
         end_as_failed(f"not sound: {', '.join(broken)}", "restore them, 'adapters rollback' or train again", as_json)
 
 
-COMMANDS = (list_, show, card, history, diff, verify)
+COMMANDS = (list_, show, card, history, verify)
 
 
 def _verify_group(store: Store, manifests: list[Manifest], base_name: str) -> list[VerificationResult]:
@@ -199,21 +170,6 @@ def _verify_group(store: Store, manifests: list[Manifest], base_name: str) -> li
             for m in manifests
         ]
     return list(verify_on_base(store, manifests, base))
-
-
-def _compare_updates(store: Store, manifests: list[Manifest]) -> list[dict[str, Any]]:
-    if manifests[0].base.fingerprint != manifests[1].base.fingerprint:
-        return []
-    from lora_gpt2.model.checkpoint import Checkpoint
-    from lora_gpt2.store.compare import compare_adapters
-    from lora_gpt2.store.files import read_adapter
-
-    config = Checkpoint.open(manifests[0].base.name).config
-    adapters = []
-    for manifest in manifests:
-        with store.open(manifest.reference) as version:
-            adapters.append(read_adapter(version, config))
-    return [vars(row) for row in compare_adapters(adapters[0], adapters[1], config)]
 
 
 def _render_list(rows: list[dict[str, Any]], store: Store) -> str:
@@ -267,29 +223,6 @@ def _render_tree(value: Any, indent: str = "") -> list[str]:
         else:
             lines.append(f"{indent}{key}: {item}")
     return lines
-
-
-def _render_diff(result: dict[str, Any], names: list[str]) -> str:
-    rows = [
-        [f"{section}.{key}", *(_shorten(value) for value in values)]
-        for section, changes in result["differences"].items()
-        for key, values in changes.items()
-    ]
-    parts = [format_table(["", *names], rows)]
-    if result["same_weights"]:
-        parts.append("the weights are the same")
-    elif result["updates"]:
-        header = ["projection", "norm", "norm of other", "of difference", "cosine"]
-        keys = ("norm", "other_norm", "difference", "cosine")
-        parts.append(format_table(header, [[r["site"], *(f"{r[key]:.4f}" for key in keys)] for r in result["updates"]]))
-    else:
-        parts.append("their updates cannot be compared: they belong to different bases, or theirs is not here")
-    return "\n\n".join(parts)
-
-
-def _shorten(value: Any) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _render_verdicts(verdicts: list[VerificationResult], store: Store) -> str:
