@@ -7,8 +7,9 @@ import pytest
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, NotFoundError
 from lora_gpt2.inference.history import LocalLog, find_votes, read_log
-from lora_gpt2.rating.ranking import rank_votes
-from lora_gpt2.rating.votes import Vote, check_vote, find_texts, read_votes
+from lora_gpt2.rating.preferences import read_preferences
+from lora_gpt2.rating.ranking import rank_marks, rank_votes
+from lora_gpt2.rating.votes import Marks, Vote, check_marks, check_vote, find_texts, read_marks, read_votes
 
 GOOD = {"prompt": "p", "models": ["a", "b", "c"], "chosen": "b", "seed": 3}
 
@@ -143,3 +144,93 @@ def test_a_round_takes_the_newest_text_of_prompts_that_all_have_continued():
     assert find_texts(records, ["b", "a"]) == (("p",), (("other", "new"),))
     with pytest.raises(DataError, match="each of a, d"):
         find_texts(records, ["a", "d"])
+
+
+MARKED = {
+    "prompt": "p",
+    "models": ["a", "b"],
+    "seed": 3,
+    "marks": {"coherence": [4, 2], "style": [None, 5]},
+    "texts": [" one", " two"],
+}
+
+
+def test_marks_are_read_as_they_were_given():
+    found = check_marks(MARKED)
+    assert found == Marks(
+        prompt="p",
+        models=("a", "b"),
+        seed=3,
+        marks={"coherence": (4, 2), "style": (None, 5)},
+        texts=(" one", " two"),
+    )
+    assert check_marks({**MARKED, "models": ["a"], "marks": {"style": [1]}, "texts": [" x"]}).models == ("a",)
+    assert read_marks([GOOD, MARKED, {}]) == [found], "choices are in the same file"
+    assert read_votes([GOOD, MARKED])[0].chosen == "b"
+    with pytest.raises(DataError) as caught:
+        read_marks([GOOD])
+    assert "from 1 to 5" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"marks": {}},
+        {"marks": None},
+        {"marks": [1, 2]},
+        {"marks": {"coherence": [None, None]}},
+        {"marks": {"coherence": [4]}},
+        {"marks": {"coherence": [0, 1]}},
+        {"marks": {"coherence": [6, 1]}},
+        {"marks": {"coherence": [1.5, 1]}},
+        {"marks": {"coherence": [True, 1]}},
+        {"marks": {"coherence": "45"}},
+        {"marks": {"taste": [4, 2]}},
+        {"models": ["a", "a"]},
+        {"models": []},
+        {"texts": [" one"]},
+        {"seed": "3"},
+        {"prompt": None},
+    ],
+)
+def test_what_are_no_marks_is_refused(change):
+    with pytest.raises(DataError) as caught:
+        check_marks({**MARKED, **change})
+    assert caught.value.hint
+
+
+def test_marks_are_averaged_over_criteria_and_prompts():
+    given = [
+        Marks(prompt="p", models=("a", "b"), marks={"coherence": (4, 2), "style": (2, None)}),
+        Marks(prompt="q", models=("b", "a"), marks={"coherence": (5, 5)}),
+        Marks(prompt="r", models=("c",), marks={"style": (1,)}),
+    ]
+    report = rank_marks(given)
+    assert (report.mode, report.score_name, report.criteria) == ("scale", "mean", ("coherence", "style"))
+    rows = {row.adapter: (row.score, row.judgements, row.interval) for row in report.ranking}
+    assert rows == {"a": (4.0, 2, None), "b": (3.5, 2, None), "c": (1.0, 1, None)}
+    assert [row.adapter for row in report.ranking] == ["a", "b", "c"]
+    by_style = {row.adapter: row.score for row in report.by_criterion["style"]}
+    assert by_style == {"a": 2.0, "b": None, "c": 1.0}
+    pairs = {(row.a, row.b): (row.ratings, row.a_preferred) for row in report.missing}
+    assert pairs == {("a", "b"): (2, 0.75), ("a", "c"): (0, None), ("b", "c"): (0, None)}, "one won, one tie"
+    assert report.answers == 6
+    assert [row["mean"] for row in report.to_json()["ranking"]] == [4.0, 3.5, 1.0]
+
+
+def test_a_model_that_is_better_everywhere_has_an_interval_apart():
+    given = [Marks(prompt=str(n), models=("a", "b"), marks={"style": (4 + n % 2, 1 + n % 3)}) for n in range(40)]
+    best, worst = rank_marks(given).ranking
+    assert best.adapter == "a"
+    assert best.interval[0] > worst.interval[1]
+    assert best.interval[0] < best.score < best.interval[1]
+
+
+def test_marks_become_preferences_by_their_mean(tmp_path):
+    tied = {**MARKED, "marks": {"coherence": [3, 3]}}
+    path = tmp_path / "choices.jsonl"
+    lines = [MARKED, tied, {**GOOD, "texts": [" x", " y", " z"]}, {**MARKED, "texts": []}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_preferences([str(path)])
+    assert [(pair.chosen, pair.rejected) for pair in found.pairs] == [(" y", " x"), (" y", " z"), (" one", " two")]
+    assert found.num_ties == 1
