@@ -22,6 +22,7 @@ from openai import NotFoundError, OpenAI
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, UsageError
+from lora_gpt2.core.pages import read_asset, render_page
 from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog
@@ -809,6 +810,18 @@ def test_a_port_that_is_taken_and_a_host_for_all_are_refused(run, base_folder, t
     assert "LORA_GPT2_API_KEY" in err
 
 
+@pytest.mark.parametrize("script", ["runs", "training"])
+def test_the_pages_of_runs_have_what_their_scripts_use(script):
+    values = {"title": "t", "runs": [], "can_train": True, "lead": "", "events": "events", "stop": "stop"}
+    more = {"verdict": "", "figures": [], "notes": [], "settings": [], "run": {}}
+    page = render_page(f"{script}.html", linked=True, **values, **more)
+    assert not re.search(r"<script(?! src| type=.application/json)|<style|style=|onclick|https?://", page)
+    used = set(re.findall(r'\$\("([\w-]+)"\)', read_asset(f"{script}.js")))
+    assert len(used) > 10
+    assert used <= set(re.findall(r'id="([\w-]+)"', page))
+    assert "innerHTML" not in read_asset(f"{script}.js")
+
+
 def test_the_pages_files_are_served_and_belong_together(port):
     """What the browser tests would see broken first, where there is no browser."""
     status, headers, page = ask(port, "/")
@@ -817,7 +830,7 @@ def test_the_pages_files_are_served_and_belong_together(port):
     assert headers["content-security-policy"].startswith("default-src 'self'")
     assert not re.search(r"<script(?! src)|<style|style=|onclick|https?://", page), "inline or from outside"
     files = re.findall(r'(?:src|href)="([^"]+)"', page)
-    assert sorted(files) == ["app.js", "icon.svg", "style.css"]
+    assert sorted(files) == ["app.js", "icon.svg", "style.css", "training/"]
     assert all(ask(port, f"/{name}")[0] == 200 for name in files)
     code = ask(port, "/app.js")[2].decode()
     used = set(re.findall(r'\$\("(\w+)"\)', code))
