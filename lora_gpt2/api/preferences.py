@@ -41,8 +41,8 @@ def train_preferences(
         epochs: passes over the pairs; default 3.
         steps: optimizer steps; overrides `epochs`.
         learning_rate: peak of AdamW; by default a tenth of that of training on text.
-        beta: how strongly the parent holds the new version back; default 0.1.
-        loss: `dpo` (the default) or `ipo`.
+        beta: how strongly the parent holds the new version back; default 0.05.
+        loss: `dpo` (the default), `ipo` or `orpo`.
         seed: of the order of the pairs.
         dtype: of the base's weights; default `auto`.
         forget: by how many nats per token general English may get less likely; by default there is no limit.

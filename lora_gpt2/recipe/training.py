@@ -148,16 +148,18 @@ class PreferenceSettings(Section):
 
     sources: Sources = ()
     """Pairs (prompt, chosen, rejected) in files or hf: data sets, rounds of `rate`, choices that `serve` recorded."""
-    loss: Literal["dpo", "ipo"] = "dpo"
-    """Loss: dpo (Rafailov et al. 2023) or ipo (Azar et al. 2023)."""
-    beta: Annotated[float, Field(gt=0, le=10)] = 0.1
-    """How strongly the parent holds the new version back."""
+    loss: Literal["dpo", "ipo", "orpo"] = "dpo"
+    """Loss: dpo (Rafailov et al. 2023), ipo (Azar et al. 2023), or orpo (Hong et al. 2024), which has no reference."""
+    beta: Annotated[float, Field(gt=0, le=10)] = 0.05
+    """How strongly the parent holds the new version back; with orpo, the weight of the odds ratio."""
     smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """Share of the choices that are taken to be wrong (conservative DPO)."""
     batch_size: Positive = 8
     """Pairs per optimizer step."""
     learning_rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The learning rate, as a share of that of training on text; train.learning_rate sets it outright."""
+    replay_weight: Annotated[float, Field(ge=0, le=100)] = 0.3
+    """Weight of the loss of the text that the parent was trained on, of which each step replays as many tokens."""
     max_perplexity_ratio: Annotated[float, Field(gt=1)] = 1.02
     """Limit for the perplexity of the parent's own held-out text, as a multiple of the parent's; 1.02 is 2 % more."""
 

@@ -1,10 +1,11 @@
 """Training an adapter on what people preferred: its present version is the reference, and costs no second model.
 
 The reference's log-likelihoods are computed once, before the first step, by the weights that training starts from. The
-weights that are kept are the last ones that are within the limits and tell held-out pairs apart better than the parent:
-the perplexity of the parent's own text may rise by `preferences.max_perplexity_ratio`, the loss of general English by
-`train.forget` nats per token. What goes beyond them is taken back, and training goes on in smaller steps. (The loss of
-a few dozen held-out choices is too noisy to choose a step by.)
+weights that are kept are the last ones that are within the limits and tell held-out pairs apart no worse than the
+parent, give or take a standard error (the loss of a few dozen held-out choices is noisy). Limits: the perplexity of the
+parent's own text may rise by `preferences.max_perplexity_ratio`, the loss of general English by `train.forget` nats per
+token. What goes beyond them is taken back, and training goes on in smaller steps. Each step replays some of the text
+that the parent was trained on, so that preferring costs little of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, Train
 from lora_gpt2.core.interrupt import StopRequest, catch_signals
 from lora_gpt2.core.memory import is_out_of_memory
 from lora_gpt2.core.names import AUTO
-from lora_gpt2.data.blocks import TokenBlocks
+from lora_gpt2.data.blocks import IGNORE, TokenBlocks
+from lora_gpt2.data.prepared import PreparedData
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.model.bank import AdapterBank
@@ -40,6 +42,7 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import is_foreign
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.training.block_order import BlockOrder
 from lora_gpt2.training.pairs import PairRows, encode_pairs, iter_groups, score_rows, split_pairs
 from lora_gpt2.training.preference_loss import PreferenceLoss
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
@@ -57,9 +60,17 @@ VALIDATIONS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class PairScore:
-    """How well held-out pairs are told apart: mean loss, share with the chosen text ahead, mean margin in nats."""
+    """How well held-out pairs are told apart.
+
+    Args:
+        loss: mean loss.
+        error: its standard error.
+        accuracy: share of the pairs whose chosen text is ahead.
+        margin: mean margin in nats.
+    """
 
     loss: float
+    error: float
     accuracy: float
     margin: float
 
@@ -73,7 +84,7 @@ class PreferenceTrainer:
         parent: the adapter to start from, which is the reference.
         pairs: all pairs.
         split: indices of those to train on and of those held out.
-        own_text: blocks of the parent's held-out text; None where they cannot be read.
+        own_text: the text that the parent was trained on; None where it cannot be read.
     """
 
     def __init__(
@@ -83,9 +94,10 @@ class PreferenceTrainer:
         parent: Adapter,
         pairs: PairRows,
         split: tuple[Sequence[int], Sequence[int]],
-        own_text: TokenBlocks | None = None,
+        own_text: PreparedData | None = None,
     ) -> None:
-        self.base, self.recipe, self.pairs, self.own_text = base, recipe, pairs, own_text
+        self.base, self.recipe, self.pairs = base, recipe, pairs
+        self.own_text = own_text.validation if own_text and own_text.validation.num_targets else None
         (self.trained, self.held_out), settings = split, recipe.preferences
         self.loss = PreferenceLoss(kind=settings.loss, beta=settings.beta, smoothing=settings.smoothing)
         self.bank = AdapterBank(base.config, parent.ranks, 1, "training", base.model.wte.weight)
@@ -93,6 +105,7 @@ class PreferenceTrainer:
         self.runner = StepRunner(base.model, self.bank, None, None, ProcessGroup())
         self.micro_batch_tokens = recipe.train.micro_batch_tokens
         self.pairs_per_step = min(len(self.trained), settings.batch_size)
+        self.replayed = self._order_replay(own_text.train) if own_text and settings.replay_weight else None
         per_epoch = -(-len(self.trained) // self.pairs_per_step)
         self.num_steps = recipe.train.steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
         self.validate_every = recipe.train.validate_every or max(1, self.num_steps // VALIDATIONS)
@@ -120,7 +133,10 @@ class PreferenceTrainer:
         lengths = torch.from_numpy(self.pairs.lengths).flatten()[rows]
         losses, margins, _ = self.loss.measure(self._score(self.held_out), self.reference[rows], lengths)
         return PairScore(
-            loss=float(losses.mean()), accuracy=float((margins > 0).float().mean()), margin=float(margins.mean())
+            loss=float(losses.mean()),
+            error=float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.inf,
+            accuracy=float((margins > 0).float().mean()),
+            margin=float(margins.mean()),
         )
 
     def train(self, stop: StopRequest, reporter: Reporter) -> None:
@@ -163,8 +179,31 @@ class PreferenceTrainer:
         rows = self.pairs.rows_of(chosen)
         groups = iter_groups(rows, self.pairs.inputs.shape[1], self.micro_batch_tokens)
         batches = [self._build(group, len(chosen)) for group in groups]
+        batches += self._build_replayed(step)
         self.num_tokens += sum(batch.inputs.numel() for batch in batches)
         return float(self.runner.run(batches, hyperparams)[0, 0])
+
+    def _order_replay(self, blocks: TokenBlocks) -> BlockOrder | None:
+        """Returns which blocks a step replays: about as many tokens as its pairs have."""
+        tokens = 2 * self.pairs_per_step * self.pairs.inputs.shape[1]
+        count = min(blocks.num_blocks, -(-tokens // blocks.block_size))
+        return BlockOrder(blocks, count, self.recipe.train.seed) if count else None
+
+    def _build_replayed(self, step: int) -> list[MicroBatch]:
+        """Returns the text of the parent that a step replays, in groups."""
+        if self.replayed is None:
+            return []
+        batch, weight = self.replayed.read(step), self.recipe.preferences.replay_weight
+        count, size = int((batch.targets != IGNORE).sum()), max(1, self.micro_batch_tokens // batch.inputs.shape[1])
+        found = []
+        for start in range(0, len(batch.inputs), size):
+            some = batch.take(range(start, min(start + size, len(batch.inputs))))
+            inputs, targets = torch.from_numpy(some.inputs), torch.from_numpy(some.targets)
+            weights = torch.full((targets.numel(),), 1 / max(1, count))
+            plain = self._build_one(inputs, targets, weights)
+            positions = None if some.positions is None else torch.from_numpy(some.positions)
+            found.append(replace(plain, penalties=torch.tensor([weight]), positions=positions))
+        return found
 
     def _choose_pairs(self, step: int) -> list[int]:
         """Returns the pairs of a step: each once in an epoch, in an order of its own."""
@@ -178,19 +217,21 @@ class PreferenceTrainer:
 
     def _build(self, rows: Sequence[int], num_pairs: int) -> MicroBatch:
         inputs, targets = (torch.from_numpy(side[list(rows)]) for side in (self.pairs.inputs, self.pairs.targets))
+        plain = self._build_one(inputs, targets, torch.full((targets.numel(),), 1 / num_pairs))
+        return replace(plain, preference=self.loss, reference_logps=self.reference[list(rows)])
+
+    def _build_one(self, inputs: Tensor, targets: Tensor, loss_weights: Tensor) -> MicroBatch:
         return MicroBatch(
             slots=[0],
             slot_ids=torch.zeros(1, dtype=torch.long),
             inputs=inputs,
             targets=targets,
-            loss_weights=torch.full((targets.numel(),), 1 / num_pairs),
+            loss_weights=loss_weights,
             dropout=0.0,
             label_smoothing=0.0,
             seeds=torch.zeros(len(inputs), dtype=torch.long),
             noise_alpha=0.0,
             gradient_checkpointing=self.recipe.train.gradient_checkpointing,
-            preference=self.loss,
-            reference_logps=self.reference[list(rows)],
         )
 
     def _validate(self, step: int, loss: float) -> PairScore:
@@ -203,7 +244,7 @@ class PreferenceTrainer:
             self.rate_factor *= TAKEN_BACK
             return score
         self.allowed.copy_(self.bank.flat)
-        if score.loss < self.first_score.loss:
+        if score.loss - score.error < self.first_score.loss:  # a few dozen choices, some of them wrong, are noisy
             self.best.copy_(self.bank.flat)
             self.best_score, self.best_step = score, step
         return score
@@ -275,7 +316,7 @@ def train_preferences(recipe: Recipe, store: Store, reporter: Reporter) -> Prefe
     rows = encode_pairs(found.pairs, base.tokenizer, base.config.n_positions)
     split = split_pairs(found.pairs)
     _say_what_is_there(found, rows, split, manifest, reporter)
-    own_text = _read_own_blocks(store, manifest, reporter)
+    own_text = _read_own(store, manifest, reporter)
     with catch_signals() as stop, _explain_oom(rows):
         trainer = PreferenceTrainer(base, recipe, parent, rows, split, own_text)
         trainer.train(stop, reporter)
@@ -317,10 +358,9 @@ def describe_lengths(rows: PairRows) -> str:
     return f"the longer text was preferred in {longer:.0%} ({chosen.mean():.0f} and {rejected.mean():.0f} tokens)"
 
 
-def _read_own_blocks(store: Store, manifest: Manifest, reporter: Reporter) -> TokenBlocks | None:
+def _read_own(store: Store, manifest: Manifest, reporter: Reporter) -> PreparedData | None:
     try:
-        own = read_own_text(store, manifest.reference, reporter)
+        return read_own_text(store, manifest.reference, reporter).prepared
     except NotFoundError as error:
-        reporter.message(f"its perplexity on its own text is not watched: {error.message}")
+        reporter.message(f"its own text is neither replayed nor watched: {error.message}")
         return None
-    return own.prepared.validation if own.prepared.validation.num_targets else None

@@ -50,8 +50,9 @@ class MicroBatch:
         seeds: `[batch]`; they decide dropout and noise.
         noise_alpha: strength of NEFTune's noise.
         gradient_checkpointing: compute activations again in the backward pass.
-        penalties: `[slots]`; of replayed text, the weight of the divergence from the base, which is the loss there.
-        reference: `[batch, time, width]`; of replayed text, the base's hidden states.
+        penalties: `[slots]`; of replayed text, the weight of its loss.
+        reference: `[batch, time, width]`; the base's hidden states: the loss of replayed text is then the divergence
+            from the base, else its NLL. It is summed up apart from other losses.
         preference: the loss, where rows are the chosen and the rejected text of a pair in turn; `loss_weights` are then
             1 / the pairs in a slot's whole batch.
         reference_logps: `[batch]`; log-likelihood of each of these rows under the reference, in nats.
@@ -82,6 +83,7 @@ class MicroBatch:
             self.noise_alpha,
             self.gradient_checkpointing,
             self.reference is None,
+            self.penalties is None,
             self.preference,
         )
         return (*self.slots, *self.inputs.shape, *settings)
@@ -138,8 +140,8 @@ class StepRunner:
     def run(self, batches: Sequence[MicroBatch], hyperparams: SlotHyperparams) -> Tensor:
         """Makes one step; returns `stats` `[4, slots]`.
 
-        They are the loss in nats per token, the gradient's norm, 1 if the step was applied, and the divergence from the
-        base on replayed text in nats per token.
+        They are the loss in nats per token, the gradient's norm, 1 if the step was applied, and the loss of replayed
+        text in nats per token.
 
         The tensors of `batches` and `hyperparams` are on the host. On a GPU the result is there when the device has
         caught up.
@@ -219,7 +221,7 @@ class StepRunner:
                 totals = self.losses
                 loss, values = self._score_pairs(batch, flat, targets, weights, update)
             elif batch.reference is None:
-                totals = self.losses
+                totals = self.losses if batch.penalties is None else self.divergences
                 loss, values = fused_linear_cross_entropy(
                     flat, head, targets, weights, batch.label_smoothing, update, vocab_size=vocab_size
                 )

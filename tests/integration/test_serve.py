@@ -833,6 +833,9 @@ def test_the_pages_files_are_served_and_belong_together(port):
     assert sorted(files) == ["app.js", "icon.svg", "style.css", "training/"]
     assert all(ask(port, f"/{name}")[0] == 200 for name in files)
     code = ask(port, "/app.js")[2].decode()
+    modules = set(re.findall(r'from "\./(\w+\.js)"', code))
+    assert modules == {"dom.js", "history.js", "judge.js", "result.js"}
+    code += "".join(ask(port, f"/{name}")[2].decode() for name in modules)
     used = set(re.findall(r'\$\("(\w+)"\)', code))
     assert len(used) > 10
     assert used <= set(re.findall(r'id="(\w+)"', page))

@@ -13,6 +13,7 @@ from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.blocks import IGNORE
+from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.rating.preferences import Preference, read_preferences
@@ -25,7 +26,7 @@ from lora_gpt2.training.preference_loss import PreferenceLoss
 from lora_gpt2.training.preferences import PreferenceTrainer, train_preferences
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.step import MicroBatch, StepRunner
-from tests.builders import make_adapter
+from tests.builders import make_adapter, make_text
 
 PAIRS = [
     Preference(prompt=f"the {animal} and", chosen=f" the sun {animal}", rejected=" rain rain in the", is_whole=whole)
@@ -96,6 +97,30 @@ def test_the_derivatives_are_those_of_the_loss(kind, smoothing):
     if kind == "dpo":
         kept = F.logsigmoid(0.3 * margins) * (1 - smoothing) + F.logsigmoid(-0.3 * margins) * smoothing
         torch.testing.assert_close(losses, -kept)
+
+
+def test_the_odds_ratio_is_that_of_the_paper():
+    """ORPO's loss and slopes, against its formula with probabilities as they are, through autograd."""
+    torch.manual_seed(0)
+    logps, reference = -5 * torch.rand(6, dtype=torch.float64), -5 * torch.rand(6, dtype=torch.float64)
+    logps.requires_grad_()
+    lengths = torch.tensor([3, 5, 2, 2, 9, 1])
+    losses, margins, slopes = PreferenceLoss(kind="orpo", beta=0.3).measure(logps, reference, lengths)
+
+    def measure_odds(each):
+        p = (each / lengths).exp()
+        return (p / (1 - p)).view(-1, 2)
+
+    odds = measure_odds(logps)
+    ratio = odds[:, 0] / odds[:, 1]
+    wanted = -(logps / lengths)[::2] - 0.3 * F.logsigmoid(ratio.log())
+    torch.testing.assert_close(losses, wanted)
+    (gradient,) = torch.autograd.grad(wanted.sum(), logps)
+    torch.testing.assert_close(slopes, gradient)
+    before = measure_odds(reference)
+    torch.testing.assert_close(margins, ratio.log() - (before[:, 0] / before[:, 1]).log())
+    certain = PreferenceLoss(kind="orpo").measure(torch.zeros(2), torch.zeros(2), torch.tensor([2, 3]))
+    assert all(torch.isfinite(each).all() for each in certain)
 
 
 def test_a_step_has_the_gradient_of_the_loss_whatever_the_passes(base):
@@ -179,7 +204,7 @@ def test_training_moves_towards_what_was_chosen_and_publishes_the_next_version(b
     assert "100% of 4 held-out pairs" in report.verdict
     manifest = store.read_manifest("law")
     assert [parent.reference for parent in manifest.parents] == ["law@1"]
-    assert manifest.recipe["preferences"]["beta"] == 0.1
+    assert manifest.recipe["preferences"]["beta"] == 0.05
     assert manifest.data == store.read_manifest("law@1").data
     assert manifest.figures["held_out_loss"] == report.held_out_loss
     again = train_preferences(recipe.model_copy(update={"name": "other"}), store, SilentReporter())
@@ -277,3 +302,64 @@ def test_rounds_and_recorded_choices_are_read_ties_left_out(tmp_path):
     choices.write_text(json.dumps(vote) + "\n")
     with pytest.raises(DataError, match="without their texts"):
         read_preferences([str(choices)])
+
+
+@pytest.fixture
+def own_text(base, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(make_text(60))
+    return prepare_data(
+        build_recipe({"data": {"sources": [str(path)], "block_size": 48}}, "test").data,
+        base.tokenizer,
+        SilentReporter(),
+    )
+
+
+def build_trainer(base, own_text, **settings):
+    rows = encode_pairs(PAIRS * 6, base.tokenizer, 48)
+    recipe = make_settings(train__learning_rate=3e-2, **settings)
+    return PreferenceTrainer(base, recipe, make_adapter(base.config, 1), rows, (list(range(20)), [20]), own_text)
+
+
+def test_replayed_text_adds_its_gradient_and_is_reported_apart(base, own_text):
+    """Pairs and text together have the gradient of the pairs and `replay_weight` times that of the text's mean NLL."""
+    trainer = build_trainer(base, own_text, preferences__replay_weight=0.3, train__micro_batch_tokens=100)
+    pairs = [trainer._build(trainer.pairs.rows_of([0, 1, 2]), 3)]
+    replayed = trainer._build_replayed(5)
+    assert len(replayed) > 1, "in groups, of which each has its share"
+
+    def compute(batches):
+        trainer.runner.compute_gradients(batches)
+        runner = trainer.runner
+        return runner.gradient.clone(), float(runner.losses[0]), float(runner.divergences[0])
+
+    both, loss, nll = compute([*pairs, *replayed])
+    of_pairs, loss_alone, none = compute(pairs)
+    assert (loss, none) == (pytest.approx(loss_alone), 0.0)
+    batch = trainer.replayed.read(5)
+    inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
+    with torch.no_grad():
+        logits = base.model.logits(base.model(inputs, trainer.adapters), trainer.adapters)
+    assert nll == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), targets.flatten())), rel=1e-5)
+    of_text, plain, _ = compute([dataclasses.replace(batch, penalties=None) for batch in replayed])
+    assert plain == pytest.approx(nll)
+    assert torch.allclose(both, of_pairs + 0.3 * of_text, atol=1e-6 * float(both.abs().max()))
+
+
+def test_replay_keeps_the_own_text(base, own_text):
+    after = {}
+    for weight in (0.0, 1.0):
+        trainer = build_trainer(
+            base, own_text, preferences__replay_weight=weight, preferences__max_perplexity_ratio=100.0
+        )
+        assert (trainer.replayed is None) == (weight == 0)
+        trainer.train(StopRequest(), SilentReporter())
+        after[weight] = trainer._measure_own_text() - trainer.parent_own
+    assert after[1.0] < after[0.0]
+
+
+def test_without_its_own_text_an_adapter_is_trained_on_pairs_alone(base):
+    trainer = build_trainer(base, None, preferences__replay_weight=1.0)
+    assert trainer._build_replayed(0) == []
+    trainer.train(StopRequest(), SilentReporter())
+    assert trainer.best_step > 0
