@@ -8,7 +8,7 @@ from lora_gpt2.api.arguments import Settings, Source, choose_reporter, make_reci
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.recipe_files import name_recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.training.preferences import train_preferences as train
+from lora_gpt2.training.preference_run import train_preferences as train
 from lora_gpt2.training.publish_preferences import PreferenceReport
 
 
@@ -28,6 +28,8 @@ def train_preferences(
     forget: float | None = None,
     settings: Settings = None,
     store: str | Path | None = None,
+    resume: bool = False,
+    fresh: bool = False,
     progress: bool = True,
 ) -> PreferenceReport:
     """Trains an adapter on choices between texts, and publishes it as the next version.
@@ -48,6 +50,8 @@ def train_preferences(
         forget: by how many nats per token general English may get less likely; by default there is no limit.
         settings: any other setting; see `lora-gpt2 recipes show`.
         store: folder of the store; default `$LORA_GPT2_STORE` or `./adapters`.
+        resume: continue an interrupted run of the same adapter.
+        fresh: set an interrupted run aside and begin anew.
         progress: show it; else it is logged by `logging.getLogger("lora_gpt2")`.
 
     Returns:
@@ -57,7 +61,8 @@ def train_preferences(
         DataError: a record has no such fields, or fewer than 20 pairs are decided.
         NotFoundError: there is no such adapter, or no such file.
         TrainingDiverged: the loss is no longer finite; nothing is published.
-        Interrupted: Ctrl-C; nothing is published.
+        ConflictError: an interrupted run is there, and neither `resume` nor `fresh` says what becomes of it.
+        Interrupted: Ctrl-C; nothing is published, the last step is kept, `resume=True` goes on from there.
     """
     everyday = {
         "epochs": epochs,
@@ -76,4 +81,4 @@ def train_preferences(
         "preferences.loss": loss,
     }
     recipe = name_recipe(make_recipe(settings, "train", everyday, other))
-    return train(recipe, Store.find(store), choose_reporter(progress))
+    return train(recipe, Store.find(store), choose_reporter(progress), resume=resume, fresh=fresh)

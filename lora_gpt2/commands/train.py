@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lora_gpt2.training.publish_preferences import PreferenceReport
     from lora_gpt2.training.run import TrainReport
 
+T = TypeVar("T")
 MOST_EXPLAINED = 8  # adapters, line by line
 
 
@@ -105,9 +107,8 @@ def command(
     found, num_slots = list_training(items, data, name, queue)
     chosen = [name_recipe(load_recipe(item.recipe, overrides, {**own, **item.flags})) for item in found]
     if any(recipe.preferences.sources for recipe in chosen):
-        _train_preferences(
-            chosen, any((queue[0], ray, fit, gpu_memory, dry_run, run.resume, run.watch)), store, reporter, as_json
-        )
+        is_special = any((queue[0], ray, fit, gpu_memory, dry_run, run.watch))
+        _train_preferences(chosen, is_special, run, store, reporter, as_json)
         return
     if ray and (fit or gpu_memory is not None or dry_run or run.watch):
         what = "--fit, --gpu-memory, --dry-run or --watch"
@@ -125,13 +126,7 @@ def command(
 
     train = functools.partial(_train, chosen, store, reporter, ray, num_slots)
     with run.watching(reporter):
-        try:
-            report = train(run.resume, run.fresh)
-        except InterruptedRunError as error:
-            if not (sys.stdin.isatty() and sys.stderr.isatty()):
-                raise
-            goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
-            report = train(goes_on, not goes_on)
+        report = _ask_to_resume(train, run)
     if not report.adapters:  # another process of this launch speaks
         return
     emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))
@@ -143,19 +138,31 @@ def command(
 
 
 def _train_preferences(
-    recipes: list[Recipe], is_special: bool, store: Store, reporter: Reporter, as_json: bool
+    recipes: list[Recipe], is_special: bool, run: RunOptions, store: Store, reporter: Reporter, as_json: bool
 ) -> None:
-    from lora_gpt2.training.preferences import train_preferences
+    from lora_gpt2.training.preference_run import train_preferences
 
     if len(recipes) > 1 or is_special:
         raise UsageError(
-            "preferences train one adapter, on this machine, from the start", "leave the other options out"
+            "preferences train one adapter, on this machine, without a page", "leave the other options out"
         )
-    report = train_preferences(recipes[0], store, reporter)
+    train = functools.partial(train_preferences, recipes[0], store, reporter)
+    report = _ask_to_resume(lambda resume, fresh: train(resume=resume, fresh=fresh), run)
     emit({"adapters": [asdict(report)]}, as_json, lambda: _render_preferred(report))
     reporter.message(f"{report.name}: {report.verdict}")
     compared = ["--adapter", str(report), "--adapter", report.parents[0], "--prompts", "FILE"]
     suggest_next(reporter, "rate", *compared, store=store)
+
+
+def _ask_to_resume(train: Callable[[bool, bool], T], run: RunOptions) -> T:
+    """Returns what `train(resume, fresh)` does; at a terminal it is asked what becomes of an interrupted run."""
+    try:
+        return train(run.resume, run.fresh)
+    except InterruptedRunError as error:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        goes_on = click.confirm(f"{error.message}: resume it? (no starts over)", default=True, err=True)
+        return train(goes_on, not goes_on)
 
 
 def _render_preferred(report: PreferenceReport) -> str:

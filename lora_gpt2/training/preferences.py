@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,40 +21,29 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, TrainingDiverged, UsageError
-from lora_gpt2.core.interrupt import StopRequest, catch_signals
-from lora_gpt2.core.memory import is_out_of_memory
-from lora_gpt2.core.names import AUTO
+from lora_gpt2.core.errors import TrainingDiverged
+from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.blocks import IGNORE, TokenBlocks
 from lora_gpt2.data.prepared import PreparedData
 from lora_gpt2.evaluation.general import measure_general
-from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.model.bank import AdapterBank
-from lora_gpt2.model.base import Base, load_base
+from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.lora import Adapter
-from lora_gpt2.model.reshape import reshape_adapter
-from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
-from lora_gpt2.rating.preferences import Preferences, read_preferences
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import is_foreign
-from lora_gpt2.store.files import load_adapter
-from lora_gpt2.store.manifest import Manifest
 from lora_gpt2.training.block_order import BlockOrder
-from lora_gpt2.training.pairs import PairRows, encode_pairs, iter_groups, score_rows, split_pairs
+from lora_gpt2.training.checkpoint import RunFolder
+from lora_gpt2.training.pairs import PairRows, iter_groups, score_rows
 from lora_gpt2.training.preference_loss import PreferenceLoss
-from lora_gpt2.training.process_group import ProcessGroup, init_process_group
-from lora_gpt2.training.publish_preferences import PreferenceReport, publish_preferred
+from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.schedule import lr_factor
-from lora_gpt2.training.start import inherit_shape
 from lora_gpt2.training.step import MicroBatch, SlotHyperparams, StepRunner
 from lora_gpt2.training.validation import measure_blocks
 
-FEWEST_PAIRS = 20
 OWN_TOKENS = 16_384
 TAKEN_BACK = 0.5  # how much smaller steps are after some that went beyond the limits
 VALIDATIONS = 10
+PROGRESS = ("step", "rate_factor", "best_step", "records", "seconds", "num_tokens")  # of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +104,7 @@ class PreferenceTrainer:
         self.best, self.best_score, self.best_step = self.bank.flat.clone(), self.measure(), 0
         self.first_score = self.best_score
         self.records: list[dict[str, Any]] = [self._record(0, self.first_score, self.parent_own, self.parent_general)]
-        self.seconds, self.num_tokens = 0.0, 0
+        self.step, self.seconds, self.num_tokens = 0, 0.0, 0
 
     @property
     def adapters(self) -> TrainingAdapters:
@@ -134,20 +122,21 @@ class PreferenceTrainer:
         losses, margins, _ = self.loss.measure(self._score(self.held_out), self.reference[rows], lengths)
         return PairScore(
             loss=float(losses.mean()),
-            error=float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else math.inf,
+            error=float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else 0.0,
             accuracy=float((margins > 0).float().mean()),
             margin=float(margins.mean()),
         )
 
-    def train(self, stop: StopRequest, reporter: Reporter) -> None:
-        """Runs to the end.
+    def train(self, stop: StopRequest, reporter: Reporter, run: RunFolder | None = None) -> None:
+        """Runs to the end; `run` keeps checkpoints.
 
         Raises:
             TrainingDiverged: the loss or its gradient is no longer finite.
-            Interrupted: a stop was requested; nothing is kept.
+            Interrupted: a stop was requested; a checkpoint of the last step is kept.
         """
-        with reporter.task("training", self.num_steps, "steps") as task:
-            for step in range(self.num_steps):
+        kept = "--resume continues" if run else "nothing was published"
+        with reporter.task("training", self.num_steps - self.step, "steps") as task:
+            for step in range(self.step, self.num_steps):
                 started = time.monotonic()
                 loss = self._run_step(step)
                 self.seconds += time.monotonic() - started
@@ -160,7 +149,27 @@ class PreferenceTrainer:
                     "" if score is None else f" held out {score.loss:.3f}, {score.accuracy:.0%}"
                 )
                 task.advance(1, note)
-                stop.raise_if_asked("nothing was published")
+                self.step = step + 1
+                every = self.recipe.train.checkpoint_every
+                if run and (stop.signal_number or (every and self.step % every == 0)):
+                    self._save(run)
+                stop.raise_if_asked(kept)
+
+    def _save(self, run: RunFolder) -> None:
+        state = {key: getattr(self, key) for key in PROGRESS} | {"best_score": asdict(self.best_score)}
+        run.save(self.step, self._list_tensors(), state)
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continues where a checkpoint was taken."""
+        for name, tensor in self._list_tensors().items():
+            tensor.copy_(tensors[name])
+        self.bank.refresh_casts()
+        for key in PROGRESS:
+            setattr(self, key, state[key])
+        self.best_score = PairScore(**state["best_score"])
+
+    def _list_tensors(self) -> dict[str, Tensor]:
+        return {"flat": self.bank.flat, "best": self.best, "allowed": self.allowed, **self.runner.list_state()}
 
     def _run_step(self, step: int) -> float:
         settings = self.recipe.train
@@ -278,89 +287,3 @@ class PreferenceTrainer:
             return None
         with torch.no_grad():
             return measure_general(self.base, lambda choices: self.adapters).nll_nats_per_token
-
-
-def train_preferences(recipe: Recipe, store: Store, reporter: Reporter) -> PreferenceReport:
-    """Trains the next version of an adapter on what people preferred, and publishes it; returns its figures.
-
-    Raises:
-        UsageError: the recipe names no adapter of the store to continue, or text besides; several processes.
-        ResourceError: it does not fit into memory.
-        NotFoundError: there is no such adapter, or no such file.
-        DataError: fewer than `FEWEST_PAIRS` pairs are decided.
-        TrainingDiverged: the loss is no longer finite; nothing is published.
-        Interrupted: a stop was requested; nothing is published.
-    """
-    if recipe.lora.init_from in ("", AUTO):
-        raise UsageError("preferences need an adapter to start from", "name it: --from law")
-    if is_foreign(recipe.lora.init_from):
-        raise UsageError("preferences need an adapter of the store", "lora-gpt2 adapters import it first")
-    if recipe.data.sources:
-        raise UsageError("train on text or on preferences, not on both", "train on the text first, then --from it")
-    if init_process_group().size > 1:
-        raise UsageError("preferences are trained on in one process", "start it without torchrun or accelerate")
-    found = read_preferences(recipe.preferences.sources)
-    if len(found.pairs) < FEWEST_PAIRS:
-        ties = f", {found.num_ties} are ties" if found.num_ties else ""
-        raise DataError(
-            f"{len(found.pairs)} pairs are decided{ties}", f"at least {FEWEST_PAIRS} are needed: ask for more"
-        )
-    recipe = inherit_shape(recipe, store)
-    base = load_base(recipe.base, choose_runtime(recipe.train.dtype), recipe.train.quantize)
-    manifest, parent = load_adapter(store, recipe.lora.init_from, base)
-    parent, _ = reshape_adapter(parent, base.config, recipe.lora, recipe.train.seed)
-    rate = recipe.train.learning_rate or (
-        recipe.train.peak_learning_rate(base.config.n_embd) * recipe.preferences.learning_rate_factor
-    )
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
-    rows = encode_pairs(found.pairs, base.tokenizer, base.config.n_positions)
-    split = split_pairs(found.pairs)
-    _say_what_is_there(found, rows, split, manifest, reporter)
-    own_text = _read_own(store, manifest, reporter)
-    with catch_signals() as stop, _explain_oom(rows):
-        trainer = PreferenceTrainer(base, recipe, parent, rows, split, own_text)
-        trainer.train(stop, reporter)
-    return publish_preferred(store, base, trainer, manifest, found, measure_peak_memory(base.runtime.device))
-
-
-@contextmanager
-def _explain_oom(rows: PairRows) -> Iterator[None]:
-    """Turns running out of memory into a `ResourceError` that names what needs less."""
-    try:
-        yield
-    except BaseException as error:  # a panic of Rust is no Exception
-        if not is_out_of_memory(error):
-            raise
-        hint = "use --set train.micro_batch_tokens=1024, or train.gradient_checkpointing=true"
-        raise ResourceError(f"out of memory with texts of up to {rows.inputs.shape[1]} tokens", hint) from error
-
-
-def _say_what_is_there(
-    found: Preferences,
-    rows: PairRows,
-    split: tuple[Sequence[int], Sequence[int]],
-    manifest: Manifest,
-    reporter: Reporter,
-) -> None:
-    ties = f", {found.num_ties} ties left out" if found.num_ties else ""
-    reporter.message(
-        f"{manifest.reference}: {len(split[0])} pairs to train on, {len(split[1])} held out{ties}; "
-        f"{describe_lengths(rows)}"
-    )
-    if rows.num_cut:
-        reporter.message(f"{rows.num_cut} texts are longer than the context and are cut")
-
-
-def describe_lengths(rows: PairRows) -> str:
-    """Returns how far the longer text was preferred, which a model learns as readily as anything else."""
-    chosen, rejected = rows.lengths.T
-    longer = float((chosen > rejected).mean())
-    return f"the longer text was preferred in {longer:.0%} ({chosen.mean():.0f} and {rejected.mean():.0f} tokens)"
-
-
-def _read_own(store: Store, manifest: Manifest, reporter: Reporter) -> PreparedData | None:
-    try:
-        return read_own_text(store, manifest.reference, reporter).prepared
-    except NotFoundError as error:
-        reporter.message(f"its own text is neither replayed nor watched: {error.message}")
-        return None

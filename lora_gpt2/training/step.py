@@ -169,6 +169,12 @@ class StepRunner:
         update.replay()
         return self.stats
 
+    def list_state(self) -> dict[str, Tensor]:
+        """Returns what a checkpoint keeps of the optimizer and of loss scaling."""
+        optimizer, scale = self.optimizer, self.grad_scaler
+        state = {"mean": optimizer.exp_avg, "square": optimizer.exp_avg_sq, "counts": optimizer.steps}
+        return state if scale is None else {**state, "scale": scale.values, "good": scale.good}
+
     @torch.no_grad()
     def reset(self, slot_id: int) -> None:
         """Forgets what the optimizer knows of a slot."""

@@ -383,13 +383,5 @@ class Trainer:
                 slot.num_written = len(slot.records)
 
     def _list_tensors(self) -> dict[str, Tensor]:
-        optimizer, scale = self.runner.optimizer, self.runner.grad_scaler
-        tensors = {
-            "flat": self.bank.flat,
-            "best": self.best,
-            "mean": optimizer.exp_avg,
-            "square": optimizer.exp_avg_sq,
-            "counts": optimizer.steps,
-        }
-        tensors |= {"average": self.average} if self.halving else {}
-        return tensors if scale is None else {**tensors, "scale": scale.values, "good": scale.good}
+        tensors = {"flat": self.bank.flat, "best": self.best, **self.runner.list_state()}
+        return tensors | ({"average": self.average} if self.halving else {})

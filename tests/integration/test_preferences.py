@@ -52,7 +52,7 @@ def test_the_command_line_trains_the_next_version_and_says_what_became_better(
     code, out, err = run("adapters", "show", "kind", "--store", trained.root)
     assert (code, "law@2" in out) == (0, True), err
     assert run("generate", "the cat", "--adapter", "kind", "--base", base_folder, "--store", trained.root)[0] == 0
-    for more in (("--all", tmp_path), ("--dry-run",), ("--resume",), ("--ray", "local")):
+    for more in (("--all", tmp_path), ("--dry-run",), ("--watch",), ("--ray", "local")):
         code, _, err = run("train", *shared, *more)
         assert code == 2, err
 

@@ -4,13 +4,22 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load
 
 from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
+from lora_gpt2.core.errors import (
+    DataError,
+    Interrupted,
+    InterruptedRunError,
+    MismatchError,
+    NotFoundError,
+    UsageError,
+)
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.data.prepared import prepare_data
@@ -21,9 +30,11 @@ from lora_gpt2.rating.rounds import Answer, Round, add_answers, write_round
 from lora_gpt2.recipe import build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training.pairs import encode_pairs, iter_groups, score_rows, split_pairs
 from lora_gpt2.training.preference_loss import PreferenceLoss
-from lora_gpt2.training.preferences import PreferenceTrainer, train_preferences
+from lora_gpt2.training.preference_run import train_preferences
+from lora_gpt2.training.preferences import PreferenceTrainer
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.step import MicroBatch, StepRunner
 from tests.builders import make_adapter, make_text
@@ -363,3 +374,63 @@ def test_without_its_own_text_an_adapter_is_trained_on_pairs_alone(base):
     assert trainer._build_replayed(0) == []
     trainer.train(StopRequest(), SilentReporter())
     assert trainer.best_step > 0
+
+
+def kill_at(monkeypatch, step):
+    """Sends SIGINT to this process after so many steps."""
+    run_step = PreferenceTrainer._run_step
+
+    def interrupt(self, number):
+        loss = run_step(self, number)
+        if number + 1 == step:
+            os.kill(os.getpid(), 2)
+        return loss
+
+    monkeypatch.setattr(PreferenceTrainer, "_run_step", interrupt)
+
+
+def weights_of(store, reference):
+    return load((store.resolve(reference) / WEIGHTS).read_bytes())
+
+
+def test_an_interrupted_run_equals_an_unbroken_one(base, base_folder, store, tmp_path, monkeypatch):
+    publish_adapter(store, "law", make_adapter(base.config, 1), base, Origin())
+    shared = {"base": str(base_folder), "lora": {"init_from": "law"}, "train__learning_rate": 0.03}
+    sources = [write_pairs(tmp_path / "pairs.jsonl", 40)]
+    whole = make_settings("whole", preferences__sources=sources, **shared)
+    broken = make_settings("broken", preferences__sources=sources, **shared)
+    wanted = train_preferences(whole, store, SilentReporter())
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
+        kill_at(patch, 5)
+        train_preferences(broken, store, SilentReporter())
+    assert "--resume" in caught.value.hint
+    assert not store.has_adapter("broken")
+    with pytest.raises(InterruptedRunError, match="at step 5"):
+        train_preferences(broken, store, SilentReporter())
+    changed = broken.model_copy(update={"preferences": broken.preferences.model_copy(update={"beta": 0.3})})
+    with pytest.raises(MismatchError, match=r"preferences\.beta"):
+        train_preferences(changed, store, SilentReporter(), resume=True)
+    found = train_preferences(broken, store, SilentReporter(), resume=True)
+    assert found.held_out_loss == wanted.held_out_loss
+    assert (found.steps, found.best_step, found.train_tokens) == (wanted.steps, wanted.best_step, wanted.train_tokens)
+    one, other = weights_of(store, "whole"), weights_of(store, "broken")
+    assert all(torch.equal(other[key], tensor) for key, tensor in one.items())
+    metrics = [(store.resolve(name) / "metrics.jsonl").read_text() for name in ("whole", "broken")]
+    assert metrics[0] == metrics[1]
+    train_preferences(broken, store, SilentReporter())
+    assert store.list_versions("broken") == [1, 2], "a finished run is nobody's to resume"
+
+
+def test_an_interrupted_run_can_be_begun_anew(base, base_folder, store, tmp_path, monkeypatch):
+    publish_adapter(store, "law", make_adapter(base.config, 1), base, Origin())
+    recipe = make_settings(
+        base=str(base_folder),
+        preferences__sources=[write_pairs(tmp_path / "pairs.jsonl", 40)],
+        train__checkpoint_every=2,
+    )
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        kill_at(patch, 5)
+        train_preferences(recipe, store, SilentReporter())
+    before = store.list_versions("law")
+    train_preferences(recipe, store, SilentReporter(), fresh=True)
+    assert store.list_versions("law") == [*before, before[-1] + 1]
