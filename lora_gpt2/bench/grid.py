@@ -1,8 +1,9 @@
 """Which settings are good: learning rate × rank × targets over several domains, and a full fine-tune beside them.
 
 All learning rates and domains of one shape of adapter train together, as slots over one base, so a grid costs one run
-per shape. Finished shapes are kept in a file, line by line, and skipped when the grid is started again. The figure is
-perplexity on each domain's test text, in blocks as in training, of the weights with the best validation.
+per shape. Finished shapes are kept in a file, line by line, and skipped when the grid is started again. Settings are
+ranked by perplexity on each domain's validation text, in blocks as in training; test text, which nothing is chosen by,
+is measured on beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, Recipe
 from lora_gpt2.training.schedule import lr_factor
-from lora_gpt2.training.slot import TrainingSlot
+from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
 from lora_gpt2.training.trainer import Trainer
 from lora_gpt2.training.validation import measure_blocks
 
@@ -47,9 +48,10 @@ FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """Perplexity on a domain's test text of one setting; `targets` is `full` for a full fine-tune.
+    """Perplexity on a domain's validation and test text of one setting; `targets` is `full` for a full fine-tune.
 
-    `setup` is a fingerprint of everything else: base, text and the other settings. A run that diverged has infinity.
+    The base's is on test text. `setup` is a fingerprint of everything else: base, text and the other settings. A run
+    that diverged has infinity.
     """
 
     setup: str
@@ -58,6 +60,7 @@ class Point:
     rank: int
     learning_rate: float
     base_perplexity: float
+    validation_perplexity: float
     perplexity: float
     best_step: int
 
@@ -114,7 +117,10 @@ def _read(kept: Path) -> list[Point]:
     check_output(kept)
     if not kept.exists():
         return []
-    return [Point(**json.loads(line)) for line in read_user_text(kept).splitlines()]
+    found = [json.loads(line) for line in read_user_text(kept).splitlines()]
+    return [
+        Point(**values) for values in found if "validation_perplexity" in values
+    ]  # others are of an earlier version
 
 
 def _append(kept: Path, points: Sequence[Point]) -> None:
@@ -141,11 +147,16 @@ def _train_shape(
         train = recipe.train.model_copy(update={"learning_rate": rate, "sample_tokens": 0})
         recipes.append(recipe.model_copy(update={"lora": lora, "train": train}))
     trainer = Trainer(base, [TrainingSlot(recipe=recipe, data=data[recipe.name]) for recipe in recipes], reporter)
-    found: dict[int, tuple[float, float]] = {}
+    found: dict[int, TrainedAdapter] = {}
     with catch_signals() as stop, contextlib.suppress(TrainingDiverged):
-        found = {id(trained.slot): trained.test_nll or (math.nan, math.nan) for trained in trainer.train(stop)}
+        found = {id(trained.slot): trained for trained in trainer.train(stop)}
     for slot in trainer.slots:
-        before, after = found.get(id(slot)) or (measure_blocks(base, slot.data.test, None), math.inf)
+        trained = found.get(id(slot))
+        validation = trained.validation_nll if trained else math.inf
+        if trained is None:
+            before, after = measure_blocks(base, slot.data.test, None), math.inf
+        else:
+            before, after = trained.test_nll or (math.nan, math.nan)
         rate = slot.recipe.train.peak_learning_rate(base.config.n_embd)
         yield Point(
             setup=setups[slot.name],
@@ -154,6 +165,7 @@ def _train_shape(
             rank=rank,
             learning_rate=rate,
             base_perplexity=to_perplexity(before),
+            validation_perplexity=to_perplexity(validation),
             perplexity=to_perplexity(after),
             best_step=slot.best_step,
         )
@@ -203,7 +215,6 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
             task.advance(1)
     before = measure_blocks(base, slot.data.test, None)
     model.load_state_dict(best_state)
-    after = math.exp(measure("test"))
     return Point(
         setup=setup,
         domain=recipe.name,
@@ -211,27 +222,30 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
         rank=0,
         learning_rate=rate,
         base_perplexity=math.exp(before),
-        perplexity=after,
+        validation_perplexity=math.exp(measure("validation")),
+        perplexity=math.exp(measure("test")),
         best_step=best_step,
     )
 
 
 def find_best(points: Sequence[Point]) -> Mapping[str, Point]:
-    """Returns each domain's best point among the adapters."""
+    """Returns each domain's best point among the adapters, by validation."""
     best: dict[str, Point] = {}
     for point in points:
-        if point.targets != "full" and point.perplexity < best.get(point.domain, point).perplexity + 1e-12:
+        least = best.get(point.domain, point).validation_perplexity
+        if point.targets != "full" and point.validation_perplexity < least + 1e-12:
             best[point.domain] = point
     return best
 
 
 def rank_settings(points: Sequence[Point]) -> list[tuple[str, int, float, float, float]]:
-    """Returns (targets, rank, rate, worst, mean) of perplexity over the domain's best, the best setting first."""
+    """Returns (targets, rank, rate, worst, mean) of validation perplexity over the domain's best, the best first."""
     best = find_best(points)
     groups: dict[tuple[str, int, float], list[float]] = {}
     for point in points:
         if point.targets != "full":
             key = (point.targets, point.rank, point.learning_rate)
-            groups.setdefault(key, []).append(point.perplexity / best[point.domain].perplexity)
+            ratio = point.validation_perplexity / best[point.domain].validation_perplexity
+            groups.setdefault(key, []).append(ratio)
     rows = [(*key, max(ratios), sum(ratios) / len(ratios)) for key, ratios in groups.items()]
     return sorted(rows, key=lambda row: row[3])

@@ -36,7 +36,7 @@ from lora_gpt2.training.run_status import ALL, request_stop
 
 SCRIPT, LIST_SCRIPT = "training.js", "runs.js"
 REFRESH_SECONDS, NEWS_SECONDS = 1.0, 10.0
-MOST_LISTED = 100
+MOST_LISTED, MOST_WATCHED = 100, 16
 DRAIN_SECONDS = 2
 DEFAULT_PORT = 8002
 PAGE, ICON = Path(__file__).parent / "page", "icon.svg"
@@ -136,6 +136,8 @@ class RunPages:
     async def _watch(self, request: Request) -> _Watched:
         folder = await run_in_threadpool(self._find, request)
         if folder not in self._watched:
+            for old in list(self._watched)[: 1 - MOST_WATCHED]:
+                del self._watched[old]  # who looks at it goes on
             self._watched[folder] = _Watched(reader=await run_in_threadpool(RunReader, folder))
         return self._watched[folder]
 

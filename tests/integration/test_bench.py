@@ -81,12 +81,14 @@ def test_a_grid_trains_every_setting_and_goes_on_where_it_stopped(base_folder, t
     assert len(report["points"]) == 2 * 2 + 2 * 4
     assert all(p["perplexity"] < p["base_perplexity"] for p in report["points"] if p["learning_rate"] >= 1e-3)
     assert report["ranking"][0][2] == 1e-2
+    assert all(p["validation_perplexity"] != p["perplexity"] for p in report["points"])
     lines = kept.read_text().splitlines()
-    kept.write_text("\n".join(lines[:4]) + "\n")
+    old = {key: value for key, value in json.loads(lines[4]).items() if key != "validation_perplexity"}
+    kept.write_text("\n".join([*lines[:4], json.dumps(old)]) + "\n")  # the last one by an earlier version
     assert cli.run([str(a) for a in arguments]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["points"] == report["points"]
-    assert len(kept.read_text().splitlines()) == len(lines)
+    assert len(kept.read_text().splitlines()) == len(lines) + 1
     assert cli.run([str(a) for a in [*arguments, "--set", "train.steps=2"]]) == 0
     other = json.loads(capsys.readouterr().out)
     assert len(other["points"]) == len(report["points"])
@@ -102,7 +104,8 @@ def test_settings_are_ranked_by_their_worst_domain():
             rank=8,
             learning_rate=rate,
             base_perplexity=100.0,
-            perplexity=perplexity,
+            validation_perplexity=perplexity,
+            perplexity=1 / perplexity,  # test text, by which nothing is chosen, says the opposite
             best_step=1,
         )
 

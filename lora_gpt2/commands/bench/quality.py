@@ -69,7 +69,9 @@ def grid(
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Train each FOLDER's adapter at every learning rate, rank and set of targets; rank the settings.
+    """Train each FOLDER's adapter at every learning rate, rank and set of targets; rank the settings by validation.
+
+    The table has perplexities on test text, by which nothing is chosen.
 
     \b
     Example:
@@ -101,7 +103,7 @@ def _render_grid(points: list[dict[str, Any]], ranking: list[Any]) -> str:
     for rate in sorted({p["learning_rate"] for p in points if p["targets"] == "full"}):
         figures = [f"{found.get((domain, 'full', 0, rate), float('nan')):.2f}" for domain in domains]
         rows.append([f"full fine-tune, {rate:g}", *figures, "", ""])
-    return format_table(["perplexity", *domains, "worst / best", "mean / best"], rows)
+    return format_table(["test perplexity", *domains, "worst / best", "mean / best"], rows)
 
 
 @click.command("prepare")
