@@ -99,7 +99,7 @@ class RunOptions:
 
     def watching(self, reporter: Reporter) -> AbstractContextManager[None]:
         """Gives out the page of the run while the block runs, if that is wanted; raises `ResourceError`."""
-        if not self.watch:
+        if not self.watch or os.environ.get("RANK", "0") != "0":  # the first process of a launch has the page
             return nullcontext()
         try:
             from lora_gpt2.serving.watch import watch_this_process

@@ -45,7 +45,7 @@ def command(
       lora-gpt2 watch /mnt/team/cache/runs
       lora-gpt2 watch --html run.html             the newest run as one file
     """
-    runs = folder or find_runs_dir()
+    runs = (folder or find_runs_dir()).resolve()
     found = list_runs(runs)
     if not found:
         raise NotFoundError(f"there is no run in {runs}", "begin one: lora-gpt2 train FILE --watch")

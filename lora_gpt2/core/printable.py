@@ -16,6 +16,8 @@ _LINES = "\u2028\u2029"
 _TAGS = "\U000e0000-\U000e007f"
 _UNPRINTABLE = re.compile(f"[\x00-\x1f\x7f-\x9f{_BIDI}{_LINES}{_TAGS}\ud800-\udfff]")
 _UNPRINTABLE_IN_LINES = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{_BIDI}{_LINES}{_TAGS}\ud800-\udfff]")
+PATH = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s'\";,()]+)+")
+"""An absolute path inside a message."""
 MAX_SHOWN = 80
 
 _repr = reprlib.Repr()
@@ -43,3 +45,8 @@ def show_value(value: Any, limit: int = MAX_SHOWN) -> str:
         return shorten(_repr.repr(value), limit)
     except (ValueError, RecursionError):  # a whole number of more than 4,300 digits
         return f"a {type(value).__name__} that is too large to show"
+
+
+def hide_paths(text: str) -> str:
+    """Returns a message with the last part alone of each absolute path."""
+    return PATH.sub(lambda match: re.split(r"[/\\]", match[0])[-1], text)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError
+from lora_gpt2.core.printable import hide_paths
 
 LOG = logging.getLogger("lora_gpt2.serving")
-PATH = re.compile(r"(?<![\w.:/\\])(?:[A-Za-z]:)?(?:[/\\][^\s'\";,()]+)+")
-"""An absolute path inside a message."""
 CONTINUES = ": POST /v1/chat/completions, or /v1/completions with a prompt"
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="lora-gpt2"'}
 MOST_BODY_BYTES = 4096  # of requests that are a few words
 ELSEWHERE = {
     "/v1/responses": CONTINUES,
@@ -52,7 +51,7 @@ class ApiError(Exception):
 def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
     """Returns the answer to one of our errors; paths of this machine are in the log alone."""
     whole = f"{error.message}; {error.hint}"
-    text = PATH.sub(lambda match: re.split(r"[/\\]", match[0])[-1], whole)
+    text = hide_paths(whole)
     if text != whole:
         LOG.warning("%s", whole)
     if isinstance(error, NotFoundError):
@@ -68,8 +67,11 @@ def answer_errors(handler: Callable[[Request], Any]) -> Callable[[Request], Any]
     async def answer(request: Request) -> Response:
         try:
             response: Response = await handler(request)
+        except ClientDisconnect:
+            response = Response(status_code=499)
         except ApiError as error:
-            response = JSONResponse(error.to_json(), error.status)
+            is_asked = error.status == 401 and request.method == "GET"  # a browser asks for the key, as a password
+            response = JSONResponse(error.to_json(), error.status, CHALLENGE if is_asked else None)
         except LoraGpt2Error as error:
             ours = translate_error(error)
             response = JSONResponse(ours.to_json(), ours.status)

@@ -87,7 +87,9 @@ class Server:
     def __post_init__(self) -> None:
         runs, store = find_runs_dir(), self.session.store
         self.job = None if store is None else self._build_job(store, runs)
-        self.pages = RunPages(folder=runs, access=self.access, job=self.job, is_closing=lambda: self.is_draining)
+        self.pages = RunPages(
+            folder=runs, access=self.access, job=self.job, is_closing=lambda: self.is_draining, is_private=True
+        )
         self.router = Router(self.session)
         self._computing, self._num_computing = asyncio.Semaphore(1), 0
         self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self._record_step)

@@ -12,6 +12,7 @@ import binascii
 import hmac
 import ipaddress
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lora_gpt2.serving.answers import ApiError
 
-PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip", "via")
 SAFE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -46,15 +47,22 @@ class Access:
     is_local: bool = False
 
     def check_control(self, headers: Headers) -> None:
-        """Raises `ApiError` unless a request may start and stop training.
+        """Raises `ApiError` unless a request may start and stop training, and see what is trained.
 
-        Without an admin key who sits at this machine may; not who comes through a proxy, which would be everybody.
+        Without an admin key who sits at this machine may: not who comes through a proxy, where that can be told, nor
+        who has the key of an API that is given to others, nor a page of another origin.
         """
         if self.admin_key is not None:
             if not has_key(headers, self.admin_key):
                 raise ApiError(401, "the admin key is needed: Authorization: Bearer KEY", None, "invalid_api_key")
-        elif not self.is_local or any(name in headers for name in PROXY_HEADERS):
+        elif not self.is_local or self.key or _is_foreign(headers) or any(name in headers for name in PROXY_HEADERS):
             raise ApiError(403, "start the server with LORA_GPT2_ADMIN_KEY to use this", None, "no_admin_key")
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """True if a browser says that a page of another origin asks."""
+    origin = headers.get("origin")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
 
 
 class AccessMiddleware:

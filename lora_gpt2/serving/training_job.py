@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -30,12 +33,18 @@ from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import NotFoundError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.names import check_name
+from lora_gpt2.core.printable import hide_paths
 from lora_gpt2.serving.answers import ApiError, answer_errors, read_json
 from lora_gpt2.serving.middleware import Access
 from lora_gpt2.training.run_reader import RunReader, list_runs
+from lora_gpt2.training.run_status import OWNER
 
-UPLOAD_SECONDS, KILL_SECONDS = 300.0, 60.0
-MOST_NAME, MOST_STEPS, MOST_RUNS = 100, 1_000_000, 8
+UPLOAD_SECONDS, KILL_SECONDS, KEPT_SECONDS = 300.0, 60.0, 7 * 86400.0
+MOST_NAME, MOST_ENDING, MOST_STEPS, MOST_RUNS = 100, 16, 1_000_000, 8
+LOG_NAME, RESULT_NAME, LAST_BYTES = "~log", "~result", 2048  # beside the file that was sent; in no file's name
+OWN_GROUP: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for the server, which tells its training once
+if os.name == "nt":
+    OWN_GROUP = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
 BYTES_TYPE = "application/octet-stream"  # which a page of another origin cannot send without asking first
 State = Literal["idle", "planning", "planned", "training", "done", "failed"]
 
@@ -66,7 +75,9 @@ class TrainingJob:
     plan: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
-    line: str = ""
+    owner: str = field(default_factory=lambda: secrets.token_hex(8))
+    _folder: Path | None = None
+    _log: Path | None = None
     _process: subprocess.Popen[bytes] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -86,17 +97,33 @@ class TrainingJob:
         self.access.check_control(request.headers)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != BYTES_TYPE:
             raise ApiError(415, f"the file must be sent as {BYTES_TYPE}")
-        self._check_free()
-        folder = find_cache_dir() / "uploads"
-        with wrap_os_errors(f"write to {folder}"):
-            shutil.rmtree(folder, ignore_errors=True)
-            target = folder / secrets.token_hex(8) / clean_file_name(request.query_params.get("file", ""))
-            target.parent.mkdir(parents=True)
-            await self._write(request, target)
-        self.state, self.upload, self.plan, self.adapter, self.error = "idle", target, None, None, None
-        return JSONResponse({"file": target.name, "bytes": target.stat().st_size})
+        with self._lock:
+            self._check_free()
+        uploads = find_cache_dir() / "uploads"
+        with wrap_os_errors(f"write to {uploads}"):
+            uploads.mkdir(parents=True, exist_ok=True)
+            _remove_old(uploads)
+            folder = Path(tempfile.mkdtemp(dir=uploads))
+            target = folder / clean_file_name(request.query_params.get("file", ""))
+            try:
+                size = await self._write(request, target)
+                with self._lock:
+                    self._check_free()  # it took a while
+                    self._forget_upload()
+                    self._folder, self.upload, self.state = folder, target, "idle"
+                    self.plan = self.adapter = self.error = None
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        return JSONResponse({"file": target.name, "bytes": size})
 
-    async def _write(self, request: Request, target: Path) -> None:
+    def _forget_upload(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = self._log = None
+
+    async def _write(self, request: Request, target: Path) -> int:
+        """Writes a request's body to a file; returns its size."""
         size = 0
         with target.open("wb") as file:
             async with asyncio.timeout(UPLOAD_SECONDS):
@@ -106,13 +133,14 @@ class TrainingJob:
                         limit = f"{self.max_upload_bytes:,} bytes (serve.max_upload_bytes)"
                         raise ApiError(413, f"the file is larger than {limit}; train it on the command line")
                     await run_in_threadpool(file.write, piece)
+        return size
 
     async def begin_plan(self, request: Request) -> Response:
         """POST plan {"name", "steps", "forget"}: reads the text, and says what training on it will take."""
         self.access.check_control(request.headers)
-        self.name, self.settings = read_settings(await read_json(request))
-        self._start("planning", ["plan", "--json"], "planned")
-        return JSONResponse(self._describe(), 202)
+        named = read_settings(await read_json(request))
+        self._start("planning", ["plan", "--json"], named)
+        return JSONResponse(await run_in_threadpool(self._describe), 202)
 
     async def begin_training(self, request: Request) -> Response:
         """POST train {"begin": null, "resume" or "fresh"}: trains what was planned."""
@@ -120,76 +148,111 @@ class TrainingJob:
         begin = (await read_json(request)).get("begin")
         if begin not in (None, "resume", "fresh"):
             raise ApiError(400, "begin is resume, fresh or null", "begin")
-        if self.plan is None:
-            raise ApiError(409, "plan it first")
-        how = [] if begin is None else [f"--{begin}"]
-        self._start("training", ["train", "--json", "--name", self.name, *how], "done")
-        return JSONResponse(self._describe(), 202)
+        self._start("training", ["train", "--json", *([] if begin is None else [f"--{begin}"])])
+        return JSONResponse(await run_in_threadpool(self._describe), 202)
 
     def _check_free(self) -> None:
         if self._process is not None:
             raise ApiError(409, "one at a time: another training is under way")
 
-    def _start(self, state: State, command: Sequence[str], then: State) -> None:
+    def _start(
+        self,
+        state: Literal["planning", "training"],
+        command: Sequence[str],
+        named: tuple[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        """Starts the command on what was sent; `named` is the name and the settings of a new plan."""
         with self._lock:
             self._check_free()
-            if self.upload is None or not self.upload.exists():
+            if self.upload is None or self._folder is None or not self.upload.exists():
                 raise ApiError(409, "send a file first")
+            if named is not None:
+                (self.name, self.settings), self.plan = named, None
+            elif self.plan is None:
+                raise ApiError(409, "plan it first")
             where = ["--store", str(self.store), "--base", self.base, "--set", f"data.block_size={self.block_size}"]
-            line = [sys.executable, "-m", "lora_gpt2", *command, str(self.upload), *where, *self.settings]
-            result = tempfile.TemporaryFile()  # noqa: SIM115 - `_follow` closes it
-            nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
-            self._process = subprocess.Popen(line, stdin=nothing, stdout=result, stderr=pipe)  # noqa: S603 - checked
-            self.state, self.error, self.line = state, None, ""
-        threading.Thread(target=self._follow, args=(self._process, result, then), daemon=True).start()
+            where += ["--data", str(self.upload), *(["--name", self.name] if state == "training" else [])]
+            line = [sys.executable, "-m", "lora_gpt2", *command, *where, *self.settings]
+            self._log, result = self._folder / LOG_NAME, self._folder / RESULT_NAME
+            with wrap_os_errors(f"write to {self._folder}"), self._log.open("wb") as log, result.open("wb") as out:
+                self._process = subprocess.Popen(  # noqa: S603 - checked
+                    line, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=self._environment, **OWN_GROUP
+                )
+            self.state, self.error = state, None
+        threading.Thread(target=self._follow, args=(self._process, result, state), daemon=True).start()
 
-    def _follow(self, process: subprocess.Popen[bytes], result: IO[bytes], then: State) -> None:
-        """Keeps the last line that a process says, and what it ends with; runs in a thread of its own."""
-        assert process.stderr is not None
-        with process.stderr, result:
-            for line in process.stderr:
-                self.line = line.decode(errors="replace").strip() or self.line
-            code = process.wait()
-            result.seek(0)
-            found = _read_result(result.read())
-        self.error = found.get("error")
-        if self.state == "planning" and "parts" in found:
-            self.plan, self.error = found, None  # also one that does not fit
-        elif self.error is None and code:
-            self.error = {"type": "Killed", "message": f"the process ended with {code}", "hint": self.line}
-        elif self.error is None:
-            self.adapter = found["adapters"][0]
-            shutil.rmtree(find_cache_dir() / "uploads", ignore_errors=True)
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, OWNER: self.owner}
+
+    def _follow(self, process: subprocess.Popen[bytes], result: Path, state: str) -> None:
+        """Waits for a process and keeps what it ends with; runs in a thread of its own."""
+        code = process.wait()
+        try:
+            found = _read_result(result.read_bytes())
+        except OSError:
+            found = {}
         with self._lock:
-            self._process, self.state = None, "failed" if self.error else then
+            self._process = None
+            self.error = found.get("error")
+            if state == "planning" and "parts" in found:
+                self.plan, self.error = found, None  # also one that does not fit
+            elif state == "training" and found.get("adapters"):
+                self.adapter = found["adapters"][0]
+                self._forget_upload()
+            elif self.error is None:
+                self.error = {"type": "Killed", "message": f"the process ended with {code}", "hint": self._read_line()}
+            self.state = "failed" if self.error else "planned" if state == "planning" else "done"
+
+    def _read_line(self) -> str:
+        """Returns the last line that the process has said."""
+        try:
+            with (self._log or Path(os.devnull)).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+                lines = file.read().decode(errors="replace").split("\n")
+        except OSError:
+            return ""
+        return next((hide_paths(line.strip()) for line in reversed(lines) if line.strip()), "")
 
     def _describe(self) -> dict[str, Any]:
-        process, limit = self._process, self.max_upload_bytes
         said = {"state": self.state, "name": self.name, "file": self.upload.name if self.upload else None}
-        found = {"plan": self.plan, "adapter": self.adapter, "error": self.error, "line": self.line}
-        run = self._find_run(process.pid) if process is not None and self.state == "training" else None
-        return {**said, **found, "run": run, "base": Path(self.base).name, "max_upload_bytes": limit}
+        error = self.error and {key: hide_paths(str(value)) for key, value in self.error.items()}
+        found = {"plan": self.plan, "adapter": self.adapter, "error": error, "line": self._read_line()}
+        limits = {"base": Path(self.base).name, "max_upload_bytes": self.max_upload_bytes}
+        return {**said, **found, **limits, "run": self._find_run() if self.state == "training" else None}
 
-    def _find_run(self, process: int) -> str | None:
+    def _find_run(self) -> str | None:
         for folder in list_runs(self.runs)[:MOST_RUNS]:
             with contextlib.suppress(NotFoundError):
-                if RunReader(folder, has_curves=False).description.get("process") == process:
+                run = RunReader(folder, has_curves=False)
+                if run.description.get("owner") == self.owner and run.status.get("state") == "training":
                     return folder.name
         return None
 
     def close(self) -> None:
-        """Tells a training to keep a checkpoint and end; `train` with --resume goes on."""
+        """Tells a training to keep a checkpoint and end; `train` with --resume goes on. What was sent is removed."""
         process = self._process
         if process is not None:
-            process.terminate()
+            process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILL_SECONDS)
 
 
+def _remove_old(uploads: Path) -> None:
+    """Removes what was sent to servers that ended before it was trained on."""
+    for folder in uploads.iterdir():
+        with contextlib.suppress(OSError):
+            if folder.stat().st_mtime < time.time() - KEPT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def clean_file_name(name: str) -> str:
     """Returns the name under which a file that was sent is kept: no path, no option, no pattern, no label."""
-    cleaned = re.sub(r"[^\w. -]", "_", Path(name.replace("\\", "/")).name)[-MOST_NAME:].lstrip(".- ")
-    return cleaned or "text.txt"
+    cleaned = re.sub(r"[^\w. -]", "_", Path(name.replace("\\", "/")).name).lstrip(".- ")
+    stem, ending = os.path.splitext(cleaned or "text.txt")
+    stem = stem.encode()[:MOST_NAME].decode(errors="ignore")
+    is_device = stem.partition(".")[0].upper().rstrip("0123456789") in ("CON", "PRN", "AUX", "NUL", "COM", "LPT")
+    return f"{'_' if is_device else ''}{stem}{ending[:MOST_ENDING]}"
 
 
 def read_settings(body: dict[str, Any]) -> tuple[str, tuple[str, ...]]:

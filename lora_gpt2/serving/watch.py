@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,7 +33,7 @@ from lora_gpt2.serving.http import PatientProtocol, bind, build_config, describe
 from lora_gpt2.serving.middleware import Access, AccessMiddleware
 from lora_gpt2.serving.training_job import TrainingJob
 from lora_gpt2.training.run_reader import Curves, RunReader, list_runs
-from lora_gpt2.training.run_status import ALL, request_stop
+from lora_gpt2.training.run_status import ALL, OWNER, request_stop
 
 SCRIPT, LIST_SCRIPT = "training.js", "runs.js"
 REFRESH_SECONDS, NEWS_SECONDS = 1.0, 10.0
@@ -68,14 +69,16 @@ class RunPages:
         access: who may stop them.
         is_closing: True once streams are to end.
         job: what trains texts that the page sends; None where it takes none.
-        process: only runs of this process are listed; None for all.
+        owner: only runs that have it are listed; None for all.
+        is_private: only who may stop runs sees them.
     """
 
     folder: Path
     access: Access
     is_closing: Callable[[], bool] = lambda: False
     job: TrainingJob | None = None
-    process: int | None = None
+    owner: str | None = None
+    is_private: bool = False
     _watched: dict[Path, _Watched] = field(default_factory=dict)
 
     def list_routes(self) -> list[BaseRoute]:
@@ -100,12 +103,13 @@ class RunPages:
                 reader = RunReader(folder, has_curves=False)
             except NotFoundError:
                 continue  # it went away
-            if self.process in (None, reader.description.get("process")):
+            if self.owner in (None, reader.description.get("owner")):
                 found.append(reader)
         return found
 
     async def show_list(self, request: Request) -> Response:
         """The runs; where there is but one, its page."""
+        self._check_view(request)
         runs = await run_in_threadpool(self.list_runs)
         if len(runs) == 1 and self.job is None:
             return RedirectResponse(f"{runs[0].folder.name}/", 302)
@@ -115,6 +119,7 @@ class RunPages:
 
     async def list_json(self, request: Request) -> Response:
         """The same, for a page that shows it."""
+        self._check_view(request)
         return JSONResponse({"runs": [_describe(run) for run in await run_in_threadpool(self.list_runs)]})
 
     async def give_asset(self, request: Request) -> Response:
@@ -125,8 +130,13 @@ class RunPages:
         content = (PAGE / ICON).read_text(encoding="utf-8") if name == ICON else read_asset(name)
         return Response(content, media_type=KINDS[name], headers={"Cache-Control": "no-cache"})
 
+    def _check_view(self, request: Request) -> None:
+        if self.is_private:
+            self.access.check_control(request.headers)
+
     def _find(self, request: Request) -> Path:
-        """Returns the folder of the run that a request names; raises `ApiError` 404."""
+        """Returns the folder of the run that a request names; raises `ApiError` 404, or 403 and 401."""
+        self._check_view(request)
         name = request.path_params["run"]
         found = [folder for folder in list_runs(self.folder) if folder.name == name]
         if not found:
@@ -163,6 +173,11 @@ class RunPages:
                 yield f"data: {json.dumps(message, allow_nan=False)}\n\n"
                 sent_at = time.monotonic()
             await asyncio.sleep(REFRESH_SECONDS)
+        async with watched.lock:
+            watched.read_at = 0.0  # how it ended, which was written just now
+            message = await run_in_threadpool(cursor.take, await watched.refresh())
+        if message:
+            yield f"data: {json.dumps(message, allow_nan=False)}\n\n"
 
     async def stop(self, request: Request) -> Response:
         """POST {"adapter": NAME, or null for all}: their training ends, and what they have learnt is published."""
@@ -258,7 +273,8 @@ def watch_this_process(folder: Path, reporter: Reporter) -> Iterator[None]:
         bound = bind("127.0.0.1", 0)
         bound.listen()
     access = Access(admin_key=os.environ.get("LORA_GPT2_ADMIN_KEY") or None, is_local=True)
-    server = build_watch_server(RunPages(folder=folder, access=access, process=os.getpid()))
+    owner = os.environ.setdefault(OWNER, secrets.token_hex(8))
+    server = build_watch_server(RunPages(folder=folder, access=access, owner=owner))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="lora-gpt2-watch", daemon=True)
     thread.start()
     reporter.message(f"watch at {describe_url(bound)}")

@@ -25,11 +25,14 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import is_foreign
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.pairs import PairRows, encode_pairs, split_pairs
 from lora_gpt2.training.preferences import PreferenceTrainer
 from lora_gpt2.training.process_group import init_process_group
-from lora_gpt2.training.publish_preferences import PreferenceReport, publish_preferred
+from lora_gpt2.training.publish import find_published
+from lora_gpt2.training.publish_preferences import PreferenceReport, publish_preferred, report_preferred
+from lora_gpt2.training.run import MICRO_BATCHING
 from lora_gpt2.training.start import inherit_shape
 
 FEWEST_PAIRS = 20
@@ -68,12 +71,15 @@ def train_preferences(
         raise DataError(
             f"{len(found.pairs)} pairs are decided{ties}", f"at least {FEWEST_PAIRS} are needed: ask for more"
         )
-    recipe = inherit_shape(recipe, store)
     store.check_writable()
     run = open_run_folder(store.root, [f"{recipe.name} by preferences"])
+    recipe = inherit_shape(_pin_parent(recipe, run) if resume else recipe, store)
     with wrap_os_errors(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
         run.path.mkdir(parents=True, exist_ok=True)
     with hold_lock(run.lock, f"the run of {recipe.name}"):
+        if resume and (published := run.read_published()):
+            reporter.message(f"already complete: {', '.join(published)}")
+            return report_preferred(store, published[0])
         if not (resume or fresh) and (step := run.find_last_step()):
             kept = f"an interrupted run of {recipe.name} on preferences is kept, at step {step}"
             raise InterruptedRunError(kept, "--resume continues it, --fresh starts over")
@@ -99,7 +105,8 @@ def _train_locked(
     identity = _identify_run(recipe, base, manifest, rows, own_text)
     checkpoint = None
     if resume and run.find_last_step():
-        run.check_identity(identity)
+        if different := run.check_identity(identity, free=(MICRO_BATCHING,)):
+            reporter.message(f"equal to rounding only, because micro-batches differ: {different}")
         checkpoint = run.load(reporter)
     elif resume:
         reporter.message("there is no run to resume: starting over")
@@ -111,14 +118,25 @@ def _train_locked(
         else:
             run.begin(identity)
         trainer.train(stop, reporter, run)
+    if checkpoint and (published := find_published(store, base, recipe.name, trainer.read_best())):
+        return report_preferred(store, f"{recipe.name}@{published}")  # it was killed after that
     return publish_preferred(store, base, trainer, manifest, found, measure_peak_memory(base.runtime.device))
+
+
+def _pin_parent(recipe: Recipe, run: RunFolder) -> Recipe:
+    """Returns the recipe with the version that an interrupted run began from, where it names no version itself."""
+    then = run.read_identity().get("init_from", "")
+    if not then or name_of(then) != recipe.lora.init_from:
+        return recipe
+    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"init_from": then})})
 
 
 def _identify_run(
     recipe: Recipe, base: Base, parent: Manifest, rows: PairRows, own_text: PreparedData | None
 ) -> dict[str, Any]:
     """Returns everything that decides the numbers of a run."""
-    irrelevant = {"checkpoint_every", "trackers"}
+    of_micro_batches = {"micro_batch_tokens", "gradient_checkpointing"}
+    irrelevant = {"checkpoint_every", "trackers", *of_micro_batches}
     pairs = hashlib.sha256(rows.inputs.tobytes() + rows.targets.tobytes()).hexdigest()
     return {
         "format": CHECKPOINT_FORMAT,
@@ -126,10 +144,13 @@ def _identify_run(
         "dtype": base.runtime.dtype_name,
         "device": base.runtime.device.type,
         "parent": parent.digest,
+        "init_from": parent.reference,
         "own_text": own_text.fingerprint if own_text else "",
         "pairs": pairs,
         "preferences": recipe.preferences.model_dump(mode="json", exclude={"sources"}),
+        "lora": recipe.lora.model_dump(mode="json", exclude={"init_from"}),
         "train": recipe.train.model_dump(mode="json", exclude=irrelevant),
+        MICRO_BATCHING: recipe.train.model_dump(mode="json", include=of_micro_batches),
     }
 
 

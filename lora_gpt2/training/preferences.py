@@ -154,6 +154,8 @@ class PreferenceTrainer:
                 if run and (stop.signal_number or (every and self.step % every == 0)):
                     self._save(run)
                 stop.raise_if_asked(kept)
+        if run:
+            self._save(run)  # so that a full disk while publishing costs no training
 
     def _save(self, run: RunFolder) -> None:
         state = {key: getattr(self, key) for key in PROGRESS} | {"best_score": asdict(self.best_score)}

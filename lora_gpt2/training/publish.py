@@ -22,7 +22,7 @@ from lora_gpt2.inference.embedding import EmbeddingMoments
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.lora import count_parameters
+from lora_gpt2.model.lora import Adapter, count_parameters
 from lora_gpt2.model.runtime import measure_peak_memory
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
@@ -82,7 +82,7 @@ def publish_trained(
     `more` are further files of the version, by name.
     """
     slot, adapter = outcome.slot, outcome.adapter
-    if resumed and (version := _find_published(store, base, outcome)):
+    if resumed and (version := find_published(store, base, slot.name, adapter)):
         return report_published(store, f"{slot.name}@{version}")
     count = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
     check_room(COPIES * 4 * count + ROOM_BYTES)
@@ -155,11 +155,10 @@ def _describe_test(base: Base, slot: TrainingSlot) -> dict[str, Any]:
     }
 
 
-def _find_published(store: Store, base: Base, outcome: TrainedAdapter) -> int | None:
+def find_published(store: Store, base: Base, name: str, adapter: Adapter) -> int | None:
     """Returns the newest version if it has this adapter's weights; a kill may have left it without being in use."""
-    name = outcome.slot.name
-    digest = hashlib.sha256(to_peft(outcome.adapter, base.name, base.config)[WEIGHTS]).hexdigest()
-    for version in store.list_versions(name)[-1:]:
+    digest = hashlib.sha256(to_peft(adapter, base.name, base.config)[WEIGHTS]).hexdigest()
+    for version in store.list_versions(name)[-1:] if store.has_adapter(name) else ():
         if store.read_manifest(f"{name}@{version}").files.get(WEIGHTS) == digest:
             store.use_version(name, version)
             return version

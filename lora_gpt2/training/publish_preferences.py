@@ -118,6 +118,16 @@ def publish_preferred(
     return replace(report, version=manifest.version, path=str(store.resolve(manifest.reference).absolute()))
 
 
+def report_preferred(store: Store, reference: str) -> PreferenceReport:
+    """Returns what was said of a version when it was published."""
+    manifest = store.read_manifest(reference)
+    figures: dict[str, Any] = {
+        key: manifest.figures.get(key) for key in PreferenceReport.__dataclass_fields__ if key not in NOT_FIGURES
+    }
+    path, parents = str(store.resolve(manifest.reference).absolute()), tuple(p.reference for p in manifest.parents)
+    return PreferenceReport(name=manifest.name, version=manifest.version, path=path, parents=parents, **figures)
+
+
 def _judge(trainer: PreferenceTrainer) -> str:
     """Returns in words whether anything was learnt, from the held-out pairs."""
     score, count = trainer.best_score, len(trainer.held_out)

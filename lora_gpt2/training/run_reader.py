@@ -6,6 +6,7 @@ length takes bounded memory here and few bytes on a page. Validations are kept a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_gpt2.core.errors import NotFoundError
+from lora_gpt2.core.printable import hide_paths
 from lora_gpt2.training.run_status import METRICS_ENDING, RUN, STATUS
 
 MOST_POINTS = 16_384  # of all adapters together
+PRIVATE = ("store", "process", "owner")  # of this machine
 LEAST_POINTS = 128  # of an adapter
 COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "gradient_norm", "divergence")
 MEASURED = ("step", "validation_loss", "memory_bytes", "sample", "validation_divergence")
@@ -164,11 +167,14 @@ class RunReader:
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything that a page shows of the run."""
-        return describe_curves(self.description, self.describe_status(), self.curves)
+        shown = {key: value for key, value in self.description.items() if key not in PRIVATE}
+        return describe_curves(shown, self.describe_status(), self.curves)
 
     def describe_status(self) -> dict[str, Any]:
         """Returns the status, and for how many seconds nothing has been written."""
-        return {**self.status, "quiet_seconds": max(0, round(time.time() - self.news_at)) if self.news_at else 0}
+        quiet = max(0, round(time.time() - self.news_at)) if self.news_at else 0
+        message = hide_paths(str(self.status.get("message", "")))
+        return {**self.status, "message": message, "quiet_seconds": quiet}
 
 
 def describe_curves(run: Mapping[str, Any], status: Mapping[str, Any], curves: Mapping[str, Curves]) -> dict[str, Any]:
@@ -189,12 +195,17 @@ def list_runs(folder: Path) -> list[Path]:
     """Returns the folders of runs in a folder, or it itself if it is one; those written to last first."""
     if (folder / RUN).is_file():
         return [folder]
-
-    def find_time(path: Path) -> float:
-        return max(found.stat().st_mtime for found in path.iterdir())
-
     try:
         found = [path for path in folder.iterdir() if (path / RUN).is_file()]
-        return sorted(found, key=find_time, reverse=True)
     except OSError:
         return []
+    return sorted(found, key=_find_time, reverse=True)
+
+
+def _find_time(folder: Path) -> float:
+    """Returns when a run was written to last; files come and go meanwhile."""
+    latest = 0.0
+    for path in (folder / RUN, folder / STATUS, *folder.glob(f"*{METRICS_ENDING}")):
+        with contextlib.suppress(OSError):
+            latest = max(latest, path.stat().st_mtime)
+    return latest

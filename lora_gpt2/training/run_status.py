@@ -22,6 +22,7 @@ from lora_gpt2.core.files import wrap_os_errors, write_atomic
 RUN, STATUS, METRICS_ENDING, STOP_ENDING = "run.json", "status.json", ".metrics.jsonl", ".stop"
 ALL = "~all"  # no adapter's name
 POLL_SECONDS = 0.5
+OWNER = "LORA_GPT2_RUN_OWNER"  # in the environment: what tells the runs of a process that somebody started
 RunState = Literal["training", "done", "stopped", "failed"]
 States = Mapping[str, tuple[str, str]]
 """By adapter: waiting, training, measuring, dropped (a candidate), published or failed; and a detail for people."""
@@ -54,7 +55,8 @@ class RunStatus:
 
     def _begin(self, description: Mapping[str, Any]) -> None:
         """Writes the description; what was asked for at an earlier time is dropped."""
-        started = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "process": os.getpid()}
+        started: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "process": os.getpid()}
+        started["owner"] = os.environ.get(OWNER, "")
         with wrap_os_errors(f"write to {self.folder}"):
             for path in self.folder.glob(f"*{STOP_ENDING}"):
                 path.unlink()

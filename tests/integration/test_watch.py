@@ -9,13 +9,14 @@ import time
 
 import pytest
 
-from lora_gpt2.core.dirs import find_cache_dir
+from lora_gpt2.core.dirs import find_cache_dir, find_runs_dir
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.api import Server
 from lora_gpt2.serving.middleware import Access
 from lora_gpt2.serving.training_job import BYTES_TYPE, clean_file_name
 from lora_gpt2.serving.watch import RunPages, build_watch_server
+from lora_gpt2.training.run_reader import list_runs
 from lora_gpt2.training.run_status import RunStatus
 from tests.builders import make_text
 from tests.serving import ask, running, serving
@@ -79,7 +80,7 @@ def test_a_run_is_watched_while_it_trains_and_stopped_by_its_page(base_folder, t
             port, f"/{key}events", lambda message: count_points(message) and "run" not in message
         )
         assert whole["run"]["adapters"][0]["name"] == "plays"
-        assert whole["run"]["process"] == process.pid
+        assert not {"store", "process", "owner"} & whole["run"].keys(), "nobody needs to know"
         assert news, "what is new comes by itself, without the whole again"
         assert ask(port, f"/{key}stop", {"adapter": "plays"})[0] == 200
         out, _ = process.communicate(timeout=DEADLINE)
@@ -146,10 +147,12 @@ def upload(port, content, name="plays.jsonl", kind=BYTES_TYPE, **headers):
 
 def test_a_text_is_planned_trained_and_served(server, trained):
     with serving(server) as port:
-        assert ask(port, "/training/job/train", {"begin": None})[2]["error"]["message"] == "plan it first"
+        assert ask(port, "/training/job/train", {"begin": None})[2]["error"]["message"] == "send a file first"
         assert upload(port, make_text(60).encode())[0] == 200
+        assert ask(port, "/training/job/train", {"begin": None})[2]["error"]["message"] == "plan it first"
         assert ask(port, "/training/job/plan", PLAN)[0] == 202
-        assert ask(port, "/training/job/plan", PLAN)[0] == 409, "one at a time"
+        assert ask(port, "/training/job/plan", {**PLAN, "name": "other"})[0] == 409, "one at a time"
+        assert ask(port, "/training/job/")[2]["name"] == "plays", "what is refused changes nothing"
         assert upload(port, b"other")[0] == 409
         job = wait_until(lambda: (found := ask(port, "/training/job/")[2])["state"] == "planned" and found)
         assert job["plan"]["fits"]
@@ -164,7 +167,7 @@ def test_a_text_is_planned_trained_and_served(server, trained):
         assert "plays" in [model["id"] for model in ask(port, "/v1/models")[2]["data"]], "at once"
         body = {"model": "plays", "prompt": "a", "max_tokens": 4}
         assert ask(port, "/v1/completions", body)[0] == 200
-    assert not (find_cache_dir() / "uploads").exists(), "the text is not kept"
+    assert not list((find_cache_dir() / "uploads").iterdir()), "the text is not kept"
     assert trained.read_manifest("plays").data["sources"] == ["plays.jsonl"]
 
 
@@ -201,6 +204,7 @@ def test_a_training_that_the_server_leaves_behind_is_resumed(server, trained):
         ("plan", {"name": "law"}, {}, 409),
         ("train", {"begin": "--resume"}, {}, 400),
         ("", None, {"Via": "1.1 proxy"}, 403),
+        ("", None, {"Origin": "https://app.example"}, 403),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said_and_begins_nothing(server, path, body, headers, status):
@@ -223,8 +227,48 @@ def test_what_is_wrong_with_a_request_is_said_and_begins_nothing(server, path, b
         ("", "text.txt"),
         ("..", "text.txt"),
         ("Gesetz über.pdf", "Gesetz über.pdf"),
-        ("x" * 300 + ".txt", "x" * 96 + ".txt"),
+        ("x" * 300 + ".txt", "x" * 100 + ".txt"),
+        ("法" * 100 + ".txt", "法" * 33 + ".txt"),
+        ("con.txt", "_con.txt"),
+        ("LPT1", "_LPT1"),
     ],
 )
 def test_names_of_files_become_harmless(sent, kept):
     assert clean_file_name(sent) == kept
+
+
+def test_a_recipe_that_was_sent_is_text_like_any_other(server, tmp_path):
+    """A recipe could name any file of the server's as its text."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret " * 3000)
+    recipe = f"name: spy\ndata:\n  sources: [{secret}]\n"
+    with serving(server) as port:
+        assert upload(port, recipe.encode(), "spy.yaml")[0] == 200
+        assert ask(port, "/training/job/plan", {"name": "spy", "steps": 2})[0] == 202
+        job = wait_until(lambda: (found := ask(port, "/training/job/")[2])["state"] != "planning" and found)
+    assert job["state"] == "failed", "it is too little text, and not the secret"
+    assert str(tmp_path) not in str(job), "no path of this machine is told"
+
+
+def test_runs_of_this_user_are_not_shown_to_those_who_have_the_key_of_the_api(base, trained):
+    access = Access(key="api", is_local=True)
+    found = Server(session=Session(base, trained), defaults=GenerateSettings(), limits=ServeSettings(), access=access)
+    folder = find_runs_dir() / "one"
+    folder.mkdir(parents=True)
+    with RunStatus(folder).report({"adapters": [{"name": "law", "num_steps": 2, "tokens_per_step": 8}]}):
+        pass
+    with serving(found) as port:
+        for path in ("", "list", "one/", "one/events", "job/"):
+            assert ask(port, f"/training/{path}", headers={"Authorization": "Bearer api"})[0] == 403, path
+    found.access = Access(key="api", admin_key="adm")
+    assert found.build_app()
+
+
+def test_a_list_of_runs_survives_what_comes_and_goes(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        with RunStatus(tmp_path / name).report({"adapters": []}):
+            pass
+    (tmp_path / "one" / ".status.json.1.partial").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "one" / "law.metrics.jsonl").symlink_to(tmp_path / "nowhere")
+    assert {path.name for path in list_runs(tmp_path)} == {"one", "two"}

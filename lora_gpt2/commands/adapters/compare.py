@@ -107,6 +107,7 @@ def map_(
     """
     check_picture(plot)
     check_output(html)
+    names = tuple(dict.fromkeys(names))
     if texts and by == "updates":
         raise UsageError("--on is for --by perplexity", "add --by perplexity, or leave --on out")
     manifests = _choose(store, names, base)
@@ -154,7 +155,7 @@ def _choose(store: Store, names: tuple[str, ...], base: str | None) -> list[Mani
 
 def _label(manifests: list[Manifest], names: tuple[str, ...]) -> list[str]:
     """Returns the names as they were typed."""
-    return list(dict.fromkeys(names)) or [manifest.name for manifest in manifests]
+    return list(names) or [manifest.name for manifest in manifests]
 
 
 def _read_adapters(store: Store, manifests: list[Manifest], base: str) -> list[Adapter]:

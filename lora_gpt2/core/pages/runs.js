@@ -48,6 +48,7 @@ async function plan(event) {
     await send();
     show(await post("job/plan", { name: $("name").value, steps: $("steps").value ? Number($("steps").value) : null, forget: $("forget").checked ? 0.1 : null }));
   } catch (error) {
+    sent = null;  // the server may have lost it
     say(error.message);
   }
 }

@@ -126,7 +126,7 @@ class Chart {
 
   update() {
     this.lines = this.listLines().filter((line) => line.points.length);
-    this.figure.hidden = !this.lines.length;
+    this.figure.hidden = !this.lines.some((line) => line.label);
     if (this.figure.hidden) return;
     const width = Math.max(240, this.figure.clientWidth), height = Math.round(Math.min(340, Math.max(190, width * 0.58)));
     const all = this.lines.flatMap((line) => line.points);

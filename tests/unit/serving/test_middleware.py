@@ -236,6 +236,9 @@ def control(access, **headers):
 
 def test_training_is_controlled_from_this_machine_or_with_the_admin_key():
     assert control(Access(is_local=True)) == 200
+    assert control(Access(is_local=True), host="localhost:1", origin="http://localhost:1") == 200, "our own page"
+    assert control(Access(is_local=True), host="localhost:1", origin="https://app.example") == 403
+    assert control(Access(is_local=True, key=KEY), authorization=f"Bearer {KEY}") == 403, "others have it"
     assert control(Access()) == 403, "other machines reach it"
     assert control(Access(key=KEY), authorization=f"Bearer {KEY}") == 403, "the key to generate is not enough"
     for header in PROXY_HEADERS:

@@ -31,6 +31,7 @@ from lora_gpt2.recipe import build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
+from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.pairs import encode_pairs, iter_groups, score_rows, split_pairs
 from lora_gpt2.training.preference_loss import PreferenceLoss
 from lora_gpt2.training.preference_run import train_preferences
@@ -417,8 +418,28 @@ def test_an_interrupted_run_equals_an_unbroken_one(base, base_folder, store, tmp
     assert all(torch.equal(other[key], tensor) for key, tensor in one.items())
     metrics = [(store.resolve(name) / "metrics.jsonl").read_text() for name in ("whole", "broken")]
     assert metrics[0] == metrics[1]
+    again = train_preferences(broken, store, SilentReporter(), resume=True)
+    assert again == found, "it is complete: what was said of it is said again"
+    assert store.list_versions("broken") == [1]
     train_preferences(broken, store, SilentReporter())
-    assert store.list_versions("broken") == [1, 2], "a finished run is nobody's to resume"
+    assert store.list_versions("broken") == [1, 2]
+
+
+def test_a_run_that_was_killed_after_it_published_does_so_once(base, base_folder, store, tmp_path, monkeypatch):
+    publish_adapter(store, "law", make_adapter(base.config, 1), base, Origin())
+    sources = [write_pairs(tmp_path / "pairs.jsonl", 40)]
+    recipe = make_settings(base=str(base_folder), preferences__sources=sources, train__learning_rate=0.03)
+    before = store.list_versions("law")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(RunFolder, "finish", lambda *arguments: 1 / 0)
+        train_preferences(recipe, store, SilentReporter())
+    assert len(store.list_versions("law")) == len(before) + 1
+    other = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"alpha": 3.0})})
+    with pytest.raises(MismatchError, match=r"lora\.alpha"):
+        train_preferences(other, store, SilentReporter(), resume=True)
+    small = recipe.train.model_copy(update={"micro_batch_tokens": 100})
+    report = train_preferences(recipe.model_copy(update={"train": small}), store, SilentReporter(), resume=True)
+    assert store.list_versions("law")[-1] == report.version == before[-1] + 1, "from the parent that it had"
 
 
 def test_an_interrupted_run_can_be_begun_anew(base, base_folder, store, tmp_path, monkeypatch):
