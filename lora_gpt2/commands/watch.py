@@ -19,7 +19,7 @@ from lora_gpt2.training.run_reader import RunReader, list_runs
 @click.command("watch")
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8002, show_default=True, help="0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), help="0 takes a free one.  [default: 8002, or a free one]")
 @click.option(
     "--allow-host", "hosts", multiple=True, metavar="NAME", help="Additional Host header to allow; repeatable."
 )
@@ -31,7 +31,7 @@ from lora_gpt2.training.run_reader import RunReader, list_runs
 )
 @click.pass_obj
 def command(
-    reporter: Reporter, folder: Path | None, host: str, port: int, hosts: tuple[str, ...], html: Path | None
+    reporter: Reporter, folder: Path | None, host: str, port: int | None, hosts: tuple[str, ...], html: Path | None
 ) -> None:
     """Watch training runs in a browser: curves, speed, memory, samples; stop an adapter and keep it.
 

@@ -190,7 +190,8 @@ def build_map_page(found: AdapterMap, base: str) -> str:
     spread = [found.distances[i, j] for i, j in combinations(range(1, count + 1), 2)]
     figures = [(str(count), "adapters"), (f"{found.shown:.0%}", "of the distances are shown in the plane")]
     if spread and math.isfinite(sum(spread)):
-        figures.append((f"{min(spread):.3f} – {max(spread):.3f}", f"between adapters: {UNITS[found.by]}"))
+        shown = f"{min(spread):.3f}" if len(spread) == 1 else f"{min(spread):.3f} – {max(spread):.3f}"
+        figures.append((shown, f"between adapters: {UNITS[found.by]}"))
     return render_page(
         "map.html",
         title=f"Adapters by {found.by}",

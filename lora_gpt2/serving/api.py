@@ -47,6 +47,7 @@ from lora_gpt2.serving.protocol import (
     build_sequences,
     build_settings,
     check_choices,
+    count_cut,
     cut_prompt,
     fetch_model,
     parse_body,
@@ -199,7 +200,9 @@ class Server:
         body = parse_body(content)
         self._check_open()
         routes = await self._route(body) if body.model == AUTO else []
-        return await self._complete(request, body, started, CompletionRequest, routes=routes)
+        dropped = await run_in_threadpool(count_cut, body, self.session, self.defaults)
+        more = {"dropped_prompt_tokens": dropped} if any(dropped) else {}
+        return await self._complete(request, body, started, CompletionRequest, routes=routes, **more)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""

@@ -230,6 +230,19 @@ def _model_errors() -> Iterator[None]:
         raise translate_error(error, "model") from error
 
 
+def count_cut(body: CompletionBody, session: Session, defaults: GenerateSettings) -> list[int]:
+    """Returns how many tokens of each prompt are not read, where the request allows that."""
+    if body.truncate != "left":
+        return []
+    base, settings = session.base, build_settings(body, defaults)
+    found = []
+    for prompt in list_prompts(body.prompt):
+        ids = encode_prompt(prompt, base.tokenizer)
+        kept = fit_prompt(ids, settings.max_new_tokens, base.config.n_positions, truncate_left=True)[0]
+        found.append(len(ids) - len(kept))
+    return found
+
+
 def check_choices(body: CompletionBody, settings: GenerateSettings, limits: ServeSettings) -> list[str | list[int]]:
     """Returns the prompts of a request; raises `ApiError` if they are too many."""
     prompts = list_prompts(body.prompt)

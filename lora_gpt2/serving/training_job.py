@@ -36,6 +36,7 @@ from lora_gpt2.core.names import check_name
 from lora_gpt2.core.printable import hide_paths
 from lora_gpt2.serving.answers import ApiError, answer_errors, read_json
 from lora_gpt2.serving.middleware import Access
+from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.run_reader import RunReader, list_runs
 from lora_gpt2.training.run_status import OWNER
 
@@ -217,7 +218,9 @@ class TrainingJob:
     def _describe(self) -> dict[str, Any]:
         said = {"state": self.state, "name": self.name, "file": self.upload.name if self.upload else None}
         error = self.error and {key: hide_paths(str(value)) for key, value in self.error.items()}
-        found = {"plan": self.plan, "adapter": self.adapter, "error": error, "line": self._read_line()}
+        found: dict[str, Any] = {"plan": self.plan, "adapter": self.adapter, "error": error, "line": self._read_line()}
+        versions = Store(self.store).list_versions(self.name) if self.name else []
+        found["next_version"] = max(versions, default=0) + 1
         limits = {"base": Path(self.base).name, "max_upload_bytes": self.max_upload_bytes}
         return {**said, **found, **limits, "run": self._find_run() if self.state == "training" else None}
 

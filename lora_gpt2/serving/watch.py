@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,7 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Mount, Route
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError
+from lora_gpt2.core.errors import ConflictError, NotFoundError
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.pages import STYLE, read_asset, render_page
 from lora_gpt2.serving.answers import ApiError, answer_errors, read_json, show_http_error
@@ -254,24 +255,30 @@ def build_watch_server(pages: RunPages) -> uvicorn.Server:
     return server
 
 
-def watch(folder: Path, host: str, port: int, access: Access, reporter: Reporter) -> None:
+def watch(folder: Path, host: str, port: int | None, access: Access, reporter: Reporter) -> None:
     """Gives out the pages of the runs in a folder until a signal comes; raises what `bind` does."""
-    bound = bind(host, port)
+    bound = _bind_free(host) if port is None else bind(host, port)
     server = build_watch_server(RunPages(folder=folder, access=access))
     reporter.message(f"watch at {describe_url(bound)} (Ctrl-C ends it, and no training)")
     with catch_signals():
         server.run(sockets=[bound])
 
 
+def _bind_free(host: str) -> socket.socket:
+    """Returns a listening socket on the usual port, or on any where that is taken, as by another run."""
+    try:
+        bound = bind(host, DEFAULT_PORT)
+        bound.listen()  # so that who reads the address at once is answered, as soon as the server runs
+    except (ConflictError, OSError):
+        bound = bind(host, 0)
+        bound.listen()
+    return bound
+
+
 @contextmanager
 def watch_this_process(folder: Path, reporter: Reporter) -> Iterator[None]:
     """Gives out the pages of this process's runs, to this machine alone, while the block runs."""
-    try:
-        bound = bind("127.0.0.1", DEFAULT_PORT)
-        bound.listen()  # so that who reads the address at once is answered, as soon as the thread runs
-    except (LoraGpt2Error, OSError):  # another run has it
-        bound = bind("127.0.0.1", 0)
-        bound.listen()
+    bound = _bind_free("127.0.0.1")
     access = Access(admin_key=os.environ.get("LORA_GPT2_ADMIN_KEY") or None, is_local=True)
     owner = os.environ.setdefault(OWNER, secrets.token_hex(8))
     server = build_watch_server(RunPages(folder=folder, access=access, owner=owner))

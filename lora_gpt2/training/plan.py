@@ -167,7 +167,7 @@ def _prepare(
 
 
 def measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> float:
-    """Returns tokens per second over all slots."""
+    """Returns tokens per second over all slots; text that is replayed takes its time, and does not count."""
     base: Base = load_base(recipes[0].base, runtime, recipes[0].train.quantize)
     warm_up = WARM_UP + 1 if runtime.device.type == "cuda" else 1
     num_steps = warm_up + PROBE_STEPS
@@ -181,7 +181,8 @@ def measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporte
             trainer.run_step(list(range(len(slots))))
             task.advance(1)
     tokens = sum(slot.tokens_per_step for slot in slots)
-    return PROBE_STEPS * tokens / (time.monotonic() - started)
+    work = sum(r.blocks_per_step for r in recipes) / sum(r.blocks_per_step + r.replayed_per_step for r in recipes)
+    return work * PROBE_STEPS * tokens / (time.monotonic() - started)
 
 
 def build_random_data(recipe: Recipe, vocab_size: int) -> PreparedData:

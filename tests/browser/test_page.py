@@ -141,6 +141,13 @@ def test_blind_mode_hides_names_until_one_is_chosen_which_is_recorded(page, tmp_
     assert sorted(choice.models) == ["base", "code@1", "law@1"]
 
 
+def give(page, given):
+    for criterion, marks in given.items():
+        for card, mark in zip(page.locator("article").all(), marks, strict=True):
+            if mark is not None:
+                card.locator("fieldset", has_text=criterion).get_by_text(str(mark), exact=True).click()
+
+
 def test_texts_are_rated_from_1_to_5_blind_and_the_marks_are_recorded(page, tmp_path, shoot, check_accessible):
     choose(page, "code", "law")
     page.click("summary")
@@ -150,12 +157,15 @@ def test_texts_are_rated_from_1_to_5_blind_and_the_marks_are_recorded(page, tmp_
     assert page.locator("article h2 span:first-child").all_inner_texts() == ["Text A", "Text B"]
     assert page.locator("#history").inner_text().endswith("not judged"), "the order of the texts is told nowhere"
     given = {"coherence": (4, 2), "style": (5, 5), "fluency": (None, 1)}
-    for criterion, marks in given.items():
-        for card, mark in zip(page.locator("article").all(), marks, strict=True):
-            if mark is not None:
-                card.locator("fieldset", has_text=criterion).get_by_text(str(mark), exact=True).click()
+    give(page, given)
     shoot(page, "marks")
     check_accessible(page)
+    page.click("#history button")
+    assert page.locator("article h2 span:first-child").all_inner_texts() == ["Text A", "Text B"], "still blind"
+    page.click("button.done")
+    assert page.inner_text("#status") == "give one mark at least"
+    assert page.locator("article h2 span:first-child").all_inner_texts() == ["Text A", "Text B"]
+    give(page, given)
     page.click("button.done")
     page.wait_for_selector("#status:has-text('--mode scale')")
     names = page.locator("article h2 span:first-child").all_inner_texts()
@@ -188,10 +198,33 @@ def test_the_session_can_be_undone_and_is_kept_over_a_reload(page, shoot):
     shoot(page, "history")
     page.reload()
     page.wait_for_selector("#history li")
-    page.locator("#history button").first.click()
+    page.locator("#history button").last.click()
     assert page.locator("article pre").inner_text() == seen[0]
     page.locator("article button:has-text('Continue from here')").click()
     assert page.input_value("#prompt") == seen[0]
+
+
+def test_what_cannot_be_judged_or_sent_is_said(page):
+    page.click("summary")
+    page.select_option("#judge", "best")
+    page.click("#go")
+    assert "choose two or more" in page.inner_text("#status")
+    page.select_option("#judge", "marks")
+    page.check("#colour")
+    page.click("#go")
+    page.wait_for_selector("button.done")
+    assert page.locator("article h2 .quiet").inner_text() == "", "its perplexity would tell who wrote it"
+    page.fill("#seed", "-5")
+    page.click("summary")
+    page.click("#go")
+    assert page.locator("#seed").is_visible(), "the settings open, where the fault is"
+
+
+def test_a_prompt_that_is_cut_says_so(page):
+    page.fill("#prompt", "the cat " * 60)
+    page.click("#go")
+    finish(page)
+    assert re.search(r"the first \d+ tokens of the prompt were not read", page.inner_text("article .origin"))
 
 
 def test_auto_says_how_sure_it_is(page):
@@ -231,7 +264,7 @@ def test_a_text_becomes_an_adapter_on_the_page(page, tmp_path, shoot, check_acce
     page.set_input_files("#file", tmp_path / "plays.jsonl")
     page.click("#plan")
     page.wait_for_selector("#train:visible", timeout=20_000)
-    assert "plays.jsonl, plays on" in page.inner_text("#said")
+    assert "plays.jsonl becomes plays on" in page.inner_text("#said")
     assert page.locator("#planned .figures div").count() == 4
     shoot(page, "plan")
     check_accessible(page)

@@ -115,7 +115,10 @@ def test_one_adapter_is_watched_while_it_trains(open_page, tmp_path, shoot, chec
         page.keyboard.press("ArrowRight")
         assert page.locator(".readout").first.inner_text().startswith("step 1: training")
         run.status.update({"law": ("published", "law@1")}, "done")
-        page.wait_for_selector("#state:has-text('finished: published law@1')", timeout=5000)
+        page.wait_for_selector(
+            "#state:has-text('finished: published law@1 (stopped at step 120 of 200)')", timeout=5000
+        )
+        assert page.locator("#figures b").first.inner_text() == "60 %"
         assert page.locator("#stop-all").is_hidden()
 
 
@@ -128,6 +131,9 @@ def test_sixty_are_a_line_each_and_one_of_them_is_stopped(open_page, tmp_path, s
         assert page.locator("button.name[aria-current=true]").inner_text() == "domain-30", "the first that trains"
         shoot(page, "watch-sixty")
         check_accessible(page)
+        page.get_by_role("button", name="domain-50", exact=True).click()
+        assert page.inner_text("#of") == "of domain-50", "which waits and has no curve"
+        assert page.locator("#stop-all").is_visible()
         page.get_by_role("button", name="domain-30", exact=True).focus()
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
@@ -167,6 +173,8 @@ def test_the_finished_report_is_the_same_page_in_one_file(open_page, tmp_path, s
     assert page.locator("#samples tbody tr").count() == STEPS // 20
     assert page.locator("#charts figure:visible").count() == 4
     assert page.locator("button:visible").count() == 0
+    assert page.inner_text("#state") == "finished: published law@1"
+    assert page.locator("#figures b").first.inner_text() == "100 %"
     check_accessible(page)
 
 

@@ -60,6 +60,7 @@ def diff(reporter: Reporter, one: str, other: str, plot: Path | None, store: Sto
     result["updates"] = [vars(row) for row in updates]
     if plot:
         _draw_difference(updates, names, plot)
+        reporter.message(f"written: {plot}")
     emit(result, as_json, lambda: _render_diff(result, names))
 
 
@@ -127,6 +128,8 @@ def map_(
             plot.write_bytes(draw_map(found, plot.suffix.lower().lstrip(".")))
         if html:
             html.write_text(build_map_page(found, base_name), encoding="utf-8")
+    for path in filter(None, (plot, html)):
+        reporter.message(f"written: {path}")
     emit({"base": base_name, **found.to_json()}, as_json, lambda: _render_map(found))
 
 

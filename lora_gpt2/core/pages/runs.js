@@ -75,6 +75,7 @@ function formatTime(seconds) {
 }
 
 function showPlan(plan) {
+  if (!plan) return void ($("planned").hidden = true);
   const figures = [[`${formatBytes(plan.peak_bytes)} of ${formatBytes(plan.budget_bytes)}`, `memory, on ${plan.device} in ${plan.dtype}`]];
   if (plan.tokens) figures.push([plan.tokens.toLocaleString("en"), "tokens to train on, passes counted"]);
   if (plan.tokens_per_second) figures.push([Math.round(plan.tokens_per_second).toLocaleString("en"), "tokens per second, measured over two steps"]);
@@ -91,10 +92,11 @@ function show(job) {
   const isBusy = ["planning", "training"].includes(job.state);
   $("plan").disabled = isBusy;
   $("line").textContent = isBusy ? job.line : "";
-  if (job.plan) showPlan(job.plan);
+  showPlan(job.plan);
   if (job.state === "planning") say("reading the text, and timing two steps…");
   if (job.state === "planned") {
-    say(job.plan.fits ? `${job.file}, ${job.name} on ${job.base}: begin?` : "it does not fit into memory");
+    const becomes = job.next_version > 1 ? `version ${job.next_version} of ${job.name}, from nothing and in use at once,` : job.name;
+    say(job.plan.fits ? `${job.file} becomes ${becomes} on ${job.base}: begin?` : "it does not fit into memory");
     $("train").hidden = !job.plan.fits;
   }
   if (job.state === "training") say(`training ${job.name}… `, ...(job.run ? [showRun(job.run)] : []));

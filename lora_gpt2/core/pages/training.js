@@ -262,10 +262,10 @@ function updateRow({ name, num_steps }) {
   const row = rows[name], [state, detail] = stateOf(name), step = lastStep(name);
   const losses = measured(name, "validation_loss");
   row.choose.setAttribute("aria-current", String(name === selected));
-  row.state.textContent = state === "published" ? detail : state;
+  row.state.textContent = state === "published" ? `${detail}${describeStop(name)}` : state;
   row.state.className = `word state ${state}`;
   row.state.title = detail;
-  row.bar.value = state === "published" ? 1 : step / Math.max(1, num_steps);
+  row.bar.value = step / Math.max(1, num_steps);
   row.steps.textContent = `${step.toLocaleString("en")} of ${num_steps.toLocaleString("en")}`;
   row.loss.textContent = smooth(column(name, "loss")).at(-1)?.[1].toFixed(2) ?? "";
   row.gain.textContent = losses.length ? `${perplexity(losses[0][1])} → ${perplexity(best(losses)[1])}` : "";
@@ -273,6 +273,12 @@ function updateRow({ name, num_steps }) {
   const path = losses.map(([x, y], i) => `${i ? "L" : "M"}${2 + (x / num_steps) * 92} ${22 - ((y - low) / (high - low || 1)) * 20}`).join("");
   row.line.replaceChildren(draw("path", { class: "validation", d: path }));
   if (row.stop) row.stop.hidden = state !== "training" || !isRunning();
+}
+
+// An adapter may be published before its last step: stopped here, or by its patience.
+function describeStop(name) {
+  const { num_steps } = data.run.adapters.find((adapter) => adapter.name === name), step = lastStep(name);
+  return step < num_steps ? ` (stopped at step ${step.toLocaleString("en")} of ${num_steps.toLocaleString("en")})` : "";
 }
 
 // Above them
@@ -286,7 +292,7 @@ function describeRun() {
   for (const { name } of data.run.adapters) counts[stateOf(name)[0]] = (counts[stateOf(name)[0]] ?? 0) + 1;
   const few = data.run.adapters.length === 1 ? Object.keys(counts)[0] : Object.entries(counts).map(([state, count]) => `${count} ${state}`).join(", ");
   const words = { done: "finished", stopped: "stopped", failed: "failed", training: few }[data.status.state] ?? "begins";
-  const published = data.run.adapters.map(({ name }) => stateOf(name)).filter(([state]) => state === "published").map(([, detail]) => detail);
+  const published = data.run.adapters.filter(({ name }) => stateOf(name)[0] === "published").map(({ name }) => `${stateOf(name)[1]}${describeStop(name)}`);
   const shown = published.length > 8 ? `${published.length} adapters` : published.join(", ");
   const more = [data.status.state === "done" && shown ? `published ${shown}` : "", data.status.message].filter(Boolean);
   return [words, ...more].join(": ");
@@ -303,15 +309,16 @@ function measureRate(done) {
 }
 
 function listFigures() {
-  let left = 0, done = 0, memory = 0;
+  let left = 0, skipped = 0, done = 0, memory = 0;
   for (const { name, num_steps, tokens_per_step } of data.run.adapters) {
     const [state] = stateOf(name), step = lastStep(name);
     done += step * tokens_per_step;
     if (["training", "waiting"].includes(state)) left += (num_steps - step) * tokens_per_step;
+    if (["published", "measuring"].includes(state)) skipped += (num_steps - step) * tokens_per_step;
     for (const [, bytes] of measured(name, "memory_bytes")) memory = Math.max(memory, bytes);
   }
   const losses = measured(selected, "validation_loss"), rate = measureRate(done);
-  const figures = [[`${Math.floor((100 * done) / Math.max(1, done + left))} %`, "of all tokens"]];
+  const figures = [[`${Math.floor((100 * done) / Math.max(1, done + left + skipped))} %`, "of all tokens"]];
   if (isRunning() && rate && left) figures.push([formatSeconds(left / rate), "left"]);
   if (isRunning() && rate) figures.push([format(rate), "tokens per second, measuring included"]);
   if (memory) figures.push([`${(memory / 1e9).toFixed(2)} GB`, "peak memory of the process"]);
@@ -323,11 +330,13 @@ function updateHead() {
   const state = describeRun(), quiet = data.status.quiet_seconds;
   if ($("state").textContent !== state) $("state").textContent = state;  // a screen reader says what changes
   $("state").dataset.state = data.status.state ?? "";
-  $("quiet").textContent = isRunning() && quiet > 60 ? `nothing was written for ${formatSeconds(quiet)}: it is measuring, waits, or was killed` : "";
+  if (isLive) $("quiet").textContent = isRunning() && quiet > 60 ? `nothing was written for ${formatSeconds(quiet)}: it is measuring, waits, or was killed` : "";
   const figures = listFigures();
   $("figures").replaceChildren(...figures.map(([value, label]) => element("div", {}, element("b", { textContent: value }), element("span", { textContent: label }))));
-  document.title = `${isRunning() ? figures[0][0] : data.status.state} · ${$("title").textContent}`;
+  if (isLive) document.title = `${isRunning() ? figures[0][0] : data.status.state} · ${$("title").textContent}`;
+  if (!isLive) return;
   $("stop-all").hidden = !isRunning();
+  if (!isRunning()) $("asked").textContent = "";
 }
 
 function updateSamples() {
@@ -343,7 +352,7 @@ function update() {
   data.run.adapters.forEach(updateRow);
   $("of").textContent = data.run.adapters.length > 1 ? `of ${selected}` : "";
   charts.forEach((chart) => chart.update());
-  if (isLive) updateHead();
+  if ($("state")) updateHead();
   updateSamples();
 }
 
@@ -355,7 +364,7 @@ function select(name) {
 function begin() {
   const names = data.run.adapters.map(({ name }) => name);
   if (!names.includes(selected)) selected = names.find((name) => AT_WORK.includes(stateOf(name)[0])) ?? names[0];
-  if (isLive) {
+  if ($("state")) {
     $("title").textContent = names.length === 1 ? names[0] : `${names.length} adapters`;
     $("lead").textContent = `${data.run.kind === "tune" ? "a search, " : ""}base ${data.run.base} on ${data.run.device} in ${data.run.dtype}, begun ${new Date(data.run.started).toLocaleString()}`;
   }

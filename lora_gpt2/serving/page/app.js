@@ -53,7 +53,6 @@ function toggle(id) {
 
 function showChosen() {
   for (const card of $("adapters").children) card.setAttribute("aria-pressed", String(chosen.includes(card.dataset.id)));
-  $("count").textContent = chosen.length ? `${chosen.length} of at most ${MOST}, side by side` : "none is chosen";
   showWeights();
 }
 
@@ -61,13 +60,19 @@ function listMixed() {
   return chosen.filter((id) => id !== "base" && id !== "auto");
 }
 
+// Equal shares, until a slider is moved.
+function weightOf(id, mixed) {
+  return weights[id] ?? 1 / mixed.length;
+}
+
 function showWeights() {
-  const mixed = listMixed();
+  const mixed = listMixed(), isMix = $("mixes").checked && mixed.length > 1;
+  $("count").textContent = !chosen.length ? "none is chosen" : isMix ? `${mixed.length} in one text` : `${chosen.length} of at most ${MOST}, side by side`;
   $("weights").hidden = !$("mixes").checked || !mixed.length;
   $("weights").replaceChildren();
   for (const id of mixed) {
-    const value = element("output", { value: (weights[id] ??= 1 / mixed.length).toFixed(2) });
-    const slider = element("input", { type: "range", min: 0, max: 1.5, step: 0.05, value: weights[id] });
+    const value = element("output", { value: weightOf(id, mixed).toFixed(2) });
+    const slider = element("input", { type: "range", min: 0, max: 1.5, step: 0.05, value: weightOf(id, mixed) });
     slider.addEventListener("input", () => {
       weights[id] = Number(slider.value);
       value.value = weights[id].toFixed(2);
@@ -80,7 +85,7 @@ function listModels() {
   const written = $("mix").value.trim();
   const mixed = listMixed();
   if (!$("mixes").checked || mixed.length < 2) return written ? chosen.concat(written) : chosen.slice();
-  const mix = mixed.map((id) => `${id}:${Number(weights[id].toFixed(2))}`).join("+");
+  const mix = mixed.map((id) => `${id}:${Number(weightOf(id, mixed).toFixed(2))}`).join("+");
   return [...chosen.filter((id) => !mixed.includes(id)), mix, ...(written ? [written] : [])];
 }
 
@@ -99,11 +104,14 @@ function restore(entry, said) {
   $("prompt").value = entry.prompt;
   $("mixes").checked = entry.mixes;
   $("mix").value = entry.mix;
+  for (const id of Object.keys(weights)) delete weights[id];
   Object.assign(weights, entry.weights);
   chosen = entry.chosen.filter((id) => order.includes(id));
   showChosen();
   clearResults();
-  entry.results.forEach(showAgain);
+  const results = entry.results.map((kept, index) => showAgain(kept, entry.isHidden ? nameText(index) : ""));
+  if (entry.isHidden) offerJudgement(results, entry.judged);
+  $("legend").hidden = true;
   $("stop").disabled = true;
   say(said);
 }
@@ -129,7 +137,8 @@ async function run(event) {
   const models = listModels();
   if (models.length > MOST) return say(`at most ${MOST} side by side, the mix counts too`, "error");
   if (!models.length) return say("choose an adapter, or the base", "error");
-  const form = readForm(), judged = $("judge").value, colours = $("colour").checked;
+  const judged = $("judge").value, form = { ...readForm(), judged }, colours = $("colour").checked;
+  if (judged === "best" && models.length < 2) return say("choose two or more to compare them, or rate from 1 to 5", "error");
   const settings = Object.fromEntries(SLIDERS.map((id) => [id, Number($(id).value)]));
   settings.seed = $("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : Number($("seed").value);
   if (colours) settings.logprobs = 5;
@@ -139,7 +148,7 @@ async function run(event) {
   $("stop").disabled = false;
   say("writing…");
   const started = performance.now();
-  const results = (judged ? shuffle(models) : models).map((model, index) => new Result(model, form.prompt, settings.seed, judged ? `Text ${"ABCD"[index]}` : ""));
+  const results = (judged ? shuffle(models) : models).map((model, index) => new Result(model, form.prompt, settings.seed, judged ? nameText(index) : ""));
   const writing = results.map((result) => write(result, form.prompt, settings, colours, control.signal));
   const outcomes = await Promise.allSettled(writing);
   if (running !== control) return;
@@ -156,11 +165,20 @@ async function run(event) {
   else say(`done in ${((performance.now() - started) / 1000).toFixed(1)} s`, "done");
   remember(form, results);
   if (judged && failed) revealAll(results);
-  else if (judged === "best" && results.length > 1) offerChoice(results);
-  else if (judged) offerMarks(results);
+  else if (judged) offerJudgement(results, judged);
+}
+
+function nameText(index) {
+  return `Text ${"ABCD"[index]}`;
+}
+
+function offerJudgement(results, judged) {
+  if (judged === "best") offerChoice(results);
+  else offerMarks(results);
 }
 
 $("form").addEventListener("submit", run);
+$("form").addEventListener("invalid", () => { $("settings").open = true; }, true);  // so that what is wrong is seen
 $("mixes").addEventListener("change", showWeights);
 document.addEventListener("continue", (event) => continueFrom(event.detail));
 $("stop").addEventListener("click", () => running?.abort());

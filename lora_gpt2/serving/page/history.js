@@ -33,12 +33,11 @@ function visit(index) {
   const entry = past[index];
   if (!entry) return;
   at = index;
-  entry.isHidden = false;
   restore(entry, `${index + 1} of ${past.length} in this session`);
   showHistory();
 }
 
-// Who wrote the last texts is known now.
+// Who wrote the texts is known now.
 export function revealLast() {
   if (past[at]) past[at].isHidden = false;
   showHistory();
@@ -48,14 +47,15 @@ function showHistory() {
   $("undo").disabled = at < 0 || (at === 0 && $("prompt").value === past[0].prompt);
   $("redo").disabled = at + 1 >= past.length;
   $("session").hidden = !past.length;
-  $("history").replaceChildren(...past.map((entry, index) => {
+  const items = past.map((entry, index) => {
     const start = entry.prompt.trim().slice(-60) || "(nothing)";
     const names = entry.isHidden ? "not judged" : entry.results.map((result) => result.label).join(", ");
     const button = element("button", { type: "button", textContent: `${start} · ${names}` });
     if (index === at) button.setAttribute("aria-current", "true");
     button.addEventListener("click", () => visit(index));
-    return element("li", {}, button);
-  }));
+    return element("li", { value: index + 1 }, button);
+  });
+  $("history").replaceChildren(...items.reverse());  // the newest is at the top
   try { sessionStorage.setItem(KEY, JSON.stringify({ past, at })); } catch { /* it may be full or forbidden: the page then forgets at a reload */ }
 }
 

@@ -37,14 +37,13 @@ export function offerMarks(results) {
   for (const result of results) result.offerMarks();
   const done = element("button", { type: "button", className: "done", textContent: "Record the marks and show who wrote what" });
   done.addEventListener("click", () => {
-    const given = results.some((result) => Object.keys(result.marks).length);
+    if (!results.some((result) => Object.keys(result.marks).length)) return say("give one mark at least", "error");
     revealAll(results);
     for (const result of results) {
       for (const field of result.card.querySelectorAll(".marks")) field.disabled = true;
     }
     done.remove();
     results[0].card.focus();
-    if (!given) return say("no marks were given: nothing is recorded");
     const marks = Object.fromEntries(CRITERIA.map((criterion) => [criterion, results.map((result) => result.marks[criterion] ?? null)]));
     keepJudgement(results, { marks }).then((kept) => say(`marked${kept}`));
   });

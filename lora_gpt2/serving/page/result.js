@@ -38,7 +38,8 @@ export class Result {
     }
     if (!colours || scores.tokens.some((token) => token.startsWith("bytes:"))) this.text.append(choice.text);  // part of a character
     else for (const [index, token] of scores.tokens.entries()) this.addToken(token, scores.token_logprobs[index], scores.top_logprobs?.[index]);
-    if (this.count) this.note.textContent = `perplexity ${format(Math.exp(this.nats / this.count))}`;
+    if (this.count) this.figure = `perplexity ${format(Math.exp(this.nats / this.count))}`;
+    if (this.count && !this.isHidden) this.note.textContent = this.figure;  // which would tell who wrote it
   }
 
   addToken(token, logprob, top) {
@@ -63,7 +64,7 @@ export class Result {
   offerTokens() {
     if (!this.tokens.length) return;
     this.readout.hidden = false;
-    this.readout.textContent = "Point at a token, or use the arrow keys on the text.";
+    this.readout.textContent = "Point at a token, or go from one to the next by the left and right arrow keys.";
     Object.assign(this.text, { tabIndex: 0 });
     this.text.setAttribute("role", "group");
     this.text.setAttribute("aria-label", `Tokens of ${this.name.textContent}`);
@@ -119,35 +120,38 @@ export class Result {
       : origin.adapters.map((part) => `${part.adapter}:${part.weight}`).join("+");
     const parts = origin.adapters.map((part) => `${part.adapter} (${part.sha256.slice(0, 12)})`).join(" + ") || "no adapter";
     const routes = origin.auto?.[0] ?? [];
-    const found = routes.map((route) => route.adapter === "base" ? "no adapter is clearly the one" : `${route.adapter}: ${Math.round(100 * route.probability)} % sure`);
+    const found = routes.map((route) => route.adapter === "base" ? "the base, because no adapter is clearly the one" : `${route.adapter}, ${Math.round(100 * route.probability)} % sure`);
+    const cut = Math.max(0, ...(origin.dropped_prompt_tokens ?? []));
     if (routes.length > 1) this.pinned = null;  // several wrote it: a vote is for none of them
     if (routes.length) this.label = `${this.model} → ${routes.map((route) => route.adapter === "base" ? "base" : `${route.adapter} (${Math.round(100 * route.probability)} %)`).join(" → ")}`;
     if (!this.isHidden) this.name.textContent = this.label;
-    this.origin.textContent = `${found.length ? `auto chose ${found.join(", then ")}; ` : ""}${parts}, seed ${origin.seed}`;
+    this.origin.textContent = `${found.length ? `auto chose ${found.join(", then ")}; ` : ""}${parts}, seed ${origin.seed}${cut ? `; the first ${cut.toLocaleString("en")} tokens of the prompt were not read` : ""}`;
   }
 
   reveal() {
     this.isHidden = false;
     this.name.textContent = this.label;
+    this.note.textContent = this.figure ?? this.note.textContent;
     this.origin.hidden = false;
     this.tools.replaceChildren();
     this.offerTools();
   }
 
   toJson() {
-    return { model: this.model, label: this.label, prompt: this.prompt, seed: this.seed, text: this.written, note: this.note.textContent, origin: this.origin.textContent, failure: this.failure };
+    return { model: this.model, label: this.label, prompt: this.prompt, seed: this.seed, text: this.written, note: this.note.textContent, figure: this.figure, pinned: this.pinned, origin: this.origin.textContent, failure: this.failure };
   }
 }
 
-export function showAgain(kept) {
-  const result = new Result(kept.model, kept.prompt, kept.seed, "");
-  result.label = kept.label;
-  result.name.textContent = kept.label;
+export function showAgain(kept, hiddenName) {
+  const result = new Result(kept.model, kept.prompt, kept.seed, hiddenName);
+  Object.assign(result, { label: kept.label, figure: kept.figure, pinned: kept.pinned });
+  if (!hiddenName) result.name.textContent = kept.label;
   result.text.append(kept.failure ? "" : kept.text);
   result.note.textContent = kept.note;
   result.origin.textContent = kept.origin;
   if (kept.failure) result.fail(new Error(kept.failure));
-  else result.offerTools();
+  else if (!hiddenName) result.offerTools();
+  return result;
 }
 
 async function* readEvents(answer) {
