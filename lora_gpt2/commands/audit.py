@@ -20,7 +20,7 @@ from lora_gpt2.commands.shared import (
     set_option,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.printable import printable
+from lora_gpt2.core.printable import count_of, printable
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import read_stdin, read_user_text
 from lora_gpt2.recipe_files import load_recipe
@@ -70,7 +70,7 @@ def data(
 
 
 def _render_data(report: TextReport) -> str:
-    lines = [f"{report.documents:,} documents, {report.characters:,} characters"]
+    lines = [f"{count_of(report.documents, 'document')}, {report.characters:,} characters"]
     lines.append(f"copies: {report.exact_copies:,} exact, {report.near_copies:,} near")
     found = {"personal data": report.pii, "toxic terms": report.harsh, "licence notices": report.licences}
     for title, counts in found.items():

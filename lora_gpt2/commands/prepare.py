@@ -10,7 +10,7 @@ import click
 from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, skip_bad_option, suggest_next
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.files import wrap_os_errors
-from lora_gpt2.core.printable import printable
+from lora_gpt2.core.printable import count_of, printable
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.recipe_files import load_recipe
 
@@ -106,12 +106,13 @@ def _render(result: dict[str, Any], report: dict[str, Any], rejected: str) -> st
     lines = [*report["reading"], *(f"{value:>20}  {label}" for value, label in list_figures(report))]
     lines.append(f"{result['epochs']:>20.1f}  epochs with the steps of the recipe")
     for name, rule in result["rules"].items():
-        lines.append(f"rule {name}: {rule['documents']:,} documents, {rule['characters_removed']:,} characters removed")
+        removed = count_of(rule["characters_removed"], "character")
+        lines.append(f"rule {name}: {count_of(rule['documents'], 'document')}, {removed} removed")
         lines += [f"    {example['before']!r} -> {example['after']!r}" for example in rule["examples"]]
     lines += [f"rejected: {count:,} {reason}" for reason, count in result["rejected"].items()]
     for entry in result["near_duplicates"]:
         lines.append(printable(f"    {entry['origin']} is {entry['similarity']:.0%} like {entry['of']}"))
-    lines += [f"looks like personal data: {kind} in {n:,} documents" for kind, n in result["pii"].items()]
+    lines += [f"looks like personal data: {kind} in {count_of(n, 'document')}" for kind, n in result["pii"].items()]
     for document in result.get("preview", []):
         lines.append("document: " + "".join(_show_token(token) for token in document))
     if result["rejected"]:

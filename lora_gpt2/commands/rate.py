@@ -11,7 +11,7 @@ from lora_gpt2.commands.rate_terminal import ask_in_terminal
 from lora_gpt2.commands.shared import emit, missing_extra, seed_option, session_options, suggest_next
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.core.printable import printable
+from lora_gpt2.core.printable import count_of, printable
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.inference.history import find_votes, read_log
@@ -128,7 +128,7 @@ def command(
         _start(folder, adapters, prompts, store, recipe, reporter, mode=mode, criteria=criteria, seed=seed or 0)
     round_ = read_round(folder)
     if files:
-        reporter.message(f"{import_answers(folder, round_, files)} answers added")
+        reporter.message(f"{count_of(import_answers(folder, round_, files), 'answer')} added")
     if export:
         write_form(export, round_)
         reporter.message(f"form for {len(round_.tasks)} tasks written: {export}")
@@ -191,10 +191,15 @@ def _render(report: RatingReport) -> str:
         for row in report.ranking
     ]
     header = ["adapter", report.score_name, *(["preferred"] if is_pair else []), "95 % interval", "judgements"]
-    lines = [format_table(header, rows), f"{report.answers} answers of {len(report.raters)} raters"]
+    lines = [
+        format_table(header, rows),
+        f"{count_of(report.answers, 'answer')} of {count_of(len(report.raters), 'rater')}",
+    ]
     known = [f"{name} {value:.2f}" for name, value in report.agreement.items() if value is not None]
     if known:
         lines.append(f"agreement (Krippendorff's alpha, 1 is full, 0 is chance): {', '.join(known)}")
+    if any(row.judgements and row.interval is None for row in report.ranking):
+        lines.append("no interval: too few, or all the same")
     lines += [printable(_describe_pair(pair)) for pair in report.missing if pair.ratings]
     return "\n".join(lines)
 

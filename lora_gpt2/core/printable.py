@@ -47,6 +47,11 @@ def show_value(value: Any, limit: int = MAX_SHOWN) -> str:
         return f"a {type(value).__name__} that is too large to show"
 
 
+def count_of(count: int, noun: str) -> str:
+    """Returns a number with its noun: 1 document, 2,000 documents."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def hide_paths(text: str) -> str:
     """Returns a message with the last part alone of each absolute path."""
     return PATH.sub(lambda match: re.split(r"[/\\]", match[0])[-1], text)

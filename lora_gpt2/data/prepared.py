@@ -24,6 +24,7 @@ from lora_gpt2.core.errors import CorruptError, DataError, Interrupted, LoraGpt2
 from lora_gpt2.core.files import rename_path, sync_tree, wrap_os_errors
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.locks import hold_new_folder
+from lora_gpt2.core.printable import count_of
 from lora_gpt2.data.blocks import EncodedDocument, TokenBlocks, open_blocks, pack_blocks, write_blocks
 from lora_gpt2.data.dedup import count_near_duplicates
 from lora_gpt2.data.pipeline import ReadSummary, process_sources
@@ -251,7 +252,7 @@ def _build_report(staging: Path, selection: Selection, settings: DataSettings, t
 
 def _check(selection: Selection) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in selection.count_rejected().items()) or "none rejected"
-    counts = f"{selection.read} documents read, {selection.kept} kept ({reasons})"
+    counts = f"{count_of(selection.read, 'document')} read, {selection.kept} kept ({reasons})"
     if "train" not in selection.splits:
         raise DataError(f"0 usable documents to train on: {counts}", "give more text, or check data.profile")
     if "validation" not in selection.splits:
@@ -266,19 +267,21 @@ def describe_preparation(data: PreparedData) -> list[str]:
     report = data.report
     lines = [*report["reading"]]
     for name, rule in report["rules"].items():
-        removed = f"{rule['characters_removed']:,} characters removed" if rule["characters_removed"] else "changed"
-        lines.append(f"cleaning rule {name}: {rule['documents']:,} documents, {removed}")
+        removed = (
+            f"{count_of(rule['characters_removed'], 'character')} removed" if rule["characters_removed"] else "changed"
+        )
+        lines.append(f"cleaning rule {name}: {count_of(rule['documents'], 'document')}, {removed}")
     if overlap := report["num_train_test_overlaps"]:
         lines.append(f"{overlap} training documents were copies of held-out ones and were dropped")
     for reason, count in report["rejected"].items():
-        lines.append(f"set aside: {count:,} documents, {reason}")
+        lines.append(f"set aside: {count_of(count, 'document')}, {reason}")
     if advice := describe_amount(report["tokens"]["train"]):
         lines.append(advice)
     if 0 < (tokens := report["tokens"]["validation"]) < FEW_VALIDATION_TOKENS:
         documents = report["documents"]["validation"]
         lines.append(
-            f"{tokens:,} tokens in {documents:,} documents to validate on: the choice of the best step is left to "
-            "chance; name more with data.validation"
+            f"{tokens:,} tokens in {count_of(documents, 'document')} to validate on: the choice of the best step is "
+            "left to chance; name more with data.validation"
         )
     return lines
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_gpt2.core.fingerprint import flatten_json
+from lora_gpt2.core.printable import count_of
 from lora_gpt2.store.manifest import Manifest
 
 MEASURED = "Perplexity is measured on held-out text of the same source."
@@ -123,11 +124,11 @@ def _describe_origin(manifest: Manifest) -> str:
         tokens = manifest.data.get("train_tokens", "an unknown number of")
         lines.append(f"Text: {sources or 'unknown'}; {tokens} training tokens.")
     lines += [f"- {line}" for line in manifest.data.get("reading", [])]
-    lines += [
-        f"- cleaning rule {name}: {rule['documents']:,} documents, {rule['characters_removed']:,} characters removed"
-        for name, rule in manifest.data.get("rules", {}).items()
-    ]
-    lines += [f"- set aside: {count:,} documents, {why}" for why, count in manifest.data.get("set_aside", {}).items()]
+    for name, rule in manifest.data.get("rules", {}).items():
+        removed = count_of(rule["characters_removed"], "character")
+        lines.append(f"- cleaning rule {name}: {count_of(rule['documents'], 'document')}, {removed} removed")
+    for why, count in manifest.data.get("set_aside", {}).items():
+        lines.append(f"- set aside: {count_of(count, 'document')}, {why}")
     return "\n".join(lines)
 
 

@@ -243,7 +243,7 @@ def test_what_each_rule_and_reading_did_is_said_and_kept(run, drawn, base_folder
     texts = [f"{text}{EOS}" for text in make_documents(40)] + ["spaced   out " + write_sentence(random.Random(5))]
     code, _, err = train(run, base_folder, "law", "--data", write_records(tmp_path / "d.jsonl", texts))
     assert code == 0
-    assert "law: cleaning rule whitespace: 1 documents, 2 characters removed" in err
+    assert "law: cleaning rule whitespace: 1 document, 2 characters removed" in err
     assert err.count("cleaning rule whitespace") == 1
     assert EOS in err
     manifest = store.read_manifest("law")

@@ -171,7 +171,7 @@ def test_prepare_says_what_it_did(run, base_folder, tmp_path):
     assert result["rules"]["control"]["documents"] == 1
     assert result["path"] == str(tmp_path / "out" / result["fingerprint"])
     code, out, _ = run("prepare", tmp_path / "a.jsonl", "--base", base_folder)
-    assert "rule control: 1 documents, 1 characters removed" in out
+    assert "rule control: 1 document, 1 character removed" in out
 
 
 def test_comparing_shows_every_adapter_and_the_base(run, trained, base_folder):

@@ -107,7 +107,7 @@ def test_a_form_goes_out_and_its_answers_come_back(begin, tmp_path):
     )
     code, out, err = begin("", "--import", "a.json")
     assert (json.loads(out)["raters"], json.loads(out)["answers"]) == (["ben"], 1)
-    assert "1 answers added" in err
+    assert "1 answer added" in err
 
 
 def test_what_the_repl_recorded_is_rated_without_writing_it_again(begin, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_gpt2.core.pages import render_page
+from lora_gpt2.core.printable import count_of
 from lora_gpt2.data.clean.rules import BOILERPLATE, RULES
 
 DESCRIPTIONS = {
@@ -19,7 +20,10 @@ def list_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     lengths, tokens = report["tokens_per_document"], report["tokens"]
     figures = [
         (f"{report['documents_read']:,} → {report['documents_kept']:,}", "documents read → kept"),
-        *((f"{tokens[part]:,}", f"{part} tokens in {_count_documents(report['documents'][part])}") for part in tokens),
+        *(
+            (f"{tokens[part]:,}", f"{part} tokens in {count_of(report['documents'][part], 'document')}")
+            for part in tokens
+        ),
         (f"{lengths['median']:,.0f} / {lengths['p95']:,.0f}", "tokens per document, median / 95th percentile"),
         (f"{report['characters']['distinct_beyond_ascii']:,}", "different characters beyond ASCII"),
     ]
@@ -28,10 +32,6 @@ def list_figures(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if report["settings"]["layout"] == "packed":
         figures.append((f"{report['fill']['train']:.1%}", "of the training blocks is filled"))
     return figures
-
-
-def _count_documents(count: int) -> str:
-    return "1 document" if count == 1 else f"{count:,} documents"
 
 
 def build_report_page(report: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ def test_given_validation_files_are_used_and_their_copies_leave_the_training_par
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "0 usable documents to train on: 1 documents read, 0 kept (1 empty)"),
+        ("", "0 usable documents to train on: 1 document read, 0 kept (1 empty)"),
         ("just one document", "no document is left to validate on"),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_thousand_copies_of_one_document_are_one(tokenizer, tmp_path, reporter
     path.write_text('{"text": "the same"}\n' * 1000)
     with pytest.raises(DataError) as caught:
         prepare_data(settings_for(path), tokenizer, reporter)
-    assert "1000 documents read, 1 kept (999 duplicate)" in caught.value.message
+    assert "1,000 documents read, 1 kept (999 duplicate)" in caught.value.message
 
 
 def test_a_full_disk_leaves_nothing_behind(tokenizer, text_file, reporter, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The plan of a run against the allocator's own count."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lora_gpt2.model.lora import build_ranks
 from lora_gpt2.model.quantize import QuantizedLinear
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.recipe import build_recipe
-from lora_gpt2.training import memory
+from lora_gpt2.training import memory, plan
 from lora_gpt2.training.memory import (
     CPU_RESERVE,
     count_micro_batch_tokens,
@@ -26,7 +27,7 @@ from lora_gpt2.training.memory import (
     measure_budget,
     wrap_oom_errors,
 )
-from lora_gpt2.training.plan import build_random_data, plan_run
+from lora_gpt2.training.plan import build_random_data, plan_run, read_shape
 from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import Trainer
@@ -277,3 +278,18 @@ def test_a_containers_limit_is_the_budget(tmp_path, monkeypatch):
     assert measure_budget(torch.device("cpu")) == 150_000_000 < without
     (tmp_path / "memory.max").write_text("max\n")
     assert measure_budget(torch.device("cpu")) > 150_000_000
+
+
+def test_a_probe_counts_the_time_that_replay_will_take(base_folder, monkeypatch, reporter):
+    def measure(**train):
+        recipe = make_recipe(base_folder, data={"block_size": 16}, steps=4, batch_tokens=64, **train)
+        ticks = iter([0.0, 2.0])
+        monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+        return plan.measure_speed([recipe], read_shape(recipe)[1], reporter), recipe
+
+    alone, recipe = measure()
+    assert alone == plan.PROBE_STEPS * recipe.blocks_per_step * recipe.data.block_size / 2
+    held, recipe = measure(forget=0.1)
+    assert recipe.replayed_per_step > 0
+    share = recipe.blocks_per_step / (recipe.blocks_per_step + recipe.replayed_per_step)
+    assert held == pytest.approx(share * alone)
