@@ -49,18 +49,20 @@ def command(
     found = list_runs(runs)
     if not found:
         raise NotFoundError(f"there is no run in {runs}", "begin one: lora-gpt2 train FILE --watch")
-    try:
-        from lora_gpt2.serving.http import is_loopback
-        from lora_gpt2.serving.middleware import Access
-        from lora_gpt2.serving.watch import render_run, watch
-    except ImportError as error:
-        raise missing_extra("watching", "serve", error) from error
     if html:
+        from lora_gpt2.training.report import render_run
+
         check_output(html)
         with wrap_os_errors(f"write {html}"):
             html.write_text(render_run(RunReader(found[0]), is_live=False), encoding="utf-8")
         click.echo(f"written to {html}")
         return
+    try:
+        from lora_gpt2.serving.http import is_loopback
+        from lora_gpt2.serving.middleware import Access
+        from lora_gpt2.serving.watch import watch
+    except ImportError as error:
+        raise missing_extra("watching", "serve", error) from error
     key, admin_key = (os.environ.get(name) or None for name in ("LORA_GPT2_API_KEY", "LORA_GPT2_ADMIN_KEY"))
     if not is_loopback(host) and key is None:
         raise UsageError(f"{host} can be reached from other machines", "set LORA_GPT2_API_KEY to a secret first")

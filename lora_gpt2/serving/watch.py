@@ -33,6 +33,7 @@ from lora_gpt2.serving.answers import ApiError, answer_errors, read_json, show_h
 from lora_gpt2.serving.http import PatientProtocol, bind, build_config, describe_url
 from lora_gpt2.serving.middleware import Access, AccessMiddleware
 from lora_gpt2.serving.training_job import TrainingJob
+from lora_gpt2.training.report import render_run
 from lora_gpt2.training.run_reader import Curves, RunReader, list_runs
 from lora_gpt2.training.run_status import ALL, OWNER, request_stop
 
@@ -226,25 +227,6 @@ def _describe(run: RunReader) -> dict[str, Any]:
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     begun = run.description.get("started", "")
     return {"key": run.folder.name, "adapters": shown, "state": run.status.get("state", ""), "begun": begun}
-
-
-def render_run(reader: RunReader, is_live: bool) -> str:
-    """Returns the page of a run: one that listens, or a file that is whole in itself."""
-    names = reader.names
-    run = reader.description
-    return render_page(
-        "training.html",
-        linked=is_live,
-        title=names[0] if len(names) == 1 else f"{len(names)} adapters",
-        lead=f"base {run.get('base')} on {run.get('device')} in {run.get('dtype')}, begun {run.get('started')}",
-        events="events" if is_live else "",
-        stop="stop",
-        verdict="",
-        figures=[],
-        notes=[],
-        settings=[],
-        run={} if is_live else reader.to_json(),
-    )
 
 
 def build_watch_server(pages: RunPages) -> uvicorn.Server:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_gpt2.core.chart import INK, draw_chart
 from lora_gpt2.core.pages import render_page
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.training.run_reader import Curves, describe_curves
+from lora_gpt2.training.run_reader import Curves, RunReader, describe_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,3 +110,22 @@ def _list_figures(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"{figures['trained_parameters']:,}", "trained parameters"),
         (f"{figures['seconds'] / 60:,.1f} min", "training time"),
     ]
+
+
+def render_run(reader: RunReader, is_live: bool) -> str:
+    """Returns the page of a run: one that listens, or a file that is whole in itself."""
+    names = reader.names
+    run = reader.description
+    return render_page(
+        "training.html",
+        linked=is_live,
+        title=names[0] if len(names) == 1 else f"{len(names)} adapters",
+        lead=f"base {run.get('base')} on {run.get('device')} in {run.get('dtype')}, begun {run.get('started')}",
+        events="events" if is_live else "",
+        stop="stop",
+        verdict="",
+        figures=[],
+        notes=[],
+        settings=[],
+        run={} if is_live else reader.to_json(),
+    )

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from lora_gpt2.serving.middleware import Access
-from lora_gpt2.serving.watch import RunPages, build_watch_server, render_run
+from lora_gpt2.serving.watch import RunPages, build_watch_server
+from lora_gpt2.training.report import render_run
 from lora_gpt2.training.run_reader import RunReader
 from lora_gpt2.training.run_status import ALL, STOP_ENDING, RunStatus
 from tests.serving import running
