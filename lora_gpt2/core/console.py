@@ -7,6 +7,7 @@ something is drawn.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -64,8 +65,9 @@ class SilentReporter:
 
 
 def _write_line(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # whoever read it has gone: that ends no work
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 class LineTask:

@@ -55,9 +55,9 @@ def wait_until(condition):
     raise AssertionError("it did not happen")
 
 
-def start_training(base_folder, tmp_path, *more):
+def start_training(base_folder, tmp_path, *more, steps=4000):
     (tmp_path / "plays.jsonl").write_text(make_text(60))
-    settings = ["--set", "data.block_size=48", "--set", "train.sample_tokens=0", "--steps", "4000"]
+    settings = ["--set", "data.block_size=48", "--set", "train.sample_tokens=0", "--steps", steps]
     where = ["--base", base_folder, "--store", tmp_path / "store"]
     line = [sys.executable, "-m", "lora_gpt2", "train", tmp_path / "plays.jsonl", *where, *settings, *more]
     return subprocess.Popen(list(map(str, line)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -272,3 +272,14 @@ def test_a_list_of_runs_survives_what_comes_and_goes(tmp_path):
     (tmp_path / "one" / ".status.json.1.partial").symlink_to(tmp_path / "nowhere")
     (tmp_path / "one" / "law.metrics.jsonl").symlink_to(tmp_path / "nowhere")
     assert {path.name for path in list_runs(tmp_path)} == {"one", "two"}
+
+
+def test_a_training_goes_on_when_nobody_reads_what_it_says(base_folder, tmp_path):
+    """Such as `train 2>&1 | tee log` over a connection that is lost."""
+    process = start_training(base_folder, tmp_path, steps=20)
+    with process:
+        process.stderr.readline()
+        process.stderr.close()
+        process.stdout.read()
+        process.wait(timeout=DEADLINE)
+    assert (tmp_path / "store" / "plays" / "1" / "manifest.json").exists()
