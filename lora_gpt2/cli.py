@@ -49,6 +49,9 @@ COMMANDS = {
 
 NEAR = 0.75  # as alike as a typing error leaves two words
 COMPLETE = "_LORA_GPT2_COMPLETE"
+SPIN_COUNT = "3000"
+"""For how long a thread of PyTorch on a CPU (GNU OpenMP) looks for work before it sleeps. The library's own 300,000 gain
+one process nothing, but two that train at the same time then take each other's cores while they wait."""
 GLOBAL_OPTIONS = ("-v", "--verbose", "-q", "--quiet", "--debug")
 
 
@@ -138,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a Latin-1 terminal shows ? where it must
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # which is read when torch is imported
     sys.exit(run(arguments))
 
 

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from lora_gpt2 import __version__
+from lora_gpt2.cli import main
 from lora_gpt2.store.catalog import Store
 from tests.builders import make_text
 
@@ -28,6 +29,18 @@ TINY = [
     "train.sample_tokens=2",
 ]
 HOT = ["--set", "train.learning_rate=1e38", "--set", "train.max_grad_norm=0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_two_processes_do_not_take_each_others_cores_while_they_wait(monkeypatch, given, expected):
+    monkeypatch.setattr(os, "environ", {**os.environ, **given})
+    if "GOMP_SPINCOUNT" not in given:
+        os.environ.pop("GOMP_SPINCOUNT", None)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_from_text_to_adapter_to_text_to_figures(run, base_folder, text_file):
