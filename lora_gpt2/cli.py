@@ -50,8 +50,8 @@ COMMANDS = {
 NEAR = 0.75  # as alike as a typing error leaves two words
 COMPLETE = "_LORA_GPT2_COMPLETE"
 SPIN_COUNT = "3000"
-"""For how long a thread of PyTorch on a CPU (GNU OpenMP) looks for work before it sleeps. The library's own 300,000 gain
-one process nothing, but two that train at the same time then take each other's cores while they wait."""
+"""For how long a thread of PyTorch on a CPU (GNU OpenMP) looks for work before it sleeps. The library's own 300,000
+gain one process nothing, and of two that train at the same time each then holds cores that the other needs."""
 GLOBAL_OPTIONS = ("-v", "--verbose", "-q", "--quiet", "--debug")
 
 

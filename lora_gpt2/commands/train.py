@@ -189,7 +189,7 @@ def _train(
     fresh: bool,
 ) -> TrainReport:
     if ray:
-        from lora_gpt2.training.ray_cluster import train_on_ray
+        from lora_gpt2.training.ray_training import train_on_ray
 
         return train_on_ray(recipes, store, reporter, ray, resume=resume, fresh=fresh, num_slots=num_slots or 0)
     from lora_gpt2.training.run import train_recipes

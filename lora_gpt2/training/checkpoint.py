@@ -142,6 +142,14 @@ class RunFolder:
             for path in [*self.list_checkpoints(), *self.path.glob(".*.partial")]:  # those of attempts that were killed
                 path.unlink()
 
+    def close(self) -> None:
+        """Drops what resuming would need; metrics and status stay."""
+        with wrap_os_errors(f"write to {self.path}"):
+            for name in ("identity.json", "done.json"):
+                (self.path / name).unlink(missing_ok=True)
+            for path in self.list_checkpoints():
+                path.unlink()
+
     def read_published(self) -> list[str]:
         """Returns what a finished run published, or nothing if it is unfinished."""
         try:

@@ -14,17 +14,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 from torch import Tensor
 
-from lora_gpt2.recipe import Recipe
-from lora_gpt2.recipe_files import set_values
 from lora_gpt2.training.slot import TrainingSlot
+
+if TYPE_CHECKING:
+    from lora_gpt2.training.trainer import Trainer
 
 RECENCY = 8
 """The exponent of the averaging."""
+
+
+class Halving(Protocol):
+    """What stops the candidates of a trainer; a `SuccessiveHalving`, or a round of a larger one (`rounds.py`)."""
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The steps after which every candidate is validated."""
+
+    def count_remaining(self, slots: Sequence[TrainingSlot]) -> int:
+        """Returns the steps that all candidates together have left."""
+
+    def halve(self, trainer: Trainer) -> None:
+        """Stops, if there is a rung where the trainer is, the worse candidates."""
+
+    def choose(self, slots: Sequence[TrainingSlot]) -> int:
+        """Returns the slot that is published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +64,29 @@ class SuccessiveHalving:
         lengths = [end - start for start, end in zip([0, *self.rungs], ends, strict=True)]
         return sum((self.num_candidates >> index) * length for index, length in enumerate(lengths))
 
-    def stop_losers(self, step: int, slots: Sequence[TrainingSlot], measure: Callable[[int], float]) -> None:
-        """Stops, if there is a rung after `step` steps, the slots that are not among the better half.
+    def count_remaining(self, slots: Sequence[TrainingSlot]) -> int:
+        """Returns the steps that all candidates together have left, if all are as long as the longest."""
+        done = sum(slot.last_step for slot in slots)
+        return max(0, self.count_steps(max(slot.num_steps for slot in slots)) - done)
 
-        `measure` returns the validation loss of a slot's averaged weights.
+    def count_kept(self, rung: int) -> int:
+        """Returns how many candidates go on after a rung, by its index."""
+        return max(1, self.num_candidates >> (rung + 1))
+
+    def halve(self, trainer: Trainer) -> None:
+        """Stops, if there is a rung where the trainer is, the slots that are not among the better half."""
+        self.stop_losers(trainer.step, trainer.slots, trainer.measure_average)
+
+    def stop_losers(self, step: int, slots: Sequence[TrainingSlot], measure: Callable[[int], float]) -> None:
+        """Does so after `step` steps; `measure` returns the validation loss of a slot's averaged weights.
+
+        Twice is as good as once.
         """
         if step not in self.rungs:
             return
-        kept = max(1, self.num_candidates >> (self.rungs.index(step) + 1))
         running = [index for index, slot in enumerate(slots) if not slot.failure and not slot.stopped]
-        scores = {index: (slots[index].best_excess, min(slots[index].best_nll, measure(index))) for index in running}
-        for index in sorted(running, key=scores.__getitem__)[kept:]:
+        rates = {index: rate(slots[index], measure(index)) for index in running}
+        for index in sorted(running, key=rates.__getitem__)[self.count_kept(self.rungs.index(step)) :]:
             slots[index].stopped = True
 
     def choose(self, slots: Sequence[TrainingSlot]) -> int:
@@ -71,63 +100,10 @@ def average_weights(average: Tensor, weights: Tensor, step: int) -> None:
 
 
 def score(slot: TrainingSlot) -> tuple[float, float]:
-    """Returns what is compared, the lower the better: the excess over the budget of forgetting, then the loss."""
+    """Returns what is compared at the end, the lower the better: the excess over the budget of forgetting, the loss."""
     return slot.best_excess, slot.best_nll
 
 
-def list_candidates(recipe: Recipe, num_candidates: int) -> list[tuple[Recipe, dict[str, Any]]]:
-    """Returns candidates, the recipe itself first, each with the settings that it does not share with the recipe.
-
-    They are drawn from the grid of the recipe's `tune` section such that each value of a setting comes about equally
-    often. The same recipe gives the same candidates.
-    """
-    tune = recipe.tune
-    rate = recipe.train.learning_rate
-    axes: dict[str, list[Any]] = {
-        "learning_rate": list(tune.learning_rate_factors),
-        "lora.rank": list(tune.ranks),
-        "lora.targets": list(tune.targets),
-        "lora.dropout": list(tune.dropouts),
-        "train.steps": list(tune.step_fractions),
-    }
-    assert rate is not None
-    assert recipe.train.steps is not None
-    found: dict[str, tuple[Recipe, dict[str, Any]]] = {}
-    generator = np.random.default_rng(0)
-    own: dict[str, Any] = {"learning_rate": 1.0, "train.steps": 1.0}
-    columns = {key: _draw_evenly(values, 64 * num_candidates, generator) for key, values in axes.items()}
-    for row in [own, *(dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))]:
-        changes = {
-            "train.learning_rate": rate * row["learning_rate"],
-            "train.steps": max(1, round(recipe.train.steps * row["train.steps"])),
-            **{key: value for key, value in row.items() if key.startswith("lora.")},
-        }
-        if "lora.rank" in changes and changes["lora.rank"] != recipe.lora.rank:
-            changes |= {"lora.alpha": None, "lora.rank_pattern": {}}
-        candidate = _apply(recipe, changes)
-        different = {key: value for key, value in changes.items() if _get(recipe, key) != _get(candidate, key)}
-        found.setdefault(repr(sorted(different.items(), key=str)), (candidate, different))
-        if len(found) == num_candidates:
-            break
-    return list(found.values())
-
-
-def _draw_evenly(values: Sequence[Any], count: int, generator: np.random.Generator) -> list[Any]:
-    """Returns so many values, all of them in each run of `len(values)`, in random order."""
-    drawn = list[Any]()
-    while len(drawn) < count:
-        drawn += [values[index] for index in generator.permutation(len(values))]
-    return drawn[:count]
-
-
-def _apply(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    values = set_values(recipe.model_dump(), changes)
-    for key in (key for key, value in changes.items() if value is None):
-        section, _, name = key.partition(".")
-        values[section][name] = None
-    return Recipe.model_validate(values)
-
-
-def _get(recipe: Recipe, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(recipe, section), name)
+def rate(slot: TrainingSlot, average_nll: float) -> tuple[float, float]:
+    """Returns what is compared at a rung, where `average_nll` is the validation loss of the slot's averaged weights."""
+    return slot.best_excess, min(slot.best_nll, average_nll)

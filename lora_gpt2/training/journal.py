@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from lora_gpt2.training import progress
 from lora_gpt2.training.checkpoint import RunFolder
-from lora_gpt2.training.halving import SuccessiveHalving
+from lora_gpt2.training.halving import Halving
 from lora_gpt2.training.queue import DomainQueue
 from lora_gpt2.training.run_status import ALL
 from lora_gpt2.training.slot import TrainingSlot
@@ -27,7 +27,7 @@ def write_metrics(run: RunFolder | None, slots: Sequence[TrainingSlot], log: Log
 
 
 def write_states(
-    run: RunFolder | None, slots: Sequence[TrainingSlot], halving: SuccessiveHalving | None, queue: DomainQueue | None
+    run: RunFolder | None, slots: Sequence[TrainingSlot], halving: Halving | None, queue: DomainQueue | None
 ) -> None:
     """Says what each adapter is doing."""
     if run is not None:

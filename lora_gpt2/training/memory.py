@@ -60,18 +60,23 @@ class Memory:
 
 
 def estimate_memory(
-    config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime, waiting: Sequence[Recipe] = ()
+    config: GPT2Config,
+    recipes: Sequence[Recipe],
+    runtime: Runtime,
+    waiting: Sequence[Recipe] = (),
+    *,
+    averages: bool = False,
 ) -> Memory:
     """Returns the memory of training these recipes together on a base of this shape.
 
-    Their rows of the bank are as large as those which `waiting` for them need.
+    Their rows of the bank are as large as those which `waiting` for them need. `averages`: of weights are kept too.
     """
     settings, item, known = recipes[0].train, runtime.dtype.itemsize, [*recipes, *waiting]
     shapes = {recipe.lora.model_dump_json(): recipe.lora for recipe in known}
     ranks = merge_ranks(build_ranks(config, lora) for lora in shapes.values())
     parameters = len(recipes) * sum(r * sum(config.shape_of(target_of(site))) for site, r in ranks.items())
     copies = item if item != 4 else 0
-    buffers = BUFFERS + any(r.train.loraplus_lr_ratio > 1 for r in known)
+    buffers = BUFFERS + averages + any(r.train.loraplus_lr_ratio > 1 for r in known)
     buffers += any(plan.blocks or plan.frozen_rank for r in known for plan in plan_targets(config, r.lora))
     largest = (0, 0)
     for group in _iter_groups(recipes):
@@ -217,6 +222,15 @@ def list_concurrent(
         return choose(num_slots)
     fitting = [count for count in range(2, min(MOST_SLOTS, len(recipes)) + 1) if measure(choose(count)) <= budget]
     return choose(max(fitting, default=1))
+
+
+def count_fitting(config: GPT2Config, recipes: Sequence[Recipe], runtime: Runtime, budget: int) -> int:
+    """Returns how many of the candidates of a search can train at the same time within `budget` bytes, at least one."""
+    for count in range(len(recipes), 1, -1):
+        running = list_concurrent(config, recipes, runtime, budget, count)
+        if estimate_memory(config, running, runtime, recipes, averages=True).peak <= budget:
+            return count
+    return 1
 
 
 def fit_recipes(

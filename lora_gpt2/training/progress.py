@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.evaluation.perplexity import choose_window
 from lora_gpt2.model.base import Base
-from lora_gpt2.training.halving import SuccessiveHalving
+from lora_gpt2.training.halving import Halving
 from lora_gpt2.training.queue import DomainQueue
 from lora_gpt2.training.slot import TrainingSlot
 
@@ -28,21 +28,15 @@ def check_lengths(base: Base, slots: Sequence[TrainingSlot]) -> None:
         choose_window(base, slot.recipe.evaluate)
 
 
-def count_remaining_tokens(
-    slots: Sequence[TrainingSlot], halving: SuccessiveHalving | None, queue: DomainQueue | None
-) -> int:
+def count_remaining_tokens(slots: Sequence[TrainingSlot], halving: Halving | None, queue: DomainQueue | None) -> int:
     """Returns the tokens that go through the network until the end, if nothing but a rung stops a slot early."""
     if halving:
-        done = sum(slot.last_step for slot in slots)
-        steps = halving.count_steps(max(slot.num_steps for slot in slots))
-        return max(0, steps - done) * slots[0].tokens_per_step
+        return halving.count_remaining(slots) * slots[0].tokens_per_step
     all_slots = [*slots, *(queue.waiting if queue else ())]
     return sum((slot.num_steps - slot.last_step) * slot.tokens_per_step for slot in all_slots if not slot.stopped)
 
 
-def describe_progress(
-    slots: Sequence[TrainingSlot], halving: SuccessiveHalving | None, queue: DomainQueue | None
-) -> str:
+def describe_progress(slots: Sequence[TrainingSlot], halving: Halving | None, queue: DomainQueue | None) -> str:
     """Returns the last losses of the slots; of candidates, how many are left and the best of them."""
     if halving:
         best_nll = min(slot.best_nll for slot in slots)
@@ -59,7 +53,7 @@ def _describe_slot(slot: TrainingSlot) -> str:
 
 
 def describe_states(
-    slots: Sequence[TrainingSlot], halving: SuccessiveHalving | None, queue: DomainQueue | None
+    slots: Sequence[TrainingSlot], halving: Halving | None, queue: DomainQueue | None
 ) -> dict[str, tuple[str, str]]:
     """Returns what each adapter is doing, and a detail; see `run_status.States`."""
 

@@ -1,30 +1,38 @@
 """Training on other machines: what is sent to them, what comes back, and how one takes over from another.
 
-A task is the domains that one device trains. Their text goes there as prepared blocks; adapters come back whole and are
-published by the driver alone, so that no file system is shared. With each checkpoint the task's folder comes back too:
-where a machine is lost, another one goes on from there. Nothing here knows Ray; see `ray_cluster.py`.
+A task is what one device trains: domains, or a group of candidates. Text goes there as prepared blocks; adapters come
+back whole and are published by the driver alone, so that no file system is shared. With each checkpoint the task's
+folder comes back too: where a machine is lost, another one goes on from there. Nothing here knows Ray.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.core.errors import CorruptError, Interrupted, LoraGpt2Error
+from lora_gpt2.core.dirs import find_cache_dir
+from lora_gpt2.core.errors import ConflictError, CorruptError, Interrupted, LoraGpt2Error, UsageError
+from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.manifest import CARD, MANIFEST, parse_manifest
+from lora_gpt2.store.manifest import CARD, MANIFEST, WEIGHTS, parse_manifest
 from lora_gpt2.store.version import verify_hashes
 from lora_gpt2.training.checkpoint import open_run_folder
 from lora_gpt2.training.events import TrainingEvent
-from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.grouped_search import GroupTask
+from lora_gpt2.training.rounds import Outcome, run_group
+from lora_gpt2.training.run import join_names, train_recipes
 
+CACHE, STATE = "LORA_GPT2_CACHE", "state"
 Files = dict[str, bytes]
 
 
@@ -32,7 +40,7 @@ Files = dict[str, bytes]
 class RemoteTask:
     """Domains that train on one device: their recipes, and the number of slots they take turns in (0: what fits).
 
-    `key` names the task in its run, and the folder that it works in.
+    `key` names the task in its run.
     """
 
     key: str
@@ -40,50 +48,46 @@ class RemoteTask:
     num_slots: int
 
 
-class Mailbox(Protocol):
-    """Where a task leaves what the driver is to have."""
+class Mailbox:
+    """Where tasks leave what the driver is to have, in a process beside it; what they go on from is in a folder."""
 
-    def find_state(self, key: str) -> Files | None:
-        """Returns the files of the last folder that a task left, None if it has not begun."""
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._delivered = list[Files]()
+        self._tokens = dict[str, int]()
+
+    def find_state(self, key: str) -> Files:
+        """Returns the files of the last folder that a task left, none if it has not begun."""
+        found = self._list(key)
+        return read_folder(found[-1] / STATE) if found else {}
 
     def keep_state(self, key: str, state: Files) -> None:
-        """Replaces the files of a task's folder."""
+        """Replaces the files of a task's folder, as a whole; drops them if there are none."""
+        before = self._list(key)
+        if state:
+            partial = self.folder / f".{key}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            write_folder(state, partial)
+            number = int(before[-1].suffix[1:]) + 1 if before else 0
+            partial.rename(self.folder / f"{key}.{number:09d}")
+        for folder in before:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _list(self, key: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{key}.*"))
 
     def deliver(self, files: Files) -> None:
         """Leaves the files of a version to be published."""
+        self._delivered.append(files)
 
-    def report(self, key: str, tokens: int) -> None:
-        """Says how many tokens a task has trained on."""
+    def report(self, tokens: Mapping[str, int]) -> None:
+        """Says how many tokens adapters have been trained on, padding included."""
+        self._tokens |= tokens
 
-
-@dataclass
-class LocalMailbox:
-    """A mailbox in this process."""
-
-    states: dict[str, Files] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    delivered: list[Files] = field(default_factory=list)
-
-    def find_state(self, key: str) -> Files | None:
-        """See `Mailbox`."""
-        return self.states.get(key)
-
-    def keep_state(self, key: str, state: Files) -> None:
-        """See `Mailbox`."""
-        self.states[key] = state
-
-    def deliver(self, files: Files) -> None:
-        """See `Mailbox`."""
-        self.delivered.append(files)
-
-    def report(self, key: str, tokens: int) -> None:
-        """See `Mailbox`."""
-        self.tokens[key] = tokens
-
-    def collect(self) -> tuple[list[Files], int]:
-        """Returns the versions that were delivered since the last call, and the tokens of all tasks."""
-        delivered, self.delivered = self.delivered, []
-        return delivered, sum(self.tokens.values())
+    def collect(self) -> tuple[list[Files], dict[str, int]]:
+        """Returns the versions that were delivered since the last call, and the tokens by adapter."""
+        delivered, self._delivered = self._delivered, []
+        return delivered, dict(self._tokens)
 
 
 def read_folder(folder: Path) -> Files:
@@ -109,37 +113,77 @@ def run_task(task: RemoteTask, prepared: Sequence[Files], mailbox: Mailbox) -> s
     `prepared` has the files of each domain's text. What is wrong with one domain does not stop the others. Raises
     `Interrupted` where this machine is told to stop: the task is to go on elsewhere.
     """
-    work = Path(tempfile.gettempdir()) / f"lora-gpt2-{task.key}"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    if state := mailbox.find_state(task.key):
-        write_folder(state, work)
-    texts = {r.name: write_folder(text, work / "text") for r, text in zip(task.recipes, prepared, strict=True)}
-    shipper = _Shipper(task.key, work / "state", mailbox)
-    before = os.environ.get("LORA_GPT2_CACHE")
-    os.environ["LORA_GPT2_CACHE"] = str(work / "state" / "cache")
-    _move_run(open_run_folder(shipper.store.root, [recipe.name for recipe in task.recipes]).path)
-    options: dict[str, Any] = {"callbacks": [shipper], "num_slots": task.num_slots, "texts": texts}
-    try:
-        train_recipes(task.recipes, shipper.store, SilentReporter(), resume=True, **options)
-    except Interrupted:  # of this machine, not of the run
-        raise
-    except LoraGpt2Error as error:
-        mailbox.keep_state(task.key, {})
-        return error.message.partition("; published: ")[0]
-    else:
-        mailbox.keep_state(task.key, {})
+    with _open_workplace(task.key, task.recipes, prepared, mailbox) as (store, options):
+        try:
+            train_recipes(task.recipes, store, SilentReporter(), num_slots=task.num_slots, **options)
+        except Interrupted:  # of this machine, not of the run
+            raise
+        except LoraGpt2Error as error:
+            return error.message.partition("; published: ")[0]
         return ""
-    finally:
-        shipper.deliver_new()
-        os.environ.pop("LORA_GPT2_CACHE")
-        if before is not None:
-            os.environ["LORA_GPT2_CACHE"] = before
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def run_remote_group(key: str, task: GroupTask, prepared: Files, mailbox: Mailbox) -> Outcome | str:
+    """Trains a group of a search for a round; `prepared` has the files of the text.
+
+    Returns as a text what went wrong. Raises `Interrupted` where this machine is told to stop.
+    """
+    with _open_workplace(key, task.recipes, [prepared], mailbox) as (store, options):
+        try:
+            return run_group(task.recipes, task.group, store, SilentReporter(), **options)
+        except Interrupted:
+            raise
+        except LoraGpt2Error as error:
+            return error.message
+
+
+@contextmanager
+def _open_workplace(
+    key: str, recipes: Sequence[Recipe], prepared: Sequence[Files], mailbox: Mailbox
+) -> Iterator[tuple[Store, dict[str, Any]]]:
+    """Yields a store on this machine and the options of `train_recipes`, to go on where the task left off.
+
+    Texts are those of the recipes, or one for all. What the store has at the end is delivered.
+    """
+    with _open_folder() as work:
+        if state := mailbox.find_state(key):
+            write_folder(state, work)
+        folders = [write_folder(text, work / "text" / str(index)) for index, text in enumerate(prepared)]
+        texts = {r.name: folders[index % len(folders)] for index, r in enumerate(recipes)}
+        shipper = _Shipper(key, work / STATE, mailbox)
+        before = os.environ.get(CACHE)
+        os.environ[CACHE] = str(work / STATE / "cache")
+        try:
+            _move_run(open_run_folder(shipper.store.root, [recipe.name for recipe in recipes]).path)
+            yield shipper.store, {"callbacks": [shipper], "texts": texts, "resume": True}
+        finally:
+            shipper.deliver_new()
+            os.environ.pop(CACHE)
+            if before is not None:
+                os.environ[CACHE] = before
+
+
+@contextmanager
+def _open_folder() -> Iterator[Path]:
+    """Yields a folder to work in; removes it, and those of tasks that were killed on this machine."""
+    parent, host = find_cache_dir() / "tasks", re.sub(r"\W", "-", platform.node())
+    for lock in parent.glob(f"{host}.*.lock"):
+        with suppress(ConflictError, OSError), hold_lock(lock, "a task"):
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
+    work = parent / f"{host}.{uuid.uuid4().hex}"
+    lock = work.with_name(f"{work.name}.lock")
+    with hold_lock(lock, "a task", wait_seconds=10):  # while another one looks at it
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _move_run(expected: Path) -> None:
-    """Gives the run that came from another machine the folder that it has here, where the temporary folder differs."""
+    """Gives the run that came from another machine the folder that it has here, where paths differ."""
     for found in expected.parent.glob("*"):
         if found != expected:
             found.rename(expected)
@@ -151,15 +195,14 @@ class _Shipper:
     def __init__(self, key: str, state: Path, mailbox: Mailbox) -> None:
         self.key, self.state, self.mailbox = key, state, mailbox
         self.store = Store(state / "store")
-        self._delivered, self._tokens = set[str](), dict[str, int]()
+        self._delivered = set[str]()
         self._kept: list[tuple[str, int]] = []
 
     def __call__(self, event: TrainingEvent) -> None:
-        self._tokens[event.adapter] = event.tokens
         if event.kind == "checkpoint":
             self._keep()
         elif event.kind in ("step", "end"):
-            self.mailbox.report(self.key, sum(self._tokens.values()))
+            self.mailbox.report({event.adapter: event.step * event.slot.tokens_per_step})
 
     def _keep(self) -> None:
         """Leaves the folder, once for a checkpoint: each adapter of it is an event."""
@@ -179,12 +222,38 @@ class _Shipper:
             self._delivered.add(name)
 
 
-def publish_delivered(store: Store, files: Files) -> str:
+def check_sendable(recipes: Sequence[Recipe]) -> None:
+    """Raises `UsageError` for recipes that need more on another machine than their text."""
+    if named := [recipe.name for recipe in recipes if recipe.train.replay or recipe.train.trackers]:
+        raise UsageError(
+            f"{join_names(named)}: --ray does not send the files of train.replay, nor back those of train.trackers",
+            "leave them out, or train here without --ray",
+        )
+    if continued := [recipe.name for recipe in recipes if recipe.lora.init_from]:
+        raise UsageError(
+            f"{join_names(continued)}: --ray does not continue adapters, which are in the store of this machine",
+            "leave --from out, or train them here without --ray",
+        )
+
+
+def name_base(recipe: Recipe) -> Recipe:
+    """Returns the recipe with its base as other machines find it: a folder by its whole path."""
+    base = str(Path(recipe.base).absolute()) if Path(recipe.base).is_dir() else recipe.base
+    return recipe.model_copy(update={"base": base})
+
+
+def publish_delivered(store: Store, files: Files, *, once: bool = False) -> str:
     """Publishes a version that came back, as the next one of its adapter; returns its reference.
+
+    With `once`, it may be there already, because a driver was killed before it could note that.
 
     Raises `CorruptError` if it is not what was published there.
     """
     manifest = parse_manifest(files[MANIFEST])
+    if once and manifest.name in store.list_names():
+        newest = store.read_manifest(manifest.name)
+        if newest.files[WEIGHTS] == manifest.files[WEIGHTS]:
+            return newest.reference
     verify_hashes(files, manifest, manifest.reference)
     content = {name: data for name, data in files.items() if name not in (MANIFEST, CARD)}
     return store.add_version(manifest.name, content, lambda version: replace(manifest, version=version)).reference

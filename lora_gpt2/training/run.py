@@ -40,7 +40,7 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.events import Callback
-from lora_gpt2.training.halving import SuccessiveHalving
+from lora_gpt2.training.halving import Halving
 from lora_gpt2.training.memory import list_concurrent, measure_budget, wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.progress import describe_failures
@@ -84,7 +84,7 @@ def train_recipes(
     resume: bool = False,
     fresh: bool = False,
     callbacks: Sequence[Callback] = (),
-    halving: SuccessiveHalving | None = None,
+    halving: Halving | None = None,
     conclude: Conclude | None = None,
     num_slots: int | None = None,
     texts: Mapping[str, Path] = MappingProxyType({}),
@@ -140,7 +140,7 @@ class _Options:
 
     resume: bool
     callbacks: Sequence[Callback]
-    halving: SuccessiveHalving | None
+    halving: Halving | None
     conclude: Conclude | None
     num_slots: int | None
     texts: Mapping[str, Path]
@@ -332,9 +332,7 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     return True
 
 
-def _describe_run(
-    base: Base, slots: Sequence[TrainingSlot], store: Store, halving: SuccessiveHalving | None
-) -> dict[str, Any]:
+def _describe_run(base: Base, slots: Sequence[TrainingSlot], store: Store, halving: Halving | None) -> dict[str, Any]:
     """Returns what those who watch a run are told of it."""
     return {
         "kind": "tune" if halving else "train",

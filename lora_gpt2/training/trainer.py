@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import TrainingDiverged
+from lora_gpt2.core.errors import Interrupted, TrainingDiverged
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
@@ -29,7 +29,7 @@ from lora_gpt2.training import progress
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.dispatch import StepDispatcher, StepResult
 from lora_gpt2.training.events import Callback, EventKind, describe_event
-from lora_gpt2.training.halving import SuccessiveHalving, average_weights
+from lora_gpt2.training.halving import Halving, average_weights
 from lora_gpt2.training.journal import mark_stop_requests, write_metrics, write_states
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
@@ -77,7 +77,7 @@ class Trainer:
         sampler: Callable[[Base, TrainingSlot, Adapter], str] | None = None,
         open_start: Callable[[TrainingSlot], Adapter | None] = lambda slot: None,
         replay: Replay | None = None,
-        halving: SuccessiveHalving | None = None,
+        halving: Halving | None = None,
         queue: DomainQueue | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -120,7 +120,7 @@ class Trainer:
 
         Raises:
             TrainingDiverged: no slot is left whose loss and gradient are finite; the last checkpoint is kept.
-            Interrupted: a signal came; a checkpoint of the last whole step is kept.
+            Interrupted: a signal came, or the round of a search is over; a checkpoint of the last whole step is kept.
         """
         remaining = progress.count_remaining_tokens(self.slots, self.halving, self.queue)
         if self.step == 0:
@@ -172,7 +172,7 @@ class Trainer:
         if self.halving:
             average_weights(self.average, self.bank.flat, self.step)
 
-    def _measure_average(self, slot_id: int) -> float:
+    def measure_average(self, slot_id: int) -> float:
         """Returns the validation loss of a slot's averaged weights, in nats per target."""
         kept = self.bank.flat[slot_id].clone()
         self.bank.write(slot_id, self.average[slot_id])
@@ -198,7 +198,18 @@ class Trainer:
                 changed = True
         if changed:
             self.save_checkpoint()
+        self._halve()
         return [slot_id for slot_id, slot in enumerate(self.slots) if slot.is_active]
+
+    def _halve(self) -> None:
+        """Stops the worse candidates of a search, if this is a rung; keeps a checkpoint where that ends the round."""
+        if self.halving is None:
+            return
+        try:
+            self.halving.halve(self)
+        except Interrupted:
+            self.save_checkpoint()
+            raise
 
     def _load_fresh(self, slot_ids: Iterable[int]) -> None:
         """Gives rows of the bank to the domains that have them now."""
@@ -240,8 +251,6 @@ class Trainer:
                 self._validate(slot_id)
         if self.callbacks:
             self._apply_stop_requests(due)  # asked for when a validation was reported
-        if self.halving and is_rung:
-            self.halving.stop_losers(self.step, self.slots, self._measure_average)
 
     def _apply_stop_requests(self, active: Sequence[int]) -> list[int]:
         """Marks the slots that a callback wants to end as stopped, in every process alike; returns them."""

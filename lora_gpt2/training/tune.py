@@ -1,55 +1,38 @@
-"""The settings of one adapter, searched for in one run: many candidates, one pass over the base, one publication."""
+"""The settings of one adapter, searched for among many candidates, of which the best is published."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import check_name
-from lora_gpt2.data.prepared import prepare_data
-from lora_gpt2.evaluation.general import measure_general
-from lora_gpt2.evaluation.perplexity import to_perplexity
-from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.session import Session
+from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.training.halving import SuccessiveHalving, list_candidates, score
-from lora_gpt2.training.plan import measure_speed, read_shape
+from lora_gpt2.training.candidates import (
+    CandidateReport,
+    Search,
+    build_page,
+    describe_candidate,
+    list_candidates,
+    read_candidates,
+)
+from lora_gpt2.training.checkpoint import open_run_folder
+from lora_gpt2.training.grouped_search import Devices, ThisDevice, divide, is_in_groups, search_in_groups
+from lora_gpt2.training.halving import SuccessiveHalving, score
 from lora_gpt2.training.publish import AdapterReport
-from lora_gpt2.training.run import resolve_learning_rate, train_recipes
+from lora_gpt2.training.run import TrainReport, resolve_learning_rate, train_recipes
 from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.start import inherit_shape
 from lora_gpt2.training.trainer import Trainer
 
-CANDIDATES = "candidates.json"
 STEPS_SHARE = 0.7
 """Share of a time budget for steps; validation, and steps of few candidates, which share less, take the rest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CandidateReport:
-    """One candidate of a search.
-
-    Args:
-        settings: those in which it differs from the recipe, by dotted key.
-        steps: number of steps it trained for.
-        validation_perplexity: the best on the validation tokens of the run, on which candidates are compared.
-        general_perplexity: on general English, of the same weights; None if it diverged.
-        divergence: from the base on held-out general text, where `train.forget` is set.
-        is_best: True for the one that was published.
-    """
-
-    settings: dict[str, Any]
-    steps: int
-    validation_perplexity: float
-    general_perplexity: float | None
-    divergence: float | None
-    is_best: bool
+LEDGER = "search.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +50,26 @@ def tune(
     *,
     num_candidates: int = 8,
     budget_seconds: float | None = None,
+    num_slots: int = 0,
+    ray: str = "",
     resume: bool = False,
     fresh: bool = False,
 ) -> TuneReport:
-    """Trains candidates of a recipe together, halves them by validation loss, and publishes the best.
+    """Trains candidates of a recipe, halves them by validation loss, and publishes the best.
 
-    Test text is measured on once, with the best. `budget_seconds` decides the number of steps instead of the recipe.
+    Test text is measured on once, with the best.
+
+    Args:
+        recipe: the first candidate; its section `tune` has the grid of the others.
+        store: where the best is published.
+        reporter: shows progress.
+        num_candidates: the recipe included.
+        budget_seconds: decides the number of steps instead of the recipe.
+        num_slots: candidates that a device trains at a time, 0 for as many as fit into its memory; the others wait
+            between two rungs.
+        ray: address of a Ray cluster over whose devices the candidates are divided; see `core.ray_cluster.connect`.
+        resume: go on with an interrupted search.
+        fresh: set it aside.
 
     Raises what `train_recipes` does.
     """
@@ -80,72 +77,67 @@ def tune(
         raise UsageError("a search needs at least two candidates", "use --candidates 8, or train")
     check_name(recipe.name)
     recipe = inherit_shape(recipe, store)
-    config, _ = read_shape(recipe)
-    recipe = resolve_learning_rate(recipe, config.n_embd)
-    data = prepare_data(recipe.data, Checkpoint.open(recipe.base).load_tokenizer(), reporter)
+    checkpoint = Checkpoint.open(recipe.base)
+    recipe = resolve_learning_rate(recipe, checkpoint.config.n_embd)
+    data = prepare_data(recipe.data, checkpoint.load_tokenizer(), reporter)
     steps = TrainingSlot(recipe=recipe, data=data).num_steps
-    if budget_seconds is not None:
-        steps = _fit_steps(recipe, num_candidates, budget_seconds, reporter)
-    candidates = list_candidates(_with_steps(recipe, steps), num_candidates)
-    longest = max(candidate.train.steps or 0 for candidate, _ in candidates)
-    halving = SuccessiveHalving.build(len(candidates), longest)
-    recipes = [
-        _prepare_candidate(candidate, f"{recipe.name[:56]}.{index}", settings)
-        for index, (candidate, settings) in enumerate(candidates)
-    ]
-    reporter.message(f"{len(recipes)} candidates, up to {longest} steps; halved after {_join(halving.rungs)} steps")
+    with _open_devices(ray, store, reporter, recipe, data, resume=resume) as devices:
+        candidates = [candidate for candidate, _ in list_candidates(_with_steps(recipe, steps), num_candidates)]
+        size = num_slots or devices.count_slots(candidates)
+        if budget_seconds is not None:
+            steps = _fit_steps(candidates, size, budget_seconds, devices)
+        search = Search.build(_with_steps(recipe, steps), num_candidates)
+        rungs = ", ".join(map(str, search.halving.rungs))
+        count = len(search.names)
+        reporter.message(f"{count} candidates, up to {search.num_steps} steps; halved after {rungs} steps")
+        is_together = not fresh and bool(open_run_folder(store.root, search.names).find_last_step())
+        in_groups = not fresh and is_in_groups(search, store, resume=resume)
+        if not ray and (is_together or (size >= count and not in_groups)):
+            report = _search_together(search, store, reporter, resume=resume, fresh=fresh)
+        else:
+            report = search_in_groups(search, store, devices, reporter, size, resume=resume, fresh=fresh)
+    (adapter,) = report.adapters
+    return TuneReport(adapter=adapter, candidates=read_candidates(store, str(adapter)))
+
+
+@contextmanager
+def _open_devices(
+    address: str, store: Store, reporter: Reporter, recipe: Recipe, data: PreparedData, *, resume: bool
+) -> Iterator[Devices]:
+    """Yields the devices of a cluster, or the one here without an address."""
+    if not address:
+        yield ThisDevice(store=store, reporter=reporter)
+        return
+    from lora_gpt2.training.ray_search import open_ray_devices
+
+    with open_ray_devices(address, store, reporter, recipe, data, resume=resume) as devices:
+        yield devices
+
+
+def _search_together(search: Search, store: Store, reporter: Reporter, *, resume: bool, fresh: bool) -> TrainReport:
+    """Trains all candidates in one run."""
 
     def conclude(trainer: Trainer, best: int) -> dict[str, bytes]:
         slots = trainer.slots
-        slots[best].recipe = slots[best].recipe.model_copy(
-            update={"name": recipe.name, "description": recipe.description}
-        )
+        slots[best].recipe = search.rename(slots[best].recipe)
         order = sorted(range(len(slots)), key=lambda index: (bool(slots[index].failure), score(slots[index])))
-        table = [_describe(trainer, index, candidates[index][1], index == best) for index in order]
-        return {CANDIDATES: (json.dumps([asdict(item) for item in table], indent=1) + "\n").encode()}
+        settings = [settings for _, settings in search.candidates]
+        return build_page([describe_candidate(trainer, k, settings[k], is_best=k == best) for k in order])
 
-    report = train_recipes(recipes, store, reporter, resume=resume, fresh=fresh, halving=halving, conclude=conclude)
-    (adapter,) = report.adapters
-    with store.open(str(adapter)) as version:
-        found = json.loads(version.read_file(CANDIDATES))
-    return TuneReport(adapter=adapter, candidates=[CandidateReport(**item) for item in found])
-
-
-def _join(rungs: Sequence[int]) -> str:
-    return ", ".join(map(str, rungs))
+    return train_recipes(
+        search.recipes, store, reporter, resume=resume, fresh=fresh, halving=search.halving, conclude=conclude
+    )
 
 
 def _with_steps(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
 
 
-def _prepare_candidate(recipe: Recipe, name: str, settings: dict[str, Any]) -> Recipe:
-    train = recipe.train.model_copy(update={"sample_tokens": 0})
-    description = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return recipe.model_copy(update={"name": name, "train": train, "description": description})
-
-
-def _fit_steps(recipe: Recipe, num_candidates: int, budget_seconds: float, reporter: Reporter) -> int:
+def _fit_steps(candidates: list[Recipe], size: int, budget_seconds: float, devices: Devices) -> int:
     """Returns the steps of the longest candidate such that the whole search takes about this long."""
-    candidates = [candidate for candidate, _ in list_candidates(_with_steps(recipe, 64), num_candidates)]
-    _, runtime = read_shape(recipe)
-    speed = measure_speed(candidates, runtime, reporter)
+    groups = divide([recipe.model_copy(update={"name": str(k)}) for k, recipe in enumerate(candidates)], size)
+    speed = devices.measure_speed([candidates[int(name)] for name in groups[0]])
+    speed *= min(len(groups), devices.num_devices)
     work = SuccessiveHalving.build(len(candidates), 2**16).count_steps(2**16) / 2**16
-    step_tokens = recipe.blocks_per_step * recipe.data.block_size
+    step_tokens = candidates[0].blocks_per_step * candidates[0].data.block_size
     return max(len(candidates), int(STEPS_SHARE * budget_seconds * speed / (work * step_tokens)))
-
-
-def _describe(trainer: Trainer, index: int, settings: dict[str, Any], is_best: bool) -> CandidateReport:
-    slot, general = trainer.slots[index], None
-    if not slot.failure:
-        session = Session(trainer.base)
-        session.load_in_memory({slot.name: trainer.read_best(index)})
-        general = measure_general(trainer.base, session.select(Mix.single(slot.name))).perplexity
-    return CandidateReport(
-        settings=settings,
-        steps=slot.last_step,
-        validation_perplexity=to_perplexity(slot.best_nll),
-        general_perplexity=general,
-        divergence=slot.best_divergence,
-        is_best=is_best,
-    )

@@ -8,7 +8,7 @@ import torch
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, InterruptedRunError, MismatchError, ResourceError, UsageError
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.training.ray_cluster import train_on_ray
+from lora_gpt2.training.ray_training import train_on_ray
 from lora_gpt2.training.run import train_recipes
 from tests.builders import make_text
 from tests.unit.training.test_trainer import make_recipe

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,16 @@ import torch
 from safetensors.torch import load
 
 from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.core.errors import Interrupted, TrainingDiverged, UsageError
+from lora_gpt2.core.errors import Interrupted, InterruptedRunError, MismatchError, TrainingDiverged, UsageError
 from lora_gpt2.recipe import BLOCKS
 from lora_gpt2.recipe_files import set_values
-from lora_gpt2.training.halving import SuccessiveHalving, average_weights, list_candidates
+from lora_gpt2.training.candidates import CANDIDATES, list_candidates
+from lora_gpt2.training.halving import SuccessiveHalving, average_weights
+from lora_gpt2.training.memory import count_fitting, estimate_memory
+from lora_gpt2.training.plan import read_shape
 from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.trainer import Trainer
-from lora_gpt2.training.tune import CANDIDATES, tune
+from lora_gpt2.training.tune import tune
 from lora_gpt2.training.validation import HeldOutLosses
 from tests.unit.training.test_trainer import make_recipe, weights_of
 
@@ -118,10 +122,69 @@ def test_a_search_that_was_interrupted_goes_on_and_is_not_repeated(
     assert store.list_versions("law") == [1]
 
 
+def test_a_search_in_groups_is_the_same_search(base_folder, text_file, store, reporter, monkeypatch):
+    recipe = make_search(base_folder, text_file, **{"tune.dropouts": [0.0, 0.2]})
+    whole = tune(recipe.model_copy(update={"name": "whole"}), store, reporter, num_candidates=7)
+    tested = []
+    measure = HeldOutLosses.measure_test
+    monkeypatch.setattr(HeldOutLosses, "measure_test", lambda self, *a: tested.append(a[0]) or measure(self, *a))
+    grouped = tune(recipe.model_copy(update={"name": "grouped"}), store, reporter, num_candidates=7, num_slots=3)
+    assert len(tested) == 1
+    assert [c.settings for c in grouped.candidates] == [c.settings for c in whole.candidates]
+    assert [c.steps for c in grouped.candidates] == [c.steps for c in whole.candidates]
+    for one, other in zip(grouped.candidates, whole.candidates, strict=True):
+        assert one.validation_perplexity == pytest.approx(other.validation_perplexity, rel=1e-5)
+        assert one.general_perplexity == pytest.approx(other.general_perplexity, rel=1e-4)
+    one, other = (load(weights_of(store, name)) for name in ("grouped", "whole"))
+    assert all(torch.allclose(one[key], tensor, atol=2e-5) for key, tensor in other.items())
+    again = tune(recipe.model_copy(update={"name": "grouped"}), store, reporter, num_candidates=7, resume=True)
+    assert (again, store.list_versions("grouped")) == (grouped, [1])
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 11])
+def test_a_search_in_groups_goes_on_wherever_it_was_killed(step, base_folder, text_file, store, reporter, monkeypatch):
+    recipe = make_search(base_folder, text_file, **{"train.checkpoint_every": 2})
+    search = partial(tune, recipe, store, reporter, num_candidates=5, num_slots=2)
+    whole = tune(recipe.model_copy(update={"name": "whole"}), store, reporter, num_candidates=5, num_slots=2)
+    advance, seen = Trainer._advance, []
+
+    def lose(self, active):
+        advance(self, active)
+        seen.append(self.step)
+        if seen.count(step) == 2 or (step == 11 and self.step == step):
+            raise KeyboardInterrupt  # nothing is saved
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "_advance", lose)
+        search()
+    with pytest.raises(InterruptedRunError, match="interrupted search"):
+        search()
+    with pytest.raises(MismatchError):
+        other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 3})})
+        tune(other, store, reporter, num_candidates=5, num_slots=2, resume=True)
+    resumed = search(resume=True)
+    assert resumed.candidates == whole.candidates
+    assert weights_of(store, "law") == weights_of(store, "whole")
+    assert store.list_versions("law") == [1]
+
+
+def test_candidates_that_do_not_fit_into_memory_take_turns(base_folder, text_file, store, reporter, monkeypatch):
+    recipe = make_search(base_folder, text_file)
+    config, runtime = read_shape(recipe)
+    candidates = [candidate for candidate, _ in list_candidates(recipe, 4)]
+    sizes = [count_fitting(config, candidates, runtime, budget) for budget in (10**10, 0)]
+    assert sizes == [4, 1]
+    needed = estimate_memory(config, candidates[:2], runtime, candidates, averages=True).peak
+    assert 1 <= count_fitting(config, candidates, runtime, needed - 1) < 4
+    monkeypatch.setattr("lora_gpt2.training.grouped_search.measure_budget", lambda device: 0)
+    assert str(tune(recipe, store, reporter, num_candidates=3).adapter) == "law@1"
+
+
 def test_candidates_that_diverge_lose_and_nothing_is_published_if_all_do(base_folder, text_file, store, reporter):
     hot = {"train.max_grad_norm": 0.0, "tune.learning_rate_factors": [1.0, 1e2], "train.learning_rate": 1e36}
-    with pytest.raises(TrainingDiverged):
-        tune(make_search(base_folder, text_file, **hot), store, reporter, num_candidates=4)
+    for slots in (0, 2):
+        with pytest.raises(TrainingDiverged):
+            tune(make_search(base_folder, text_file, **hot), store, reporter, num_candidates=4, num_slots=slots)
     assert store.list_names() == []
     hot |= {"tune.learning_rate_factors": [1e-38, 1.0], "tune.ranks": [2]}
     recipe = make_search(base_folder, text_file, **hot)

@@ -1,0 +1,165 @@
+"""A search over the devices of a Ray cluster: a group of candidates for each, compared at each rung."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora_gpt2.core.console import Reporter, SilentReporter
+from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.core.interrupt import StopRequest, catch_signals
+from lora_gpt2.core.ray_cluster import Actor, RayCluster, TaskLost, connect
+from lora_gpt2.data.prepared import PreparedData
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.training.checkpoint import open_run_folder
+from lora_gpt2.training.grouped_search import GroupTask
+from lora_gpt2.training.memory import MOST_SLOTS
+from lora_gpt2.training.plan import measure_speed, read_shape
+from lora_gpt2.training.publish import report_published
+from lora_gpt2.training.remote import (
+    Files,
+    Mailbox,
+    check_sendable,
+    name_base,
+    publish_delivered,
+    read_folder,
+    run_remote_group,
+)
+from lora_gpt2.training.rounds import Outcome
+from lora_gpt2.training.run import TrainReport
+
+
+@dataclass(kw_only=True)
+class RayDevices:
+    """The devices of a cluster, as `grouped_search` uses them; see `Devices`.
+
+    Args:
+        cluster: where they are.
+        mailbox: has the states of the groups, which outlive a machine.
+        text: stands for the files of the prepared text.
+        store, reporter: of the driver.
+        stop: whether the driver was told to stop.
+        is_resumed: an interrupted search may have published already.
+    """
+
+    cluster: RayCluster
+    mailbox: Actor
+    text: Any
+    store: Store
+    reporter: Reporter
+    stop: StopRequest
+    is_resumed: bool
+    kind: str = "on Ray"
+    _tokens: dict[str, int] = field(default_factory=dict)
+    _delivered: list[Files] = field(default_factory=list)
+
+    @property
+    def num_devices(self) -> int:
+        """See `Devices`."""
+        return self.cluster.num_devices
+
+    def count_slots(self, recipes: Sequence[Recipe]) -> int:
+        """Returns the share of each device, at most as many as gain from training together."""
+        return min(MOST_SLOTS, -(-len(recipes) // self.num_devices))
+
+    def measure_speed(self, recipes: Sequence[Recipe]) -> float:
+        """See `Devices`."""
+        calls = {"": [[name_base(recipe) for recipe in recipes]]}
+        ((_, speed),) = self.cluster.run(_measure_in_ray, calls, lambda: self.stop.raise_if_asked("nothing began"))
+        if isinstance(speed, TaskLost):
+            raise ResourceError(speed.reason, "give the number of steps (train.steps) instead of a budget")
+        return float(speed)
+
+    def run(self, tasks: Sequence[GroupTask]) -> Iterator[Outcome]:
+        """See `Devices`; the groups train at the same time."""
+        calls = {key: [key, self._send(task), self.mailbox, self.text] for key, task in _name_tasks(tasks).items()}
+        title = "training on Ray" if self._count_tokens(tasks) else "measuring on Ray"
+        with self.reporter.task(title, self._count_tokens(tasks), "tokens") as progress:
+
+            def collect() -> None:
+                self.stop.raise_if_asked("the last checkpoints are kept; --resume goes on")
+                before = sum(self._tokens.values())
+                delivered, self._tokens = self.mailbox.collect()
+                self._delivered += delivered
+                progress.advance(sum(self._tokens.values()) - before)
+
+            for _, result in self.cluster.run(_run_in_ray, calls, collect):
+                if isinstance(result, TaskLost):
+                    raise ResourceError(result.reason, "--resume goes on")
+                if isinstance(result, str):
+                    raise ResourceError(result, "--resume goes on")
+                yield self._publish(result) if result.report else result
+
+    def begin(self, groups: Sequence[Sequence[str]]) -> None:
+        """See `Devices`."""
+        self.end(groups)
+
+    def end(self, groups: Sequence[Sequence[str]]) -> None:
+        """See `Devices`."""
+        for names in groups:
+            self.mailbox.keep_state(_find_key(names), {})
+
+    def _count_tokens(self, tasks: Sequence[GroupTask]) -> int:
+        """Returns the tokens that the candidates have left in their round."""
+        total = 0
+        for task in tasks:
+            for recipe in task.recipes:
+                if task.group.until is not None and recipe.name in task.group.survivors:
+                    end = min(task.group.until, recipe.train.steps or 0)
+                    tokens = end * recipe.blocks_per_step * recipe.data.block_size
+                    total += max(0, tokens - self._tokens.get(recipe.name, 0))
+        return total
+
+    def _send(self, task: GroupTask) -> GroupTask:
+        return replace(task, recipes=[name_base(recipe) for recipe in task.recipes])
+
+    def _publish(self, outcome: Outcome) -> Outcome:
+        reference = publish_delivered(self.store, self._delivered[-1], once=self.is_resumed)
+        return replace(outcome, report=TrainReport(adapters=[report_published(self.store, reference)]))
+
+
+@contextmanager
+def open_ray_devices(
+    address: str, store: Store, reporter: Reporter, recipe: Recipe, data: PreparedData, *, resume: bool
+) -> Iterator[RayDevices]:
+    """Yields the devices of the cluster at an address, to search for the settings of a recipe on its prepared text.
+
+    Raises what `connect` does, and `UsageError` for a recipe that needs more than its text.
+    """
+    check_sendable([recipe])
+    store.check_writable()
+    with connect(address) as cluster, catch_signals() as stop:  # Ray has a handler of its own for SIGTERM
+        states = open_run_folder(store.root, [recipe.name, "search on Ray"]).path
+        mailbox = cluster.start_actor(Mailbox, states)
+        reporter.message(f"{cluster.num_devices} devices on {cluster.num_nodes} nodes")
+        yield RayDevices(
+            cluster=cluster,
+            mailbox=mailbox,
+            text=cluster.put(read_folder(data.path)),
+            store=store,
+            reporter=reporter,
+            stop=stop,
+            is_resumed=resume,
+        )
+
+
+def _name_tasks(tasks: Sequence[GroupTask]) -> dict[str, GroupTask]:
+    return {_find_key(task.names): task for task in tasks}
+
+
+def _find_key(names: Sequence[str]) -> str:
+    """Returns the key of a group, which it has in every round."""
+    return fingerprint_json(sorted(names))[:16]
+
+
+def _run_in_ray(key: str, task: GroupTask, mailbox: Mailbox, text: Files) -> Outcome | str:
+    """Runs on a machine of the cluster; returns what is wrong with the group as a text."""
+    return run_remote_group(key, task, text, mailbox)
+
+
+def _measure_in_ray(recipes: Sequence[Recipe]) -> float:
+    return measure_speed(recipes, read_shape(recipes[0])[1], SilentReporter())

@@ -1,0 +1,231 @@
+"""Many domains over the machines of a Ray cluster: a task of a few of them for each device.
+
+The driver reads the text, sends it, and alone publishes what comes back. Where a machine is lost, its task goes on
+elsewhere from the checkpoint that it left in the mailbox, which is in a folder of the driver's machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import (
+    DataError,
+    InterruptedRunError,
+    LoraGpt2Error,
+    MismatchError,
+    ResourceError,
+    TrainingDiverged,
+    UsageError,
+)
+from lora_gpt2.core.files import wrap_os_errors, write_atomic
+from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.locks import hold_lock
+from lora_gpt2.core.names import check_name
+from lora_gpt2.core.ray_cluster import TaskLost, check_address, connect
+from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.model.checkpoint import Checkpoint
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.manifest import MANIFEST, parse_manifest
+from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
+from lora_gpt2.training.memory import MOST_SLOTS
+from lora_gpt2.training.publish import report_published
+from lora_gpt2.training.queue import order_domains
+from lora_gpt2.training.remote import (
+    Files,
+    Mailbox,
+    RemoteTask,
+    check_sendable,
+    name_base,
+    publish_delivered,
+    read_folder,
+    run_task,
+)
+from lora_gpt2.training.run import TrainReport, join_names, resolve_learning_rate
+from lora_gpt2.training.slot import TrainingSlot, check_together
+
+LEDGER = "published.json"
+
+
+@dataclass(kw_only=True)
+class _Driver:
+    """The driver's side of a run, which can be killed too: what is published is in a ledger, the rest in `states`."""
+
+    store: Store
+    run: RunFolder
+    reporter: Reporter
+    recipes: str
+    is_resumed: bool
+    published: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def states(self) -> Path:
+        """The folder of the mailbox."""
+        return self.run.path / "states"
+
+    def read_ledger(self) -> None:
+        """Takes over what an interrupted run published."""
+        path = self.run.path / LEDGER
+        if not path.exists():
+            return
+        found = json.loads(path.read_bytes())
+        if self.is_resumed and found["recipes"] != self.recipes:
+            raise MismatchError("the run to resume had other settings", "restore these, or use --fresh")
+        self.published = found["published"]
+
+    def write_ledger(self) -> None:
+        """Notes what is published; what was there without a name is set aside with the run."""
+        with wrap_os_errors(f"write to {self.run.path}"):
+            content = {"recipes": self.recipes, "published": self.published}
+            write_atomic(self.run.path / LEDGER, json.dumps(content).encode())
+
+    def publish(self, files: Files) -> None:
+        """Publishes an adapter that came back, unless a machine that was lost had sent it already."""
+        name = parse_manifest(files[MANIFEST]).name
+        if name in self.published:
+            return
+        self.published[name] = publish_delivered(self.store, files, once=self.is_resumed)
+        self.write_ledger()
+        report = report_published(self.store, self.published[name])
+        before, after = report.base_perplexity, report.validation_perplexity
+        self.reporter.message(f"{report}: perplexity {before:.2f} -> {after:.2f} after {report.steps} steps")
+
+
+def train_on_ray(
+    recipes: Sequence[Recipe],
+    store: Store,
+    reporter: Reporter,
+    address: str,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    num_slots: int = 0,
+) -> TrainReport:
+    """Trains one adapter per recipe on the machines of a Ray cluster, and publishes each when it comes back.
+
+    Args:
+        recipes: of one base, which each machine finds by the same name: `nano`, a hub id, or a folder there.
+        store: of this machine alone.
+        reporter: receives the progress of all tasks.
+        address: of a cluster that this machine is part of; `auto` for the one that runs here, `local` for this machine.
+        resume: leave out what an interrupted run has published.
+        fresh: train everything anew.
+        num_slots: adapters that a device trains at a time; 0 for as many as fit into its memory.
+
+    Raises:
+        UsageError: names are missing or the same, the recipes do not share a base, or one continues an adapter.
+        MismatchError: the run to resume had other settings.
+        InterruptedRunError: an interrupted run is there, and neither `resume` nor `fresh` says what becomes of it.
+        ResourceError: Ray is not installed, there is no such cluster, or a task was lost too often; the others go on.
+        TrainingDiverged, DataError: an adapter failed; the others are published.
+        Interrupted: what has come back is published.
+    """
+    names = [check_name(recipe.name) for recipe in recipes]
+    _check(recipes, names, address)
+    run = open_run_folder(store.root, [*names, "on Ray"])
+    made_of = fingerprint_json([recipe.model_dump(mode="json") for recipe in recipes])
+    driver = _Driver(store=store, run=run, reporter=reporter, recipes=made_of, is_resumed=resume)
+    store.check_writable()
+    with wrap_os_errors(f"keep the run in {driver.run.path} (see LORA_GPT2_CACHE)"):
+        driver.run.path.mkdir(parents=True, exist_ok=True)
+    with hold_lock(driver.run.lock, f"the run of {join_names(names)}"):
+        driver.read_ledger()
+        is_kept = bool(driver.published) or any(driver.states.glob("*"))
+        if is_kept and not (resume or fresh):
+            raise InterruptedRunError(
+                f"an interrupted run of {join_names(names)} is kept, {len(driver.published)} are published",
+                "--resume continues it, --fresh starts over",
+            )
+        if not resume:
+            driver.published = {}
+            shutil.rmtree(driver.states, ignore_errors=True)
+        driver.write_ledger()
+        slots, failures = _read_texts(recipes, reporter)
+        if any(slot.name not in driver.published for slot in slots):
+            failures |= _train(driver, slots, address, num_slots)
+        references = [driver.published[name] for name in sorted(driver.published)]
+        if failures:
+            message = "; ".join(dict.fromkeys(failures.values()))
+            is_text = all("no usable text" in failure for failure in failures.values())
+            kind = TrainingDiverged if "diverged" in message else DataError if is_text else ResourceError
+            raise kind(f"{message}; published: {join_names(references)}", "fix these, and train them with --resume")
+        (driver.run.path / LEDGER).unlink()
+        shutil.rmtree(driver.states, ignore_errors=True)
+    return TrainReport(adapters=[report_published(store, reference) for reference in references])
+
+
+def _check(recipes: Sequence[Recipe], names: Sequence[str], address: str) -> None:
+    if len(set(names)) < len(names):
+        raise UsageError(f"two recipes have the same name: {', '.join(names)}", "give each its own name")
+    check_together(recipes)
+    check_address(address)
+    check_sendable(recipes)
+
+
+def _read_texts(recipes: Sequence[Recipe], reporter: Reporter) -> tuple[list[TrainingSlot], dict[str, str]]:
+    """Returns the domains with their text, and by name why a text cannot be read."""
+    slots, failures = list[TrainingSlot](), dict[str, str]()
+    checkpoint = Checkpoint.open(recipes[0].base) if recipes else None
+    for recipe in recipes:
+        assert checkpoint is not None
+        try:
+            data = prepare_data(recipe.data, checkpoint.load_tokenizer(), reporter)
+        except LoraGpt2Error as error:
+            failures[recipe.name] = f"'{recipe.name}' has no usable text: {error.message}"
+            reporter.message(f"{recipe.name} is left out: {error.message}")
+        else:
+            known = resolve_learning_rate(name_base(recipe), checkpoint.config.n_embd)
+            slots.append(TrainingSlot(recipe=known, data=data))
+    return order_domains(slots), failures
+
+
+def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slots: int) -> dict[str, str]:
+    """Runs the tasks, and publishes what they deliver; returns what failed, by the first domain of the task."""
+    size = num_slots or MOST_SLOTS
+    chunks = [slots[start : start + size] for start in range(0, len(slots), size)]
+    waiting = [chunk for chunk in chunks if not {slot.name for slot in chunk} <= driver.published.keys()]
+    total = sum(slot.num_steps * slot.tokens_per_step for chunk in waiting for slot in chunk)
+    failures, keys = dict[str, str](), {chunk[0].name: _find_key(chunk) for chunk in waiting}
+    with connect(address) as cluster, catch_signals() as stop:  # Ray has a handler of its own for SIGTERM
+        mailbox = cluster.start_actor(Mailbox, driver.states)
+        calls = {}
+        for chunk in waiting:
+            name = chunk[0].name
+            task = RemoteTask(key=keys[name], recipes=[slot.recipe for slot in chunk], num_slots=num_slots)
+            calls[name] = [task, mailbox, *(cluster.put(read_folder(slot.data.path)) for slot in chunk)]
+        driver.reporter.message(f"{sum(map(len, waiting))} adapters in {len(calls)} tasks on {cluster.num_nodes} nodes")
+        with driver.reporter.task("training on Ray", total, "tokens") as progress:
+            shown = 0
+
+            def collect() -> None:
+                nonlocal shown
+                stop.raise_if_asked(f"{len(driver.published)} adapters are published; --resume goes on")
+                delivered, tokens = mailbox.collect()
+                for files in delivered:
+                    driver.publish(files)
+                progress.advance(sum(tokens.values()) - shown)
+                shown = sum(tokens.values())
+
+            for name, result in cluster.run(_run_in_ray, calls, collect):
+                failure = result.reason if isinstance(result, TaskLost) else result
+                failures |= {name: failure} if failure else {}
+                if not isinstance(result, TaskLost):
+                    mailbox.keep_state(keys[name], {})
+    return failures
+
+
+def _find_key(chunk: Sequence[TrainingSlot]) -> str:
+    """Returns the key of a task, which is the same when the run goes on."""
+    return fingerprint_json([slot.name for slot in chunk])[:16]
+
+
+def _run_in_ray(task: RemoteTask, mailbox: Any, *prepared: Files) -> str:
+    """Runs on a machine of the cluster."""
+    return run_task(task, prepared, mailbox)
