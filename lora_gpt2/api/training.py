@@ -17,6 +17,7 @@ from lora_gpt2.recipe_files import EVERYDAY, name_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.publish import AdapterReport
+from lora_gpt2.training.ray_training import train_on_ray
 from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.tune import TuneReport
 from lora_gpt2.training.tune import tune as search
@@ -133,6 +134,7 @@ def train_together(
     fresh: bool = False,
     progress: bool = True,
     slots: int | None = None,
+    ray: str | None = None,
     **everyday: Any,
 ) -> dict[str, AdapterReport]:
     """Trains several adapters in one pass over the base, which costs hardly more than one of them.
@@ -148,6 +150,7 @@ def train_together(
         progress: show it.
         slots: how many are trained at a time, 0 for as many as memory has room for; each is published when it is done,
             and its slot taken by the next. None trains all of them together.
+        ray: address of a Ray cluster over whose devices they are divided: `auto`, `local` or `host:port`.
         everyday: `epochs`, `rank`, …
 
     Returns:
@@ -160,7 +163,15 @@ def train_together(
         make_recipe(settings, "train", everyday, {"base": base, **_name_parts(texts, name, None, None)})
         for name, texts in data.items()
     ]
-    found = _train_recipes(recipes, store, callbacks, resume, fresh, progress, num_slots=slots)
+    if ray is not None:
+        if callbacks:
+            raise UsageError("callbacks are not called from other machines", "leave them out, or train without ray")
+        named, reporter = [name_recipe(recipe) for recipe in recipes], choose_reporter(progress)
+        found = train_on_ray(
+            named, Store.find(store), reporter, ray, resume=resume, fresh=fresh, num_slots=slots or 0
+        ).adapters
+    else:
+        found = _train_recipes(recipes, store, callbacks, resume, fresh, progress, num_slots=slots)
     return {report.name: report for report in found}
 
 
@@ -172,6 +183,8 @@ def tune(
     init_from: str | Path | None = None,
     candidates: int = 8,
     seconds: float | None = None,
+    slots: int | None = None,
+    ray: str | None = None,
     validation: Data = None,
     test: Data = None,
     settings: Settings = None,
@@ -191,6 +204,8 @@ def tune(
         candidates: how many settings are tried; the first are those given here, the others come from the section
             `tune` of the settings.
         seconds: time for the whole search; it decides the number of steps.
+        slots: candidates that a device trains at a time; by default as many as fit into its memory.
+        ray: address of a Ray cluster over whose devices the candidates are divided: `auto`, `local` or `host:port`.
         validation: text on which candidates are compared; by default a fraction is held out.
         test: text that is measured once, with the best.
         settings: any other setting.
@@ -213,6 +228,8 @@ def tune(
         choose_reporter(progress),
         num_candidates=candidates,
         budget_seconds=seconds,
+        num_slots=slots or 0,
+        ray=ray or "",
         resume=resume,
         fresh=fresh,
     )

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 @base_option
 @from_option
 @click.option("--candidates", type=click.IntRange(2, 256), default=8, show_default=True, help="Number of candidates.")
+@click.option("--slots", type=click.IntRange(1, 256), help="Candidates at a time on a device; else as memory allows.")
+@click.option("--ray", metavar="ADDRESS", help="Search on the devices of a Ray cluster: auto, local, or its address.")
 @click.option("--budget", metavar="TIME", help="Time for the whole search, such as 10min; it decides the steps.")
 @setting_options("train")
 @set_option
@@ -56,6 +58,8 @@ def command(
     base: str | None,
     init_from: str | None,
     candidates: int,
+    slots: int | None,
+    ray: str | None,
     budget: str | None,
     flags: dict[str, Any],
     overrides: tuple[str, ...],
@@ -67,17 +71,21 @@ def command(
     """Search for the settings of one adapter in one run, by successive halving on validation text.
 
     The recipe's own settings are the first candidate; the others are drawn from its section tune. The best one is
-    published, with the table of all; test text is measured on once.
+    published, with the table of all; test text is measured on once. Candidates that do not fit into memory together
+    take turns.
 
     \b
     Examples:
       lora-gpt2 tune law.jsonl
       lora-gpt2 tune law.jsonl --candidates 16 --budget 10min
+      lora-gpt2 tune law.jsonl --candidates 32 --ray auto   over the machines of a Ray cluster
       lora-gpt2 tune law.yaml --set tune.ranks=[4,16,64] --forget 0.1
     """
     chosen = list_items(items, data, name)
     if len(chosen) > 1:
         raise UsageError("a search is for one adapter at a time", "name one recipe, or text without labels")
+    if ray and run.watch:
+        raise UsageError("--ray cannot be combined with --watch", "leave one of them out")
     seconds = None if budget is None else parse_seconds(budget, "--budget")
     own = {**flags, "base": base, "data.skip_bad": skip_bad or None, "lora.init_from": init_from}
     item = chosen[0]
@@ -91,6 +99,8 @@ def command(
             reporter,
             num_candidates=candidates,
             budget_seconds=seconds,
+            num_slots=slots or 0,
+            ray=ray or "",
             resume=run.resume,
             fresh=run.fresh,
         )

@@ -1,15 +1,19 @@
 """Training over two machines of a Ray cluster, one of which is lost on the way: slow, Ray takes seconds to start."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, InterruptedRunError, MismatchError, ResourceError, UsageError
+from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe_files import set_values
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.ray_training import train_on_ray
 from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.tune import tune
 from tests.builders import make_text
 from tests.unit.training.test_trainer import make_recipe
 
@@ -117,6 +121,46 @@ def test_a_driver_goes_on_and_says_what_failed(recipes, cluster, store, tmp_path
         train_on_ray(other, store, SilentReporter(), cluster.address, resume=True)
     report = train_on_ray(recipes, store, SilentReporter(), cluster.address, resume=True)
     assert [str(item) for item in report.adapters] == ["d0@1", "d1@1", "d2@1", "d3@1"]
+
+
+def test_a_search_over_two_machines_is_the_search_on_one_though_one_is_lost(
+    recipes, cluster, store, reporter, tmp_path, capsys
+):
+    first = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    grid = {"tune.targets": [["mlp.c_fc"]], "lora.targets": ["mlp.c_fc"], "tune.ranks": [2, 3, 4]}
+    recipe = Recipe.model_validate(set_values(recipes[0].model_dump(exclude_unset=True), grid))
+    began = time.monotonic()
+
+    def lose():
+        with capsys.disabled():
+            print(f"\n{time.monotonic() - began:5.1f} s: a node is killed")
+        cluster.remove_node(first, allow_graceful=False)
+
+    watching = Watching(0.4, lose)
+    report = tune(recipe, store, watching, num_candidates=6, ray=cluster.address)
+    with capsys.disabled():
+        print(*watching.messages, f"{time.monotonic() - began:5.1f} s: done", sep="\n")
+    assert watching.action is None, "the node was killed"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = Store(tmp_path / "alone")
+        whole = tune(recipe, alone, reporter, num_candidates=6)
+        grouped = tune(recipe.model_copy(update={"name": "d9"}), alone, reporter, num_candidates=6, num_slots=3)
+    finally:
+        torch.set_num_threads(threads)
+    found, expected = (  # tests have another general text, machines have the real one
+        [replace(each, general_perplexity=None) for each in item.candidates] for item in (report, grouped)
+    )
+    assert found == expected
+    assert read_weights(store, "d0") == read_weights(alone, "d9")
+    assert [each.settings for each in report.candidates] == [each.settings for each in whole.candidates]
+    assert str(report.adapter) == str(whole.adapter) == "d0@1"
+    assert tune(recipe, store, reporter, num_candidates=6, ray=cluster.address, resume=True) == report
+    with pytest.raises(MismatchError, match="was on Ray"):
+        tune(recipe, store, reporter, num_candidates=6, num_slots=3, resume=True)
 
 
 def test_what_cannot_be_done_is_said_before_anything_begins(recipes, store, reporter):
