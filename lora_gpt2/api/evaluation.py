@@ -24,6 +24,7 @@ def evaluate(
     protocol: str | None = None,
     profile: str | None = None,
     general: bool = True,
+    ray: str | None = None,
     settings: Settings = None,
     store: str | Path | None = None,
     progress: bool = True,
@@ -40,6 +41,7 @@ def evaluate(
         protocol: `document` (the default) or `stream`.
         profile: how texts are cleaned first; `prose` is the default, `raw` leaves them as they are.
         general: also measure general English, to show what was forgotten.
+        ray: address of a Ray cluster on whose devices to measure: `auto`, `local` or `host:port`.
         settings: any other setting.
         store: folder of the store; default `$LORA_GPT2_STORE` or `./adapters`.
         progress: show it.
@@ -63,4 +65,4 @@ def evaluate(
         path = to_source(texts)
         wanted = [LabelledSource(path if isinstance(texts, str | Path) else "text", path)]
     found = read_texts(wanted, kept, recipe, reporter)
-    return evaluate_texts(found, specs, kept, recipe, reporter, general=general)
+    return evaluate_texts(found, specs, kept, recipe, reporter, general=general, ray=ray or "")

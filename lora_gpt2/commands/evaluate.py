@@ -41,6 +41,7 @@ file_type = click.Path(path_type=Path, dir_okay=False)
     metavar="N",
     help="Also continue N documents of each source, and measure how that reads.",
 )
+@click.option("--ray", metavar="ADDRESS", help="Measure on the devices of a Ray cluster: auto, local, or its address.")
 @click.option("--fail-above", multiple=True, metavar="[SOURCE=]PPL", help="End with 9 if an adapter is above.")
 @click.option("--baseline", type=file_type, metavar="FILE", help="End with 9 if worse than this earlier --json.")
 @click.option(
@@ -62,6 +63,7 @@ def command(
     plot: Path | None,
     html: Path | None,
     num_texts: int | None,
+    ray: str | None,
     fail_above: tuple[str, ...],
     baseline: Path | None,
     tolerance: float,
@@ -83,6 +85,7 @@ def command(
       lora-gpt2 evaluate law=law.jsonl --adapter law --json > before.json
       lora-gpt2 evaluate law=law.jsonl --adapter law --baseline before.json --fail-above law=40
       lora-gpt2 evaluate mine --adapter mine --generate 20
+      lora-gpt2 evaluate law=law.jsonl --adapter all --ray auto   over the machines of a Ray cluster
       lora-gpt2 evaluate test.txt --set evaluate.window=256 --set evaluate.stride=128
     """
     check_picture(plot)
@@ -100,7 +103,15 @@ def command(
     read_manifests(store, adapters)
     texts = read_texts(wanted, store, settings, reporter)
     evaluation = evaluate_texts(
-        texts, adapters, store, settings, reporter, general=general, num_texts=num_texts or 0, keep=keep
+        texts,
+        adapters,
+        store,
+        settings,
+        reporter,
+        general=general,
+        num_texts=num_texts or 0,
+        keep=keep,
+        ray=ray or "",
     )
     result = evaluation.to_json()
     _write_pages(evaluation, plot, html)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lora_gpt2.core.errors import Interrupted, ResourceError, UsageError
+from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, ResourceError, UsageError
 
 MAX_RETRIES = 8  # lost machines that a task survives
 POLL_SECONDS, CONNECT_SECONDS = 0.5, 10.0
@@ -47,7 +47,7 @@ class Actor:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskLost:
-    """The result of a function that was lost too often, or raised; `reason` is one line."""
+    """The result of a function that was lost too often, or has a bug; `reason` is one line."""
 
     reason: str
 
@@ -85,7 +85,7 @@ class RayCluster:
         """Calls a function with each of the argument lists; yields keys and results (or `TaskLost`) as they come.
 
         `on_poll` is called about twice a second, and after results have come and before they are yielded. A function
-        that raises `Interrupted`, because its machine stops, is called again.
+        that raises `Interrupted`, because its machine stops, is called again; any other `LoraGpt2Error` is raised here.
         """
         options = {"max_retries": MAX_RETRIES, "retry_exceptions": [Interrupted], **self._device}
         start = self.library.remote(**options)(function)  # a worker of a GPU ends with its task, and frees its memory
@@ -99,6 +99,10 @@ class RayCluster:
     def _read_result(self, reference: Any) -> Any:
         try:
             return self.library.get(reference)
+        except self.library.exceptions.RayTaskError as error:
+            if isinstance(error.cause, LoraGpt2Error):
+                raise error.cause from error
+            return TaskLost(reason=f"a task failed: {_last_line(error)}")
         except self.library.exceptions.RayError as error:
             return TaskLost(reason=f"a task was lost: {_last_line(error)}")
 

@@ -141,10 +141,20 @@ def measure_matrix(
     select = together or (lambda choices: one_each[choices[0]]([0] * len(choices)))
     with reporter.task("measuring", windows.forward_tokens * len(adapters), "tokens") as task:
         scores = windows.measure(select, len(adapters), can_mix=together is not None, on_tokens=task.advance)
+    return build_cells(list(adapters), sources, scores, sketches or {})
+
+
+def build_cells(
+    adapters: Sequence[str],
+    sources: Sequence[EvaluationText],
+    scores: Sequence[Sequence[Score]],
+    sketches: Mapping[str, TextSketch],
+) -> list[Cell]:
+    """Returns the cells of scores `[adapters][sources]`, source by source; see `measure_matrix`."""
     cells = []
     for column, source in enumerate(sources):
         by_adapter = {name: row[column] for name, row in zip(adapters, scores, strict=True)}
-        cells += _compare(source, by_adapter, sketches or {})
+        cells += _compare(source, by_adapter, sketches)
     return cells
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.model.base import Base
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.probe import AdapterSelector, select_base
 from lora_gpt2.model.runtime import as_float64, choose_float64_device
@@ -110,9 +111,9 @@ def iter_stream_windows(length: int, window: int, stride: int) -> Iterator[Windo
             break
 
 
-def choose_window(base: Base, settings: EvaluateSettings) -> tuple[int, int]:
+def choose_window(config: GPT2Config, settings: EvaluateSettings) -> tuple[int, int]:
     """Returns window and stride in tokens; raises `UsageError` if they do not fit the base or each other."""
-    context = base.config.n_positions
+    context = config.n_positions
     window = settings.window or context
     stride = settings.stride or max(1, window // 2)
     if window > context or stride > window or window < 2:
@@ -158,7 +159,7 @@ class ScoringWindows:
         self.base, self.settings, self.transfer = base, settings, Transfer(base.runtime.device)
         self.texts: list[list[str]] = []
         self.windows: list[_ScoringWindow] = []
-        window, stride = choose_window(base, settings)
+        window, stride = choose_window(base.config, settings)
         for source in sources:
             before = len(self.windows)
             self._add(source, window, stride)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.names import is_name
@@ -16,14 +17,24 @@ from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.evaluation.general import GENERAL, add_general
 from lora_gpt2.evaluation.held_out import list_differences, read_own_text, read_sketch
-from lora_gpt2.evaluation.matrix import Cell, EvaluationText, LabelledSource, measure_matrix, read_sources
+from lora_gpt2.evaluation.matrix import (
+    Cell,
+    EvaluationText,
+    LabelledSource,
+    build_cells,
+    measure_matrix,
+    read_sources,
+)
+from lora_gpt2.evaluation.on_ray import ScoringTask, score_on_ray
 from lora_gpt2.evaluation.perplexity import choose_window, measure_perplexity
 from lora_gpt2.evaluation.quality import GenerationTask, Quality, build_task, measure_quality
 from lora_gpt2.evaluation.report import build_figure, build_matrix_page, draw_matrix, format_matrix
 from lora_gpt2.inference.generate import build_writer
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.open import open_session
+from lora_gpt2.inference.open import find_base_name, list_mixes, open_session
 from lora_gpt2.inference.session import Session
+from lora_gpt2.model.checkpoint import Checkpoint, name_everywhere
+from lora_gpt2.model.stored_weights import fingerprint_base
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
@@ -103,6 +114,7 @@ def evaluate_texts(
     general: bool = True,
     num_texts: int = 0,
     keep: bool = False,
+    ray: str = "",
 ) -> Evaluation:
     """Measures adapters, mixes and the base on texts.
 
@@ -115,27 +127,35 @@ def evaluate_texts(
         general: also measure general English.
         num_texts: number of documents of each text to continue and to judge; 0 = none.
         keep: keep the figures with the adapters, for their cards.
+        ray: address of a Ray cluster on whose devices to measure; see `core.ray_cluster.connect`.
 
     Raises:
         NotFoundError: there is no such adapter.
         UsageError: window and stride do not fit the base.
     """
-    session, mixes = open_session(store, adapters, recipe, recipe.evaluate.dtype)
-    window, stride = choose_window(session.base, recipe.evaluate)
-    tasks = [build_task(text, session.base.tokenizer, num_texts) for text in texts] if num_texts else []
-    cells, forgetting = measure_cells(session, mixes, texts, recipe, reporter, general=general)
+    if ray and num_texts:
+        raise UsageError("texts are generated on this machine alone", "leave --ray or --generate out")
+    if ray:
+        measured = _measure_on_ray(texts, adapters, store, recipe, reporter, general=general, address=ray)
+        session, tasks = None, []
+    else:
+        session, mixes = open_session(store, adapters, recipe, recipe.evaluate.dtype)
+        tasks = [build_task(text, session.base.tokenizer, num_texts) for text in texts] if num_texts else []
+        measured = _measure_here(session, mixes, texts, recipe, reporter, general=general)
+    split = len(measured.rows) if measured.has_general else 0
+    cells, forgetting = measured.cells[split:], measured.cells[:split]
     evaluation = Evaluation(
         cells=cells,
         forgetting=forgetting,
-        base=session.base.name,
+        base=measured.base,
         protocol=recipe.evaluate.protocol,
-        window=window,
-        stride=stride,
-        dtype=session.base.runtime.dtype_name,
-        generation=_judge_texts(session, mixes, tasks, recipe, reporter) if tasks else [],
+        window=measured.window,
+        stride=measured.stride,
+        dtype=measured.dtype,
+        generation=_judge_texts(session, measured.rows, tasks, recipe, reporter) if session and tasks else [],
     )
     how = evaluation.to_json() | {"dtype": evaluation.dtype}
-    alone = [mix.references[0] for mix in mixes if mix == Mix.single(str(mix))]
+    alone = [mix.references[0] for mix in measured.rows if mix == Mix.single(str(mix))]
     for line in list_differences(store, alone, texts, cells, how):
         reporter.message(line)
     if keep:
@@ -164,7 +184,32 @@ def read_texts(
     return read_sources(sources, recipe.data, reporter, find_held_out)
 
 
-def measure_cells(
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """The cells of some rows, those of general English first if there are any, and how they were measured."""
+
+    rows: list[Mix]
+    cells: list[Cell]
+    has_general: bool
+    base: str
+    window: int
+    stride: int
+    dtype: str
+
+
+def _choose_texts(
+    rows: Sequence[Mix], texts: Sequence[EvaluationText], general: bool
+) -> tuple[Sequence[EvaluationText], bool]:
+    """Returns what to measure, and whether general English was added: that says what adapters, if any, forgot."""
+    has_general = general and len(rows) > 1 and GENERAL not in [text.label for text in texts]
+    return (add_general(texts) if has_general else texts), has_general
+
+
+def _list_rows(mixes: Sequence[Mix]) -> list[Mix]:
+    return list(dict.fromkeys([Mix(), *mixes]))
+
+
+def _measure_here(
     session: Session,
     mixes: Sequence[Mix],
     texts: Sequence[EvaluationText],
@@ -172,22 +217,49 @@ def measure_cells(
     reporter: Reporter,
     *,
     general: bool,
-) -> tuple[list[Cell], list[Cell]]:
-    """Returns the cells of the base and of mixes, and those on general English, where there are mixes."""
-    rows = list(dict.fromkeys([Mix(), *mixes]))
+) -> _Measured:
+    rows = _list_rows(mixes)
+    window, stride = choose_window(session.base.config, recipe.evaluate)
     session.load([reference for mix in rows for reference in mix.references])
-    wants_general = general and len(rows) > 1 and GENERAL not in [text.label for text in texts]
+    measured, has_general = _choose_texts(rows, texts, general)
     cells = measure_matrix(
         session.base,
         {str(mix): session.select(mix) for mix in rows},
-        add_general(texts) if wants_general else texts,
+        measured,
         recipe.evaluate,
         reporter,
         together=session.select(*rows),
         sketches=read_mix_sketches(session.store, rows),
     )
-    split = len(rows) if wants_general else 0
-    return cells[split:], cells[:split]
+    base, dtype = session.base.name, session.base.runtime.dtype_name
+    return _Measured(
+        rows=rows, cells=cells, has_general=has_general, base=base, window=window, stride=stride, dtype=dtype
+    )
+
+
+def _measure_on_ray(
+    texts: Sequence[EvaluationText],
+    adapters: Sequence[str],
+    store: Store,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    general: bool,
+    address: str,
+) -> _Measured:
+    base = name_everywhere(find_base_name(store, adapters, recipe))
+    checkpoint = Checkpoint.open(base)
+    window, stride = choose_window(checkpoint.config, recipe.evaluate)
+    fingerprint = fingerprint_base(checkpoint)
+    rows = _list_rows(list_mixes(store, adapters, fingerprint))
+    measured, has_general = _choose_texts(rows, texts, general)
+    task = ScoringTask(base=base, fingerprint=fingerprint, mixes=rows, settings=recipe.evaluate)
+    documents = [text.documents for text in measured]
+    scores, dtype = score_on_ray(address, task, documents, store, reporter)
+    cells = build_cells([str(mix) for mix in rows], measured, scores, read_mix_sketches(store, rows))
+    return _Measured(
+        rows=rows, cells=cells, has_general=has_general, base=base, window=window, stride=stride, dtype=dtype
+    )
 
 
 def read_mix_sketches(store: Store | None, mixes: Sequence[Mix]) -> dict[str, TextSketch]:
@@ -211,7 +283,7 @@ def _judge_texts(
     def judge(name: str, texts: Sequence[Document]) -> float:
         return measure_perplexity(session.base, texts, recipe.evaluate, session.select(Mix.parse(name))).perplexity
 
-    names = [str(mix) for mix in dict.fromkeys([Mix(), *mixes])]
+    names = [str(mix) for mix in mixes]
     with catch_signals() as stop:
         write = build_writer(session, reporter, stop)
         found = [measure_quality(task, name, recipe.generate, write, judge) for task in tasks for name in names]

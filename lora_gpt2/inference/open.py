@@ -20,22 +20,33 @@ from lora_gpt2.store.references import BASE
 
 
 def open_session(store: Store, adapters: Sequence[str], recipe: Recipe, dtype: str) -> tuple[Session, list[Mix]]:
-    """Returns a session and the mixes that are meant; `all` is every adapter of this base, then the base.
+    """Returns a session and the mixes that are meant; see `find_base_name` and `list_mixes`.
 
-    The base is the recipe's where it was set, else that of the first adapter's manifest, else the default. That every
-    adapter is there is checked before the base is loaded.
+    That every adapter is there is checked before the base is loaded.
     """
-    manifests = read_manifests(store, adapters)
-    known = bool(manifests) and "base" not in recipe.model_fields_set
-    base = load_for_inference(manifests[0].base.name if known else recipe.base, dtype)
+    base = load_for_inference(find_base_name(store, adapters, recipe), dtype)
+    session = Session(base, store, prefix_bytes=recipe.generate.prefix_cache_bytes)
+    return session, list_mixes(store, adapters, base.fingerprint)
+
+
+def list_mixes(store: Store, adapters: Sequence[str], fingerprint: str) -> list[Mix]:
+    """Returns the mixes that are meant; `all` is every adapter of the base with this fingerprint, then the base."""
     if ALL in adapters:
         adapters = [
-            *(manifest.name for manifest in store.list_for_base(base.fingerprint)),
+            *(manifest.name for manifest in store.list_for_base(fingerprint)),
             *(spec for spec in adapters if spec not in (ALL, BASE)),
             BASE,
         ]
-    session = Session(base, store, prefix_bytes=recipe.generate.prefix_cache_bytes)
-    return session, list(dict.fromkeys(map(Mix.parse, adapters)))
+    return list(dict.fromkeys(map(Mix.parse, adapters)))
+
+
+def find_base_name(store: Store, adapters: Sequence[str], recipe: Recipe) -> str:
+    """Returns the recipe's base where it was set, else that of the first adapter, else the default.
+
+    Raises what `Store.read_manifest` does for an adapter that is not there.
+    """
+    manifests = read_manifests(store, adapters)
+    return manifests[0].base.name if manifests and "base" not in recipe.model_fields_set else recipe.base
 
 
 def open_store(store: Store, recipe: Recipe) -> Session:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.model.checkpoint import Checkpoint, list_bundled
+from lora_gpt2.model.checkpoint import Checkpoint, name_everywhere
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.gpt2 import GPT2, Linear
 from lora_gpt2.model.quantize import QuantizedLinear, check_quantization
@@ -70,10 +70,8 @@ def load_base(name: str, runtime: Runtime, quantize: str = "none") -> Base:
     model.requires_grad_(False).eval()
     if runtime.device.type == "cuda":
         model.pad_head()
-    known = name in list_bundled() or not Path(name).is_dir()
-    shown = name if known else str(folder.resolve())  # so that an adapter finds its base from any folder
     return Base(
-        name=shown,
+        name=name_everywhere(name),
         folder=folder,
         config=config,
         model=model,

@@ -67,6 +67,12 @@ def find_base(name: str) -> Path:
     raise NotFoundError(f"there is no base '{name}'", f"known are {known}; or give a hub id or a folder")
 
 
+def name_everywhere(name: str) -> str:
+    """Returns the name of a base by which it is found from any folder: that of one on disk becomes its whole path."""
+    is_known = name in list_bundled() or not Path(name).is_dir()
+    return name if is_known else str(Path(name).resolve())
+
+
 def locate_for_peft(name: str) -> str:
     """Returns what transformers and PEFT load a base by: a folder for a bundled one, the hub's id for a known name."""
     return str(BUNDLED / name) if name in list_bundled() else HUB_NAMES.get(name, name)

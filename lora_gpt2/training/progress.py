@@ -25,7 +25,7 @@ def check_lengths(base: Base, slots: Sequence[TrainingSlot]) -> None:
             f"use --set data.block_size={context}",
         )
     for slot in slots:
-        choose_window(base, slot.recipe.evaluate)
+        choose_window(base.config, slot.recipe.evaluate)
 
 
 def count_remaining_tokens(slots: Sequence[TrainingSlot], halving: Halving | None, queue: DomainQueue | None) -> int:

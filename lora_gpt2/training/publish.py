@@ -143,7 +143,7 @@ def _build_drafter(slot: TrainingSlot) -> dict[str, bytes]:
 def _describe_test(base: Base, slot: TrainingSlot) -> dict[str, Any]:
     """Returns how the test figure was measured, so that one that differs can be explained."""
     settings, report = slot.recipe.evaluate, slot.data.report
-    window, stride = choose_window(base, settings)
+    window, stride = choose_window(base.config, settings)
     return {
         "documents": report["documents"]["test"],
         "files": report["test_files"],

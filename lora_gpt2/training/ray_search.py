@@ -90,8 +90,6 @@ class RayDevices:
             for _, result in self.cluster.run(_run_in_ray, calls, collect):
                 if isinstance(result, TaskLost):
                     raise ResourceError(result.reason, "--resume goes on")
-                if isinstance(result, str):
-                    raise ResourceError(result, "--resume goes on")
                 yield self._publish(result) if result.report else result
 
     def begin(self, groups: Sequence[Sequence[str]]) -> None:
@@ -156,8 +154,8 @@ def _find_key(names: Sequence[str]) -> str:
     return fingerprint_json(sorted(names))[:16]
 
 
-def _run_in_ray(key: str, task: GroupTask, mailbox: Mailbox, text: Files) -> Outcome | str:
-    """Runs on a machine of the cluster; returns what is wrong with the group as a text."""
+def _run_in_ray(key: str, task: GroupTask, mailbox: Mailbox, text: Files) -> Outcome:
+    """Runs on a machine of the cluster."""
     return run_remote_group(key, task, text, mailbox)
 
 

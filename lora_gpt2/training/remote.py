@@ -22,6 +22,7 @@ from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import ConflictError, CorruptError, Interrupted, LoraGpt2Error, UsageError
 from lora_gpt2.core.locks import hold_lock
+from lora_gpt2.model.checkpoint import name_everywhere
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import CARD, MANIFEST, WEIGHTS, parse_manifest
@@ -123,18 +124,10 @@ def run_task(task: RemoteTask, prepared: Sequence[Files], mailbox: Mailbox) -> s
         return ""
 
 
-def run_remote_group(key: str, task: GroupTask, prepared: Files, mailbox: Mailbox) -> Outcome | str:
-    """Trains a group of a search for a round; `prepared` has the files of the text.
-
-    Returns as a text what went wrong. Raises `Interrupted` where this machine is told to stop.
-    """
+def run_remote_group(key: str, task: GroupTask, prepared: Files, mailbox: Mailbox) -> Outcome:
+    """Trains a group of a search for a round; `prepared` has the files of the text. Raises what `run_group` does."""
     with _open_workplace(key, task.recipes, [prepared], mailbox) as (store, options):
-        try:
-            return run_group(task.recipes, task.group, store, SilentReporter(), **options)
-        except Interrupted:
-            raise
-        except LoraGpt2Error as error:
-            return error.message
+        return run_group(task.recipes, task.group, store, SilentReporter(), **options)
 
 
 @contextmanager
@@ -237,9 +230,8 @@ def check_sendable(recipes: Sequence[Recipe]) -> None:
 
 
 def name_base(recipe: Recipe) -> Recipe:
-    """Returns the recipe with its base as other machines find it: a folder by its whole path."""
-    base = str(Path(recipe.base).absolute()) if Path(recipe.base).is_dir() else recipe.base
-    return recipe.model_copy(update={"base": base})
+    """Returns the recipe with its base as other machines find it."""
+    return recipe.model_copy(update={"base": name_everywhere(recipe.base)})
 
 
 def publish_delivered(store: Store, files: Files, *, once: bool = False) -> str:

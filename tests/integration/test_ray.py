@@ -8,6 +8,8 @@ import torch
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import DataError, InterruptedRunError, MismatchError, ResourceError, UsageError
+from lora_gpt2.evaluation.matrix import EvaluationText
+from lora_gpt2.evaluation.run import evaluate_texts
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import set_values
 from lora_gpt2.store.catalog import Store
@@ -161,6 +163,54 @@ def test_a_search_over_two_machines_is_the_search_on_one_though_one_is_lost(
     assert tune(recipe, store, reporter, num_candidates=6, ray=cluster.address, resume=True) == report
     with pytest.raises(MismatchError, match="was on Ray"):
         tune(recipe, store, reporter, num_candidates=6, num_slots=3, resume=True)
+
+
+def test_a_matrix_is_the_same_over_two_machines_though_one_is_lost(recipes, cluster, store, reporter, capsys):
+    train_recipes([_shorten(recipe) for recipe in recipes], store, reporter)
+    first = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    texts = [
+        EvaluationText(label=f"t{index}", documents=[make_text(9, seed=10 * index + n) for n in range(6)])
+        for index in range(4)
+    ]
+    recipe = Recipe(base=recipes[0].base)
+    here = evaluate_texts(texts, ["all"], store, recipe, reporter)
+    began = time.monotonic()
+
+    def lose(text):
+        if "tasks on" in text:
+            cluster.remove_node(first, allow_graceful=False)
+
+    reporter = SilentReporter()
+    reporter.message = lose
+    there = evaluate_texts(texts, ["all"], store, recipe, reporter, ray=cluster.address)
+    with capsys.disabled():
+        print(f"\n{time.monotonic() - began:5.1f} s, a node was killed at the beginning")
+    for one, other in zip([*there.cells, *there.forgetting], [*here.cells, *here.forgetting], strict=True):
+        assert (one.adapter, one.source, one.trained_on) == (other.adapter, other.source, other.trained_on)
+        assert one.score.nll_nats == pytest.approx(other.score.nll_nats, rel=1e-6)
+        assert one.interval == pytest.approx(other.interval) if other.interval else one.interval is None
+    assert {**there.to_json(), "cells": 0, "forgetting": 0} == {**here.to_json(), "cells": 0, "forgetting": 0}
+
+
+def _shorten(recipe):
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 4})})
+
+
+def test_an_error_on_a_machine_is_the_error_of_the_command(recipes, cluster, store, reporter, monkeypatch):
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    monkeypatch.setattr("lora_gpt2.evaluation.run.fingerprint_base", lambda checkpoint: "0" * 64)
+    with pytest.raises(MismatchError, match="another base"):
+        evaluate_texts(
+            [EvaluationText(label="a", documents=["the cat"])],
+            [],
+            store,
+            Recipe(base=recipes[0].base),
+            reporter,
+            ray=cluster.address,
+        )
 
 
 def test_what_cannot_be_done_is_said_before_anything_begins(recipes, store, reporter):
