@@ -52,6 +52,9 @@ COMPLETE = "_LORA_GPT2_COMPLETE"
 SPIN_COUNT = "3000"
 """For how long a thread of PyTorch on a CPU (GNU OpenMP) looks for work before it sleeps. The library's own 300,000
 gain one process nothing, and of two that train at the same time each then holds cores that the other needs."""
+CACHED_KERNELS = "64"
+"""How many kernels oneDNN, and PyTorch beside it, keep of bfloat16 products on a CPU: one of 0.27 MB for each shape.
+Their own 1,024 grow to half a gigabyte as texts of ever more lengths come; a training step has a few dozen."""
 GLOBAL_OPTIONS = ("-v", "--verbose", "-q", "--quiet", "--debug")
 
 
@@ -143,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a Latin-1 terminal shows ? where it must
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # which is read when torch is imported
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, CACHED_KERNELS)
     sys.exit(run(arguments))
 
 

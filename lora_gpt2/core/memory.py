@@ -7,8 +7,10 @@ threads started, or a small thing allocated. So a limit that torch cannot be loa
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import mmap
+import sys
 from typing import Any
 
 from lora_gpt2.core.errors import ResourceError
@@ -44,6 +46,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     is_candidate = isinstance(error, RuntimeError | OSError | ImportError | SystemError)
     is_candidate = is_candidate or type(error).__name__ in ("PanicException", "SafetensorError")
     return is_candidate and any(sign in str(error) for sign in SIGNS)
+
+
+def release_freed() -> None:
+    """Gives memory that was freed back to the system, where the C library (glibc) would keep it for later.
+
+    Between large blocks that come and go, small ones that stay keep it from doing so by itself.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def check_room(num_bytes: int) -> None:

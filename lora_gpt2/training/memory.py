@@ -39,6 +39,8 @@ CGROUP = Path("/sys/fs/cgroup")
 CUDA_CONTEXT = 900_000_000  # what CUDA and the code of its libraries take besides the allocator: 0.89 GB on an H100
 CUBLAS_WORKSPACES = 4 * 2**25  # 32 MiB for each of two streams (see `graphs.py`), forward and backward
 CPU_RESERVE, FRAGMENTATION = 420_000_000, 0.05
+TURNS_FRAGMENTATION = 0.4
+"""Of what a CPU run has besides the weights, once adapters have taken turns: publishing leaves gaps in the C heap."""
 MOST_SLOTS = 8
 """Slots of a queue where memory has room for more: beyond it a step takes longer, but no token gets cheaper."""
 
@@ -66,10 +68,12 @@ def estimate_memory(
     waiting: Sequence[Recipe] = (),
     *,
     averages: bool = False,
+    take_turns: bool = False,
 ) -> Memory:
     """Returns the memory of training these recipes together on a base of this shape.
 
     Their rows of the bank are as large as those which `waiting` for them need. `averages`: of weights are kept too.
+    `take_turns`: some of `waiting` get their slots while the run goes on.
     """
     settings, item, known = recipes[0].train, runtime.dtype.itemsize, [*recipes, *waiting]
     shapes = {recipe.lora.model_dump_json(): recipe.lora for recipe in known}
@@ -104,6 +108,8 @@ def estimate_memory(
         "loss": largest[1],
     }
     reserve = CPU_RESERVE
+    if take_turns:
+        reserve += int(TURNS_FRAGMENTATION * (sum(parts.values()) - parts["weights"]))
     if runtime.device.type == "cuda":
         reserve = CUDA_CONTEXT + CUBLAS_WORKSPACES + int(FRAGMENTATION * sum(parts.values()))
         reserve += _measure_validation(config, recipes, runtime)
@@ -212,15 +218,18 @@ def list_concurrent(
     order = sorted(range(len(recipes)), key=lambda index: peaks[index], reverse=True)
     groups = [order, *([index for index in order if index in group] for group in map(set, group_recipes(recipes)))]
 
-    def measure(running: Sequence[Recipe]) -> int:
-        return estimate_memory(config, running, runtime, recipes).peak
+    def measure(running: Sequence[Recipe], count: int) -> int:
+        return estimate_memory(config, running, runtime, recipes, take_turns=count < len(recipes)).peak
 
     def choose(count: int) -> list[Recipe]:
-        return max(([recipes[index] for index in group[:count]] for group in groups), key=measure)
+        chosen = ([recipes[index] for index in group[:count]] for group in groups)
+        return max(chosen, key=lambda running: measure(running, count))
 
     if num_slots:
         return choose(num_slots)
-    fitting = [count for count in range(2, min(MOST_SLOTS, len(recipes)) + 1) if measure(choose(count)) <= budget]
+    fitting = [
+        count for count in range(2, min(MOST_SLOTS, len(recipes)) + 1) if measure(choose(count), count) <= budget
+    ]
     return choose(max(fitting, default=1))
 
 
@@ -244,7 +253,8 @@ def fit_recipes(
     """
     for changed in _iter_changes(recipes):
         running = list_concurrent(config, changed, runtime, budget, num_slots)
-        if estimate_memory(config, running, runtime, changed).peak <= budget:
+        turns = num_slots is not None and len(running) < len(changed)
+        if estimate_memory(config, running, runtime, changed, take_turns=turns).peak <= budget:
             return changed
     return None
 

@@ -97,7 +97,7 @@ def plan_run(
         tokens = sum(slot.num_steps * slot.tokens_per_step for slot in slots)
     return Plan(
         fits=fitting is not None,
-        memory=estimate_memory(config, running, runtime, chosen),
+        memory=estimate_memory(config, running, runtime, chosen, take_turns=len(running) < len(chosen)),
         budget_bytes=limit,
         device=runtime.device.type,
         dtype=runtime.dtype_name,

@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import Interrupted, TrainingDiverged
 from lora_gpt2.core.interrupt import StopRequest
+from lora_gpt2.core.memory import release_freed
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingAdapters
@@ -197,6 +198,7 @@ class Trainer:
                 self._start(slot_id)
                 changed = True
         if changed:
+            release_freed()  # by measuring and publishing
             self.save_checkpoint()
         self._halve()
         return [slot_id for slot_id, slot in enumerate(self.slots) if slot.is_active]

@@ -41,6 +41,7 @@ def test_two_processes_do_not_take_each_others_cores_while_they_wait(monkeypatch
     with pytest.raises(SystemExit):
         main(["--version"])
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+    assert os.environ["LRU_CACHE_CAPACITY"] == "64"
 
 
 def test_from_text_to_adapter_to_text_to_figures(run, base_folder, text_file):

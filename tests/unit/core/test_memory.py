@@ -1,12 +1,14 @@
 import errno
+import platform
 import resource
 
+import psutil
 import pytest
 import torch
 
 from lora_gpt2 import cli
 from lora_gpt2.core.errors import ResourceError
-from lora_gpt2.core.memory import check_address_space, check_room, is_out_of_memory
+from lora_gpt2.core.memory import check_address_space, check_room, is_out_of_memory, release_freed
 
 
 class PanicException(BaseException):  # as pyo3 names it
@@ -78,3 +80,15 @@ def test_the_error_of_a_capture_counts_by_the_one_that_ended_it():
     with pytest.raises(RuntimeError) as caught:
         capture()
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library gives memory back by itself")
+def test_memory_between_blocks_that_stay_is_given_back():
+    process = psutil.Process()
+    blocks = [bytearray(100_000) for _ in range(1500)]
+    full = process.memory_info().rss
+    kept = blocks[::50]
+    del blocks
+    release_freed()
+    assert process.memory_info().rss < full - 100_000_000
+    assert len(kept) == 30

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -193,8 +194,10 @@ def test_the_rows_of_a_bank_are_as_large_as_those_who_wait_need(recipes):
 def test_a_plan_of_a_queue_is_that_of_the_largest_that_train_at_the_same_time(recipes, store, reporter):
     plan = plan_run(recipes, store, reporter, num_slots=2, probe=False)
     config, runtime = read_shape(recipes[0])
-    pairs = [estimate_memory(config, pair, runtime, recipes).peak for pair in itertools.combinations(recipes, 2)]
-    alone = [estimate_memory(config, [recipe], runtime, recipes).peak for recipe in recipes]
+    estimate = partial(estimate_memory, config, runtime=runtime, waiting=recipes, take_turns=True)
+    pairs = [estimate(pair).peak for pair in itertools.combinations(recipes, 2)]
+    alone = [estimate([recipe]).peak for recipe in recipes]
+    assert alone[0] > estimate([recipes[0]], take_turns=False).peak, "publishing leaves gaps"
     assert (plan.num_slots, len(plan.recipes)) == (2, 6)
     assert max(alone) < plan.memory.peak <= max(pairs)
     whole = plan_run(recipes, store, reporter, probe=False)
