@@ -1,4 +1,4 @@
-"""`lora-gpt2 tune`: many candidates in one run, the best one published."""
+"""`lora-gpt2 tune`: many candidates trained together, the best one published."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def command(
     store: Store,
     as_json: bool,
 ) -> None:
-    """Search for the settings of one adapter in one run, by successive halving on validation text.
+    """Search for the settings of one adapter, by successive halving on validation text.
 
     The recipe's own settings are the first candidate; the others are drawn from its section tune. The best one is
     published, with the table of all; test text is measured on once. Candidates that do not fit into memory together

@@ -36,6 +36,8 @@ class Actor:
 
             try:
                 return ray.get(getattr(self._actor, name).remote(*arguments))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, LoraGpt2Error) else error from None
             except ray.exceptions.RayActorError as error:
                 raise ResourceError(f"what the tasks sent is lost: {_last_line(error)}", "--resume goes on") from error
 
@@ -100,7 +102,7 @@ class RayCluster:
         try:
             return self.library.get(reference)
         except self.library.exceptions.RayTaskError as error:
-            if isinstance(error.cause, LoraGpt2Error):
+            if isinstance(error.cause, LoraGpt2Error) and not isinstance(error.cause, Interrupted):
                 raise error.cause from error
             return TaskLost(reason=f"a task failed: {_last_line(error)}")
         except self.library.exceptions.RayError as error:
@@ -127,6 +129,9 @@ def connect(address: str) -> Iterator[RayCluster]:
         import ray
     except ImportError as error:
         raise ResourceError("--ray needs Ray", "pip install 'lora-gpt2[ray]'") from error
+    if ray.is_initialized():  # by the program that we are part of
+        yield RayCluster(ray)
+        return
     try:
         _check_reachable(address)
         ray.init(

@@ -20,7 +20,8 @@ from lora_gpt2.inference.session import Session
 from lora_gpt2.model.probe import check_finite_logits
 from lora_gpt2.recipe import EvaluateSettings
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS
+from lora_gpt2.store.files import check_base, identify
+from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS, BaseIdentity
 from lora_gpt2.store.peft.tensors import from_peft
 
 
@@ -29,14 +30,12 @@ class ScoringTask:
     """What one device measures.
 
     Args:
-        base: its name, by which every machine finds it.
-        fingerprint: what it must be.
+        base: what it must be; every machine finds it by its name.
         mixes: the rows; empty for the base alone.
         settings: how to measure.
     """
 
-    base: str
-    fingerprint: str
+    base: BaseIdentity
     mixes: Sequence[Mix]
     settings: EvaluateSettings
 
@@ -58,11 +57,13 @@ def score_on_ray(
         reporter: shows progress.
 
     Raises:
-        MismatchError: a machine has another base by that name, or devices measure in different dtypes.
+        MismatchError: an adapter is of another base, a machine has another base by that name, or devices measure in
+            different dtypes.
         NotFoundError, CorruptError: of an adapter.
         ResourceError: see `connect`; or a machine cannot measure.
     """
-    adapters = {reference: _read_weights(store, reference) for mix in whole.mixes for reference in mix.references}
+    references = {reference for mix in whole.mixes for reference in mix.references}
+    adapters = {reference: _read_weights(store, reference, whole.base) for reference in references}
     scores: dict[tuple[int, int], Score] = {}
     dtypes = set[str]()
     with connect(address) as cluster, catch_signals() as stop:
@@ -72,12 +73,7 @@ def score_on_ray(
             len(whole.mixes), [sum(map(_measure, text)) for text in texts], cluster.num_devices
         ):
             key = f"{rows} {columns}"
-            task = ScoringTask(
-                base=whole.base,
-                fingerprint=whole.fingerprint,
-                mixes=[whole.mixes[row] for row in rows],
-                settings=whole.settings,
-            )
+            task = ScoringTask(base=whole.base, mixes=[whole.mixes[row] for row in rows], settings=whole.settings)
             needed = list(dict.fromkeys(reference for mix in task.mixes for reference in mix.references))
             parts[key] = [(row, column) for row in rows for column in columns]
             chosen = [texts[column] for column in columns]
@@ -123,8 +119,9 @@ def _measure(text: Text) -> int:
     return len(text if isinstance(text, str) else text.text)
 
 
-def _read_weights(store: Store, reference: str) -> Weights:
+def _read_weights(store: Store, reference: str, base: BaseIdentity) -> Weights:
     with store.open(reference) as version:
+        check_base(version.manifest, base)
         return version.read_file(WEIGHTS), version.read_file(PEFT_CONFIG)
 
 
@@ -142,9 +139,9 @@ def score_task(
 
     Raises `MismatchError` if the base is another one, and what `from_peft` and `ScoringWindows` do.
     """
-    base = load_for_inference(task.base, task.settings.dtype)
-    if base.fingerprint != task.fingerprint:
-        raise MismatchError(f"this machine has another base '{task.base}'", "copy the same one to all machines")
+    base = load_for_inference(task.base.name, task.settings.dtype)
+    if identify(base) != task.base:
+        raise MismatchError(f"a machine has another base '{task.base.name}'", "copy the same one to all machines")
     session = Session(base, max_slots=max(1, len(adapters)))
     for reference, (weights, config) in adapters.items():
         adapter = from_peft(weights, config, base.config, reference)

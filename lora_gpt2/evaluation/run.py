@@ -38,6 +38,7 @@ from lora_gpt2.model.stored_weights import fingerprint_base
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.manifest import BaseIdentity
 
 if TYPE_CHECKING:
     import pandas
@@ -250,10 +251,13 @@ def _measure_on_ray(
     base = name_everywhere(find_base_name(store, adapters, recipe))
     checkpoint = Checkpoint.open(base)
     window, stride = choose_window(checkpoint.config, recipe.evaluate)
-    fingerprint = fingerprint_base(checkpoint)
-    rows = _list_rows(list_mixes(store, adapters, fingerprint))
+    tokenizer_fingerprint = checkpoint.load_tokenizer().fingerprint
+    identity = BaseIdentity(
+        name=base, fingerprint=fingerprint_base(checkpoint), tokenizer_fingerprint=tokenizer_fingerprint
+    )
+    rows = _list_rows(list_mixes(store, adapters, identity.fingerprint))
     measured, has_general = _choose_texts(rows, texts, general)
-    task = ScoringTask(base=base, fingerprint=fingerprint, mixes=rows, settings=recipe.evaluate)
+    task = ScoringTask(base=identity, mixes=rows, settings=recipe.evaluate)
     documents = [text.documents for text in measured]
     scores, dtype = score_on_ray(address, task, documents, store, reporter)
     cells = build_cells([str(mix) for mix in rows], measured, scores, read_mix_sketches(store, rows))

@@ -37,7 +37,7 @@ from lora_gpt2.store.archive import pack_archive, read_archive
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.files import Origin, check_base, publish_adapter
+from lora_gpt2.store.files import Origin, check_base, identify, publish_adapter
 from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS, Manifest, parse_manifest
 from lora_gpt2.store.peft.config import parse_peft_config
 from lora_gpt2.store.peft.convert import convert_variant
@@ -166,7 +166,7 @@ def import_adapter(
     check_name(name)
     provenance: dict[str, Any] = {"by": "import", "from": Path(source.where).name}
     if source.manifest is not None:
-        check_base(source.manifest, base)
+        check_base(source.manifest, identify(base))
     if source.loralib is not None:
         adapter, variant, error, difference = read_loralib(source.loralib, base.config, alpha), "loralib", 0.0, 0.0
     else:
@@ -207,7 +207,7 @@ def parse_adapter(source: FetchedAdapter, base: Base) -> Adapter:
             f"{source.where} does not say its alpha", "import it: lora-gpt2 adapters import FILE --name N --alpha A"
         )
     if source.manifest is not None:
-        check_base(source.manifest, base)
+        check_base(source.manifest, identify(base))
     adapter = _convert(source, base, None)[0]
     check_finite_logits(base, adapter, source.where)
     return adapter

@@ -90,21 +90,21 @@ def load_adapter(store: Store, reference: str, base: Base) -> tuple[Manifest, Ad
         MismatchError: it was made for another base or tokenizer; both fingerprints are named.
     """
     with store.open(reference) as version:
-        check_base(version.manifest, base)
+        check_base(version.manifest, identify(base))
         adapter = read_adapter(version, base.config)
     check_finite_logits(base, adapter, version.manifest.reference)
     return version.manifest, adapter
 
 
-def check_base(manifest: Manifest, base: Base) -> None:
+def check_base(manifest: Manifest, ours: BaseIdentity) -> None:
     """Raises `MismatchError` unless the version was made for this base and tokenizer."""
-    ours, hint = identify(base), f"use --base {manifest.base.name}"
+    hint = f"use --base {manifest.base.name}"
     for field_name, what in (("fingerprint", "base"), ("tokenizer_fingerprint", "tokenizer")):
         theirs, mine = getattr(manifest.base, field_name), getattr(ours, field_name)
         if theirs != mine:
             raise MismatchError(
                 f"{manifest.reference} was made for another {what}: '{manifest.base.name}' {theirs[:12]}, "
-                f"this is '{base.name}' {mine[:12]}",
+                f"this is '{ours.name}' {mine[:12]}",
                 hint,
             )
 

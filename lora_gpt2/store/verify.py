@@ -26,7 +26,7 @@ from lora_gpt2.model.probe import (
     select_adapter,
 )
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.files import check_base, read_adapter
+from lora_gpt2.store.files import check_base, identify, read_adapter
 from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
 from lora_gpt2.store.peft.config import parse_peft_config
 from lora_gpt2.store.version import Version
@@ -78,7 +78,7 @@ def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> I
 
 def _verify_one(verdict: VerificationResult, version: Version, base: Base, reference: _Reference) -> None:
     manifest = version.manifest
-    check_base(manifest, base)
+    check_base(manifest, identify(base))
     verdict.passed.append("base")
     adapter = read_adapter(version, base.config)
     if not parse_peft_config(version.read_file(PEFT_CONFIG), manifest.reference).is_plain:

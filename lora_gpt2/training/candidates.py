@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.evaluation.perplexity import to_perplexity
 from lora_gpt2.inference.mix import Mix
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lora_gpt2.training.trainer import Trainer
 
 CANDIDATES = "candidates.json"
+NAME_LENGTH = 52  # of an adapter, to leave room for what makes it the name of a candidate
 Candidate = tuple[Recipe, dict[str, Any]]
 """A recipe, and the settings in which it differs from that of the search."""
 
@@ -44,21 +46,24 @@ class Search:
     def build(cls, recipe: Recipe, num_candidates: int) -> Search:
         """Returns the search among candidates of a recipe; see `list_candidates`."""
         found = list_candidates(recipe, num_candidates)
+        count, name = len(found), recipe.name
+        if len(name) > NAME_LENGTH:
+            name = f"{name[: NAME_LENGTH - 9]}-{fingerprint_json(name)[:8]}"
         longest = max(candidate.train.steps or 0 for candidate, _ in found)
         named = [
-            (_name_candidate(candidate, f"{recipe.name[:56]}.{index}", settings), settings)
-            for index, (candidate, settings) in enumerate(found)
+            (_name_candidate(candidate, f"{name}.{index}-of-{count}", settings), settings)
+            for index, (candidate, settings) in enumerate(found, start=1)
         ]
         return cls(recipe=recipe, candidates=named, halving=SuccessiveHalving.build(len(found), longest))
 
     @property
     def recipes(self) -> list[Recipe]:
-        """Those of the candidates."""
+        """The candidates' recipes."""
         return [candidate for candidate, _ in self.candidates]
 
     @property
     def names(self) -> list[str]:
-        """Those of the candidates."""
+        """The candidates' names."""
         return [candidate.name for candidate in self.recipes]
 
     @property

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from lora_gpt2.core.console import ProgressTask, Reporter
 from lora_gpt2.core.errors import InterruptedRunError, MismatchError, TrainingDiverged
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
-from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
@@ -27,7 +26,7 @@ from lora_gpt2.training.memory import count_fitting, measure_budget
 from lora_gpt2.training.plan import measure_speed, read_shape
 from lora_gpt2.training.publish import report_published
 from lora_gpt2.training.rounds import LAST, GroupRound, Outcome, Publication, Standing, run_group
-from lora_gpt2.training.run import TrainReport
+from lora_gpt2.training.run import TrainReport, fingerprint_recipes
 from lora_gpt2.training.slot import group_recipes
 
 LEDGER = "search.json"
@@ -42,7 +41,7 @@ class GroupTask:
 
     @property
     def names(self) -> list[str]:
-        """Those of the candidates."""
+        """The candidates' names."""
         return [recipe.name for recipe in self.recipes]
 
 
@@ -66,11 +65,8 @@ class Devices(Protocol):
     def run(self, tasks: Sequence[GroupTask]) -> Iterable[Outcome]:
         """Runs tasks, one after another or at the same time; a group goes on from where its last task ended."""
 
-    def begin(self, groups: Sequence[Sequence[str]]) -> None:
-        """Drops what is left of an earlier search among groups of these names."""
-
-    def end(self, groups: Sequence[Sequence[str]]) -> None:
-        """Drops what going on would need."""
+    def forget(self, groups: Sequence[Sequence[str]]) -> None:
+        """Drops what going on with these groups would need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +77,7 @@ class ThisDevice:
     reporter: Reporter
     num_devices: int = 1
     kind: str = "on this machine"
+    _said: set[str] = field(default_factory=set)
 
     def count_slots(self, recipes: Sequence[Recipe]) -> int:
         """See `Devices`."""
@@ -93,16 +90,12 @@ class ThisDevice:
 
     def run(self, tasks: Sequence[GroupTask]) -> Iterator[Outcome]:
         """See `Devices`."""
-        said = _SaidOnce(self.reporter)
+        said = _SaidOnce(self.reporter, self._said)
         for task in tasks:
             resume = self._open(task.names).exists()
             yield run_group(task.recipes, task.group, self.store, said, resume=resume)
 
-    def begin(self, groups: Sequence[Sequence[str]]) -> None:
-        """See `Devices`."""
-        self.end(groups)
-
-    def end(self, groups: Sequence[Sequence[str]]) -> None:
+    def forget(self, groups: Sequence[Sequence[str]]) -> None:
         """See `Devices`."""
         for names in groups:
             self._open(names).close()
@@ -116,7 +109,7 @@ class _SaidOnce:
     """A reporter that passes on each message once: every round of every group begins with the same ones."""
 
     reporter: Reporter
-    said: set[str] = field(default_factory=set)
+    said: set[str]
 
     def message(self, text: str) -> None:
         if text not in self.said:
@@ -134,12 +127,13 @@ class _SaidOnce:
 class Ledger:
     """What a search has come to, in a file: its groups, the standings at the rungs that were reached, and its end.
 
-    `published` is the reference of its adapter, "" while it goes on.
+    `num_steps` are those of the recipe; `published` is the reference of the adapter, "" while the search goes on.
     """
 
     path: Path
     candidates: str
     devices: str
+    num_steps: int
     groups: list[list[str]]
     standings: list[dict[str, Standing]] = field(default_factory=list)
     published: str = ""
@@ -175,13 +169,19 @@ def divide(recipes: Sequence[Recipe], size: int) -> list[list[str]]:
     return [order[start:end] for start, end in pairwise(bounds)]
 
 
-def is_in_groups(search: Search, store: Store, *, resume: bool) -> bool:
-    """True if the search has begun in groups and has not ended; with `resume` also if it has."""
-    ledger = Ledger.read(_find_ledger(store, search))
-    return ledger is not None and (resume or not ledger.published)
+def read_ledger(search: Search, store: Store) -> Ledger | None:
+    """Returns the ledger of a search that was begun in groups, None for any other."""
+    return Ledger.read(_find_ledger(search, store))
 
 
-def _find_ledger(store: Store, search: Search) -> Path:
+def forget_groups(search: Search, store: Store, devices: Devices) -> None:
+    """Drops a search in groups that was interrupted."""
+    if ledger := read_ledger(search, store):
+        devices.forget(ledger.groups)
+        ledger.path.unlink()
+
+
+def _find_ledger(search: Search, store: Store) -> Path:
     return open_run_folder(store.root, [*search.names, "in groups"]).path / LEDGER
 
 
@@ -196,8 +196,8 @@ def search_in_groups(
         TrainingDiverged: all candidates did.
         Interrupted: what has been trained is kept.
     """
-    made_of = fingerprint_json([recipe.model_dump(mode="json") for recipe in search.recipes])
-    path = _find_ledger(store, search)
+    made_of = fingerprint_recipes(search.recipes)
+    path = _find_ledger(search, store)
     with wrap_os_errors(f"keep the search in {path.parent} (see LORA_GPT2_CACHE)"):
         path.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(path.with_name("lock"), f"the search for {search.recipe.name}"):
@@ -209,20 +209,26 @@ def search_in_groups(
             )
         if ledger and resume and ledger.candidates != made_of:
             raise MismatchError("the search to resume had other settings", "restore these, or use --fresh")
-        if ledger and resume and ledger.devices != devices.kind:
+        if ledger and resume and ledger.devices != devices.kind and not ledger.published:
             raise MismatchError(f"the search to resume was {ledger.devices}", "continue it there, or use --fresh")
         if ledger is None or not resume:
-            groups = divide(search.recipes, size)
-            ledger = Ledger(path=path, candidates=made_of, devices=devices.kind, groups=groups)
-            devices.begin(ledger.groups)
+            before, groups = ledger.groups if ledger else [], divide(search.recipes, size)
+            ledger = Ledger(
+                path=path,
+                candidates=made_of,
+                devices=devices.kind,
+                num_steps=search.recipe.train.steps or 0,
+                groups=groups,
+            )
             ledger.write()
+            devices.forget([*before, *groups])
         if ledger.published:
             reporter.message(f"already complete: {ledger.published}")
         else:
             report = _GroupedSearch(search=search, ledger=ledger, devices=devices, reporter=reporter).run()
             ledger.published = str(report.adapters[0])
             ledger.write()
-            devices.end(ledger.groups)
+        devices.forget(ledger.groups)
         return TrainReport(adapters=[report_published(store, ledger.published)])
 
 

@@ -82,7 +82,7 @@ def publish_trained(
     `more` are further files of the version, by name.
     """
     slot, adapter = outcome.slot, outcome.adapter
-    if resumed and (version := find_published(store, base, slot.name, adapter)):
+    if resumed and (version := find_published(store, base, slot.name, adapter, more)):
         return report_published(store, f"{slot.name}@{version}")
     count = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
     check_room(COPIES * 4 * count + ROOM_BYTES)
@@ -155,11 +155,17 @@ def _describe_test(base: Base, slot: TrainingSlot) -> dict[str, Any]:
     }
 
 
-def find_published(store: Store, base: Base, name: str, adapter: Adapter) -> int | None:
-    """Returns the newest version if it has this adapter's weights; a kill may have left it without being in use."""
-    digest = hashlib.sha256(to_peft(adapter, base.name, base.config)[WEIGHTS]).hexdigest()
+def find_published(
+    store: Store, base: Base, name: str, adapter: Adapter, more: Mapping[str, bytes] = MappingProxyType({})
+) -> int | None:
+    """Returns the newest version if it has this adapter's weights and these files.
+
+    A kill may have left it without being in use.
+    """
+    files = {WEIGHTS: to_peft(adapter, base.name, base.config)[WEIGHTS], **more}
+    digests = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     for version in store.list_versions(name)[-1:] if store.has_adapter(name) else ():
-        if store.read_manifest(f"{name}@{version}").files.get(WEIGHTS) == digest:
+        if digests.items() <= store.read_manifest(f"{name}@{version}").files.items():
             store.use_version(name, version)
             return version
     return None

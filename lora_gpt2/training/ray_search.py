@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.checkpoint import open_run_folder
 from lora_gpt2.training.grouped_search import GroupTask
-from lora_gpt2.training.memory import MOST_SLOTS
+from lora_gpt2.training.memory import count_fitting, measure_budget
 from lora_gpt2.training.plan import measure_speed, read_shape
 from lora_gpt2.training.publish import report_published
 from lora_gpt2.training.remote import (
@@ -63,16 +63,21 @@ class RayDevices:
         return self.cluster.num_devices
 
     def count_slots(self, recipes: Sequence[Recipe]) -> int:
-        """Returns the share of each device, at most as many as gain from training together."""
-        return min(MOST_SLOTS, -(-len(recipes) // self.num_devices))
+        """Returns the share of each device, at most as many as fit into the memory of the first that answers."""
+        call = [[name_base(recipe) for recipe in recipes]]
+        return min(int(self._ask(_count_in_ray, call)), -(-len(recipes) // self.num_devices))
 
     def measure_speed(self, recipes: Sequence[Recipe]) -> float:
         """See `Devices`."""
-        calls = {"": [[name_base(recipe) for recipe in recipes]]}
-        ((_, speed),) = self.cluster.run(_measure_in_ray, calls, lambda: self.stop.raise_if_asked("nothing began"))
-        if isinstance(speed, TaskLost):
-            raise ResourceError(speed.reason, "give the number of steps (train.steps) instead of a budget")
-        return float(speed)
+        return float(self._ask(_measure_in_ray, [[name_base(recipe) for recipe in recipes]]))
+
+    def _ask(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        """Returns what a function returns on some device."""
+        calls = {"": arguments}
+        ((_, result),) = self.cluster.run(function, calls, lambda: self.stop.raise_if_asked("nothing began"))
+        if isinstance(result, TaskLost):
+            raise ResourceError(result.reason, "see 'ray status', and try again")
+        return result
 
     def run(self, tasks: Sequence[GroupTask]) -> Iterator[Outcome]:
         """See `Devices`; the groups train at the same time."""
@@ -92,11 +97,7 @@ class RayDevices:
                     raise ResourceError(result.reason, "--resume goes on")
                 yield self._publish(result) if result.report else result
 
-    def begin(self, groups: Sequence[Sequence[str]]) -> None:
-        """See `Devices`."""
-        self.end(groups)
-
-    def end(self, groups: Sequence[Sequence[str]]) -> None:
+    def forget(self, groups: Sequence[Sequence[str]]) -> None:
         """See `Devices`."""
         for names in groups:
             self.mailbox.keep_state(_find_key(names), {})
@@ -157,6 +158,11 @@ def _find_key(names: Sequence[str]) -> str:
 def _run_in_ray(key: str, task: GroupTask, mailbox: Mailbox, text: Files) -> Outcome:
     """Runs on a machine of the cluster."""
     return run_remote_group(key, task, text, mailbox)
+
+
+def _count_in_ray(recipes: Sequence[Recipe]) -> int:
+    config, runtime = read_shape(recipes[0])
+    return count_fitting(config, recipes, runtime, measure_budget(runtime.device))
 
 
 def _measure_in_ray(recipes: Sequence[Recipe]) -> float:

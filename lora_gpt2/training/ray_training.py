@@ -48,7 +48,7 @@ from lora_gpt2.training.remote import (
     read_folder,
     run_task,
 )
-from lora_gpt2.training.run import TrainReport, join_names, resolve_learning_rate
+from lora_gpt2.training.run import TrainReport, fingerprint_recipes, join_names, resolve_learning_rate
 from lora_gpt2.training.slot import TrainingSlot, check_together
 
 LEDGER = "published.json"
@@ -81,7 +81,7 @@ class _Driver:
         self.published = found["published"]
 
     def write_ledger(self) -> None:
-        """Notes what is published; what was there without a name is set aside with the run."""
+        """Notes what is published."""
         with wrap_os_errors(f"write to {self.run.path}"):
             content = {"recipes": self.recipes, "published": self.published}
             write_atomic(self.run.path / LEDGER, json.dumps(content).encode())
@@ -130,7 +130,7 @@ def train_on_ray(
     names = [check_name(recipe.name) for recipe in recipes]
     _check(recipes, names, address)
     run = open_run_folder(store.root, [*names, "on Ray"])
-    made_of = fingerprint_json([recipe.model_dump(mode="json") for recipe in recipes])
+    made_of = fingerprint_recipes(recipes)
     driver = _Driver(store=store, run=run, reporter=reporter, recipes=made_of, is_resumed=resume)
     store.check_writable()
     with wrap_os_errors(f"keep the run in {driver.run.path} (see LORA_GPT2_CACHE)"):
@@ -216,7 +216,7 @@ def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slo
             for name, result in cluster.run(_run_in_ray, calls, collect):
                 failure = result.reason if isinstance(result, TaskLost) else result
                 failures |= {name: failure} if failure else {}
-                if not isinstance(result, TaskLost):
+                if not failure or "diverged" in failure:  # which would diverge again
                     mailbox.keep_state(keys[name], {})
     return failures
 

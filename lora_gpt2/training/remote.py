@@ -21,12 +21,14 @@ from typing import Any
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import ConflictError, CorruptError, Interrupted, LoraGpt2Error, UsageError
+from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.model.checkpoint import name_everywhere
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import CARD, MANIFEST, WEIGHTS, parse_manifest
 from lora_gpt2.store.version import verify_hashes
+from lora_gpt2.training.candidates import CANDIDATES
 from lora_gpt2.training.checkpoint import open_run_folder
 from lora_gpt2.training.events import TrainingEvent
 from lora_gpt2.training.grouped_search import GroupTask
@@ -67,10 +69,11 @@ class Mailbox:
         before = self._list(key)
         if state:
             partial = self.folder / f".{key}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            write_folder(state, partial)
             number = int(before[-1].suffix[1:]) + 1 if before else 0
-            partial.rename(self.folder / f"{key}.{number:09d}")
+            shutil.rmtree(partial, ignore_errors=True)
+            with wrap_os_errors(f"keep the state of a task in {self.folder}"):
+                write_folder(state, partial)
+                partial.rename(self.folder / f"{key}.{number:09d}")
         for folder in before:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -92,8 +95,8 @@ class Mailbox:
 
 
 def read_folder(folder: Path) -> Files:
-    """Returns every file of a folder by its path, which begins with the folder's name."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """Returns every file of a folder but locks by its path, which begins with the folder's name."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("lock"))
     return {path.relative_to(folder.parent).as_posix(): path.read_bytes() for path in found}
 
 
@@ -150,10 +153,10 @@ def _open_workplace(
             _move_run(open_run_folder(shipper.store.root, [recipe.name for recipe in recipes]).path)
             yield shipper.store, {"callbacks": [shipper], "texts": texts, "resume": True}
         finally:
-            shipper.deliver_new()
             os.environ.pop(CACHE)
             if before is not None:
                 os.environ[CACHE] = before
+            shipper.deliver_new()
 
 
 @contextmanager
@@ -161,18 +164,25 @@ def _open_folder() -> Iterator[Path]:
     """Yields a folder to work in; removes it, and those of tasks that were killed on this machine."""
     parent, host = find_cache_dir() / "tasks", re.sub(r"\W", "-", platform.node())
     for lock in parent.glob(f"{host}.*.lock"):
-        with suppress(ConflictError, OSError), hold_lock(lock, "a task"):
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            lock.unlink()
+        with suppress(ConflictError, OSError):
+            with hold_lock(lock, "a task"):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            _unlink_lock(lock)
     work = parent / f"{host}.{uuid.uuid4().hex}"
     lock = work.with_name(f"{work.name}.lock")
-    with hold_lock(lock, "a task", wait_seconds=10):  # while another one looks at it
-        work.mkdir()
-        try:
+    try:
+        with hold_lock(lock, "a task", wait_seconds=10):  # while another one looks at it
+            work.mkdir()
             yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        _unlink_lock(lock)
+
+
+def _unlink_lock(lock: Path) -> None:
+    """Removes a lock that is no longer held, and what Windows has beside it."""
+    for path in lock.parent.glob(f"{lock.name}*"):
+        path.unlink(missing_ok=True)
 
 
 def _move_run(expected: Path) -> None:
@@ -244,7 +254,7 @@ def publish_delivered(store: Store, files: Files, *, once: bool = False) -> str:
     manifest = parse_manifest(files[MANIFEST])
     if once and manifest.name in store.list_names():
         newest = store.read_manifest(manifest.name)
-        if newest.files[WEIGHTS] == manifest.files[WEIGHTS]:
+        if all(newest.files.get(name) == manifest.files.get(name) for name in (WEIGHTS, CANDIDATES)):
             return newest.reference
     verify_hashes(files, manifest, manifest.reference)
     content = {name: data for name, data in files.items() if name not in (MANIFEST, CARD)}

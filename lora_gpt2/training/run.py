@@ -20,6 +20,7 @@ from lora_gpt2.core.errors import (
     UsageError,
 )
 from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.names import check_name
@@ -60,6 +61,7 @@ from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
 MICRO_BATCHING = "passes"  # as checkpoints name it
+OF_MICRO_BATCHES = {"micro_batch_tokens", "gradient_checkpointing"}
 MOST_NAMED = 8
 CHECKPOINT_FORMAT = 3  # version of what a checkpoint holds
 
@@ -352,15 +354,20 @@ def _describe_run(base: Base, slots: Sequence[TrainingSlot], store: Store, halvi
     }
 
 
+def fingerprint_recipes(recipes: Sequence[Recipe]) -> str:
+    """Returns what recipes have in common that give the same adapters, but for rounding."""
+    free = {"train": {"checkpoint_every", "trackers", *OF_MICRO_BATCHES}}
+    return fingerprint_json([recipe.model_dump(mode="json", exclude=free) for recipe in recipes])
+
+
 def _identify_run(
     base: Base, slots: Sequence[TrainingSlot], process_group: ProcessGroup, parents: Sequence[str]
 ) -> dict[str, Any]:
     """Returns everything that decides the numbers of a run; what is under `MICRO_BATCHING` only by rounding."""
-    of_micro_batches = {"micro_batch_tokens", "gradient_checkpointing"}
-    irrelevant = {"checkpoint_every", "trackers", *of_micro_batches}
+    irrelevant = {"checkpoint_every", "trackers", *OF_MICRO_BATCHES}
     return {
         MICRO_BATCHING: {
-            slot.name: slot.recipe.train.model_dump(mode="json", include=of_micro_batches) for slot in slots
+            slot.name: slot.recipe.train.model_dump(mode="json", include=OF_MICRO_BATCHES) for slot in slots
         },
         "format": CHECKPOINT_FORMAT,
         "order": [slot.name for slot in slots],

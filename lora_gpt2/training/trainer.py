@@ -170,8 +170,8 @@ class Trainer:
         self.step += 1
         for slot_id in slot_ids:
             self.slots[slot_id].last_step += 1
-        if self.halving:
-            average_weights(self.average, self.bank.flat, self.step)
+            if self.halving:
+                average_weights(self.average[slot_id], self.bank.flat[slot_id], self.slots[slot_id].last_step)
 
     def measure_average(self, slot_id: int) -> float:
         """Returns the validation loss of a slot's averaged weights, in nats per target."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import MismatchError, UsageError
 from lora_gpt2.core.names import check_name
 from lora_gpt2.data.prepared import PreparedData, prepare_data
 from lora_gpt2.model.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from lora_gpt2.training.candidates import (
     read_candidates,
 )
 from lora_gpt2.training.checkpoint import open_run_folder
-from lora_gpt2.training.grouped_search import Devices, ThisDevice, divide, is_in_groups, search_in_groups
+from lora_gpt2.training.grouped_search import Devices, ThisDevice, divide, forget_groups, read_ledger, search_in_groups
 from lora_gpt2.training.halving import SuccessiveHalving, score
 from lora_gpt2.training.publish import AdapterReport
 from lora_gpt2.training.run import TrainReport, resolve_learning_rate, train_recipes
@@ -32,7 +32,6 @@ from lora_gpt2.training.trainer import Trainer
 
 STEPS_SHARE = 0.7
 """Share of a time budget for steps; validation, and steps of few candidates, which share less, take the rest."""
-LEDGER = "search.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +84,24 @@ def tune(
         candidates = [candidate for candidate, _ in list_candidates(_with_steps(recipe, steps), num_candidates)]
         size = num_slots or devices.count_slots(candidates)
         if budget_seconds is not None:
-            steps = _fit_steps(candidates, size, budget_seconds, devices)
+            known = _find_steps(Search.build(_with_steps(recipe, steps), num_candidates), store) if resume else 0
+            steps = known or _fit_steps(candidates, size, budget_seconds, devices)
         search = Search.build(_with_steps(recipe, steps), num_candidates)
         rungs = ", ".join(map(str, search.halving.rungs))
         count = len(search.names)
         reporter.message(f"{count} candidates, up to {search.num_steps} steps; halved after {rungs} steps")
-        is_together = not fresh and bool(open_run_folder(store.root, search.names).find_last_step())
-        in_groups = not fresh and is_in_groups(search, store, resume=resume)
+        together, ledger = open_run_folder(store.root, search.names), read_ledger(search, store)
+        is_together = not fresh and bool(together.find_last_step())
+        in_groups = not fresh and ledger is not None and (resume or not ledger.published)
+        if is_together and ray:
+            raise MismatchError("a search that was begun on this machine is kept", "continue it here, or use --fresh")
         if not ray and (is_together or (size >= count and not in_groups)):
+            if fresh:
+                forget_groups(search, store, ThisDevice(store=store, reporter=reporter))
             report = _search_together(search, store, reporter, resume=resume, fresh=fresh)
         else:
+            if fresh:
+                together.close()
             report = search_in_groups(search, store, devices, reporter, size, resume=resume, fresh=fresh)
     (adapter,) = report.adapters
     return TuneReport(adapter=adapter, candidates=read_candidates(store, str(adapter)))
@@ -131,6 +138,14 @@ def _search_together(search: Search, store: Store, reporter: Reporter, *, resume
 
 def _with_steps(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
+
+
+def _find_steps(search: Search, store: Store) -> int:
+    """Returns the steps of a search that was interrupted, 0 if there is none."""
+    if ledger := read_ledger(search, store):
+        return ledger.num_steps
+    adapters = open_run_folder(store.root, search.names).read_identity().get("adapters", {})
+    return int(adapters[search.names[0]]["train"]["steps"] or 0) if adapters else 0
 
 
 def _fit_steps(candidates: list[Recipe], size: int, budget_seconds: float, devices: Devices) -> int:

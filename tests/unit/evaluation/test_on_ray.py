@@ -1,5 +1,7 @@
 """Laws of an evaluation that is divided: every cell once, and the same figures."""
 
+from dataclasses import replace
+
 import pytest
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, UsageError
@@ -8,7 +10,7 @@ from lora_gpt2.evaluation.on_ray import ScoringTask, _read_weights, divide, scor
 from lora_gpt2.evaluation.run import evaluate_texts
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.recipe import EvaluateSettings, Recipe
-from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.files import Origin, identify, publish_adapter
 from tests.builders import make_adapter
 
 TEXTS = [["the cat and the dog", "another dog in the rain"], ["the king of the country " * 9]]
@@ -41,8 +43,8 @@ def test_a_task_gives_the_figures_of_this_machine(base, trained, reporter):
     recipe = Recipe.model_validate({"base": str(base.folder)})
     here = evaluate_texts(documents, ["law", "law:0.5+code:0.5"], trained, recipe, reporter, general=False)
     mixes = [Mix.parse("law:0.5+code:0.5"), Mix()]
-    task = ScoringTask(base=str(base.folder), fingerprint=base.fingerprint, mixes=mixes, settings=EvaluateSettings())
-    adapters = {name: _read_weights(trained, name) for name in ("law", "code")}
+    task = ScoringTask(base=identify(base), mixes=mixes, settings=EvaluateSettings())
+    adapters = {name: _read_weights(trained, name, identify(base)) for name in ("law", "code")}
     scores, dtype = score_task(task, TEXTS, adapters)
     expected = {(cell.adapter, cell.source): cell.score for cell in here.cells}
     rows = [(str(mix), str(column)) for mix in mixes for column in range(2)]
@@ -50,9 +52,12 @@ def test_a_task_gives_the_figures_of_this_machine(base, trained, reporter):
         assert score.nll_nats == pytest.approx(expected[key].nll_nats, rel=1e-6)
         assert score.tokens == expected[key].tokens
     assert dtype == here.dtype
-    other = ScoringTask(base=task.base, fingerprint="0" * 64, mixes=mixes, settings=task.settings)
-    with pytest.raises(MismatchError, match="another base"):
-        score_task(other, TEXTS, adapters)
+    for key in ("fingerprint", "tokenizer_fingerprint"):
+        other = replace(task.base, **{key: "0" * 64})
+        with pytest.raises(MismatchError, match="another base"):
+            score_task(replace(task, base=other), TEXTS, adapters)
+        with pytest.raises(MismatchError, match="made for another"):
+            _read_weights(trained, "law", other)
     weights, config = adapters["law"]
     with pytest.raises(CorruptError):
         score_task(task, TEXTS, {**adapters, "law": (weights[:-4], config)})

@@ -168,6 +168,62 @@ def test_a_search_in_groups_goes_on_wherever_it_was_killed(step, base_folder, te
     assert store.list_versions("law") == [1]
 
 
+def interrupt_at(monkeypatch, step):
+    advance = Trainer._advance
+
+    def interrupt(self, active):
+        advance(self, active)
+        if self.step == step:
+            os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(Trainer, "_advance", interrupt)
+
+
+def test_fresh_sets_aside_a_search_of_the_other_kind_too(base_folder, text_file, store, reporter, monkeypatch):
+    recipe = make_search(base_folder, text_file)
+    search = partial(tune, recipe, store, reporter, num_candidates=4)
+    for before, after in ((0, 2), (2, 0)):
+        with monkeypatch.context() as patched, pytest.raises(Interrupted):
+            interrupt_at(patched, 3)
+            search(num_slots=before)
+        found = search(num_slots=after, fresh=True)
+        assert search(num_slots=after, resume=True).adapter == found.adapter, "nothing else is left to resume"
+    assert store.list_versions("law") == [1, 2]
+
+
+def test_a_search_in_groups_is_published_beside_a_version_of_the_same_weights(base_folder, text_file, store, reporter):
+    recipe = make_search(base_folder, text_file, **{"tune.ranks": [2], "tune.learning_rate_factors": [0.01]})
+    train_recipes([recipe], store, reporter)
+    report = tune(recipe, store, reporter, num_candidates=2, num_slots=1)
+    assert report.candidates[0].settings == {}
+    assert str(report.adapter) == "law@2"
+    assert weights_of(store, "law@1") == weights_of(store, "law@2")
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_search_with_a_budget_goes_on_with_the_steps_that_it_had(
+    slots, base_folder, text_file, store, reporter, monkeypatch
+):
+    recipe = make_search(base_folder, text_file)
+    search = partial(tune, recipe, store, reporter, num_candidates=4, num_slots=slots)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr("lora_gpt2.training.tune._fit_steps", lambda *arguments: 12)
+        interrupt_at(patched, 2)
+        search(budget_seconds=1.0)
+    monkeypatch.setattr("lora_gpt2.training.tune._fit_steps", lambda *arguments: 24)
+    assert max(c.steps for c in search(budget_seconds=1.0, resume=True).candidates) == 12
+
+
+def test_searches_of_the_same_name_do_not_share_what_they_keep(base_folder, text_file, store, reporter, monkeypatch):
+    recipe = make_search(base_folder, text_file)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        interrupt_at(patched, 5)
+        tune(recipe, store, reporter, num_candidates=4, num_slots=2)
+    assert str(tune(recipe, store, reporter, num_candidates=6, num_slots=2).adapter) == "law@1"
+    assert str(tune(recipe, store, reporter, num_candidates=2).adapter) == "law@2"
+    assert str(tune(recipe, store, reporter, num_candidates=4, num_slots=2, resume=True).adapter) == "law@3"
+
+
 def test_candidates_that_do_not_fit_into_memory_take_turns(base_folder, text_file, store, reporter, monkeypatch):
     recipe = make_search(base_folder, text_file)
     config, runtime = read_shape(recipe)
