@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, ResourceError, UsageError
+from lora_gpt2.core.printable import count_of
 
 MAX_RETRIES = 8  # lost machines that a task survives
 POLL_SECONDS, CONNECT_SECONDS = 0.5, 10.0
@@ -70,6 +71,10 @@ class RayCluster:
             raise ResourceError("the Ray cluster has neither GPUs nor CPUs", "add a machine: ray start --address=HEAD")
         self.num_devices = gpus or len(cores)
         self._device = {"num_gpus": 1} if gpus else {"num_cpus": min(cores)}
+
+    def describe(self) -> str:
+        """Returns how many devices and nodes there are."""
+        return f"{count_of(self.num_devices, 'device')} on {count_of(self.num_nodes, 'node')}"
 
     def put(self, value: Any) -> Any:
         """Returns a reference that stands for a value among a function's arguments; it is sent to a machine once."""

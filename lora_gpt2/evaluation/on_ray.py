@@ -12,6 +12,7 @@ from itertools import pairwise
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import MismatchError, ResourceError
 from lora_gpt2.core.interrupt import catch_signals
+from lora_gpt2.core.printable import count_of
 from lora_gpt2.core.ray_cluster import TaskLost, connect
 from lora_gpt2.evaluation.perplexity import Score, ScoringWindows, Text
 from lora_gpt2.inference.mix import Mix
@@ -78,7 +79,7 @@ def score_on_ray(
             parts[key] = [(row, column) for row in rows for column in columns]
             chosen = [texts[column] for column in columns]
             calls[key] = [task, chosen, needed, *(kept[reference] for reference in needed)]
-        reporter.message(f"{len(calls)} tasks on {cluster.num_nodes} nodes")
+        reporter.message(f"{count_of(len(calls), 'task')}; {cluster.describe()}")
         with reporter.task("measuring on Ray", len(whole.mixes) * len(texts), "cells") as progress:
             for key, result in cluster.run(_score_in_ray, calls, lambda: stop.raise_if_asked("nothing is kept")):
                 if isinstance(result, TaskLost):

@@ -82,15 +82,17 @@ class RayDevices:
     def run(self, tasks: Sequence[GroupTask]) -> Iterator[Outcome]:
         """See `Devices`; the groups train at the same time."""
         calls = {key: [key, self._send(task), self.mailbox, self.text] for key, task in _name_tasks(tasks).items()}
-        title = "training on Ray" if self._count_tokens(tasks) else "measuring on Ray"
-        with self.reporter.task(title, self._count_tokens(tasks), "tokens") as progress:
+        total = self._count_tokens(tasks)
+        reporter = self.reporter if total else SilentReporter()  # where candidates are only measured
+        with reporter.task("training on Ray", total, "tokens") as progress:
 
             def collect() -> None:
                 self.stop.raise_if_asked("the last checkpoints are kept; --resume goes on")
                 before = sum(self._tokens.values())
                 delivered, self._tokens = self.mailbox.collect()
                 self._delivered += delivered
-                progress.advance(sum(self._tokens.values()) - before)
+                if (more := sum(self._tokens.values()) - before) > 0:
+                    progress.advance(more)
 
             for _, result in self.cluster.run(_run_in_ray, calls, collect):
                 if isinstance(result, TaskLost):
@@ -134,7 +136,7 @@ def open_ray_devices(
     with connect(address) as cluster, catch_signals() as stop:  # Ray has a handler of its own for SIGTERM
         states = open_run_folder(store.root, [recipe.name, "search on Ray"]).path
         mailbox = cluster.start_actor(Mailbox, states)
-        reporter.message(f"{cluster.num_devices} devices on {cluster.num_nodes} nodes")
+        reporter.message(cluster.describe())
         yield RayDevices(
             cluster=cluster,
             mailbox=mailbox,

@@ -28,6 +28,7 @@ from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.names import check_name
+from lora_gpt2.core.printable import count_of
 from lora_gpt2.core.ray_cluster import TaskLost, check_address, connect
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.checkpoint import Checkpoint
@@ -200,7 +201,7 @@ def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slo
             name = chunk[0].name
             task = RemoteTask(key=keys[name], recipes=[slot.recipe for slot in chunk], num_slots=num_slots)
             calls[name] = [task, mailbox, *(cluster.put(read_folder(slot.data.path)) for slot in chunk)]
-        driver.reporter.message(f"{sum(map(len, waiting))} adapters in {len(calls)} tasks on {cluster.num_nodes} nodes")
+        driver.reporter.message(f"{count_of(sum(map(len, waiting)), 'adapter')} to train; {cluster.describe()}")
         with driver.reporter.task("training on Ray", total, "tokens") as progress:
             shown = 0
 
@@ -210,7 +211,8 @@ def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slo
                 delivered, tokens = mailbox.collect()
                 for files in delivered:
                     driver.publish(files)
-                progress.advance(sum(tokens.values()) - shown)
+                if sum(tokens.values()) > shown:
+                    progress.advance(sum(tokens.values()) - shown)
                 shown = sum(tokens.values())
 
             for name, result in cluster.run(_run_in_ray, calls, collect):

@@ -178,7 +178,7 @@ def test_a_matrix_is_the_same_over_two_machines_though_one_is_lost(recipes, clus
     began = time.monotonic()
 
     def lose(text):
-        if "tasks on" in text:
+        if "tasks; " in text:
             cluster.remove_node(first, allow_graceful=False)
 
     reporter = SilentReporter()
