@@ -187,6 +187,7 @@ def build_config(app: ASGIApp, protocol: type[PatientProtocol], shutdown_grace_s
         http=protocol,
         loop="asyncio",
         lifespan="off",
+        log_config=None,  # its own would close the handlers of the program that we are part of
         log_level="warning",
         access_log=False,
         ws="none",
