@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from lora_gpt2.core.printable import printable
@@ -62,6 +63,28 @@ class SilentReporter:
     def task(self, title: str, total: int, unit: str) -> Iterator[ProgressTask]:
         """Yields a task that says nothing."""
         yield SilentTask()
+
+
+@dataclass(frozen=True)
+class OnceReporter:
+    """Passes on to another reporter, each message once."""
+
+    reporter: Reporter
+    _said: set[str] = field(default_factory=set)
+
+    def message(self, text: str) -> None:
+        """Shows a line that has not been shown."""
+        if text not in self._said:
+            self._said.add(text)
+            self.reporter.message(text)
+
+    def detail(self, text: str) -> None:
+        """Passes a detail on."""
+        self.reporter.detail(text)
+
+    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[ProgressTask]:
+        """Returns a task of the other reporter."""
+        return self.reporter.task(title, total, unit)
 
 
 def _write_line(line: str) -> None:

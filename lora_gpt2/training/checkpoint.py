@@ -85,6 +85,10 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def read_parent(self, name: str) -> str:
+        """Returns what an adapter of the run on disk continues from, "" if nothing is known."""
+        return str(self.read_identity().get("adapters", {}).get(name, {}).get("lora", {}).get("init_from", ""))
+
     def check_identity(self, identity: Mapping[str, Any], free: Sequence[str] = ()) -> str:
         """Returns what differs from the run on disk under `free`; raises `MismatchError` that lists all else."""
         if not (found := self.read_identity()):

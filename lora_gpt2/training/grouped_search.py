@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_gpt2.core.console import ProgressTask, Reporter
+from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import InterruptedRunError, MismatchError, TrainingDiverged
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
 from lora_gpt2.core.locks import hold_lock
@@ -77,7 +76,6 @@ class ThisDevice:
     reporter: Reporter
     num_devices: int = 1
     kind: str = "on this machine"
-    _said: set[str] = field(default_factory=set)
 
     def count_slots(self, recipes: Sequence[Recipe]) -> int:
         """See `Devices`."""
@@ -90,10 +88,9 @@ class ThisDevice:
 
     def run(self, tasks: Sequence[GroupTask]) -> Iterator[Outcome]:
         """See `Devices`."""
-        said = _SaidOnce(self.reporter, self._said)
         for task in tasks:
             resume = self._open(task.names).exists()
-            yield run_group(task.recipes, task.group, self.store, said, resume=resume)
+            yield run_group(task.recipes, task.group, self.store, self.reporter, resume=resume)
 
     def forget(self, groups: Sequence[Sequence[str]]) -> None:
         """See `Devices`."""
@@ -102,25 +99,6 @@ class ThisDevice:
 
     def _open(self, names: Sequence[str]) -> RunFolder:
         return open_run_folder(self.store.root, list(names))
-
-
-@dataclass(frozen=True)
-class _SaidOnce:
-    """A reporter that passes on each message once: every round of every group begins with the same ones."""
-
-    reporter: Reporter
-    said: set[str]
-
-    def message(self, text: str) -> None:
-        if text not in self.said:
-            self.said.add(text)
-            self.reporter.message(text)
-
-    def detail(self, text: str) -> None:
-        self.reporter.detail(text)
-
-    def task(self, title: str, total: int, unit: str) -> AbstractContextManager[ProgressTask]:
-        return self.reporter.task(title, total, unit)
 
 
 @dataclass(kw_only=True)

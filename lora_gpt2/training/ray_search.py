@@ -17,20 +17,14 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.checkpoint import open_run_folder
 from lora_gpt2.training.grouped_search import GroupTask
+from lora_gpt2.training.mailbox import Files, Mailbox
 from lora_gpt2.training.memory import count_fitting, measure_budget
 from lora_gpt2.training.plan import measure_speed, read_shape
 from lora_gpt2.training.publish import report_published
-from lora_gpt2.training.remote import (
-    Files,
-    Mailbox,
-    check_sendable,
-    name_base,
-    publish_delivered,
-    read_folder,
-    run_remote_group,
-)
+from lora_gpt2.training.remote import publish_delivered, run_remote_group
 from lora_gpt2.training.rounds import Outcome
 from lora_gpt2.training.run import TrainReport
+from lora_gpt2.training.task_inputs import check_sendable, collect_inputs, name_base
 
 
 @dataclass(kw_only=True)
@@ -40,7 +34,7 @@ class RayDevices:
     Args:
         cluster: where they are.
         mailbox: has the states of the groups, which outlive a machine.
-        text: stands for the files of the prepared text.
+        inputs: stands for what every task needs.
         store, reporter: of the driver.
         stop: whether the driver was told to stop.
         is_resumed: an interrupted search may have published already.
@@ -48,7 +42,7 @@ class RayDevices:
 
     cluster: RayCluster
     mailbox: Actor
-    text: Any
+    inputs: Any
     store: Store
     reporter: Reporter
     stop: StopRequest
@@ -81,7 +75,7 @@ class RayDevices:
 
     def run(self, tasks: Sequence[GroupTask]) -> Iterator[Outcome]:
         """See `Devices`; the groups train at the same time."""
-        calls = {key: [key, self._send(task), self.mailbox, self.text] for key, task in _name_tasks(tasks).items()}
+        calls = {key: [key, self._send(task), self.inputs, self.mailbox] for key, task in _name_tasks(tasks).items()}
         total = self._count_tokens(tasks)
         reporter = self.reporter if total else SilentReporter()  # where candidates are only measured
         with reporter.task("training on Ray", total, "tokens") as progress:
@@ -89,12 +83,15 @@ class RayDevices:
             def collect() -> None:
                 self.stop.raise_if_asked("the last checkpoints are kept; --resume goes on")
                 before = sum(self._tokens.values())
-                delivered, self._tokens = self.mailbox.collect()
-                self._delivered += delivered
+                mail = self.mailbox.collect()
+                self._tokens = mail.tokens
+                self._delivered += mail.versions
+                for message in mail.messages:
+                    self.reporter.message(message)
                 if (more := sum(self._tokens.values()) - before) > 0:
                     progress.advance(more)
 
-            for _, result in self.cluster.run(_run_in_ray, calls, collect):
+            for _, result in self.cluster.run(run_remote_group, calls, collect):
                 if isinstance(result, TaskLost):
                     raise ResourceError(result.reason, "--resume goes on")
                 yield self._publish(result) if result.report else result
@@ -102,7 +99,7 @@ class RayDevices:
     def forget(self, groups: Sequence[Sequence[str]]) -> None:
         """See `Devices`."""
         for names in groups:
-            self.mailbox.keep_state(_find_key(names), {})
+            self.mailbox.forget_state(_find_key(names))
 
     def _count_tokens(self, tasks: Sequence[GroupTask]) -> int:
         """Returns the tokens that the candidates have left in their round."""
@@ -140,7 +137,7 @@ def open_ray_devices(
         yield RayDevices(
             cluster=cluster,
             mailbox=mailbox,
-            text=cluster.put(read_folder(data.path)),
+            inputs=cluster.put(collect_inputs([recipe], [data], store, reporter)),
             store=store,
             reporter=reporter,
             stop=stop,
@@ -155,11 +152,6 @@ def _name_tasks(tasks: Sequence[GroupTask]) -> dict[str, GroupTask]:
 def _find_key(names: Sequence[str]) -> str:
     """Returns the key of a group, which it has in every round."""
     return fingerprint_json(sorted(names))[:16]
-
-
-def _run_in_ray(key: str, task: GroupTask, mailbox: Mailbox, text: Files) -> Outcome:
-    """Runs on a machine of the cluster."""
-    return run_remote_group(key, task, text, mailbox)
 
 
 def _count_in_ray(recipes: Sequence[Recipe]) -> int:

@@ -11,9 +11,8 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.console import OnceReporter, Reporter
 from lora_gpt2.core.errors import (
     DataError,
     InterruptedRunError,
@@ -36,34 +35,44 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import MANIFEST, parse_manifest
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
+from lora_gpt2.training.mailbox import Files, Mailbox, has_state
 from lora_gpt2.training.memory import MOST_SLOTS
 from lora_gpt2.training.publish import report_published
 from lora_gpt2.training.queue import order_domains
-from lora_gpt2.training.remote import (
-    Files,
-    Mailbox,
-    RemoteTask,
-    check_sendable,
-    name_base,
-    publish_delivered,
-    read_folder,
-    run_task,
+from lora_gpt2.training.remote import RemoteTask, publish_delivered, run_task
+from lora_gpt2.training.run import (
+    TrainReport,
+    describe_texts,
+    fingerprint_recipes,
+    join_names,
+    pin_parent,
+    resolve_learning_rate,
 )
-from lora_gpt2.training.run import TrainReport, fingerprint_recipes, join_names, resolve_learning_rate
 from lora_gpt2.training.slot import TrainingSlot, check_together
+from lora_gpt2.training.start import inherit_shape
+from lora_gpt2.training.task_inputs import check_sendable, collect_inputs, name_base
 
 LEDGER = "published.json"
 
 
 @dataclass(kw_only=True)
 class _Driver:
-    """The driver's side of a run, which can be killed too: what is published is in a ledger, the rest in `states`."""
+    """The driver's side of a run, which can be killed too: what is published is in a ledger, the rest in `states`.
+
+    Args:
+        recipes: the fingerprint of what it trains.
+        parents: the versions that adapters continue from, by name.
+        tasks: the domains of each task.
+        published: references by name.
+    """
 
     store: Store
     run: RunFolder
     reporter: Reporter
     recipes: str
     is_resumed: bool
+    parents: dict[str, str] = field(default_factory=dict)
+    tasks: list[list[str]] = field(default_factory=list)
     published: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -72,19 +81,19 @@ class _Driver:
         return self.run.path / "states"
 
     def read_ledger(self) -> None:
-        """Takes over what an interrupted run published."""
+        """Takes over what an interrupted run came to."""
         path = self.run.path / LEDGER
         if not path.exists():
             return
         found = json.loads(path.read_bytes())
         if self.is_resumed and found["recipes"] != self.recipes:
             raise MismatchError("the run to resume had other settings", "restore these, or use --fresh")
-        self.published = found["published"]
+        self.parents, self.tasks, self.published = found["parents"], found["tasks"], found["published"]
 
     def write_ledger(self) -> None:
-        """Notes what is published."""
+        """Notes what the run has come to."""
+        content = {key: getattr(self, key) for key in ("recipes", "parents", "tasks", "published")}
         with wrap_os_errors(f"write to {self.run.path}"):
-            content = {"recipes": self.recipes, "published": self.published}
             write_atomic(self.run.path / LEDGER, json.dumps(content).encode())
 
     def publish(self, files: Files) -> None:
@@ -97,6 +106,21 @@ class _Driver:
         report = report_published(self.store, self.published[name])
         before, after = report.base_perplexity, report.validation_perplexity
         self.reporter.message(f"{report}: perplexity {before:.2f} -> {after:.2f} after {report.steps} steps")
+
+    def divide(self, names: Sequence[str], size: int, num_devices: int) -> None:
+        """Divides the domains among tasks, of at most `size`, so that all devices have as much to do.
+
+        A task that has left something to go on from keeps its domains, published ones too.
+        """
+        kept = [[name for name in task if name in names] for task in self.tasks if self._is_begun(task)]
+        rest = [name for name in names if name not in self.published and not any(name in task for task in kept)]
+        count = -(-len(rest) // size)
+        count = min(len(rest), -(-count // num_devices) * num_devices)
+        self.tasks = [*kept, *(rest[index::count] for index in range(count))]
+        self.write_ledger()
+
+    def _is_begun(self, names: Sequence[str]) -> bool:
+        return not set(names) <= self.published.keys() and has_state(self.states, find_key(names))
 
 
 def train_on_ray(
@@ -121,7 +145,8 @@ def train_on_ray(
         num_slots: adapters that a device trains at a time; 0 for as many as fit into its memory.
 
     Raises:
-        UsageError: names are missing or the same, the recipes do not share a base, or one continues an adapter.
+        UsageError: names are missing or the same, the recipes do not share a base, or need what cannot be sent.
+        NotFoundError, CorruptError: of an adapter that is continued.
         MismatchError: the run to resume had other settings.
         InterruptedRunError: an interrupted run is there, and neither `resume` nor `fresh` says what becomes of it.
         ResourceError: Ray is not installed, there is no such cluster, or a task was lost too often; the others go on.
@@ -132,7 +157,8 @@ def train_on_ray(
     _check(recipes, names, address)
     run = open_run_folder(store.root, [*names, "on Ray"])
     made_of = fingerprint_recipes(recipes)
-    driver = _Driver(store=store, run=run, reporter=reporter, recipes=made_of, is_resumed=resume)
+    once = OnceReporter(reporter)  # machines say the same
+    driver = _Driver(store=store, run=run, reporter=once, recipes=made_of, is_resumed=resume)
     store.check_writable()
     with wrap_os_errors(f"keep the run in {driver.run.path} (see LORA_GPT2_CACHE)"):
         driver.run.path.mkdir(parents=True, exist_ok=True)
@@ -145,10 +171,12 @@ def train_on_ray(
                 "--resume continues it, --fresh starts over",
             )
         if not resume:
-            driver.published = {}
+            driver.parents, driver.tasks, driver.published = {}, [], {}
             shutil.rmtree(driver.states, ignore_errors=True)
+        known = [inherit_shape(pin_parent(r, driver.parents.get(r.name, "")), store) for r in recipes]
+        driver.parents = {recipe.name: recipe.lora.init_from for recipe in known}
         driver.write_ledger()
-        slots, failures = _read_texts(recipes, reporter)
+        slots, failures = _read_texts(known, once)
         if any(slot.name not in driver.published for slot in slots):
             failures |= _train(driver, slots, address, num_slots)
         references = [driver.published[name] for name in sorted(driver.published)]
@@ -184,50 +212,50 @@ def _read_texts(recipes: Sequence[Recipe], reporter: Reporter) -> tuple[list[Tra
         else:
             known = resolve_learning_rate(name_base(recipe), checkpoint.config.n_embd)
             slots.append(TrainingSlot(recipe=known, data=data))
+    if slots:
+        describe_texts({slot.name: slot for slot in slots}, reporter)
     return order_domains(slots), failures
 
 
 def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slots: int) -> dict[str, str]:
-    """Runs the tasks, and publishes what they deliver; returns what failed, by the first domain of the task."""
-    size = num_slots or MOST_SLOTS
-    chunks = [slots[start : start + size] for start in range(0, len(slots), size)]
-    waiting = [chunk for chunk in chunks if not {slot.name for slot in chunk} <= driver.published.keys()]
-    total = sum(slot.num_steps * slot.tokens_per_step for chunk in waiting for slot in chunk)
-    failures, keys = dict[str, str](), {chunk[0].name: _find_key(chunk) for chunk in waiting}
+    """Runs the tasks, and publishes what they deliver; returns what failed, by the task."""
+    failures, known = dict[str, str](), {slot.name: slot for slot in slots}
     with connect(address) as cluster, catch_signals() as stop:  # Ray has a handler of its own for SIGTERM
         mailbox = cluster.start_actor(Mailbox, driver.states)
+        driver.divide(list(known), num_slots or MOST_SLOTS, cluster.num_devices)
         calls = {}
-        for chunk in waiting:
-            name = chunk[0].name
-            task = RemoteTask(key=keys[name], recipes=[slot.recipe for slot in chunk], num_slots=num_slots)
-            calls[name] = [task, mailbox, *(cluster.put(read_folder(slot.data.path)) for slot in chunk)]
-        driver.reporter.message(f"{count_of(sum(map(len, waiting)), 'adapter')} to train; {cluster.describe()}")
+        for names in driver.tasks:
+            recipes, texts = [known[name].recipe for name in names], [known[name].data for name in names]
+            task = RemoteTask(key=find_key(names), recipes=recipes, num_slots=num_slots)
+            inputs = collect_inputs(recipes, texts, driver.store, driver.reporter)
+            calls[task.key] = [task, cluster.put(inputs), mailbox]
+        running = [known[name] for task in driver.tasks for name in task]
+        total = sum(slot.num_steps * slot.tokens_per_step for slot in running)
+        driver.reporter.message(f"{count_of(len(running), 'adapter')} to train; {cluster.describe()}")
         with driver.reporter.task("training on Ray", total, "tokens") as progress:
             shown = 0
 
             def collect() -> None:
                 nonlocal shown
                 stop.raise_if_asked(f"{len(driver.published)} adapters are published; --resume goes on")
-                delivered, tokens = mailbox.collect()
-                for files in delivered:
+                mail = mailbox.collect()
+                for message in mail.messages:
+                    driver.reporter.message(message)
+                for files in mail.versions:
                     driver.publish(files)
-                if sum(tokens.values()) > shown:
-                    progress.advance(sum(tokens.values()) - shown)
-                shown = sum(tokens.values())
+                tokens = sum(mail.tokens.values())
+                if tokens > shown:
+                    progress.advance(tokens - shown)
+                shown = tokens
 
-            for name, result in cluster.run(_run_in_ray, calls, collect):
+            for key, result in cluster.run(run_task, calls, collect):
                 failure = result.reason if isinstance(result, TaskLost) else result
-                failures |= {name: failure} if failure else {}
+                failures |= {key: failure} if failure else {}
                 if not failure or "diverged" in failure:  # which would diverge again
-                    mailbox.keep_state(keys[name], {})
+                    mailbox.forget_state(key)
     return failures
 
 
-def _find_key(chunk: Sequence[TrainingSlot]) -> str:
+def find_key(names: Sequence[str]) -> str:
     """Returns the key of a task, which is the same when the run goes on."""
-    return fingerprint_json([slot.name for slot in chunk])[:16]
-
-
-def _run_in_ray(task: RemoteTask, mailbox: Any, *prepared: Files) -> str:
-    """Runs on a machine of the cluster."""
-    return run_task(task, prepared, mailbox)
+    return fingerprint_json(list(names))[:16]

@@ -22,7 +22,8 @@ from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.blocks import IGNORE, BlockBatch, TokenBlocks
-from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.data.prepared import PreparedData, open_prepared, prepare_data
+from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.inference.generate import Request, iter_outputs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
@@ -88,22 +89,42 @@ class Replay:
         return total / max(1, int((batch.targets != IGNORE).sum()))
 
 
-def open_replay(recipes: Sequence[Recipe], base: Base, reporter: Reporter) -> Replay | None:
+def open_replay(
+    recipes: Sequence[Recipe], base: Base, reporter: Reporter, prepared: Path | None = None
+) -> Replay | None:
     """Returns the text that the recipes replay; None if none of them has a budget of forgetting.
 
-    Raises what reading `train.replay` may raise.
+    `prepared` is the folder of what `prepare_replay` made of `train.replay` before. Raises what reading that may raise.
     """
     wanted = [recipe for recipe in recipes if recipe.train.forget is not None]
     if not wanted:
         return None
-    train, block_size = wanted[0].train, wanted[0].data.block_size
-    sources = train.replay or (str(write_text(base, train.replay_tokens, reporter)),)
-    settings = DataSettings(sources=sources, block_size=block_size, validation_fraction=0.05, test_fraction=0.0)
-    data = prepare_data(settings, base.tokenizer, reporter)
-    batch = _choose_blocks(data.train, max(2, train.replay_tokens // block_size))
+    train, settings = wanted[0].train, _find_settings(wanted[0])
+    if not train.replay:
+        settings = settings.model_copy(update={"sources": (str(write_text(base, train.replay_tokens, reporter)),)})
+    if prepared:
+        data = open_prepared(prepared, settings, base.tokenizer)
+    else:
+        data = prepare_data(settings, base.tokenizer, reporter)
+    batch = _choose_blocks(data.train, max(2, train.replay_tokens // settings.block_size))
     hidden = _run_base(base, batch, reporter)
     num_held_out = max(1, len(hidden) // HELD_OUT_SHARE)
     return Replay(fingerprint=data.fingerprint, batch=batch, hidden=hidden, num_held_out=num_held_out)
+
+
+def prepare_replay(recipes: Sequence[Recipe], tokenizer: Tokenizer, reporter: Reporter) -> PreparedData | None:
+    """Returns `train.replay` as it is replayed; None if it is not, or not set, so that the base writes the text."""
+    wanted = [recipe for recipe in recipes if recipe.train.forget is not None and recipe.train.replay]
+    return prepare_data(_find_settings(wanted[0]), tokenizer, reporter) if wanted else None
+
+
+def _find_settings(recipe: Recipe) -> DataSettings:
+    return DataSettings(
+        sources=recipe.train.replay,
+        block_size=recipe.data.block_size,
+        validation_fraction=0.05,
+        test_fraction=0.0,
+    )
 
 
 def _choose_blocks(blocks: TokenBlocks, count: int) -> BlockBatch:

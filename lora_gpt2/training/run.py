@@ -90,6 +90,7 @@ def train_recipes(
     conclude: Conclude | None = None,
     num_slots: int | None = None,
     texts: Mapping[str, Path] = MappingProxyType({}),
+    replay: Path | None = None,
 ) -> TrainReport:
     """Trains one adapter per recipe, together, and publishes them; returns the report.
 
@@ -97,7 +98,8 @@ def train_recipes(
     `callbacks` receive each event of the training. With `halving` the recipes are candidates for one adapter, and
     `conclude` gets the trainer and the best slot, and returns further files of the version. With fewer `num_slots` than
     recipes (0: as many as memory has room for) the others wait, and each adapter is published when it is done; a text
-    that cannot be read then stops its own domain alone. `texts` has folders of text that was prepared before, by name.
+    that cannot be read then stops its own domain alone. `texts` has folders of text that was prepared before, by name;
+    `replay` is that of the replayed text.
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and dtype.
@@ -119,7 +121,10 @@ def train_recipes(
     process_group = init_process_group()
     reporter = reporter if process_group.is_main_process else SilentReporter()
     run = open_run_folder(store.root, names)
-    recipes = [inherit_shape(pin_parent(recipe, run) if resume else recipe, store) for recipe in recipes]
+    recipes = [
+        inherit_shape(pin_parent(recipe, run.read_parent(name)) if resume else recipe, store)
+        for name, recipe in zip(names, recipes, strict=True)
+    ]
     with ExitStack() as stack:
         if process_group.is_main_process:
             store.check_writable()
@@ -131,7 +136,13 @@ def train_recipes(
                     "--resume continues it, --fresh starts over",
                 )
         options = _Options(
-            resume=resume, callbacks=callbacks, halving=halving, conclude=conclude, num_slots=num_slots, texts=texts
+            resume=resume,
+            callbacks=callbacks,
+            halving=halving,
+            conclude=conclude,
+            num_slots=num_slots,
+            texts=texts,
+            replay=replay,
         )
         return _train_locked(recipes, store, reporter, run, process_group, options)
 
@@ -146,6 +157,7 @@ class _Options:
     conclude: Conclude | None
     num_slots: int | None
     texts: Mapping[str, Path]
+    replay: Path | None
 
 
 def join_names(names: Sequence[str]) -> str:
@@ -164,8 +176,8 @@ def _train_locked(
 ) -> TrainReport:
     base, slots, unreadable = _open_slots(recipes, reporter, process_group, options)
     halving, is_main = options.halving, process_group.is_main_process
-    _describe_texts(slots[: 1 if halving else None], reporter)
-    replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter))
+    describe_texts({slots[0].name.rpartition(".")[0]: slots[0]} if halving else {s.name: s for s in slots}, reporter)
+    replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter, options.replay))
     identity = _identify_run(base, slots, process_group, [digest_parent(slot.recipe, store) for slot in slots])
     identity["replay"] = replay.fingerprint if replay else ""
     resume = process_group.broadcast_object(options.resume and is_main and _can_resume(run, identity, reporter))
@@ -291,9 +303,8 @@ def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
-def pin_parent(recipe: Recipe, run: RunFolder) -> Recipe:
+def pin_parent(recipe: Recipe, then: str) -> Recipe:
     """Returns the recipe with the version that an interrupted run continues from, where it names no version itself."""
-    then = run.read_identity().get("adapters", {}).get(recipe.name, {}).get("lora", {}).get("init_from", "")
     if not then or name_of(then) != recipe.lora.init_from:
         return recipe
     lora = recipe.lora.model_copy(update={"init_from": then})
@@ -315,12 +326,13 @@ def _open_start(slot: TrainingSlot, store: Store, base: Base, reporter: Reporter
     return start.adapter
 
 
-def _describe_texts(slots: Sequence[TrainingSlot], reporter: Reporter) -> None:
-    for slot in slots:
-        for line in describe_preparation(slot.data):
-            reporter.message(f"{slot.name}: {line}")
-    threshold = max(slot.recipe.data.near_duplicate_threshold for slot in slots)
-    prepared = {slot.name: slot.data for slot in slots}
+def describe_texts(slots: Mapping[str, TrainingSlot], reporter: Reporter) -> None:
+    """Says what is wrong with texts, by name, and which of them train on what is held out of another."""
+    prepared = {name: slot.data for name, slot in slots.items()}
+    for name, data in prepared.items():
+        for line in describe_preparation(data):
+            reporter.message(f"{name}: {line}")
+    threshold = max(slot.recipe.data.near_duplicate_threshold for slot in slots.values())
     for of, among, copies, documents in measure_overlaps(prepared, threshold) if threshold else ():
         reporter.message(f"'{among}' trains on near copies of {copies} of the {documents} documents held out of '{of}'")
 

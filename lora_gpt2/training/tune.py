@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.console import OnceReporter, Reporter
 from lora_gpt2.core.errors import MismatchError, UsageError
 from lora_gpt2.core.names import check_name
 from lora_gpt2.data.prepared import PreparedData, prepare_data
@@ -112,6 +112,7 @@ def _open_devices(
     address: str, store: Store, reporter: Reporter, recipe: Recipe, data: PreparedData, *, resume: bool
 ) -> Iterator[Devices]:
     """Yields the devices of a cluster, or the one here without an address."""
+    reporter = OnceReporter(reporter)  # every round of every group begins with the same messages
     if not address:
         yield ThisDevice(store=store, reporter=reporter)
         return

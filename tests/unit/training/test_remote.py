@@ -5,25 +5,22 @@ from contextlib import suppress
 
 import pytest
 
-from lora_gpt2.core.errors import CorruptError, Interrupted
+from lora_gpt2.core.errors import CorruptError, Interrupted, UsageError
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.exchange import read_version_files
 from lora_gpt2.store.manifest import MANIFEST, parse_manifest
 from lora_gpt2.training.candidates import read_candidates
+from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.grouped_search import GroupTask
-from lora_gpt2.training.remote import (
-    Mailbox,
-    RemoteTask,
-    _open_folder,
-    publish_delivered,
-    read_folder,
-    run_remote_group,
-    run_task,
-    write_folder,
-)
+from lora_gpt2.training.mailbox import Mailbox, read_folder, write_folder
+from lora_gpt2.training.ray_training import _Driver, find_key
+from lora_gpt2.training.remote import RemoteTask, _open_folder, publish_delivered, run_remote_group, run_task
 from lora_gpt2.training.rounds import GroupRound, Publication
 from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.start import inherit_shape
+from lora_gpt2.training.task_inputs import TaskInputs, check_sendable, collect_inputs
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_text
 from tests.unit.training.test_trainer import make_recipe
@@ -48,7 +45,7 @@ def task(recipes, tmp_path):
 def texts(recipes, reporter):
     """The text of each domain; the files themselves are gone, as they are on another machine."""
     tokenizer = Checkpoint.open(recipes[0].base).load_tokenizer()
-    return [read_folder(prepare_data(recipe.data, tokenizer, reporter).path) for recipe in recipes]
+    return TaskInputs(texts=[read_folder(prepare_data(r.data, tokenizer, reporter).path) for r in recipes])
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def read_weights(files):
 
 
 def deliver_all(mailbox):
-    return {parse_manifest(files[MANIFEST]).name: read_weights(files) for files in mailbox._delivered}
+    return {parse_manifest(files[MANIFEST]).name: read_weights(files) for files in mailbox._mail.versions}
 
 
 @pytest.fixture
@@ -79,11 +76,11 @@ def expected(recipes, texts, store, reporter):
 def test_what_comes_back_is_byte_for_byte_what_is_trained_here(task, texts, mailbox, expected, tmp_path):
     assert run_task(task, texts, mailbox) == ""
     assert deliver_all(mailbox) == expected
-    mailbox.keep_state(task.key, {})
+    mailbox.forget_state(task.key)
     assert not mailbox.find_state(task.key)
     assert not list((tmp_path / "cache" / "tasks").iterdir())
     store = Store(tmp_path / "driver")
-    assert [publish_delivered(store, files) for files in sorted(mailbox._delivered, key=str)] != []
+    assert [publish_delivered(store, files) for files in sorted(mailbox._mail.versions, key=str)] != []
     assert store.list_names() == ["d0", "d1", "d2"]
     for name in expected:
         with store.open(name) as version:
@@ -112,7 +109,7 @@ def test_another_machine_goes_on_where_a_lost_one_left_off(task, texts, mailbox,
     monkeypatch.setattr(Trainer, "_advance", lambda self, active: steps.append(self.step) or advance(self, active))
     assert run_task(task, texts, mailbox) == ""
     assert deliver_all(mailbox) == expected
-    assert [parse_manifest(files[MANIFEST]).name for files in mailbox._delivered].count("d2") == 2
+    assert [parse_manifest(files[MANIFEST]).name for files in mailbox._mail.versions].count("d2") == 2
     assert len(steps) <= 8 + 12 - 6, "it did not begin anew"
 
 
@@ -155,7 +152,7 @@ def test_what_a_killed_task_left_is_removed_by_the_next_and_what_another_works_i
 def test_a_group_of_candidates_goes_on_elsewhere_in_each_round(recipes, store, reporter, mailbox, monkeypatch):
     """Rounds to steps 4 and 9, and the publication, each on machines that are lost on the way."""
     data = prepare_data(recipes[0].data, Checkpoint.open(recipes[0].base).load_tokenizer(), reporter)
-    text, names = read_folder(data.path), ["law.0", "law.1"]
+    text, names = TaskInputs(texts=[read_folder(data.path)]), ["law.0", "law.1"]
     train = recipes[0].train
     candidates = [
         recipes[0].model_copy(update={"name": n, "train": train.model_copy(update={"steps": 9, "learning_rate": rate})})
@@ -186,7 +183,7 @@ def test_a_group_of_candidates_goes_on_elsewhere_in_each_round(recipes, store, r
     assert second.standings["law.0"].best == first.standings["law.0"].best
     publication = Publication(order=["law.1", "law.0"], name="law", description="d", rows={})
     outcome = run(publication=publication, is_begun=True)
-    (files,) = mailbox.collect()[0]
+    (files,) = mailbox.collect().versions
     assert publish_delivered(store, files) == "law@1"
     assert publish_delivered(store, files, once=True) == "law@1"
     rows = read_candidates(store, "law@1")
@@ -195,7 +192,7 @@ def test_a_group_of_candidates_goes_on_elsewhere_in_each_round(recipes, store, r
         (False, 4, {"train.learning_rate": 0}),
     ]
     assert outcome.report is not None
-    mailbox.keep_state("key", {})
+    mailbox.forget_state("key")
     assert not losses
     with pytest.raises(CorruptError, match="is gone"):
         run(survivors=names, until=9, is_begun=True)
@@ -212,10 +209,96 @@ def test_what_fails_is_said_and_the_others_come_back(task, texts, mailbox, expec
 def test_a_version_that_was_damaged_on_its_way_is_not_published(task, texts, mailbox, expected, tmp_path):
     store = Store(tmp_path / "driver")
     run_task(task, texts, mailbox)
-    files = mailbox._delivered[0]
+    files = mailbox._mail.versions[0]
     with pytest.raises(CorruptError):
         publish_delivered(store, {**files, "adapter_model.safetensors": files["adapter_model.safetensors"][:-1] + b"x"})
     assert store.list_names() == []
+
+
+@pytest.mark.parametrize("init_from", ["law", "auto"])
+def test_what_a_recipe_continues_from_and_replays_is_sent_with_it(
+    recipes, store, reporter, mailbox, tmp_path, monkeypatch, init_from
+):
+    """Byte for byte as here, on two machines of which one is lost; the parents do not come back."""
+    train_recipes([recipes[2].model_copy(update={"name": name}) for name in ("law", "other")], store, reporter)
+    replayed = tmp_path / "general.txt"
+    replayed.write_text(make_text(40, seed=9))
+    train = recipes[0].train.model_copy(update={"forget": 0.01, "replay": (str(replayed),), "replay_tokens": 512})
+    lora = recipes[0].lora.model_copy(update={"init_from": init_from})
+    recipe = recipes[0].model_copy(update={"name": "law", "train": train, "lora": lora})
+    here = Store(tmp_path / "here")
+    for name in ("law", "other"):
+        files = read_version_files(store, name)[1]
+        write_folder({f"{name}/1/{path}": content for path, content in files.items()}, here.root)
+        here.use_version(name, 1)
+    train_recipes([recipe], here, reporter, num_slots=1)
+    known = inherit_shape(recipe, store)
+    data = prepare_data(known.data, Checkpoint.open(known.base).load_tokenizer(), reporter)
+    inputs = collect_inputs([known], [data], store, reporter)
+    assert inputs.parent_references == ({"law@1"} if init_from == "law" else {"law@1", "other@1"})
+    os.remove(replayed)
+    os.remove(recipe.data.sources[0])
+    advance, lost = Trainer._advance, []
+
+    def lose(self, active):
+        advance(self, active)
+        if self.step == 5 and not lost:
+            lost.append(self)
+            raise Lost
+
+    monkeypatch.setattr(Trainer, "_advance", lose)
+    task = RemoteTask(key="key", recipes=[known], num_slots=1)
+    with pytest.raises(Lost):
+        run_task(task, inputs, mailbox)
+    state = mailbox.find_state("key")
+    assert not [name for name in state if "store/law/1/" in name or "store/other/1" in name]
+    assert run_task(task, inputs, mailbox) == ""
+    mail = mailbox.collect()
+    (files,) = mail.versions
+    assert publish_delivered(store, files) == "law@2"
+    found, expected = (read_version_files(each, "law@2") for each in (store, here))
+    assert read_weights(found[1]) == read_weights(expected[1])
+    assert found[0].parents == expected[0].parents
+    assert found[0].recipe == expected[0].recipe
+    assert [text for text in mail.messages if text.startswith("law: continues from ")]
+    assert not [text for text in mail.messages if "law@2" in text.partition(":")[0] or "no run to resume" in text]
+
+
+def test_a_machine_that_was_given_up_for_lost_replaces_nothing_later(mailbox):
+    mailbox.keep_state("key", 4, {"state/a": b"four"})
+    mailbox.keep_state("key", 8, {"state/a": b"eight"})
+    mailbox.keep_state("key", 6, {"state/a": b"six"})
+    assert mailbox.find_state("key") == {"state/a": b"eight"}
+    mailbox.keep_state("key", 8, {"state/b": b"eight"})
+    assert mailbox.find_state("key") == {"state/b": b"eight"}
+    assert len(list(mailbox.folder.iterdir())) == 1
+
+
+def test_domains_are_dealt_to_devices_evenly_and_a_task_that_has_begun_keeps_its_own(store, reporter, tmp_path):
+    run = RunFolder(path=tmp_path / "run")
+    run.path.mkdir()
+    driver = _Driver(store=store, run=run, reporter=reporter, recipes="", is_resumed=True)
+    driver.divide(list("abcdefg"), 8, 3)
+    assert driver.tasks == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
+    driver.divide(list("abcdefg"), 2, 3)
+    assert [len(task) for task in driver.tasks] == [2, 1, 1, 1, 1, 1]
+    driver.divide(list("abcdefg"), 4, 1)
+    assert driver.tasks == [list("aceg"), list("bdf")]
+    Mailbox(driver.states).keep_state(find_key(list("bdf")), 3, {"state/a": b""})
+    driver.published = {"b": "b@1", "a": "a@1"}
+    driver.divide(list("abcdefgh"), 8, 1)
+    assert driver.tasks == [list("bdf"), list("cegh")], "b is needed to go on, a is not"
+    driver.read_ledger()
+    assert driver.tasks == [list("bdf"), list("cegh")]
+
+
+def test_what_is_not_sent_is_refused(recipes, tmp_path):
+    folder = recipes[0].lora.model_copy(update={"init_from": str(tmp_path)})
+    with pytest.raises(UsageError, match="not of other folders"):
+        check_sendable([recipes[0].model_copy(update={"lora": folder})])
+    tracked = recipes[0].train.model_copy(update={"trackers": ("csv",)})
+    with pytest.raises(UsageError, match="trackers"):
+        check_sendable([recipes[0].model_copy(update={"train": tracked})])
 
 
 def test_no_path_leads_out_of_a_folder(tmp_path):
