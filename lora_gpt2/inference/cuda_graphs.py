@@ -30,7 +30,8 @@ from lora_gpt2.inference.device_sampling import FORBIDDEN, choose_tokens
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
-from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
+from lora_gpt2.model.bank import AdapterBank
+from lora_gpt2.model.batch_adapters import BatchAdapters
 from lora_gpt2.model.graphs import capture, on_capture_stream
 from lora_gpt2.model.kv_cache import KVCache
 from lora_gpt2.model.scoring import next_logits
@@ -203,7 +204,7 @@ class CudaGraphDecoder(Decoder):
         view.lengths.copy_(lengths)
         adapters = None
         if step.bank is not None:
-            adapters = InferenceAdapters(step.bank, weights[0], slice(0, step.bank.num_slots))
+            adapters = BatchAdapters(step.bank, weights[0], slice(0, step.bank.num_slots))
         logits, _ = next_logits(self.session.base.model, tokens, adapters, view)
         view.lengths.copy_(lengths_after)
         step.logits = logits

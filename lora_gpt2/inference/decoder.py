@@ -18,7 +18,7 @@ from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
-from lora_gpt2.model.bank import InferenceAdapters
+from lora_gpt2.model.batch_adapters import BatchAdapters
 from lora_gpt2.model.kv_cache import KVCache
 from lora_gpt2.model.scoring import next_logits
 
@@ -81,7 +81,7 @@ class Decoder:
 
     def __init__(self, session: Session, cache: KVCache) -> None:
         self.session, self.cache = session, cache
-        self._adapters: tuple[object, InferenceAdapters | None] = (None, None)
+        self._adapters: tuple[object, BatchAdapters | None] = (None, None)
         self._prompt_hidden: Tensor | None = None
 
     def step(self, sequences: Sequence[SequenceState]) -> NextTokens:
@@ -120,7 +120,7 @@ class Decoder:
         tokens = choose_tokens(own, build_sampling_columns(sequences).to(device))
         return NextTokens(logits=logits, tokens=tokens.tolist())
 
-    def _reuse_adapters(self, mixes: Sequence[Mix]) -> InferenceAdapters | None:
+    def _reuse_adapters(self, mixes: Sequence[Mix]) -> BatchAdapters | None:
         """Returns the adapters of a batch; one with the same mixes as before keeps its own."""
         key = (list(mixes), self.session.slots.num_loads)
         if self._adapters[0] != key:

@@ -21,8 +21,8 @@ from lora_gpt2.data.successors import SuccessorTable
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.prefixes import PrefixCache
 from lora_gpt2.inference.slots import AdapterSlots, VerifiedAdapter
-from lora_gpt2.model.bank import InferenceAdapters
 from lora_gpt2.model.base import Base
+from lora_gpt2.model.batch_adapters import BatchAdapters
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.gpt2 import Linear
 from lora_gpt2.model.lora import Adapter
@@ -142,10 +142,10 @@ class Session:
         self.load([reference for mix in mixes for reference, _ in mix])
         return self.slots.weights(mixes)
 
-    def adapters_for(self, mixes: Sequence[Mix]) -> InferenceAdapters | None:
+    def adapters_for(self, mixes: Sequence[Mix]) -> BatchAdapters | None:
         """Returns the adapters of a batch with one mix per sequence; None if all are the plain base."""
         weights = self.load_slot_weights(mixes)
-        return InferenceAdapters(self.slots.bank, weights) if weights.any() else None
+        return BatchAdapters(self.slots.bank, weights) if weights.any() else None
 
     def select(self, *mixes: Mix) -> AdapterSelector:
         """Returns a selector of these mixes."""

@@ -5,30 +5,21 @@ ranks are padded with zeros, which stay zero because their gradients vanish. One
 optimizer step is one kernel per operation and loading an adapter is a copy. Two layouts of the same views:
 
 - training, slot-major: `flat` is `[slots, parameters]`, one row per adapter (own gradient norm, own learning rate);
-- inference, site-major: A of a site is one `[slots * rank, in]` matrix, so K adapters take two dense GEMMs whatever K
-  is, and each sequence of the batch may mix adapters freely ("masked-dense").
-
-With weights w per sequence and slot, a projection is y = W h + b + sum_k w_k * scaling_k * B_k A_k h (Hu et al. 2021,
-arXiv:2106.09685, section 4.1); "shrink" and "expand" name the two GEMMs, as in Punica (Chen et al. 2023,
-arXiv:2310.18547).
+- inference, site-major: A of a site is one `[slots * rank, in]` matrix; see `batch_adapters.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
-from lora_gpt2.model.config import HEAD, GPT2Config
-from lora_gpt2.model.gpt2 import Linear, LowRankLogits, Prologue, apply_prologue
-from lora_gpt2.model.kernels import has_triton
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
 
 Layout = Literal["training", "inference"]
@@ -230,120 +221,3 @@ def _iter_spans(config: GPT2Config, ranks: Mapping[str, int]) -> Iterator[_Span]
         yield _Span(site, "a", offset, rank, inputs)
         yield _Span(site, "b", offset + rank * inputs, rank, outputs)
         offset += rank * (inputs + outputs)
-
-
-class InferenceAdapters:
-    """The adapters of a batch for inference: `weights` `[batch, slots]` is the weight of each slot in each sequence.
-
-    A one-hot row selects an adapter, a zero row is the plain base, any other row mixes. A slot with weight zero is
-    masked, not multiplied by zero, so a sequence does not depend on adapters that it does not use, whatever they
-    compute (0 * inf is NaN). Slots that no sequence uses cost nothing, except those between used ones: where they are
-    fewer than the used ones they are computed rather than skipped, because skipping copies the others.
-
-    Args:
-        bank: the slots, in inference layout.
-        weights: see above.
-        slots: the slots to compute; by default those that are used.
-    """
-
-    def __init__(self, bank: AdapterBank, weights: Float[Tensor, "batch slots"], slots: slice | None = None) -> None:
-        self.slots = _find_used_slots(weights) if slots is None else slots
-        self.bank, self.weights = bank, weights[:, self.slots].to(bank.flat.device, torch.float32)
-        self._has_kernel = self.weights.device.type == "cuda" and has_triton()
-        self._stacked: dict[str, _StackedFactors] = {}
-
-    @cached_property
-    def _scaled(self) -> dict[str, Tensor]:
-        """The weights times the scaling of each site, `[batch, slots]`, of all sites at once."""
-        scaled = self.weights * self.bank.scalings[:, None, self.slots]
-        return dict(zip(self.bank.sites, scaled.masked_fill_(self.weights == 0, 0), strict=True))
-
-    @cached_property
-    def _unused(self) -> Tensor | None:
-        """Marks zero weights, `[batch, 1, slots, 1]`; None on a CPU where there are none (asking a GPU would wait)."""
-        unused = self.weights == 0
-        return unused[:, None, :, None] if unused.device.type != "cpu" or unused.any() else None
-
-    @cached_property
-    def _is_common(self) -> bool:
-        """True if there is one slot with one weight for all; never on a GPU, which would have to be asked."""
-        is_cpu = self.weights.device.type == "cpu" and self.weights.shape[1] == 1
-        return is_cpu and bool((self.weights == self.weights[0]).all())
-
-    def project(
-        self, site: str, linear: Linear, prologue: Prologue, x: Float[Tensor, "batch time inputs"]
-    ) -> Float[Tensor, "batch time outputs"]:
-        """Returns the projection of `prologue(x)` plus each sequence's weighted updates."""
-        h = apply_prologue(prologue, x)
-        y: Tensor = linear(h)
-        if site in self.bank.sites and self._has_kernel and h.shape[1] == 1:
-            from lora_gpt2.model.decode_kernel import add_updates
-
-            views = self.bank.sites[site]
-            a, b_t = views.lora_a[self.slots], views.lora_b_t[self.slots]
-            add_updates(h[:, 0].contiguous(), a, b_t, self._scaled[site], y[:, 0])
-        elif site in self.bank.sites:
-            factors = self._stack(site)
-            if factors.scaling != 0:
-                y.view(-1, y.shape[-1]).addmm_(self._shrink(h, factors), factors.lora_b_t, alpha=factors.scaling)
-        return y
-
-    def low_rank_logits(self, hidden: Float[Tensor, "batch time width"]) -> LowRankLogits | None:
-        """Returns the adapters' contribution to the logits, or None if none of them changes the head."""
-        if HEAD not in self.bank.sites or (factors := self._stack(HEAD)).scaling == 0:
-            return None
-        hidden_a = self._shrink(hidden, factors)
-        return LowRankLogits(
-            hidden_a if factors.scaling == 1 else hidden_a.mul_(factors.scaling), factors.lora_b_t[None]
-        )
-
-    def _shrink(
-        self, h: Float[Tensor, "batch time inputs"], factors: _StackedFactors
-    ) -> Float[Tensor, "tokens all_ranks"]:
-        """Returns h Aᵀ, weighted per sequence where weights differ; unused slots are exactly zero."""
-        z = F.linear(h, factors.lora_a)
-        if factors.weights is not None:
-            grouped = z.view(*h.shape[:2], factors.weights.shape[2], -1).mul_(factors.weights)
-            if factors.unused is not None:
-                grouped.masked_fill_(factors.unused, 0)
-        return z.view(-1, len(factors.lora_b_t))
-
-    def _stack(self, site: str) -> _StackedFactors:
-        """Returns the factors of one site, the same object each time.
-
-        On a CPU a weight that all sequences share is a Python number, which costs no operation of its own.
-        """
-        if (stacked := self._stacked.get(site)) is None:
-            views = self.bank.sites[site]
-            a, b_t = views.lora_a[self.slots].flatten(0, 1), views.lora_b_t[self.slots].flatten(0, 1)
-            scaled = self._scaled[site]
-            if self._is_common:
-                stacked = _StackedFactors(a, b_t, float(scaled[0]))
-            else:
-                stacked = _StackedFactors(a, b_t, 1.0, scaled[:, None, :, None], self._unused)
-            self._stacked[site] = stacked
-        return stacked
-
-
-@dataclass(frozen=True)
-class _StackedFactors:
-    """The factors of a batch at one site: A and B transposed of its slots, `[slots * rank, ...]`.
-
-    `weights` `[batch, 1, slots, 1]` differ between sequences, `scaling` is common to all; `unused` marks zero weights,
-    None where every sequence uses every slot.
-    """
-
-    lora_a: Tensor
-    lora_b_t: Tensor
-    scaling: float
-    weights: Tensor | None = None
-    unused: Tensor | None = None
-
-
-def _find_used_slots(weights: Float[Tensor, "batch slots"]) -> slice | Tensor:
-    """Returns the slots that any sequence uses: a slice, or indices where at least as many in between are idle."""
-    used = weights.any(0).nonzero()[:, 0]
-    if not len(used):
-        return slice(0, 1)
-    whole = slice(int(used[0]), int(used[-1]) + 1)
-    return whole if whole.stop - whole.start < 2 * len(used) else used

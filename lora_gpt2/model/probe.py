@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError
-from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
+from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
+from lora_gpt2.model.batch_adapters import BatchAdapters
 from lora_gpt2.model.gpt2 import ActiveAdapters
 from lora_gpt2.model.lora import Adapter
 
@@ -69,7 +70,7 @@ def select_adapter(base: Base, adapter: Adapter) -> AdapterSelector:
     """
     bank = AdapterBank(base.config, adapter.ranks, 1, "inference", base.model.wte.weight)
     bank.load(0, adapter)
-    return lambda choices: InferenceAdapters(bank, torch.ones(len(choices), 1))
+    return lambda choices: BatchAdapters(bank, torch.ones(len(choices), 1))
 
 
 def check_finite_logits(base: Base, adapter: Adapter, where: str) -> None:

@@ -20,8 +20,9 @@ from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
-from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
+from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
+from lora_gpt2.model.batch_adapters import BatchAdapters
 from lora_gpt2.model.lora import Adapter, LoraUpdate, merge_ranks
 from lora_gpt2.model.prepacked import prepack_weights
 from lora_gpt2.model.runtime import Runtime
@@ -99,7 +100,7 @@ def test_poisoned_slots_change_no_other_row_of_a_batch(base_folder, dtype, is_pa
 
 
 def run(base, tokens, bank, weights):
-    active = InferenceAdapters(bank, weights)
+    active = BatchAdapters(bank, weights)
     return base.model.logits(base.model(tokens.expand(len(weights), -1), active), active)
 
 

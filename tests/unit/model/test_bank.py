@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lora_gpt2.core.errors import MismatchError
-from lora_gpt2.model.bank import AdapterBank, InferenceAdapters
+from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import load_base
+from lora_gpt2.model.batch_adapters import BatchAdapters
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter, merge_ranks, plan_targets
 from lora_gpt2.model.loss import fused_linear_cross_entropy
@@ -23,7 +24,7 @@ def open_bank(base, adapters, layout="inference", num_slots=None):
 
 
 def run(base, tokens, bank, rows):
-    active = InferenceAdapters(bank, torch.tensor(rows))
+    active = BatchAdapters(bank, torch.tensor(rows))
     return base.model.logits(base.model(tokens, active), active)
 
 
@@ -95,7 +96,7 @@ def test_idle_slots_between_used_ones_are_left_out(base, tokens):
     adapters = [make_adapter(base.config, seed) for seed in range(8)]
     weights = torch.zeros(3, 8)
     weights[0, 1], weights[2, 7] = 1.0, 0.5
-    rows = InferenceAdapters(open_bank(base, adapters), weights)
+    rows = BatchAdapters(open_bank(base, adapters), weights)
     assert rows.weights.shape == (3, 2)
     found = base.model.logits(base.model(tokens, rows), rows)
     assert torch.allclose(
@@ -285,9 +286,49 @@ def test_the_weights_of_a_mix_are_not_rounded_to_16_bits(base):
     )
     for slot, adapter in enumerate(adapters):
         bank.load(slot, adapter)
-    rows = InferenceAdapters(bank, torch.tensor([[0.6, 0.0], [0.3, 0.7]]))
+    rows = BatchAdapters(bank, torch.tensor([[0.6, 0.0], [0.3, 0.7]]))
     site = "h.0.mlp.c_fc"
     h = torch.randn(2, 3, base.config.n_embd, generator=torch.Generator().manual_seed(0)).bfloat16()
     plain = h @ bank.sites[site].lora_a.flatten(0, 1).mT
     factors = (rows.weights * bank.sites[site].scaling).repeat_interleave(bank.ranks[site], 1)[:, None]
     assert torch.equal(rows._shrink(h, rows._stack(site)), (plain.float() * factors).bfloat16().flatten(0, 1))
+
+
+ORDERS = {
+    "each its own, in order": [0, 1, 2, 3, 4, 5],
+    "each its own, in any order": [4, 1, 5, 0, 3, 2],
+    "two each, in order": [0, 0, 2, 2, 3, 3],
+    "two each, mixed": [3, 0, 2, 3, 0, 2],
+    "some have none": [2, None, 5, 0, None, 2],
+    "an idle slot between": [0, 5, 2, 4, None, 1],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("scalings", ["equal", "different"])
+def test_rows_that_are_grouped_by_adapter_compute_what_masked_rows_do(base, order, scalings):
+    """Dense products, which a GPU without Triton and rows that mix take, are the reference."""
+    alphas = [8.0] * 6 if scalings == "equal" else [8.0, 1.0, 3.0, 5.0, 8.0, 2.0]
+    adapters = [make_adapter(base.config, seed, LoraSettings(rank=4, alpha=alpha)) for seed, alpha in enumerate(alphas)]
+    bank, weights = open_bank(base, adapters), torch.zeros(6, 6)
+    for row, slot in enumerate(order):
+        if slot is not None:
+            weights[row, slot] = 1.0 if scalings == "equal" else 1.0 - 0.1 * row
+    tokens = torch.randint(0, base.config.vocab_size, (6, 7))
+    grouped, dense = BatchAdapters(bank, weights), BatchAdapters(bank, weights)
+    dense.__dict__["_grouping"] = None
+    assert grouped._grouping is not None
+    found, expected = base.model(tokens, grouped), base.model(tokens, dense)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert grouped._grouped, "the control: they were grouped"
+    plain = base.model(tokens)
+    for row, slot in enumerate(order):
+        assert torch.equal(found[row], plain[row]) == (slot is None)
+    wrong = base.model(tokens, BatchAdapters(bank, weights.roll(1, 0)))
+    assert not torch.allclose(wrong, expected, atol=0.05)
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 0, 1], [0, 1], [0, 0]])
+def test_few_groups_are_not_worth_moving_rows(base, rows):
+    bank = open_bank(base, [make_adapter(base.config, seed) for seed in range(2)])
+    assert BatchAdapters(bank, torch.eye(2)[rows])._grouping is None
