@@ -27,7 +27,7 @@ from lora_gpt2.model.gpt2 import Linear, LowRankLogits, Prologue, apply_prologue
 from lora_gpt2.model.kernels import has_triton
 
 LEAST_SAVING = 3
-"""Dense products multiply every row by all slots, grouped ones each slot by as many rows as the largest group has. Where
+"""Dense products multiply every row by all slots, grouped ones each slot by as many rows as the largest group has. If
 that is not so many times less work, dense ones are as fast, because they move no rows."""
 
 
