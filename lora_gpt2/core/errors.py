@@ -121,3 +121,7 @@ class Interrupted(LoraGpt2Error):
     def __init__(self, message: str, hint: str, signal_number: int = 2) -> None:
         super().__init__(message, hint)
         self.signal_number = signal_number
+
+
+class Waiting(Interrupted):
+    """The work waits for other work, and then goes on by itself."""

@@ -105,7 +105,8 @@ class ThisDevice:
 class Ledger:
     """What a search has come to, in a file: its groups, the standings at the rungs that were reached, and its end.
 
-    `num_steps` are those of the recipe; `published` is the reference of the adapter, "" while the search goes on.
+    `num_steps` are those of the recipe; `published` is the reference of the adapter, "" while the search goes on;
+    `is_told_to_end` if no further round begins.
     """
 
     path: Path
@@ -115,6 +116,7 @@ class Ledger:
     groups: list[list[str]]
     standings: list[dict[str, Standing]] = field(default_factory=list)
     published: str = ""
+    is_told_to_end: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Ledger | None:
@@ -224,12 +226,14 @@ class _GroupedSearch:
         rungs = search.halving.rungs
         for index, until in enumerate([*rungs, search.num_steps]):
             known |= self._train(index, survivors, until)
+            if self.ledger.is_told_to_end and index == len(self.ledger.standings) - 1:
+                break
             running = [name for name in survivors if known[name].is_running]
             kept = sorted(running, key=lambda name: known[name].at_rung)[: search.halving.count_kept(index)]
             survivors = [name for name in names if name in kept]
             if until in rungs:
                 self.reporter.message(f"after {until} steps {len(survivors)} of {len(running)} candidates go on")
-        order = sorted(names, key=lambda name: known[name].best)
+        order = sorted(known, key=lambda name: (known[name].best, names.index(name)))
         if known[order[0]].best == LAST:
             raise TrainingDiverged("all candidates diverged; nothing was published", "use a smaller learning rate")
         return self._publish(order)
@@ -242,13 +246,17 @@ class _GroupedSearch:
             found: dict[str, Standing] = {}
             for outcome in self.devices.run(tasks):
                 found |= outcome.standings
+                if outcome.is_told_to_end:
+                    self.ledger.is_told_to_end = True
+                    break
             self.ledger.standings.append(found)
             self.ledger.write()
         return self.ledger.standings[index]
 
     def _publish(self, order: Sequence[str]) -> TrainReport:
         (group,) = (group for group in self.ledger.groups if order[0] in group)
-        others = [self._build_task(each) for each in self.ledger.groups if each is not group]
+        begun = [each for each in self.ledger.groups if set(each) & set(order)]
+        others = [self._build_task(each) for each in begun if each is not group]
         rows: dict[str, CandidateReport] = {}
         for outcome in self.devices.run(others):
             rows |= outcome.rows

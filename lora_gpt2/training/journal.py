@@ -34,9 +34,10 @@ def write_states(
         run.status.update(progress.describe_states(slots, halving, queue))
 
 
-def mark_stop_requests(asked: Collection[str], slots: Sequence[TrainingSlot], queue: DomainQueue | None) -> None:
-    """Marks the slots whose end was asked for by name; where all shall end, nobody else begins."""
+def mark_stop_requests(asked: Collection[str], slots: Sequence[TrainingSlot], queue: DomainQueue | None) -> bool:
+    """Marks the slots whose end was asked for by name; where all shall end, nobody else begins, and it returns True."""
     for slot in slots:
         slot.stop_requested |= bool({slot.name, ALL} & set(asked))
     if queue and ALL in asked:
         queue.is_closed = True
+    return ALL in asked

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import CorruptError, Interrupted
+from lora_gpt2.core.errors import CorruptError, Waiting
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.candidates import CandidateReport, build_page, describe_candidate
@@ -50,14 +50,18 @@ class Standing:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a group has to say at the end of a round: standings after a rung, or, when the search is over, its rows."""
+    """What a group has to say at the end of a round: standings after a rung, or, when the search is over, its rows.
+
+    `is_told_to_end` if somebody who watches it wants what there is to be published.
+    """
 
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    is_told_to_end: bool = False
     rows: Mapping[str, CandidateReport] = field(default_factory=dict)
     report: TrainReport | None = None
 
 
-class RungReached(Interrupted):
+class RungReached(Waiting):
     """A group has reached the end of its round, and waits for the others."""
 
     def __init__(self, outcome: Outcome) -> None:
@@ -126,7 +130,8 @@ class GroupRound:
         running = [slot for slot in trainer.slots if slot.is_active]
         if trainer.step < self.until and running:
             return
-        raise RungReached(Outcome(standings={slot.name: _stand(trainer, k) for k, slot in enumerate(trainer.slots)}))
+        standings = {slot.name: _stand(trainer, index) for index, slot in enumerate(trainer.slots)}
+        raise RungReached(Outcome(standings=standings, is_told_to_end=trainer.is_told_to_end))
 
     def choose(self, slots: Sequence[TrainingSlot]) -> int:
         """Returns the slot of the winner."""

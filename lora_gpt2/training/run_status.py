@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_gpt2.core.errors import Interrupted, LoraGpt2Error
+from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, Waiting
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
 
 RUN, STATUS, METRICS_ENDING, STOP_ENDING = "run.json", "status.json", ".metrics.jsonl", ".stop"
 ALL = "~all"  # no adapter's name
 POLL_SECONDS = 0.5
 OWNER = "LORA_GPT2_RUN_OWNER"  # in the environment: what tells the runs of a process that somebody started
-RunState = Literal["training", "done", "stopped", "failed"]
+RunState = Literal["training", "waiting", "done", "stopped", "failed"]
 States = Mapping[str, tuple[str, str]]
 """By adapter: waiting, training, measuring, dropped (a candidate), published or failed; and a detail for people."""
 
@@ -38,14 +38,13 @@ class RunStatus:
 
     @contextlib.contextmanager
     def report(self, description: Mapping[str, Any]) -> Iterator[None]:
-        """Describes a run that begins or goes on, and says how the block ended: done, stopped or failed."""
+        """Describes a run that begins or goes on, and says how the block ended."""
         self._begin(description)
         try:
             yield
         except LoraGpt2Error as error:
-            state: RunState = "stopped" if isinstance(error, Interrupted) else "failed"
             with contextlib.suppress(LoraGpt2Error):  # the disk may be what is wrong
-                self.update({}, state, f"{error.message}; {error.hint}")
+                self.update({}, _find_state(error), f"{error.message}; {error.hint}")
             raise
         except BaseException as error:
             with contextlib.suppress(LoraGpt2Error):
@@ -80,6 +79,13 @@ class RunStatus:
             return set()
         self._polled = now
         return {path.name.removesuffix(STOP_ENDING) for path in self.folder.glob(f"*{STOP_ENDING}")}
+
+
+def _find_state(error: LoraGpt2Error) -> RunState:
+    """Returns the state of a run that ended with an error."""
+    if isinstance(error, Waiting):
+        return "waiting"
+    return "stopped" if isinstance(error, Interrupted) else "failed"
 
 
 def request_stop(folder: Path, name: str) -> None:

@@ -100,7 +100,7 @@ class Trainer:
         self.losses = HeldOutLosses(base, self.bank, self.slots)
         self.best = self.bank.flat.clone()
         self.average = self.bank.flat.clone() if halving else self.bank.flat[:0]
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.is_told_to_end = 0, 0.0, False
 
     def _build_masks(self, all_slots: Sequence[TrainingSlot]) -> tuple[Tensor | None, Tensor | None]:
         """Returns the mask and the learning-rate multipliers of the bank, each None where no slot needs one."""
@@ -137,7 +137,7 @@ class Trainer:
                 )
                 asked = self.run.status.poll_stop_requests() if self.run else ()
                 signal, asked = self.process_group.broadcast_object((stop.signal_number, asked))
-                mark_stop_requests(asked, self.slots, self.queue)
+                self.is_told_to_end |= mark_stop_requests(asked, self.slots, self.queue)
                 if signal or progress.is_checkpoint_due(self.slots, self.step):
                     self._collect(0)
                     self._write_metrics(log)

@@ -291,7 +291,7 @@ function describeRun() {
   const counts = {};
   for (const { name } of data.run.adapters) counts[stateOf(name)[0]] = (counts[stateOf(name)[0]] ?? 0) + 1;
   const few = data.run.adapters.length === 1 ? Object.keys(counts)[0] : Object.entries(counts).map(([state, count]) => `${count} ${state}`).join(", ");
-  const words = { done: "finished", stopped: "stopped", failed: "failed", training: few }[data.status.state] ?? "begins";
+  const words = { done: "finished", stopped: "stopped", failed: "failed", waiting: "waiting", training: few }[data.status.state] ?? "begins";
   const published = data.run.adapters.filter(({ name }) => stateOf(name)[0] === "published").map(({ name }) => `${stateOf(name)[1]}${describeStop(name)}`);
   const shown = published.length > 8 ? `${published.length} adapters` : published.join(", ");
   const more = [data.status.state === "done" && shown ? `published ${shown}` : "", data.status.message].filter(Boolean);

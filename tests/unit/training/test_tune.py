@@ -1,5 +1,6 @@
 """Laws of the search by successive halving."""
 
+import json
 import os
 from collections import Counter
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from lora_gpt2.training.halving import SuccessiveHalving, average_weights
 from lora_gpt2.training.memory import count_fitting, estimate_memory
 from lora_gpt2.training.plan import read_shape
 from lora_gpt2.training.run import train_recipes
+from lora_gpt2.training.run_status import ALL, request_stop
 from lora_gpt2.training.trainer import Trainer
 from lora_gpt2.training.tune import tune
 from lora_gpt2.training.validation import HeldOutLosses
@@ -166,6 +168,36 @@ def test_a_search_in_groups_goes_on_wherever_it_was_killed(step, base_folder, te
     assert resumed.candidates == whole.candidates
     assert weights_of(store, "law") == weights_of(store, "whole")
     assert store.list_versions("law") == [1]
+
+
+@pytest.mark.parametrize(("step", "num_begun", "rung"), [(2, 3, 4), (6, 5, 12)])
+def test_a_search_in_groups_that_is_told_to_end_publishes_the_best_so_far(
+    step, num_begun, rung, base_folder, text_file, store, reporter, monkeypatch
+):
+    """From a page, in the first round, before the last group began, or in the second."""
+    recipe = make_search(base_folder, text_file)
+    search = partial(tune, recipe, store, reporter, num_candidates=5, num_slots=2)
+    states, advance = [], Trainer._advance
+
+    def ask(self, active):
+        advance(self, active)
+        states.append([json.loads(path.read_text())["state"] for path in self.run.path.parent.glob("*/status.json")])
+        if self.step == step and len(self.slots) == 2:
+            request_stop(self.run.path, ALL)
+            self.run.status._polled = 0.0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_advance", ask)
+        report = search()
+    assert str(report.adapter) == "law@1"
+    assert len(report.candidates) == num_begun
+    assert {step + 1, rung} <= {candidate.steps for candidate in report.candidates} <= {step + 1, 4, rung}
+    best = min(candidate.validation_perplexity for candidate in report.candidates)
+    assert [c.validation_perplexity for c in report.candidates if c.is_best] == [best]
+    assert any("waiting" in state for state in states), "a group whose turn it is not"
+    assert search(resume=True) == report
+    assert max(candidate.steps for candidate in search(fresh=True).candidates) == 16
+    assert store.list_versions("law") == [1, 2]
 
 
 def interrupt_at(monkeypatch, step):
