@@ -163,7 +163,7 @@ def train_together(
         make_recipe(settings, "train", everyday, {"base": base, **_name_parts(texts, name, None, None)})
         for name, texts in data.items()
     ]
-    if ray is not None:
+    if ray:
         if callbacks:
             raise UsageError("callbacks are not called from other machines", "leave them out, or train without ray")
         named, reporter = [name_recipe(recipe) for recipe in recipes], choose_reporter(progress)

@@ -6,6 +6,7 @@ Ray starts a function again where its machine was lost. What has to outlive it g
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lora_gpt2.core.printable import count_of
 
 MAX_RETRIES = 8  # lost machines that a task survives
 POLL_SECONDS, CONNECT_SECONDS = 0.5, 10.0
+HOST_AND_PORT = re.compile(r"(.+):(\d{1,5})")
 
 
 class Actor:
@@ -156,13 +158,16 @@ def connect(address: str) -> Iterator[RayCluster]:
 
 
 def check_address(address: str) -> None:
-    """Raises `UsageError` for the address of a cluster that this machine would not be part of."""
+    """Raises `UsageError` for what is no address, or that of a cluster that this machine would not be part of."""
     if address.startswith("ray://"):
         raise UsageError("this machine must be part of the Ray cluster", "run it there, or 'ray job submit' it")
+    if address not in ("auto", "local") and not HOST_AND_PORT.fullmatch(address):
+        raise UsageError(
+            f"'{address}' is no address of a Ray cluster", "give auto, local, or host:port (Ray's is 6379)"
+        )
 
 
 def _check_reachable(address: str) -> None:
     """Raises `OSError` if nothing listens at `host:port`; Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if host:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    if found := HOST_AND_PORT.fullmatch(address):
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=CONNECT_SECONDS).close()

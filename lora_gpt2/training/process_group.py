@@ -61,9 +61,14 @@ class ProcessGroup:
         return first[0] if first else work()
 
 
+def count_processes() -> int:
+    """Returns how many processes the launcher started, 1 without one."""
+    return max(1, int(os.environ.get("WORLD_SIZE", "1")))
+
+
 def init_process_group() -> ProcessGroup:
     """Returns the group of the launcher that started this process, else this process alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if count_processes() == 1:
         return ProcessGroup()
     from accelerate import PartialState
 

@@ -24,6 +24,7 @@ from lora_gpt2.training.candidates import (
 from lora_gpt2.training.checkpoint import open_run_folder
 from lora_gpt2.training.grouped_search import Devices, ThisDevice, divide, forget_groups, read_ledger, search_in_groups
 from lora_gpt2.training.halving import SuccessiveHalving, score
+from lora_gpt2.training.process_group import count_processes
 from lora_gpt2.training.publish import AdapterReport
 from lora_gpt2.training.run import TrainReport, resolve_learning_rate, train_recipes
 from lora_gpt2.training.slot import TrainingSlot
@@ -80,9 +81,11 @@ def tune(
     recipe = resolve_learning_rate(recipe, checkpoint.config.n_embd)
     data = prepare_data(recipe.data, checkpoint.load_tokenizer(), reporter)
     steps = TrainingSlot(recipe=recipe, data=data).num_steps
+    if count_processes() > 1 and (num_slots or ray):
+        raise UsageError("one process leads a search in groups", "leave --slots out, or use --ray without torchrun")
     with _open_devices(ray, store, reporter, recipe, data, resume=resume) as devices:
         candidates = [candidate for candidate, _ in list_candidates(_with_steps(recipe, steps), num_candidates)]
-        size = num_slots or devices.count_slots(candidates)
+        size = num_slots or (devices.count_slots(candidates) if count_processes() == 1 else len(candidates))
         if budget_seconds is not None:
             known = _find_steps(Search.build(_with_steps(recipe, steps), num_candidates), store) if resume else 0
             steps = known or _fit_steps(candidates, size, budget_seconds, devices)

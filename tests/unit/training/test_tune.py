@@ -302,3 +302,10 @@ def test_the_progress_of_a_search_ends_where_its_total_is(base_folder, text_file
 
     tune(make_search(base_folder, text_file), store, Reporter())
     assert tasks["training"][0] == tasks["training"][1] > 0
+
+
+@pytest.mark.parametrize("options", [{"num_slots": 2}, {"ray": "auto"}])
+def test_a_search_in_groups_is_led_by_one_process(options, base_folder, text_file, store, reporter, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process"):
+        tune(make_search(base_folder, text_file), store, reporter, **options)
