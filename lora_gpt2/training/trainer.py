@@ -142,7 +142,7 @@ class Trainer:
                     self._collect(0)
                     self._write_metrics(log)
                     self.save_checkpoint()
-                kept = f"step {self.step} is kept; 'train' with the same recipes and --resume continues"
+                kept = f"step {self.step} is kept; the same command with --resume continues"
                 stop.raise_if_asked(kept if self.run else "this training keeps no checkpoints", signal)
         self._collect(0)
         self._write_metrics(log)
@@ -341,7 +341,7 @@ class Trainer:
         with self.reporter.task("measuring", self.losses.count_tokens(slot_ids), "tokens") as task:
             for slot_id in slot_ids:
                 yield self._conclude_one(slot_id, task.advance)
-                stop.raise_if_asked("all steps are kept; 'train' with the same recipes and --resume publishes them")
+                stop.raise_if_asked("all steps are kept; the same command with --resume publishes them")
 
     def _conclude_one(self, slot_id: int, on_tokens: OnTokens) -> TrainedAdapter:
         slot = self.slots[slot_id]
