@@ -115,8 +115,8 @@ class TrainSettings(Section):
     """Early stopping: stop after this many validations without improvement; 0 = off."""
     forget: Annotated[float, Field(gt=0, le=100)] | None = None
     """Budget of forgetting: maximum KL divergence from the base on general text, in nats per token; default: none."""
-    replay: Sources = ()
-    """General text for `forget`; default: text that the base itself writes."""
+    replay: Literal["generated"] | Sources = ()
+    """General text for `forget`; default: bundled English. `generated` is text that the base itself writes."""
     replay_tokens: Annotated[int, Field(ge=64, le=2**24)] = 32768
     """Number of tokens of general text, of which a sixteenth is only measured on."""
     replay_fraction: Annotated[float, Field(gt=0, le=4)] = 0.25

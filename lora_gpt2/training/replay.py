@@ -4,6 +4,10 @@ Where `train.forget` is set, each step also replays some blocks of general text,
 (Kullback and Leibler 1951) on them is added to the loss, weighted by a multiplier that rises while the divergence is
 over the budget and falls while it is not (`TrainingSlot.record_divergence`). The base's hidden states over the text are
 computed once and kept, so that replaying costs one pass of the adapters and no pass of the base.
+
+`replay.jsonl`, beside this file, is what is replayed unless `train.replay` says otherwise: 154 passages of English from
+old books and presidents' addresses (public domain), agencies' pages and the World Factbook (U.S. government) and
+abstracts (arXiv, CC0). None is of a document that `evaluation/general.txt` is from, on which forgetting is reported.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from lora_gpt2.model.loss import linear_kl_divergence
 from lora_gpt2.model.runtime import as_float64
 from lora_gpt2.recipe import DataSettings, GenerateSettings, Recipe
 
+BUNDLED = Path(__file__).with_name("replay.jsonl")
 HELD_OUT_SHARE = 16
 """One of so many blocks is not replayed: divergence is measured on it."""
 WRITTEN_TOKENS = 256
@@ -99,9 +104,11 @@ def open_replay(
     wanted = [recipe for recipe in recipes if recipe.train.forget is not None]
     if not wanted:
         return None
-    train, settings = wanted[0].train, _find_settings(wanted[0])
-    if not train.replay:
-        settings = settings.model_copy(update={"sources": (str(write_text(base, train.replay_tokens, reporter)),)})
+    train = wanted[0].train
+    if isinstance(train.replay, str):  # "generated"
+        settings = _find_settings(wanted[0], (str(write_text(base, train.replay_tokens, reporter)),))
+    else:
+        settings = _find_settings(wanted[0], train.replay)
     if prepared:
         data = open_prepared(prepared, settings, base.tokenizer)
     else:
@@ -113,14 +120,18 @@ def open_replay(
 
 
 def prepare_replay(recipes: Sequence[Recipe], tokenizer: Tokenizer, reporter: Reporter) -> PreparedData | None:
-    """Returns `train.replay` as it is replayed; None if it is not, or not set, so that the base writes the text."""
-    wanted = [recipe for recipe in recipes if recipe.train.forget is not None and recipe.train.replay]
-    return prepare_data(_find_settings(wanted[0]), tokenizer, reporter) if wanted else None
+    """Returns the files of `train.replay` as they are replayed; None if they are not, or there are none."""
+    for recipe in recipes:
+        replay = recipe.train.replay
+        if recipe.train.forget is not None and replay and not isinstance(replay, str):
+            return prepare_data(_find_settings(recipe, replay), tokenizer, reporter)
+    return None
 
 
-def _find_settings(recipe: Recipe) -> DataSettings:
+def _find_settings(recipe: Recipe, sources: tuple[str, ...]) -> DataSettings:
+    """Returns how files, or the bundled text where there are none, become blocks."""
     return DataSettings(
-        sources=recipe.train.replay,
+        sources=sources or (str(BUNDLED),),
         block_size=recipe.data.block_size,
         validation_fraction=0.05,
         test_fraction=0.0,

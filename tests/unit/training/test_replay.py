@@ -1,18 +1,21 @@
 """Laws of the budget of forgetting."""
 
+import json
 import os
 
 import pytest
 import torch
 
+from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import Interrupted, MismatchError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.evaluation.general import read_general
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.training.process_group import ProcessGroup
-from lora_gpt2.training.replay import open_replay, write_text
+from lora_gpt2.training.replay import BUNDLED, open_replay, write_text
 from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.slot import FIRST_PENALTY, TrainingSlot
 from lora_gpt2.training.trainer import Trainer
@@ -147,9 +150,21 @@ def test_the_base_writes_what_is_replayed_once_and_ends_texts_itself(base, base_
     assert first.stat().st_mtime_ns == before
     assert first.read_text() == write_text(base, 300, reporter).read_text()
     assert len(first.read_text().splitlines()) > 1
-    recipe = make_recipe(base_folder, text_file, forget=0.5, replay_tokens=300)
+    recipe = make_recipe(base_folder, text_file, forget=0.5, replay="generated", replay_tokens=300)
     (report,) = train_recipes([recipe], store, reporter).adapters
     assert 0 < report.divergence < 0.6
+
+
+def test_english_that_comes_with_the_package_is_replayed_unless_another_text_is_named(base, base_folder, text_file):
+    recipe = make_recipe(base_folder, text_file, forget=0.5, replay_tokens=512)
+    replay = open_replay([recipe], base, SilentReporter())
+    assert replay.hidden.shape[:2] == (512 // 16, 16)
+    passages = [json.loads(line)["text"] for line in BUNDLED.read_text().splitlines()]
+    assert len(passages) > 100
+    assert all(300 < len(text) < 5000 for text in passages)
+    general = {tuple(words[k : k + 8]) for words in map(str.split, read_general()) for k in range(len(words))}
+    replayed = {tuple(words[k : k + 8]) for words in map(str.split, passages) for k in range(len(words))}
+    assert not general & replayed, "or what is reported as forgotten would be too little"
 
 
 def test_bfloat16_keeps_the_budget_too(base_folder, text_file, general, reporter):
