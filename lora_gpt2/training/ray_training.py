@@ -88,7 +88,8 @@ class _Driver:
         found = json.loads(path.read_bytes())
         if self.is_resumed and found["recipes"] != self.recipes:
             raise MismatchError("the run to resume had other settings", "restore these, or use --fresh")
-        self.parents, self.tasks, self.published = found["parents"], found["tasks"], found["published"]
+        self.parents, self.tasks = found.get("parents", {}), found.get("tasks", [])
+        self.published = found["published"]
 
     def write_ledger(self) -> None:
         """Notes what the run has come to."""
