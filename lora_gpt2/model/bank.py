@@ -116,16 +116,31 @@ class AdapterBank:
         """
         for site, update in adapter.updates.items():
             self._check_fits(site, update)
-        self.clear(slot)
-        for site, update in adapter.updates.items():
-            views = self.sites[site]
-            views.lora_a[slot, : update.rank] = update.a.to(views.lora_a)
-            views.lora_b_t[slot, : update.rank] = update.b.mT.to(views.lora_b_t)
-            views.scaling[slot] = update.scaling
-            self._loaded[slot][site] = _Hyperparameters(
-                rank=update.rank, alpha=update.alpha, use_rslora=update.use_rslora
-            )
+        row = self._pack(adapter)
+        torch._foreach_copy_(self._view_slot(slot), _split(row.to(self.flat.device, non_blocking=True), self._spans))
+        scalings = [adapter.updates[site].scaling if site in adapter.updates else 0.0 for site in self.sites]
+        self.scalings[:, slot] = torch.tensor(scalings)
+        self._loaded[slot] = {
+            site: _Hyperparameters(rank=update.rank, alpha=update.alpha, use_rslora=update.use_rslora)
+            for site, update in adapter.updates.items()
+        }
         self.refresh_casts()
+
+    def _pack(self, adapter: Adapter) -> Float[Tensor, " parameters"]:
+        """Returns an adapter as one row on the host; raises `CorruptError` if a value is not finite."""
+        row = torch.zeros(self.num_parameters, dtype=self.flat.dtype, pin_memory=self.flat.device.type == "cuda")
+        for span, part in zip(self._spans, _split(row, self._spans), strict=True):
+            if update := adapter.updates.get(span.site):
+                part[: update.rank] = update.a if span.half == "a" else update.b.mT
+                if not part.isfinite().all():
+                    name = str(row.dtype).removeprefix("torch.")
+                    hint = "use float32, or train again"
+                    raise CorruptError(f"the values of {span.site} are not finite in {name}", hint)
+        return row
+
+    def _view_slot(self, slot: int) -> list[Tensor]:
+        """Returns the factors of one slot, as many as there are spans."""
+        return [self._view(self.flat, span)[slot] for span in self._spans]
 
     def _check_fits(self, site: str, update: LoraUpdate) -> None:
         views = self.sites.get(site)
@@ -136,17 +151,11 @@ class AdapterBank:
         shapes = (tuple(update.a.shape), tuple(update.b.shape))
         if shapes != ((update.rank, views.lora_a.shape[2]), (views.lora_b_t.shape[2], update.rank)):
             raise MismatchError(f"{site}: {shapes} does not fit this base", "use the base it was trained on")
-        dtype = self.flat.dtype
-        if not all(torch.isfinite(factor.to(dtype)).all() for factor in (update.a, update.b)):
-            name = str(dtype).removeprefix("torch.")
-            raise CorruptError(f"the values of {site} are not finite in {name}", "use float32, or train again")
 
     def clear(self, slot: int) -> None:
         """Empties a slot: it then changes nothing."""
-        for views in self.sites.values():
-            views.lora_a[slot] = 0
-            views.lora_b_t[slot] = 0
-            views.scaling[slot] = 0
+        torch._foreach_zero_(self._view_slot(slot))
+        self.scalings[:, slot] = 0
         self._loaded[slot] = {}
         self.refresh_casts()
 
@@ -211,6 +220,11 @@ class AdapterBank:
                         view[slot, columns, rows] = 1
                 view[slot, plan.rank - plan.frozen_rank : plan.rank] = 0
         return mask
+
+
+def _split(row: Float[Tensor, " parameters"], spans: Sequence[_Span]) -> list[Tensor]:
+    """Returns the factors in a row, `[rank, width]` each."""
+    return [row[s.offset : s.offset + s.rank * s.width].view(s.rank, s.width) for s in spans]
 
 
 def _iter_spans(config: GPT2Config, ranks: Mapping[str, int]) -> Iterator[_Span]:

@@ -115,6 +115,17 @@ def make_sequences(session, count=4, **settings):
     ]
 
 
+def test_an_adapter_is_loaded_by_two_uploads(base_folder, log):
+    """Its factors and its scalings, whatever the number of sites: a copy of its own for each of XL's takes 10 ms."""
+    session = open_session(base_folder)
+    adapter = make_adapter(session.base.config, 7)
+    log.clear()
+    session.slots.bank.load(2, adapter)
+    assert (log.count(UPLOAD), log.count(DOWNLOAD) + log.count(WAIT)) == (2, 0), log.moves
+    found = session.slots.bank.read(2)
+    assert all(torch.equal(found.updates[site].a, update.a) for site, update in adapter.updates.items())
+
+
 SAMPLING = [
     {},
     {"temperature": 0},
