@@ -34,13 +34,21 @@ def make_search(base_folder, text_file, **values):
     return type(recipe).model_validate(changed)
 
 
-def test_each_rung_has_twice_the_steps_and_half_the_candidates():
-    halving = SuccessiveHalving.build(8, 200)
-    assert halving.rungs == (25, 50, 150)
-    assert halving.count_steps(200) == 550, "2.75 runs"
-    assert SuccessiveHalving.build(8, 3).rungs == (2,)
-    assert SuccessiveHalving.build(5, 100).rungs == (25, 75)
+def test_half_of_the_candidates_go_on_at_each_rung():
+    halving = SuccessiveHalving.build(8, 192)
+    assert halving.rungs == (16, 48, 120)
+    assert halving.count_steps(192) == 8 * 16 + 4 * 32 + 2 * 72 + 72, "2.46 runs"
+    assert SuccessiveHalving.build(16, 480).rungs == (20, 48, 120, 300)
+    assert SuccessiveHalving.build(8, 3).rungs == (1,)
+    assert SuccessiveHalving.build(5, 100).rungs == (25, 62)
+    assert SuccessiveHalving.build(2, 100).rungs == (62,)
     assert SuccessiveHalving.build(2, 1).rungs == ()
+    for candidates in range(2, 70):
+        for steps in (1, 2, 5, 17, 1000):
+            rungs = SuccessiveHalving.build(candidates, steps).rungs
+            assert list(rungs) == sorted(set(rungs))
+            assert not rungs or 0 < rungs[0] <= rungs[-1] < steps
+            assert len(rungs) <= candidates.bit_length() - 1
 
 
 def test_the_average_is_of_recent_weights_and_a_rung_compares_it():
@@ -87,7 +95,7 @@ def test_the_best_is_published_as_if_it_had_been_trained_alone(base_folder, text
     recipe = make_search(base_folder, text_file)
     report = tune(recipe, store, reporter, num_candidates=8)
     assert str(report.adapter) == "law@1"
-    assert steps == [8] * 2 + [4] * 2 + [2] * 8 + [1] * 4
+    assert steps == [8] + [4] * 3 + [2] * 6 + [1] * 6
     assert len(tested) == 1, "test text is for the best alone"
     assert [candidate.steps for candidate in report.candidates].count(16) == 1
     (best,) = [candidate for candidate in report.candidates if candidate.is_best]
@@ -170,7 +178,7 @@ def test_a_search_in_groups_goes_on_wherever_it_was_killed(step, base_folder, te
     assert store.list_versions("law") == [1]
 
 
-@pytest.mark.parametrize(("step", "num_begun", "rung"), [(2, 3, 4), (6, 5, 12)])
+@pytest.mark.parametrize(("step", "num_begun", "rung"), [(2, 3, 4), (6, 5, 10)])
 def test_a_search_in_groups_that_is_told_to_end_publishes_the_best_so_far(
     step, num_begun, rung, base_folder, text_file, store, reporter, monkeypatch
 ):
