@@ -8,7 +8,7 @@ line is written when its continuation is finished, so an interruption loses none
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
@@ -17,14 +17,18 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import ConflictError, DataError
 from lora_gpt2.core.files import wrap_os_errors
-from lora_gpt2.core.fingerprint import fingerprint_json
+from lora_gpt2.core.fingerprint import fingerprint_json, flatten_json
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.user_files import check_output, read_user_text
-from lora_gpt2.inference.generate import Output, Request, iter_outputs, raise_first_error
+from lora_gpt2.inference.constraint import adopt_constraint
+from lora_gpt2.inference.generate import Output, Request, describe_provenance, iter_outputs, raise_first_error
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.routing import AUTO_MIX
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
+
+MOST_SHOWN = 3  # differences from the results that are there
 
 
 def read_prompts(path: Path, mix: Mix, seed: int) -> list[Request]:
@@ -53,10 +57,14 @@ def _parse_line(line: str, where: str, mix: Mix, seed: int) -> Request:
     return Request(values["prompt"], Mix.parse(adapter) if adapter else mix, own)
 
 
-def find_done(out: Path, requests: Sequence[Request]) -> set[int]:
+Check = Callable[[int, Mapping[str, Any]], None]
+"""Receives the index of a prompt and the result that is there for it."""
+
+
+def find_done(out: Path, requests: Sequence[Request], check: Check = lambda index, result: None) -> set[int]:
     """Returns the indices whose results are in `out`; a last half line is cut off.
 
-    Raises `ConflictError` if `out` holds anything else, `UsageError` if it is a pipe or a device.
+    Raises `ConflictError` if `out` holds anything else, `UsageError` if it is a pipe or a device; and as `check` does.
     """
     check_output(out)
     if not out.exists():
@@ -73,6 +81,7 @@ def find_done(out: Path, requests: Sequence[Request]) -> set[int]:
                 index, prompt = -1, None
             if not (isinstance(index, int) and 0 <= index < len(requests) and requests[index].prompt == prompt):
                 raise ConflictError(f"{out} holds something else than results of these prompts", "choose another file")
+            check(index, values)
             done.add(index)
         if len(whole) < len(content):
             with out.open("r+b") as file:
@@ -93,7 +102,8 @@ def generate_file(
     """Continues the prompts whose results are not yet in `out`; returns how many it has now.
 
     Raises:
-        ConflictError: see `find_done`; or another process is writing to `out`.
+        ConflictError: see `find_done`; results in `out` come from another base, other adapters or settings; or another
+            process is writing to it.
         UsageError: a prompt does not fit.
         CorruptError: an adapter's logits are not finite after a prompt; all other results are kept.
     """
@@ -117,7 +127,7 @@ def _generate_missing(
     reporter: Reporter,
     truncate_left: bool,
 ) -> int:
-    done = find_done(out, requests)
+    done = find_done(out, requests, _build_check(session, requests, settings, out))
     pending = [index for index in range(len(requests)) if index not in done]
     with (
         wrap_os_errors(f"write {out}"),
@@ -130,6 +140,32 @@ def _generate_missing(
             done.add(index)
             task.advance(1)
     return len(done)
+
+
+def _build_check(session: Session, requests: Sequence[Request], settings: GenerateSettings, out: Path) -> Check:
+    """Returns a check that raises `ConflictError` for a result that these requests would not give."""
+    expected: dict[tuple[Mix, int], dict[str, Any]] = {}
+
+    def check(index: int, result: Mapping[str, Any]) -> None:
+        request, found = requests[index], {**result.get("provenance", {})}
+        mix, own = request.mix, request.settings or settings
+        if found.pop("auto", None) is not None and mix == AUTO_MIX:
+            mix = Mix((item["adapter"], item["weight"]) for item in found.get("adapters", ()))
+        if (mix, id(own)) not in expected:
+            resolved = session.resolve(mix)
+            session.load(list(resolved.references))  # which also finds their manifests
+            adopted = adopt_constraint(own, session.find_manifests(resolved))
+            values = describe_provenance(session, resolved, adopted, 0)
+            expected[mix, id(own)] = flatten_json(json.loads(json.dumps(values)))
+        wanted, found = {**expected[mix, id(own)], "seed": request.seed}, flatten_json(found)
+        if different := sorted(key for key in wanted | found if wanted.get(key) != found.get(key)):
+            shown = "; ".join(f"{key} {found.get(key)} then, {wanted.get(key)} now" for key in different[:MOST_SHOWN])
+            raise ConflictError(
+                f"{out} holds results of other settings (prompt {index + 1}: {shown})",
+                "choose another --out, or restore these to go on",
+            )
+
+    return check
 
 
 def _write_outputs(

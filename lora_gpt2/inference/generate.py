@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.console import Reporter
@@ -17,6 +18,7 @@ from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.routing import AUTO_MIX, RoutedMix, Router
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
+from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.model.base import Base
 from lora_gpt2.recipe import GenerateSettings
 
@@ -227,7 +229,7 @@ def iter_pieces(
         NotFoundError, IntegrityError: an adapter cannot be used.
     """
     sequences = _build_sequences(session, requests, settings, truncate_left)
-    provenance = [describe_provenance(session, sequence) for sequence in sequences]
+    provenance = [describe_provenance(session, s.mix, s.settings, s.seed, s.loaded) for s in sequences]
     if settings.merge_into_base:
         session = _merge_mix(session, sequences)
     max_tokens = max((len(s.prompt_ids) + s.max_new_tokens for s in sequences), default=1)
@@ -292,16 +294,22 @@ def _merge_mix(session: Session, sequences: Sequence[SequenceState]) -> Session:
     return merged
 
 
-def describe_provenance(session: Session, sequence: SequenceState) -> dict[str, Any]:
+def describe_provenance(
+    session: Session,
+    mix: Mix,
+    settings: GenerateSettings,
+    seed: int,
+    loaded: Mapping[str, VerifiedAdapter] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Returns where a text comes from: the base, the adapters by the sha256 of their weights, seed and settings."""
     base = session.base
     return {
         "base": base.name,
         "base_fingerprint": base.fingerprint,
         "dtype": "float16" if base.model.prepacked_head is not None else base.runtime.dtype_name,
-        "adapters": session.describe_adapters(sequence.mix, sequence.loaded),
-        "seed": sequence.seed,
-        "settings": sequence.settings.model_dump(mode="json", exclude={"watermark_key"}),
+        "adapters": session.describe_adapters(mix, loaded),
+        "seed": seed,
+        "settings": settings.model_dump(mode="json", exclude={"watermark_key"}),
     }
 
 

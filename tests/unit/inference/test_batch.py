@@ -78,6 +78,41 @@ def test_results_of_other_prompts_are_not_overwritten(session, tmp_path):
         assert out.read_text() == content
 
 
+def test_results_of_other_settings_or_adapters_are_not_taken_for_these(session, base, store, tmp_path, reporter):
+    """Whole and half files alike: what is there would be mixed with what is asked for."""
+    path, out = tmp_path / "p.txt", tmp_path / "o.jsonl"
+    path.write_text("one\ntwo\nthree\n")
+
+    def run(adapter="law", seed=1, used=session, **settings):
+        requests = read_prompts(path, Mix.parse(adapter), seed)
+        own = SETTINGS.model_copy(update=settings)
+        return generate_file(used, requests, out, own, StopRequest(), reporter=reporter)
+
+    assert run() == 3
+    out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:2]))
+    before = out.read_text()
+    for changed, named in (
+        ({"adapter": "code"}, "adapters.0.adapter law@1 then, code@1 now"),
+        ({"adapter": "law:0.5+code:0.5"}, "adapters"),
+        ({"adapter": "base"}, "adapters"),
+        ({"seed": 2}, r"seed \d then, \d now"),
+        ({"temperature": 0.0}, r"settings.temperature 1.0 then, 0.0 now"),
+        ({"max_new_tokens": 7}, "settings.max_new_tokens"),
+    ):
+        with pytest.raises(ConflictError, match=f"other settings .*{named}"):
+            run(**changed)
+        assert out.read_text() == before
+    publish_adapter(store, "law", make_adapter(base.config, 9), base, Origin())
+    with pytest.raises(ConflictError, match="law@1 then, law@2 now"):
+        run(used=Session(base, store))
+    assert run("law@1") == 3
+    out.unlink()
+    assert run("auto") == 3
+    assert run("auto") == 3
+    with pytest.raises(ConflictError, match="other settings"):
+        run("auto", seed=5)
+
+
 def test_prompts_are_read_from_text_and_bad_lines_are_named(tmp_path):
     path = tmp_path / "p.txt"
     path.write_bytes("\ufeffone\r\n\r\nthree\n\n".encode())
