@@ -73,7 +73,7 @@ def command(
     """
     from lora_gpt2.training.plan import plan_run
 
-    found, num_slots = list_training(items, data, None, queue)
+    found, num_slots = list_training(items, data, None, queue, reporter)
     chosen = [
         load_recipe(
             item.recipe,

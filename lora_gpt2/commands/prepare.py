@@ -28,6 +28,7 @@ KEYS = (
     "characters",
     "near_duplicates",
     "num_train_test_overlaps",
+    "num_held_out_seen",
     "reading",
 )
 

@@ -159,7 +159,11 @@ def parent_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def list_training(
-    items: Sequence[str], data: Sequence[str], name: str | None, queue: tuple[Path | None, int | None]
+    items: Sequence[str],
+    data: Sequence[str],
+    name: str | None,
+    queue: tuple[Path | None, int | None],
+    reporter: Reporter,
 ) -> tuple[list[TrainingItem], int | None]:
     """Returns what to train, and in how many slots: None for all at the same time, 0 for as many as memory allows.
 
@@ -168,11 +172,13 @@ def list_training(
     found, (folder, slots) = list_items(items, data, name), queue
     if folder is None:
         return found, slots
-    from lora_gpt2.data.domains import list_domains
+    from lora_gpt2.data.domains import list_domains, list_left_out
 
     if len(found) > 1 or found[0].sources or name:
         raise UsageError("--all names the adapters and their text", "leave other text and --name out")
     domains = [replace(item, recipe=item.recipe or found[0].recipe) for item in list_domains(folder)]
+    if left_out := list_left_out(folder):
+        reporter.message(f"no text that is read by its name, left out of {folder}: {', '.join(left_out)}")
     return domains, slots or 0
 
 

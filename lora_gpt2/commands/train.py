@@ -104,7 +104,7 @@ def command(
       lora-gpt2 train a.yaml --fit --gpu-memory 6GB
     """
     own = {**flags, "base": base, "data.skip_bad": skip_bad or None, **parent}
-    found, num_slots = list_training(items, data, name, queue)
+    found, num_slots = list_training(items, data, name, queue, reporter)
     chosen = [name_recipe(load_recipe(item.recipe, overrides, {**own, **item.flags})) for item in found]
     if any(recipe.preferences.sources for recipe in chosen):
         is_special = any((queue[0], ray, fit, gpu_memory, dry_run, run.watch))

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
-from lora_gpt2.data.read.sources import KINDS
+from lora_gpt2.data.read.sources import is_readable
 from lora_gpt2.recipe_files import TrainingItem, read_recipe
 
 RECIPES = (".yaml", ".yml")
+ENDING = re.compile(r"(\.[^.]+\.gz|\.tar\.[^.]+|\.[^.]+)$", re.IGNORECASE)  # .txt, .txt.gz, .tar.xz
 SPLITS = {"sources": ("train",), "validation": ("valid", "validation", "dev"), "test": ("test",)}
 """The settings of section `data`, and the names of the files in a sub-folder that they take."""
 
@@ -18,7 +19,7 @@ def list_domains(folder: Path) -> list[TrainingItem]:
     """Returns the adapters of a folder of domains, by name.
 
     A sub-folder with `train.*` also gives `valid.*` and `test.*`, where they are; any other is a text as a whole. A
-    recipe keeps its name. Hidden files, and files of kinds that are not read, are left out.
+    recipe keeps its name. Hidden files, and those of `list_left_out`, are left out.
 
     Raises:
         NotFoundError: there is no such folder.
@@ -28,7 +29,7 @@ def list_domains(folder: Path) -> list[TrainingItem]:
     if not folder.is_dir():
         raise NotFoundError(f"there is no folder {folder}", "--all takes a folder with a folder, file or recipe each")
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-    found = [_describe(path) for path in entries if path.is_dir() or path.suffix in (*KINDS, *RECIPES)]
+    found = [_describe(path) for path in entries if _is_domain(path)]
     if not found:
         raise DataError(f"{folder} holds no domain", "put a folder, a file of text or a recipe for each into it")
     names = dict[str, TrainingItem]()
@@ -39,9 +40,19 @@ def list_domains(folder: Path) -> list[TrainingItem]:
     return sorted(found, key=lambda item: item.name or "")
 
 
+def list_left_out(folder: Path) -> list[str]:
+    """Returns the names of files in a folder of domains that are no domain: about the data, or not read by name."""
+    return [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".") and not _is_domain(path)]
+
+
+def _is_domain(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in RECIPES or is_readable(path)
+
+
 def _describe(path: Path) -> TrainingItem:
-    name = re.sub(r"[^a-z0-9.-]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-.")[:64]
-    if path.suffix in RECIPES and path.is_file():
+    stem = path.name if path.is_dir() else ENDING.sub("", path.name)
+    name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower()).strip("-.")[:64]
+    if path.suffix.lower() in RECIPES and path.is_file():
         return TrainingItem(recipe=path, name=str(read_recipe(path).get("name") or name))
     train, validation, test = (find_split(path, stems) if path.is_dir() else () for stems in SPLITS.values())
     if not train:
@@ -52,4 +63,4 @@ def _describe(path: Path) -> TrainingItem:
 def find_split(folder: Path, stems: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the files of a split in a domain's folder: those whose names are `stem.*`."""
     files = (path for stem in stems for path in sorted(folder.glob(f"{stem}.*")))
-    return tuple(str(path) for path in files if path.suffix in KINDS)
+    return tuple(str(path) for path in files if is_readable(path))

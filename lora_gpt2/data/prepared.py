@@ -35,7 +35,7 @@ from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 6
+FORMAT = 7
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
 MANIFEST, REJECTED, SKETCH = "manifest.json", "rejected.jsonl", "training_text.bin"
@@ -242,6 +242,7 @@ def _build_report(staging: Path, selection: Selection, settings: DataSettings, t
             "most_frequent": dict(selection.characters.most_common(20)),
         },
         "num_train_test_overlaps": selection.overlap,
+        "num_held_out_seen": {split: selection.count_seen(split) for split in SPLITS[1:]},
         "near_duplicates": selection.near,
         **selection.cleaning.to_json(),
         "settings": settings.model_dump(mode="json"),
@@ -254,7 +255,10 @@ def _check(selection: Selection) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in selection.count_rejected().items()) or "none rejected"
     counts = f"{count_of(selection.read, 'document')} read, {selection.kept} kept ({reasons})"
     if "train" not in selection.splits:
-        raise DataError(f"0 usable documents to train on: {counts}", "give more text, or check data.profile")
+        hint = "give more text, or check data.profile"
+        if selection.overlap:
+            hint = "data.validation or data.test is the text to train on: name others, or leave them out"
+        raise DataError(f"0 usable documents to train on: {counts}", hint)
     if "validation" not in selection.splits:
         raise DataError(
             f"no document is left to validate on: {counts}",
@@ -272,7 +276,13 @@ def describe_preparation(data: PreparedData) -> list[str]:
         )
         lines.append(f"cleaning rule {name}: {count_of(rule['documents'], 'document')}, {removed}")
     if overlap := report["num_train_test_overlaps"]:
-        lines.append(f"{overlap} training documents were copies of held-out ones and were dropped")
+        lines.append(f"{overlap} training documents were copies or parts of held-out ones and were dropped")
+    for split, count in report["num_held_out_seen"].items():
+        if count:
+            of = report["documents"][split]
+            lines.append(
+                f"{count} of the {of} {split} documents are parts of training documents: their perplexity is too low"
+            )
     for reason, count in report["rejected"].items():
         lines.append(f"set aside: {count_of(count, 'document')}, {reason}")
     if advice := describe_amount(report["tokens"]["train"]):

@@ -16,11 +16,13 @@ from lora_gpt2.data.dedup import NUM_HASHES, Signatures, find_near_duplicates
 from lora_gpt2.data.rejections import Rejections
 from lora_gpt2.data.shards import load_shard
 from lora_gpt2.data.split import split_keys
-from lora_gpt2.data.text_sketch import Shingles
+from lora_gpt2.data.text_sketch import SEEN_SHARE, Shingles
 from lora_gpt2.recipe import DataSettings
 
 MAX_EXAMPLES = 3
-DUPLICATE, NEAR_DUPLICATE = "duplicate", "near duplicate"
+DUPLICATE, NEAR_DUPLICATE, CONTAINED = "duplicate", "near duplicate", "part of a held-out text"
+LEAST_SHINGLES = 4
+"""Of documents with fewer kept shingles (under about 60 words), a stock phrase may be most of them."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +42,12 @@ class Selection:
     overlap: int = 0
     has_prompts: bool = False
 
+    def count_seen(self, split: str) -> int:
+        """Returns how many documents of a held-out split are, for the most part, in training documents."""
+        train = [k for k, found in enumerate(self.splits) if found == "train"]
+        held_out = [k for k, found in enumerate(self.splits) if found == split]
+        return len(_find_contained(self.shingles, held_out, train))
+
     def count_rejected(self) -> dict[str, int]:
         """Returns how many documents were rejected for each reason."""
         counts = Counter[str]()
@@ -53,8 +61,9 @@ def select_documents(
 ) -> Selection:
     """Decides over the documents of all shards; `given` are the splits that have sources of their own.
 
-    Where two are copies, the one that comes first stays, and held-out splits come before the training split. Within a
-    split that was given as test or validation, all stay: what is measured is the text that was given.
+    Where two are copies, the one that comes first stays, and held-out splits come before the training split. What a
+    given held-out text contains is not trained on either, though the two be divided differently. Within a split that
+    was given as test or validation, all stay: what is measured is the text that was given.
     """
     shards = [load_shard(folder, number, with_ids=False) for number in range(num_shards)]
     kept = [shard for shard, _ in shards]
@@ -86,8 +95,11 @@ def select_documents(
         [key for shard in kept for key in shard.keys.tolist()], signatures, settings.near_duplicate_threshold
     )
     copies = {i: copy for i, copy in copies.items() if splits[i] == "train" or splits[i] != splits[copy[0]]}
+    train = [i for i, split in enumerate(splits) if split == "train" and i not in copies]
+    contained = _find_contained(shingles, train, [i for i, split in enumerate(splits) if split != "train"])
+    copies |= {index: (first, 0.0) for index, first in contained.items()}
     for index, (first, similarity) in sorted(copies.items()):
-        reason = DUPLICATE if similarity == 1 else NEAR_DUPLICATE
+        reason = DUPLICATE if similarity == 1 else NEAR_DUPLICATE if similarity else CONTAINED
         entry = {"origin": origins[index], "reason": reason, "text": shown[index], "of": origins[first]}
         result.rejected.append(entry)
         result.overlap += splits[index] == "train" and splits[first] != "train"
@@ -119,3 +131,20 @@ def _find_copies(keys: Sequence[bytes], signatures: Signatures, threshold: float
     for index, (other, similarity) in copies.items():  # the copy of a near copy
         final[index] = copies.get(other, (other,))[0], similarity
     return final
+
+
+def _find_contained(shingles: Sequence[Shingles], documents: Sequence[int], others: Sequence[int]) -> dict[int, int]:
+    """Returns, by document, one of the others, where most of the document's kept shingles are in these."""
+    counts = np.array([len(shingles[k]) for k in others], dtype=np.int64)
+    if not counts.sum():
+        return {}
+    of_others = np.concatenate([shingles[k] for k in others])
+    order = np.argsort(of_others, kind="stable")
+    known, owners = of_others[order], np.repeat(np.array(others), counts)[order]
+    found = {}
+    for document in documents:
+        at = np.searchsorted(known, shingles[document]).clip(max=len(known) - 1)
+        is_known = known[at] == shingles[document]
+        if len(at) >= LEAST_SHINGLES and is_known.mean() > SEEN_SHARE:
+            found[document] = int(owners[at[is_known][0]])
+    return found

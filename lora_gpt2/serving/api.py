@@ -242,9 +242,8 @@ class Server:
         sequences = await run_in_threadpool(
             build_sequences, body, self.session, self.defaults, self.limits, seed, routes
         )
-        provenance = describe_provenance(
-            self.session, sequences[0].mix, sequences[0].settings, sequences[0].seed, sequences[0].loaded
-        ) | {"seeds": [s.seed for s in sequences], **more}
+        one, seeds = sequences[0], {"seeds": [s.seed for s in sequences]}
+        provenance = describe_provenance(self.session, one.mix, one.settings, one.seed, one.loaded) | seeds | more
         choices = [kind.choice(sequence, body) for sequence in sequences]
         completion = kind(
             worker=self.worker, metrics=self.metrics, body=body, choices=choices, provenance=provenance, started=started

@@ -196,13 +196,23 @@ def _find_split(source: Source) -> str:
 
 
 def _is_about(source: Source) -> bool:
-    return source.path is not None and source.path.name.lower().startswith(ABOUT)
+    return source.path is not None and is_about(source.path)
+
+
+def is_about(path: Path) -> bool:
+    """True for a file that is about a text, such as a README."""
+    return path.name.lower().startswith(ABOUT)
 
 
 def _find_kind(path: Path, settings: DataSettings) -> str | None:
     """Returns how a file is read: as the settings say, or by its name, with or without .gz."""
     inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     return KINDS.get(inner.suffix.lower()) if settings.format == "auto" else settings.format
+
+
+def is_readable(path: Path) -> bool:
+    """True for a file that is read by its name, also compressed or as an archive; False for what is about the data."""
+    return (is_archive(path) or _find_kind(path, DataSettings()) is not None) and not is_about(path)
 
 
 def _name_file(path: Path, settings: DataSettings) -> Source:

@@ -3,31 +3,41 @@
 import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
-from lora_gpt2.data.domains import list_domains
+from lora_gpt2.data.domains import list_domains, list_left_out
 
 
 def test_folders_files_and_recipes_are_domains(tmp_path):
     for path in (
         "law/train.jsonl",
         "law/valid.jsonl",
-        "law/test.txt",
+        "law/test.txt.gz",
         "law/notes.bin",
         "My_Code/a.py",
         "My_Code/b/c.py",
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("x")
-    for name in ("poems.txt", ".hidden.txt", "picture.png"):
+    for name in (
+        "poems.txt",
+        ".hidden.txt",
+        "picture.png",
+        "README.md",
+        "y.log",
+        "Notes.TXT",
+        "z.jsonl.gz",
+        "t.tar.gz",
+    ):
         (tmp_path / name).write_text("x")
     (tmp_path / "a.yaml").write_text("lora: {rank: 4}")
     (tmp_path / "b.yaml").write_text("name: own")
     found = {item.name: item for item in list_domains(tmp_path)}
-    assert list(found) == ["a", "law", "my-code", "own", "poems"]
+    assert list(found) == ["a", "law", "my-code", "notes", "own", "poems", "t", "z"]
+    assert list_left_out(tmp_path) == ["README.md", "picture.png", "y.log"]
     assert found["law"].flags == {
         "name": "law",
         "data.sources": (str(tmp_path / "law/train.jsonl"),),
         "data.validation": (str(tmp_path / "law/valid.jsonl"),),
-        "data.test": (str(tmp_path / "law/test.txt"),),
+        "data.test": (str(tmp_path / "law/test.txt.gz"),),
     }
     assert found["my-code"].sources == (str(tmp_path / "My_Code"),)
     assert found["poems"].sources == (str(tmp_path / "poems.txt"),)

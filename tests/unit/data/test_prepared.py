@@ -75,7 +75,58 @@ def test_given_validation_files_are_used_and_their_copies_leave_the_training_par
     settings = settings_for(tmp_path / "t.jsonl", validation=(str(tmp_path / "v.jsonl"),), test_fraction=0.0)
     prepared = prepare_data(settings, tokenizer, reporter)
     assert prepared.report["documents"] == {"train": 27, "validation": 13, "test": 0}
-    assert "3 training documents were copies of held-out ones and were dropped" in describe_preparation(prepared)
+    said = "3 training documents were copies or parts of held-out ones and were dropped"
+    assert said in describe_preparation(prepared)
+
+
+def write_book(path, words, count=200):
+    """One text file without any line that separates documents: it is cut into sections."""
+    draw = random.Random(3)
+    path.write_text("\n\n".join(" ".join(draw.choice(words) for _ in range(60)) + "." for _ in range(count)))
+    return path.read_text()
+
+
+WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "re", "tu", "na") for b in ("n", "rt", "sh", "ve", "ll", "d", "mo", "x")]
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_what_a_held_out_text_contains_is_not_trained_on_however_it_is_cut(tokenizer, tmp_path, reporter, split):
+    book, part = tmp_path / "book.txt", tmp_path / "part.txt"
+    text = write_book(book, WORDS)
+    own = {"validation_fraction": 0.1, "test_fraction": 0.1}
+    whole = prepare_data(settings_for(book, **own), tokenizer, reporter)
+    part.write_text(text[len(text) // 3 : len(text) // 2])
+    prepared = prepare_data(settings_for(book, **own, **{split: (str(part),)}), tokenizer, reporter)
+    dropped = prepared.report["num_train_test_overlaps"]
+    assert dropped > 3
+    assert prepared.report["rejected"]["part of a held-out text"] == dropped
+    assert prepared.report["num_held_out_seen"] == {"validation": 0, "test": 0}
+    trained = " ".join(decode_documents(tokenizer, prepared.train))
+    held_out = decode_documents(tokenizer, getattr(prepared, split))[0].split()
+    middle = " ".join(held_out[len(held_out) // 2 :][:12])
+    assert middle in text
+    assert middle in " ".join(decode_documents(tokenizer, whole.train)), "the control: it would have been"
+    assert middle not in trained
+    with pytest.raises(DataError, match="0 usable documents") as caught:
+        prepare_data(settings_for(book, **{split: (str(book),)}), tokenizer, reporter)
+    assert "data.validation or data.test is the text to train on" in caught.value.hint
+
+
+def test_held_out_documents_that_are_parts_of_training_documents_are_counted(tokenizer, tmp_path, reporter):
+    text = write_book(tmp_path / "book.txt", WORDS, count=1000)
+    chapters = [text[start : start + 6_000] for start in range(0, len(text), 6_000)]
+    path, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    fresh = write_book(tmp_path / "other.txt", [word.upper() + "s" for word in WORDS])
+    path.write_text("".join(json.dumps({"text": chapter}) + "\n" for chapter in chapters))
+    passages = [chapters[0][1000:2500], chapters[7][2000:3500], fresh[20_000:21_500]]
+    test.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages))
+    settings = settings_for(path, validation=(str(tmp_path / "other.txt"),), test=(str(test),))
+    prepared = prepare_data(settings, tokenizer, reporter)
+    trained = "".join(decode_documents(tokenizer, prepared.train))
+    assert [passage[100:200] in trained for passage in passages] == [True, True, False], "the control"
+    assert prepared.report["num_held_out_seen"]["test"] == 2
+    line = "2 of the 3 test documents are parts of training documents: their perplexity is too low"
+    assert line in describe_preparation(prepared)
 
 
 @pytest.mark.parametrize(
