@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.memory import check_room
@@ -24,13 +25,14 @@ from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.lora import Adapter, count_parameters
 from lora_gpt2.model.runtime import measure_peak_memory
+from lora_gpt2.recipe import DataSettings, Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
-from lora_gpt2.store.manifest import WEIGHTS
+from lora_gpt2.store.manifest import WEIGHTS, Manifest
 from lora_gpt2.store.peft.tensors import to_peft
 from lora_gpt2.training.diagnosis import describe_forgetting, diagnose_curve
 from lora_gpt2.training.report import render_report
-from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
+from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, fingerprint_recipes
 from lora_gpt2.training.start import join_sketches
 
 COPIES, ROOM_BYTES = 3, 2**27  # what publishing takes: copies of the adapter, and the libraries' own
@@ -169,6 +171,30 @@ def find_published(
             store.use_version(name, version)
             return version
     return None
+
+
+def find_up_to_date(slots: Sequence[TrainingSlot], store: Store, base_fingerprint: str) -> dict[str, str]:
+    """Returns the references of the versions in use that training these slots would give again, by name."""
+    found = {}
+    for slot in slots:
+        if not store.has_adapter(slot.name):
+            continue
+        manifest = store.read_manifest(slot.name)
+        is_of_text = manifest.data.get("fingerprint") == slot.data.fingerprint
+        if is_of_text and manifest.base.fingerprint == base_fingerprint and _is_made_by(manifest, slot.recipe):
+            found[slot.name] = manifest.reference
+    return found
+
+
+def _is_made_by(manifest: Manifest, recipe: Recipe) -> bool:
+    """True if a version was trained with the settings of a recipe; its base and text are compared elsewhere."""
+    try:
+        known = Recipe.model_validate(manifest.recipe)
+    except ValidationError:  # of another version of this program
+        return False
+    free: dict[str, Any] = {"data": DataSettings(), "base": "", "description": ""}
+    one, other = (fingerprint_recipes([each.model_copy(update=free)]) for each in (known, recipe))
+    return one == other
 
 
 def _describe_data(slot: TrainingSlot, base: Base) -> dict[str, Any]:

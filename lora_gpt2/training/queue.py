@@ -9,6 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.model.base import Base
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.training.checkpoint import RunFolder
+from lora_gpt2.training.memory import list_concurrent, measure_budget
+from lora_gpt2.training.publish import find_up_to_date
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
 
 
@@ -65,6 +70,40 @@ class DomainQueue:
         self.finished |= {name: Finished(**outcome) for name, outcome in finished.items()}
         slots[:] = [known[name] for name in running]
         self.waiting = deque(slot for name, slot in known.items() if name not in {*running, *self.finished})
+
+
+def find_finished(slots: Sequence[TrainingSlot], store: Store, base: Base, run: RunFolder) -> dict[str, str]:
+    """Returns the references of domains that need no training, by name: those that a run which goes on began without.
+
+    Where there is none to go on with, those whose versions in use training would give again.
+    """
+    if run.exists() and not run.read_published():
+        return dict(run.read_identity().get("skipped", {}))
+    return find_up_to_date(slots, store, base.fingerprint)
+
+
+def queue_domains(
+    slots: Sequence[TrainingSlot],
+    num_slots: int | None,
+    base: Base,
+    publish: Callable[[TrainedAdapter], str],
+    unreadable: Mapping[str, LoraGpt2Error],
+    skipped: Mapping[str, str],
+) -> tuple[Sequence[TrainingSlot], DomainQueue | None]:
+    """Returns the domains that begin, and the queue of the others; None where nobody has to wait.
+
+    `skipped` have the references of those that are finished.
+    """
+    if num_slots is None:
+        return slots, None
+    slots = [slot for slot in slots if slot.name not in skipped]
+    if not num_slots:
+        recipes, budget = [slot.recipe for slot in slots], measure_budget(base.runtime.device)
+        num_slots = len(list_concurrent(base.config, recipes, base.runtime, budget, num_slots))
+    ordered = order_domains(slots)
+    queue = DomainQueue(ordered[num_slots:], publish, unreadable)
+    queue.finished |= {name: Finished(reference=reference) for name, reference in skipped.items()}
+    return ordered[:num_slots], queue
 
 
 def order_domains(slots: Sequence[TrainingSlot]) -> list[TrainingSlot]:

@@ -31,24 +31,24 @@ from lora_gpt2.core.printable import count_of
 from lora_gpt2.core.ray_cluster import TaskLost, check_address, connect
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.checkpoint import Checkpoint
+from lora_gpt2.model.stored_weights import fingerprint_base
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import MANIFEST, parse_manifest
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.mailbox import Files, Mailbox, has_state
 from lora_gpt2.training.memory import MOST_SLOTS
-from lora_gpt2.training.publish import report_published
+from lora_gpt2.training.publish import find_up_to_date, report_published
 from lora_gpt2.training.queue import order_domains
 from lora_gpt2.training.remote import RemoteTask, publish_delivered, run_task
 from lora_gpt2.training.run import (
     TrainReport,
     describe_texts,
-    fingerprint_recipes,
     join_names,
     pin_parent,
     resolve_learning_rate,
 )
-from lora_gpt2.training.slot import TrainingSlot, check_together
+from lora_gpt2.training.slot import TrainingSlot, check_together, fingerprint_recipes
 from lora_gpt2.training.start import inherit_shape
 from lora_gpt2.training.task_inputs import check_sendable, collect_inputs, name_base
 
@@ -107,6 +107,13 @@ class _Driver:
         report = report_published(self.store, self.published[name])
         before, after = report.base_perplexity, report.validation_perplexity
         self.reporter.message(f"{report}: perplexity {before:.2f} -> {after:.2f} after {report.steps} steps")
+
+    def take_over(self, found: dict[str, str]) -> None:
+        """Takes versions that an earlier run published for those of this one."""
+        if found:
+            self.published |= found
+            self.write_ledger()
+            self.reporter.message(f"already published: {join_names(list(found.values()))}")
 
     def divide(self, names: Sequence[str], size: int, num_devices: int) -> None:
         """Divides the domains among tasks, of at most `size`, so that all devices have as much to do.
@@ -178,6 +185,10 @@ def train_on_ray(
         driver.parents = {recipe.name: recipe.lora.init_from for recipe in known}
         driver.write_ledger()
         slots, failures = _read_texts(known, once)
+        if resume and slots:
+            fingerprint = fingerprint_base(Checkpoint.open(recipes[0].base))
+            waiting = [slot for slot in slots if slot.name not in driver.published]
+            driver.take_over(find_up_to_date(waiting, store, fingerprint))
         if any(slot.name not in driver.published for slot in slots):
             failures |= _train(driver, slots, address, num_slots)
         references = [driver.published[name] for name in sorted(driver.published)]

@@ -20,7 +20,6 @@ from lora_gpt2.core.errors import (
     UsageError,
 )
 from lora_gpt2.core.files import wrap_os_errors
-from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.names import check_name
@@ -42,14 +41,14 @@ from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.halving import Halving
-from lora_gpt2.training.memory import list_concurrent, measure_budget, wrap_oom_errors
+from lora_gpt2.training.memory import wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.progress import describe_failures
 from lora_gpt2.training.publish import AdapterReport, Publisher
-from lora_gpt2.training.queue import DomainQueue, order_domains
+from lora_gpt2.training.queue import find_finished, queue_domains
 from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.samples import generate_sample
-from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, check_together
+from lora_gpt2.training.slot import IRRELEVANT, OF_MICRO_BATCHES, TrainedAdapter, TrainingSlot, check_together
 from lora_gpt2.training.start import (
     build_start,
     count_seen_by_parents,
@@ -61,7 +60,6 @@ from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
 MICRO_BATCHING = "passes"  # as checkpoints name it
-OF_MICRO_BATCHES = {"micro_batch_tokens", "gradient_checkpointing"}
 MOST_NAMED = 8
 CHECKPOINT_FORMAT = 3  # version of what a checkpoint holds
 
@@ -180,7 +178,13 @@ def _train_locked(
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter, options.replay))
     identity = _identify_run(base, slots, process_group, [digest_parent(slot.recipe, store) for slot in slots])
     identity["replay"] = replay.fingerprint if replay else ""
-    resume = process_group.broadcast_object(options.resume and is_main and _can_resume(run, identity, reporter))
+    skipped = find_finished(slots, store, base, run) if options.resume and options.num_slots is not None else {}
+    identity["skipped"] = skipped
+    if skipped:
+        reporter.message(f"already published: {join_names(list(skipped.values()))}")
+    is_over = options.num_slots is not None and (bool(run.read_published()) or (bool(skipped) and not run.exists()))
+    can_resume = is_main and options.resume and not is_over and _can_resume(run, identity, reporter)
+    resume = process_group.broadcast_object(can_resume)
     publisher = Publisher(store=store, base=base, reporter=reporter, is_main_process=is_main, is_resumed=resume)
     if resume and (published := process_group.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {join_names(published)}")
@@ -189,7 +193,9 @@ def _train_locked(
     num_slots = options.num_slots
     if checkpoint and num_slots is not None:  # its tensors have a row for each slot that it had
         num_slots = len(checkpoint[1]["names"])
-    rows, queue = _queue_domains(slots, num_slots, base, publisher.publish_aloud, unreadable)
+    if len(skipped) == len(slots):
+        return TrainReport(adapters=publisher.list_reports(sorted(skipped.values())), already_complete=True)
+    rows, queue = queue_domains(slots, num_slots, base, publisher.publish_aloud, unreadable, skipped)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in rows]):
         trainer = Trainer(
             base,
@@ -280,23 +286,6 @@ def _open_slots(
     return base, [TrainingSlot(recipe=recipe, data=data) for recipe, data in pairs if data is not None], unreadable
 
 
-def _queue_domains(
-    slots: Sequence[TrainingSlot],
-    num_slots: int | None,
-    base: Base,
-    publish: Callable[[TrainedAdapter], str],
-    unreadable: Mapping[str, LoraGpt2Error],
-) -> tuple[Sequence[TrainingSlot], DomainQueue | None]:
-    """Returns the domains that begin, and the queue of the others; None where nobody has to wait."""
-    if num_slots is None:
-        return slots, None
-    if not num_slots:
-        recipes, budget = [slot.recipe for slot in slots], measure_budget(base.runtime.device)
-        num_slots = len(list_concurrent(base.config, recipes, base.runtime, budget, num_slots))
-    ordered = order_domains(slots)
-    return ordered[:num_slots], DomainQueue(ordered[num_slots:], publish, unreadable)
-
-
 def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:
     """Returns the recipe with the learning rate that it has on a base of this width, to be recorded."""
     train = recipe.train.model_copy(update={"learning_rate": recipe.train.peak_learning_rate(width)})
@@ -366,17 +355,10 @@ def _describe_run(base: Base, slots: Sequence[TrainingSlot], store: Store, halvi
     }
 
 
-def fingerprint_recipes(recipes: Sequence[Recipe]) -> str:
-    """Returns what recipes have in common that give the same adapters, but for rounding."""
-    free = {"train": {"checkpoint_every", "trackers", *OF_MICRO_BATCHES}}
-    return fingerprint_json([recipe.model_dump(mode="json", exclude=free) for recipe in recipes])
-
-
 def _identify_run(
     base: Base, slots: Sequence[TrainingSlot], process_group: ProcessGroup, parents: Sequence[str]
 ) -> dict[str, Any]:
     """Returns everything that decides the numbers of a run; what is under `MICRO_BATCHING` only by rounding."""
-    irrelevant = {"checkpoint_every", "trackers", *OF_MICRO_BATCHES}
     return {
         MICRO_BATCHING: {
             slot.name: slot.recipe.train.model_dump(mode="json", include=OF_MICRO_BATCHES) for slot in slots
@@ -392,7 +374,7 @@ def _identify_run(
                 "data": slot.data.fingerprint,
                 "parent": parent,
                 "lora": slot.recipe.lora.model_dump(mode="json"),
-                "train": slot.recipe.train.model_dump(mode="json", exclude=irrelevant)
+                "train": slot.recipe.train.model_dump(mode="json", exclude=IRRELEVANT)
                 | {"learning_rate": slot.recipe.train.peak_learning_rate(base.config.n_embd)},
             }
             for slot, parent in zip(slots, parents, strict=True)

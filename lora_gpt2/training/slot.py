@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.data.prepared import PreparedData
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.recipe import Recipe
@@ -31,6 +32,14 @@ PER_RUN = (
     "train.replay_tokens",
 )
 """Settings that all recipes of a run have in common."""
+OF_MICRO_BATCHES = {"micro_batch_tokens", "gradient_checkpointing"}  # of section `train`: they decide on rounding alone
+IRRELEVANT = {"checkpoint_every", "trackers"}  # of section `train`: they decide on nothing that is published
+
+
+def fingerprint_recipes(recipes: Sequence[Recipe]) -> str:
+    """Returns what recipes have in common that give the same adapters, but for rounding."""
+    free = {"train": {*IRRELEVANT, *OF_MICRO_BATCHES}}
+    return fingerprint_json([recipe.model_dump(mode="json", exclude=free) for recipe in recipes])
 
 
 def check_together(recipes: Sequence[Recipe]) -> None:

@@ -282,3 +282,51 @@ def test_a_run_without_a_queue_stops_on_request_too(recipes, store, reporter, mo
     report = train_recipes(recipes[:2], store, reporter)
     assert [(item.name, item.steps) for item in report.adapters] == [("d0", 3), ("d1", 3)]
     assert not list(open_run_folder(store.root, ["d0", "d1"]).path.glob("step-*.checkpoint")), "it is done"
+
+
+def list_all_versions(store):
+    return {name: store.list_versions(name) for name in store.list_names()}
+
+
+def test_a_folder_that_has_grown_trains_what_is_new(recipes, store, reporter, monkeypatch):
+    """After a run that was interrupted with other domains, and after one that is over."""
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, 11)
+        train_recipes(recipes[:3], store, reporter, num_slots=1)
+    assert store.list_names() == []
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, 14)
+        train_recipes(recipes[:3], store, reporter, num_slots=1, resume=True)
+    assert list_all_versions(store) == {"d2": [1]}
+    trained = []
+    launch = Trainer._launch
+
+    def note(self, ids):
+        trained.extend(self.slots[slot_id].name for slot_id in ids)
+        launch(self, ids)
+
+    monkeypatch.setattr(Trainer, "_launch", note)
+    report = train_recipes(recipes[:4], store, reporter, num_slots=1, resume=True)
+    assert [str(item) for item in report.adapters] == ["d0@1", "d1@1", "d2@1", "d3@1"]
+    assert set(trained) == {"d0", "d1", "d3"}, "d2 is there"
+    trained.clear()
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, 3)
+        train_recipes(recipes[:5], store, reporter, num_slots=2, resume=True)
+    report = train_recipes(recipes[:5], store, reporter, num_slots=2, resume=True)
+    assert trained == ["d4"] * 6
+    assert list_all_versions(store) == {f"d{index}": [1] for index in range(5)}
+    assert [str(item) for item in report.adapters] == [f"d{index}@1" for index in range(5)]
+    report = train_recipes(recipes[:5], store, reporter, num_slots=2, resume=True)
+    assert report.already_complete
+    assert len(report.adapters) == 5
+
+
+def test_what_has_changed_is_trained_again_and_only_that(recipes, store, reporter):
+    train_recipes(recipes[:3], store, reporter, num_slots=2)
+    longer = recipes[1].model_copy(update={"train": recipes[1].train.model_copy(update={"steps": 6})})
+    Path(recipes[2].data.sources[0]).write_text(make_text(60, seed=77))
+    train_recipes([recipes[0], longer, recipes[2]], store, reporter, num_slots=2, resume=True)
+    assert list_all_versions(store) == {"d0": [1], "d1": [1, 2], "d2": [1, 2]}
+    train_recipes([recipes[0], longer, recipes[2]], store, reporter, num_slots=2)
+    assert list_all_versions(store) == {"d0": [1, 2], "d1": [1, 2, 3], "d2": [1, 2, 3]}, "without --resume, all"
