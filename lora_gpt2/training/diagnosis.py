@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_gpt2.data.prepared import FEW_VALIDATION_TOKENS
 from lora_gpt2.evaluation.bootstrap import find_interval, resample_ratio
-from lora_gpt2.evaluation.perplexity import Score
+from lora_gpt2.evaluation.perplexity import Score, to_perplexity
 from lora_gpt2.training.slot import TrainingSlot
 
 RISE = 0.02
@@ -44,6 +44,23 @@ def diagnose_curve(records: Sequence[dict[str, Any]], num_steps: int, passes: fl
     if passes < 1:
         return f"too little to judge: the text was seen {passes:.2f} times; validation is no longer falling"
     return f"best at step {best_step}{stopped}; the curve is flat after it: about the right length"
+
+
+def diagnose_test(test_nll: tuple[float, float] | None, block_size: int, window: int) -> str:
+    """Returns what is to be added to `diagnose_curve` where the adapter is no better than the base on test text.
+
+    Args:
+        test_nll: nats per token of the base and of the adapter; None without test text.
+        block_size: tokens of a block in training.
+        window: tokens of a window when test text is measured.
+    """
+    if test_nll is None or test_nll[1] < test_nll[0]:
+        return ""
+    base, adapted = map(to_perplexity, test_nll)
+    said = f"; on test text it is no better than the base ({base:.2f} -> {adapted:.2f})"
+    if block_size < window:
+        said += f", which is read {window} tokens at a time: train on longer blocks than {block_size}"
+    return said
 
 
 def diagnose_forgetting(base: Score, adapted: Score) -> str:

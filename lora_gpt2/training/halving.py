@@ -33,6 +33,10 @@ class Halving(Protocol):
     def rungs(self) -> tuple[int, ...]:
         """The steps after which every candidate is validated."""
 
+    @property
+    def is_begun(self) -> bool:
+        """True for a round that is not the first."""
+
     def count_remaining(self, slots: Sequence[TrainingSlot]) -> int:
         """Returns the steps that all candidates together have left."""
 
@@ -49,6 +53,7 @@ class SuccessiveHalving:
 
     num_candidates: int
     rungs: tuple[int, ...]
+    is_begun: bool = False
 
     @classmethod
     def build(cls, num_candidates: int, num_steps: int) -> SuccessiveHalving:

@@ -30,7 +30,7 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS, Manifest
 from lora_gpt2.store.peft.tensors import to_peft
-from lora_gpt2.training.diagnosis import describe_forgetting, diagnose_curve
+from lora_gpt2.training.diagnosis import describe_forgetting, diagnose_curve, diagnose_test
 from lora_gpt2.training.report import render_report
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot, fingerprint_recipes
 from lora_gpt2.training.start import join_sketches
@@ -111,7 +111,10 @@ def publish_trained(
         tokens_per_second=slot.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device),
         seconds=outcome.seconds,
-        verdict=diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets),
+        verdict=diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets)
+        + diagnose_test(
+            outcome.test_nll, slot.recipe.data.block_size, choose_window(base.config, slot.recipe.evaluate)[0]
+        ),
         forgetting=describe_forgetting(slot, base_general, general),
     )
     figures = {key: value for key, value in vars(report).items() if key not in NOT_FIGURES}

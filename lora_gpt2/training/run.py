@@ -212,7 +212,7 @@ def _train_locked(
         )
         if checkpoint:
             trainer.restore(*checkpoint)
-            reporter.message(f"resuming at step {trainer.step}")
+            reporter.message(f"{'going on' if halving and halving.is_begun else 'resuming'} at step {trainer.step}")
         elif is_main:
             run.begin(identity)
         watched = run.status.report(_describe_run(base, slots, store, halving)) if is_main else nullcontext()

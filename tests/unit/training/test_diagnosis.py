@@ -8,7 +8,7 @@ import pytest
 
 from lora_gpt2.evaluation.perplexity import Score
 from lora_gpt2.recipe import build_recipe
-from lora_gpt2.training.diagnosis import diagnose_budget, diagnose_curve, diagnose_forgetting
+from lora_gpt2.training.diagnosis import diagnose_budget, diagnose_curve, diagnose_forgetting, diagnose_test
 
 judge = partial(diagnose_curve, passes=2.0, validation_tokens=9_000)
 
@@ -145,3 +145,21 @@ def test_where_much_is_forgotten_a_budget_is_suggested_unless_there_is_one(forgo
     bounded = build_recipe({"name": "x", "train": {"forget": 0.1}}, "x")
     slot = SimpleNamespace(recipe=bounded, best_divergence=0.07, best_excess=0.0)
     assert diagnose_budget(slot, forgotten) == "; a divergence of 0.070 nats from the base, of 0.1, is within it"
+
+
+@pytest.mark.parametrize(
+    ("test_nll", "block_size", "said"),
+    [
+        (None, 128, ""),
+        ((4.0, 3.9), 128, ""),
+        ((4.0, 4.1), 512, "; on test text it is no better than the base (54.60 -> 60.34)"),
+        (
+            (4.0, 4.1),
+            128,
+            "; on test text it is no better than the base (54.60 -> 60.34), which is read 512 tokens at a time: "
+            "train on longer blocks than 128",
+        ),
+    ],
+)
+def test_an_adapter_that_is_worse_on_test_text_is_not_called_a_gain(test_nll, block_size, said):
+    assert diagnose_test(test_nll, block_size, 512) == said
