@@ -17,7 +17,7 @@ from lora_gpt2.core.errors import CorruptError, UsageError
 from lora_gpt2.core.names import ALL, AUTO
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.user_files import read_stdin
-from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe import GenerateSettings, Recipe
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
@@ -97,6 +97,7 @@ def command(
         stop.raise_if_asked(f"{written.done} results are in {out}; run the same command to continue")
         return
     text, specs = _read_prompt(prompt, reporter), _split_adapters(compare, adapters)
+    _warn_of_copies(num, recipe.generate, reporter)
     streams = num == 1 and len(specs) < 2 and ALL not in specs and not as_json
     shown = _Stream(text)
     on_text = shown.add if streams else None
@@ -127,6 +128,12 @@ def command(
         reporter.message(f"{which} ended before the {cut[0].constraint} was complete; see --max-new-tokens")
     stop.raise_if_asked("the text so far is above")
     _end(generation.outputs, as_json)
+
+
+def _warn_of_copies(num: int, settings: GenerateSettings, reporter: Reporter) -> None:
+    """Says that several continuations are one text where nothing is sampled."""
+    if num > 1 and (settings.temperature == 0 or settings.num_beams > 1):
+        reporter.message(f"nothing is sampled, so all {num} continuations are the same text: leave -n out")
 
 
 def _check_options(

@@ -16,6 +16,7 @@
     ├── TrainingDiverged      8   the loss or a gradient is not finite
     ├── CheckFailed           9   a limit set by the user, or a verification
     └── Interrupted         130   Ctrl-C (143 for SIGTERM); what was finished is kept
+        └── Waiting         130   waits for other work, and goes on by itself: no command ends with it
 
 The message says what was found, what was expected and where; the hint says what to type next. The domain raises, never
 prints and never exits; `cli.py` alone turns errors into text and exit codes. 1 is left for bugs.

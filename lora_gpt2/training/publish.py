@@ -91,7 +91,6 @@ def publish_trained(
     session = Session(base)
     session.load_in_memory({slot.name: adapter})
     general = measure_general(base, session.select(Mix.single(slot.name)))
-    num_epochs = slot.train_tokens / max(1, slot.data.train.num_targets)
     report = AdapterReport(
         name=slot.name,
         version=0,
@@ -111,10 +110,7 @@ def publish_trained(
         tokens_per_second=slot.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device),
         seconds=outcome.seconds,
-        verdict=diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets)
-        + diagnose_test(
-            outcome.test_nll, slot.recipe.data.block_size, choose_window(base.config, slot.recipe.evaluate)[0]
-        ),
+        verdict=_judge(outcome, base),
         forgetting=describe_forgetting(slot, base_general, general),
     )
     figures = {key: value for key, value in vars(report).items() if key not in NOT_FIGURES}
@@ -136,6 +132,15 @@ def publish_trained(
     )
     manifest = publish_adapter(store, slot.name, adapter, base, origin)
     return replace(report, version=manifest.version, path=str(store.resolve(manifest.reference).absolute()))
+
+
+def _judge(outcome: TrainedAdapter, base: Base) -> str:
+    """Returns what there is to say of the curve and of the test figure."""
+    slot = outcome.slot
+    num_epochs = slot.train_tokens / max(1, slot.data.train.num_targets)
+    said = diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets)
+    window, _ = choose_window(base.config, slot.recipe.evaluate)
+    return said + diagnose_test(outcome.test_nll, slot.recipe.data.block_size, window)
 
 
 def _build_drafter(slot: TrainingSlot) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.model.base import Base
 from lora_gpt2.store.catalog import Store
@@ -72,14 +73,19 @@ class DomainQueue:
         self.waiting = deque(slot for name, slot in known.items() if name not in {*running, *self.finished})
 
 
-def find_finished(slots: Sequence[TrainingSlot], store: Store, base: Base, run: RunFolder) -> dict[str, str]:
+def find_finished(
+    slots: Sequence[TrainingSlot], store: Store, base: Base, run: RunFolder, reporter: Reporter
+) -> dict[str, str]:
     """Returns the references of domains that need no training, by name: those that a run which goes on began without.
 
     Where there is none to go on with, those whose versions in use training would give again.
     """
     if run.exists() and not run.read_published():
         return dict(run.read_identity().get("skipped", {}))
-    return find_up_to_date(slots, store, base.fingerprint)
+    if found := find_up_to_date(slots, store, base.fingerprint):
+        what = "complete" if len(found) == len(slots) else "published"
+        reporter.message(f"already {what}: {', '.join(found.values())}")
+    return found
 
 
 def queue_domains(

@@ -178,11 +178,10 @@ def _train_locked(
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter, options.replay))
     identity = _identify_run(base, slots, process_group, [digest_parent(slot.recipe, store) for slot in slots])
     identity["replay"] = replay.fingerprint if replay else ""
-    skipped = find_finished(slots, store, base, run) if options.resume and options.num_slots is not None else {}
+    is_queue = options.num_slots is not None
+    skipped = find_finished(slots, store, base, run, reporter) if options.resume and is_queue else {}
     identity["skipped"] = skipped
-    if skipped:
-        reporter.message(f"already published: {join_names(list(skipped.values()))}")
-    is_over = options.num_slots is not None and (bool(run.read_published()) or (bool(skipped) and not run.exists()))
+    is_over = is_queue and (bool(run.read_published()) or (bool(skipped) and not run.exists()))
     can_resume = is_main and options.resume and not is_over and _can_resume(run, identity, reporter)
     resume = process_group.broadcast_object(can_resume)
     publisher = Publisher(store=store, base=base, reporter=reporter, is_main_process=is_main, is_resumed=resume)
@@ -374,7 +373,7 @@ def _identify_run(
                 "data": slot.data.fingerprint,
                 "parent": parent,
                 "lora": slot.recipe.lora.model_dump(mode="json"),
-                "train": slot.recipe.train.model_dump(mode="json", exclude=IRRELEVANT)
+                "train": slot.recipe.train.model_dump(mode="json", exclude=IRRELEVANT | OF_MICRO_BATCHES)
                 | {"learning_rate": slot.recipe.train.peak_learning_rate(base.config.n_embd)},
             }
             for slot, parent in zip(slots, parents, strict=True)

@@ -106,3 +106,13 @@ def test_a_terminal_gets_a_prompt_history_and_ctrl_c_keeps_the_text(trained, tmp
     history = (tmp_path / "lora-gpt2" / "history").read_text(encoding="utf-8")
     assert "+the cat" in history
     assert "half" not in history
+
+
+@pytest.mark.parametrize("options", [["--temperature", 0], ["--num-beams", 2], []])
+def test_copies_of_one_text_are_not_given_for_several(run, base_folder, options):
+    options = ["--base", base_folder, "--seed", 1, "-n", 2, "--max-tokens", 3, "--json", *options]
+    code, out, err = run("generate", "the cat", *options)
+    assert code == 0, err
+    first, second = (output["text"] for output in json.loads(out)["outputs"])
+    assert ("all 2 continuations are the same text" in err) == ("--temperature" in options or "--num-beams" in options)
+    assert first == second or "the same text" not in err

@@ -20,6 +20,7 @@ CODES = {
     "TrainingDiverged": 8,
     "CheckFailed": 9,
     "Interrupted": 130,
+    "Waiting": 130,
 }
 
 
