@@ -159,7 +159,8 @@ def _build_check(session: Session, requests: Sequence[Request], settings: Genera
             expected[mix, id(own)] = flatten_json(json.loads(json.dumps(values)))
         wanted, found = {**expected[mix, id(own)], "seed": request.seed}, flatten_json(found)
         if different := sorted(key for key in wanted | found if wanted.get(key) != found.get(key)):
-            shown = "; ".join(f"{key} {found.get(key)} then, {wanted.get(key)} now" for key in different[:MOST_SHOWN])
+            telling = [key for key in different if not key.endswith("sha256")] or different
+            shown = "; ".join(f"{key} {found.get(key)} then, {wanted.get(key)} now" for key in telling[:MOST_SHOWN])
             raise ConflictError(
                 f"{out} holds results of other settings (prompt {index + 1}: {shown})",
                 "choose another --out, or restore these to go on",
