@@ -296,11 +296,11 @@ class Model:
         each = list(adapter) if isinstance(adapter, list | tuple) and not isinstance(adapter, Mix) else [adapter]
         if len(each) not in (1, len(prompts)):
             raise UsageError(
-                f"{len(prompts)} prompts, {len(each)} adapters", "pass one adapter, or one for each prompt"
+                f"{len(prompts)} prompts, {len(each)} adapters", "pass one, or generate_batch one for each prompt"
             )
         each = each * len(prompts) if len(each) == 1 else each
         if bad := next((item for item in prompts if not isinstance(item, str)), None):
-            raise UsageError(f"a prompt is a str, found {type(bad).__name__}", "pass a text, or a list of texts")
+            raise UsageError(f"a prompt is a str, found {type(bad).__name__}", "generate_batch takes a list of texts")
         first = secrets.randbelow(2**31) if seed is None else seed
         mixes = [AUTO_MIX if item == AUTO else self._parse(item) for item in each]
         router = self._router
