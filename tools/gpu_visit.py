@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,26 +206,19 @@ def build_base(size: str) -> Path:
     return folder
 
 
-def compare_replayed(size: str = "S") -> Figures:
-    """How far replayed training steps and decode steps are from those that are computed."""
+def compare_replayed_training(size: str = "S") -> Figures:
+    """How far replayed training steps are from those that are computed."""
     import torch
 
-    from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
-    from lora_gpt2.inference.decoder import Decoder
-    from lora_gpt2.inference.engine import Engine
-    from lora_gpt2.inference.mix import Mix
-    from lora_gpt2.inference.sequence import SequenceState
-    from lora_gpt2.inference.session import Session
     from lora_gpt2.model.bank import AdapterBank
     from lora_gpt2.model.base import load_base
-    from lora_gpt2.model.lora import Adapter, LoraUpdate, build_adapter
+    from lora_gpt2.model.lora import build_adapter
     from lora_gpt2.model.runtime import choose_runtime
-    from lora_gpt2.recipe import GenerateSettings, LoraSettings
+    from lora_gpt2.recipe import LoraSettings
     from lora_gpt2.training.process_group import ProcessGroup
     from lora_gpt2.training.step import MicroBatch, SlotHyperparams, StepRunner
 
-    runtime = choose_runtime("auto")
-    base, length = load_base(str(build_base(size)), runtime), 128
+    base, length = load_base(str(build_base(size)), choose_runtime("auto")), 128
     banks = []
     for recorded in (True, False):
         adapter = build_adapter(base.config, LoraSettings(), 0)
@@ -257,48 +251,57 @@ def compare_replayed(size: str = "S") -> Figures:
             else:
                 runner.compute(*runner.copy_to_device([batch], hyperparams))
         banks.append(bank.flat.clone())
-    session, names = Session(base), [str(k) for k in range(8)]
-    for k, name in enumerate(names):
-        fresh, drawn = build_adapter(base.config, LoraSettings(), k), torch.Generator().manual_seed(k)
-        session.load_in_memory(
-            {
-                name: Adapter(
-                    updates={
-                        site: LoraUpdate(u.a, 0.02 * torch.randn(u.b.shape, generator=drawn), u.alpha, u.use_rslora)
-                        for site, u in fresh.updates.items()
-                    }
-                )
-            }
-        )
-    found: Figures = {"training_difference": float((banks[0] - banks[1]).abs().max())}
-    found["training_change"] = float((banks[1] - bank_of(base, banks[1])).abs().max())
-    for kind, settings in {
-        "greedy": GenerateSettings(temperature=0, max_new_tokens=32),
-        "default": GenerateSettings(max_new_tokens=32),
-    }.items():
-        written = []
-        for decoder in (CudaGraphDecoder, Decoder):
-            engine = Engine(session, 8, 96)
-            engine.decoder = decoder(session, engine.cache)
-            rows = [
-                SequenceState(
-                    index=k,
-                    mix=Mix.single(name),
-                    prompt_ids=list(range(10, 42)),
-                    max_new_tokens=32,
-                    settings=settings,
-                    seed=k,
-                    tokenizer=base.tokenizer,
-                )
-                for k, name in enumerate(names)
-            ]
-            for row in rows:
-                engine.submit(row)
-            while engine.is_busy:
-                engine.step()
-            written.append([row.new_ids for row in rows])
-        same = [a == b for x, y in zip(*written, strict=True) for a, b in zip(x, y, strict=False)]
-        found[f"{kind}_tokens_equal"] = sum(same) / len(same)
+    return {
+        "training_difference": float((banks[0] - banks[1]).abs().max()),
+        "training_change": float((banks[1] - bank_of(base, banks[1])).abs().max()),
+    }
+
+
+def compare_replayed_decoding(size: str = "S") -> Figures:
+    """The share of tokens that replayed decode steps have in common with computed ones, and with plain products."""
+    from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
+    from lora_gpt2.inference.decoder import Decoder
+    from lora_gpt2.inference.engine import Engine
+    from lora_gpt2.inference.mix import Mix
+    from lora_gpt2.inference.sequence import SequenceState
+    from lora_gpt2.recipe import GenerateSettings
+
+    class Eager(CudaGraphDecoder):
+        """Computes each step anew, with the same kernels."""
+
+        def _capture(self, step: Any) -> None:
+            pass
+
+    session = open_session(size)
+
+    def write(decoder: type[Decoder], settings: GenerateSettings) -> list[int]:
+        engine = Engine(session, 8, 96)
+        engine.decoder = decoder(session, engine.cache)
+        rows = [
+            SequenceState(
+                index=k,
+                mix=Mix.single(str(k)),
+                prompt_ids=list(range(10, 42)),
+                max_new_tokens=32,
+                settings=settings,
+                seed=k,
+                tokenizer=session.base.tokenizer,
+            )
+            for k in range(8)
+        ]
+        for row in rows:
+            engine.submit(row)
+        while engine.is_busy:
+            engine.step()
+        return [token for row in rows for token in row.new_ids]
+
+    found: Figures = {}
+    for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        settings = GenerateSettings(temperature=temperature, max_new_tokens=32)
+        replayed, computed, plain = (write(decoder, settings) for decoder in (CudaGraphDecoder, Eager, Decoder))
+        for name, other in (("computed", computed), ("by plain products", plain)):
+            same = [one == another for one, another in zip(replayed, other, strict=False)]
+            found[f"{kind}: tokens equal to those {name}"] = sum(same) / len(same)
     return found
 
 
@@ -456,31 +459,147 @@ def compare_decoding(size: str = "S", tokens: int = 64, sides: str = "ours,peft"
         return run_sides("lora_gpt2.bench.decoding", sides, asdict(spec))
 
 
-def serve_rows(size: str = "S", tokens: int = 64) -> Figures:
-    """Tokens per second of 1, 8 and 32 rows of one and of eight adapters, greedy and with default sampling."""
+def time_captured(action: Callable[[], object], calls: int = 20) -> float:
+    """Returns the median microseconds of a call, captured so many times in a row and replayed."""
+    from lora_gpt2.model.graphs import capture, on_capture_stream
+
+    with on_capture_stream():
+        action()
+    graph, _ = capture(lambda: [action() for _ in range(calls)])
+    return round(1e6 * time_events(graph.replay, 10) / calls, 2)
+
+
+def measure_layers(size: str = "S") -> Figures:
+    """Microseconds of a decode step without its head by the kernels and by plain products; see `measure_variants`."""
+    import torch
+
+    from lora_gpt2.model import decode_step
+    from lora_gpt2.model.bank import AdapterBank
+    from lora_gpt2.model.base import load_base
+    from lora_gpt2.model.batch_adapters import BatchAdapters
+    from lora_gpt2.model.kv_cache import KVCache
+    from lora_gpt2.model.lora import build_adapter
+    from lora_gpt2.model.runtime import choose_runtime
+    from lora_gpt2.recipe import LoraSettings
+
+    base = load_base(str(build_base(size)), choose_runtime("auto"))
+    model, like = base.model, base.model.wte.weight
+    ranks = {site: rank for site, rank in build_adapter(base.config, LoraSettings(), 0).ranks.items() if "." in site}
+    bank = AdapterBank(base.config, ranks, 8, "inference", like)
+    bank.flat.normal_(std=0.01)
+    bank.scalings.fill_(1.0)
+    found: Figures = {"kernels": decode_step.can_use_kernels(model, 8)}
+    if not found["kernels"]:
+        return found
+
+    def run(compute: Any, rows: int, used: int, length: int) -> Callable[[], None]:
+        cache = KVCache(base.config, rows, 1024, like).view(0, rows, fixed_keys=64 if length <= 64 else 1024)
+        tokens, weights = torch.zeros(rows, 1, dtype=torch.long, device=like.device), make_weights(rows, used)
+
+        def step() -> None:
+            cache.lengths.fill_(length - 1)
+            compute(tokens, BatchAdapters(bank, weights, slice(0, 8)), cache)
+
+        return step
+
+    with torch.inference_mode():
+        for shape in ((1, 1, 64), (1, 1, 900), (8, 8, 64), (8, 1, 64), (32, 8, 64), (32, 8, 900)):
+            found["{} rows of {}, {} keys".format(*shape)] = {
+                "by kernels": time_captured(run(partial(decode_step.compute_hidden, model), *shape), 2),
+                "plain": time_captured(run(model, *shape), 2),
+            }
+        for rows in (1, 32):
+            found[f"variants, {rows} rows"] = measure_variants(
+                model, BatchAdapters(bank, make_weights(rows, 8), slice(0, 8))
+            )
+    return found
+
+
+def open_session(size: str) -> Any:
+    """Returns a session with eight adapters, "0" to "7", of rank 16 on the blocks."""
     from lora_gpt2.bench import decoding
-    from lora_gpt2.inference.engine import Engine
-    from lora_gpt2.inference.mix import Mix
     from lora_gpt2.inference.open import load_for_inference
-    from lora_gpt2.inference.sequence import SequenceState
     from lora_gpt2.inference.session import Session
-    from lora_gpt2.recipe import GenerateSettings
     from lora_gpt2.store.peft.tensors import from_peft, read_peft_files
 
-    base = load_for_inference(str(build_base(size)), "auto")
-    session, config = Session(base), base.config
+    session = Session(load_for_inference(str(build_base(size)), "auto"))
+    config = session.base.config
     with tempfile.TemporaryDirectory(dir=WORK) as work:
         for index in range(8):
             decoding._write_adapter(config, "base", Path(work) / str(index), 16, index)
             files = read_peft_files(Path(work) / str(index))
             session.load_in_memory({str(index): from_peft(*files, config, str(index))})
-    prompt = decoding._build_prompt(config.vocab_size)
-    found: Figures = {}
+    return session
+
+
+def make_weights(rows: int, used: int) -> Any:
+    """Returns the weights of eight slots, of which each row uses one of the first."""
+    import torch
+
+    return torch.eye(8, device="cuda")[[row % used for row in range(rows)]]
+
+
+def measure_variants(model: Any, adapters: Any) -> Figures:
+    """Microseconds of the kernels of two projections with other blocks, of plain products, and of frozen weights."""
+    import torch
+
+    from lora_gpt2.model import layer_kernels
+
+    block, found, rows = model.h[0], dict[str, Figures](), len(adapters.weights)
+    for site, linear, prologue in (
+        ("h.0.attn.c_attn", block.attn.c_attn, block.ln_1),
+        ("h.0.mlp.c_proj", block.mlp.c_proj, block.mlp.act),
+    ):
+        factors, weight = adapters.find_factors(site), linear.weight
+        x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        h, z = layer_kernels.prepare(x, prologue, factors)
+        prepare = partial(layer_kernels.prepare, x, prologue, factors)
+        project = partial(layer_kernels.project, h, linear, factors, z)
+        times: Figures = {
+            "plain": time_captured(partial(adapters.project, site, linear, prologue, x[:, None])),
+            "frozen weight": time_captured(partial(linear, h)),
+        }
+        for names, variants, action in (
+            (("BLOCK_RANK", "MOST_LANES"), ((2, 4096), (4, 1024), (8, 1024)), prepare),
+            (
+                ("BLOCK_OUT", "BLOCK_BYTES", "NUM_WARPS"),
+                ((16, 512, 4), (16, 256, 4), (16, 1024, 4), (16, 512, 2), (16, 512, 8), (32, 256, 4), (32, 512, 4)),
+                project,
+            ),
+        ):
+            chosen = [getattr(layer_kernels, name) for name in names]
+            for variant in variants:
+                for name, value in zip(names, variant, strict=True):
+                    setattr(layer_kernels, name, value)
+                times[f"{action.func.__name__} {variant}"] = time_captured(action)
+            for name, value in zip(names, chosen, strict=True):
+                setattr(layer_kernels, name, value)
+        found[site] = times
+    return found
+
+
+def serve_rows(size: str = "S", tokens: int = 64, plain: bool = False) -> Figures:
+    """Tokens per second of 1, 8 and 32 rows of one and of eight adapters, greedy and with default sampling.
+
+    `plain` does without the kernels of the decode step.
+    """
+    from lora_gpt2.bench import decoding
+    from lora_gpt2.inference.engine import Engine
+    from lora_gpt2.inference.mix import Mix
+    from lora_gpt2.inference.sequence import SequenceState
+    from lora_gpt2.model import decode_step
+    from lora_gpt2.recipe import GenerateSettings
+
+    if plain:
+        decode_step.MAX_ROWS = 0
+    session = open_session(size)
+    base, prompt = session.base, decoding._build_prompt(session.base.config.vocab_size)
+    found: Figures = {"kernels": decode_step.can_use_kernels(base.model, 8)}
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         settings = GenerateSettings(
             temperature=temperature,
             max_new_tokens=tokens,
-            logit_bias={config.eos_id: -100.0} if temperature == 0 else {},
+            logit_bias={base.config.eos_id: -100.0} if temperature == 0 else {},
         )
         for num_rows, num_adapters in ((1, 1), (8, 1), (8, 8), (32, 8)):
             engine = Engine(session, num_rows, len(prompt) + tokens)
@@ -529,19 +648,11 @@ def profile_decoding(size: str = "S", num_rows: int = 8) -> Figures:
     from lora_gpt2.bench import decoding
     from lora_gpt2.inference.engine import Engine
     from lora_gpt2.inference.mix import Mix
-    from lora_gpt2.inference.open import load_for_inference
     from lora_gpt2.inference.sequence import SequenceState
-    from lora_gpt2.inference.session import Session
     from lora_gpt2.recipe import GenerateSettings
-    from lora_gpt2.store.peft.tensors import from_peft, read_peft_files
 
-    base = load_for_inference(str(build_base(size)), "auto")
-    session = Session(base)
-    with tempfile.TemporaryDirectory(dir=WORK) as work:
-        for index in range(8):
-            decoding._write_adapter(base.config, "base", Path(work) / str(index), 16, index)
-            files = read_peft_files(Path(work) / str(index))
-            session.load_in_memory({str(index): from_peft(*files, base.config, str(index))})
+    session = open_session(size)
+    base = session.base
     engine = Engine(session, num_rows, 128)
     for k in range(num_rows):
         engine.submit(
@@ -630,10 +741,13 @@ class Step:
 STEPS = [  # the most valuable first
     Step("environment", measure_environment, 40),
     Step("tests", run_tests, 130),
-    Step("replayed S", compare_replayed, 60),
+    Step("replayed S", compare_replayed_training, 45),
+    Step("replayed decode S", compare_replayed_decoding, 60),
     Step("train S", compare_training, 80),
     Step("profile train S", profile_training, 45),
+    Step("layers S", measure_layers, 90),
     Step("rows S", serve_rows, 60),
+    Step("rows S plain", serve_rows, 60, {"plain": True}),
     Step("profile decode S", profile_decoding, 45),
     Step("decode S", compare_decoding, 80),
     Step("memory XL 6 GB", measure_memory, 60, {"size": "XL", "tokens": 1024, "budget": 6e9}),
@@ -643,7 +757,9 @@ STEPS = [  # the most valuable first
     Step("train S together", compare_training, 60, {"rows": 1, "slots": 8, "sides": "ours,ours together"}),
     Step("decode S ours", compare_decoding, 80, {"sides": "ours"}),
     Step("decode XL", compare_decoding, 110, {"size": "XL", "sides": "ours"}),
+    Step("layers XL", measure_layers, 90, {"size": "XL"}),
     Step("rows XL", serve_rows, 60, {"size": "XL"}),
+    Step("rows XL plain", serve_rows, 60, {"size": "XL", "plain": True}),
     Step("profile train XL", profile_training, 60, {"size": "XL"}),
     Step("train S int8", compare_training, 60, {"quantize": "int8", "sides": "ours"}),
     Step("train S nf4", compare_training, 60, {"quantize": "nf4", "sides": "ours"}),

@@ -32,9 +32,9 @@ from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.batch_adapters import BatchAdapters
+from lora_gpt2.model.decode_step import decode_logits
 from lora_gpt2.model.graphs import capture, on_capture_stream
 from lora_gpt2.model.kv_cache import KVCache
-from lora_gpt2.model.scoring import next_logits
 from lora_gpt2.model.transfer import Readback, Transfer
 
 CHOSEN_BEFORE = -1
@@ -205,7 +205,7 @@ class CudaGraphDecoder(Decoder):
         adapters = None
         if step.bank is not None:
             adapters = BatchAdapters(step.bank, weights[0], slice(0, step.bank.num_slots))
-        logits, _ = next_logits(self.session.base.model, tokens, adapters, view)
+        logits = decode_logits(self.session.base.model, tokens, adapters, view)
         view.lengths.copy_(lengths_after)
         step.logits = logits
         own = logits[:, : self.session.base.tokenizer.vocab_size]

@@ -83,12 +83,10 @@ class BatchAdapters:
         """Returns the projection of `prologue(x)` plus each sequence's weighted updates."""
         h = apply_prologue(prologue, x)
         y: Tensor = linear(h)
-        if site in self.bank.sites and self._has_kernel and h.shape[1] == 1:
+        if self._has_kernel and h.shape[1] == 1 and (found := self.find_factors(site)) is not None:
             from lora_gpt2.model.decode_kernel import add_updates
 
-            views = self.bank.sites[site]
-            a, b_t = views.lora_a[self.slots], views.lora_b_t[self.slots]
-            add_updates(h[:, 0].contiguous(), a, b_t, self._scaled[site], y[:, 0])
+            add_updates(h[:, 0].contiguous(), found.lora_a, found.lora_b_t, found.weights, y[:, 0])
         elif site in self.bank.sites and self._grouping is not None:
             self._add_by_group(h, y, self._grouping, self._stack_groups(site, self._grouping))
         elif site in self.bank.sites:
@@ -96,6 +94,12 @@ class BatchAdapters:
             if factors.scaling != 0:
                 y.view(-1, y.shape[-1]).addmm_(self._shrink(h, factors), factors.lora_b_t, alpha=factors.scaling)
         return y
+
+    def find_factors(self, site: str) -> SlotFactors | None:
+        """Returns the factors of one site, slot by slot; None where no adapter changes it."""
+        if (views := self.bank.sites.get(site)) is None:
+            return None
+        return SlotFactors(views.lora_a[self.slots], views.lora_b_t[self.slots], self._scaled[site])
 
     def low_rank_logits(self, hidden: Float[Tensor, "batch time width"]) -> LowRankLogits | None:
         """Returns the adapters' contribution to the logits, or None if none of them changes the head."""
@@ -166,6 +170,18 @@ class BatchAdapters:
             if len(grouping.rows) < len(update):
                 update = update.index_select(0, grouping.found_at)
             y.index_add_(0, grouping.rows, update, alpha=factors.scaling)
+
+
+@dataclass(frozen=True)
+class SlotFactors:
+    """The factors of a batch at one site: A `[slots, rank, in]`, B transposed `[slots, rank, out]`, contiguous.
+
+    `weights` `[batch, slots]` in float32 are those of each slot in each row, times its scaling; 0 where it is not used.
+    """
+
+    lora_a: Tensor
+    lora_b_t: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)

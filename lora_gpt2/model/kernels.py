@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -19,15 +20,18 @@ def has_triton() -> bool:
     `$LORA_GPT2_TRITON=0` does without them.
     """
     is_there = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    if not is_there or os.environ.get(SWITCH) == "0":
-        return False
+    return is_there and os.environ.get(SWITCH) != "0" and check_kernels(_are_right, "kernels in Triton")
+
+
+def check_kernels(are_right: Callable[[torch.device], bool], name: str) -> bool:
+    """Returns what a comparison on the GPU says of some kernels; logs why they are not used, if they are not."""
     try:
-        if _are_right(torch.device("cuda")):
+        if are_right(torch.device("cuda")):
             return True
         reason = "they compute other numbers"
     except Exception as error:  # noqa: BLE001
         reason = str(error)
-    logging.getLogger(__name__).warning("kernels in Triton cannot be used, which costs time: %s", reason)
+    logging.getLogger(__name__).warning("%s cannot be used, which costs time: %s", name, reason)
     return False
 
 

@@ -189,7 +189,7 @@ import inspect
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lora_gpt2.model import decode_kernel, dropout_kernel, loss_kernel, sampling_kernel
+from lora_gpt2.model import decode_kernel, dropout_kernel, layer_kernels, loss_kernel, sampling_kernel
 
 NUMBERS = {"smoothing": "fp32", "scale": "fp32", "nll": "*fp32", "uniform": "*fp32", "factors": "*fp32"}
 NUMBERS |= {"weights": "*fp32", "targets": "*i64", "offsets": "*i32"}
@@ -197,17 +197,29 @@ NUMBERS |= {"keys": "*i64", "maxima": "*i64", "flags": "*i32", "columns": "*fp64
 VALUES = {"ignore": -100, "lowest": -1e38, "has_smoothing": True, "has_gradient": True, "block": 1024, "block_in": 256}
 VALUES |= {"block_out": 128, "block_rank": 16, "block_slots": 8, "group": 16, "block_flags": 64}
 VALUES |= {"golden": dropout_kernel.GOLDEN, "first": dropout_kernel.FIRST, "second": dropout_kernel.SECOND}
-KERNELS = [loss_kernel._score_rows, decode_kernel._add_updates, dropout_kernel._fill_mask]
-for kernel in (*KERNELS, sampling_kernel._build_keys, sampling_kernel._draw):
-    for dtype in ("bf16", "fp16", "fp32") if kernel in KERNELS else ("fp32",):
-        names = kernel.arg_names
-        constants = {name: VALUES[name] for name in names if name in VALUES}
-        pointers = {name: "*" + dtype for name in ("logits", "x", "a", "b_t", "y", "mask")}
-        signature = {n: "constexpr" if n in constants else pointers.get(n, NUMBERS.get(n, "i32")) for n in names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        for capability in (80, 90):
-            made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            print(kernel.__name__, dtype, capability, len(made.asm["cubin"]))
+VALUES |= {"kind": 1, "block_row": 1024, "block_rows": 16, "block_keys": 128, "block_width": 64}
+NUMBERS |= {"z": "*fp32", "lengths": "*i64", "epsilon": "fp32"}
+POINTERS = ("logits", "x", "a", "b_t", "y", "mask", "norm_weight", "norm_bias", "h", "weight", "bias", "residual")
+POINTERS += ("qkv", "stored_keys", "stored_values", "attended")
+BOTH, NONE = (80, 90), dict.fromkeys(("a", "b_t", "z", "weights", "residual", "norm_weight", "norm_bias"))
+CALLS = [(kernel, "fp32", BOTH, {}) for kernel in (sampling_kernel._build_keys, sampling_kernel._draw)]
+for kernel in (loss_kernel._score_rows, decode_kernel._add_updates, dropout_kernel._fill_mask):
+    CALLS += [(kernel, dtype, BOTH, {}) for dtype in ("bf16", "fp16", "fp32")]
+for kernel in (layer_kernels._prepare, layer_kernels._project, layer_kernels._attend):
+    CALLS += [(kernel, "bf16", (90,), {}), (kernel, "fp16", (80,), {})]
+CALLS += [(layer_kernels._prepare, "bf16", (90,), NONE | {"kind": kind}) for kind in (2, 3)]
+CALLS += [(layer_kernels._project, "bf16", (90,), NONE)]
+NO_NORM = {"norm_weight": None, "norm_bias": None, "kind": 0}
+CALLS += [(layer_kernels._prepare, "bf16", (90,), NO_NORM)]
+for kernel, dtype, capabilities, changed in CALLS:
+    names, values = kernel.arg_names, VALUES | changed
+    constants = {name: values[name] for name in names if name in values}
+    own = NUMBERS | dict.fromkeys(POINTERS, "*" + dtype)
+    signature = {n: "constexpr" if n in constants else own.get(n, "i32") for n in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    for capability in capabilities:
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        print(kernel.__name__, dtype, capability, len(made.asm["cubin"]))
 """
 
 
@@ -223,4 +235,4 @@ def test_the_kernels_compile_for_real_gpus(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 22
+    assert len(done.stdout.splitlines()) == 32
