@@ -1,7 +1,7 @@
 """The layers of a decode step as Triton kernels: two for each projection, and one for attention with its cache.
 
 A step of one token per sequence reads every weight once and computes little, so what it costs is the weights' bytes and
-the number of kernels. Plain tensor operations take some 17 for a layer (norms, products, adapters, GELU, cache, attention,
+the number of kernels. Tensor operations take some 17 for a layer (norms, products, adapters, GELU, cache, attention,
 residual sums), these take nine:
 
 - `prepare`: the norm or activation in front of a projection, and the product with A of the adapters that a row uses;
