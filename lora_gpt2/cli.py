@@ -229,4 +229,5 @@ def report(error: LoraGpt2Error, as_json: bool) -> None:
         content = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
         sys.stdout.write(json.dumps({"error": content}) + "\n")
         return
-    sys.stderr.write(f"error: {printable(error.message)}\n  {printable(error.hint)}\n")
+    said = "" if isinstance(error, Interrupted) else "error: "  # which the user asked for
+    sys.stderr.write(f"{said}{printable(error.message)}\n  {printable(error.hint)}\n")

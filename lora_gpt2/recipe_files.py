@@ -57,6 +57,23 @@ EVERYDAY: dict[str, tuple[str, ...]] = {
 }
 """The settings that have an option of their own on the command line, and a keyword in Python, by the last part of
 their key; every other one is set by `--set` and `settings=`."""
+_TRAINED = ("data", "lora", "train", "preferences", "evaluate", "generate")
+_WRITTEN = ("generate", "serve")
+_MEASURED = ("data", "evaluate", *_WRITTEN)
+READS: dict[str, tuple[str, ...]] = {
+    "train": _TRAINED,
+    "plan": _TRAINED,
+    "tune": (*_TRAINED, "tune"),
+    "prepare": _TRAINED,  # what it names as the next command takes the same settings
+    "evaluate": _MEASURED,
+    "audit": _MEASURED,
+    "merge": ("merge", *_MEASURED),
+    "generate": _WRITTEN,
+    "repl": _WRITTEN,
+    "rate": _WRITTEN,
+    "serve": _WRITTEN,
+}
+"""The sections of a recipe that a command reads. A recipe may have all of them, for it is for several commands."""
 PATHS = (
     ("data", "sources"),
     ("data", "validation"),
@@ -121,6 +138,15 @@ def _set_value(values: dict[str, Any], path: Sequence[str], value: Any, where: s
         if not isinstance(node, dict):
             raise RecipeError(f"{where}: '{shorten(part)}' is not a section", suggest(".".join(path), list_keys()))
     node[path[-1]] = value
+
+
+def check_read(command: str, keys: Iterable[str]) -> None:
+    """Raises `UsageError` for settings that a command does not read: they were given for it, and change nothing."""
+    for key in keys:
+        section = key.partition(".")[0]
+        if section in SECTIONS and section not in READS.get(command, SECTIONS):
+            readers = ", ".join(name for name, sections in READS.items() if section in sections)
+            raise UsageError(f"{shorten(key)} changes nothing in '{command}'", f"'{section}' is for {readers}")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

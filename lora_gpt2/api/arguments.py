@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +12,10 @@ from typing import Any, cast
 from lora_gpt2.core.console import LoggingReporter, ProgressTask, Reporter, RichReporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import check_name
+from lora_gpt2.core.suggest import suggest
 from lora_gpt2.data.read.texts import Texts, keep_texts
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.recipe_files import EVERYDAY, build_from_values, set_values
+from lora_gpt2.recipe_files import EVERYDAY, build_from_values, check_read, set_values
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import FetchedAdapter, fetch_adapter, is_foreign
 
@@ -28,22 +29,40 @@ Adapters = str | Path | Sequence[Any] | Mapping[str, str | Path]
 
 
 def make_recipe(
-    settings: Settings, everyday: str, keywords: Mapping[str, Any], other: Mapping[str, Any] | None = None
+    settings: Settings, command: str, keywords: Mapping[str, Any], other: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Returns the recipe that keywords and settings describe; a keyword that is None is left out.
 
     Args:
         settings: see `Settings`.
-        everyday: whose everyday settings the keywords are: `train`, `generate` or `evaluate`.
+        command: what the recipe is for, whose everyday settings the keywords are.
         keywords: by the last part of their key.
         other: further settings by their dotted keys.
 
-    Raises `RecipeError` that names the setting and the nearest valid one.
+    Raises `RecipeError` that names the setting and the nearest valid one, and `UsageError` for one of another function.
     """
-    values = settings.model_dump(exclude_unset=True) if isinstance(settings, Recipe) else set_values({}, settings or {})
-    keys = {key.rpartition(".")[2]: key for key in EVERYDAY[everyday]}
+    if isinstance(settings, Recipe):
+        values = settings.model_dump(exclude_unset=True)
+    else:
+        check_read(command, settings or {})
+        values = set_values({}, settings or {})
+    keys = _find_everyday(command)
     flags = {keys[name]: list(value) if isinstance(value, set) else value for name, value in keywords.items()}
     return build_from_values(set_values(values, {**flags, **(other or {})}), "settings")
+
+
+def check_keywords(function: str, command: str, keywords: Iterable[str]) -> None:
+    """Raises `TypeError` for a keyword that is no everyday setting, as Python does for one that a function lacks."""
+    known = _find_everyday(command)
+    for name in keywords:
+        if name not in known:
+            hint = suggest(name, known)
+            raise TypeError(f"{function}() got an unexpected keyword argument '{name}'; {hint}".removesuffix("; "))
+
+
+def _find_everyday(command: str) -> dict[str, str]:
+    """Returns the keys of a command's everyday settings by their last parts."""
+    return {key.rpartition(".")[2]: key for key in EVERYDAY.get("train" if command == "tune" else command, ())}
 
 
 def to_source(texts: Texts | Source) -> str:

@@ -55,7 +55,7 @@ def merge(
         mix if isinstance(mix, Mix) else Mix.parse(mix),
         [LabelledSource(label, to_source(text)) for label, text in (texts or {}).items()],
         Store.find(store),
-        make_recipe(settings, "train", {}, other),
+        make_recipe(settings, "merge", {}, other),
         choose_reporter(progress),
         name=name,
         search=search,

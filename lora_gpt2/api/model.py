@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_gpt2.api.arguments import Adapters, Settings, choose_reporter, make_recipe, sort_adapters, to_source
+from lora_gpt2.api.arguments import (
+    Adapters,
+    Settings,
+    check_keywords,
+    choose_reporter,
+    make_recipe,
+    sort_adapters,
+    to_source,
+)
 from lora_gpt2.api.perplexity import Perplexity
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
@@ -209,6 +217,7 @@ class Model:
 
         Raises what `generate` does.
         """
+        check_keywords("generate_batch", "generate", everyday)
         requests = self._build_requests(prompts, adapter, n, seed)
         chosen = self._choose_settings(everyday, settings)
         return generate(self.session, requests, chosen, truncate_left=truncate_left)
@@ -217,6 +226,7 @@ class Model:
         """Yields the continuation of a prompt as it grows; the arguments are those of `generate`, without `n`."""
         seed, settings = arguments.pop("seed", None), arguments.pop("settings", None)
         truncate_left = arguments.pop("truncate_left", False)
+        check_keywords("stream", "generate", arguments)
         chosen = self._choose_settings(arguments, settings)
         requests = self._build_requests([prompt], adapter, 1, seed)
         return _iter_text(self.session, requests, chosen, truncate_left)

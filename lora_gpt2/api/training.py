@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_gpt2.api.arguments import Settings, Source, choose_reporter, make_recipe, to_sources
+from lora_gpt2.api.arguments import Settings, Source, check_keywords, choose_reporter, make_recipe, to_sources
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.prepared import SPLITS, prepare_data
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.model.checkpoint import Checkpoint
 from lora_gpt2.recipe import LoraSettings, Recipe
-from lora_gpt2.recipe_files import EVERYDAY, name_recipe
+from lora_gpt2.recipe_files import name_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.publish import AdapterReport
@@ -158,7 +158,7 @@ def train_together(
 
     Raises what `train` does.
     """
-    _check_everyday("train_together", everyday)
+    check_keywords("train_together", "train", everyday)
     recipes = [
         make_recipe(settings, "train", everyday, {"base": base, **_name_parts(texts, name, None, None)})
         for name, texts in data.items()
@@ -220,10 +220,10 @@ def tune(
 
     Raises what `train` does.
     """
-    _check_everyday("tune", everyday)
+    check_keywords("tune", "tune", everyday)
     other = {"base": base, **_name_parent(init_from), **_name_parts(data, name, validation, test, init_from)}
     return search(
-        name_recipe(make_recipe(settings, "train", everyday, other)),
+        name_recipe(make_recipe(settings, "tune", everyday, other)),
         Store.find(store),
         choose_reporter(progress),
         num_candidates=candidates,
@@ -233,13 +233,6 @@ def tune(
         resume=resume,
         fresh=fresh,
     )
-
-
-def _check_everyday(function: str, keywords: Mapping[str, Any]) -> None:
-    """Raises `TypeError` for a keyword that is no everyday setting, as Python does for one that a function lacks."""
-    known = {key.rpartition(".")[2] for key in EVERYDAY["train"]}
-    if unknown := sorted(set(keywords) - known):
-        raise TypeError(f"{function}() got an unexpected keyword argument '{unknown[0]}'")
 
 
 def _train_recipes(

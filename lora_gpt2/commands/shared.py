@@ -21,7 +21,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.dirs import find_runs_dir
 from lora_gpt2.core.errors import CheckFailed, ResourceError, UsageError
 from lora_gpt2.core.printable import printable
-from lora_gpt2.recipe_files import TrainingItem, list_items
+from lora_gpt2.recipe_files import TrainingItem, check_read, list_items
 from lora_gpt2.store.catalog import Store
 
 SAMPLE_PROMPT = "Once upon a time"
@@ -32,8 +32,24 @@ items_argument = click.argument("items", nargs=-1, metavar="[SOURCE|RECIPE]...")
 data_option = click.option(
     "--data", multiple=True, metavar="SOURCE", help="File, folder, glob, - or hf:NAME; repeatable."
 )
+
+
+def _check_read(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses settings of other commands."""
+    command = ctx
+    while command.parent is not None and command.parent.parent is not None:
+        command = command.parent
+    check_read(command.info_name or "", (value.partition("=")[0].strip() for value in values))
+    return values
+
+
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting, such as train.steps=300."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_check_read,
+    help="Change a setting, such as train.steps=300.",
 )
 base_option = click.option("--base", metavar="B", help="Base: nano, gpt2, gpt2-medium, …, a hub id or a folder.")
 from_option = click.option(

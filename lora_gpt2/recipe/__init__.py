@@ -309,7 +309,7 @@ class Recipe(Section):
         return self.train.steps * step_tokens / max(1, tokens) if self.train.steps else self.train.epochs
 
 
-SECTIONS = ("data", "lora", "train", "evaluate", "generate", "tune", "merge", "serve")
+SECTIONS = tuple(name for name, field in Recipe.model_fields.items() if isinstance(field.default, Section))
 
 
 def list_keys() -> list[str]:

@@ -111,6 +111,7 @@ class Server:
 
     def build_app(self) -> Starlette:
         """Returns the ASGI application; the worker must be started."""
+        page = StaticFiles(directory=PAGE, html=True)
         routes = [
             Route("/v1/completions", self._answer("completions", self.complete), methods=["POST"]),
             Route("/v1/chat/completions", self._answer("chat", self.chat), methods=["POST"]),
@@ -125,14 +126,13 @@ class Server:
             Route("/readyz", self._answer("health", self.show_ready)),
             Route("/metrics", self._answer("metrics", self.show_metrics)),
             Mount("/training", routes=self.pages.list_routes()),
-            Mount("/", StaticFiles(directory=PAGE, html=True)),
+            *(Route(f"/{name}", page) for name in ("", *(path.name for path in PAGE.iterdir()))),
         ]
-        access = self.access
-        middleware = [Middleware(AccessMiddleware, access=access)]
-        if access.origins:
+        middleware = [Middleware(AccessMiddleware, access=self.access)]
+        if self.access.origins:
             methods, headers = ["GET", "POST"], ["Authorization", "Content-Type"]
             cors = Middleware(
-                CORSMiddleware, allow_origins=access.origins, allow_methods=methods, allow_headers=headers
+                CORSMiddleware, allow_origins=self.access.origins, allow_methods=methods, allow_headers=headers
             )
             middleware.insert(0, cors)
         handlers: dict[Any, Any] = {HTTPException: show_http_error, Exception: show_bug}

@@ -291,6 +291,9 @@ ERRORS = [
     (["evaluate"], 2, "UsageError", "Missing argument", "evaluate --help"),
     (["evaluate", "{text}", "--adapter", "zzz", "--base", "{base}"], 4, "NotFoundError", "zzz", "known are"),
     (["evaluate", "{text}", "--base", "{base}", "--set", "evaluate.window=99"], 2, "UsageError", "<= 48", "window=N"),
+    (["train", "{text}", "--set", "tune.ranks=[2]"], 2, "UsageError", "changes nothing in 'train'", "for tune"),
+    (["generate", "x", "--set", "train.steps=2"], 2, "UsageError", "changes nothing in 'generate'", "for train"),
+    (["audit", "memorization", "--set", "merge.rank=2"], 2, "UsageError", "nothing in 'audit'", "for merge"),
     (["evaluate", "{empty}", "--base", "{base}"], 3, "DataError", "no text to score", "at least one token"),
     (["evaluate", "{png}", "--base", "{base}"], 3, "DataError", "binary", "text first"),
     (["adapters", "show", "nothing"], 4, "NotFoundError", "nothing", "known are"),
@@ -550,6 +553,7 @@ def test_a_signal_ends_training_after_the_step_and_keeps_a_checkpoint(base_folde
     assert process.returncode == 128 + number
     assert out == ""
     assert "is kept" in err
+    assert "error:" not in err, "who asks for the end made no mistake"
     assert not (tmp_path / "store" / "long").exists()
     assert list(tmp_path.glob("cache/runs/*/step-*.checkpoint"))
 

@@ -111,6 +111,8 @@ def _read_source(source: Source, settings: DataSettings, log: ReadingLog, piece:
 
 
 def _read_file(file: BufferedReader, source: Source, settings: DataSettings, log: ReadingLog, piece: int) -> Reading:
+    if source.kind in ("text", "code", *DOCUMENTS.values()) and not is_free(settings):
+        log.note("a file of running text has no fields, so data.text_field, template and prompt change nothing in it")
     if source.kind in DOCUMENTS.values():
         yield from _read_document(file, source, log)
         return

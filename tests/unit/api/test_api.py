@@ -191,6 +191,13 @@ def test_a_batch_has_an_adapter_for_each_prompt(model):
         model.generate_batch(["a", "b", "c"], ["law", "law"])
     with pytest.raises(UsageError, match="found int"):
         model.generate_batch([1])
+    for call in (model.generate_batch, lambda *given, **more: next(model.stream(*given, **more))):
+        with pytest.raises(TypeError, match="keyword argument 'max_tokens'; did you mean 'max_new_tokens'"):
+            call(["a"], max_tokens=3)
+    with pytest.raises(UsageError, match=r"train\.steps changes nothing in 'generate'"):
+        model.generate("a", settings={"train.steps": 3})
+    whole = lg.Recipe(train={"steps": 3}, generate={"max_new_tokens": 2})
+    assert model.generate("a", settings=whole).tokens <= 2, "a recipe is for several functions"
     with pytest.raises(NotFoundError, match="no adapter 'none'"):
         model.generate("a", "none")
     assert model.generate("the cat", "auto", max_new_tokens=2).adapter in ("law", "base")

@@ -12,7 +12,7 @@ import pytest
 from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.data.read import hub_dataset as rows
 from lora_gpt2.data.read import sources
-from lora_gpt2.data.read.formats import read_documents, read_source
+from lora_gpt2.data.read.formats import ReadingLog, read_documents, read_source
 from lora_gpt2.data.read.sources import find_sources
 from lora_gpt2.recipe import DataSettings
 
@@ -101,6 +101,20 @@ def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, se
         read(write(tmp_path / name, content), **settings)
     assert message in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_said"),
+    [({}, False), ({"separator": "e"}, False), ({"text_field": "body"}, True), ({"prompt": "{q}"}, True)],
+    ids=str,
+)
+def test_settings_of_fields_are_said_to_change_nothing_in_a_text(tmp_path, settings, is_said):
+    for name in ("a.txt", "b.py"):
+        write(tmp_path / name, "some text\n")
+    log = ReadingLog()
+    for source in find_sources([str(tmp_path)], DataSettings(**settings)):
+        list(read_source(source, DataSettings(**settings), log))
+    assert [count for text, count in log.notes.items() if "data.text_field" in text] == [2] * is_said
 
 
 def test_an_encoding_that_does_not_exist_is_a_usage_error(tmp_path):
