@@ -33,6 +33,7 @@ WORK = Path("/dev/shm/lora-gpt2-gpu")  # GPT-2 XL in bfloat16 is 3.1 GB
 VOCABULARY = 50257
 SIZES = {"S": (768, 12, 12), "M": (1024, 24, 16), "L": (1280, 36, 20), "XL": (1600, 48, 25), "T": (64, 2, 2)}
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "numpy")
+PROJECTIONS = ((16, 512, 4), (8, 512, 4), (16, 256, 4), (16, 1024, 4), (16, 512, 2), (16, 512, 8), (32, 512, 4))
 Figures = dict[str, Any]
 
 
@@ -492,21 +493,27 @@ def measure_layers(size: str = "S") -> Figures:
     if not found["kernels"]:
         return found
 
-    def run(compute: Any, rows: int, used: int, length: int) -> Callable[[], None]:
-        cache = KVCache(base.config, rows, 1024, like).view(0, rows, fixed_keys=64 if length <= 64 else 1024)
-        tokens, weights = torch.zeros(rows, 1, dtype=torch.long, device=like.device), make_weights(rows, used)
+    def build(compute: Any, rows: int, used: int, length: int) -> Callable[[], Any]:
+        num_keys, draw = (64 if length <= 64 else 1024), torch.Generator(like.device).manual_seed(0)
+        cache = KVCache(base.config, rows, 1024, like).view(0, rows, fixed_keys=num_keys)
+        cache.buffer[:, :, :, :, : length - 1].normal_(generator=draw)
+        tokens = torch.randint(50000, (rows, 1), generator=draw, device=like.device)
+        weights = make_weights(rows, used)
 
-        def step() -> None:
+        def step() -> Any:
             cache.lengths.fill_(length - 1)
-            compute(tokens, BatchAdapters(bank, weights, slice(0, 8)), cache)
+            return compute(tokens, BatchAdapters(bank, weights, slice(0, 8)), cache)
 
         return step
 
     with torch.inference_mode():
         for shape in ((1, 1, 64), (1, 1, 900), (8, 8, 64), (8, 1, 64), (32, 8, 64), (32, 8, 900)):
+            kernels, plain = build(partial(decode_step.compute_hidden, model), *shape), build(model, *shape)
+            expected = plain().float()
             found["{} rows of {}, {} keys".format(*shape)] = {
-                "by kernels": time_captured(run(partial(decode_step.compute_hidden, model), *shape), 2),
-                "plain": time_captured(run(model, *shape), 2),
+                "by kernels": time_captured(kernels, 2),
+                "plain": time_captured(plain, 2),
+                "difference": float((kernels().float() - expected).norm() / expected.norm()),
             }
         for rows in (1, 32):
             found[f"variants, {rows} rows"] = measure_variants(
@@ -540,42 +547,60 @@ def make_weights(rows: int, used: int) -> Any:
 
 
 def measure_variants(model: Any, adapters: Any) -> Figures:
-    """Microseconds of the kernels of two projections with other blocks, of plain products, and of frozen weights."""
+    """Microseconds of the kernels of two projections with other blocks, of plain products, and of frozen weights.
+
+    Each goes through all layers, whose weights do not fit into the device's cache.
+    """
+    found: Figures = {}
+    for kind in ("attn.c_attn", "mlp.c_proj"):
+        actions = list_projections(model, adapters, kind)
+        times: Figures = {name: time_all(actions[name]) for name in ("plain", "frozen weight")}
+        blocks = ("BLOCK_RANK", "MOST_LANES"), ((2, 4096), (4, 1024), (8, 1024))
+        times |= measure_blocks("prepare", actions["prepare"], *blocks)
+        times |= measure_blocks("project", actions["project"], ("BLOCK_OUT", "BLOCK_BYTES", "NUM_WARPS"), PROJECTIONS)
+        found[kind] = times
+    return found
+
+
+def list_projections(model: Any, adapters: Any, kind: str) -> dict[str, list[Callable[[], object]]]:
+    """Returns one call for each layer, of each way to compute a part of its projection."""
     import torch
 
     from lora_gpt2.model import layer_kernels
 
-    block, found, rows = model.h[0], dict[str, Figures](), len(adapters.weights)
-    for site, linear, prologue in (
-        ("h.0.attn.c_attn", block.attn.c_attn, block.ln_1),
-        ("h.0.mlp.c_proj", block.mlp.c_proj, block.mlp.act),
-    ):
-        factors, weight = adapters.find_factors(site), linear.weight
-        x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    calls: dict[str, list[Callable[[], object]]] = {"prepare": [], "project": [], "plain": [], "frozen weight": []}
+    for layer, block in enumerate(model.h):
+        site, is_first = f"h.{layer}.{kind}", kind == "attn.c_attn"
+        linear, prologue = (block.attn.c_attn, block.ln_1) if is_first else (block.mlp.c_proj, block.mlp.act)
+        x = torch.randn(len(adapters.weights), linear.in_features, device="cuda", dtype=linear.weight.dtype)
+        factors = adapters.find_factors(site)
         h, z = layer_kernels.prepare(x, prologue, factors)
-        prepare = partial(layer_kernels.prepare, x, prologue, factors)
-        project = partial(layer_kernels.project, h, linear, factors, z)
-        times: Figures = {
-            "plain": time_captured(partial(adapters.project, site, linear, prologue, x[:, None])),
-            "frozen weight": time_captured(partial(linear, h)),
-        }
-        for names, variants, action in (
-            (("BLOCK_RANK", "MOST_LANES"), ((2, 4096), (4, 1024), (8, 1024)), prepare),
-            (
-                ("BLOCK_OUT", "BLOCK_BYTES", "NUM_WARPS"),
-                ((16, 512, 4), (16, 256, 4), (16, 1024, 4), (16, 512, 2), (16, 512, 8), (32, 256, 4), (32, 512, 4)),
-                project,
-            ),
-        ):
-            chosen = [getattr(layer_kernels, name) for name in names]
-            for variant in variants:
-                for name, value in zip(names, variant, strict=True):
-                    setattr(layer_kernels, name, value)
-                times[f"{action.func.__name__} {variant}"] = time_captured(action)
-            for name, value in zip(names, chosen, strict=True):
-                setattr(layer_kernels, name, value)
-        found[site] = times
+        calls["prepare"].append(partial(layer_kernels.prepare, x, prologue, factors))
+        calls["project"].append(partial(layer_kernels.project, h, linear, factors, z))
+        calls["plain"].append(partial(adapters.project, site, linear, prologue, x[:, None]))
+        calls["frozen weight"].append(partial(linear, h))
+    return calls
+
+
+def measure_blocks(
+    name: str, actions: list[Callable[[], object]], settings: tuple[str, ...], variants: tuple[tuple[int, ...], ...]
+) -> Figures:
+    """Microseconds of a call with other values of some constants of `layer_kernels`, which are put back."""
+    from lora_gpt2.model import layer_kernels
+
+    chosen, found = {setting: getattr(layer_kernels, setting) for setting in settings}, dict[str, Any]()
+    for variant in variants:
+        for setting, value in zip(settings, variant, strict=True):
+            setattr(layer_kernels, setting, value)
+        found[f"{name} {variant}"] = time_all(actions)
+    for setting, value in chosen.items():
+        setattr(layer_kernels, setting, value)
     return found
+
+
+def time_all(actions: list[Callable[[], object]]) -> float:
+    """Returns the microseconds of one of some calls, which are captured one after another."""
+    return round(time_captured(lambda: [action() for action in actions], 1) / len(actions), 2)
 
 
 def serve_rows(size: str = "S", tokens: int = 64, plain: bool = False) -> Figures:

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: shapes never change, so a GPU replays one graph per batch size, whatever the adapters.
 
-A step of GPT-2 is some 300 small kernels, and launching them takes longer than running them. Here the batch is padded
+A step of GPT-2 is 100 to 300 small kernels; launching them takes longer than running them. Here the batch is padded
 to a power of two, attention looks at a fixed number of keys behind a mask (a power of two that holds the longest
-sequence), and everything that changes is copied into the same memory each time, in one piece. The next tokens are
+sequence; kernels of our own read what there is), and everything that changes is copied into the same memory each time, in one piece. The next tokens are
 chosen within the graph. Padding rows write to a first position that is cleared after the step. On a CPU the same step
 runs eagerly, which is how it is tested there.
 
@@ -25,14 +25,14 @@ from lora_gpt2.inference.decoder import (
     build_sampling_columns,
     build_sampling_masks,
 )
-from lora_gpt2.inference.device_penalties import adjust_logits, forbid_tokens
+from lora_gpt2.inference.device_penalties import adjust_logits, forbid_tokens, is_adjusted
 from lora_gpt2.inference.device_sampling import FORBIDDEN, choose_tokens
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
+from lora_gpt2.model import decode_step
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.batch_adapters import BatchAdapters
-from lora_gpt2.model.decode_step import decode_logits
 from lora_gpt2.model.graphs import capture, on_capture_stream
 from lora_gpt2.model.kv_cache import KVCache
 from lora_gpt2.model.transfer import Readback, Transfer
@@ -86,6 +86,7 @@ class CudaGraphDecoder(Decoder):
         self._pool = torch.cuda.graph_pool_handle() if cache.buffer.device.type == "cuda" else None
         self._weights: tuple[object, Tensor | None] = (None, None)
         self._readback = Readback(cache.buffer.device, cache.batch_size)
+        self._has_kernels: dict[int, bool] = {}
         self._chosen = torch.zeros(cache.batch_size, dtype=torch.long, device=cache.buffer.device)
         self._ahead: _Launched | None = None
 
@@ -126,7 +127,7 @@ class CudaGraphDecoder(Decoder):
     def _launch(self, sequences: Sequence[SequenceState], ahead: int = 0) -> _Launched:
         """Launches the next step, or with `ahead` the one after it, which continues what that one chooses."""
         lengths = [sequence.num_cached + ahead for sequence in sequences]
-        num_keys = min(max(FEWEST_KEYS, 1 << max(lengths).bit_length()), self.cache.capacity)
+        num_keys = self._choose_num_keys(sequences, max(lengths))
         weights = self._find_weights(sequences)
         none = [0] * (self._pad_size(len(sequences)) - len(sequences))
         newest = [CHOSEN_BEFORE if ahead else sequence.new_ids[-1] for sequence in sequences]
@@ -150,6 +151,18 @@ class CudaGraphDecoder(Decoder):
 
     def _pad_size(self, num_rows: int) -> int:
         return min(1 << (num_rows - 1).bit_length(), self.cache.batch_size)
+
+    def _choose_num_keys(self, sequences: Sequence[SequenceState], longest: int) -> int:
+        """Returns the number of keys that a step is captured for.
+
+        The kernels read as many as a row has, whatever the number; penalties read a history of so many tokens.
+        """
+        num_rows = self._pad_size(len(sequences))
+        if num_rows not in self._has_kernels:
+            self._has_kernels[num_rows] = decode_step.can_use_kernels(self.session.base.model, num_rows)
+        if self._has_kernels[num_rows] and not any(is_adjusted(sequence.params) for sequence in sequences):
+            return self.cache.capacity
+        return min(max(FEWEST_KEYS, 1 << longest.bit_length()), self.cache.capacity)
 
     def _find_weights(self, sequences: Sequence[SequenceState]) -> Tensor | None:
         padding = self._pad_size(len(sequences)) - len(sequences)
@@ -205,7 +218,7 @@ class CudaGraphDecoder(Decoder):
         adapters = None
         if step.bank is not None:
             adapters = BatchAdapters(step.bank, weights[0], slice(0, step.bank.num_slots))
-        logits = decode_logits(self.session.base.model, tokens, adapters, view)
+        logits = decode_step.decode_logits(self.session.base.model, tokens, adapters, view)
         view.lengths.copy_(lengths_after)
         step.logits = logits
         own = logits[:, : self.session.base.tokenizer.vocab_size]

@@ -57,15 +57,15 @@ def has_layer_kernels() -> bool:
 
 
 @torch.inference_mode()
-def _are_right(device: torch.device) -> bool:
-    """Decodes a token with random weights, twice, and compares."""
-    draw, width = torch.Generator().manual_seed(0), 64
+def _are_right(device: torch.device, width: int = 320, rows: int = 17, length: int = 150) -> bool:
+    """Decodes a token with random weights, twice, and compares; in several blocks of inputs, rows and keys."""
+    draw = torch.Generator().manual_seed(0)
     config = GPT2Config(
         vocab_size=16,
-        n_positions=8,
+        n_positions=length + 1,
         n_embd=width,
         n_layer=1,
-        n_head=2,
+        n_head=width // 32,
         n_inner=4 * width,
         layer_norm_epsilon=1e-5,
         gelu_approximate="tanh",
@@ -77,11 +77,12 @@ def _are_right(device: torch.device) -> bool:
     bank = AdapterBank(config, {"h.0.mlp.c_fc": 4}, 2, "inference", model.wte.weight)
     for tensor in (*model.parameters(), bank.flat, bank.scalings):
         tensor.copy_(torch.randn(tensor.shape, generator=draw) / width**0.25)
-    adapters = BatchAdapters(bank, torch.tensor([[0.0, 1.0], [1.0, 0.5], [0.0, 0.0]]), slice(0, 2))
-    prompt, token = (torch.randint(16, (3, time), generator=draw).to(device) for time in (3, 1))
+    weights = torch.tensor([[0.0, 1.0], [1.0, 0.5], [0.0, 0.0]])[[row % 3 for row in range(rows)]]
+    adapters = BatchAdapters(bank, weights, slice(0, 2))
+    prompt, token = (torch.randint(16, (rows, time), generator=draw).to(device) for time in (length, 1))
 
     def decode(compute: Callable[..., Tensor]) -> Tensor:
-        cache = KVCache(config, 3, 8, model.wte.weight)
+        cache = KVCache(config, rows, length + 1, model.wte.weight)
         model(prompt, adapters, cache)
         return compute(token, adapters, cache)
 

@@ -24,8 +24,11 @@ from lora_gpt2.model.batch_adapters import SlotFactors
 from lora_gpt2.model.gpt2 import LayerNorm, Linear, Prologue
 
 LEAST_ROWS = 16  # of a product on tensor cores
-BLOCK_BYTES, BLOCK_OUT, BLOCK_RANK, BLOCK_KEYS = 512, 16, 2, 128
-MOST_LANES, NUM_WARPS, NUM_STAGES = 4096, 4, 4
+BLOCK_BYTES, BLOCK_OUT, BLOCK_RANK, BLOCK_KEYS = 512, 16, 2, 64
+MOST_LANES, MOST_RANKS, NUM_WARPS, NUM_STAGES = 4096, 16, 4, 4
+LEAST_SLOTS = 16
+SIZES = ("rows", "rank", "num_slots")
+"""Arguments of which no value is worth a compilation of its own."""
 NONE, NORM, GELU_TANH, GELU_ERF = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -44,7 +47,9 @@ def _apply_prologue(x, norm_weight, norm_bias, lanes, inputs, mean, scale, kind:
     return value.to(x.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=SIZES[1:], do_not_specialize_on_alignment=["weights", "z"]
+)
 def _prepare(  # type: ignore[no-untyped-def]
     x,
     norm_weight,
@@ -96,7 +101,9 @@ def _prepare(  # type: ignore[no-untyped-def]
             tl.store(z + (row * num_slots + slot) * rank + ranks, tl.sum(products, 1) * weight, mask=ranks < rank)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=SIZES, do_not_specialize_on_alignment=["weights", "z"]
+)
 def _project(  # type: ignore[no-untyped-def]
     h,
     weight,
@@ -159,38 +166,48 @@ def _attend(  # type: ignore[no-untyped-def]
     attended,
     heads,
     width,
+    capacity,
     scale,
     row_stride,
     head_stride,
     block_keys: tl.constexpr,
     block_width: tl.constexpr,
+    stages: tl.constexpr,
 ):
     row, head = tl.program_id(0), tl.program_id(1)
     lanes = tl.arange(0, block_width)
     is_lane = lanes < width
     own = qkv + (row * 3 * heads + head) * width + lanes
+    length = tl.load(lengths + row)
     q = tl.load(own, mask=is_lane, other=0.0).to(tl.float32) * scale
     key = tl.load(own + heads * width, mask=is_lane, other=0.0)
     value = tl.load(own + 2 * heads * width, mask=is_lane, other=0.0)
-    length = tl.load(lengths + row)
     first = row.to(tl.int64) * row_stride + head * head_stride
-    tl.store(stored_keys + first + length * width + lanes, key, mask=is_lane)
-    tl.store(stored_values + first + length * width + lanes, value, mask=is_lane)
-    largest = tl.sum(q * key.to(tl.float32), 0)  # the new token begins the sum: what was stored is not read again
-    normaliser, total = largest * 0.0 + 1.0, value.to(tl.float32)
-    for start in range(0, length, block_keys):
+    is_kept = lanes < tl.where(length < capacity, width, 0)
+    tl.store(stored_keys + first + length * width + lanes, key, mask=is_kept)
+    tl.store(stored_values + first + length * width + lanes, value, mask=is_kept)
+    score = tl.sum(q * key.to(tl.float32), 0)  # of the new token: what was stored is not read again
+    # a sum for each key of a block, so that nothing waits for a reduction before the end, and loads run ahead
+    largest = tl.zeros([block_keys], tl.float32) + score
+    normaliser, total = tl.zeros([block_keys], tl.float32), tl.zeros([block_keys, block_width], tl.float32)
+    for start in tl.range(0, length, block_keys, num_stages=stages):
         positions = start + tl.arange(0, block_keys)
         offsets = first + positions[:, None] * width + lanes[None, :]
         is_inside = (positions < length)[:, None] & is_lane[None, :]
-        scores = tl.sum(tl.load(stored_keys + offsets, mask=is_inside, other=0.0).to(tl.float32) * q[None, :], 1)
+        keys = tl.load(stored_keys + offsets, mask=is_inside, other=0.0)
+        values = tl.load(stored_values + offsets, mask=is_inside, other=0.0)
+        scores = tl.sum(keys.to(tl.float32) * q[None, :], 1)
         scores = tl.where(positions < length, scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 0))
+        larger = tl.maximum(largest, scores)
         shares, kept = tl.exp(scores - larger), tl.exp(largest - larger)
-        found = tl.load(stored_values + offsets, mask=is_inside, other=0.0).to(tl.float32)
-        total = total * kept + tl.sum(found * shares[:, None], 0)
-        normaliser, largest = normaliser * kept + tl.sum(shares, 0), larger
+        total = total * kept[:, None] + values.to(tl.float32) * shares[:, None]
+        normaliser, largest = normaliser * kept + shares, larger
+    most = tl.max(largest, 0)
+    kept, share = tl.exp(largest - most), tl.exp(score - most)
+    result = tl.sum(total * kept[:, None], 0) + value.to(tl.float32) * share
+    result = result / (tl.sum(normaliser * kept, 0) + share)
     pointers = attended + (row * heads + head) * width + lanes
-    tl.store(pointers, (total / normaliser).to(attended.dtype.element_ty), mask=is_lane)
+    tl.store(pointers, result.to(attended.dtype.element_ty), mask=is_lane)
 
 
 def prepare(x: Tensor, prologue: Prologue, factors: SlotFactors | None) -> tuple[Tensor, Tensor | None]:
@@ -228,7 +245,7 @@ def prepare(x: Tensor, prologue: Prologue, factors: SlotFactors | None) -> tuple
         block_row=triton.next_power_of_2(inputs),
         block_in=min(MOST_LANES, triton.next_power_of_2(inputs)),
         block_rank=BLOCK_RANK,
-        block_slots=triton.next_power_of_2(slots),
+        block_slots=max(LEAST_SLOTS, triton.next_power_of_2(slots)),
         num_warps=4 if inputs <= 1024 else 8,
     )
     return h, z
@@ -259,8 +276,8 @@ def project(
         block_rows=block_rows,
         block_in=BLOCK_BYTES // h.element_size(),
         block_out=BLOCK_OUT,
-        block_rank=8,
-        block_slots=triton.next_power_of_2(slots),
+        block_rank=min(MOST_RANKS, max(2, triton.next_power_of_2(rank))),
+        block_slots=max(LEAST_SLOTS, triton.next_power_of_2(slots)),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
@@ -278,6 +295,7 @@ def attend(qkv: Tensor, stored: Tensor, lengths: Tensor, scale: float) -> Tensor
         scale: of the scores.
     """
     rows, _, heads, width = qkv.shape
+    capacity = stored.shape[3]
     attended = qkv.new_empty(rows, heads * width)
     _attend[(rows, heads)](
         qkv,
@@ -287,12 +305,14 @@ def attend(qkv: Tensor, stored: Tensor, lengths: Tensor, scale: float) -> Tensor
         attended,
         heads,
         width,
+        capacity,
         scale,
         stored.stride(1),
         stored.stride(2),
         block_keys=BLOCK_KEYS,
         block_width=triton.next_power_of_2(width),
-        num_warps=8,
+        stages=3,
+        num_warps=4,
     )
     return attended
 
