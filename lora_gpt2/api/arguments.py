@@ -68,10 +68,14 @@ def _find_everyday(command: str) -> dict[str, str]:
 def to_source(texts: Texts | Source) -> str:
     """Returns what texts are read from: a source as it is, texts from where `keep_texts` keeps them.
 
-    Raises `UsageError` for texts that are all names of files, and what `keep_texts` does.
+    Raises `UsageError` for what is no text, or texts that are all names of files, and what `keep_texts` does.
     """
     if isinstance(texts, str | os.PathLike):
         return os.fspath(texts)
+    if isinstance(texts, Mapping):
+        raise UsageError("a mapping is not one text", "pass one of its values, such as the split data['test']")
+    if not isinstance(texts, Iterable):
+        raise UsageError(f"texts are expected, found {type(texts).__name__}", "pass a list of str, records or a source")
     if isinstance(texts, list | tuple) and texts and all(map(_is_file, texts)):
         if all(isinstance(item, str) for item in texts):
             raise UsageError(f"these texts are names of files: {texts[0]}, …", "pass pathlib.Path objects for files")

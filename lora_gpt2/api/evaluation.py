@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_gpt2.api.arguments import Settings, Source, choose_reporter, make_recipe, to_source
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.evaluation.matrix import LabelledSource
 from lora_gpt2.evaluation.run import Evaluation, evaluate_texts, read_texts
@@ -60,6 +61,8 @@ def evaluate(
     kept, reporter = Store.find(store), choose_reporter(progress)
     read_manifests(kept, specs)
     if isinstance(texts, Mapping):
+        if not texts:
+            raise UsageError("there is no text to measure", "pass texts by their labels: {'law': …}")
         wanted = [LabelledSource(label, to_source(text)) for label, text in texts.items()]
     else:
         path = to_source(texts)

@@ -37,6 +37,7 @@ from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import GenerateSettings, Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import parse_adapter
+from lora_gpt2.store.references import label_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ def load(
     session, mixes = open_session(kept, stored, recipe, recipe.generate.dtype)
     session.slots.max_slots = recipe.serve.max_slots
     model = Model(session, recipe, choose_reporter(progress))
-    session.load([reference for mix in mixes for reference in mix.references][: recipe.serve.max_slots])
+    session.load([name for mix in mixes for name in session.resolve(mix).references][: recipe.serve.max_slots])
     model.adapters += [reference for mix in mixes for reference in mix.references]
     for name, source in foreign.items():
         model.add_adapter(name, parse_adapter(source, session.base))
@@ -89,8 +90,9 @@ class Model:
     """One frozen base and its adapters; `load` makes one.
 
     Every call names the adapter, version or mix that it wants (`law`, `law@2`, `law:0.6+code:0.4`; `auto` lets the text
-    decide); without one it is the base. Nothing is switched, so calls do not depend on each other. Adapters of the
-    store are loaded when they are first named. Use one from one thread.
+    decide); without one it is the base. `law` is what is the current version in the store at that time. Nothing is
+    switched, so calls do not depend on each other. Adapters of the store are loaded when they are first named. Use one
+    from one thread.
 
     Attributes:
         adapters: names of the adapters that were loaded by `load` or added.
@@ -207,7 +209,7 @@ class Model:
             prompts: the texts to continue.
             adapter: one for all, as `generate` takes it, or a list with one for each prompt.
             n: continuations of each prompt.
-            seed: of the first continuation; the next has `seed + 1`, and so on.
+            seed: of the first continuation; the next one, of this prompt or the next, has `seed + 1`, and so on.
             truncate_left: see `generate`, as for everything else.
             settings: any other setting.
             everyday: the settings with a keyword, such as `temperature`.
@@ -264,12 +266,18 @@ class Model:
         source = to_source([texts] if isinstance(texts, str) else texts)
         clean = read_clean([source], recipe.data, self.reporter)
         mix, session = self._parse(adapter), self._open_measuring(recipe)
+        resolved = session.resolve(mix)
         text = EvaluationText(label="text", documents=clean.documents, profile=recipe.data.profile, files=clean.files)
         sketches = read_mix_sketches(session.store, [mix] if set(mix.references).isdisjoint(self._in_memory) else [])
         (cell,) = measure_matrix(
-            session.base, {str(mix): session.select(mix)}, [text], recipe.evaluate, self.reporter, sketches=sketches
+            session.base,
+            {str(mix): session.select(resolved)},
+            [text],
+            recipe.evaluate,
+            self.reporter,
+            sketches=sketches,
         )
-        return Perplexity.from_cell(cell, session.base.runtime.dtype_name)
+        return Perplexity.from_cell(cell, session.base.runtime.dtype_name, list(map(label_of, resolved.references)))
 
     def choose(self, text: str) -> AdapterChoice:
         """Returns the adapter under which a text is most likely, as `auto` takes it, and how sure that is."""
@@ -303,6 +311,8 @@ class Model:
         return mix
 
     def _build_requests(self, prompts: Sequence[str], adapter: Any, n: int, seed: int | None) -> list[Request]:
+        if isinstance(prompts, str):
+            raise UsageError("prompts are a list of str", "generate_batch([prompt]), or generate(prompt)")
         each = list(adapter) if isinstance(adapter, list | tuple) and not isinstance(adapter, Mix) else [adapter]
         if len(each) not in (1, len(prompts)):
             raise UsageError(
@@ -316,8 +326,8 @@ class Model:
         router = self._router
         routes = [router.route(p) if mix == AUTO_MIX else None for p, mix in zip(prompts, mixes, strict=True)]
         return [
-            Request(prompt, mix, first + i, route=route)
-            for prompt, mix, route in zip(prompts, mixes, routes, strict=True)
+            Request(prompt, mix, first + index * n + i, route=route)
+            for index, (prompt, mix, route) in enumerate(zip(prompts, mixes, routes, strict=True))
             for i in range(n)
         ]
 

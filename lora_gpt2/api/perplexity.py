@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_gpt2.evaluation.matrix import Cell
@@ -19,6 +20,7 @@ class Perplexity:
         word_perplexity: per whitespace-separated word of the original text.
         bits_per_byte: comparable between tokenizers.
         adapter: the mix, or `base`.
+        versions: the versions of its adapters, such as `law@2`; a name for one in memory.
         dtype: of the base's weights.
         documents_trained_on: of the documents, those that the adapter was trained on; None if that is not known.
     """
@@ -32,12 +34,13 @@ class Perplexity:
     word_perplexity: float
     bits_per_byte: float
     adapter: str
+    versions: tuple[str, ...]
     dtype: str
     documents_trained_on: int | None
 
     @classmethod
-    def from_cell(cls, cell: Cell, dtype: str) -> Perplexity:
-        """Returns the figure of a cell of the matrix, measured with weights of this dtype."""
+    def from_cell(cls, cell: Cell, dtype: str, versions: Sequence[str]) -> Perplexity:
+        """Returns the figure of a cell of the matrix, measured with weights of this dtype and these versions."""
         low, high = cell.interval or (None, None)
         figures = cell.to_json()
         keys = (
@@ -53,6 +56,7 @@ class Perplexity:
             **{key: figures[key] for key in keys},
             low=low,
             high=high,
+            versions=tuple(versions),
             dtype=dtype,
             documents_trained_on=cell.trained_on,
         )
@@ -61,6 +65,8 @@ class Perplexity:
         return self.perplexity
 
     def __str__(self) -> str:
-        """Returns the figure with its interval."""
+        """Returns the figure with its interval, and says so if the text was trained on."""
         interval = "" if self.low is None or self.high is None else f" ({self.low:,.2f} to {self.high:,.2f})"
-        return f"{self.perplexity:,.2f}{interval}"
+        seen = self.documents_trained_on
+        warning = f"; trained on {seen:,} of {self.documents:,} documents" if seen else ""
+        return f"{self.perplexity:,.2f}{interval}{warning}"

@@ -159,6 +159,8 @@ def train_together(
     Raises what `train` does.
     """
     check_keywords("train_together", "train", everyday)
+    if not data:
+        raise UsageError("there is nothing to train on", "pass texts by the adapters' names: {'law': …, 'code': …}")
     recipes = [
         make_recipe(settings, "train", everyday, {"base": base, **_name_parts(texts, name, None, None)})
         for name, texts in data.items()

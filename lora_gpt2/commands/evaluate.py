@@ -134,17 +134,11 @@ def _write_pages(evaluation: Evaluation, plot: Path | None, html: Path | None) -
 
 
 def _render(result: dict[str, Any]) -> str:
-    from lora_gpt2.evaluation.report import describe_gain, find_own
+    from lora_gpt2.evaluation.report import describe_cells, describe_gain
 
     cells, forgetting = result["cells"], result["forgetting"]
     lines = [format_matrix([*cells, *forgetting])]
-    lines += [
-        f"! {cell['adapter']} was trained on {cell['documents_trained_on']:,} of {cell['documents']:,} documents of "
-        f"{cell['source']}: that figure says nothing about new text"
-        for cell in cells
-        if cell["documents_trained_on"]
-    ]
-    lines += [f"{name} on its own text: {describe_gain(cell)}" for name, cell in find_own(cells).items()]
+    lines += describe_cells(cells)
     lines += [
         f"{cell['adapter']} on general English: {describe_gain(cell)}"
         for cell in forgetting

@@ -38,12 +38,24 @@ METHOD = {
 
 
 def find_own(cells: Cells) -> dict[str, Mapping[str, Any]]:
-    """Returns each adapter's cell on its own text: the source that has its name, with or without a version."""
+    """Returns each adapter's cell on the source that has its name, with or without a version, and was held out."""
     return {
         cell["adapter"]: cell
         for cell in cells
         if cell["adapter"] != BASE and cell["adapter"].partition("@")[0] == cell["source"].partition("@")[0]
+        if not cell["documents_trained_on"]
     }
+
+
+def describe_cells(cells: Cells) -> list[str]:
+    """Returns a line for each text that an adapter was trained on, and for each adapter on the text of its name."""
+    lines = [
+        f"! {cell['adapter']} was trained on {cell['documents_trained_on']:,} of {cell['documents']:,} documents of "
+        f"{cell['source']}: that figure says nothing about new text"
+        for cell in cells
+        if cell["documents_trained_on"]
+    ]
+    return lines + [f"{name} on {cell['source']}: {describe_gain(cell)}" for name, cell in find_own(cells).items()]
 
 
 def describe_gain(cell: Mapping[str, Any]) -> str:
@@ -149,7 +161,7 @@ def build_matrix_page(result: Mapping[str, Any]) -> str:
         figures=_list_figures(cells),
         chart=embed_svg(draw_svg(lambda axes: _plot(axes, shown), size, margins)),
         width_px=round(96 * size[0]),
-        gained=[(f"{name} on its own text", describe_gain(cell)) for name, cell in find_own(cells).items()],
+        gained=[(f"{name} on {cell['source']}", describe_gain(cell)) for name, cell in find_own(cells).items()],
         forgotten=[
             (f"{c['adapter']} on general English", describe_gain(c)) for c in forgetting if c["adapter"] != BASE
         ],

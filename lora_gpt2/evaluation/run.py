@@ -28,7 +28,7 @@ from lora_gpt2.evaluation.matrix import (
 from lora_gpt2.evaluation.on_ray import ScoringTask, score_on_ray
 from lora_gpt2.evaluation.perplexity import choose_window, measure_perplexity
 from lora_gpt2.evaluation.quality import GenerationTask, Quality, build_task, measure_quality
-from lora_gpt2.evaluation.report import build_figure, build_matrix_page, draw_matrix, format_matrix
+from lora_gpt2.evaluation.report import build_figure, build_matrix_page, describe_cells, draw_matrix, format_matrix
 from lora_gpt2.inference.generate import build_writer
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import find_base_name, list_mixes, open_session
@@ -96,7 +96,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         """Returns the matrix: `*` marks the best of each text, `!` text that an adapter was trained on."""
-        return format_matrix([cell.to_json() for cell in [*self.cells, *self.forgetting]])
+        shown = format_matrix([cell.to_json() for cell in [*self.cells, *self.forgetting]])
+        return "\n".join([shown, *describe_cells([cell.to_json() for cell in self.cells])])
 
     __repr__ = __str__
 

@@ -1,10 +1,10 @@
 """Decode steps as CUDA graphs: shapes never change, so a GPU replays one graph per batch size, whatever the adapters.
 
-A step of GPT-2 is 100 to 300 small kernels; launching them takes longer than running them. Here the batch is padded
-to a power of two, attention looks at a fixed number of keys behind a mask (a power of two that holds the longest
-sequence; kernels of our own read what there is), and everything that changes is copied into the same memory each time, in one piece. The next tokens are
-chosen within the graph. Padding rows write to a first position that is cleared after the step. On a CPU the same step
-runs eagerly, which is how it is tested there.
+A step of GPT-2 is 100 to 300 small kernels; launching them takes longer than running them. Here the batch is padded to
+a power of two, attention looks at a fixed number of keys behind a mask (a power of two that holds the longest sequence;
+kernels of our own read what there is), and everything that changes is copied into the same memory each time, in one
+piece. The next tokens are chosen within the graph. Padding rows write to a first position that is cleared after the
+step. On a CPU the same step runs eagerly, which is how it is tested there.
 
 The next step is launched before the tokens of this one are read: it takes them from where they were chosen, so that the
 device does not wait for the host. Where it turns out that a sequence has ended, that step was for nothing.

@@ -24,7 +24,8 @@ def diagnose_curve(records: Sequence[dict[str, Any]], num_steps: int, passes: fl
 
     `records` are those of the metrics file, `passes` how often the training text was seen. A rise of validation loss
     by 0.02 nats (2 % of perplexity) after its best counts, unless training loss rose too; a fall by 0.005 nats in the
-    last interval counts as unfinished. Below one pass, or 2,000 tokens of validation text, nothing is claimed.
+    last interval counts as unfinished. A best that is the last point shows no end: a curve also flattens because the
+    learning rate decays. Below one pass, or 2,000 tokens of validation text, nothing is claimed.
     """
     points = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
     if validation_tokens < FEW_VALIDATION_TOKENS:
@@ -39,11 +40,20 @@ def diagnose_curve(records: Sequence[dict[str, Any]], num_steps: int, passes: fl
         fell = _mean_loss(records, points[-2][0], last_step) < _mean_loss(records, 0, best_step)
         why = "while training fell: more data or fewer steps" if fell else "with training: a smaller learning rate"
         return f"best at step {best_step}{stopped}; after it validation rose by {_percent(last - best)} {why}"
-    if best_step == last_step and points[-2][1] - last >= STILL_FALLING and not stopped:
-        return f"still improving at step {last_step}: more steps would help"
+    if best_step == last_step:
+        return _describe_last(last_step, points[-2][1] - last, stopped)
     if passes < 1:
         return f"too little to judge: the text was seen {passes:.2f} times; validation is no longer falling"
     return f"best at step {best_step}{stopped}; the curve is flat after it: about the right length"
+
+
+def _describe_last(step: int, fall: float, stopped: str) -> str:
+    """Returns what can be said of a run whose last validation is its best, by its fall in the last interval."""
+    if stopped:
+        return f"best at step {step}{stopped}, where it ended: more steps may help"
+    if fall >= STILL_FALLING:
+        return f"still improving at step {step}: more steps would help"
+    return f"best at step {step}, where it ended; the learning rate had decayed, so a longer run may be better"
 
 
 def diagnose_test(test_nll: tuple[float, float] | None, block_size: int, window: int) -> str:

@@ -181,9 +181,13 @@ def test_a_batch_has_an_adapter_for_each_prompt(model):
     assert [(o.prompt, o.adapter, o.seed) for o in outputs] == [
         ("the cat", "law", 5),
         ("the cat", "law", 6),
-        ("a dog", "base", 5),
-        ("a dog", "base", 6),
+        ("a dog", "base", 7),
+        ("a dog", "base", 8),
     ]
+    drawn = model.generate_batch(["the cat"] * 3, "law", max_new_tokens=6, temperature=1.5)
+    assert len({output.seed for output in drawn}) == len({output.text for output in drawn}) == 3
+    with pytest.raises(UsageError, match="a list of str"):
+        model.generate_batch("the cat", "law")
     for output in outputs:
         alone = model.generate(output.prompt, output.adapter, seed=output.seed, max_new_tokens=6)
         assert alone.text == output.text
@@ -204,6 +208,18 @@ def test_a_batch_has_an_adapter_for_each_prompt(model):
     assert model.choose("the cat").nll_nats_per_token.keys() == {"law", "base"}
 
 
+def test_a_name_is_the_current_version_at_each_call(model, texts, base_folder):
+    first = model.perplexity(texts, "law", window=32)
+    said = model.generate("the cat", "law", seed=3, max_new_tokens=12)
+    more = {"base": str(base_folder), "settings": TINY, **FAST, "learning_rate": 0.1, "steps": 12}
+    assert str(lg.train(texts, name="law", **more)) == "law@2"
+    now = model.perplexity(texts, "law", window=32)
+    assert (first.versions, now.versions) == (("law@1",), ("law@2",))
+    assert now.perplexity != first.perplexity == model.perplexity(texts, "law@1", window=32).perplexity
+    later = model.generate("the cat", "law", seed=3, max_new_tokens=12)
+    assert [output.provenance["adapters"][0]["adapter"] for output in (said, later)] == ["law@1", "law@2"]
+
+
 def test_perplexity_is_that_of_the_command(model, base_folder, text_file, run_command):
     command = ["evaluate", f"t={text_file}", "--adapter", "law", "--json", "--set", "evaluate.window=32"]
     cells = {cell["adapter"]: cell for cell in run_command(*command)["cells"]}
@@ -214,10 +230,15 @@ def test_perplexity_is_that_of_the_command(model, base_folder, text_file, run_co
         assert (found.low, found.high) == pytest.approx(tuple(cells[name]["perplexity_interval"]), rel=1e-6)
         assert (found.tokens, found.documents, found.adapter) == (cells[name]["tokens"], len(texts), name)
         assert float(found) == found.perplexity
-        assert str(found) == f"{found.perplexity:,.2f} ({found.low:,.2f} to {found.high:,.2f})"
+        shown, seen = f"{found.perplexity:,.2f} ({found.low:,.2f} to {found.high:,.2f})", found.documents_trained_on
+        assert str(found) == shown + (f"; trained on {seen} of 80 documents" if seen else "")
+        assert found.versions == (("law@1",) if adapter else ())
     assert model.perplexity(texts, "law", window=32).documents_trained_on == cells["law"]["documents_trained_on"] > 0
     assert model.perplexity(text_file, window=32).tokens == cells["base"]["tokens"]
     assert model.perplexity("one text", window=32).low is None
+    for wrong, message in (({"text": texts[0]}, "a mapping is not one text"), (None, "found NoneType")):
+        with pytest.raises(UsageError, match=message):
+            model.perplexity(wrong, window=32)
     with pytest.raises(UsageError, match="needs a prompt"):
         model.perplexity(texts, "auto")
 
