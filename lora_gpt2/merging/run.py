@@ -17,6 +17,7 @@ from lora_gpt2.merging.combine import MergeReport, merge_adapters
 from lora_gpt2.merging.into_base import MergedBaseReport, merge_into_base
 from lora_gpt2.merging.search import SearchReport, search_weights
 from lora_gpt2.recipe import MergeMethod, Recipe
+from lora_gpt2.recipe.unused import list_unused_by_merge
 from lora_gpt2.store.catalog import Store
 
 
@@ -79,6 +80,8 @@ def merge(
     texts = read_sources(sources, recipe.data, reporter)
     session, _ = open_session(store, mix.references, recipe, "float32")
     settings, found = recipe.merge, None
+    for line in [] if search else list_unused_by_merge(recipe):
+        reporter.message(line)
     if search:
         found = search_weights(session, mix, texts, settings, recipe.evaluate, reporter)
         if on_search is not None:

@@ -103,8 +103,6 @@ def open_replay(
     """
     wanted = [recipe for recipe in recipes if recipe.train.forget is not None]
     if not wanted:
-        if any(recipe.train.replay for recipe in recipes):
-            reporter.message("train.replay changes nothing without a budget of forgetting, such as --forget 0.1")
         return None
     train = wanted[0].train
     if isinstance(train.replay, str):  # "generated"

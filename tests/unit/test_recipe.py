@@ -5,6 +5,7 @@ import pytest
 
 from lora_gpt2.core.errors import NotFoundError, RecipeError
 from lora_gpt2.recipe import BLOCKS, LoraSettings, build_recipe, describe_key, list_keys
+from lora_gpt2.recipe.unused import list_unused, list_unused_by_merge
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.renamed_settings import RENAMED, upgrade_section
 
@@ -224,3 +225,23 @@ def test_settings_of_a_stored_manifest_are_read_under_their_present_names():
     settings = build_recipe({"data": upgraded}, "stored").data
     assert (settings.validation_fraction, settings.num_proc, settings.unit) == (0.1, 2, "line")
     assert settings.rules == {"pii": "mask", "urls": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, []),
+        ({"train": {"replay_fraction": 0.5, "decay_fraction": 0.5}}, ["replay_fraction", "decay_fraction"]),
+        ({"train": {"replay_fraction": 0.5, "forget": 0.1, "schedule": "wsd", "decay_fraction": 0.5}}, []),
+        ({"preferences": {"beta": 0.2}}, ["beta"]),
+        ({"preferences": {"beta": 0.2, "sources": ["a"]}}, []),
+        ({"merge": {"density": 0.1, "seed": 1}}, ["density", "seed"]),
+        ({"merge": {"density": 0.1, "seed": 1, "method": "ties"}}, ["seed"]),
+        ({"merge": {"density": 0.1, "seed": 1, "method": "dare_ties"}}, []),
+    ],
+    ids=str,
+)
+def test_settings_that_change_nothing_beside_the_others_are_listed(given, expected):
+    recipe = build_recipe(given, "test")
+    lines = [*list_unused([recipe, recipe]), *list_unused_by_merge(recipe)]
+    assert [line.partition(" ")[0].partition(".")[2] for line in lines] == expected

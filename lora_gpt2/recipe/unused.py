@@ -1,0 +1,35 @@
+"""Settings that were given and change nothing beside the others, which is said instead of kept silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lora_gpt2.core.section import Section
+from lora_gpt2.recipe import Recipe
+
+
+def list_unused(recipes: Iterable[Recipe]) -> list[str]:
+    """Returns a line for each setting of training or preferences that was given and needs another one."""
+    found: dict[str, None] = {}
+    for recipe in recipes:
+        train, preferences = recipe.train, recipe.preferences
+        budget = "a budget of forgetting, such as --forget 0.1"
+        lines = _list("train", train, ("replay", "replay_tokens", "replay_fraction"), train.forget is not None, budget)
+        lines += _list("train", train, ("decay_fraction",), train.schedule == "wsd", "train.schedule=wsd")
+        others = [name for name in type(preferences).model_fields if name != "sources"]
+        lines += _list("preferences", preferences, others, bool(preferences.sources), "choices, such as --preferences")
+        found |= dict.fromkeys(lines)
+    return list(found)
+
+
+def list_unused_by_merge(recipe: Recipe) -> list[str]:
+    """Returns a line for each setting of a merge that was given and that its method does not read."""
+    merge, random = recipe.merge, ("dare_linear", "dare_ties")
+    pruning = ("ties", "magnitude_prune", *random)
+    lines = _list("merge", merge, ("density",), merge.method in pruning, f"a method that prunes: {', '.join(pruning)}")
+    return lines + _list("merge", merge, ("seed",), merge.method in random, f"DARE: {', '.join(random)}")
+
+
+def _list(section: str, values: Section, names: Sequence[str], is_used: bool, needed: str) -> list[str]:
+    given = [name for name in names if name in values.model_fields_set and not is_used]
+    return [f"{section}.{name} changes nothing without {needed}" for name in given]
