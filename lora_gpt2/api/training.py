@@ -140,7 +140,7 @@ def train_together(
     """Trains several adapters in one pass over the base, which costs hardly more than one of them.
 
     Args:
-        data: from names of adapters to what `train` takes.
+        data: from names of adapters to what `train` takes, or to texts by split: `train`, `validation`, `test`.
         base: see `train`, as for everything else; `everyday` are its settings with a keyword, such as `epochs`.
         settings: any other setting; all adapters have the same.
         store: folder of the store.
@@ -258,8 +258,10 @@ def _train_recipes(
     ).adapters
 
 
-def _is_dataset_dict(data: object) -> bool:
-    """True for a mapping from splits to data sets, told by its class, so that `datasets` need not be imported."""
+def _has_splits(data: object) -> bool:
+    """True for a mapping from splits to texts; a `DatasetDict` is told by its class, without importing `datasets`."""
+    if isinstance(data, Mapping) and "train" in data and set(data) <= set(SPLITS):
+        return True
     return any(kind.__name__ in ("DatasetDict", "IterableDatasetDict") for kind in type(data).__mro__)
 
 
@@ -272,10 +274,10 @@ def _name_parts(
     data: Any, name: str | None, validation: Data, test: Data, init_from: str | Path | None = None
 ) -> dict[str, Any]:
     """Returns what a recipe says about its name and text, by dotted keys."""
-    if isinstance(data, Mapping) and not _is_dataset_dict(data):
+    if isinstance(data, Mapping) and not _has_splits(data):
         raise UsageError("a mapping is not one text", "several adapters: train_together({'law': …, 'code': …})")
     splits: dict[str, Any] = {"train": data, "validation": validation, "test": test}
-    if _is_dataset_dict(data):
+    if _has_splits(data):
         splits |= {split: data[split] for split in SPLITS if split in data}
         if "train" not in data:
             raise UsageError(f"the data set has no split 'train', but {', '.join(data)}", "pass one of them")

@@ -219,7 +219,7 @@ def _render(adapters: list[Any]) -> str:
         "steps",
         "tokens",
         *(["parent ppl"] if is_continued else []),
-        "validation ppl",
+        "validation ppl (blocks)",
         "test ppl",
         "best step",
         "tokens/s",

@@ -112,7 +112,14 @@ def command(
 
 def _render(report: TuneReport) -> str:
     is_bounded = any(candidate.divergence is not None for candidate in report.candidates)
-    header = ["", "steps", "validation ppl", "general ppl", *(["KL to base"] if is_bounded else []), "settings"]
+    header = [
+        "",
+        "steps",
+        "validation ppl (blocks)",
+        "general ppl",
+        *(["KL to base"] if is_bounded else []),
+        "settings",
+    ]
     rows = [
         [
             "best" if each.is_best else "",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
@@ -161,7 +162,7 @@ def build_cells(
 def _compare(source: EvaluationText, scores: Mapping[str, Score], sketches: Mapping[str, TextSketch]) -> list[Cell]:
     """Returns the cells of one source, all resampled by the same draws."""
     texts = ["".join(split_prompt(document)) for document in source.documents]
-    documents = np.stack([score.per_document for score in scores.values()])
+    documents = _add_copies(np.stack([score.per_document for score in scores.values()]), texts)
     names, base = list(scores), scores.get(BASE)
     scored = documents[0, 1] > 0
     is_sure = np.count_nonzero(scored) >= MIN_DOCUMENTS
@@ -189,6 +190,17 @@ def _compare(source: EvaluationText, scores: Mapping[str, Score], sketches: Mapp
             )
         )
     return cells
+
+
+def _add_copies(figures: NDArray[np.float64], texts: Sequence[str]) -> NDArray[np.float64]:
+    """Returns figures `[adapters, 2, texts]` with those of equal texts added up: copies are not independent draws."""
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    if figures.shape[2] != len(texts) or len(numbers) == len(texts):  # a stream is one text
+        return figures
+    found = np.zeros((*figures.shape[:2], len(numbers)))
+    for index, text in enumerate(texts):
+        found[:, :, numbers[text]] += figures[:, :, index]
+    return found
 
 
 def _exp(interval: Interval) -> Interval:

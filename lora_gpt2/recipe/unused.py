@@ -1,4 +1,4 @@
-"""Settings that were given and change nothing beside the others, which is said instead of kept silent."""
+"""What is probably not meant: settings that change nothing beside the others, and held-out text that is shared."""
 
 from __future__ import annotations
 
@@ -20,6 +20,20 @@ def list_unused(recipes: Iterable[Recipe]) -> list[str]:
         lines += _list("preferences", preferences, others, bool(preferences.sources), "choices, such as --preferences")
         found |= dict.fromkeys(lines)
     return list(found)
+
+
+def list_shared(recipes: Sequence[Recipe]) -> list[str]:
+    """Returns a line for held-out text that several adapters have in common, though they train on different text."""
+    lines = []
+    for split, verb in (("validation", "validated"), ("test", "tested")):
+        groups: dict[tuple[str, ...], list[Recipe]] = {}
+        for recipe in recipes:
+            groups.setdefault(tuple(getattr(recipe.data, split)), []).append(recipe)
+        for sources, group in groups.items():
+            if sources and len({recipe.data.sources for recipe in group}) > 1:
+                names = ", ".join(recipe.name for recipe in group)
+                lines.append(f"{names}: all {verb} on {', '.join(sources)}; recipes give each text of its own")
+    return lines
 
 
 def list_unused_by_merge(recipe: Recipe) -> list[str]:

@@ -36,7 +36,7 @@ from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.recipe.unused import list_unused
+from lora_gpt2.recipe.unused import list_shared, list_unused
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
@@ -261,7 +261,7 @@ def _open_slots(
     settings = recipes[0].train
     runtime = choose_runtime(settings.dtype, process_group.device)
     base = load_base(recipes[0].base, runtime, settings.quantize)
-    for line in list_unused(recipes):
+    for line in [*list_unused(recipes), *([] if options.halving else list_shared(recipes))]:
         reporter.message(line)
     dtype = runtime.dtype_name if settings.quantize == "none" else f"{runtime.dtype_name} over {settings.quantize}"
     reporter.message(

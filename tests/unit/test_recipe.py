@@ -5,7 +5,7 @@ import pytest
 
 from lora_gpt2.core.errors import NotFoundError, RecipeError
 from lora_gpt2.recipe import BLOCKS, LoraSettings, build_recipe, describe_key, list_keys
-from lora_gpt2.recipe.unused import list_unused, list_unused_by_merge
+from lora_gpt2.recipe.unused import list_shared, list_unused, list_unused_by_merge
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.renamed_settings import RENAMED, upgrade_section
 
@@ -245,3 +245,12 @@ def test_settings_that_change_nothing_beside_the_others_are_listed(given, expect
     recipe = build_recipe(given, "test")
     lines = [*list_unused([recipe, recipe]), *list_unused_by_merge(recipe)]
     assert [line.partition(" ")[0].partition(".")[2] for line in lines] == expected
+
+
+def test_held_out_text_that_different_adapters_share_is_said():
+    def make(name, sources, test):
+        return build_recipe({"name": name, "data": {"sources": [sources], "test": [test] if test else []}}, "test")
+
+    shared = [make("a", "a.txt", "t.txt"), make("b", "b.txt", "t.txt"), make("c", "c.txt", "")]
+    assert list_shared(shared) == ["a, b: all tested on t.txt; recipes give each text of its own"]
+    assert not list_shared([make("a", "a.txt", "t.txt"), make("b", "a.txt", "t.txt"), make("c", "c.txt", "u.txt")])

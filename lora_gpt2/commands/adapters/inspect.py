@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def list_(reporter: Reporter, store: Store, as_json: bool) -> None:
     """List the adapters: version in use, base, size, training tokens, perplexity against the base's, age.
 
-    Perplexity is on held-out test text, or, marked ~, on validation text.
+    Perplexity is on held-out test text, or, marked ~, on validation text cut into blocks.
 
     \b
     Example:

@@ -104,6 +104,26 @@ def test_an_adapter_is_continued_and_settings_are_searched_for(law, texts, base_
         lg.tune(texts, name="best", lr=1)
 
 
+def test_adapters_that_train_together_have_their_own_splits(texts, base_folder):
+    splits = {"train": texts[:40], "validation": texts[40:50], "test": texts[50:60]}
+    found = lg.train_together({"one": splits, "two": texts[20:]}, base=str(base_folder), settings=TINY, **FAST)
+    assert found["one"].test_perplexity is not None
+    alone = lg.train(
+        splits["train"],
+        name="alone",
+        validation=splits["validation"],
+        test=splits["test"],
+        base=str(base_folder),
+        settings=TINY,
+        **FAST,
+    )
+    assert alone.base_perplexity == pytest.approx(found["one"].base_perplexity)
+    with pytest.raises(UsageError, match="there is nothing to train on"):
+        lg.train_together({})
+    with pytest.raises(UsageError, match="there is no text to measure"):
+        lg.evaluate({})
+
+
 def test_adapters_train_together(texts, base_folder):
     both = lg.train_together(
         {"one": texts[:40], "two": texts[40:]}, base=str(base_folder), settings=TINY | {"data.unit": "line"}, **FAST
@@ -236,6 +256,9 @@ def test_perplexity_is_that_of_the_command(model, base_folder, text_file, run_co
     assert model.perplexity(texts, "law", window=32).documents_trained_on == cells["law"]["documents_trained_on"] > 0
     assert model.perplexity(text_file, window=32).tokens == cells["base"]["tokens"]
     assert model.perplexity("one text", window=32).low is None
+    once, twice = (model.perplexity(given, "law", window=32) for given in (texts[:8], texts[:8] * 2))
+    assert (once.perplexity, once.low, once.high) == pytest.approx((twice.perplexity, twice.low, twice.high))
+    assert (once.documents, twice.documents) == (8, 16), "copies count, but not as independent draws"
     for wrong, message in (({"text": texts[0]}, "a mapping is not one text"), (None, "found NoneType")):
         with pytest.raises(UsageError, match=message):
             model.perplexity(wrong, window=32)
