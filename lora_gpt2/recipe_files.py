@@ -149,6 +149,14 @@ def check_read(command: str, keys: Iterable[str]) -> None:
             raise UsageError(f"{shorten(key)} changes nothing in '{command}'", f"'{section}' is for {readers}")
 
 
+def check_agreement(given: Mapping[str, Any], again: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a setting that is given in two ways and with two values; None is not given."""
+    for key, value in again.items():
+        if value is not None and given.get(key, value) != value:
+            message = f"{key} is given twice, as {shorten(str(given[key]))} and as {shorten(str(value))}"
+            raise UsageError(message, "give it once")
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file, or in the bundled recipe of that name; sources are relative to its folder."""
     values = _read_values(path)
@@ -204,7 +212,9 @@ def load_recipe(
 
     `flags` have dotted keys, such as `train.steps`; None and empty tuples are left out.
     """
-    values = read_recipe(path) if path else {}
+    values, overrides = read_recipe(path) if path else {}, list(overrides)
+    set_by_key = {".".join(keys): value for keys, value in map(parse_override, overrides)}
+    check_agreement(set_by_key, {key: value for key, value in flags.items() if value != ()})
     values = set_values(apply_overrides(values, overrides), flags)
     return build_from_values(values, str(path) if path else "settings")
 

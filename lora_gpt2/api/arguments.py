@@ -15,7 +15,7 @@ from lora_gpt2.core.names import check_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.data.read.texts import Texts, keep_texts
 from lora_gpt2.recipe import Recipe
-from lora_gpt2.recipe_files import EVERYDAY, build_from_values, check_read, set_values
+from lora_gpt2.recipe_files import EVERYDAY, build_from_values, check_agreement, check_read, set_values
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import FetchedAdapter, fetch_adapter, is_foreign
 
@@ -48,6 +48,8 @@ def make_recipe(
         values = set_values({}, settings or {})
     keys = _find_everyday(command)
     flags = {keys[name]: list(value) if isinstance(value, set) else value for name, value in keywords.items()}
+    if not isinstance(settings, Recipe):
+        check_agreement(settings or {}, flags)
     return build_from_values(set_values(values, {**flags, **(other or {})}), "settings")
 
 

@@ -114,7 +114,11 @@ def _find_split_sources(settings: DataSettings) -> dict[str, list[Source]]:
     if not (settings.validation or settings.test) and (splits := find_splits(settings.sources, settings)):
         return {split: splits[split] for split in HELD_OUT_FIRST}
     given = {"train": settings.sources, "validation": settings.validation, "test": settings.test}
-    return {split: find_sources(given[split], settings) for split in HELD_OUT_FIRST}
+    found = {split: find_sources(given[split], settings) for split in HELD_OUT_FIRST}
+    tested = {source.name for source in found["test"]}
+    if shared := [source.name for source in found["validation"] if source.name in tested]:
+        raise DataError(f"{shared[0]} is both validation and test text", "give each its own; either may be left out")
+    return found
 
 
 def _read_report(folder: Path) -> dict[str, Any] | None:

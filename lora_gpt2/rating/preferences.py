@@ -16,6 +16,7 @@ from statistics import fmean
 
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.read.formats import read_documents
+from lora_gpt2.data.read.records import FIELD_HINT
 from lora_gpt2.inference.history import read_log
 from lora_gpt2.rating.rounds import ROUND, Round, read_answers, read_round
 from lora_gpt2.rating.votes import list_marks, list_votes
@@ -66,10 +67,18 @@ def read_preferences(sources: Sequence[str]) -> Preferences:
         elif _holds_choices(path):
             _add_choices(found, path)
         else:
-            for document in read_documents([source], PAIRS):
-                first, _, second = document.text.partition(BETWEEN)
-                found.add(document.prompt, first, second, 1, is_whole=True)
+            _add_pairs(found, source)
     return found
+
+
+def _add_pairs(found: Preferences, source: str) -> None:
+    try:
+        for document in read_documents([source], PAIRS):
+            first, _, second = document.text.partition(BETWEEN)
+            found.add(document.prompt, first, second, 1, is_whole=True)
+    except DataError as error:
+        hint = error.hint if error.hint != FIELD_HINT else "pairs have the fields prompt, chosen and rejected"
+        raise DataError(error.message, hint) from error
 
 
 def _holds_choices(path: Path) -> bool:

@@ -292,6 +292,7 @@ ERRORS = [
     (["evaluate", "{text}", "--adapter", "zzz", "--base", "{base}"], 4, "NotFoundError", "zzz", "known are"),
     (["evaluate", "{text}", "--base", "{base}", "--set", "evaluate.window=99"], 2, "UsageError", "<= 48", "window=N"),
     (["train", "{text}", "--set", "tune.ranks=[2]"], 2, "UsageError", "changes nothing in 'train'", "for tune"),
+    (["train", "{text}", "--steps", "3", "--set", "train.steps=2"], 2, "UsageError", "given twice, as 2", "once"),
     (["generate", "x", "--set", "train.steps=2"], 2, "UsageError", "changes nothing in 'generate'", "for train"),
     (["audit", "memorization", "--set", "merge.rank=2"], 2, "UsageError", "nothing in 'audit'", "for merge"),
     (["evaluate", "{empty}", "--base", "{base}"], 3, "DataError", "no text to score", "at least one token"),

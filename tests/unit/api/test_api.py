@@ -83,6 +83,10 @@ def test_what_is_probably_meant_otherwise_is_refused(texts, text_file, tmp_path,
     assert "train.steps" in caught.value.hint
     with pytest.raises(RecipeError, match=r"lora\.rank"):
         lg.train(texts, name="a", rank=0)
+    with pytest.raises(UsageError, match=r"train\.steps is given twice, as 4 and as 2"):
+        lg.train(texts, name="a", steps=2, settings={"train.steps": 4})
+    with pytest.raises(DataError, match="is both validation and test text"):
+        lg.train(texts, name="a", validation=text_file, test=text_file)
     with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
         lg.train_together({"a": texts}, lr=1)
     with pytest.raises(NotFoundError, match="no file, folder or match"):
