@@ -32,7 +32,7 @@ def list_shared(recipes: Sequence[Recipe]) -> list[str]:
         for sources, group in groups.items():
             if sources and len({recipe.data.sources for recipe in group}) > 1:
                 names = ", ".join(recipe.name for recipe in group)
-                lines.append(f"{names}: all {verb} on {', '.join(sources)}; recipes give each text of its own")
+                lines.append(f"{names} are all {verb} on {', '.join(sources)}; to give each its own, use recipes")
     return lines
 
 

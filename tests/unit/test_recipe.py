@@ -252,5 +252,5 @@ def test_held_out_text_that_different_adapters_share_is_said():
         return build_recipe({"name": name, "data": {"sources": [sources], "test": [test] if test else []}}, "test")
 
     shared = [make("a", "a.txt", "t.txt"), make("b", "b.txt", "t.txt"), make("c", "c.txt", "")]
-    assert list_shared(shared) == ["a, b: all tested on t.txt; recipes give each text of its own"]
+    assert list_shared(shared) == ["a, b are all tested on t.txt; to give each its own, use recipes"]
     assert not list_shared([make("a", "a.txt", "t.txt"), make("b", "a.txt", "t.txt"), make("c", "c.txt", "u.txt")])
