@@ -43,7 +43,7 @@ def find_own(cells: Cells) -> dict[str, Mapping[str, Any]]:
         cell["adapter"]: cell
         for cell in cells
         if cell["adapter"] != BASE and cell["adapter"].partition("@")[0] == cell["source"].partition("@")[0]
-        if not cell["documents_trained_on"]
+        if not cell.get("documents_trained_on")
     }
 
 
@@ -53,7 +53,7 @@ def describe_cells(cells: Cells) -> list[str]:
         f"! {cell['adapter']} was trained on {cell['documents_trained_on']:,} of {cell['documents']:,} documents of "
         f"{cell['source']}: that figure says nothing about new text"
         for cell in cells
-        if cell["documents_trained_on"]
+        if cell.get("documents_trained_on")
     ]
     return lines + [f"{name} on {cell['source']}: {describe_gain(cell)}" for name, cell in find_own(cells).items()]
 
