@@ -294,7 +294,7 @@ def audit_memorization(
     """Returns what an adapter repeats, with a verdict."""
     size, copied = choose_sizes(own, settings.size, base.config.n_positions)
     train, held_out = own.prepared.train.stream, [own.prepared.test.stream, own.prepared.validation.stream]
-    reporter.message(f"testing {settings.windows} prefixes of {len(train):,} training tokens")
+    reporter.message(f"testing up to {settings.windows} prefixes of {len(train):,} training tokens")
     own_hits = measure_extraction(base, select, train, size, settings.windows)
     held_out_hits = measure_extraction(base, select, np.concatenate(held_out), size, settings.windows)
     base_hits = measure_extraction(base, select_base, train, size, settings.windows)
