@@ -73,13 +73,13 @@ class Replaying(CudaGraphDecoder):
 
 @pytest.mark.parametrize("decoder", [None, CudaGraphDecoder, Replaying])
 def test_rows_that_join_at_any_step_write_what_they_write_alone(session, decoder):
-    alone = [run_alone(session, row) for row in make_rows(session, 24)]
+    alone = [run_alone(session, row) for row in make_rows(session, 18)]
     for max_num_seqs in (1, 3, 8):
         check_joining(session, alone, max_num_seqs, decoder)
 
 
 def check_joining(session, alone, max_num_seqs, decoder):
-    rows = make_rows(session, 24)
+    rows = make_rows(session, 18)
     engine, waiting, draw = Engine(session, max_num_seqs, 48), list(rows), random.Random(1)
     if decoder:  # the step that a GPU replays, here as it is
         engine.decoder = decoder(session, engine.cache)
