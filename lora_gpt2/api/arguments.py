@@ -13,6 +13,7 @@ from lora_gpt2.core.console import LoggingReporter, ProgressTask, Reporter, Rich
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import check_name
 from lora_gpt2.core.suggest import suggest
+from lora_gpt2.data.read.sources import KINDS
 from lora_gpt2.data.read.texts import Texts, keep_texts
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import EVERYDAY, build_from_values, check_agreement, check_read, set_values
@@ -80,7 +81,7 @@ def to_source(texts: Texts | Source) -> str:
         raise UsageError(f"texts are expected, found {type(texts).__name__}", "pass a list of str, records or a source")
     if isinstance(texts, list | tuple) and texts and all(map(_is_file, texts)):
         if all(isinstance(item, str) for item in texts):
-            raise UsageError(f"these texts are names of files: {texts[0]}, …", "pass pathlib.Path objects for files")
+            raise UsageError(f"a name of a file instead of its text: '{texts[0]}'", "pass pathlib.Path for a file")
         raise UsageError("several files are not one text", "pass their folder, a glob, or data.sources in settings")
     return str(keep_texts(texts))
 
@@ -93,10 +94,12 @@ def to_sources(texts: Texts | Source | list[Path]) -> list[str]:
 
 
 def _is_file(item: object) -> bool:
+    """True for a path, for the name of a file that is there, and for a word that ends as the name of one does."""
     if not isinstance(item, str | os.PathLike) or (isinstance(item, str) and (len(item) > 4096 or "\n" in item)):
         return False
     try:
-        return Path(item).exists() and bool(str(item).strip())
+        path, words = Path(item), str(item).split()
+        return bool(words) and (path.exists() or (len(words) == 1 and path.suffix.lower() in KINDS))
     except (OSError, ValueError):
         return False
 

@@ -134,7 +134,7 @@ def _write_pages(evaluation: Evaluation, plot: Path | None, html: Path | None) -
 
 
 def _render(result: dict[str, Any]) -> str:
-    from lora_gpt2.evaluation.report import describe_cells, describe_gain
+    from lora_gpt2.evaluation.report import describe_cells, describe_gain, describe_versions
 
     cells, forgetting = result["cells"], result["forgetting"]
     lines = [format_matrix([*cells, *forgetting])]
@@ -144,6 +144,7 @@ def _render(result: dict[str, Any]) -> str:
         for cell in forgetting
         if cell["adapter"] != "base"
     ]
+    lines += describe_versions(result["versions"])
     if quality := result.get("generation"):
         lines += ["", _render_quality(quality)]
     return "\n".join(lines)

@@ -58,6 +58,12 @@ def describe_cells(cells: Cells) -> list[str]:
     return lines + [f"{name} on {cell['source']}: {describe_gain(cell)}" for name, cell in find_own(cells).items()]
 
 
+def describe_versions(versions: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns a line with the versions that names stand for, or none if there are no adapters."""
+    found = dict.fromkeys(label for labels in versions.values() for label in labels)
+    return [f"versions: {', '.join(found)}"] if found else []
+
+
 def describe_gain(cell: Mapping[str, Any]) -> str:
     """Returns what an adapter gained on a text, in words."""
     if cell["ratio_to_base"] is None:
@@ -174,7 +180,8 @@ def build_matrix_page(result: Mapping[str, Any]) -> str:
         cells_header=COLUMNS,
         method=f"Perplexity: exp of the mean negative log-likelihood of a token, {METHOD[result['protocol']]}; window "
         f"{result['window']}, stride {result['stride']} tokens, each token scored once. Intervals: bootstrap over "
-        "documents; those of the ratio to the base use the same draws for both.",
+        "documents; those of the ratio to the base use the same draws for both. "
+        + "".join(f"{line.capitalize()}." for line in describe_versions(result.get("versions", {}))),
     )
 
 

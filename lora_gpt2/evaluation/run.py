@@ -28,7 +28,14 @@ from lora_gpt2.evaluation.matrix import (
 from lora_gpt2.evaluation.on_ray import ScoringTask, score_on_ray
 from lora_gpt2.evaluation.perplexity import choose_window, measure_perplexity
 from lora_gpt2.evaluation.quality import GenerationTask, Quality, build_task, measure_quality
-from lora_gpt2.evaluation.report import build_figure, build_matrix_page, describe_cells, draw_matrix, format_matrix
+from lora_gpt2.evaluation.report import (
+    build_figure,
+    build_matrix_page,
+    describe_cells,
+    describe_versions,
+    draw_matrix,
+    format_matrix,
+)
 from lora_gpt2.inference.generate import build_writer
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import find_base_name, list_mixes, open_session
@@ -39,6 +46,7 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import BaseIdentity
+from lora_gpt2.store.references import label_of
 
 if TYPE_CHECKING:
     import pandas
@@ -55,6 +63,7 @@ class Evaluation:
         base: name of the base.
         protocol, window, stride: the settings `evaluate.*`; tokens.
         dtype: of the base's weights.
+        versions: of the adapters in each row, such as `law@2`.
         generation: how generated texts read, where that was asked for.
     """
 
@@ -65,11 +74,12 @@ class Evaluation:
     window: int
     stride: int
     dtype: str
+    versions: dict[str, list[str]] = field(default_factory=dict)
     generation: list[Quality] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result with the keys of `evaluate --json`."""
-        how = {key: getattr(self, key) for key in ("base", "protocol", "window", "stride")}
+        how = {key: getattr(self, key) for key in ("base", "versions", "protocol", "window", "stride")}
         cells = {
             "cells": [cell.to_json() for cell in self.cells],
             "forgetting": [cell.to_json() for cell in self.forgetting],
@@ -97,7 +107,8 @@ class Evaluation:
     def __str__(self) -> str:
         """Returns the matrix: `*` marks the best of each text, `!` text that an adapter was trained on."""
         shown = format_matrix([cell.to_json() for cell in [*self.cells, *self.forgetting]])
-        return "\n".join([shown, *describe_cells([cell.to_json() for cell in self.cells])])
+        notes = [*describe_cells([cell.to_json() for cell in self.cells]), *describe_versions(self.versions)]
+        return "\n".join([shown, *notes])
 
     __repr__ = __str__
 
@@ -154,6 +165,7 @@ def evaluate_texts(
         window=measured.window,
         stride=measured.stride,
         dtype=measured.dtype,
+        versions=measured.versions,
         generation=_judge_texts(session, measured.rows, tasks, recipe, reporter) if session and tasks else [],
     )
     how = evaluation.to_json() | {"dtype": evaluation.dtype}
@@ -197,6 +209,7 @@ class _Measured:
     window: int
     stride: int
     dtype: str
+    versions: dict[str, list[str]]
 
 
 def _choose_texts(
@@ -222,20 +235,27 @@ def _measure_here(
 ) -> _Measured:
     rows = _list_rows(mixes)
     window, stride = choose_window(session.base.config, recipe.evaluate)
-    session.load([reference for mix in rows for reference in mix.references])
+    exact = [session.resolve(mix) for mix in rows]  # a publication meanwhile changes nothing
+    session.load([reference for mix in exact for reference in mix.references])
     measured, has_general = _choose_texts(rows, texts, general)
     cells = measure_matrix(
         session.base,
-        {str(mix): session.select(mix) for mix in rows},
+        {str(mix): session.select(found) for mix, found in zip(rows, exact, strict=True)},
         measured,
         recipe.evaluate,
         reporter,
-        together=session.select(*rows),
+        together=session.select(*exact),
         sketches=read_mix_sketches(session.store, rows),
     )
-    base, dtype = session.base.name, session.base.runtime.dtype_name
     return _Measured(
-        rows=rows, cells=cells, has_general=has_general, base=base, window=window, stride=stride, dtype=dtype
+        rows=rows,
+        cells=cells,
+        has_general=has_general,
+        base=session.base.name,
+        window=window,
+        stride=stride,
+        dtype=session.base.runtime.dtype_name,
+        versions=_list_versions(rows, exact),
     )
 
 
@@ -258,13 +278,25 @@ def _measure_on_ray(
     )
     rows = _list_rows(list_mixes(store, adapters, identity.fingerprint))
     measured, has_general = _choose_texts(rows, texts, general)
-    task = ScoringTask(base=identity, mixes=rows, settings=recipe.evaluate)
+    exact = [Mix((store.read_manifest(reference).reference, weight) for reference, weight in mix) for mix in rows]
+    task = ScoringTask(base=identity, mixes=exact, settings=recipe.evaluate)
     documents = [text.documents for text in measured]
     scores, dtype = score_on_ray(address, task, documents, store, reporter)
     cells = build_cells([str(mix) for mix in rows], measured, scores, read_mix_sketches(store, rows))
     return _Measured(
-        rows=rows, cells=cells, has_general=has_general, base=base, window=window, stride=stride, dtype=dtype
+        rows=rows,
+        cells=cells,
+        has_general=has_general,
+        base=base,
+        window=window,
+        stride=stride,
+        dtype=dtype,
+        versions=_list_versions(rows, exact),
     )
+
+
+def _list_versions(rows: Sequence[Mix], exact: Sequence[Mix]) -> dict[str, list[str]]:
+    return {str(mix): list(map(label_of, found.references)) for mix, found in zip(rows, exact, strict=True) if mix}
 
 
 def read_mix_sketches(store: Store | None, mixes: Sequence[Mix]) -> dict[str, TextSketch]:

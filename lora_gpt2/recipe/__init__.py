@@ -120,7 +120,7 @@ CONSTRAINTS = ("choice", "regex", "json_schema", "grammar")
 class GenerateSettings(Section):
     """How text is generated."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, le=1024)] = 150
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 150
     """Maximum number of new tokens."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.7
     """Sampling temperature; 0 = greedy decoding."""

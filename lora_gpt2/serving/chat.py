@@ -43,8 +43,8 @@ class ChatBody(SamplingFields):
 
     model: str = Field(min_length=1, max_length=2000)
     messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, le=1024)
-    max_completion_tokens: int | None = Field(None, ge=1, le=1024)
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: dict[str, bool] | None = None

@@ -66,7 +66,7 @@ class CompletionBody(SamplingFields):
 
     model: str = Field(min_length=1, max_length=2000)
     prompt: Any = ""
-    max_tokens: int | None = Field(None, ge=0, le=1024)
+    max_tokens: int | None = Field(None, ge=0, le=1_000_000)
     n: int = Field(1, ge=1)
     best_of: int | None = None
     stream: bool = False

@@ -158,7 +158,7 @@ def test_the_oldest_messages_make_room_and_the_answer_says_so(port, base):
     assert status == 200
     assert 0 < answer["provenance"]["dropped_messages"] < 18
     assert answer["usage"]["prompt_tokens"] + 10 <= base.config.n_positions
-    many = {"model": "named", "messages": messages[-1:], "max_completion_tokens": 1000}
+    many = {"model": "named", "messages": messages[-1:], "max_completion_tokens": 8192}
     status, _, answer = ask(port, "/v1/chat/completions", many)
     assert (status, answer["provenance"]["dropped_messages"]) == (200, 0)
     messages[-1]["content"] = "long " * 40

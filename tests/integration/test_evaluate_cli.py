@@ -53,6 +53,8 @@ def test_the_matrix_has_forgetting_intervals_and_pages(run, own, text_file, base
     assert "<svg" in text
     assert not re.search(r'<script|(?:src|href)="(?!#|data:)', text), "it loads nothing"
     assert f"{cell['perplexity']:,.2f}" in text
+    assert result["versions"] == {"mine": ["mine@1"]}
+    assert "Versions: mine@1." in text
     _, alone, _ = evaluate(run, base_folder, f"mine={text_file}", "--adapter", "mine", "--no-general")
     assert alone["forgetting"] == []
 

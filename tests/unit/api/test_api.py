@@ -71,8 +71,9 @@ def test_records_data_sets_and_frames_are_texts(texts, base_folder, tmp_path):
 
 def test_what_is_probably_meant_otherwise_is_refused(texts, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="these texts are names of files"):
-        lg.train([str(text_file)], name="a")
+    for names in ([str(text_file)], ["missing.jsonl"], ["a.txt", "b.csv"]):
+        with pytest.raises(UsageError, match="a name of a file instead of its text"):
+            lg.train(names, name="a")
     with pytest.raises(UsageError, match="the adapter has no name"):
         lg.train(texts)
     with pytest.raises(UsageError, match="a mapping is not one text") as caught:
@@ -263,7 +264,12 @@ def test_perplexity_is_that_of_the_command(model, base_folder, text_file, run_co
     once, twice = (model.perplexity(given, "law", window=32) for given in (texts[:8], texts[:8] * 2))
     assert (once.perplexity, once.low, once.high) == pytest.approx((twice.perplexity, twice.low, twice.high))
     assert (once.documents, twice.documents) == (8, 16), "copies count, but not as independent draws"
-    for wrong, message in (({"text": texts[0]}, "a mapping is not one text"), (None, "found NoneType")):
+    wrongs = (
+        ({"text": texts[0]}, "a mapping is not one text"),
+        (None, "found NoneType"),
+        ("missing.jsonl", "a name of a file"),
+    )
+    for wrong, message in wrongs:
         with pytest.raises(UsageError, match=message):
             model.perplexity(wrong, window=32)
     with pytest.raises(UsageError, match="needs a prompt"):
@@ -277,6 +283,8 @@ def test_evaluate_is_the_matrix_of_the_command(law, base_folder, text_file, run_
     command = ["evaluate", f"t={text_file}", "law=law", "--adapter", "all", "--base", base_folder, "--json"]
     expected = run_command(*command, "--set", "evaluate.window=32")
     assert json.loads(json.dumps(table.to_json()["cells"])) == expected["cells"]
+    assert table.versions == expected["versions"] == {"law": ["law@1"]}
+    assert str(table).splitlines()[-1] == "versions: law@1"
     frame = table.to_pandas()
     assert list(frame.columns) == list(expected["cells"][0])
     assert len(frame) == len(expected["cells"]) + len(expected["forgetting"])

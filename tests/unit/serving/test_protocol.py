@@ -200,6 +200,7 @@ def test_a_prompt_and_what_is_asked_for_fill_the_context_and_no_more(session):
     (row,) = rows_of(session, prompt=[5] * (context - 2), max_tokens=2)
     assert (len(row.prompt_ids), row.max_new_tokens) == (context - 2, 2)
     assert refusal(session, prompt=[5] * (context - 1), max_tokens=2) == (400, "prompt")
+    assert refusal(session, prompt=[5], max_tokens=4096) == (400, "prompt"), "the context is the limit that is named"
     (row,) = rows_of(session, prompt=[5] * context, max_tokens=0)
     assert (len(row.prompt_ids), row.max_new_tokens) == (context, 0), "only the prompt is read"
     assert refusal(session, prompt=[5] * (context + 1), max_tokens=0) == (400, "prompt")
