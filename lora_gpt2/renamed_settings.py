@@ -1,4 +1,4 @@
-"""Settings and cleaning rules that had other names before: refused in recipes, read in stored manifests."""
+"""Settings and cleaning rules of earlier versions: refused in recipes, read in stored manifests."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ RENAMED = {
     "train.warmup_share": "train.warmup_fraction",
 }
 """From the old dotted key of a setting to its present one."""
+REMOVED = {"data.special_tokens": "tokens that were added to a base are tokens in every text"}
+"""From the dotted key of a setting that is none any more to the reason."""
 RENAMED_RULES = {"line_ends": "newlines", "personal": "pii", "spaces": "whitespace"}
 """From the old name of a cleaning rule (`data.rules`) to its present one."""
 
@@ -37,7 +39,8 @@ RENAMED_RULES = {"line_ends": "newlines", "personal": "pii", "spaces": "whitespa
 def upgrade_section(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a section, as a manifest has stored them, under their present names."""
     names = {old: new for old, new in RENAMED.items() if old.startswith(f"{section}.")}
-    upgraded = {names.get(f"{section}.{key}", key).rpartition(".")[2]: value for key, value in values.items()}
+    kept = {key: value for key, value in values.items() if f"{section}.{key}" not in REMOVED}
+    upgraded = {names.get(f"{section}.{key}", key).rpartition(".")[2]: value for key, value in kept.items()}
     if isinstance(rules := upgraded.get("rules"), Mapping):
         upgraded["rules"] = {RENAMED_RULES.get(name, name): mode for name, mode in rules.items()}
     return upgraded

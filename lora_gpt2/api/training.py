@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_gpt2.api.arguments import Settings, Source, check_keywords, choose_reporter, make_recipe, to_sources
 from lora_gpt2.core.errors import UsageError
+from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.data.prepared import SPLITS, prepare_data
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.model.checkpoint import Checkpoint
@@ -305,8 +308,8 @@ def prepare(
 
     Returns:
         A data set with the splits `train`, `validation` and `test` (those that are not empty), a row for each block:
-        `input_ids` and `labels`, both `[block_size]`, where `labels[i]` is the token that follows `input_ids[i]`, and
-        -100 where there is no loss; with `data.layout=packed` also `position_ids`.
+        `input_ids` and `labels`, both `[block_size]`, as models and `Trainer` of transformers take them: they shift
+        the labels themselves. -100 is where there is no loss; with `data.layout=packed` there are `position_ids` too.
     """
     import datasets
 
@@ -320,7 +323,9 @@ def prepare(
         blocks = getattr(prepared, split)
         if blocks.num_blocks:
             rows = blocks.read(range(blocks.num_blocks))
-            columns = {"input_ids": rows.inputs, "labels": rows.targets}
+            labels = np.roll(rows.targets, 1, axis=1)  # what follows the last token of a block is left out
+            labels[:, 0] = IGNORE
+            columns = {"input_ids": rows.inputs, "labels": labels}
             columns |= {} if rows.positions is None else {"position_ids": rows.positions}
             found[split] = datasets.Dataset.from_dict(columns)
     return datasets.DatasetDict(found)

@@ -76,7 +76,6 @@ def prepare_data(
         UsageError: a rule or an encoding does not exist.
         ResourceError: the folder cannot be written, a package is missing, or the hub cannot be reached.
     """
-    tokenizer = tokenizer.with_special(settings.special_tokens)
     check_sources(settings)
     sources = _find_split_sources(settings)
     with wrap_os_errors("read the sources"):
@@ -97,8 +96,7 @@ def open_prepared(folder: Path, settings: DataSettings, tokenizer: Tokenizer) ->
     """Returns the blocks in a folder that `prepare_data` made with these settings; else raises `CorruptError`."""
     if (report := _read_report(folder)) is None:
         raise CorruptError(f"{folder} is not whole", "prepare the text again")
-    vocab_size = tokenizer.with_special(settings.special_tokens).vocab_size
-    blocks = {split: open_blocks(folder, split, settings.block_size, vocab_size) for split in SPLITS}
+    blocks = {split: open_blocks(folder, split, settings.block_size, tokenizer.vocab_size) for split in SPLITS}
     return PreparedData(path=folder, fingerprint=folder.name, report=report, **blocks)
 
 

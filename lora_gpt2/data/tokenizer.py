@@ -1,13 +1,14 @@
 """Byte-level BPE as GPT-2 has it, through the `tokenizers` library alone: no torch, no templates, ready in 50 ms.
 
-Special tokens inside text are ordinary characters, unless a setting says otherwise for those that were added to a base;
-EOS is added only by us, as a number. Tokens that were added to a base decode to their text, as in transformers.
+Tokens that were added to a base's vocabulary are tokens wherever a text has them, special ones included, as in
+transformers. EOS alone is ordinary characters inside text: it is added only by us, as a number.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,30 +20,27 @@ from tokenizers import decoders, models, pre_tokenizers
 from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.memory import check_room
+from lora_gpt2.core.strict_json import load_json
 
 EOS = "<|endoftext|>"
 ROOM_BYTES = 2**25  # the backend ends the process where it runs out of memory
 
 
 class Tokenizer:
-    """Text to token ids and back, for one base; `reads_special` finds added special tokens, but EOS, in text."""
+    """Text to token ids and back, for one base."""
 
-    def __init__(self, backend: BackendTokenizer, eos_id: int, reads_special: bool = False) -> None:
-        backend.encode_special_tokens = not reads_special
+    def __init__(self, backend: BackendTokenizer, eos_id: int) -> None:
+        added = backend.get_added_tokens_decoder()
+        self._ends = {EOS, added[eos_id].content} if eos_id in added else {EOS}
+        self._has_special = any(token.special and token.content not in self._ends for token in added.values())
+        backend.encode_special_tokens = not self._has_special
         backend.no_truncation()
         backend.no_padding()
-        self.backend = backend
-        self.eos_id, self.reads_special = eos_id, reads_special
+        self.backend, self.eos_id = backend, eos_id
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Goes to another process as its vocabulary alone: how special tokens are read does not survive a copy."""
-        return _rebuild, (self.backend.to_str(), self.eos_id, self.reads_special)
-
-    def with_special(self, reads_special: bool) -> Tokenizer:
-        """Returns a tokenizer of the same vocabulary that reads added special tokens in text as tokens, or as text."""
-        if reads_special == self.reads_special:
-            return self
-        return _rebuild(self.backend.to_str(), self.eos_id, reads_special)
+        return _rebuild, (self.backend.to_str(), self.eos_id)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -69,7 +67,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text; raises `DataError` for lone surrogates, which no UTF-8 text has."""
-        if self.reads_special and any(EOS in text for text in texts):
+        if self._has_special and any(end in text for text in texts for end in self._ends):
             return [self._encode_around_eos(text) for text in texts]
         check_room(ROOM_BYTES)
         try:
@@ -80,9 +78,16 @@ class Tokenizer:
 
     def _encode_around_eos(self, text: str) -> list[int]:
         """Returns the token ids of a text in which EOS, which only we set, stays a text among special tokens."""
-        plain = self.with_special(False).encode(EOS)
-        first, *others = (self.encode_batch([part])[0] for part in text.split(EOS))
-        return [*first, *(token for ids in others for token in [*plain, *ids])]
+        parts = re.split("|".join(f"({re.escape(end)})" for end in sorted(self._ends)), text)
+        encoded = ((self._plain_ends[part] if part in self._ends else self.encode(part)) for part in parts if part)
+        return [token for ids in encoded for token in ids]
+
+    @cached_property
+    def _plain_ends(self) -> dict[str, list[int]]:
+        """The token ids of EOS as ordinary characters."""
+        backend = BackendTokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return {end: backend.encode(end, add_special_tokens=False).ids for end in self._ends}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -110,8 +115,8 @@ class Tokenizer:
         return tokens, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
-def _rebuild(backend: str, eos_id: int, reads_special: bool) -> Tokenizer:
-    return Tokenizer(BackendTokenizer.from_str(backend), eos_id, reads_special)
+def _rebuild(backend: str, eos_id: int) -> Tokenizer:
+    return Tokenizer(BackendTokenizer.from_str(backend), eos_id)
 
 
 class TextStream:
@@ -141,6 +146,9 @@ def byte_alphabet() -> dict[str, int]:
 def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
     """Loads `tokenizer.json`, or `vocab.json` and `merges.txt`, from a base's folder.
 
+    EOS is what `tokenizer_config.json` calls so, else `<|endoftext|>`, else `eos_id`, which the model's configuration
+    gives: that is often left at its default, which in another vocabulary is any word.
+
     Raises:
         NotFoundError: the folder holds neither.
         CorruptError: the files are not a byte-level BPE.
@@ -161,5 +169,19 @@ def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
     if not isinstance(backend.model, models.BPE) or backend.get_vocab_size(with_added_tokens=False) < 256:
         raise CorruptError(f"the tokenizer in {folder} is not GPT-2's byte-level BPE", hint)
     backend.post_processor = None
-    eos = backend.token_to_id(EOS)
-    return Tokenizer(backend, eos_id if eos is None else eos)
+    found = (backend.token_to_id(name) for name in (_read_eos(folder), EOS) if name)
+    return Tokenizer(backend, next((index for index in found if index is not None), eos_id))
+
+
+def _read_eos(folder: Path) -> str:
+    """Returns what a tokenizer's own settings call EOS, or ""."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            values = load_json((folder / name).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        token = values.get("eos_token") if isinstance(values, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    return ""

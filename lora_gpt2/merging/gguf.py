@@ -79,14 +79,15 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
     tokens += padding
     kinds = [gguf.TokenType.NORMAL] * len(tokens)
     kinds[len(kinds) - len(padding) :] = [gguf.TokenType.UNUSED] * len(padding)
-    kinds[config.eos_id] = gguf.TokenType.CONTROL
+    eos_id = base.tokenizer.eos_id
+    kinds[eos_id] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(config.eos_id)
-    writer.add_eos_token_id(config.eos_id)
+    writer.add_bos_token_id(eos_id)
+    writer.add_eos_token_id(eos_id)
     named = {name_tensor(name): tensor.mT if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()}
     named.setdefault("output.weight", named["token_embd.weight"])
     arrays: dict[str, Any] = {}

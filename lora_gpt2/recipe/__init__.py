@@ -27,7 +27,7 @@ from lora_gpt2.recipe.training import (
     TrainSettings,
     TuneSettings,
 )
-from lora_gpt2.renamed_settings import RENAMED
+from lora_gpt2.renamed_settings import REMOVED, RENAMED
 
 __all__ = ["BLOCKS", "LoraSettings", "PreferenceSettings", "Target", "TrainSettings", "TuneSettings"]
 """What is imported from here and defined in `recipe/training.py`."""
@@ -64,8 +64,6 @@ class DataSettings(Section):
     """Template of a prompt that precedes the document and is masked from the loss, such as "Q: {question}\\nA:"."""
     separator: str = ""
     """Text up to the first occurrence of this separator is the prompt, which is masked from the loss."""
-    special_tokens: bool = False
-    """Encode special tokens that were added to the base's tokenizer as tokens; otherwise they are plain text."""
     skip_bad: bool = False
     """Skip records that cannot be read, logging where and why, instead of stopping."""
     dataset_config: str = ""
@@ -332,7 +330,7 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         key = shorten(".".join(str(part) for part in first["loc"] if not isinstance(part, int)))
         if first["type"] == "extra_forbidden":
             new = RENAMED.get(key)
-            hint = f"it is called {new} now" if new else suggest(key, list_keys())
+            hint = f"it is called {new} now" if new else REMOVED.get(key) or suggest(key, list_keys())
             raise RecipeError(f"{where}: there is no setting '{key}'", hint) from error
         reason = first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], Section | Mapping) else f", found {show_value(first['input'])}"

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import GPT2LMHeadModel
 
 import lora_gpt2 as lg
 from lora_gpt2.api.arguments import make_recipe, to_source, to_sources
+from lora_gpt2.core.console import LoggingReporter
 from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, RecipeError, UsageError
+from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.data.read.texts import keep_texts
+from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.model.scoring import token_nll
 from lora_gpt2.recipe_files import EVERYDAY, load_recipe, set_values
 from lora_gpt2.store.catalog import Store
@@ -377,9 +381,27 @@ def test_prepared_blocks_are_a_data_set(texts, base_folder):
     found = lg.prepare(texts, base=str(base_folder), block_size=16, progress=False)
     row = found["train"][0]
     assert len(row["input_ids"]) == len(row["labels"]) == 16
-    assert row["labels"][:-1] == row["input_ids"][1:]
+    assert (row["labels"][0], row["labels"][1:]) == (-100, row["input_ids"][1:])
     packed = lg.prepare(texts, base=str(base_folder), settings={"data.layout": "packed"}, block_size=64, progress=False)
     assert "position_ids" in packed["train"].column_names
+
+
+@pytest.mark.parametrize("layout", ["concat", "packed"])
+def test_prepared_blocks_have_the_loss_in_transformers_that_they_have_here(texts, base_folder, layout):
+    """Its models shift labels themselves: labels that are shifted already would train to predict two tokens ahead."""
+    records = [{"text": text[20:], "prompt": text[:20]} for text in texts]
+    settings = {"data.layout": layout, "data.prompt": "{prompt}"}
+    found = lg.prepare(records, base=str(base_folder), settings=settings, block_size=32, progress=False)["train"]
+    model = GPT2LMHeadModel.from_pretrained(base_folder).eval()
+    row = {name: torch.tensor([found[1][name]]) for name in found.column_names}
+    loss = model(**row).loss.item()
+    other = {"data.sources": [str(keep_texts(records))]}
+    recipe = make_recipe(settings, "train", {"block_size": 32}, other)
+    block = prepare_data(recipe.data, load_tokenizer(base_folder, 0), LoggingReporter()).train.read([1])
+    targets = torch.from_numpy(block.targets.astype("int64"))
+    targets[:, -1] = -100
+    logits = model(**{name: row[name] for name in row if name != "labels"}).logits
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits[0], targets[0]).item(), rel=1e-6)
 
 
 def test_keywords_are_the_everyday_settings_of_the_command_line():

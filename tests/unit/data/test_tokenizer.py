@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
+import lora_gpt2
 from lora_gpt2.core.errors import CorruptError, DataError, MismatchError, NotFoundError
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.data.prepared import prepare_data
@@ -107,18 +108,29 @@ def test_added_tokens_decode_as_transformers_decodes_them(grown):
     )
 
 
-def test_added_special_tokens_are_text_unless_they_are_asked_for(grown):
+def test_added_special_tokens_are_tokens_in_any_text_and_eos_is_none(grown):
     folder, theirs = grown
     ours = load_tokenizer(folder, 0)
-    text = f"the <|user|> asks {EOS} now<|bot|>"
-    special = {theirs.convert_tokens_to_ids(token) for token in ("<|user|>", "<|bot|>")}
-    assert not special & set(ours.encode(text))
-    reading = pickle.loads(pickle.dumps(ours.with_special(True)))
-    assert special <= set(reading.encode(text))
-    assert ours.eos_id not in reading.encode(text), "EOS is only ever set by us"
-    assert reading.decode(reading.encode(text)) == ours.decode(ours.encode(text)) == text
-    assert reading.encode("the cat") == ours.encode("the cat")
-    assert reading.fingerprint == ours.fingerprint
+    for reading in (ours, pickle.loads(pickle.dumps(ours))):
+        assert reading.encode("the <|user|> asks<|bot|>") == theirs("the <|user|> asks<|bot|>")["input_ids"]
+        text = f"the <|user|> asks {EOS} now<|bot|>{EOS}"
+        assert reading.eos_id not in reading.encode(text), "EOS is only ever set by us"
+        assert reading.decode(reading.encode(text)) == text
+        assert {theirs.convert_tokens_to_ids(token) for token in ("<|user|>", "<|bot|>")} <= set(reading.encode(text))
+        assert reading.fingerprint == ours.fingerprint
+
+
+def test_eos_is_what_the_tokenizers_own_settings_call_so(base_folder, tmp_path):
+    theirs = GPT2TokenizerFast.from_pretrained(base_folder)
+    theirs.add_special_tokens({"eos_token": "<end>", "additional_special_tokens": ["<|user|>"]})
+    theirs.save_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path, 5)
+    assert ours.eos_id == theirs.eos_token_id == theirs.convert_tokens_to_ids("<end>")
+    text = f"<|user|> a <end> b {EOS} c"
+    assert not {ours.eos_id, theirs.bos_token_id} & set(ours.encode(text))
+    assert ours.decode(ours.encode(text)) == text
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    assert load_tokenizer(tmp_path, 5).eos_id == theirs.bos_token_id, "GPT-2's own name for it"
 
 
 def test_the_fingerprint_covers_added_tokens_and_is_as_it_was_without_any(grown, base_folder):
@@ -129,15 +141,21 @@ def test_the_fingerprint_covers_added_tokens_and_is_as_it_was_without_any(grown,
     assert plain.fingerprint == was
 
 
-def test_special_tokens_of_a_base_are_trained_on_where_the_setting_says_so(grown, tmp_path, reporter):
+def test_special_tokens_of_a_base_are_the_same_in_training_evaluation_and_generation(grown, tmp_path, reporter):
     folder, theirs = grown
     path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps({"text": f"<|user|>the {n}<|bot|>cat {n}"}) + "\n" for n in range(40)))
-    tokenizer, user = load_tokenizer(folder, 0), theirs.convert_tokens_to_ids("<|user|>")
-    for wanted in (False, True):
-        settings = DataSettings(sources=(str(path),), block_size=16, special_tokens=wanted)
-        prepared = prepare_data(settings, tokenizer, reporter)
-        assert (user in prepared.train.stream) is wanted
+    texts = [f"<|user|>the {n}<|bot|>cat {n}" for n in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepared = prepare_data(DataSettings(sources=(str(path),), block_size=16), load_tokenizer(folder, 0), reporter)
+    assert theirs.convert_tokens_to_ids("<|user|>") in prepared.train.stream
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    ids = torch.tensor([[theirs.convert_tokens_to_ids(EOS), *theirs(texts[0])["input_ids"]]])
+    expected = model(ids, labels=ids).loss.item()
+    ours = lora_gpt2.load(str(folder), dtype="float32")
+    score = ours.perplexity(texts[0])
+    assert (score.tokens, score.nll_nats_per_token) == (ids.shape[1] - 1, pytest.approx(expected, rel=1e-5))
+    longer = model.generate(ids[:, 1:], max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert ours.generate(texts[0], temperature=0, max_new_tokens=5).text == theirs.decode(longer[0, ids.shape[1] - 1 :])
 
 
 @pytest.mark.parametrize("number", [300, 2**20, 2**31])
