@@ -38,7 +38,8 @@ from lora_gpt2.model.merge import MergeRule
 from lora_gpt2.model.probe import AdapterSelector, compute_logits, measure_difference, select_base
 from lora_gpt2.model.quantize import QuantizedLinear
 from lora_gpt2.model.runtime import DTYPES
-from lora_gpt2.model.stored_weights import StoredWeights, list_weight_files
+from lora_gpt2.model.stored_weights import StoredWeights
+from lora_gpt2.model.weight_files import list_weight_files
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
 from lora_gpt2.store.references import BASE
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.core.user_files import read_user_text
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.model.config import GPT2Config, parse_config
+from lora_gpt2.model.weight_files import has_own_head
 
 BUNDLED = Path(__file__).parent.parent / "bases"
 HUB_NAMES = {
@@ -34,6 +35,8 @@ HUB_FILES = [
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
 ]
 MAX_CONFIG_BYTES = 2**20
 OFFLINE_HINT = (
@@ -117,7 +120,10 @@ class Checkpoint:
     def read(cls, folder: Path) -> Checkpoint:
         """Returns the checkpoint in a folder; raises as `open`."""
         values = _read_json(folder)
-        return cls(folder, values, parse_config(values, str(folder / "config.json")))
+        config = parse_config(values, str(folder / "config.json"))
+        if config.tie_word_embeddings and has_own_head(folder):
+            config = replace(config, tie_word_embeddings=False)
+        return cls(folder, values, config)
 
     def load_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; raises as `load_tokenizer`."""

@@ -19,40 +19,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_gpt2.core.dirs import find_cache_dir
-from lora_gpt2.core.errors import CorruptError, NotFoundError
+from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.core.files import write_atomic
 from lora_gpt2.core.fingerprint import FINGERPRINT_DIGITS, canonical_json, fingerprint_json
 from lora_gpt2.core.memory import is_out_of_memory
-from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.model.checkpoint import Checkpoint
+from lora_gpt2.model.weight_files import HEAD, list_weight_files
 
 FINGERPRINT = re.compile(rb"[0-9a-f]{%d}" % FINGERPRINT_DIGITS)
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 MAPPED_BYTES = 2**25
 """How much is read of a file before it is mapped anew: what was read of a mapping counts as this process's memory."""
-
-
-def list_weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a checkpoint: one, or the shards of its index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickled = (
-            " (pytorch_model.bin is a pickle, which may run code)" if (folder / "pytorch_model.bin").exists() else ""
-        )
-        raise NotFoundError(
-            f"{folder} has no model.safetensors{pickled}",
-            "save it again with transformers: model.save_pretrained(folder, safe_serialization=True)",
-        )
-    try:
-        names = sorted(set(load_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CorruptError(f"{index} is not a list of shards", "copy the checkpoint again") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise CorruptError(f"{index} names the shard {name!r}, which is not in the folder", "copy it again")
-    return [folder / name for name in names]
 
 
 class _Entry(NamedTuple):
@@ -76,7 +53,7 @@ class StoredWeights:
             with _open(path) as file:
                 for key in file.keys():  # noqa: SIM118
                     name = key.removeprefix("transformer.")
-                    if not BUFFERS.fullmatch(name) and not (is_tied and name == "lm_head.weight"):
+                    if not BUFFERS.fullmatch(name) and not (is_tied and name == HEAD):
                         entries.append(_Entry(name, path, key))
                         self.shapes[name] = tuple(file.get_slice(key).get_shape())
         self._entries = sorted(entries)

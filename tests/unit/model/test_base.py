@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.model import runtime
@@ -35,6 +36,23 @@ def test_an_untied_head_is_used(tmp_path, base_folder):
     base = load_base(str(untied), FLOAT32)
     assert torch.equal(base.model.head, head)
     assert not torch.equal(logits(untied), logits(base_folder))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_head_of_its_own_is_used_whatever_the_configuration_says_of_ties(tmp_path, base_folder, shards):
+    """As transformers reads it: only a head that equals the embeddings is a copy of them."""
+    folder = make_base_folder(tmp_path / "own", tied=False, shards=shards)
+    expected = logits(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert torch.equal(logits(folder), expected)
+    tokens = torch.arange(10)[None]
+    assert torch.allclose(GPT2LMHeadModel.from_pretrained(folder).eval()(tokens).logits[0], expected, atol=1e-5)
+    if shards == 1:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+        save_file(tensors, folder / "model.safetensors")
+        assert Checkpoint.read(folder).config.tie_word_embeddings
 
 
 def test_six_layers_load(tmp_path):
