@@ -18,7 +18,7 @@ from lora_gpt2.data.read.texts import Texts, keep_texts
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import EVERYDAY, build_from_values, check_agreement, check_read, set_values
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import FetchedAdapter, fetch_adapter, is_foreign
+from lora_gpt2.store.fetch import FetchedAdapter, fetch_adapter, is_foreign
 
 Settings = Mapping[str, Any] | Recipe | None
 """Settings without a keyword: by their dotted keys, such as `{"train.max_grad_norm": 0.5}`, or a whole recipe."""
@@ -42,6 +42,9 @@ def make_recipe(
 
     Raises `RecipeError` that names the setting and the nearest valid one, and `UsageError` for one of another function.
     """
+    if settings is not None and not isinstance(settings, Recipe | Mapping):
+        hint = "pass a mapping such as {'lora.rank': 8, 'train.max_grad_norm': 0.5}, or a Recipe"
+        raise UsageError(f"settings are no {type(settings).__name__}", hint)
     if isinstance(settings, Recipe):
         values = settings.model_dump(exclude_unset=True)
     else:

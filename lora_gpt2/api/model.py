@@ -37,6 +37,7 @@ from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import GenerateSettings, Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import parse_adapter
+from lora_gpt2.store.fetch import FetchedAdapter, fetch_adapter
 from lora_gpt2.store.references import label_of
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def load(
     session.load([name for mix in mixes for name in session.resolve(mix).references][: recipe.serve.max_slots])
     model.adapters += [reference for mix in mixes for reference in mix.references]
     for name, source in foreign.items():
-        model.add_adapter(name, parse_adapter(source, session.base))
+        model.add_adapter(name, source)
     return model
 
 
@@ -119,8 +120,21 @@ class Model:
         """Folder of the base, with the tokenizer that transformers' `AutoTokenizer` loads."""
         return self.session.base.folder
 
-    def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter in memory under a name, which goes before one of the store's with the same name."""
+    def add_adapter(self, name: str, adapter: Adapter | FetchedAdapter | str | Path) -> None:
+        """Adds an adapter in memory under a name, which goes before one of the store's with the same name.
+
+        Args:
+            name: what it is called from now on.
+            adapter: an adapter, or a folder that PEFT saved, an archive or a hub id.
+
+        Raises what `load` does.
+        """
+        if isinstance(adapter, str | Path):
+            adapter = fetch_adapter(str(adapter))
+        if isinstance(adapter, FetchedAdapter):
+            adapter = parse_adapter(adapter, self.session.base, self.reporter)
+        if not isinstance(adapter, Adapter):
+            raise UsageError(f"an adapter is expected, found {type(adapter).__name__}", "pass a folder that PEFT saved")
         self._in_memory[check_name(name)] = adapter
         for session in (self.session, self._measuring):
             if session is not None:

@@ -96,6 +96,16 @@ OPTIONS = {
     "max-grad-norm": "--set train.max_grad_norm=N",
     "lr-scheduler-type": "--set train.schedule=NAME",
     "gradient-checkpointing": "--set train.gradient_checkpointing=true",
+    "lr": "--learning-rate",
+    "gradient-accumulation": "--batch-size",
+    "eval-batch-size": "--set evaluate.batch_tokens=N",
+    "per-device-eval-batch-size": "--set evaluate.batch_tokens=N",
+    "layers-to-transform": "--set lora.first_layer=N",
+    "early-stopping-patience": "--set train.patience=N",
+    "load-best-model-at-end": "--set train.keep_best=true",
+    "lora-plus-lr-ratio": "--set train.loraplus_lr_ratio=N",
+    "packing": "--set data.layout=packed",
+    "random-state": "--seed",
     "logging-steps": "--set train.validate_every=N",
     "eval-steps": "--set train.validate_every=N",
     "save-steps": "--set train.checkpoint_every=N",
@@ -165,6 +175,34 @@ OPTIONS = {
     "format": "--json",
 }
 """Options of the same tools, in lower case with `-` for `_`."""
+UNSUPPORTED = {
+    "use_dora": "DoRA is imported, and not trained here",
+    "use_qalora": "only LoRA, rsLoRA and PiSSA are trained here",
+    "bias": "an adapter changes the projections and the head alone, no biases",
+    "modules_to_save": "an adapter changes the projections and the head alone (lora.targets)",
+    "trainable_token_indices": "an adapter changes the projections and the head alone (lora.targets)",
+    "alpha_pattern": "alpha is one for all targets; ranks differ with lora.rank_pattern",
+    "task_type": "every adapter is of a causal language model",
+    "fan_in_fan_out": "it follows from the base",
+    "adam_beta1": "AdamW's betas are 0.9 and 0.999",
+    "adam_beta2": "AdamW's betas are 0.9 and 0.999",
+    "adam_epsilon": "AdamW's epsilon is 1e-8",
+    "optim": "the optimizer is AdamW",
+    "optimizer": "the optimizer is AdamW",
+}
+"""Settings of PEFT and Trainer that are none here, by their last parts, and why."""
+
+
+def explain_setting(key: str) -> str:
+    """Returns what a setting of another tool is here, such as `train.lr`, or why it is none; "" if it is not known."""
+    name = key.rpartition(".")[2]
+    if name in UNSUPPORTED:
+        return UNSUPPORTED[name]
+    option = find_option(name)
+    words = option.split()
+    if len(words) == 2 and words[0] == "--set":
+        return f"it is {words[1].partition('=')[0]} here"
+    return f"it is {option} here" if option.startswith("--") else option
 
 
 def find_option(name: str) -> str:

@@ -5,6 +5,7 @@ Never imports torch, so that preparing text does not pay for it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,9 +40,7 @@ HUB_FILES = [
     "special_tokens_map.json",
 ]
 MAX_CONFIG_BYTES = 2**20
-OFFLINE_HINT = (
-    "use --base nano (bundled), or a folder with config.json and model.safetensors copied from another machine"
-)
+OFFLINE_HINT = "copy its folder (config.json, model.safetensors, tokenizer.json) from another machine: --base FOLDER"
 
 
 def list_bundled() -> list[str]:
@@ -74,6 +73,13 @@ def name_everywhere(name: str) -> str:
     """Returns the name of a base by which it is found from any folder: that of one on disk becomes its whole path."""
     is_known = name in list_bundled() or not Path(name).is_dir()
     return name if is_known else str(Path(name).resolve())
+
+
+def shorten_base_name(name: str) -> str:
+    """Returns the short name of a base that a folder of ours or a hub id names, else the name as it is."""
+    bundled = {str(BUNDLED / short): short for short in list_bundled()}
+    known = bundled | {identifier: short for short, identifier in HUB_NAMES.items()}
+    return known.get(name) or known.get(os.path.abspath(name)) or name
 
 
 def locate_for_peft(name: str) -> str:

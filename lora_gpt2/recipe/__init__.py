@@ -16,6 +16,7 @@ from lora_gpt2.core.errors import RecipeError
 from lora_gpt2.core.printable import shorten, show_value
 from lora_gpt2.core.section import Section
 from lora_gpt2.core.suggest import suggest
+from lora_gpt2.core.synonyms import explain_setting
 from lora_gpt2.recipe.training import (
     BLOCKS,
     Fraction,
@@ -329,12 +330,16 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         first = error.errors()[0]
         key = shorten(".".join(str(part) for part in first["loc"] if not isinstance(part, int)))
         if first["type"] == "extra_forbidden":
-            new = RENAMED.get(key)
-            hint = f"it is called {new} now" if new else REMOVED.get(key) or suggest(key, list_keys())
-            raise RecipeError(f"{where}: there is no setting '{key}'", hint) from error
+            raise RecipeError(f"{where}: there is no setting '{key}'", _explain_unknown(key)) from error
         reason = first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], Section | Mapping) else f", found {show_value(first['input'])}"
         raise RecipeError(f"{where}: {key or 'recipe'}: {reason}{given}", describe_key(key)) from error
+
+
+def _explain_unknown(key: str) -> str:
+    if new := RENAMED.get(key):
+        return f"it is called {new} now"
+    return REMOVED.get(key) or explain_setting(key) or suggest(key, list_keys())
 
 
 def find_field(key: str) -> FieldInfo | None:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, NotFoundError
+from lora_gpt2.core.errors import IntegrityError, LoraGpt2Error, MismatchError, NotFoundError
 from lora_gpt2.core.printable import hide_paths
 
 LOG = logging.getLogger("lora_gpt2.serving")
@@ -24,12 +24,12 @@ ELSEWHERE = {
     "/api/chat": CONTINUES,
     "/api/generate": ": this is no ollama; POST /v1/completions with a prompt",
     "/generate": ": POST /v1/completions with a prompt",
-    "/completions": ": POST /v1/completions",
-    "/models": ": GET /v1/models",
-    "/api/tags": ": GET /v1/models",
-    "/v1/load_lora_adapter": ": POST /v1/adapters/load",
-    "/v1/unload_lora_adapter": ": POST /v1/adapters/unload",
-    "/health": ": GET /healthz",
+    "/completions": ": here it is POST /v1/completions",
+    "/models": ": here it is GET /v1/models",
+    "/api/tags": ": here it is GET /v1/models",
+    "/v1/load_lora_adapter": ": here it is POST /v1/adapters/load",
+    "/v1/unload_lora_adapter": ": here it is POST /v1/adapters/unload",
+    "/health": ": here it is GET /healthz",
 }
 """Routes of other servers, and what is asked here instead."""
 
@@ -54,7 +54,7 @@ def translate_error(error: LoraGpt2Error, param: str | None = None) -> ApiError:
     text = hide_paths(whole)
     if text != whole:
         LOG.warning("%s", whole)
-    if isinstance(error, NotFoundError):
+    if isinstance(error, NotFoundError | MismatchError):  # an adapter of another base is none of this server's models
         return ApiError(404, text, param, "model_not_found")
     if isinstance(error, IntegrityError):
         return ApiError(503, text, param, "adapter_unusable")

@@ -1,4 +1,4 @@
-"""Adapters from elsewhere and for elsewhere: PEFT folders, the hub, archives, loralib files.
+"""Adapters from elsewhere and for elsewhere: what was fetched (`fetch.py`) comes in, versions go out.
 
 What comes in is read by a closed schema, checked against its base and published like any training; what carries our
 manifest keeps its origin and is refused on any base but its own. What goes out holds every file of the version, so
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_gpt2.core.errors import ConflictError, CorruptError, NotFoundError, UsageError
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.files import (
-    read_regular,
     rename_path,
     sync_tree,
     temporary_dir,
@@ -25,61 +24,31 @@ from lora_gpt2.core.files import (
     write_atomic,
     write_file,
 )
-from lora_gpt2.core.hub import download, wrap_hub_errors
+from lora_gpt2.core.hub import wrap_hub_errors
 from lora_gpt2.core.names import check_name
-from lora_gpt2.data.successors import DRAFTER
 from lora_gpt2.model.base import Base
-from lora_gpt2.model.checkpoint import HUB_ID, HUB_NAMES, locate_for_peft
+from lora_gpt2.model.checkpoint import (
+    HUB_ID,
+    locate_for_peft,
+)
 from lora_gpt2.model.config import HEAD
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.probe import check_finite_logits
-from lora_gpt2.store.archive import pack_archive, read_archive
+from lora_gpt2.store.archive import pack_archive
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.fetch import ARCHIVES, FetchedAdapter
 from lora_gpt2.store.files import Origin, check_base, identify, publish_adapter
-from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS, Manifest, parse_manifest
+from lora_gpt2.store.manifest import CARD, MANIFEST, PEFT_CONFIG, WEIGHTS, Manifest
 from lora_gpt2.store.peft.config import parse_peft_config
-from lora_gpt2.store.peft.convert import convert_variant
+from lora_gpt2.store.peft.convert import Converted, convert_variant
 from lora_gpt2.store.peft.loralib import read_loralib
-from lora_gpt2.store.peft.tensors import from_peft, parse_peft, read_peft_files, to_peft
-from lora_gpt2.store.version import verify_hashes
+from lora_gpt2.store.peft.tensors import from_peft, parse_peft, to_peft
 
-ARCHIVES = (".tar.gz", ".tgz")
-LORALIB = (".pt", ".bin", ".pth")
+EXACT = 1e-4
+"""Relative error up to which a conversion is one of rounding."""
 REWRITTEN = (WEIGHTS, PEFT_CONFIG, CARD)
-HUB_FILES = (
-    WEIGHTS,
-    PEFT_CONFIG,
-    MANIFEST,
-    "metrics.jsonl",
-    "report.html",
-    "curve.png",
-    "training_text.bin",
-    DRAFTER,
-    CARD,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FetchedAdapter:
-    """An adapter that has been fetched and not yet looked into."""
-
-    where: str
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    manifest: Manifest | None = None
-    loralib: Path | None = None
-
-    def guess_base(self) -> str:
-        """Returns the base that the files name, if it is one that can be found; else ''."""
-        if self.manifest is not None:
-            return self.manifest.base.name
-        if self.loralib is not None:
-            return ""
-        name = parse_peft_config(self.files[PEFT_CONFIG], self.where).base_name
-        by_hub = {identifier: short for short, identifier in HUB_NAMES.items()}
-        known = name in HUB_NAMES or name in by_hub or HUB_ID.fullmatch(name) or Path(name, "config.json").is_file()
-        return by_hub.get(name, name) if known else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,87 +61,48 @@ class ImportedAdapter:
     max_logit_difference: float = 0.0
 
 
-def is_foreign(text: str) -> bool:
-    """True if a text names an adapter by its path, an archive or a hub id, and not by its name in a store."""
-    return "/" in text or os.sep in text or text.endswith((*ARCHIVES, *LORALIB))
-
-
-def fetch_adapter(source: str) -> FetchedAdapter:
-    """Reads a PEFT folder, an archive, a loralib file, or fetches a hub repository (`owner/name`).
-
-    Raises:
-        NotFoundError: there is no such thing, or it holds no adapter.
-        ResourceError: the hub cannot be reached.
-        CorruptError: an archive or a manifest in it is damaged.
-    """
-    path = Path(source)
-    if not source.strip():  # Path("") is the current folder
-        raise NotFoundError("the source has no name", "give a folder, a .tar.gz, a .pt file, or a hub id: owner/name")
-    if path.is_dir():
-        return _read_folder(path, source)
-    if path.is_file() and path.name.endswith(ARCHIVES):
-        files = read_archive(path)
-        for name in (WEIGHTS, PEFT_CONFIG):
-            if name not in files:
-                raise CorruptError(f"{source} holds no {name}", "make one with 'lora-gpt2 adapters export'")
-        return FetchedAdapter(where=source, files=files, manifest=_check_manifest(files, source))
-    if path.is_file() and path.name.endswith(LORALIB):
-        return FetchedAdapter(where=source, loralib=path)
-    if path.exists():
-        raise UsageError(f"{source} is neither a folder, an archive nor a .pt file", "give a folder that PEFT saved")
-    if HUB_ID.fullmatch(source):
-        hint = "copy the folder by hand and import that"
-        return _read_folder(
-            download(source, HUB_FILES, (WEIGHTS, PEFT_CONFIG), "the adapter", hint, refresh=True), source
-        )
-    raise NotFoundError(f"there is no {source}", "give a folder, a .tar.gz, a .pt file, or a hub id: owner/name")
-
-
-def _read_folder(path: Path, where: str) -> FetchedAdapter:
-    weights, config = read_peft_files(path)
-    files = {WEIGHTS: weights, PEFT_CONFIG: config}
-    if (path / MANIFEST).is_file():
-        with wrap_os_errors(f"read {path}"):
-            present = [name for name in HUB_FILES if (path / name).is_file()]
-            files |= {name: read_regular((path / name).resolve(), MAX_FILE_BYTES) for name in present}
-    return FetchedAdapter(where=where, files=files, manifest=_check_manifest(files, where))
-
-
-def _check_manifest(files: Mapping[str, bytes], where: str) -> Manifest | None:
-    """Returns our manifest among the files, whose hashes they must have; None if there is none.
-
-    The card may have been edited on the way, and a foreign manifest is ignored.
-    """
-    if b'"tokenizer_fingerprint"' not in files.get(MANIFEST, b""):
-        return None
-    try:
-        manifest = parse_manifest(files[MANIFEST])
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{where}: {MANIFEST} is damaged", "fetch it again") from error
-    present = [name for name in manifest.files if name in files and name != CARD]
-    verify_hashes(files, manifest, where, dict.fromkeys((WEIGHTS, PEFT_CONFIG, *present)))
-    return manifest
-
-
 def import_adapter(
-    source: FetchedAdapter, store: Store, name: str, base: Base, rank: int | None = None, alpha: float | None = None
+    source: FetchedAdapter,
+    store: Store,
+    name: str,
+    base: Base,
+    reporter: Reporter,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
 ) -> ImportedAdapter:
-    """Checks what was fetched and publishes it as the next version of `name`; `rank` is for conversions.
+    """Checks what was fetched and publishes it as the next version of `name`.
+
+    Args:
+        source: what was fetched.
+        store: where to publish.
+        name: of the adapter.
+        base: its base.
+        reporter: says what a conversion costs, and what speaks against the base.
+        rank: what DoRA is converted to.
+        alpha: of a loralib file.
 
     Raises:
         CorruptError, MismatchError: it is damaged, unsupported (the key is named), or of another base.
-        UsageError: a loralib file without `alpha`.
+        UsageError: a loralib file without `alpha`, or `rank` or `alpha` of what has its own.
     """
     check_name(name)
     provenance: dict[str, Any] = {"by": "import", "from": Path(source.where).name}
-    if source.manifest is not None:
-        check_base(source.manifest, identify(base))
+    _check_own_shape(source, rank, alpha)
     if source.loralib is not None:
         adapter, variant, error, difference = read_loralib(source.loralib, base.config, alpha), "loralib", 0.0, 0.0
     else:
-        adapter, variant, error, difference = _convert(source, base, rank)
+        found = _convert(source, base, reporter, rank)
+        adapter, variant, error, difference = (
+            found.adapter,
+            found.variant,
+            found.relative_error,
+            found.max_logit_difference,
+        )
     if variant != "lora":
         provenance |= {"variant": variant, "relative_error": error, "max_logit_difference": difference}
+    if source.manifest is None and source.loralib is None:
+        provenance |= {"base_named": source.named_base, "lora": _describe_lora(source)}
     old = source.manifest
     if old is None:
         origin = Origin(data={"sources": []}, provenance=provenance)
@@ -195,8 +125,8 @@ def import_adapter(
     )
 
 
-def parse_adapter(source: FetchedAdapter, base: Base) -> Adapter:
-    """Returns what was fetched as an adapter of the base, without publishing it; a conversion keeps its own rank.
+def parse_adapter(source: FetchedAdapter, base: Base, reporter: Reporter) -> Adapter:
+    """Returns what was fetched as an adapter of the base, without publishing it; `reporter` as for `import_adapter`.
 
     Raises:
         CorruptError, MismatchError: it is damaged, unsupported (the key is named), or of another base.
@@ -206,22 +136,47 @@ def parse_adapter(source: FetchedAdapter, base: Base) -> Adapter:
         raise UsageError(
             f"{source.where} does not say its alpha", "import it: lora-gpt2 adapters import FILE --name N --alpha A"
         )
-    if source.manifest is not None:
-        check_base(source.manifest, identify(base))
-    adapter = _convert(source, base, None)[0]
+    adapter = _convert(source, base, reporter, None).adapter
     check_finite_logits(base, adapter, source.where)
     return adapter
 
 
-def _convert(source: FetchedAdapter, base: Base, rank: int | None) -> tuple[Adapter, str, float, float]:
+def _check_own_shape(source: FetchedAdapter, rank: int | None, alpha: float | None) -> None:
+    """Raises `UsageError` for a rank or an alpha of an adapter that has its own."""
+    is_dora = source.loralib is None and parse_peft_config(source.files[PEFT_CONFIG], source.where).dora
+    if rank is not None and not is_dora:
+        raise UsageError(f"{source.where} has its own rank; --rank is what DoRA is converted to", "leave it out")
+    if alpha is not None and source.loralib is None:
+        raise UsageError(f"{source.where} has its own alpha; --alpha is that of a loralib file", "leave it out")
+
+
+def _describe_lora(source: FetchedAdapter) -> dict[str, Any]:
+    """Returns what PEFT's configuration says of the adapter's shape, for people."""
+    values = json.loads(source.files[PEFT_CONFIG])
+    keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules")
+    return {key: values[key] for key in keys if values.get(key)}
+
+
+def _convert(source: FetchedAdapter, base: Base, reporter: Reporter, rank: int | None) -> Converted:
+    if source.manifest is not None:
+        check_base(source.manifest, identify(base))
+    if doubt := source.describe_other_base(base):
+        reporter.message(f"{doubt}; on other weights an adapter means nothing")
     weights = {"head": lambda: base.model.head, "embeddings": lambda: base.model.wte.weight}
     content = parse_peft(
         source.files[WEIGHTS], source.files[PEFT_CONFIG], base.config, source.where, lambda name: weights[name]()
     )
     if not (content.spec.dora or content.spec.pissa):
-        return content.adapter, "lora", 0.0, 0.0
+        return Converted(adapter=content.adapter, variant="lora", relative_error=0.0, max_logit_difference=0.0)
     found = convert_variant(content, base, rank)
-    return found.adapter, found.variant, found.relative_error, found.max_logit_difference
+    if found.relative_error > EXACT:
+        ranks = [update.rank for update in found.adapter.updates.values()]
+        reporter.message(
+            f"{source.where} is DoRA, here plain LoRA of rank {max(ranks)}: {found.relative_error:.2%} of its update "
+            f"is lost, logits are within {found.max_logit_difference:.1e}; "
+            f"'adapters import {source.where} --name N --rank {base.config.n_embd}' makes it exact"
+        )
+    return found
 
 
 def export_adapter(store: Store, reference: str, out: Path, without_head: Base | None = None) -> Manifest:

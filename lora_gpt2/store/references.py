@@ -6,6 +6,7 @@ published under its name and version. Never imports torch.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from lora_gpt2.core.errors import UsageError
@@ -30,6 +31,9 @@ class AdapterRef:
         """Returns the reference that a text spells; raises `UsageError` if it is not one."""
         label, _, digest = text.partition("#")
         name, separator, version = label.partition("@")
+        if "/" in name or os.sep in name:
+            hint = "bring a folder that PEFT saved into the store: lora-gpt2 adapters import FOLDER --name N"
+            raise UsageError(f"'{name[:80]}' is a path, and no adapter of the store", hint)
         check_name(name)
         is_number = version.isdecimal() and version.isascii() and len(version) <= MAX_VERSION_DIGITS
         if separator and not is_number:

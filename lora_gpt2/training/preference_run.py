@@ -22,7 +22,7 @@ from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.rating.preferences import Preferences, read_preferences
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import is_foreign
+from lora_gpt2.store.fetch import is_foreign
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import Manifest
 from lora_gpt2.store.references import name_of

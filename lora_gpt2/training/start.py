@@ -41,7 +41,8 @@ from lora_gpt2.model.scoring import token_nll
 from lora_gpt2.recipe import LoraSettings, Recipe
 from lora_gpt2.renamed_settings import upgrade_section
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import FetchedAdapter, fetch_adapter, is_foreign, parse_adapter
+from lora_gpt2.store.exchange import parse_adapter
+from lora_gpt2.store.fetch import FetchedAdapter, fetch_adapter, is_foreign
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.lineage import find_parent
 from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS, Manifest, Parent
@@ -158,7 +159,7 @@ def build_start(slot: TrainingSlot, store: Store, base: Base, reporter: Reporter
     if is_foreign(lora.init_from):
         source = fetch_adapter(lora.init_from)
         parents = (_to_parent(source.manifest),) if source.manifest else ()
-        return _reshape(slot, base, parse_adapter(source, base), parents, source.where)
+        return _reshape(slot, base, parse_adapter(source, base, reporter), parents, source.where)
     manifest, adapter = load_adapter(store, lora.init_from, base)
     return _reshape(slot, base, adapter, (_to_parent(manifest),))
 

@@ -15,7 +15,8 @@ from lora_gpt2.model.checkpoint import Checkpoint, name_everywhere
 from lora_gpt2.model.stored_weights import fingerprint_base
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import is_foreign, read_version_files
+from lora_gpt2.store.exchange import read_version_files
+from lora_gpt2.store.fetch import is_foreign
 from lora_gpt2.store.manifest import MANIFEST, parse_manifest
 from lora_gpt2.training.mailbox import Files, read_folder, write_folder
 from lora_gpt2.training.replay import prepare_replay

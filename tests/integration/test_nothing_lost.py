@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.console import LoggingReporter, SilentReporter
 from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.inference.batch import hold_output
@@ -20,7 +20,8 @@ from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.answers import translate_error
 from lora_gpt2.serving.api import Server
-from lora_gpt2.store.exchange import export_adapter, fetch_adapter, import_adapter
+from lora_gpt2.store.exchange import export_adapter, import_adapter
+from lora_gpt2.store.fetch import fetch_adapter
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.training.checkpoint import RunFolder
 from tests.builders import make_adapter
@@ -65,13 +66,16 @@ def test_an_imported_folder_whose_pages_were_changed_is_refused(base, store, tmp
     pages = {"report.html": b"<p>ours</p>", "metrics.jsonl": b'{"step": 1}\n'}
     publish_adapter(store, "law", make_adapter(base.config), base, Origin(pages=pages))
     export_adapter(store, "law", tmp_path / "out")
-    assert import_adapter(fetch_adapter(str(tmp_path / "out")), store, "same", base).manifest.reference == "same@1"
+    assert (
+        import_adapter(fetch_adapter(str(tmp_path / "out")), store, "same", base, LoggingReporter()).manifest.reference
+        == "same@1"
+    )
     (tmp_path / "out" / name).write_bytes(b"<script>theirs</script>")
     with pytest.raises(CorruptError, match=f"{name} is not the file that was published") as caught:
         fetch_adapter(str(tmp_path / "out"))
     assert caught.value.exit_code == 5
     (tmp_path / "out" / name).unlink()
-    imported = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "less", base).manifest
+    imported = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "less", base, LoggingReporter()).manifest
     assert name not in imported.files
 
 
@@ -79,7 +83,7 @@ def test_a_page_of_a_stranger_is_not_taken_over(base, store, tmp_path):
     publish_adapter(store, "law", make_adapter(base.config), base, Origin())
     export_adapter(store, "law", tmp_path / "out")
     (tmp_path / "out" / "report.html").write_bytes(b"<script>theirs</script>")
-    manifest = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "law", base).manifest
+    manifest = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "law", base, LoggingReporter()).manifest
     assert "report.html" not in manifest.files
     assert not (store.resolve("law") / "report.html").exists()
 

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from lora_gpt2.core.console import LoggingReporter
 from lora_gpt2.core.errors import CorruptError
 from lora_gpt2.model import probe
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.store import files as store_files
-from lora_gpt2.store.exchange import fetch_adapter, import_adapter
+from lora_gpt2.store.exchange import import_adapter
+from lora_gpt2.store.fetch import fetch_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.peft.tensors import to_peft
 from tests.builders import make_adapter
@@ -42,7 +44,7 @@ def test_it_is_not_published_nor_imported(base, store, bad, tmp_path):
     for name, content in to_peft(bad, base.name, base.config).items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CorruptError, match="not finite"):
-        import_adapter(fetch_adapter(str(tmp_path)), store, "law", base)
+        import_adapter(fetch_adapter(str(tmp_path)), store, "law", base, LoggingReporter())
     assert store.list_names() == []
 
 

@@ -4,8 +4,10 @@ import click
 import pytest
 
 from lora_gpt2 import cli
-from lora_gpt2.core.synonyms import COMMANDS, OPTIONS, find_option
+from lora_gpt2.core.errors import RecipeError
+from lora_gpt2.core.synonyms import COMMANDS, OPTIONS, UNSUPPORTED, find_option
 from lora_gpt2.recipe import list_keys
+from lora_gpt2.recipe_files import build_from_values, set_values
 
 TYPED = {
     "transformers": ["train", "--num_train_epochs", "--learning_rate", "--per_device_train_batch_size", "--fp16"],
@@ -46,6 +48,29 @@ def test_every_word_for_an_option_leads_to_one_that_some_command_has():
             assert meant.split()[0] in options, word
         if meant.startswith("--set "):
             assert meant.split()[1].partition("=")[0] in list_keys(), word
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("train.lr", "it is --learning-rate here"),
+        ("train.per_device_train_batch_size", "it is --batch-size here"),
+        ("train.warmup_steps", "it is train.warmup_fraction here"),
+        ("lora.lora_alpha", "it is --alpha here"),
+        ("lora.use_dora", "DoRA is imported, and not trained here"),
+        ("lora.modules_to_save", "an adapter changes the projections and the head alone (lora.targets)"),
+        ("train.adam_beta2", "AdamW's betas are 0.9 and 0.999"),
+        ("train.stepz", "did you mean 'train.steps'?"),
+    ],
+)
+def test_settings_of_other_tools_are_explained(key, hint):
+    with pytest.raises(RecipeError) as caught:
+        build_from_values(set_values({}, {key: 1}), "settings")
+    assert caught.value.hint == hint
+
+
+def test_a_setting_that_is_said_to_be_none_is_none():
+    assert not {key.rpartition(".")[2] for key in list_keys()} & set(UNSUPPORTED)
 
 
 @pytest.mark.parametrize("tool", TYPED)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
+from lora_gpt2.core.console import LoggingReporter
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
@@ -19,7 +20,8 @@ from lora_gpt2.model.loss import fused_linear_cross_entropy
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, LoraSettings
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.exchange import export_adapter, fetch_adapter, import_adapter
+from lora_gpt2.store.exchange import export_adapter, import_adapter
+from lora_gpt2.store.fetch import fetch_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.store.peft.config import module_of
@@ -170,7 +172,7 @@ def test_what_export_writes_loads_with_autopeft_and_stays_right_when_weights_are
     wanted = our_logits(base, load_adapter(store, "law", base)[1], tokens)
     assert torch.allclose(loaded(tokens).logits, wanted, atol=1e-4)
     assert (loaded(tokens).logits - GPT2LMHeadModel.from_pretrained(base_folder)(tokens).logits).abs().max() > 0.1
-    again = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "again", base).manifest
+    again = import_adapter(fetch_adapter(str(tmp_path / "out")), store, "again", base, LoggingReporter()).manifest
     assert again.digest == store.read_manifest("law").digest
 
 
@@ -219,14 +221,14 @@ def test_saved_weights_of_the_base_are_accepted_where_they_are_the_bases_own(
     assert name in tensors, "PEFT saves it"
     source = fetch_adapter(str(tmp_path))
     store = Store(tmp_path / "store")
-    assert import_adapter(source, store, "same", base).manifest.reference == "same@1"
+    assert import_adapter(source, store, "same", base, LoggingReporter()).manifest.reference == "same@1"
     found = our_logits(base, load_adapter(store, "same", base)[1], tokens)
     assert torch.allclose(found, wrapped(tokens).logits, atol=1e-4)
     other = dict(tensors)
     other[name] = tensors[name] + 0.01 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
     save_file(other, tmp_path / WEIGHTS)
     with pytest.raises(MismatchError, match=f"{name} is not that of this base") as caught:
-        import_adapter(fetch_adapter(str(tmp_path)), store, "other", base)
+        import_adapter(fetch_adapter(str(tmp_path)), store, "other", base, LoggingReporter())
     assert caught.value.exit_code == 5
     assert "--base FOLDER" in caught.value.hint
 
@@ -240,7 +242,7 @@ def test_a_pickled_adapter_is_read_without_running_anything(base, theirs, tmp_pa
     (tmp_path / WEIGHTS).unlink()
     torch.save(tensors, tmp_path / "adapter_model.bin")
     store = Store(tmp_path / "store")
-    import_adapter(fetch_adapter(str(tmp_path)), store, "old", base)
+    import_adapter(fetch_adapter(str(tmp_path)), store, "old", base, LoggingReporter())
     found = our_logits(base, load_adapter(store, "old", base)[1], tokens)
     assert torch.allclose(found, wrapped(tokens).logits, atol=1e-4)
     torch.save({**tensors, "x": Path("/")}, tmp_path / "adapter_model.bin")

@@ -160,19 +160,20 @@ def _import(
 ) -> None:
     from lora_gpt2.model.base import load_base
     from lora_gpt2.model.runtime import choose_runtime
-    from lora_gpt2.store.exchange import fetch_adapter, import_adapter
+    from lora_gpt2.store.exchange import import_adapter
+    from lora_gpt2.store.fetch import fetch_adapter
 
     fetched = fetch_adapter(source)
     base_name = base or fetched.guess_base()
     if not base_name:
         raise UsageError(f"{source} does not name a base that can be found", "say it with --base, such as --base gpt2")
-    found = import_adapter(fetched, store, name, load_base(base_name, choose_runtime("float32")), rank, alpha)
+    loaded = load_base(base_name, choose_runtime("float32"))
+    found = import_adapter(fetched, store, name, loaded, reporter, rank=rank, alpha=alpha)
     row: dict[str, Any] = summarise(found.manifest) | {
         "variant": found.variant,
         "relative_error": found.relative_error,
         "max_logit_difference": found.max_logit_difference,
     }
-    cost = f", {found.relative_error:.2%} of its update lost, logits within {found.max_logit_difference:.1e}"
-    converted = f" from {found.variant}{cost if found.relative_error else ''}" if found.variant != "lora" else ""
+    converted = f" from {found.variant}" if found.variant != "lora" else ""
     emit({"adapter": row}, as_json, lambda: f"imported {found.manifest.reference} for {base_name}{converted}")
     suggest_next(reporter, "generate", SAMPLE_PROMPT, "--adapter", name, store=store)

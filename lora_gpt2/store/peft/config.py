@@ -62,9 +62,12 @@ OFF_VALUES: dict[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-OTHER_WEIGHTS = "it changes weights besides the projections and the head, which an adapter here cannot"
+OTHER_WEIGHTS = (
+    "an adapter here is low-rank updates of the projections and the head alone; make a base of it: PEFT's "
+    "merge_and_unload, then save_pretrained, and that folder with --base"
+)
 REASONS = {
-    "peft_type": "only LoRA is; export it with PEFT's convert_to_lora first",
+    "peft_type": "only LoRA is; convert it first, with PEFT's convert_to_lora where it can, or merge it into a base",
     "bias": OTHER_WEIGHTS,
     "lora_bias": OTHER_WEIGHTS,
     "modules_to_save": OTHER_WEIGHTS,
@@ -133,7 +136,7 @@ def parse_peft_config(content: bytes, where: str) -> PeftSpec:
     """
     location = f"{where}: {PEFT_CONFIG}"
     values = _parse_object(content, location)
-    for key, value in values.items():
+    for key, value in sorted(values.items(), key=lambda item: item[0] != "peft_type"):  # the method explains the rest
         if key in READ_KEYS or key in FREE_KEYS or (key in OFF_VALUES and value in OFF_VALUES[key]):
             continue
         if key in OFF_VALUES or value not in (None, False, {}, []):

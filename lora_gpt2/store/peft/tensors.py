@@ -178,7 +178,9 @@ def read_peft_files(folder: Path) -> tuple[bytes, bytes]:
     is_pickled = not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file()
     for name in (PICKLED if is_pickled else WEIGHTS, PEFT_CONFIG):
         if not (folder / name).is_file():
-            raise NotFoundError(f"{folder} has no {name}", "save it with PEFT's save_pretrained")
+            inside = sorted(str(path.parent) for path in folder.glob(f"*/{PEFT_CONFIG}"))
+            hint = f"adapters are in {', '.join(inside[:4])}" if inside else "save it with PEFT's save_pretrained"
+            raise NotFoundError(f"{folder} has no {name}", hint)
     with wrap_os_errors(f"read {folder}"):
         config = read_regular((folder / PEFT_CONFIG).resolve(), MAX_CONFIG_BYTES)
         if not is_pickled:

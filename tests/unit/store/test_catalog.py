@@ -63,7 +63,7 @@ def test_a_version_holds_the_agreed_files_with_their_hashes(base, store):
         ("lew", NotFoundError, "did you mean 'law'"),
         ("law@7", NotFoundError, "[1]"),
         ("law@x", UsageError, "legal@2"),
-        ("../law", UsageError, "1 to 64"),
+        ("../law", UsageError, "adapters import FOLDER"),
         (".hidden", UsageError, "1 to 64"),
         ("base", UsageError, "not 'base'"),
     ],

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import time
 import warnings
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load, save
 from transformers import GPT2LMHeadModel
 
+from lora_gpt2.core.console import LoggingReporter
 from lora_gpt2.core.errors import (
     ConflictError,
     CorruptError,
@@ -35,7 +37,8 @@ from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.store.archive import pack_archive, read_archive
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.compare import compare_adapters
-from lora_gpt2.store.exchange import export_adapter, fetch_adapter, import_adapter, push_adapter
+from lora_gpt2.store.exchange import export_adapter, import_adapter, parse_adapter, push_adapter
+from lora_gpt2.store.fetch import fetch_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import MANIFEST, PEFT_CONFIG, WEIGHTS
 from lora_gpt2.store.peft.tensors import to_peft
@@ -44,7 +47,7 @@ from tests.builders import make_adapter, make_base_folder, train_and_save
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from peft import LoraConfig, get_peft_model
+    from peft import IA3Config, LoraConfig, PrefixTuningConfig, VeraConfig, get_peft_model
 
 ORIGIN = Origin(
     data={"sources": ["a.txt"], "train_tokens": 7},
@@ -71,7 +74,7 @@ def train_in_peft(base_folder, base, folder, **options):
 
 
 def bring_in(source, store, base, name="in", **options):
-    return import_adapter(fetch_adapter(str(source)), store, name, base, **options)
+    return import_adapter(fetch_adapter(str(source)), store, name, base, LoggingReporter(), **options)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,70 @@ def test_what_peft_trained_computes_the_same_here(base, base_folder, store, tmp_
     assert (found.variant, found.relative_error) == ("pissa" if "pissa" in str(options) else "lora", 0.0)
 
 
+class Said(LoggingReporter):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
+
+
+def test_what_dora_loses_is_said_wherever_it_is_used(base, base_folder, tmp_path):
+    train_in_peft(base_folder, base, tmp_path / "peft", use_dora=True, r=2)
+    said = Said()
+    ranks = {
+        update.rank for update in parse_adapter(fetch_adapter(str(tmp_path / "peft")), base, said).updates.values()
+    }
+    assert (max(ranks), said.lines) == (16, []), "the base's width makes it exact"
+    source = fetch_adapter(str(tmp_path / "peft"))
+    found = import_adapter(source, Store(tmp_path / "store"), "rough", base, said, rank=2)
+    (line,) = said.lines
+    assert f"{found.relative_error:.2%} of its update is lost" in line
+    assert "--rank 16' makes it exact" in line
+
+
+def test_an_adapter_that_names_another_base_is_said_to(base, base_folder, store, tmp_path):
+    other = make_base_folder(tmp_path / "other", seed=5)
+    copied = shutil.copytree(base_folder, tmp_path / "copied")
+    same = dict.fromkeys((str(base_folder), str(copied), ""), "")
+    named = {**same, str(other): "whose weights are not those of", "acme/gpt2": "cannot be checked"}
+    for name, expected in named.items():
+        files = to_peft(make_adapter(base.config), name, base.config)
+        folder = tmp_path / "peft" / str(len(name))
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        for use in ("import", "parse"):
+            said = Said()
+            if use == "import":
+                import_adapter(fetch_adapter(str(folder)), store, "in", base, said)
+                assert store.read_manifest("in").provenance["base_named"] == name
+            else:
+                parse_adapter(fetch_adapter(str(folder)), base, said)
+            assert len(said.lines) == bool(expected), said.lines
+            assert expected in "".join(said.lines)
+
+
+def test_a_rank_or_an_alpha_of_what_has_its_own_is_refused(base, store, tmp_path):
+    for name, content in to_peft(make_adapter(base.config), "tiny", base.config).items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match="has its own rank"):
+        bring_in(tmp_path, store, base, rank=2)
+    with pytest.raises(UsageError, match="has its own alpha"):
+        bring_in(tmp_path, store, base, alpha=99.0)
+
+
+@pytest.mark.parametrize("config", [IA3Config(), PrefixTuningConfig(num_virtual_tokens=4), VeraConfig()])
+def test_another_method_than_lora_is_named(base, store, tmp_path, config):
+    files = to_peft(make_adapter(base.config), "tiny", base.config)
+    (tmp_path / WEIGHTS).write_bytes(files[WEIGHTS])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(MismatchError, match=f"peft_type = '{config.peft_type.value}' is not supported"):
+        bring_in(tmp_path, store, base)
+
+
 def test_dora_comes_in_as_its_best_approximation_with_the_error_stated(base, base_folder, store, tmp_path):
     theirs = train_in_peft(base_folder, base, tmp_path / "peft", use_dora=True)
     exact = bring_in(tmp_path / "peft", store, base, "exact", rank=64)
@@ -113,8 +180,8 @@ def test_dora_comes_in_as_its_best_approximation_with_the_error_stated(base, bas
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"bias": "all"}, "besides the projections and the head"),
-        ({"modules_to_save": ["wte"]}, "besides the projections and the head"),
+        ({"bias": "all"}, "merge_and_unload"),
+        ({"modules_to_save": ["wte"]}, "merge_and_unload"),
         ({"init_lora_weights": "olora"}, "wrongly"),
         ({"init_lora_weights": "pissa_niter_4"}, "random start"),
         ({"init_lora_weights": "loftq"}, "quantised base"),
@@ -329,6 +396,11 @@ def test_loralib_files_of_another_kind_are_refused(base, store, tmp_path):
 
 def test_sources_that_are_nothing_say_what_would_be(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"x")
+    (tmp_path / "out" / "law").mkdir(parents=True)
+    (tmp_path / "out" / "law" / PEFT_CONFIG).write_text("{}")
+    with pytest.raises(NotFoundError) as caught:
+        fetch_adapter(str(tmp_path / "out"))
+    assert caught.value.hint == f"adapters are in {tmp_path / 'out' / 'law'}"
     for source, error in (
         (tmp_path / "no", NotFoundError),
         (tmp_path / "x.zip", UsageError),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.console import LoggingReporter, SilentReporter
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.core.files import wrap_os_errors, write_file
 from lora_gpt2.inference.mix import Mix
@@ -25,7 +25,8 @@ from lora_gpt2.store.changes import (
     restore_adapter,
     roll_back,
 )
-from lora_gpt2.store.exchange import fetch_adapter, import_adapter
+from lora_gpt2.store.exchange import import_adapter
+from lora_gpt2.store.fetch import fetch_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from tests.builders import make_adapter
@@ -40,7 +41,9 @@ WORKS = {
     "restore": lambda store, base: restore_adapter(store, "gone"),
     "copy": lambda store, base: copy_adapter(store, "law", "twin"),
     "rename": lambda store, base: rename_adapter(store, "law", "right"),
-    "import": lambda store, base: import_adapter(fetch_adapter(str(store.folder_of("code") / "1")), store, "law", base),
+    "import": lambda store, base: import_adapter(
+        fetch_adapter(str(store.folder_of("code") / "1")), store, "law", base, LoggingReporter()
+    ),
     "merge": lambda store, base: merge_adapters(
         Session(base, store),
         Mix([("law", 0.5), ("code", 0.5)]),
