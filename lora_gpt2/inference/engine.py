@@ -60,16 +60,18 @@ class Engine:
         """Queues a sequence."""
         self.scheduler.waiting.append(sequence)
 
-    def stop(self, sequence: SequenceState, reason: str) -> None:
-        """Finishes a sequence as it is; it leaves at the next step."""
-        sequence.finish_reason = sequence.finish_reason or reason
+    def stop(self, sequence: SequenceState, reason: str) -> str:
+        """Finishes a sequence as it is; returns the text that was held back.
 
-    def stop_all(self, reason: str) -> list[SequenceState]:
-        """Finishes every sequence, running or waiting; returns them."""
-        stopped = self.scheduler.sequences
-        for sequence in stopped:
-            self.stop(sequence, reason)
-        self.scheduler.waiting.clear()
+        It leaves the queue at once, and its row at the next step.
+        """
+        text = "" if sequence.finish_reason else sequence.finish(reason)
+        self.scheduler.withdraw(sequence)
+        return text
+
+    def stop_all(self, reason: str) -> list[tuple[SequenceState, str]]:
+        """Finishes every sequence, running or waiting; returns them with the text that was held back."""
+        stopped = [(sequence, self.stop(sequence, reason)) for sequence in self.scheduler.sequences]
         self.scheduler.drop_finished()
         return stopped
 

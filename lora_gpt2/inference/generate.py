@@ -240,9 +240,9 @@ def iter_pieces(
         while engine.is_busy:
             outputs = engine.step()
             if stop is not None and stop.signal_number:
-                shown = {sequence.index for sequence, _ in outputs}
-                stopped = engine.stop_all("interrupted")
-                outputs += [(sequence, "") for sequence in stopped if sequence.index not in shown]
+                held = dict(engine.stop_all("interrupted"))
+                outputs = [(sequence, text + held.pop(sequence, "")) for sequence, text in outputs]
+                outputs += held.items()
             for sequence, text in outputs:
                 request, origin = requests[sequence.index], provenance[sequence.index]
                 yield sequence.index, text, _to_output(request, sequence, origin) if sequence.finish_reason else None
@@ -264,13 +264,14 @@ def _build_sequences(
         if route is None and request.mix == AUTO_MIX:
             route = (request.router or router).route(request.prompt)
         mix = session.resolve(request.mix) if route is None else route.mix
+        may_change = route is not None and bool(own.reroute_every)
         sequences.append(
             SequenceState(
                 index=index,
                 mix=mix,
                 prompt_ids=prompt_ids,
                 max_new_tokens=max_new_tokens,
-                settings=adopt_constraint(own, session.find_manifests(mix)),
+                settings=own if may_change else adopt_constraint(own, session.find_manifests(mix)),
                 seed=request.seed,
                 tokenizer=tokenizer,
                 no_verbatim=request.no_verbatim,
@@ -309,8 +310,13 @@ def describe_provenance(
         "dtype": "float16" if base.model.prepacked_head is not None else base.runtime.dtype_name,
         "adapters": session.describe_adapters(mix, loaded),
         "seed": seed,
-        "settings": settings.model_dump(mode="json", exclude={"watermark_key"}),
+        "settings": describe_settings(settings),
     }
+
+
+def describe_settings(settings: GenerateSettings) -> dict[str, Any]:
+    """Returns settings for a text's provenance, without the watermark's key."""
+    return settings.model_dump(mode="json", exclude={"watermark_key"})
 
 
 def describe_routes(sequence: SequenceState) -> dict[str, Any]:

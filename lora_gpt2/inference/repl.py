@@ -279,7 +279,7 @@ class Repl:
         lines = [f"{self.num_tokens} tokens written, {self.num_tokens / max(self.seconds, 1e-9):.1f} tokens/s"]
         if ids:
             tokens = torch.tensor([base.tokenizer.eos_id, *ids], device=base.runtime.device)
-            used = Router(self.session).route(self.text).mix if self.mix == AUTO_MIX else self.mix
+            used = Router(self.session).route(self.text).mix if self.mix == AUTO_MIX else self.scaled_mix
             for mix in dict.fromkeys([used, Mix()]):
                 adapters = self.session.adapters_for([self.session.resolve(mix)])
                 nll = as_float64(token_nll(base.model, tokens[None, :-1], tokens[1:], adapters)).mean()

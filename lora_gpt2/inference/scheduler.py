@@ -7,6 +7,7 @@ takes its row, so that the running ones are always the first rows.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lora_gpt2.core.errors import LoraGpt2Error
@@ -60,8 +61,6 @@ class Scheduler:
             if num_running and num_running + width > self.max_num_seqs:
                 break
             self.waiting.popleft()
-            if sequence.finish_reason:  # it was stopped while it waited
-                continue
             try:
                 loaded = {name: sequence.loaded.get(name) or self.session.fetch(name) for name, _ in sequence.mix}
                 self.session.slots.load(loaded)
@@ -73,6 +72,11 @@ class Scheduler:
             num_running += width
             (admission.to_sample if width == 1 else admission.to_search).append(sequence)
         return admission
+
+    def withdraw(self, sequence: SequenceState) -> None:
+        """Takes a sequence out of the queue, if it is there."""
+        with suppress(ValueError):
+            self.waiting.remove(sequence)
 
     def drop_finished(self) -> None:
         """Frees the rows and unpins the adapters of finished sequences."""

@@ -10,7 +10,9 @@ import copy
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -64,6 +66,8 @@ class Session:
         self.slots = AdapterSlots(base, max_slots)
         self.prefixes = PrefixCache(prefix_bytes)
         self._manifests: dict[str, Manifest] = {}
+        self._fetched: WeakValueDictionary[str, VerifiedAdapter] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[str, Lock] = WeakValueDictionary()
         self.idle_engine: object | None = None  # see `engine.borrow_engine`
 
     def resolve(self, mix: Mix) -> Mix:
@@ -97,9 +101,18 @@ class Session:
         return [self._manifests.get(reference) for reference in mix.references]
 
     def fetch(self, reference: str) -> VerifiedAdapter:
-        """Returns an adapter, from its slot or from the store; see `load_adapter` for the errors."""
-        if loaded := self.slots.find(reference):
-            return loaded
+        """Returns an adapter, from its slot or from the store; see `load_adapter` for the errors.
+
+        Requests that wait for one version share one copy of it.
+        """
+        if "#" not in reference:
+            return self.slots.find(reference) or self._read(reference)
+        with self._locks.setdefault(reference, Lock()):
+            found = self.slots.find(reference) or self._fetched.get(reference) or self._read(reference)
+            self._fetched[reference] = found
+            return found
+
+    def _read(self, reference: str) -> VerifiedAdapter:
         if self.store is None:
             raise UsageError("this session has no store", "open it with one")
         wanted = AdapterRef.parse(reference)

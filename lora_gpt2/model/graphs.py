@@ -38,7 +38,7 @@ def capture(compute: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDA
         compute: it must have run on the capture stream before.
         pool: memory that graphs share which are never replayed at the same time, or None.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=_capture_stream()):
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # a server has threads
         result = compute()
     return graph, result

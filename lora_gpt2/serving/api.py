@@ -31,7 +31,6 @@ from lora_gpt2.core.dirs import find_runs_dir
 from lora_gpt2.core.errors import BusyError, EngineFailed, LoraGpt2Error
 from lora_gpt2.core.names import AUTO
 from lora_gpt2.inference.embedding import batch_by_length, embed_batch
-from lora_gpt2.inference.generate import describe_provenance
 from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.routing import RoutedMix, Router
 from lora_gpt2.inference.session import Session
@@ -49,6 +48,7 @@ from lora_gpt2.serving.protocol import (
     check_choices,
     count_cut,
     cut_prompt,
+    describe_sequences,
     fetch_model,
     parse_body,
     parse_json,
@@ -242,8 +242,7 @@ class Server:
         sequences = await run_in_threadpool(
             build_sequences, body, self.session, self.defaults, self.limits, seed, routes
         )
-        one, seeds = sequences[0], {"seeds": [s.seed for s in sequences]}
-        provenance = describe_provenance(self.session, one.mix, one.settings, one.seed, one.loaded) | seeds | more
+        provenance = describe_sequences(self.session, sequences) | more
         choices = [kind.choice(sequence, body) for sequence in sequences]
         completion = kind(
             worker=self.worker, metrics=self.metrics, body=body, choices=choices, provenance=provenance, started=started

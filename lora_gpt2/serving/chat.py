@@ -19,16 +19,15 @@ from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.serving.answers import ApiError
+from lora_gpt2.serving.choices import CompletionChoice, show_token
 from lora_gpt2.serving.protocol import (
     MAX_SEED,
     SAMPLING,
     CompletionBody,
-    CompletionChoice,
-    SamplingFields,
+    RequestBody,
     describe_invalid,
     parse_json,
     parse_model,
-    show_token,
 )
 from lora_gpt2.serving.request import CompletionRequest
 from lora_gpt2.serving.structured import StructuredFields
@@ -38,7 +37,7 @@ SHARED = (*SAMPLING, *StructuredFields.model_fields, "model", "n", "stream", "st
 """What a request for a chat has in common with one for a completion."""
 
 
-class ChatBody(SamplingFields):
+class ChatBody(RequestBody):
     """The body of a chat completions request; `user` and what follows it change nothing."""
 
     model: str = Field(min_length=1, max_length=2000)

@@ -12,23 +12,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from lora_gpt2.core.errors import LoraGpt2Error, UsageError
 from lora_gpt2.core.names import is_name
 from lora_gpt2.core.suggest import suggest
-from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.inference.constraint import adopt_constraint
-from lora_gpt2.inference.generate import fit_prompt
+from lora_gpt2.inference.generate import describe_provenance, describe_settings, fit_prompt
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.routing import RoutedMix
-from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
+from lora_gpt2.inference.sequence import SequenceState
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.answers import ApiError, translate_error
 from lora_gpt2.serving.structured import StructuredFields, read_constraint
-from lora_gpt2.serving.worker import StepOutput
 
 SAMPLING = (
     "temperature",
@@ -61,7 +60,19 @@ else:
     )
 
 
-class CompletionBody(SamplingFields):
+class RequestBody(SamplingFields):
+    """What bodies have in common: a parameter that is null is one that was left out, as for OpenAI."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
+
+
+class CompletionBody(RequestBody):
     """The body of a completions request; numbers are numbers, not texts or truth values."""
 
     model: str = Field(min_length=1, max_length=2000)
@@ -238,7 +249,7 @@ def count_cut(body: CompletionBody, session: Session, defaults: GenerateSettings
     found = []
     for prompt in list_prompts(body.prompt):
         ids = encode_prompt(prompt, base.tokenizer)
-        kept = fit_prompt(ids, settings.max_new_tokens, base.config.n_positions, truncate_left=True)[0]
+        kept = fit_prompt(ids, _count_wanted(body, settings), base.config.n_positions, truncate_left=True)[0]
         found.append(len(ids) - len(kept))
     return found
 
@@ -264,17 +275,18 @@ def build_sequences(
 ) -> list[SequenceState]:
     """Returns a sequence for each prompt and each of its `n` continuations, with their adapters fetched from disk.
 
-    The k-th continuation of a prompt samples with `seed` + k. `routes` are what was chosen for each prompt, where the
-    model is `auto`. Raises `ApiError`.
+    The k-th sequence samples with `seed` + k, so that equal prompts have different continuations. `routes` are what was
+    chosen for each prompt, where the model is `auto`. Raises `ApiError`.
     """
     asked = build_settings(body, defaults)
     prompts = check_choices(body, asked, limits)
     sequences: list[SequenceState] = []
     for index, prompt in enumerate(prompts):
         mix, loaded = fetch_mix(routes[index].mix, session) if routes else fetch_model(body.model, session)
-        settings = adopt_constraint(asked, session.find_manifests(mix))
+        may_change = bool(routes) and bool(asked.reroute_every)
+        settings = asked if may_change else adopt_constraint(asked, session.find_manifests(mix))
         prompt_ids, max_new_tokens = _fit_prompt(prompt, body, session, settings)
-        for choice in range(body.n):
+        for _ in range(body.n):
             sequences.append(
                 SequenceState(
                     index=len(sequences),
@@ -282,7 +294,7 @@ def build_sequences(
                     prompt_ids=prompt_ids,
                     max_new_tokens=max_new_tokens,
                     settings=settings,
-                    seed=(seed + choice) % (MAX_SEED + 1),
+                    seed=(seed + len(sequences)) % (MAX_SEED + 1),
                     tokenizer=session.base.tokenizer,
                     loaded=loaded,
                     scores_prompt=body.echo and body.logprobs is not None,
@@ -292,10 +304,28 @@ def build_sequences(
     return sequences
 
 
+def describe_sequences(session: Session, sequences: Sequence[SequenceState]) -> dict[str, Any]:
+    """Returns where the texts of a request come from; `auto` may have chosen another adapter for each prompt."""
+    one = sequences[0]
+    found = describe_provenance(session, one.mix, one.settings, one.seed, one.loaded)
+    found["seeds"] = [sequence.seed for sequence in sequences]
+    each = [session.describe_adapters(sequence.mix, sequence.loaded) for sequence in sequences]
+    if len(set(map(str, each))) > 1:
+        found["adapters"] = [item for index, some in enumerate(each) if some not in each[:index] for item in some]
+    if any(sequence.settings != one.settings for sequence in sequences):
+        found["settings_by_choice"] = [describe_settings(sequence.settings) for sequence in sequences]
+    return found
+
+
 def cut_prompt(prompt: str | list[int], session: Session) -> str:
     """Returns the end of a prompt that fits into the context, as a text; raises `ApiError`."""
     ids = encode_prompt(prompt, session.base.tokenizer)
     return session.base.tokenizer.decode(ids[-session.base.config.n_positions :])
+
+
+def _count_wanted(body: CompletionBody, settings: GenerateSettings) -> int:
+    """Returns how many tokens are to follow a prompt; a setting is at least 1, and 0 only reads the prompt."""
+    return 0 if body.max_tokens == 0 else settings.max_new_tokens
 
 
 def _fit_prompt(
@@ -303,7 +333,7 @@ def _fit_prompt(
 ) -> tuple[list[int], int]:
     """Returns a prompt's token ids and how many tokens may follow."""
     ids, context = encode_prompt(prompt, session.base.tokenizer), session.base.config.n_positions
-    wanted = 0 if body.max_tokens == 0 else settings.max_new_tokens  # a setting is at least 1; 0 only reads the prompt
+    wanted = _count_wanted(body, settings)
     asked = wanted if body.max_tokens is not None else 1
     if len(ids) + asked > context and not body.truncate:
         raise ApiError(
@@ -314,67 +344,3 @@ def _fit_prompt(
             "context_length_exceeded",
         )
     return fit_prompt(ids, wanted, context, truncate_left=bool(body.truncate))
-
-
-class CompletionChoice:
-    """One choice of a response: collects a sequence's outputs, and turns what was not sent yet into JSON."""
-
-    def __init__(self, sequence: SequenceState, body: CompletionBody) -> None:
-        self.sequence, self.body = sequence, body
-        self.num_tokens = 0
-        self._text, self._finish_reason = "", ""
-        self._logprobs: list[int | TokenLogprobs] = []
-        self._is_first = True
-        self._offset, self._stream = 0, TextStream(sequence.tokenizer)
-
-    def add(self, output: StepOutput) -> None:
-        """Adds an output of the sequence."""
-        if self.num_tokens == 0 and output.prompt_logprobs:
-            self._logprobs += [self.sequence.prompt_ids[0], *output.prompt_logprobs]
-        self._text += output.text
-        self._logprobs += output.logprobs
-        self.num_tokens, self._finish_reason = output.num_tokens, output.finish_reason
-
-    def take_json(self) -> dict[str, Any]:
-        """Returns what was added since the last call, as an element of `choices`; the first one may echo the prompt."""
-        sequence, echoes, logprobs = self.sequence, self.body.echo and self._is_first, None
-        if self.body.logprobs is not None:
-            if echoes and not isinstance(next(iter(self._logprobs), None), int):
-                self._logprobs.insert(0, sequence.prompt_ids[0])  # a prompt of one token has no log-probabilities
-            logprobs = self._describe(self._logprobs, self.body.logprobs)
-        text = (sequence.tokenizer.decode(sequence.prompt_ids) if echoes else "") + self._text
-        self._is_first, self._text, self._logprobs = False, "", []
-        reason = self._finish_reason or None
-        return {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    def _describe(self, items: Sequence[int | TokenLogprobs], count: int) -> dict[str, Any]:
-        """Returns tokens as OpenAI does; the prompt's first is an id alone, because it has no log-probability."""
-        tokenizer = self.sequence.tokenizer
-        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for item in items:
-            token, logprob, top = (item, None, ()) if isinstance(item, int) else (item.token, item.logprob, item.top)
-            found["tokens"].append(show_token(token, tokenizer))
-            found["token_logprobs"].append(logprob)
-            alternatives = {show_token(other, tokenizer): value for other, value in top[:count]}
-            found["top_logprobs"].append(alternatives or None)
-            found["text_offset"].append(self._offset)
-            self._offset += len(self._stream.push(token))
-        return found | ({} if count else {"top_logprobs": None})
-
-
-def count_usage(choices: Sequence[CompletionChoice], n: int) -> dict[str, int]:
-    """Returns OpenAI's `usage`: the tokens of each prompt once, and those of all its `n` continuations."""
-    prompt = sum(len(choice.sequence.prompt_ids) for choice in choices[::n])
-    generated = sum(choice.num_tokens for choice in choices)
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-
-
-def show_token(token: int, tokenizer: Tokenizer) -> str:
-    """Returns a token's text; one that is part of a character as `bytes:\\xe2\\x82`, as OpenAI does."""
-    if token == tokenizer.eos_id:
-        return "<|endoftext|>"
-    content = tokenizer.token_bytes[token]
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

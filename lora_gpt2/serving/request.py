@@ -19,8 +19,9 @@ from starlette.types import Receive, Scope, Send
 from lora_gpt2.core.errors import EngineFailed, LoraGpt2Error
 from lora_gpt2.inference.generate import describe_routes
 from lora_gpt2.serving.answers import ApiError, translate_error
+from lora_gpt2.serving.choices import CompletionChoice, count_usage
 from lora_gpt2.serving.metrics import Metrics
-from lora_gpt2.serving.protocol import CompletionBody, CompletionChoice, count_usage
+from lora_gpt2.serving.protocol import CompletionBody
 from lora_gpt2.serving.worker import PendingRequest, StepOutput, Worker
 
 

@@ -233,7 +233,7 @@ class TrainingJob:
         return None
 
     def close(self) -> None:
-        """Tells a training to keep a checkpoint and end; `train` with --resume goes on. What was sent is removed."""
+        """Tells a training to keep a checkpoint and end; `train` with --resume goes on, so what was sent stays."""
         process = self._process
         if process is not None:
             process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -212,9 +213,10 @@ class Worker:
         with self._changed:
             self.error = error
             actions, self._inbox = self._inbox, []
-        for action in actions:
-            action()  # requests that have just arrived are told as well
-        self._fail_all(error)
+        with suppress(Exception):  # nothing is left to be saved
+            for action in actions:
+                action()  # requests that have just arrived are told as well
+            self._fail_all(error)
 
     def _admit(self, request: PendingRequest) -> None:
         for sequence in request.sequences:
@@ -250,10 +252,10 @@ class Worker:
         requests = {progress.request for progress in self._progress.values()}
         for sequence in list(self._progress):
             self._forget(sequence)
-        self._engine.reset()
         shown = error if isinstance(error, LoraGpt2Error) else EngineFailed("the engine failed", "retry the request")
         for request in requests:
             request.on_error(shown)
+        self._engine.reset()  # last: on a device that has failed it fails too
 
 
 def _count_beams(sequence: SequenceState) -> int:

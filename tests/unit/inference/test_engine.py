@@ -1,9 +1,11 @@
 """Rows that join, end and move among others write what they write alone; stop texts, log-probabilities, settings."""
 
+import json
 import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_gpt2.core.errors import ResourceError
 from lora_gpt2.inference import decoder as decoder_module
@@ -17,10 +19,12 @@ from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams
 from lora_gpt2.inference.sequence import SequenceState, StopStringMatcher
 from lora_gpt2.inference.session import Session
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.references import label_of
-from tests.builders import make_adapter
+from tests.builders import make_adapter, make_base_folder
 
 OPEN = GenerateSettings(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0)
 MIXES = [Mix(), Mix.single("law"), Mix.single("code"), Mix([("law", 0.5), ("code", 0.5)])]
@@ -317,6 +321,26 @@ def test_a_prompts_own_tokens_are_scored_as_one_forward_pass_scores_them(session
     assert all(len(item.top) == 2 for item in row.prompt_logprobs)
 
 
+def test_a_head_wider_than_the_vocabulary_scores_a_prompt_as_it_scores_what_it_writes(tmp_path):
+    """Checkpoints pad the vocabulary, to 50,304 for example: no token has those rows, so they are no candidates."""
+    folder = make_base_folder(tmp_path / "padded")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.wte.weight"] = torch.cat([tensors["transformer.wte.weight"], 3 * torch.ones(24, 16)])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 24}))
+    session = Session(load_base(str(folder), choose_runtime("float32", torch.device("cpu"))))
+    written = make_row(session, Mix(), budget=8, logprobs=2)
+    run_alone(session, written)
+    scored = make_row(session, Mix(), budget=0, logprobs=2)
+    scored.prompt_ids, scored.scores_prompt = written.ids, True
+    run_alone(session, scored)
+    found = scored.prompt_logprobs[len(written.prompt_ids) - 1 :]
+    assert [item.token for item in found] == written.new_ids
+    assert [item.logprob for item in found] == pytest.approx([item.logprob for item in written.logprobs], abs=1e-4)
+    assert all(token < config["vocab_size"] for item in found for token, _ in item.top)
+
+
 def test_a_row_that_cannot_grow_ends_alone(session, monkeypatch):
     draw = sequence_module.draw_uniform
 
@@ -434,7 +458,7 @@ def test_whatever_ends_a_row_its_adapters_are_free_afterwards_and_not_before(ses
         for row in rows:
             engine.stop(row, "cancelled")
     elif how == "all stopped":
-        assert engine.stop_all("interrupted") == rows
+        assert engine.stop_all("interrupted") == [(row, "") for row in rows]
     elif how == "error":
         name = "adjust_logits" if num_beams > 1 else "adjust_row"
         module = "lora_gpt2.inference.beam" if num_beams > 1 else "lora_gpt2.inference.sequence"
@@ -509,8 +533,22 @@ def test_a_stopped_row_takes_no_room_and_a_first_reason_stays(session):
     for row in rows[:3]:
         engine.stop(row, "cancelled")
         engine.stop(row, "interrupted")
+    assert engine.num_waiting == 1, "what was stopped is not kept until its turn"
     assert [row is rows[3] for row, _ in engine.step()] == [True], "in one step, whoever stands before"
     assert [row.finish_reason for row in rows] == ["cancelled"] * 3 + [""]
+
+
+def test_a_stopped_search_does_not_keep_others_waiting(session):
+    engine = Engine(session, 4, 48)
+    lasting, search, short = make_row(session, LAW, budget=30), make_row(session, CODE, 4), make_row(session, LAW, 1, 2)
+    for row in (lasting, search, short):
+        engine.submit(row)
+    engine.step()
+    engine.stop(search, "cancelled")
+    for _ in range(2):
+        engine.step()
+    assert short.finish_reason == "length"
+    assert not lasting.finish_reason
 
 
 def test_stopping_all_ends_what_grows_searches_and_waits_with_what_each_has(session):
@@ -520,7 +558,7 @@ def test_stopping_all_ends_what_grows_searches_and_waits_with_what_each_has(sess
         engine.submit(row)
     engine.step()
     engine.step()
-    assert engine.stop_all("interrupted") == rows
+    assert engine.stop_all("interrupted") == [(row, "") for row in rows]
     assert not engine.is_busy
     assert [row.finish_reason for row in rows] == ["interrupted"] * 4
     assert [len(row.new_ids) for row in rows] == [2, 0, 0, 0]

@@ -110,6 +110,32 @@ def test_stopping_keeps_the_text_so_far(session):
     assert output.text == "".join(pieces)
 
 
+def test_what_was_held_back_for_a_stop_string_is_kept_by_who_interrupts(session):
+    whole = generate(session, [Request("the cat", law(), 1)], SETTINGS)[0].text
+    settings = SETTINGS.model_copy(update={"stop": (whole[2:] + " and more",)})  # begins, and is never complete
+
+    asked, pieces = [], []
+
+    class Later(StopRequest):
+        @property
+        def signal_number(self):
+            asked.append(1)
+            return 2 if len(asked) > 7 else 0
+
+        @signal_number.setter
+        def signal_number(self, value):
+            assert value == 0
+
+    (output,) = generate(
+        session, [Request("the cat", law(), 1)], settings, on_text=lambda _, piece: pieces.append(piece), stop=Later()
+    )
+    shorter = SETTINGS.model_copy(update={"max_new_tokens": output.tokens})
+    same = generate(session, [Request("the cat", law(), 1)], shorter)
+    assert output.finish_reason == "interrupted"
+    assert len(output.text) > 2
+    assert output.text == same[0].text == "".join(pieces)
+
+
 @pytest.mark.parametrize(("length", "budget"), [(1, 12), (36, 12), (40, 8), (47, 1)])
 def test_what_fits_the_context_of_48_is_continued_to_its_end(session, length, budget):
     ids, found = encode_prompt(session.base.tokenizer, "x" * length, 48, SETTINGS, False)

@@ -135,6 +135,9 @@ def test_stats_give_the_perplexity_that_evaluate_gives(repl):
     score = measure_perplexity(repl.session.base, [repl.text], settings, rows)
     assert f"under law: {score.perplexity:.2f} ({score.tokens} tokens)" in shown
     assert "under base:" in shown
+    repl.run("/scale 0.5")
+    half = measure_perplexity(repl.session.base, [repl.text], settings, repl.session.select(Mix([("law", 0.5)])))
+    assert f"under law:0.5: {half.perplexity:.2f} (" in repl.run("/stats")
 
 
 def test_a_text_longer_than_the_context_goes_on(repl):

@@ -1,6 +1,7 @@
 """`auto`: who is a candidate, who is chosen, and that a text that changes its adapter is what it would be by hand."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -106,6 +107,22 @@ def test_a_text_that_changes_its_adapter_goes_on_as_if_it_had_been_continued_by_
     assert [entry["token"] for entry in output.provenance["auto"]] == [0, 4, 8][: len(output.provenance["auto"])]
     assert router.texts[0] == prompt
     assert all(text.startswith(prompt) for text in router.texts)
+
+
+@pytest.mark.parametrize("names", [["law", "code"], ["code", "law"]])
+def test_a_text_that_may_change_its_adapter_obeys_no_adapters_own_format(base, store, names):
+    """A format is one of the whole text, which none of them writes alone."""
+    publish(store, base, "law", 1)
+    publish(store, base, "code", 2, recipe={"generate": {"regex": "[A-Z]{30,40}"}})
+    session, settings = Session(base, store), SETTINGS.model_copy(update={"reroute_every": 4})
+    (output,) = generate(
+        session, [Request("the cat", AUTO_MIX, 5, router=Planned(session, [*names, names[1]]))], settings
+    )
+    assert output.constraint == ""
+    assert re.search("[^A-Z]", output.text)
+    (alone,) = generate(session, [Request("the cat", AUTO_MIX, 5, router=Planned(session, ["code"]))], SETTINGS)
+    assert alone.constraint == "regex"
+    assert re.fullmatch("[A-Z]+", alone.text)
 
 
 def test_neighbours_of_a_text_that_changes_its_adapter_do_not_notice(session):

@@ -1,9 +1,13 @@
 """Slots: who comes, who goes, and that nobody's numbers change by it."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from lora_gpt2.core.errors import NotFoundError, UsageError
+from lora_gpt2.inference import session as session_module
 from lora_gpt2.inference.engine import Engine
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState
@@ -55,6 +59,26 @@ def test_a_batch_keeps_what_it_needs_while_others_make_room(base, filled):
     for row, mix in enumerate(mixes):
         alone = base.model(torch.tensor([[1, 2, 3]]), Session(base, filled).adapters_for([mix]))
         assert torch.allclose(together[row], alone[0], atol=1e-5)
+
+
+def test_who_waits_for_a_version_shares_one_copy_of_it(base, filled, monkeypatch):
+    loads, load = [], session_module.load_adapter
+
+    def count(store, name, base):
+        loads.append(name)
+        time.sleep(0.02)
+        return load(store, name, base)
+
+    monkeypatch.setattr(session_module, "load_adapter", count)
+    session = Session(base, filled)
+    (reference,) = session.resolve(Mix.single("a")).references
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(session.fetch, [reference] * 8))
+    assert loads == ["a@1"]
+    assert len({id(each) for each in found}) == 1
+    del found
+    session.fetch(reference)
+    assert len(loads) == 2, "it is not kept for nobody"
 
 
 def test_a_resolved_mix_stays_what_it_is_when_others_publish_and_roll_back(base, filled):

@@ -6,18 +6,12 @@ import pytest
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.sequence import SequenceState
+from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
 from lora_gpt2.serving.answers import ApiError
-from lora_gpt2.serving.protocol import (
-    MAX_SEED,
-    CompletionChoice,
-    build_sequences,
-    count_usage,
-    list_prompts,
-    parse_body,
-)
+from lora_gpt2.serving.choices import CompletionChoice, count_usage
+from lora_gpt2.serving.protocol import MAX_SEED, build_sequences, count_cut, list_prompts, parse_body
 from lora_gpt2.serving.worker import StepOutput
 
 LIMITS, DEFAULTS = ServeSettings(max_choices=8), GenerateSettings(max_new_tokens=5)
@@ -28,9 +22,12 @@ def session(base):
     return Session(base)
 
 
+def make_body(**body):
+    return parse_body(json.dumps({"model": "base", "max_tokens": 2, **body}).encode())
+
+
 def rows_of(session, seed=0, **body):
-    content = json.dumps({"model": "base", "max_tokens": 2, **body}).encode()
-    return build_sequences(parse_body(content), session, DEFAULTS, LIMITS, seed)
+    return build_sequences(make_body(**body), session, DEFAULTS, LIMITS, seed)
 
 
 def choice_of(sequence, num_tokens):
@@ -143,16 +140,44 @@ def test_a_prompt_is_a_text_or_ids_or_a_list_of_either():
         assert (caught.value.status, caught.value.param) == (400, "prompt")
 
 
+def test_null_is_left_out():
+    nulls = dict.fromkeys(("n", "stream", "echo", "seed", "stop", "temperature", "logprobs", "max_tokens", "prompt"))
+    assert parse_body(json.dumps({"model": "base", **nulls}).encode()) == parse_body(b'{"model": "base"}')
+    with pytest.raises(ApiError, match="model"):
+        parse_body(b'{"model": null}')
+    with pytest.raises(ApiError, match="there is no parameter 'nn'"):
+        parse_body(b'{"model": "base", "nn": null}')
+
+
+def test_offsets_are_those_of_the_text_also_beside_a_broken_character(session):
+    tokenizer = session.base.tokenizer
+    broken, whole = tokenizer.encode("\U0001f642"), tokenizer.encode(" the cat")
+    for ids in ([broken[0], *whole], [*whole, *broken, *whole], [*broken[:2], *broken, *whole, broken[0]]):
+        body = make_body(prompt=ids, max_tokens=0, logprobs=0, echo=True)
+        (row,) = build_sequences(body, session, DEFAULTS, LIMITS, 0)
+        choice = CompletionChoice(row, body)
+        scored = tuple(TokenLogprobs(token=token, logprob=-1.0, top=()) for token in ids[1:])
+        choice.add(
+            StepOutput(
+                index=0, text="", logprobs=(), prompt_logprobs=scored, num_tokens=0, finish_reason="length", error=None
+            )
+        )
+        shown = choice.take_json()
+        for token, offset in zip(shown["logprobs"]["tokens"], shown["logprobs"]["text_offset"], strict=True):
+            if not token.startswith("bytes:"):
+                assert shown["text"][offset:].startswith(token), (shown["text"], token, offset)
+
+
 def test_each_prompt_has_n_rows_side_by_side_with_seeds_that_count_up(session):
     rows = rows_of(session, 7, prompt=[[5], [6, 7, 8], [9, 9]], n=2)
     assert [(row.index, row.prompt_ids, row.seed) for row in rows] == [
         (0, [5], 7),
         (1, [5], 8),
-        (2, [6, 7, 8], 7),
-        (3, [6, 7, 8], 8),
-        (4, [9, 9], 7),
-        (5, [9, 9], 8),
-    ]
+        (2, [6, 7, 8], 9),
+        (3, [6, 7, 8], 10),
+        (4, [9, 9], 11),
+        (5, [9, 9], 12),
+    ], "equal prompts would otherwise have equal texts"
     assert [row.seed for row in rows_of(session, MAX_SEED, prompt="a", n=2)] == [MAX_SEED, 0], "a seed has 63 bits"
 
 
@@ -210,5 +235,9 @@ def test_a_prompt_and_what_is_asked_for_fill_the_context_and_no_more(session):
     (row,) = rows_of(session, prompt=list(range(context + 9)), truncate="left", max_tokens=3)
     assert row.prompt_ids == list(range(12, context + 9)), "its end is kept, with room for what is asked"
     assert row.max_new_tokens == 3
+    for count in (0, 3):
+        body = {"prompt": list(range(context + 9)), "truncate": "left", "max_tokens": count}
+        (row,), (dropped,) = rows_of(session, **body), count_cut(make_body(**body), session, DEFAULTS)
+        assert dropped == context + 9 - len(row.prompt_ids) == 9 + count
     (row,) = rows_of(session, prompt="")
     assert row.prompt_ids == [session.base.tokenizer.eos_id]

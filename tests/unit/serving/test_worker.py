@@ -203,6 +203,37 @@ def test_a_request_that_is_cancelled_holds_nothing_and_the_others_go_on(worker, 
     assert worker.num_admitted == 0
 
 
+def test_what_is_cancelled_while_it_waits_leaves_the_queue(worker, base):
+    lasting = Asked(base, (LAW,) * 3, 44)
+    counts = []
+
+    def cancel_another(events):
+        asked = Asked(base, (BOTH,), 44)
+        worker.submit(asked.request)
+        worker.cancel(asked.request)
+        counts.append(worker._engine.num_waiting)
+        lasting._grow(events)
+
+    lasting.request.on_output = cancel_another
+    worker.submit(lasting.request)
+    worker.start()
+    lasting.wait()
+    assert max(counts) <= 1, "one that has just come; the earlier ones are gone"
+
+
+def test_clients_are_told_of_a_failure_whose_clean_up_fails_too(worker, base, fail, monkeypatch):
+    """A device that has failed fails at every later call."""
+    monkeypatch.setattr(Engine, "reset", lambda self: 1 / 0)
+    fail += [True]
+    asked = Asked(base, (LAW,))
+    worker.submit(asked.request)
+    worker.start()
+    (error,) = asked.wait().errors
+    assert isinstance(error, EngineFailed)
+    worker._thread.join(PATIENCE_SECONDS)
+    assert isinstance(worker.error, ZeroDivisionError)
+
+
 def test_room_is_for_what_grows_and_what_may_wait(worker, base):
     worker.submit(Asked(base, (LAW,) * 5).request)
     for too_many in (Asked(base, (LAW,), num_beams=5), Asked(base, (LAW,) * 5), Asked(base, (LAW, BOTH), num_beams=3)):

@@ -1,0 +1,77 @@
+"""The choices of an answer: outputs of sequences as OpenAI's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
+from lora_gpt2.serving.protocol import CompletionBody
+from lora_gpt2.serving.worker import StepOutput
+
+
+class CompletionChoice:
+    """One choice of a response: collects a sequence's outputs, and turns what was not sent yet into JSON."""
+
+    def __init__(self, sequence: SequenceState, body: CompletionBody) -> None:
+        self.sequence, self.body = sequence, body
+        self.num_tokens = 0
+        self._text, self._finish_reason = "", ""
+        self._logprobs: list[int | TokenLogprobs] = []
+        self._is_first = True
+        self._offset, self._stream = 0, TextStream(sequence.tokenizer)
+
+    def add(self, output: StepOutput) -> None:
+        """Adds an output of the sequence."""
+        if self.num_tokens == 0 and output.prompt_logprobs:
+            self._logprobs += [self.sequence.prompt_ids[0], *output.prompt_logprobs]
+        self._text += output.text
+        self._logprobs += output.logprobs
+        self.num_tokens, self._finish_reason = output.num_tokens, output.finish_reason
+
+    def take_json(self) -> dict[str, Any]:
+        """Returns what was added since the last call, as an element of `choices`; the first one may echo the prompt."""
+        sequence, echoes, logprobs = self.sequence, self.body.echo and self._is_first, None
+        if self.body.logprobs is not None:
+            if echoes and not isinstance(next(iter(self._logprobs), None), int):
+                self._logprobs.insert(0, sequence.prompt_ids[0])  # a prompt of one token has no log-probabilities
+            logprobs = self._describe(self._logprobs, self.body.logprobs)
+        text = (sequence.tokenizer.decode(sequence.prompt_ids) if echoes else "") + self._text
+        self._is_first, self._text, self._logprobs = False, "", []
+        reason = self._finish_reason or None
+        return {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _describe(self, items: Sequence[int | TokenLogprobs], count: int) -> dict[str, Any]:
+        """Returns tokens as OpenAI does; the prompt's first is an id alone, because it has no log-probability."""
+        tokenizer = self.sequence.tokenizer
+        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for item in items:
+            token, logprob, top = (item, None, ()) if isinstance(item, int) else (item.token, item.logprob, item.top)
+            shown, text = show_token(token, tokenizer), self._stream.push(token)
+            found["tokens"].append(shown)
+            found["token_logprobs"].append(logprob)
+            alternatives = {show_token(other, tokenizer): value for other, value in top[:count]}
+            found["top_logprobs"].append(alternatives or None)
+            broken = len(text) - len(shown) if text.endswith(shown) else 0  # what is left of a character before it
+            found["text_offset"].append(self._offset + broken)
+            self._offset += len(text)
+        return found | ({} if count else {"top_logprobs": None})
+
+
+def count_usage(choices: Sequence[CompletionChoice], n: int) -> dict[str, int]:
+    """Returns OpenAI's `usage`: the tokens of each prompt once, and those of all its `n` continuations."""
+    prompt = sum(len(choice.sequence.prompt_ids) for choice in choices[::n])
+    generated = sum(choice.num_tokens for choice in choices)
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+
+
+def show_token(token: int, tokenizer: Tokenizer) -> str:
+    """Returns a token's text; one that is part of a character as `bytes:\\xe2\\x82`, as OpenAI does."""
+    if token == tokenizer.eos_id:
+        return "<|endoftext|>"
+    content = tokenizer.token_bytes[token]
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
