@@ -1,12 +1,22 @@
-"""Writes the generated pages of the documentation (commands, settings, cleaning rules); `--check` only compares."""
+"""Writes the generated pages of the documentation: commands, settings, Python, cleaning rules; `--check` compares.
+
+They are plain Markdown, so that they read as well in the repository as on the site.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
+import griffe
+from pydantic import BaseModel
 
 from lora_gpt2.cli import COMMANDS, cli
 from lora_gpt2.data.clean.report import DESCRIPTIONS
@@ -79,6 +89,91 @@ def write_rules() -> str:
     return "\n".join(rows) + "\n"
 
 
+def write_python() -> str:
+    """Returns the reference of Python: the template with each `::: name` replaced by what the docstring says."""
+    template = (Path(__file__).parent / "python_reference.md").read_text(encoding="utf-8")
+    return re.sub(r"^::: (\S+)$", lambda match: "\n".join(describe_name(match[1])), template, flags=re.MULTILINE)
+
+
+def describe_name(path: str) -> Iterator[str]:
+    """Yields the lines of a function, a class with its methods, or a module with its classes."""
+    found = load_name(path)
+    if isinstance(found, ModuleType):
+        yield from describe_docstring(found)
+        return
+    yield from describe_object(path.removeprefix("lora_gpt2.").rpartition(".")[2], found, "###")
+    if inspect.isclass(found):
+        for name, member in vars(found).items():
+            is_callable = inspect.isroutine(member) or isinstance(member, property | classmethod | staticmethod)
+            if is_callable and not name.startswith("_") and inspect.getdoc(getattr(found, name)):
+                yield from describe_object(f"{found.__name__}.{name}", getattr(found, name), "####")
+
+
+def load_name(path: str) -> Any:
+    """Returns the module or the object of a dotted path."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+
+def describe_object(title: str, found: Any, heading: str) -> Iterator[str]:
+    """Yields the heading, the signature and the docstring of a function, class, method or property."""
+    yield f"{heading} {title}\n"
+    is_plain = isinstance(found, property) or (inspect.isclass(found) and issubclass(found, BaseException | BaseModel))
+    if not is_plain:
+        yield f"```python\n{show_signature(title, inspect.signature(found))}\n```\n"
+    yield from describe_docstring(found)
+
+
+class Verbatim(str):
+    """An annotation that is shown as it is written."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def show_signature(title: str, signature: inspect.Signature) -> str:
+    """Returns a call as it is declared, on one line, or with a line for each parameter where that is too long."""
+    shown, last = list[str](), None
+    for parameter in signature.parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and last not in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL):
+            shown.append("*")
+        last = parameter.kind
+        if inspect.isroutine(parameter.default):
+            parameter = parameter.replace(default=Verbatim("…"))
+        is_typed = parameter.annotation is not parameter.empty
+        shown.append(str(parameter.replace(annotation=Verbatim(parameter.annotation)) if is_typed else parameter))
+    result = signature.return_annotation
+    ending = "" if result is signature.empty or result in ("None", None) else f" -> {Verbatim(result)}"
+    whole = f"{title}({', '.join(shown)}){ending}"
+    if len(whole) <= 100:
+        return whole
+    lines = ",\n    ".join(shown)
+    return f"{title}(\n    {lines},\n){ending}"
+
+
+def describe_docstring(found: Any) -> Iterator[str]:
+    """Yields the sections of a docstring in Google's style."""
+    options = {"warn_missing_types": False, "warn_unknown_params": False}
+    text = inspect.getdoc(found) or ""
+    for section in griffe.Docstring(text, parser="google", parser_options=options).parsed:
+        if section.kind is griffe.DocstringSectionKind.text:
+            yield f"{section.value}\n"
+            continue
+        yield f"*{(section.title or section.kind.value).capitalize()}*\n"
+        for item in section.value:
+            name = getattr(item, "name", "") or (item.annotation if section.kind.value == "raises" else "")
+            meaning = " ".join(item.description.split())
+            yield f"- `{name}`: {meaning}" if name else f"- {meaning}"
+        yield ""
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """Returns the text with the part between a marker's two comments replaced."""
     begin, end = f"<!-- {marker}: written by 'make docs' -->\n", f"<!-- end of {marker} -->"
@@ -93,6 +188,7 @@ def build_pages() -> dict[Path, str]:
     data = DOCS / "data.md"
     return {
         DOCS / "reference" / "commands.md": f"{GENERATED}# Commands\n\n{write_commands()}",
+        DOCS / "reference" / "python.md": f"{GENERATED}{write_python()}",
         DOCS / "reference" / "settings.md": f"{GENERATED}# Settings\n{SETTINGS_TEXT}{write_settings()}",
         data: fill(data.read_text(encoding="utf-8"), "rules", write_rules()),
     }

@@ -84,7 +84,7 @@ class TrainSettings(Section):
     loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """Ratio of B's learning rate to A's (LoRA+, Hayou et al. 2024, arXiv:2402.12354, suggests 16); 1 = off."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Learning-rate schedule after the warmup: cosine decays to 10 %, linear to zero, wsd (warmup-stable-decay) holds, then decays."""  # noqa: E501
+    """Learning-rate schedule after the warmup: cosine decays to 10 %, linear to zero, constant holds, wsd (warmup-stable-decay) holds, then decays."""  # noqa: E501
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Fraction of the steps over which wsd decays linearly to zero (arXiv:2404.06395)."""
     warmup_fraction: Fraction = 0.05
