@@ -255,7 +255,9 @@ def _build_report(staging: Path, selection: Selection, settings: DataSettings, t
 
 def _check(selection: Selection) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in selection.count_rejected().items()) or "none rejected"
-    counts = f"{count_of(selection.read, 'document')} read, {selection.kept} kept ({reasons})"
+    kept, held_out = sum(map(bool, selection.splits)), sum(split in SPLITS[1:] for split in selection.splits)
+    counts = f"{count_of(selection.read, 'document')} read, {min(selection.kept, kept)} kept ({reasons})"
+    counts += f", {held_out} of them held out" if held_out else ""
     if "train" not in selection.splits:
         hint = "give more text, or check data.profile"
         if selection.overlap:
