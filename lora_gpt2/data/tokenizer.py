@@ -52,11 +52,11 @@ class Tokenizer:
         """Names the vocabulary, the merges and EOS; adapters are bound to it."""
         model = json.loads(self.backend.to_str())["model"]
         named = {"vocab": model["vocab"], "merges": model["merges"], "eos": self.eos_id}
-        added = {text: index for index, text in self._added.items() if text not in model["vocab"]}
+        added = {text: index for index, text in self.added.items() if text not in model["vocab"]}
         return fingerprint_json(named | ({"added": added} if added else {}))
 
     @cached_property
-    def _added(self) -> dict[int, str]:
+    def added(self) -> dict[int, str]:
         """The text of each added token but EOS, by id."""
         tokens = self.backend.get_added_tokens_decoder()
         return {index: token.content for index, token in tokens.items() if index != self.eos_id}
@@ -102,7 +102,7 @@ class Tokenizer:
         for token, index in self.backend.get_vocab(with_added_tokens=False).items():
             if index != self.eos_id:
                 table[index] = bytes(alphabet[c] for c in token if c in alphabet)
-        for index, text in self._added.items():
+        for index, text in self.added.items():
             table[index] = text.encode()
         return table
 

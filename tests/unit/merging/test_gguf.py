@@ -1,12 +1,17 @@
 """An adapter as llama.cpp reads it: names, shapes and the sum that it adds to each weight."""
 
+import warnings
+
 import numpy as np
 import pytest
+from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from lora_gpt2.core.errors import ConflictError
 from lora_gpt2.merging.gguf import build_modelfile, export_gguf, name_tensor, write_base_gguf
+from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.merge import to_delta
+from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import GenerateSettings, LoraSettings
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
@@ -57,3 +62,22 @@ def test_a_modelfile_stands_beside_it_and_nothing_is_overwritten(base, store, ad
     (tmp_path / "law.Modelfile").unlink()
     export_gguf(store, "law", target, base, GenerateSettings())
     assert target.read_bytes() == before
+
+
+def test_tokens_that_were_added_are_tokens_in_llama_cpp_too(base_folder, tmp_path):
+    import gguf
+
+    theirs = GPT2TokenizerFast.from_pretrained(base_folder)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|user|>"], "eos_token": "<end>"})
+    model = GPT2LMHeadModel.from_pretrained(base_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.resize_token_embeddings(len(theirs))
+    for each in (model, theirs):
+        each.save_pretrained(tmp_path / "grown")
+    write_base_gguf(tmp_path / "grown.gguf", load_base(str(tmp_path / "grown"), choose_runtime("float32")))
+    fields = gguf.GGUFReader(tmp_path / "grown.gguf").fields
+    tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    found = dict(zip(tokens, kinds, strict=True))
+    assert (found["<|user|>"], found["<end>"]) == (gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL)
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokens.index("<end>") == theirs.eos_token_id
