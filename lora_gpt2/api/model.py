@@ -222,7 +222,7 @@ class Model:
         Args:
             prompts: the texts to continue.
             adapter: one for all, as `generate` takes it, or a list with one for each prompt.
-            n: continuations of each prompt.
+            n: continuations of each prompt; with `num_beams`, the best ones that the search finds.
             seed: of the first continuation; the next one, of this prompt or the next, has `seed + 1`, and so on.
             truncate_left: see `generate`, as for everything else.
             settings: any other setting.
@@ -340,7 +340,7 @@ class Model:
         router = self._router
         routes = [router.route(p) if mix == AUTO_MIX else None for p, mix in zip(prompts, mixes, strict=True)]
         return [
-            Request(prompt, mix, first + index * n + i, route=route)
+            Request(prompt, mix, first + index * n + i, route=route, beam_rank=i)
             for index, (prompt, mix, route) in enumerate(zip(prompts, mixes, routes, strict=True))
             for i in range(n)
         ]

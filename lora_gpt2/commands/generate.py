@@ -132,7 +132,7 @@ def command(
 
 def _warn_of_copies(num: int, settings: GenerateSettings, reporter: Reporter) -> None:
     """Says that several continuations are one text where nothing is sampled."""
-    if num > 1 and (settings.temperature == 0 or settings.num_beams > 1):
+    if num > 1 and settings.temperature == 0 and settings.num_beams == 1:
         reporter.message(f"nothing is sampled, so all {num} continuations are the same text: leave -n out")
 
 

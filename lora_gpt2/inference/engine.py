@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.printable import count_of
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.decoder import Decoder, NextTokens
@@ -85,14 +87,15 @@ class Engine:
         self._drop_finished()
         outputs = self._reroute()
         outputs += self._decode()
-        outputs += [(sequence, _advance_search(sequence, search)) for sequence, search in scheduler.searches]
+        outputs += self._search()
         admission = scheduler.admit()
         outputs += [(sequence, "") for sequence in admission.failed]
         outputs += self._prefill(admission.to_sample)
         for sequence in admission.to_search:
-            search = BeamSearch(
-                self.session, sequence.prompt_ids, sequence.mix, sequence.max_new_tokens, sequence.settings
-            )
+            if (search := sequence.shared_search.search) is None:
+                search = sequence.shared_search.search = BeamSearch(
+                    self.session, sequence.prompt_ids, sequence.mix, sequence.max_new_tokens, sequence.settings
+                )
             scheduler.searches.append((sequence, search))
         self._drop_finished()
         return outputs
@@ -128,6 +131,19 @@ class Engine:
                 self.scheduler.readmit(sequence, route.mix)
         self._drop_finished()
         return failed
+
+    def _search(self) -> list[tuple[SequenceState, str]]:
+        """Advances each beam search by a token; returns its sequences with their texts, once it is done."""
+        outputs = []
+        for search in dict.fromkeys(search for _, search in self.scheduler.searches):
+            own = [sequence for sequence, other in self.scheduler.searches if other is search]
+            try:
+                if not search.is_done:
+                    search.advance()
+                outputs += [(sequence, _take_hypothesis(sequence, search)) for sequence in own]
+            except SEQUENCE_ERRORS as error:
+                outputs += [(sequence, sequence.fail(error)) for sequence in own]
+        return outputs
 
     def _decode(self) -> list[tuple[SequenceState, str]]:
         """Advances each running sequence by a token; returns them with the text that it completed."""
@@ -304,17 +320,15 @@ def _accept(sequence: SequenceState, token: int, logits: Tensor | None) -> str:
         return sequence.fail(error)
 
 
-def _advance_search(sequence: SequenceState, search: BeamSearch) -> str:
-    """Advances a beam search by one token; returns the text of the best hypothesis once the search is done."""
-    text = ""
-    try:
-        search.advance()
-        if not search.is_done:
-            return ""
-        best = search.hypotheses[0]
-        for token in best.ids:
-            if not sequence.finish_reason:
-                text += sequence.append(token)
-    except SEQUENCE_ERRORS as error:
-        return sequence.fail(error)
-    return text + (sequence.finish(best.finish_reason) if not sequence.finish_reason else "")
+def _take_hypothesis(sequence: SequenceState, search: BeamSearch) -> str:
+    """Returns the text that a sequence takes from its beam search, "" while that goes on."""
+    if not search.is_done:
+        return ""
+    if sequence.beam_rank >= len(search.hypotheses):
+        found = f"the beam search found {count_of(len(search.hypotheses), 'text')}"
+        return sequence.fail(UsageError(found, "ask for fewer, or use more beams"))
+    hypothesis, text = search.hypotheses[sequence.beam_rank], ""
+    for token in hypothesis.ids:
+        if not sequence.finish_reason:
+            text += sequence.append(token)
+    return text + (sequence.finish(hypothesis.finish_reason) if not sequence.finish_reason else "")

@@ -16,7 +16,7 @@ from lora_gpt2.inference.constraint import adopt_constraint
 from lora_gpt2.inference.engine import borrow_engine
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.routing import AUTO_MIX, RoutedMix, Router
-from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
+from lora_gpt2.inference.sequence import SequenceState, SharedSearch, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.model.base import Base
@@ -40,6 +40,7 @@ class Request:
         no_verbatim: texts that the continuation does not copy for longer than the n-grams of their indexes.
         router: chooses the adapter; by default among all of the store.
         route: what a router has chosen already.
+        beam_rank: with beams, which of the texts that the search found, 0 for the best; nothing else depends on it.
     """
 
     prompt: str
@@ -49,6 +50,7 @@ class Request:
     no_verbatim: Sequence[NgramIndex] = ()
     router: Router | None = None
     route: RoutedMix | None = None
+    beam_rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,13 +250,22 @@ def iter_pieces(
                 yield sequence.index, text, _to_output(request, sequence, origin) if sequence.finish_reason else None
 
 
+def check_num_texts(count: int, settings: GenerateSettings) -> None:
+    """Raises `UsageError` if a beam search is asked for more texts than it has beams."""
+    if 1 < settings.num_beams < count:
+        raise UsageError(
+            f"{count} texts of {settings.num_beams} beams", "a beam search gives as many texts as beams at most"
+        )
+
+
 def _build_sequences(
     session: Session, requests: Sequence[Request], settings: GenerateSettings, truncate_left: bool
 ) -> list[SequenceState]:
     tokenizer, context = session.base.tokenizer, session.base.config.n_positions
-    sequences, router = [], Router(session)
+    sequences, router, shared = [], Router(session), dict[tuple[str, Mix, int], SharedSearch]()
     for index, request in enumerate(requests):
         own = request.settings or settings
+        check_num_texts(request.beam_rank + 1, own)
         if request.no_verbatim and own.num_beams > 1:
             raise UsageError(
                 "--no-verbatim does not work with beam search", "leave --no-verbatim or generate.num_beams out"
@@ -276,6 +287,8 @@ def _build_sequences(
                 tokenizer=tokenizer,
                 no_verbatim=request.no_verbatim,
                 routes=[] if route is None else [route],
+                shared_search=shared.setdefault((request.prompt, mix, id(own)), SharedSearch()),
+                beam_rank=request.beam_rank,
             )
         )
     for reference in dict.fromkeys(reference for sequence in sequences for reference, _ in sequence.mix):

@@ -83,7 +83,7 @@ def generate_prompt(
             is the base.
         store: where they are.
         recipe: its `generate` settings; its `base` if it was set, else that of the first adapter.
-        n: number of continuations under each.
+        n: number of continuations under each; with beams, the best ones that the search finds.
         seed: of the first continuation of each; the next has `seed + 1`, and so on.
         truncate_left: drop the beginning of a prompt that is too long, instead of raising.
         guard: changes the requests before they run.
@@ -104,7 +104,9 @@ def generate_prompt(
     route = router.route(prompt) if router is not None else None
     mixes = [Mix.parse(route.choice.adapter)] if route is not None else mixes
     requests: Sequence[Request] = [
-        Request(prompt=prompt, mix=mix, seed=seed + i, route=route) for mix in mixes or [Mix()] for i in range(n)
+        Request(prompt=prompt, mix=mix, seed=seed + i, route=route, beam_rank=i)
+        for mix in mixes or [Mix()]
+        for i in range(n)
     ]
     requests = guard(requests) if guard is not None else requests
     outputs = generate_all(session, requests, recipe.generate, on_text=on_text, stop=stop, truncate_left=truncate_left)

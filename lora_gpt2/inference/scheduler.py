@@ -41,8 +41,9 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Number of running sequences; a beam search counts once for each beam."""
-        return len(self.running) + sum(sequence.settings.num_beams for sequence, _ in self.searches)
+        """Number of running sequences; a beam search counts once for each beam, whoever takes its texts."""
+        widths = {search: sequence.settings.num_beams for sequence, search in self.searches}
+        return len(self.running) + sum(widths.values())
 
     @property
     def sequences(self) -> list[SequenceState]:
@@ -55,9 +56,11 @@ class Scheduler:
         A beam search that is wider than the batch is admitted when nothing else is running.
         """
         admission, num_running = Admission(), self.num_running
+        searched = {sequence.shared_search for sequence, _ in self.searches}
         while self.waiting:
             sequence = self.waiting[0]
-            width = sequence.settings.num_beams if sequence.max_new_tokens else 1
+            width = sequence.settings.num_beams if sequence.searches else 1
+            width = 0 if sequence.searches and sequence.shared_search in searched else width
             if num_running and num_running + width > self.max_num_seqs:
                 break
             self.waiting.popleft()
@@ -70,7 +73,8 @@ class Scheduler:
                 continue
             self.session.slots.pin(sequence.mix)
             num_running += width
-            (admission.to_sample if width == 1 else admission.to_search).append(sequence)
+            (admission.to_search if sequence.searches else admission.to_sample).append(sequence)
+            searched.add(sequence.shared_search)
         return admission
 
     def withdraw(self, sequence: SequenceState) -> None:

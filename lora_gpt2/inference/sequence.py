@@ -21,6 +21,7 @@ from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings
 
 if TYPE_CHECKING:
+    from lora_gpt2.inference.beam import BeamSearch
     from lora_gpt2.inference.routing import RoutedMix
 
 
@@ -70,6 +71,13 @@ class StopStringMatcher:
         return next((length for length in lengths if self.pending.endswith(stop[:length])), 0)
 
 
+@dataclass(eq=False)
+class SharedSearch:
+    """One beam search whose texts several sequences take; the engine opens it for the first of them."""
+
+    search: BeamSearch | None = None
+
+
 @dataclass(kw_only=True, eq=False)
 class SequenceState:
     """A sequence that is being generated.
@@ -86,6 +94,8 @@ class SequenceState:
         scores_prompt: also compute the log-probabilities of the prompt's tokens, except for the first.
         no_verbatim: texts that are not copied for longer than their index's n-grams.
         routes: what `auto` chose, so far; empty for a mix that was named.
+        shared_search: with beams, the search, which sequences of the same prompt, mix and settings may have in common.
+        beam_rank: which of its texts this sequence takes, 0 for the best.
 
     `constraint` is what the continuation may become, None for anything. One that cannot be compiled is a `UsageError`.
     `finish_reason` is empty while the sequence is running; then `stop`, `length`, `error`, or what `Engine.stop` gave.
@@ -102,6 +112,8 @@ class SequenceState:
     scores_prompt: bool = False
     no_verbatim: Sequence[NgramIndex] = ()
     routes: list[RoutedMix] = field(default_factory=list)
+    shared_search: SharedSearch = field(default_factory=SharedSearch)
+    beam_rank: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     error: Exception | None = None
     new_ids: list[int] = field(default_factory=list)
@@ -119,6 +131,11 @@ class SequenceState:
     def ids(self) -> list[int]:
         """The prompt's tokens and the generated ones."""
         return self.prompt_ids + self.new_ids
+
+    @property
+    def searches(self) -> bool:
+        """True if it takes its text from a beam search."""
+        return self.settings.num_beams > 1 and self.max_new_tokens > 0
 
     @property
     def is_due(self) -> bool:

@@ -22,7 +22,7 @@ from lora_gpt2.inference.constraint import adopt_constraint
 from lora_gpt2.inference.generate import describe_provenance, describe_settings, fit_prompt
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.routing import RoutedMix
-from lora_gpt2.inference.sequence import SequenceState
+from lora_gpt2.inference.sequence import SequenceState, SharedSearch
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import VerifiedAdapter
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
@@ -259,8 +259,10 @@ def check_choices(body: CompletionBody, settings: GenerateSettings, limits: Serv
     prompts = list_prompts(body.prompt)
     if len(prompts) * body.n > limits.max_choices:
         raise ApiError(400, f"{len(prompts)} prompts times n={body.n} are more than {limits.max_choices}", "n")
-    if settings.num_beams > 1 and (body.n > 1 or len(prompts) * settings.num_beams > limits.max_choices):
-        text = f"beam search gives one choice, and prompts times num_beams are at most {limits.max_choices}"
+    if settings.num_beams > 1 and (
+        body.n > settings.num_beams or len(prompts) * settings.num_beams > limits.max_choices
+    ):
+        text = f"n is at most num_beams, and prompts times num_beams are at most {limits.max_choices}"
         raise ApiError(400, text, "num_beams")
     return prompts
 
@@ -286,7 +288,8 @@ def build_sequences(
         may_change = bool(routes) and bool(asked.reroute_every)
         settings = asked if may_change else adopt_constraint(asked, session.find_manifests(mix))
         prompt_ids, max_new_tokens = _fit_prompt(prompt, body, session, settings)
-        for _ in range(body.n):
+        shared = SharedSearch()
+        for rank in range(body.n):
             sequences.append(
                 SequenceState(
                     index=len(sequences),
@@ -299,6 +302,8 @@ def build_sequences(
                     loaded=loaded,
                     scores_prompt=body.echo and body.logprobs is not None,
                     routes=list(routes[index : index + 1]),
+                    shared_search=shared,
+                    beam_rank=rank,
                 )
             )
     return sequences

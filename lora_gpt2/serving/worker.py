@@ -259,4 +259,5 @@ class Worker:
 
 
 def _count_beams(sequence: SequenceState) -> int:
-    return sequence.settings.num_beams
+    """Returns the rows that a sequence takes; those of a beam search are counted with its best text."""
+    return 0 if sequence.settings.num_beams > 1 and sequence.beam_rank else sequence.settings.num_beams

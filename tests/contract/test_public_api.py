@@ -24,7 +24,7 @@ def test_all_is_importable_documented_and_short():
         assert name in dir(lora_gpt2)
         if name != "__version__":
             assert inspect.getdoc(value), name
-            assert f"lora_gpt2.{name}\n" in page, f"docs/reference/python.md has no lora_gpt2.{name}"
+            assert f"### {name}\n" in page, f"docs/reference/python.md has no {name}"
     assert set(lora_gpt2._MODULES) | {"__version__"} == set(names)
     assert not hasattr(lora_gpt2, "no_such_name")
 

@@ -142,6 +142,9 @@ def test_token_ids_as_prompt_beams_and_stop(client, base):
     assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (text[: text.index(text[1:3])], "stop")
     beams = client.completions.create(model="law", prompt=ids, max_tokens=8, extra_body={"num_beams": 4})
     assert beams.choices[0].finish_reason in ("stop", "length")
+    several = client.completions.create(model="law", prompt=ids, max_tokens=8, n=3, extra_body={"num_beams": 4})
+    assert several.choices[0].text == beams.choices[0].text
+    assert len({choice.text for choice in several.choices}) == 3
 
 
 def test_models_are_the_base_and_its_adapters(client):
@@ -193,7 +196,7 @@ BAD = [
     {"num_beams": 65},
     {"num_beams": 2, "logprobs": 1},
     {"num_beams": 2, "watermark": True},
-    {"num_beams": 4, "n": 2},
+    {"num_beams": 2, "n": 3},
     {"num_beams": 17},
     {"repetition_penalty": 1e-40},
     {"length_penalty": 6},

@@ -78,9 +78,9 @@ def pull(reporter: Reporter, repository: str, name: str | None, base: str | None
 def export(reporter: Reporter, reference: str, target: Path, peft_safe: bool, store: Store, as_json: bool) -> None:
     """Write a version to TARGET: a folder that PEFT loads, or one file: .tar.gz, or .gguf for llama.cpp.
 
-    A folder and a .tar.gz hold every file of the version, also the sketch and the drafter of its training text, which are
-    hashes. A .gguf is an adapter for `llama-cli --lora` over the base's GGUF ('bases export'); a Modelfile for ollama is
-    written beside it.
+    A folder and a .tar.gz hold every file of the version, also the sketch and the drafter of its training text, which
+    are hashes. A .gguf is an adapter for `llama-cli --lora` over the base's GGUF ('bases export'); a Modelfile for
+    ollama is written beside it.
 
     An adapter that changes the head (lm_head) runs in PeftModel, but what ties the head again, as
     AutoPeftModelForCausalLM and lm-evaluation-harness do, fails over it: --peft-safe leaves that change out.

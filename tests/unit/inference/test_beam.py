@@ -7,15 +7,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.inference.beam import BeamSearch
-from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.engine import Engine
+from lora_gpt2.inference.generate import Request, generate, generate_all
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.sequence import SequenceState, SharedSearch
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import GenerateSettings
 from tests.builders import make_adapter, make_base_folder
 
+SAMPLED = GenerateSettings(max_new_tokens=8, temperature=1.0, top_k=0)
 PROMPTS = [[5], [70, 81, 3, 9], [40, 41, 42, 43, 44, 45, 46, 47]]
 
 
@@ -88,6 +92,62 @@ def test_generate_uses_beams_and_stops_at_stop_texts(session):
     (cut,) = generate(session, [Request("the cat", Mix.single("law"))], settings.model_copy(update={"stop": (stop,)}))
     assert cut.text == output.text[: output.text.index(stop)]
     assert cut.finish_reason == "stop"
+
+
+def test_several_texts_of_a_search_are_its_best_and_searched_for_once(session, monkeypatch):
+    settings = GenerateSettings(num_beams=4, max_new_tokens=8)
+    ids = session.base.tokenizer.encode("the cat")
+    wanted = search_beams(session, ids, Mix.single("law"), 8, settings)
+    steps, advance = [], BeamSearch.advance
+    monkeypatch.setattr(BeamSearch, "advance", lambda self: (steps.append(self), advance(self)))
+    requests = [Request("the cat", Mix.single("law"), rank, beam_rank=rank) for rank in (2, 0, 3, 1)]
+    sampled = [Request("the cat", Mix.single("law"), seed, SAMPLED) for seed in (1, 2)]
+    outputs = generate(session, [*requests, *sampled], settings)
+    assert [output.text for output in outputs[:4]] == [
+        session.base.tokenizer.decode(wanted[rank].ids) for rank in (2, 0, 3, 1)
+    ]
+    assert [output.finish_reason for output in outputs[:4]] == [wanted[rank].finish_reason for rank in (2, 0, 3, 1)]
+    assert len(set(steps)) == 1
+    assert [output.text for output in outputs[4:]] == [generate(session, [each], settings)[0].text for each in sampled]
+    with pytest.raises(UsageError, match="5 texts of 4 beams"):
+        generate(session, [Request("the cat", beam_rank=4)], settings)
+
+
+def test_who_asks_for_more_texts_than_a_search_finds_is_told(session):
+    settings = GenerateSettings(num_beams=4, max_new_tokens=8, choice=(" a", " b"))
+    outputs = generate_all(session, [Request("the cat", beam_rank=rank) for rank in range(3)], settings)
+    assert [output.error is None for output in outputs] == [True, True, False]
+    assert {output.text for output in outputs[:2]} == {" a", " b"}
+    assert "the beam search found 2 texts" in str(outputs[2].error)
+
+
+def test_a_search_goes_on_for_the_others_when_one_is_stopped(session):
+    settings = GenerateSettings(num_beams=3, max_new_tokens=6)
+    shared = SharedSearch()
+    rows = [
+        SequenceState(
+            index=rank,
+            mix=Mix(),
+            prompt_ids=[1, 2, 3],
+            max_new_tokens=6,
+            settings=settings,
+            seed=0,
+            tokenizer=session.base.tokenizer,
+            shared_search=shared,
+            beam_rank=rank,
+        )
+        for rank in range(3)
+    ]
+    engine = Engine(session, 3, 48)
+    for row in rows:
+        engine.submit(row)
+    engine.step()
+    assert engine.num_running == 3, "one search of three beams"
+    engine.stop(rows[0], "cancelled")
+    while engine.is_busy:
+        engine.step()
+    wanted = search_beams(session, [1, 2, 3], Mix(), 6, settings)
+    assert [tuple(row.new_ids) for row in rows] == [(), wanted[1].ids, wanted[2].ids]
 
 
 @pytest.fixture(scope="module")

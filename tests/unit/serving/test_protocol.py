@@ -217,7 +217,10 @@ def test_as_many_rows_are_taken_as_are_allowed_and_not_one_more(session):
     assert refusal(session, prompt=["a"] * 3, n=3) == (400, "n")
     assert len(rows_of(session, prompt=["a"] * 2, num_beams=4)) == 2
     assert refusal(session, prompt=["a"] * 3, num_beams=3) == (400, "num_beams")
-    assert refusal(session, prompt="a", n=2, num_beams=2) == (400, "num_beams")
+    assert refusal(session, prompt="a", n=3, num_beams=2) == (400, "num_beams")
+    two = rows_of(session, prompt=["a", "b"], n=2, num_beams=3)
+    assert [row.beam_rank for row in two] == [0, 1, 0, 1]
+    assert two[0].shared_search is two[1].shared_search is not two[2].shared_search
 
 
 def test_a_prompt_and_what_is_asked_for_fill_the_context_and_no_more(session):
