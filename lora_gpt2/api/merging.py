@@ -31,7 +31,8 @@ def merge(
     """Combines the adapters of a mix into a new one, checks it against the unmerged computation, and publishes it.
 
     Args:
-        mix: such as `law:0.6+code:0.4`; without weights the shares are equal.
+        mix: such as `law:0.6+code:0.4`; without weights the shares are equal, and 1 each for `ties` and `dare_ties`,
+            which take a mean themselves.
         name: name of the new adapter.
         texts: by label, texts to measure the base, the parents and the result on, beside general English.
         search: find the weights and the method that are best over the texts; the mix is the first tried.
@@ -51,11 +52,12 @@ def merge(
         CheckFailed: the result does not compute what it should; nothing is published.
     """
     other: dict[str, Any] = {"base": base, "merge.method": method, "merge.rank": rank}
+    recipe = make_recipe(settings, "merge", {}, other)
     result = run.merge(
-        mix if isinstance(mix, Mix) else Mix.parse(mix),
+        mix if isinstance(mix, Mix) else Mix.parse(mix, run.choose_weight(recipe.merge)),
         [LabelledSource(label, to_source(text)) for label, text in (texts or {}).items()],
         Store.find(store),
-        make_recipe(settings, "merge", {}, other),
+        recipe,
         choose_reporter(progress),
         name=name,
         search=search,

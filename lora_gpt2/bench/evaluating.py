@@ -170,7 +170,7 @@ def _prepare_loop(spec: EvaluationSpec) -> Measure:
     from transformers import GPT2LMHeadModel
 
     runtime = choose_runtime("float32")
-    model = GPT2LMHeadModel.from_pretrained(spec.folder).to(runtime.device).eval()
+    model = GPT2LMHeadModel.from_pretrained(spec.folder, dtype=runtime.dtype).to(runtime.device).eval()
     tokenizer = load_base(spec.folder, runtime).tokenizer
 
     def measure(text: str) -> tuple[int, float]:

@@ -74,7 +74,7 @@ def measure_preparing(
         seconds = time.monotonic() - started
     tokens = sum(json.loads(done)["tokens"].values())
     documents = list(islice((d.text for d in read_documents(sources, settings)), 4 * planted + 1000))
-    found, false_pairs = _find_planted(documents, planted)
+    planted, found, false_pairs = _find_planted(documents, planted)
     return Preparing(
         seconds=seconds,
         text_megabytes=size,
@@ -128,8 +128,8 @@ def _weigh_tree(pid: int) -> int:
     return total
 
 
-def _find_planted(documents: Sequence[str], count: int) -> tuple[int, int]:
-    """Returns how many planted copies are found, and how many other pairs are taken for copies.
+def _find_planted(documents: Sequence[str], count: int) -> tuple[int, int, int]:
+    """Returns how many copies were planted and found, and how many other pairs are taken for copies.
 
     A copy has a hundredth of its words changed, and other case and spacing.
     """
@@ -153,7 +153,7 @@ def _find_planted(documents: Sequence[str], count: int) -> tuple[int, int]:
     for number, index in enumerate(chosen):
         first = after.get(len(originals) + number, (index, 0.0))[0]
         wrong += first not in (index, before.get(index, (index, 0.0))[0])
-    return found, wrong
+    return len(copies), found, wrong
 
 
 def _compare_tokenizers(documents: Sequence[str]) -> float:

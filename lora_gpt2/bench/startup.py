@@ -36,7 +36,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, GPT2LMHeadModel
 base, adapter = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), adapter).eval()
+model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base, dtype="float32"), adapter).eval()
 ids = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0]))
 """

@@ -17,6 +17,7 @@ from lora_gpt2.core.user_files import check_output, check_picture
 from lora_gpt2.evaluation.report import format_matrix
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.references import BASE
 
 if TYPE_CHECKING:
     from lora_gpt2.evaluation.run import Evaluation
@@ -99,7 +100,8 @@ def command(
     limits, earlier = parse_limits(fail_above), read_baseline(baseline) if baseline else None
     check_output(html)
     wanted = [LabelledSource.parse(source) for source in sources]
-    check_limits(limits, [GENERAL, *(source.label for source in wanted)])
+    measured_too = [GENERAL] if general and set(adapters) - {BASE} else []
+    check_limits(limits, [*measured_too, *(source.label for source in wanted)])
     read_manifests(store, adapters)
     texts = read_texts(wanted, store, settings, reporter)
     evaluation = evaluate_texts(

@@ -63,9 +63,10 @@ def command(
     recipe = load_recipe(None, overrides, {"base": base, "merge.method": method, "merge.rank": rank})
     from lora_gpt2.evaluation.matrix import LabelledSource
     from lora_gpt2.inference.mix import Mix
-    from lora_gpt2.merging.run import merge
+    from lora_gpt2.merging.run import choose_weight, merge
 
-    mix, wanted = Mix.parse(adapters), [item for text in texts for item in text.split(",") if item]
+    mix = Mix.parse(adapters, choose_weight(recipe.merge))
+    wanted = [item for text in texts for item in text.split(",") if item]
 
     def show_search(found: SearchReport) -> None:  # at once: what follows may fail
         if not as_json:

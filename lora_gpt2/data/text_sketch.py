@@ -54,6 +54,13 @@ class TextSketch:
         """Returns the sketch of some documents, given by their `hash_shingles`."""
         return cls(np.unique(np.concatenate(shingles)) if shingles else np.zeros(0, dtype=np.uint32), is_whole)
 
+    @classmethod
+    def join(cls, sketches: Sequence[TextSketch | None]) -> TextSketch:
+        """Returns the sketch of several training texts together; of one that is None nothing is known."""
+        known = [sketch for sketch in sketches if sketch is not None]
+        is_whole = len(known) == len(sketches) and all(sketch.is_whole for sketch in known)
+        return cls.build([sketch.shingles for sketch in known], is_whole)
+
     def to_bytes(self) -> bytes:
         """Returns the sketch as little-endian 32-bit numbers."""
         return self.shingles.astype("<u4").tobytes()

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 
 from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError
 from lora_gpt2.core.fingerprint import fingerprint_json
@@ -164,6 +164,7 @@ def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
             backend = BackendTokenizer(models.BPE.from_file(str(vocab), str(merges)))
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = decoders.ByteLevel()
+            _add_tokens(backend, folder)
     except Exception as error:  # `tokenizers` raises bare Exception for everything
         raise CorruptError(f"the tokenizer in {folder} cannot be read: {error}", hint) from error
     if not isinstance(backend.model, models.BPE) or backend.get_vocab_size(with_added_tokens=False) < 256:
@@ -171,6 +172,17 @@ def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
     backend.post_processor = None
     found = (backend.token_to_id(name) for name in (_read_eos(folder), EOS) if name)
     return Tokenizer(backend, next((index for index in found if index is not None), eos_id))
+
+
+def _add_tokens(backend: BackendTokenizer, folder: Path) -> None:
+    """Adds the tokens of `added_tokens.json`, as slow tokenizers saved them; raises `ValueError` if an id is taken."""
+    if not (folder / "added_tokens.json").is_file():
+        return
+    added: dict[str, int] = load_json((folder / "added_tokens.json").read_bytes())
+    for text in sorted(added, key=added.__getitem__):
+        backend.add_tokens([AddedToken(text, normalized=False)])
+        if backend.token_to_id(text) != added[text]:
+            raise ValueError(f"added_tokens.json gives {text!r} the id {added[text]}, which does not follow")
 
 
 def _read_eos(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class Cell:
         ratio_interval: its confidence interval, from the same draws.
         profile: cleaning profile of the text.
         trained_on: number of documents that the adapter was trained on; None if its training text is not known.
+        num_documents: number of documents, which protocol `stream` scores as one text.
     """
 
     adapter: str
@@ -63,6 +65,7 @@ class Cell:
     ratio_interval: Interval | None = None
     profile: str = ""
     trained_on: int | None = None
+    num_documents: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Returns the entry with the key names of `evaluate --json`."""
@@ -71,7 +74,7 @@ class Cell:
             "adapter": self.adapter,
             "source": self.source,
             **{key: getattr(self.score, key) for key in keys},
-            "documents": self.score.per_document.shape[1],
+            "documents": self.num_documents,
             "perplexity_interval": self.interval,
             "ratio_to_base": self.ratio,
             "ratio_interval": self.ratio_interval,
@@ -91,7 +94,8 @@ class LabelledSource:
     def parse(cls, spec: str) -> LabelledSource:
         """Returns what `path` or `label=path` means; a path that exists is one, with `=` in it or not."""
         label, separator, path = spec.partition("=")
-        return cls(label, path) if separator and not Path(spec).exists() else cls(spec, spec)
+        is_label = separator and not Path(spec).exists() and "/" not in label and os.sep not in label
+        return cls(label, path) if is_label else cls(spec, spec)
 
 
 def read_sources(
@@ -187,6 +191,7 @@ def _compare(source: EvaluationText, scores: Mapping[str, Score], sketches: Mapp
                 ratio_interval=ratio_interval,
                 profile=source.profile,
                 trained_on=seen,
+                num_documents=len(texts),
             )
         )
     return cells

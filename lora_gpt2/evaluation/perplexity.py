@@ -54,8 +54,8 @@ class Score:
 
     nll_nats: float
     tokens: int
-    words: int
-    bytes: int
+    words: int | float
+    bytes: int | float
     per_document: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 0)), compare=False, repr=False)
 
     @property
@@ -254,9 +254,17 @@ class ScoringWindows:
         inputs, targets, documents, select = self.transfer.copy([tokens[:, :-1], *chosen, positions])
         return token_nll(self.base.model, inputs, targets, adapters, select=select), documents
 
+    def _find_scored_share(self, document: int) -> float:
+        """Returns the fraction of a stream's bytes whose tokens are scored: windows without overlap leave some out."""
+        lengths = [len(piece) for piece in self.base.tokenizer.token_bytes]
+        own = [scored for scored in self.windows if scored.document == document]
+        counted = sum(lengths[id_] for _, ids, span in own for id_ in ids[span.first : span.end + 1])
+        return counted / sum(lengths[id_] for id_ in own[0].ids)
+
     def _collect(self, nats: NDArray[np.float64]) -> list[Score]:
         scores, first = [], 0
         for texts in self.texts:
+            share = self._find_scored_share(first) if self.settings.protocol == "stream" else 1
             documents = slice(first, first + len(texts))
             per_document = np.stack([nats[documents], self.tokens[documents]])
             first = documents.stop
@@ -264,8 +272,8 @@ class ScoringWindows:
                 Score(
                     nll_nats=float(per_document[0].sum()),
                     tokens=int(per_document[1].sum()),
-                    words=sum(len(text.split()) for text in texts),
-                    bytes=sum(len(text.encode()) for text in texts),
+                    words=sum(len(text.split()) for text in texts) * share,
+                    bytes=sum(len(text.encode()) for text in texts) * share,
                     per_document=per_document,
                 )
             )

@@ -181,7 +181,8 @@ def build_matrix_page(result: Mapping[str, Any]) -> str:
         method=f"Perplexity: exp of the mean negative log-likelihood of a token, {METHOD[result['protocol']]}; window "
         f"{result['window']}, stride {result['stride']} tokens, each token scored once. Intervals: bootstrap over "
         "documents; those of the ratio to the base use the same draws for both. "
-        + "".join(f"{line.capitalize()}." for line in describe_versions(result.get("versions", {}))),
+        + "".join(f"{line.capitalize()}. " for line in describe_versions(result.get("versions", {})))
+        + "! marks text that the adapter was trained on." * any(cell.get("documents_trained_on") for cell in shown),
     )
 
 
@@ -205,7 +206,7 @@ def _list_columns(cell: Mapping[str, Any]) -> tuple[str | int, ...]:
     return (
         cell["adapter"],
         cell["source"],
-        f"{cell['perplexity']:,.2f}",
+        f"{cell['perplexity']:,.2f}{' !' if cell.get('documents_trained_on') else ''}",
         _show(cell["perplexity_interval"]),
         "" if cell["ratio_to_base"] is None else f"{cell['ratio_to_base']:.3f}",
         _show(cell["ratio_interval"], 3),

@@ -146,6 +146,8 @@ def evaluate_texts(
         NotFoundError: there is no such adapter.
         UsageError: window and stride do not fit the base.
     """
+    if keep:
+        store.check_writable()
     if ray and num_texts:
         raise UsageError("texts are generated on this machine alone", "leave --ray or --generate out")
     if ray:
@@ -173,6 +175,8 @@ def evaluate_texts(
     for line in list_differences(store, alone, texts, cells, how):
         reporter.message(line)
     if keep:
+        if mixed := [str(mix) for mix in measured.rows if len(mix) > 1]:
+            reporter.message(f"figures are kept with single adapters, not with {', '.join(mixed)}")
         _keep(evaluation, alone, store)
     return evaluation
 
@@ -221,7 +225,11 @@ def _choose_texts(
 
 
 def _list_rows(mixes: Sequence[Mix]) -> list[Mix]:
-    return list(dict.fromkeys([Mix(), *mixes]))
+    """Returns the rows of the matrix, the base first; mixes that are written alike are one."""
+    rows = dict[str, Mix]()
+    for mix in [Mix(), *mixes]:
+        rows.setdefault(str(mix), mix)
+    return list(rows.values())
 
 
 def _measure_here(
@@ -307,18 +315,16 @@ def read_mix_sketches(store: Store | None, mixes: Sequence[Mix]) -> dict[str, Te
     if store is None:
         return {}
     found = {mix: [read_sketch(store, reference) for reference in mix.references] for mix in mixes}
-    return {
-        str(mix): TextSketch.build([sketch.shingles for sketch in sketches if sketch], is_whole=all(sketches))
-        for mix, sketches in found.items()
-        if any(sketches)
-    }
+    return {str(mix): TextSketch.join(sketches) for mix, sketches in found.items() if any(sketches)}
 
 
 def _judge_texts(
     session: Session, mixes: Sequence[Mix], tasks: Sequence[GenerationTask], recipe: Recipe, reporter: Reporter
 ) -> list[Quality]:
+    settings = recipe.evaluate.model_copy(update={"protocol": "document"})  # of continuations, without their prompts
+
     def judge(name: str, texts: Sequence[Document]) -> float:
-        return measure_perplexity(session.base, texts, recipe.evaluate, session.select(Mix.parse(name))).perplexity
+        return measure_perplexity(session.base, texts, settings, session.select(Mix.parse(name))).perplexity
 
     names = [str(mix) for mix in mixes]
     with catch_signals() as stop:

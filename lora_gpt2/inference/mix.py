@@ -29,8 +29,10 @@ class Mix(tuple[tuple[str, float], ...]):
         return super().__new__(cls, parts)
 
     @classmethod
-    def parse(cls, specs: str | Sequence[str]) -> Mix:
-        """Returns the mix that a text spells, or several that are mixed.
+    def parse(cls, specs: str | Sequence[str], each: float | None = None) -> Mix:
+        """Returns the mix that a text spells, or several that are mixed; `each` is the weight of those without one.
+
+        By default they have equal shares.
 
         Raises `UsageError` for a weight that is not a number within ±16, a name given twice, or weights that only some
         of the adapters have.
@@ -48,7 +50,8 @@ class Mix(tuple[tuple[str, float], ...]):
         if len({weight is None for weight in weights.values()}) > 1:
             bare = next(name for name, weight in weights.items() if weight is None)
             raise UsageError(f"adapter {bare} has no weight, others have", f"such as {bare}:0.5, or give none a weight")
-        return cls((name, 1 / len(weights) if weight is None else weight) for name, weight in weights.items())
+        share = 1 / max(1, len(weights)) if each is None else each
+        return cls((name, share if weight is None else weight) for name, weight in weights.items())
 
     @classmethod
     def single(cls, reference: str, weight: float = 1.0) -> Mix:

@@ -178,8 +178,10 @@ def _describe_origin(
     provenance["method"] = rule.method
     if not rule.steps.is_sum:
         provenance |= {"density": rule.density, "seed": rule.seed}
+    sketch = _join_sketches(session, parents)
+    data = {"sources": sorted({s for m in parents.manifests for s in m.data.get("sources", [])})}
     return Origin(
-        data={"sources": sorted({s for m in parents.manifests for s in m.data.get("sources", [])})},
+        data=data if sketch is None or sketch.is_whole else data | {"sketch_is_whole": False},
         recipe={"description": f"Merged from {' and '.join(m.reference for m in parents.manifests)} by {rule.method}."},
         figures={
             "perplexity": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == MERGED},
@@ -187,17 +189,15 @@ def _describe_origin(
         },
         parents=parents.to_lineage(rule.scale_weights(parents.weights)),
         provenance=provenance,
-        pages=_join_sketches(session, parents),
+        pages={} if sketch is None else {SKETCH: sketch.to_bytes()},
     )
 
 
-def _join_sketches(session: Session, parents: Parents) -> dict[str, bytes]:
-    """Returns the parents' sketches of their training texts as one file; nothing if one of them has none."""
+def _join_sketches(session: Session, parents: Parents) -> TextSketch | None:
+    """Returns the parents' sketches of their training texts as one; None if one of them has none."""
     references = [manifest.reference for manifest in parents.manifests]
     found = read_sketches(session.store, references)
-    if len(found) < len(references):
-        return {}
-    return {SKETCH: TextSketch.build([sketch.shingles for sketch in found.values()]).to_bytes()}
+    return TextSketch.join(list(found.values())) if len(found) == len(references) else None
 
 
 def check_deltas(parents: Parents, rule: MergeRule) -> None:

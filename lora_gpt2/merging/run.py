@@ -16,7 +16,8 @@ from lora_gpt2.inference.open import open_session
 from lora_gpt2.merging.combine import MergeReport, merge_adapters
 from lora_gpt2.merging.into_base import MergedBaseReport, merge_into_base
 from lora_gpt2.merging.search import SearchReport, search_weights
-from lora_gpt2.recipe import MergeMethod, Recipe
+from lora_gpt2.model.merge import METHODS
+from lora_gpt2.recipe import MergeMethod, MergeSettings, Recipe
 from lora_gpt2.recipe.unused import list_unused_by_merge
 from lora_gpt2.store.catalog import Store
 
@@ -42,6 +43,11 @@ class MergeResult:
         search = {"search": self.search.to_json()} if self.search else {}
         written = self.adapter or self.base
         return {"method": self.method} | search | (written.to_json() if written else {})
+
+
+def choose_weight(settings: MergeSettings) -> float | None:
+    """Returns the weight of adapters that have none: 1 where the method takes a mean itself (TIES); None: shares."""
+    return 1.0 if METHODS[settings.method].elects_sign else None
 
 
 def merge(
@@ -80,7 +86,7 @@ def merge(
     texts = read_sources(sources, recipe.data, reporter)
     session, _ = open_session(store, mix.references, recipe, "float32")
     settings, found = recipe.merge, None
-    for line in [] if search else list_unused_by_merge(recipe):
+    for line in list_unused_by_merge(recipe, is_search=search, is_base=into_base is not None, is_adapter=bool(name)):
         reporter.message(line)
     if search:
         found = search_weights(session, mix, texts, settings, recipe.evaluate, reporter)

@@ -38,6 +38,7 @@ HUB_FILES = [
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
 ]
 MAX_CONFIG_BYTES = 2**20
 OFFLINE_HINT = "copy its folder (config.json, model.safetensors, tokenizer.json) from another machine: --base FOLDER"

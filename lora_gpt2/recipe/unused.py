@@ -36,12 +36,24 @@ def list_shared(recipes: Sequence[Recipe]) -> list[str]:
     return lines
 
 
-def list_unused_by_merge(recipe: Recipe) -> list[str]:
-    """Returns a line for each setting of a merge that was given and that its method does not read."""
+def list_unused_by_merge(recipe: Recipe, *, is_search: bool, is_base: bool, is_adapter: bool) -> list[str]:
+    """Returns a line for each setting of a merge that was given and that it does not read.
+
+    What is written into the base (`is_base`) is the whole update, which no rank cuts off; `is_adapter`: what is
+    published as an adapter; a search reads the settings of every method.
+    """
     merge, random = recipe.merge, ("dare_linear", "dare_ties")
     pruning = ("ties", "magnitude_prune", *random)
-    lines = _list("merge", merge, ("density",), merge.method in pruning, f"a method that prunes: {', '.join(pruning)}")
-    return lines + _list("merge", merge, ("seed",), merge.method in random, f"DARE: {', '.join(random)}")
+    prunes, draws = is_search or merge.method in pruning, is_search or merge.method in random
+    lines = _list("merge", merge, ("density",), prunes, f"a method that prunes: {', '.join(pruning)}")
+    lines += _list("merge", merge, ("seed",), draws, f"DARE: {', '.join(random)}")
+    lines += _list("merge", merge, ("search_steps", "search_tokens"), is_search, "--search")
+    if is_base or is_adapter:
+        lines += _list("merge", merge, ("rank", "max_error"), is_adapter, "--as: the whole update goes into the base")
+        lines += _list("merge", merge, ("gguf", "dtype", "max_shard_bytes"), is_base, "--into-base")
+    if is_base and not is_adapter and merge.method in ("svd", "linear") and not is_search:
+        lines.append(f"method {merge.method} cuts nothing off with --into-base: the whole update goes into the base")
+    return lines
 
 
 def _list(section: str, values: Section, names: Sequence[str], is_used: bool, needed: str) -> list[str]:

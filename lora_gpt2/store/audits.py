@@ -32,5 +32,10 @@ def write_audit(store: Store, manifest: Manifest, kind: str, result: Mapping[str
         write_atomic(_path(store, manifest), content.encode())
 
 
+def list_audits(store: Store, name: str) -> list[Path]:
+    """Returns the files with the results about the versions of an adapter."""
+    return sorted(store.folder_of(name).glob("audit-*.json"))
+
+
 def _path(store: Store, manifest: Manifest) -> Path:
     return store.folder_of(manifest.name) / f"audit-{manifest.version}.json"

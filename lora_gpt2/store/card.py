@@ -137,8 +137,9 @@ def _describe_evaluation(result: Mapping[str, Any] | None) -> str:
     if not result:
         return ""
     rows = [
-        f"| {cell['source']} | {_show(cell['perplexity'])} | {_between(cell['perplexity_interval'])} | "
-        f"{cell['ratio_to_base']:.3f} | {_between(cell['ratio_interval'])} | {cell['tokens']:,} |"
+        f"| {cell['source']}{_mark_trained(cell)} | {_show(cell['perplexity'])} | "
+        f"{_between(cell['perplexity_interval'])} | {cell['ratio_to_base']:.3f} | {_between(cell['ratio_interval'])} | "
+        f"{cell['tokens']:,} |"
         for cell in result["cells"]
     ]
     head = "| text | perplexity | 95 % interval | over the base's | 95 % interval | tokens |\n|---|---|---|---|---|---|"
@@ -146,6 +147,12 @@ def _describe_evaluation(result: Mapping[str, Any] | None) -> str:
         f"Protocol {result['protocol']}, window {result['window']}, stride {result['stride']}; bootstrap of documents."
     )
     return "## Measured\n\n" + "\n".join([head, *rows]) + f"\n\n{how}"
+
+
+def _mark_trained(cell: Mapping[str, Any]) -> str:
+    """Returns what is said of a text that was trained on: its figure says nothing about new text."""
+    seen = cell.get("documents_trained_on")
+    return f" (trained on {seen:,} of {cell['documents']:,} documents)" if seen else ""
 
 
 def _between(interval: Sequence[float] | None) -> str:

@@ -20,8 +20,10 @@ from lora_gpt2.core.errors import ConflictError, CorruptError, LoraGpt2Error, No
 from lora_gpt2.core.files import fsync_dir, rename_path, wrap_os_errors, write_atomic
 from lora_gpt2.core.locks import build_reading_error, hold_for_removal, move_unread
 from lora_gpt2.core.names import check_name, is_name
+from lora_gpt2.store.audits import list_audits
 from lora_gpt2.store.catalog import NEXT, STAMP, TRASH, Store, write_version
 from lora_gpt2.store.manifest import Manifest, Parent
+from lora_gpt2.store.references import AdapterRef
 from lora_gpt2.store.version import Version, utc_now
 
 
@@ -111,6 +113,8 @@ def rename_adapter(store: Store, old: str, new: str) -> None:
                 stored = Version.read(store.folder_of(old) / str(version))
                 (work / str(version)).mkdir()
                 write_version(work / str(version), replace(stored.manifest, name=new), stored.read_files())
+            for audit in list_audits(store, old):
+                write_atomic(work / audit.name, audit.read_bytes())
             write_atomic(work / NEXT, f"{store.next_version(old)}\n".encode())
             write_atomic(work / "CURRENT", f"{current}\n".encode())
             rename_path(work, store.folder_of(new))
@@ -165,23 +169,31 @@ def remove_adapter(store: Store, reference: str) -> None:
         NotFoundError: there is no such adapter or version.
         ConflictError: the version is in use, or somebody is reading it.
     """
+    reference = check_removable(store, reference)
     name, separator, version = reference.partition("@")
     folder = store.folder_of(name)
-    if not store.has_adapter(name) or (separator and not (version.isdecimal() and (folder / version).is_dir())):
-        store.resolve(reference)  # says what is missing
     with store.change(name, f"remove {reference} from {store.root}"), ExitStack() as stack:
         if not separator:
             _hold_all(stack, [folder / str(number) for number in store.list_versions(name)], reference)
         else:
-            folder = folder / str(int(version))
-            if folder.name == _read_pointer(store, name):
-                raise ConflictError(
-                    f"{reference} is the version in use",
-                    f"use another first ('adapters rollback {name}'), or remove '{name}'",
-                )
+            folder = folder / version
+            check_removable(store, reference)
             _hold_all(stack, [folder], reference)
             write_atomic(folder.parent / NEXT, f"{max(store.next_version(name), int(version) + 1)}\n".encode())
         _move_to_trash(store, folder, reference)
+
+
+def check_removable(store: Store, reference: str) -> str:
+    """Returns a reference as it is written, `law` or `law@1`; raises what `remove_adapter` would, readers aside."""
+    reference = AdapterRef.parse(reference).label
+    name, separator, version = reference.partition("@")
+    if not store.has_adapter(name) or (separator and not (store.folder_of(name) / version).is_dir()):
+        store.resolve(reference)  # says what is missing
+    if separator and version == _read_pointer(store, name):
+        raise ConflictError(
+            f"{reference} is the version in use", f"use another first ('adapters rollback {name}'), or remove '{name}'"
+        )
+    return reference
 
 
 def _read_pointer(store: Store, name: str) -> str:
@@ -198,8 +210,8 @@ def restore_adapter(store: Store, reference: str) -> None:
         NotFoundError: nothing of that name is in the trash.
         ConflictError: there is one of that name again.
     """
+    reference = AdapterRef.parse(reference).label
     name, separator, version = reference.partition("@")
-    check_name(name)
     found = [path for path in iter_trash(store) if path.name.rpartition(STAMP)[0] == reference]
     if not found:
         raise NotFoundError(f"{reference} is not in the trash of {store.root}", "see 'adapters gc --dry-run'")

@@ -31,6 +31,7 @@ HUB_FILES = (
     "curve.png",
     "training_text.bin",
     DRAFTER,
+    "candidates.json",
     CARD,
 )
 

@@ -59,6 +59,34 @@ def test_the_matrix_has_forgetting_intervals_and_pages(run, own, text_file, base
     assert alone["forgetting"] == []
 
 
+def test_text_that_was_trained_on_is_marked_on_the_page_and_the_card(run, own, text_file, base_folder, tmp_path):
+    page = tmp_path / "m.html"
+    for protocol in ("stream", "document"):
+        more = ["--set", f"evaluate.protocol={protocol}", "--no-general", "--html", page, "--keep"]
+        _, result, _ = evaluate(run, base_folder, f"mine={text_file}", "--adapter", "mine", *more)
+        cell = result["cells"][1]
+        assert 0 < cell["documents_trained_on"] <= cell["documents"]
+        assert f"{cell['perplexity']:,.2f} !" in page.read_text()
+        _, out, _ = run("adapters", "card", "mine")
+        assert f"mine (trained on {cell['documents_trained_on']:,} of {cell['documents']:,} documents)" in out
+
+
+def test_a_limit_on_general_english_that_is_not_measured_is_refused(run, own, text_file, base_folder):
+    for more in ([], ["--adapter", "mine", "--no-general"]):
+        code, result, _ = evaluate(run, base_folder, f"mine={text_file}", "--fail-above", "general=1.5", *more)
+        assert code == 2
+        assert "general, which is not measured" in result["error"]["message"]
+
+
+def test_mixes_that_are_written_alike_are_one_row(run, own, text_file, base_folder):
+    mixes = ["--adapter", "mine:0.33333333", "--adapter", "mine:0.33333332", "--adapter", "mine"]
+    _, both, _ = evaluate(run, base_folder, f"t={text_file}", "--no-general", *mixes)
+    _, alone, _ = evaluate(run, base_folder, f"t={text_file}", "--no-general", "--adapter", "mine")
+    found = {cell["adapter"]: cell["perplexity"] for cell in both["cells"]}
+    assert list(found) == ["base", "mine:0.333333", "mine"]
+    assert found["mine"] == pytest.approx(alone["cells"][1]["perplexity"], rel=1e-5)
+
+
 def test_an_adapters_name_is_its_held_out_text(run, own, base_folder):
     code, result, _ = evaluate(run, base_folder, "mine", "--adapter", "mine", "--no-general")
     manifest = own.read_manifest("mine")

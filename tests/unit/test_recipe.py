@@ -238,13 +238,24 @@ def test_settings_of_a_stored_manifest_are_read_under_their_present_names():
         ({"merge": {"density": 0.1, "seed": 1}}, ["density", "seed"]),
         ({"merge": {"density": 0.1, "seed": 1, "method": "ties"}}, ["seed"]),
         ({"merge": {"density": 0.1, "seed": 1, "method": "dare_ties"}}, []),
+        ({"merge": {"rank": 4, "gguf": True, "search_steps": 5}}, ["search_steps", "gguf"]),
     ],
     ids=str,
 )
 def test_settings_that_change_nothing_beside_the_others_are_listed(given, expected):
     recipe = build_recipe(given, "test")
-    lines = [*list_unused([recipe, recipe]), *list_unused_by_merge(recipe)]
+    merged = list_unused_by_merge(recipe, is_search=False, is_base=False, is_adapter=True)
+    lines = [*list_unused([recipe, recipe]), *merged]
     assert [line.partition(" ")[0].partition(".")[2] for line in lines] == expected
+
+
+def test_what_cuts_off_an_update_changes_nothing_where_it_goes_into_the_base_whole():
+    recipe = build_recipe({"merge": {"rank": 4, "gguf": True, "density": 0.5, "method": "svd"}}, "test")
+    rank, method = list_unused_by_merge(recipe, is_search=True, is_base=True, is_adapter=False), []
+    assert [line.partition(" ")[0] for line in rank] == ["merge.rank"]
+    rank, method = list_unused_by_merge(recipe, is_search=False, is_base=True, is_adapter=False)[1:]
+    assert rank.startswith("merge.rank changes nothing")
+    assert method.startswith("method svd cuts nothing off")
 
 
 def test_held_out_text_that_different_adapters_share_is_said():

@@ -8,6 +8,7 @@ from lora_gpt2.commands.shared import emit, format_bytes, json_option, store_opt
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.changes import (
+    check_removable,
     collect_garbage,
     copy_adapter,
     remove_adapter,
@@ -64,9 +65,7 @@ def remove(reporter: Reporter, references: tuple[str, ...], store: Store, as_jso
       lora-gpt2 adapters remove law
       lora-gpt2 adapters remove law@1
     """
-    for reference in references:  # nothing is removed if one of them is not there
-        if not store.has_adapter(reference.partition("@")[0]):
-            store.resolve(reference)
+    references = tuple(check_removable(store, reference) for reference in references)  # all, or none is removed
     for reference in references:
         remove_adapter(store, reference)
     emit({"adapters": list(references)}, as_json, lambda: f"removed {', '.join(references)}")

@@ -120,6 +120,19 @@ def test_added_special_tokens_are_tokens_in_any_text_and_eos_is_none(grown):
         assert reading.fingerprint == ours.fingerprint
 
 
+def test_added_tokens_of_slow_tokenizers_are_read(base_folder, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(base_folder / name, tmp_path / name)
+    count = len(json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<two>": count + 1, "<one>": count}))
+    ours = load_tokenizer(tmp_path, count - 1)
+    assert ours.encode("<one>the<two>") == [count, *ours.encode("the"), count + 1]
+    assert ours.decode([count + 1, count]) == "<two><one>"
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<one>": count + 7}))
+    with pytest.raises(CorruptError, match="which does not follow"):
+        load_tokenizer(tmp_path, count - 1)
+
+
 def test_eos_is_what_the_tokenizers_own_settings_call_so(base_folder, tmp_path):
     theirs = GPT2TokenizerFast.from_pretrained(base_folder)
     theirs.add_special_tokens({"eos_token": "<end>", "additional_special_tokens": ["<|user|>"]})

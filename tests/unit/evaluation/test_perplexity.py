@@ -245,10 +245,23 @@ FOREIGN = ["Über größere Öfen", "水の上を歩く 猫", "naïve — “quo
 def test_sizes_are_utf_8_bytes_and_words_of_the_original_text(base, protocol):
     score = measure_perplexity(base, FOREIGN, EvaluateSettings(protocol=protocol))
     text = "".join(FOREIGN) if protocol == "document" else "\n\n".join(FOREIGN)
-    assert score.bytes == len(text.encode("utf-8")) > len(text)
-    assert score.words == 3 + 2 + 5 + 1
-    assert score.bits_per_byte == pytest.approx(score.nll_nats / math.log(2) / len(text.encode("utf-8")))
-    assert score.word_perplexity == pytest.approx(math.exp(score.nll_nats / 11))
+    size = len(text.encode("utf-8"))
+    first = 0 if protocol == "document" else len(base.tokenizer.token_bytes[base.tokenizer.encode(text)[0]])
+    assert score.bytes == pytest.approx(size - first), "what a stream does not score is in no figure"
+    assert score.words == pytest.approx(11 * (size - first) / size)
+    assert score.bits_per_byte == pytest.approx(score.nll_nats / math.log(2) / score.bytes)
+    assert score.word_perplexity == pytest.approx(math.exp(score.nll_nats / score.words))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2, 2), (16, 16), (32, 32), (32, 16)])
+def test_bits_per_byte_of_a_uniform_model_depend_on_no_window(base, window, stride):
+    """Without overlap the first token of each window is not scored, and none of its bytes may count."""
+    base.model.ln_f.weight.data.zero_()
+    base.model.ln_f.bias.data.zero_()
+    text = "xyz qvw " * 40  # each byte is a token
+    score = measure_perplexity(base, [text], EvaluateSettings(protocol="stream", window=window, stride=stride))
+    assert len(base.tokenizer.encode(text)) == len(text)
+    assert score.bits_per_byte == pytest.approx(math.log2(base.config.vocab_size), rel=1e-5)
 
 
 def test_a_foreign_prompt_counts_in_no_size_and_each_source_has_its_own(base):

@@ -8,17 +8,22 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, UsageError
+from lora_gpt2.data.prepared import SKETCH
+from lora_gpt2.data.text_sketch import TextSketch, hash_shingles
+from lora_gpt2.evaluation.held_out import read_sketch
 from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.perplexity import measure_perplexity
+from lora_gpt2.evaluation.run import read_mix_sketches
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging import combine, into_base
 from lora_gpt2.merging.combine import MERGED, merge_adapters
 from lora_gpt2.merging.into_base import merge_into_base
+from lora_gpt2.merging.run import choose_weight
 from lora_gpt2.merging.search import search_weights
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter, LoraUpdate
-from lora_gpt2.model.merge import MergeRule
+from lora_gpt2.model.merge import MergeRule, combine_adapters, to_delta
 from lora_gpt2.model.probe import build_probe, compute_logits
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, EvaluateSettings, LoraSettings, MergeSettings
@@ -58,6 +63,30 @@ def test_an_exact_merge_computes_what_the_mix_does_and_says_where_it_is_from(ses
     ]
     assert manifest.provenance["by"] == "merge"
     assert manifest.data["sources"] == ["code.txt", "law.txt"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ties_of_equal_adapters_is_that_adapter_and_no_fraction_of_it(base, count):
+    """The paper's merge is the mean of those that agree: shares of the weights would divide it again."""
+    adapter = make_adapter(base.config, 3)
+    mix = Mix.parse([f"a{index}" for index in range(count)], choose_weight(MergeSettings(method="ties")))
+    rule = MergeRule(method="ties", density=1.0)
+    merged = combine_adapters([adapter] * count, [weight for _, weight in mix], rule).adapter
+    for site, update in adapter.updates.items():
+        assert torch.allclose(to_delta(merged.updates[site]), to_delta(update), atol=1e-6)
+    assert choose_weight(MergeSettings()) is None
+    assert [weight for _, weight in Mix.parse("a:0.5+b:0.25", 1.0)] == [0.5, 0.25]
+
+
+def test_a_merge_of_what_is_partly_unknown_does_not_claim_to_know_its_text(session, reporter, store, base):
+    sketch = TextSketch.build([hash_shingles("a b c d e f g h i j")]).to_bytes()
+    for name, seed, whole in (("known", 5, True), ("partly", 6, False)):
+        data = {"sources": []} | ({} if whole else {"sketch_is_whole": False})
+        publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(data=data, pages={SKETCH: sketch}))
+    merge(session, reporter, Mix.parse("known+partly"), "some")
+    assert read_sketch(store, "some").count_seen(["other words entirely, and many of them"]) is None
+    found = read_mix_sketches(store, [Mix.parse("partly"), Mix.parse("known"), Mix.parse("known+law")])
+    assert [sketch.is_whole for sketch in found.values()] == [False, True, False]
 
 
 def test_the_cells_are_those_of_evaluate(session, reporter, base, store):

@@ -16,6 +16,7 @@ from lora_gpt2.core.locks import hold_shared
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import LoraSettings
+from lora_gpt2.store.audits import read_audits, write_audit
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.changes import (
     collect_garbage,
@@ -68,6 +69,20 @@ def test_a_rename_keeps_versions_numbers_and_the_one_in_use(base, store, three):
     publish(store, base, "left")
     with pytest.raises(ConflictError, match="there is an adapter 'left'"):
         rename_adapter(store, "right", "left")
+
+
+def test_a_rename_keeps_what_audits_found(base, store, three):
+    write_audit(store, store.read_manifest("law@2"), "evaluation", {"cells": []})
+    rename_adapter(store, "law", "right")
+    assert read_audits(store, store.read_manifest("right@2")) == {"evaluation": {"cells": []}}
+
+
+def test_a_version_with_leading_zeros_is_removed_and_restored_like_any(base, store, three):
+    remove_adapter(store, "law@01")
+    assert store.list_versions("law") == [2, 3]
+    restore_adapter(store, "law@001")
+    assert store.list_versions("law") == [1, 2, 3]
+    assert store.read_manifest("law@1").version == 1
 
 
 def test_a_rename_of_a_damaged_adapter_changes_nothing(base, store, three):
