@@ -8,6 +8,7 @@ no dictionary of strings. Estimates from 128 hashes deviate by about 0.035 at th
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -15,10 +16,14 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_gpt2.data.text_sketch import UNSPACED
+
 WORDS = 5
 NUM_HASHES = 128
 SEED = 1
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
+IS_UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
+IS_UNSPACED = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
 MISSED = 0.005  # of the pairs at the threshold, how many no band may bring together
 MAX_ROUNDS = 64
 Signatures = NDArray[np.uint32]
@@ -33,12 +38,29 @@ def sign(texts: Sequence[str]) -> Signatures:
     """Returns the MinHash signatures `[texts, NUM_HASHES]` of some texts."""
     from rensa import RMinHash
 
-    grams = [_hash_grams(text.lower().split()) for text in texts]
+    grams = [_hash_grams(split_words(text)) for text in texts]
     if not grams:
         return np.zeros((0, NUM_HASHES), dtype=np.uint32)
     ends = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(grams), ends, NUM_HASHES, SEED)
     return np.array(matrix.to_rows(), dtype=np.uint32)
+
+
+def split_words(text: str) -> list[str]:
+    """Returns the words of a text in lower case; of a script without spaces each character is one."""
+    lowered = text.lower()
+    return IS_UNSPACED.findall(lowered) if IS_UNSPACED_CHARACTER.search(lowered) else lowered.split()
+
+
+def sign_records(prompts: Sequence[str], texts: Sequence[str]) -> Signatures:
+    """Returns signatures of texts with prompts, of which both must be alike: a half of the hashes is of each.
+
+    So neither a long prompt that many records have in common makes copies of them, nor a short answer.
+    """
+    found = sign(texts)
+    if rows := [row for row, prompt in enumerate(prompts) if prompt]:
+        found[rows, ::2] = sign([prompts[row] for row in rows])[:, ::2]
+    return found
 
 
 def _hash_grams(words: list[str]) -> NDArray[np.uint64]:
@@ -111,11 +133,37 @@ def _compare(
         members = others[~near]
 
 
-def count_near_duplicates(of: Signatures, among: Signatures, threshold: float) -> int:
-    """Returns how many of the documents `among` are near copies of one of `of`, whatever else they are like."""
-    signatures, found = np.concatenate([of, among]), np.zeros(len(of) + len(among), dtype=bool)
-    for members in _iter_buckets(signatures, threshold):
-        held, rest = members[members < len(of)], members[(members >= len(of)) & ~found[members]]
-        for first in held[:MAX_ROUNDS] if len(rest) else ():
-            found[rest] |= (signatures[rest] == signatures[first]).mean(axis=1) >= threshold
-    return int(found.sum())
+class NearCopyIndex:
+    """Documents of which near copies are looked for, among any number of others."""
+
+    def __init__(self, signatures: Signatures, threshold: float) -> None:
+        self.signatures, self.threshold = signatures, threshold
+        width = choose_band_width(threshold)
+        self._bands = [slice(start, start + width) for start in range(0, NUM_HASHES - width + 1, width)]
+        keys = [_hash_band(signatures[:, band]) for band in self._bands]
+        self._orders = [np.argsort(each, kind="stable") for each in keys]
+        self._sorted = [each[order] for each, order in zip(keys, self._orders, strict=True)]
+
+    def find(self, among: Signatures) -> dict[int, dict[int, float]]:
+        """Returns, for each of `among` that is a near copy, the documents that it is one of, with the similarities."""
+        found: dict[int, dict[int, float]] = {}
+        for band, order, known in zip(self._bands, self._orders, self._sorted, strict=True):
+            keys = _hash_band(among[:, band])
+            begins, ends = np.searchsorted(known, keys, "left"), np.searchsorted(known, keys, "right")
+            for index in np.flatnonzero(ends > begins).tolist():
+                candidates = order[begins[index] : ends[index]][:MAX_ROUNDS]
+                similarity = (self.signatures[candidates] == among[index]).mean(axis=1)
+                near = similarity >= self.threshold
+                pairs = zip(candidates[near].tolist(), similarity[near].tolist(), strict=True)
+                if near.any():
+                    found.setdefault(index, {}).update(pairs)
+        return found
+
+
+def _hash_band(columns: Signatures) -> NDArray[np.uint64]:
+    """Returns a hash of each row `[rows]` of some columns of signatures."""
+    keys = np.zeros(len(columns), dtype=np.uint64)
+    for column in columns.T:
+        keys = (keys ^ column) * FACTOR
+        keys ^= keys >> np.uint64(29)
+    return keys

@@ -6,20 +6,22 @@ import re
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
-from lora_gpt2.data.read.sources import is_readable
+from lora_gpt2.data.read.sources import SPLIT_WORDS, find_splits, is_readable
+from lora_gpt2.recipe import DataSettings
 from lora_gpt2.recipe_files import TrainingItem, read_recipe
 
 RECIPES = (".yaml", ".yml")
 ENDING = re.compile(r"(\.[^.]+\.gz|\.tar\.[^.]+|\.[^.]+)$", re.IGNORECASE)  # .txt, .txt.gz, .tar.xz
-SPLITS = {"sources": ("train",), "validation": ("valid", "validation", "dev"), "test": ("test",)}
+SPLITS = {"sources": SPLIT_WORDS["train"], "validation": SPLIT_WORDS["validation"], "test": SPLIT_WORDS["test"]}
 """The settings of section `data`, and the names of the files in a sub-folder that they take."""
 
 
 def list_domains(folder: Path) -> list[TrainingItem]:
     """Returns the adapters of a folder of domains, by name.
 
-    A sub-folder with `train.*` also gives `valid.*` and `test.*`, where they are; any other is a text as a whole. A
-    recipe keeps its name. Hidden files, and those of `list_left_out`, are left out.
+    A sub-folder whose files are all named for a split is divided by them, as `find_splits` does; one with `train.*`
+    among others also gives `valid.*` and `test.*`, where they are; any other is a text as a whole. A recipe keeps its
+    name. Hidden files, and those of `list_left_out`, are left out.
 
     Raises:
         NotFoundError: there is no such folder.
@@ -57,6 +59,11 @@ def _describe(path: Path) -> TrainingItem:
     train, validation, test = (find_split(path, stems) if path.is_dir() else () for stems in SPLITS.values())
     if not train:
         return TrainingItem(name=name, sources=(str(path),))
+    if splits := find_splits([str(path)], DataSettings()):  # as `train FOLDER` reads it
+        found = {split: tuple(source.name for source in sources) for split, sources in splits.items()}
+        if not all(Path(source).exists() for sources in found.values() for source in sources):  # within an archive
+            return TrainingItem(name=name, sources=(str(path),))
+        train, validation, test = found["train"], found["validation"], found["test"]
     return TrainingItem(name=name, sources=train, validation=validation, test=test)
 
 

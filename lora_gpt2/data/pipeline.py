@@ -81,12 +81,12 @@ def process_sources(
     ahead, is_whole = _read_ahead(training)
     context = replace(context, boilerplate=_find_boilerplate([document for _, document in ahead], context))
     wants_split = any(not splits[p] and getattr(settings, f"{p}_fraction") for p in ("validation", "test"))
-    is_few = is_whole and sum(not document.continues for _, document in ahead) < FEW_DOCUMENTS
-    summary.is_sectioned = is_few and wants_split
+    characters = sum(len(document.text) for _, document in ahead)
+    rest = 0 if is_whole else max(0, sum(source.num_bytes for source in splits["train"]) - characters)
+    count = sum(not document.continues for _, document in ahead)
+    summary.is_sectioned = wants_split and count * (1 + rest / max(1, characters)) < FEW_DOCUMENTS
     if summary.is_sectioned:
-        context = replace(
-            context, section_length=choose_section_length(sum(len(document.text) for _, document in ahead))
-        )
+        context = replace(context, section_length=choose_section_length(characters + rest))
     shards = _iter_shards(chain(held_out, ahead, training))
     processes = settings.num_proc or (count_cores() if total > WORTH_PROCESSES_BYTES else 1)
     with reporter.task("cleaning", max(1, total // 1000), "kB") as task:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.locks import hold_new_folder
 from lora_gpt2.core.printable import count_of
 from lora_gpt2.data.blocks import EncodedDocument, TokenBlocks, open_blocks, pack_blocks, write_blocks
-from lora_gpt2.data.dedup import count_near_duplicates
+from lora_gpt2.data.dedup import NearCopyIndex
 from lora_gpt2.data.pipeline import ReadSummary, process_sources
 from lora_gpt2.data.read.sources import Source, find_sources, find_splits
 from lora_gpt2.data.selection import Selection, select_documents
@@ -35,7 +36,7 @@ from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 7
+FORMAT = 8
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
 MANIFEST, REJECTED, SKETCH = "manifest.json", "rejected.jsonl", "training_text.bin"
@@ -313,19 +314,16 @@ def describe_amount(tokens: int) -> str:
 
 def measure_overlaps(domains: Mapping[str, PreparedData], threshold: float) -> list[tuple[str, str, int, int]]:
     """Returns (held-out of, training split of, copies, documents) for domains of which one trains on another's test."""
-    held_out = {name: [_load_signatures(data, p) for p in ("validation", "test")] for name, data in domains.items()}
-    found = []
-    for name, splits in held_out.items():
-        of = np.concatenate(splits)
-        for other, data in domains.items():
-            copies = (
-                count_near_duplicates(of, _load_signatures(data, "train"), threshold)
-                if other != name and len(of)
-                else 0
-            )
-            if copies:
-                found.append((name, other, copies, len(of)))
-    return found
+    names, parts = list(domains), list[Any]()
+    for data in domains.values():
+        parts.append(np.concatenate([_load_signatures(data, split) for split in ("validation", "test")]))
+    sizes = [len(part) for part in parts]
+    owners, index = np.repeat(np.arange(len(parts)), sizes), NearCopyIndex(np.concatenate(parts), threshold)
+    counts = Counter[tuple[int, int]]()
+    for number, data in enumerate(domains.values()):
+        for near in index.find(_load_signatures(data, "train")).values():
+            counts.update((int(owner), number) for owner in {int(owners[held]) for held in near} - {number})
+    return [(names[own], names[other], counts[own, other], sizes[own]) for own, other in sorted(counts)]
 
 
 def _load_signatures(data: PreparedData, split: str) -> Any:

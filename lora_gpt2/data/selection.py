@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_gpt2.data.clean.cleaning import CleaningReport
-from lora_gpt2.data.dedup import NUM_HASHES, Signatures, find_near_duplicates
+from lora_gpt2.data.dedup import NUM_HASHES, NearCopyIndex, Signatures, find_near_duplicates
 from lora_gpt2.data.rejections import Rejections
-from lora_gpt2.data.shards import load_shard
+from lora_gpt2.data.shards import ShardArrays, load_shard
 from lora_gpt2.data.split import split_keys
 from lora_gpt2.data.text_sketch import SEEN_SHARE, Shingles
 from lora_gpt2.recipe import DataSettings
@@ -98,6 +98,7 @@ def select_documents(
     train = [i for i, split in enumerate(splits) if split == "train" and i not in copies]
     contained = _find_contained(shingles, train, [i for i, split in enumerate(splits) if split != "train"])
     copies |= {index: (first, 0.0) for index, first in contained.items()}
+    copies |= _find_copies_of_held_out(signatures, splits, copies, settings.near_duplicate_threshold)
     for index, (first, similarity) in sorted(copies.items()):
         reason = DUPLICATE if similarity == 1 else NEAR_DUPLICATE if similarity else CONTAINED
         entry = {"origin": origins[index], "reason": reason, "text": shown[index], "of": origins[first]}
@@ -106,14 +107,41 @@ def select_documents(
         if reason == NEAR_DUPLICATE and len(result.near) < MAX_EXAMPLES:
             result.near.append({**entry, "text_of": shown[first], "similarity": round(similarity, 2)})
     result.kept -= 0 if is_sectioned else len(copies)
-    groups = [group for shard in kept for group in shard.groups.tolist()]
     free = [i for i, split in enumerate(splits) if split == "train" and i not in copies]
     shares = [0.0 if split in given else getattr(settings, f"{split}_fraction") for split in ("validation", "test")]
-    for index, split in zip(free, split_keys([groups[i] for i in free], *shares), strict=True):
+    groups = _choose_groups(kept, free, shares)
+    for index, split in zip(free, split_keys(groups, *shares), strict=True):
         splits[index] = split
     for index in copies:
         splits[index] = ""
     return result
+
+
+def _find_copies_of_held_out(
+    signatures: Signatures, splits: Sequence[str], copies: Mapping[int, object], threshold: float
+) -> dict[int, tuple[int, float]]:
+    """Returns, for each training document that is a near copy of held-out text that stays, that text and how near.
+
+    Copies within a held-out split stay too, and what is like them alone has not been found yet.
+    """
+    held_out = [i for i, split in enumerate(splits) if split != "train" and i not in copies]
+    train = [i for i, split in enumerate(splits) if split == "train" and i not in copies]
+    if not (threshold and held_out and train):
+        return {}
+    found = NearCopyIndex(signatures[held_out], threshold).find(signatures[train])
+    nearest = {index: max(near.items(), key=lambda item: (item[1], -item[0])) for index, near in found.items()}
+    return {train[index]: (held_out[first], min(near, 0.999)) for index, (first, near) in nearest.items()}
+
+
+def _choose_groups(shards: Sequence[ShardArrays], free: Sequence[int], shares: Sequence[float]) -> list[bytes]:
+    """Returns what is kept together when documents are divided: those of one prompt, unless prompts are too few.
+
+    Where a share is less than one prompt, as with a genre as the prompt, a whole genre would be held out.
+    """
+    groups, keys = ([each for shard in shards for each in getattr(shard, name).tolist()] for name in ("groups", "keys"))
+    wanted = min((share for share in shares if share), default=1.0)
+    of_prompts = [groups[index] for index in free]
+    return of_prompts if len(set(of_prompts)) * wanted >= 1 else [keys[index] for index in free]
 
 
 def _find_copies(keys: Sequence[bytes], signatures: Signatures, threshold: float) -> dict[int, tuple[int, float]]:

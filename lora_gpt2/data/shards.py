@@ -30,7 +30,7 @@ from lora_gpt2.data.clean.cleaning import CleaningReport, clean_text
 from lora_gpt2.data.clean.filters import find_reason
 from lora_gpt2.data.clean.html import looks_like_page
 from lora_gpt2.data.clean.rules import BOILERPLATE
-from lora_gpt2.data.dedup import Signatures, content_key, sign
+from lora_gpt2.data.dedup import Signatures, content_key, sign_records
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.rejections import Rejections
 from lora_gpt2.data.split import iter_sections
@@ -249,7 +249,7 @@ def _measure(documents: Sequence[Document], tokenizer: Tokenizer) -> dict[str, A
         "prompts": np.array([len(prompt) for prompt in prompts], dtype=np.int64),
         "keys": np.frombuffer(b"".join(keys), dtype="V16"),
         "groups": np.frombuffer(b"".join(groups), dtype="V16"),
-        "signatures": sign(wholes),
+        "signatures": sign_records([document.prompt for document in documents], [d.text for d in documents]),
         "shingles": np.concatenate([np.zeros(0, np.uint32), *shingles]),
         "num_shingles": np.array([len(each) for each in shingles], dtype=np.int64),
     }

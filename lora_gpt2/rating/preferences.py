@@ -7,6 +7,7 @@ decided by the majority of the answers to it; ties are counted and left out.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ from statistics import fmean
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.read.formats import read_documents
 from lora_gpt2.data.read.records import FIELD_HINT
+from lora_gpt2.data.tokenizer import EOS
 from lora_gpt2.inference.history import read_log
 from lora_gpt2.rating.rounds import ROUND, Round, read_answers, read_round
 from lora_gpt2.rating.votes import list_marks, list_votes
 from lora_gpt2.recipe import DataSettings
 
 BETWEEN = "\x1e"  # stands between the two texts of a record while it is read
+END = re.compile(rf"(\s*{re.escape(EOS)}\s*)+\Z")  # pairs for other tools end with it; here every text does
 PAIRS = DataSettings(template=f"{{chosen}}{BETWEEN}{{rejected}}", prompt="{prompt}")
 
 
@@ -73,8 +76,8 @@ def read_preferences(sources: Sequence[str]) -> Preferences:
 
 def _add_pairs(found: Preferences, source: str) -> None:
     try:
-        for document in read_documents([source], PAIRS):
-            first, _, second = document.text.partition(BETWEEN)
+        for document in read_documents([source], PAIRS, splits_marks=False):
+            first, _, second = (END.sub("", text) for text in document.text.partition(BETWEEN))
             found.add(document.prompt, first, second, 1, is_whole=True)
     except DataError as error:
         hint = error.hint if error.hint != FIELD_HINT else "pairs have the fields prompt, chosen and rejected"

@@ -17,6 +17,9 @@ def list_unused(recipes: Iterable[Recipe]) -> list[str]:
         lines = _list("train", train, ("replay", "replay_tokens", "replay_fraction"), train.forget is not None, budget)
         lines += _list("train", train, ("decay_fraction",), train.schedule == "wsd", "train.schedule=wsd")
         others = [name for name in type(preferences).model_fields if name != "sources"]
+        plain = "text to train on: training on choices has none of it"
+        lines += _list("lora", recipe.lora, ("dropout",), not preferences.sources, plain)
+        lines += _list("train", train, ("label_smoothing", "neftune_noise_alpha"), not preferences.sources, plain)
         lines += _list("preferences", preferences, others, bool(preferences.sources), "choices, such as --preferences")
         found |= dict.fromkeys(lines)
     return list(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,13 @@ class PairRows:
         counts: Ints = (self.targets != IGNORE).sum(1).reshape(-1, 2)
         return counts
 
+    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns inputs and targets of some rows, `[rows, time]`, without the padding that all of them have."""
+        targets = self.targets[list(rows)]
+        used = int(np.flatnonzero((targets != IGNORE).any(0)).max(initial=0)) + 1
+        time = min(targets.shape[1], -(-used // ROUNDED_TO) * ROUNDED_TO)
+        return torch.from_numpy(self.inputs[list(rows), :time]), torch.from_numpy(targets[:, :time])
+
     def rows_of(self, pairs: Sequence[int]) -> list[int]:
         """Returns the rows of some pairs."""
         return [row for pair in pairs for row in (2 * pair, 2 * pair + 1)]
@@ -74,16 +82,17 @@ def encode_pairs(pairs: Sequence[Preference], tokenizer: Tokenizer, max_tokens: 
 def split_pairs(pairs: Sequence[Preference]) -> tuple[list[int], list[int]]:
     """Returns the pairs to train on and those that are held out: whole prompts, chosen by their hash."""
     prompts = sorted({pair.prompt for pair in pairs}, key=lambda prompt: zlib.crc32(prompt.encode("utf-8", "replace")))
-    wanted, chosen, count = max(FEWEST_HELD_OUT, round(HELD_OUT * len(pairs))), set(), 0
+    of_prompt = Counter(pair.prompt for pair in pairs)
+    wanted, chosen, count = max(FEWEST_HELD_OUT, round(HELD_OUT * len(pairs))), set[str](), 0
     for prompt in prompts[: len(prompts) - 1]:
         if count >= wanted:
             break
         chosen.add(prompt)
-        count += sum(pair.prompt == prompt for pair in pairs)
+        count += of_prompt[prompt]
     if not chosen:  # one prompt for all
         return list(range(wanted, len(pairs))), list(range(wanted))
-    held_out = [index for index, pair in enumerate(pairs) if pair.prompt in chosen]
-    return [index for index in range(len(pairs)) if index not in set(held_out)], held_out
+    trained = [index for index, pair in enumerate(pairs) if pair.prompt not in chosen]
+    return trained, [index for index, pair in enumerate(pairs) if pair.prompt in chosen]
 
 
 def iter_groups(rows: Sequence[int], time: int, most_tokens: int) -> Iterator[list[int]]:
@@ -100,6 +109,6 @@ def score_rows(
     """Returns the log-likelihood of each row in nats, on the host."""
     device, found = model.wte.weight.device, []
     for group in iter_groups(rows, pairs.inputs.shape[1], most_tokens):
-        inputs, targets = (torch.from_numpy(side[group]).to(device) for side in (pairs.inputs, pairs.targets))
+        inputs, targets = (side.to(device) for side in pairs.read(group))
         found.append(-token_nll(model, inputs, targets.flatten(), adapters).view(len(group), -1).sum(1))
     return torch.cat(found).cpu()

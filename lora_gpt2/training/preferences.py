@@ -29,7 +29,7 @@ from lora_gpt2.evaluation.general import measure_general
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.fused import TrainingAdapters
-from lora_gpt2.model.lora import Adapter
+from lora_gpt2.model.lora import Adapter, plan_targets
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.training.block_order import BlockOrder
 from lora_gpt2.training.checkpoint import RunFolder
@@ -90,7 +90,9 @@ class PreferenceTrainer:
         self.loss = PreferenceLoss(kind=settings.loss, beta=settings.beta, smoothing=settings.smoothing)
         self.bank = AdapterBank(base.config, parent.ranks, 1, "training", base.model.wte.weight)
         self.bank.load(0, parent)
-        self.runner = StepRunner(base.model, self.bank, None, None, ProcessGroup())
+        mask = self.bank.build_mask([plan_targets(base.config, recipe.lora)])  # what a sliced target leaves alone
+        multipliers = self.bank.build_lr_multipliers([recipe.train.loraplus_lr_ratio], mask)
+        self.runner = StepRunner(base.model, self.bank, mask, multipliers, ProcessGroup())
         self.micro_batch_tokens = recipe.train.micro_batch_tokens
         self.pairs_per_step = min(len(self.trained), settings.batch_size)
         self.replayed = self._order_replay(own_text.train) if own_text and settings.replay_weight else None
@@ -227,7 +229,10 @@ class PreferenceTrainer:
         return order[begin : begin + self.pairs_per_step]
 
     def _build(self, rows: Sequence[int], num_pairs: int) -> MicroBatch:
-        inputs, targets = (torch.from_numpy(side[list(rows)]) for side in (self.pairs.inputs, self.pairs.targets))
+        if self.bank.flat.device.type == "cuda":  # steps of one shape are captured once
+            inputs, targets = (torch.from_numpy(side[list(rows)]) for side in (self.pairs.inputs, self.pairs.targets))
+        else:
+            inputs, targets = self.pairs.read(rows)
         plain = self._build_one(inputs, targets, torch.full((targets.numel(),), 1 / num_pairs))
         return replace(plain, preference=self.loss, reference_logps=self.reference[list(rows)])
 

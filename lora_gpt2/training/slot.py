@@ -33,7 +33,8 @@ PER_RUN = (
 )
 """Settings that all recipes of a run have in common."""
 OF_MICRO_BATCHES = {"micro_batch_tokens", "gradient_checkpointing"}  # of section `train`: they decide on rounding alone
-IRRELEVANT = {"checkpoint_every", "trackers"}  # of section `train`: they decide on nothing that is published
+IRRELEVANT = {"checkpoint_every", "trackers", "drafter", "sample_tokens", "sample_prompt"}
+"""Settings of section `train` that decide on no weights."""
 
 
 def fingerprint_recipes(recipes: Sequence[Recipe]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_gpt2.data.blocks import IGNORE, TokenBlocks
@@ -38,19 +39,22 @@ def measure_blocks(
     batch_tokens: int = 4096,
     on_tokens: OnTokens = lambda tokens: None,
 ) -> float:
-    """Returns the mean NLL in nats per target over the first `max_tokens` tokens of the blocks (None: all).
+    """Returns the mean NLL in nats per target over `max_tokens` tokens of the blocks (None: all).
 
-    Where none of them is a target, as in long prompts, it goes on to the first batch that has some.
+    They are spread evenly: blocks lie in the order of the sources, packed ones by the length of their documents. Where
+    none of them has a target, as in long prompts, it goes on to the first batch that has some.
     """
     size, device = blocks.block_size, base.runtime.device
     count = blocks.num_blocks if max_tokens is None else min(blocks.num_blocks, max(1, max_tokens // size))
+    chosen = np.linspace(0, blocks.num_blocks - 1, count).astype(int).tolist()
+    order = chosen + sorted(set(range(blocks.num_blocks)) - set(chosen))
     batch_size = max(1, batch_tokens // size)
     transfer = Transfer(device)
     total, num_targets = torch.zeros((), dtype=torch.float64, device=choose_float64_device(device)), 0
     for start in range(0, blocks.num_blocks, batch_size):
         if start >= count and num_targets:
             break
-        batch = blocks.read(range(start, min(start + batch_size, count if start < count else blocks.num_blocks)))
+        batch = blocks.read(order[start : min(start + batch_size, count if start < count else blocks.num_blocks)])
         sides = [batch.inputs, batch.targets, *([] if batch.positions is None else [batch.positions])]
         inputs, targets, *positions = transfer.copy([torch.from_numpy(side) for side in sides])
         nll = token_nll(base.model, inputs, targets.flatten(), adapters, positions=positions[0] if positions else None)

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import re2
 
@@ -43,7 +44,8 @@ PICTURE = re.compile(
 ODD_LINE = re.compile("[^\x00-\x7f]{2}|[\u00c2\u00c3\u00e2]|[\x80-\x9f]")
 ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 FRONT_MATTER = re2.compile(
-    r"\A\s*(?:---|\+\+\+)[ \t]*\n\s*[\w.-]+[ \t]*[:=](?:[^\n]*\n)+?(?:---|\+\+\+)[ \t]*(?:\n|\z)"
+    r"\A\s*(?:---|\+\+\+)[ \t]*\n\s*[\w.-]+[ \t]*[:=][^\n]*\n"
+    r"(?:[ \t]*(?:[\w.\"'-]+[ \t]*[:=][^\n]*|[-#\[\]}][^\n]*|[ \t][^\n]*|)\n)*?(?:---|\+\+\+)[ \t]*(?:\n|\z)"
 )
 TEMPLATE = re.compile(r"\{\{[^{}]*\}\}|\{%[^{}]*%\}|\{#[^{}]*#\}")
 LINK_TO_NOTHING = re.compile(r"!?\[([^\[\]\n]*)\]\(\s*\)")
@@ -63,6 +65,7 @@ LICENCE_BEGIN = re2.compile(
     r"(?im)^[ \t]*(?:\*{3}[ ]?START OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*|\*END\*? ?THE SMALL PRINT![^\n]*"
     r"|\*\*\* START: FULL LICENSE[^\n]*)\n?"
 )
+BOOK_BEGIN = re2.compile(r"(?im)^[ \t]*\*{3}[ ]?START OF (?:THIS|THE) PROJECT GUTENBERG")
 LICENCE_END = re2.compile(
     r"(?im)^[ \t]*(?:\*{3}[ ]?END OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*"
     r"|End of (?:the |this )?Project Gutenberg[^\n]*)\n?"
@@ -189,6 +192,10 @@ def drop_licence(text: str, _mode: str = "on") -> str:
 
 
 def _cut_licence(text: str) -> str:
+    begins = [found.start() for found in BOOK_BEGIN.finditer(text)]
+    if len(begins) > 1:  # several books in one file
+        parts = (text[start:end] for start, end in pairwise([*begins, len(text)]))
+        return "\n\n".join(_cut_licence(part).strip("\n") for part in parts) + "\n"
     begin = LICENCE_BEGIN.search(text)
     if begin and begin.start() < len(text) / 2:
         text = text[begin.end() :]

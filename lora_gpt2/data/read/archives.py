@@ -81,8 +81,14 @@ def _iter_files(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 yield member.name, content
 
 
+def _shorten(name: str) -> str:
+    """Returns a file's name of at most 200 characters, with its ending."""
+    ending = "".join(PurePosixPath(name).suffixes[-2:])[-40:]
+    return name if len(name) <= 200 else name[: 200 - len(ending)] + ending
+
+
 def _make_safe(name: str) -> Path:
     """Returns a path below the folder: no root, no drive, no `..`."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    kept = [part.replace(":", "_")[:200] for part in parts if part not in ("/", "..", ".")]
+    kept = [_shorten(part.replace(":", "_")) for part in parts if part not in ("/", "..", ".")]
     return Path(*kept) if kept else Path("file")

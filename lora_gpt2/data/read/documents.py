@@ -143,7 +143,10 @@ def read_mailbox(content: bytes, where: str, note: Note) -> Texts:
 
 def _extract_message(message: Any) -> str:
     body = message.get_body(("plain", "html"))
-    text = str(body.get_content()) if body is not None else ""
+    try:
+        text = str(body.get_content()) if body is not None else ""
+    except LookupError:  # a charset that Python does not know
+        text = body.get_payload(decode=True).decode("utf-8", "replace")
     if body is not None and body.get_content_subtype() == "html":
         text = extract_text(text if text.lstrip().lower().startswith(("<html", "<!doctype")) else f"<html>{text}")
     return f"{message['subject'] or ''}\n\n{text.strip()}".strip()

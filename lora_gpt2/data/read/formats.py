@@ -6,7 +6,6 @@ up to a limit.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import re
 import zlib
@@ -20,11 +19,10 @@ from typing import Any, BinaryIO, cast
 
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.clean.rules import choose_rules
-from lora_gpt2.data.read.encoding import MAX_LINE_BYTES, check_is_text, decode, find_declared, iter_lines, raise_errors
-from lora_gpt2.data.read.layouts import is_usual, read_columns
+from lora_gpt2.data.read.encoding import check_is_text, decode, find_declared, iter_lines, raise_errors
+from lora_gpt2.data.read.layouts import read_columns
 from lora_gpt2.data.read.records import (
     FIELD_HINT,
-    FIX_HINT,
     Document,
     Reading,
     build_documents,
@@ -34,11 +32,11 @@ from lora_gpt2.data.read.records import (
     parse_json,
 )
 from lora_gpt2.data.read.sources import DOCUMENTS, HUB, Source, find_sources
+from lora_gpt2.data.read.tables import read_table, set_aside
 from lora_gpt2.data.tokenizer import EOS
 from lora_gpt2.recipe import DataSettings
 
 MAX_FILE_BYTES = 512 * 2**20
-DELIMITERS = ",;\t|"
 PAGE_MARK = "<!doctype html>"
 START = "<|startoftext|>"
 MARK = re.compile(
@@ -47,8 +45,6 @@ MARK = re.compile(
 )
 """Marks between documents, as training files for GPT-2 have them: at a line's end or beginning, or between words that
 nothing else separates. Elsewhere, as in a sentence about the mark, they are text."""
-LONGEST_NAME, MOST_WORDS = 64, 6
-"""Of a column; a first row with a longer cell is text."""
 
 
 class ReadingLog:
@@ -68,13 +64,16 @@ class ReadingLog:
         return self.finished + sum(file.tell() for file in self.open)
 
 
-def read_documents(specs: Sequence[str], settings: DataSettings) -> Iterator[Document]:
+def read_documents(specs: Sequence[str], settings: DataSettings, splits_marks: bool = True) -> Iterator[Document]:
     """Yields the documents of all sources in order, as they are; raises `DataError` at the first unreadable one.
+
+    With `splits_marks` those are cut that have EOS between them.
 
     What is to be measured or audited comes from `pipeline.read_clean`, which cleans it as training does.
     """
     for source in find_sources(specs, settings):
-        for item in read_source(source, settings):
+        log = ReadingLog()
+        for item in read_source(source, settings, log) if splits_marks else _read_source(source, settings, log, 0):
             if isinstance(item, DataError):
                 raise item
             yield item
@@ -157,7 +156,7 @@ def _read_text(file: BufferedReader, where: str, settings: DataSettings, piece: 
     """Yields what stands between lines of `EOS`: whole, or as paragraphs or lines."""
     bad: list[DataError] = []
     lines = iter_lines(file, where, settings.encoding_errors, settings.encoding)
-    lines = _set_aside(lines, bad) if settings.unit == "line" else raise_errors(lines)
+    lines = set_aside(lines, bad) if settings.unit == "line" else raise_errors(lines)
     number, has_mark = 0, False
     run: list[str] = []
     length, continues = 0, False
@@ -303,77 +302,12 @@ def _read_lines(lines: Iterable[str | DataError], where: str, settings: DataSett
                 yield error
 
 
-def _read_table(
-    file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog, tabs: bool = False
-) -> Reading:
-    csv.field_size_limit(MAX_LINE_BYTES)
-    bad: list[DataError] = []
-    lines = _set_aside(iter_lines(file, where, settings.encoding_errors, settings.encoding), bad)
-    head = next(lines, "")
-    delimiter = "\t" if tabs else max(DELIMITERS, key=lambda mark: (head.count(mark), mark == ","))
-    rows = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            yield DataError(f"{where}:{rows.line_num}: not a row of the table: {error}", FIX_HINT)
-            continue
-        yield from bad
-        bad.clear()
-        if row is None:
-            return
-        if header is None:
-            header = _read_header(row, where, settings)
-            only = header[0] if len(header) == 1 and settings.text_field not in header else ""
-            if only:
-                log.note(f"{where}: the only column, '{only}', is read")
-            if settings.header:
-                continue
-        if len(row) == len(header):
-            record: Any = row[0] if only else dict(zip(header, row, strict=True))
-            yield from build_documents(record, f"{where}:{rows.line_num}", settings, log.note)
-        elif row:
-            yield DataError(f"{where}:{rows.line_num}: {len(row)} cells, expected {len(header)}", FIX_HINT)
-
-
-def _set_aside(lines: Iterable[str | DataError], bad: list[DataError]) -> Iterator[str]:
-    for line in lines:
-        if isinstance(line, DataError):
-            bad.append(line)
-        else:
-            yield line
-
-
-def _read_header(row: list[str], where: str, settings: DataSettings) -> list[str]:
-    """Returns the names of a table's columns: its first row, or with `data.header=false` their numbers.
-
-    Raises `DataError` for a first row that is text, and where no column is the one that is read.
-    """
-    if not settings.header:
-        names = [str(number) for number in range(1, len(row) + 1)]
-        if is_free(settings) and len(row) > 1:
-            raise DataError(
-                f"{where}: {len(row)} columns without names", "name one by its number: --set data.text_field=1"
-            )
-        return names
-    header = [name.strip() for name in row]
-    is_built = settings.template or settings.prompt or {"prompt", "completion"} <= set(header)
-    is_named = settings.text_field in header or is_built or (is_free(settings) and is_usual(header))
-    longest = max(header, key=len, default="")
-    if not is_named and (len(longest) > LONGEST_NAME or len(longest.split()) > MOST_WORDS):
-        raise DataError(
-            f"{where}: the first row looks like text, not like names of columns: '{longest[:40]}…'",
-            "if it is a record, use --set data.header=false; else name the column with --set data.text_field=NAME",
-        )
-    if len(header) > 1 and not is_named:
-        columns = ", ".join(name for name in header[:20])
-        raise DataError(f"{where}: no column '{settings.text_field}' (columns: {columns})", FIELD_HINT)
-    return header
+def _read_commas(file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog) -> Reading:
+    return read_table(file, where, settings, log.note)
 
 
 def _read_tabs(file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog) -> Reading:
-    return _read_table(file, where, settings, log, tabs=True)
+    return read_table(file, where, settings, log.note, tabs=True)
 
 
 def _read_parquet(file: BufferedReader, where: str, settings: DataSettings, log: ReadingLog) -> Reading:
@@ -390,7 +324,7 @@ READERS: dict[str, Callable[[BufferedReader, str, DataSettings, ReadingLog], Rea
     "html": _read_page,
     "json": _read_json,
     "jsonl": _read_json_lines,
-    "csv": _read_table,
+    "csv": _read_commas,
     "tsv": _read_tabs,
     "parquet": _read_parquet,
 }

@@ -23,6 +23,8 @@ PAIRS = (
     ("source", "target"),
     ("query", "response"),
 )
+CONTEXTS, QUESTIONS = ("system", "context", "passage", "input"), ("question", "query")
+"""Fields that belong to a prompt, before a question and after an instruction."""
 CHATS_NOTE = "chats in"
 TEXTS = ("content", "body", "document", "article", "story", "sentence", "raw_text")
 Note = Callable[[str], None]
@@ -40,20 +42,44 @@ def recognise_record(record: Mapping[str, Any], item_template: str, where: str, 
     """Returns what a record of a usual layout says, or None for any other; `note` hears which layout it is."""
     for key in CHATS:
         if (turns := _read_turns(record.get(key))) is not None:
+            if (system := _read_text(record, "system")) and turns[0][0] != "system":
+                turns = [("system", system), *turns]
             note(f"{where}: {CHATS_NOTE} '{key}', loss from the first answer on (data.item_template='{item_template}')")
             return _join_turns(turns, item_template)
     if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
         note(f"{where}: instructions, loss on the output alone (data.prompt, with data.text_field=output)")
+        _note_unread(record, {"instruction", "input", "output", "system"}, where, note)
         return Recognised(prompt=_build_instruction(record), text=str(record["output"]))
     for first, second in PAIRS:
         if isinstance(record.get(first), str) and isinstance(record.get(second), str):
-            note(f"{where}: loss on '{second}' alone (data.prompt='{{{first}}}\\n' data.text_field={second})")
-            return Recognised(prompt=f"{record[first]}\n", text=str(record[second]))
+            given = [key for key in CONTEXTS if key not in (first, second) and _read_text(record, key)]
+            order = [*given, first] if first in QUESTIONS else [first, *given]
+            template = "".join(f"{{{key}}}\n" for key in order).replace("\n", "\\n")
+            note(f"{where}: loss on '{second}' alone (data.prompt='{template}' data.text_field={second})")
+            _note_unread(record, {*order, second}, where, note)
+            return Recognised(prompt="".join(f"{record[key]}\n" for key in order), text=str(record[second]))
     named = [key for key in TEXTS if isinstance(record.get(key), str)]
     if len(named) == 1:
         note(f"{where}: the text is in '{named[0]}' (data.text_field={named[0]})")
         return Recognised(prompt="", text=str(record[named[0]]))
     return None
+
+
+def _read_text(record: Mapping[str, Any], key: str) -> str:
+    """Returns the text of a field, "" if it has none."""
+    value = record.get(key)
+    return value if isinstance(value, str) and value.strip() else ""
+
+
+def _note_unread(record: Mapping[str, Any], read: set[str], where: str, note: Note) -> None:
+    """Says which fields with longer texts, or with lists such as a history, are not read."""
+    unread = [key for key, value in record.items() if key not in read and _is_content(value)]
+    if unread:
+        note(f"{where}: not read: {', '.join(unread)} (data.template and data.prompt say what is)")
+
+
+def _is_content(value: Any) -> bool:
+    return (isinstance(value, str) and " " in value.strip()) or (isinstance(value, list) and bool(value))
 
 
 def has_chats(notes: Sequence[str]) -> bool:
@@ -99,9 +125,11 @@ def _join_turns(turns: list[tuple[str, str]], item_template: str) -> Recognised:
 
 
 def _build_instruction(record: Mapping[str, Any]) -> str:
+    system = _read_text(record, "system")
     given = record.get("input")
     middle = f"### Input:\n{given}\n\n" if isinstance(given, str) and given.strip() else ""
-    return f"### Instruction:\n{record['instruction']}\n\n{middle}### Response:\n"
+    before = f"{system}\n\n" if system else ""
+    return f"{before}### Instruction:\n{record['instruction']}\n\n{middle}### Response:\n"
 
 
 def read_columns(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -16,9 +16,9 @@ from lora_gpt2.data.clean.pii import find_pii, mask_pii
 from lora_gpt2.data.clean.rules import RULES, Rule
 from lora_gpt2.data.dedup import (
     NUM_HASHES,
+    NearCopyIndex,
     choose_band_width,
     content_key,
-    count_near_duplicates,
     find_near_duplicates,
     sign,
 )
@@ -111,8 +111,8 @@ def test_planted_near_copies_are_found_and_no_other_pair_is():
     }.keys() == copies.keys()
     assert len(copies) >= 0.98 * 300
     assert all(0.8 <= similarity <= 1 for _, similarity in copies.values())
-    assert count_near_duplicates(sign(documents[:300]), sign(planted), 0.8) == len(copies)
-    assert count_near_duplicates(sign(documents[300:]), sign(planted), 0.8) == 0
+    assert len(NearCopyIndex(sign(documents[:300]), 0.8).find(sign(planted))) == len(copies)
+    assert len(NearCopyIndex(sign(documents[300:]), 0.8).find(sign(planted))) == 0
 
 
 def test_copies_are_counted_of_the_first_documents_among_the_second_and_within_neither():
@@ -120,7 +120,7 @@ def test_copies_are_counted_of_the_first_documents_among_the_second_and_within_n
     near = one.replace(one.split()[50], "changed")
 
     def count(of, among):
-        return count_near_duplicates(sign(of), sign(among), 0.8)
+        return len(NearCopyIndex(sign(of), 0.8).find(sign(among)))
 
     assert count([one], [two, two, two]) == 0, "copies of each other alone"
     assert count([one, one], [two]) == 0
@@ -139,7 +139,7 @@ def test_a_copy_is_counted_though_it_is_more_like_another_document(order):
     y[:23] += 1000
     z[:33] += 1000
     assert (held == z).mean() < 0.75 < 0.8 < (held == y).mean() < (y == z).mean()
-    assert count_near_duplicates(held[None], np.stack([y, z])[order], 0.8) == 1
+    assert len(NearCopyIndex(held[None], 0.8).find(np.stack([y, z])[order])) == 1
 
 
 def test_the_estimate_of_likeness_is_that_of_the_sets():

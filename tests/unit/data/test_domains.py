@@ -1,9 +1,28 @@
 """A folder of domains."""
 
+from pathlib import Path
+
 import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
 from lora_gpt2.data.domains import list_domains, list_left_out
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["train.jsonl", "val.jsonl", "train-2.jsonl"], (["train-2.jsonl", "train.jsonl"], ["val.jsonl"], [])),
+        (["training.txt", "eval.txt"], (["training.txt"], [], ["eval.txt"])),
+        (["train.txt", "val.txt", "other.txt"], (["train.txt"], ["val.txt"], [])),
+    ],
+)
+def test_a_folder_is_divided_as_it_is_where_it_is_trained_on_alone(tmp_path, names, expected):
+    (tmp_path / "law").mkdir()
+    for name in names:
+        (tmp_path / "law" / name).write_text("x")
+    (item,) = list_domains(tmp_path)
+    found = [[Path(source).name for source in each] for each in (item.sources, item.validation, item.test)]
+    assert tuple(found) == expected
 
 
 def test_folders_files_and_recipes_are_domains(tmp_path):

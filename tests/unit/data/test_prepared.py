@@ -9,7 +9,7 @@ from lora_gpt2.core.errors import DataError, Interrupted, ResourceError
 from lora_gpt2.data import pipeline, shards
 from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.clean.report import build_report_page
-from lora_gpt2.data.dedup import sign
+from lora_gpt2.data.dedup import sign_records
 from lora_gpt2.data.inspect import iter_documents, preview_documents, write_texts
 from lora_gpt2.data.prepared import describe_amount, describe_preparation, measure_overlaps, prepare_data
 from lora_gpt2.data.read.records import Document
@@ -243,7 +243,7 @@ def test_interrupted_work_goes_on_where_it_was(
     counted = [len(shards.load_shard(work / "shards", number)[0].origins) for number in done]
     monkeypatch.setattr(pipeline, "process_shard", process)
     made = []
-    monkeypatch.setattr(shards, "sign", lambda texts: made.append(len(texts)) or sign(texts))
+    monkeypatch.setattr(shards, "sign_records", lambda p, texts: made.append(len(texts)) or sign_records(p, texts))
     again = prepare_data(settings_for(text_file), tokenizer, reporter, tmp_path / "cut")
     assert words_of(again.path) == words_of(whole.path)
     assert not work.exists()
@@ -425,3 +425,85 @@ def test_what_could_not_be_read_counts_among_the_documents():
     documents = [Document(text, "a.jsonl") for text in ("one", "two")]
     (line,) = pipeline.describe_cleaning(CleaningReport(), documents, {pipeline.UNREADABLE: 5})
     assert line.startswith("5 of 7 documents are set aside")
+
+
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def make_words(number, first, count=55):
+    return " ".join(f"w{number}x{index}" for index in range(first, first + count))
+
+
+@pytest.mark.parametrize("starts", [(3,), (0, 3)])
+def test_a_near_copy_of_any_held_out_document_is_not_trained_on(tokenizer, tmp_path, reporter, starts):
+    """Also of one that is a near copy of another in its own split: a given split stays as it is."""
+    held_out = [{"text": make_words(number, start)} for number in range(20) for start in starts]
+    near = [{"text": make_words(number, 6)} for number in range(20)]
+    other = [{"text": make_words(1000 + number, 0)} for number in range(50)]
+    settings = DataSettings(
+        sources=(write_records(tmp_path / "t.jsonl", near + other),),
+        validation=(write_records(tmp_path / "v.jsonl", held_out),),
+        test_fraction=0.0,
+        block_size=32,
+    )
+    report = prepare_data(settings, tokenizer, reporter).report
+    assert report["documents"] == {"train": 50, "validation": 20 * len(starts), "test": 0}
+    assert report["num_train_test_overlaps"] == 20
+
+
+def test_a_long_prompt_that_records_share_makes_no_copies_of_them(tokenizer, tmp_path, reporter):
+    system = make_words(0, 0, 200)
+    chats = [
+        {"prompt": f"{system} {make_words(1 + n, 0, 8)}", "completion": make_words(5000 + n, 0, 8)} for n in range(60)
+    ]
+    settings = DataSettings(sources=(write_records(tmp_path / "a.jsonl", chats),), block_size=32)
+    assert prepare_data(settings, tokenizer, reporter).report["documents_kept"] == 60
+    copies = [{**record, "completion": record["completion"] + " more"} for record in chats[:9]]
+    settings = DataSettings(sources=(write_records(tmp_path / "b.jsonl", [*chats, *copies]),), block_size=32)
+    assert prepare_data(settings, tokenizer, reporter).report["rejected"]["near duplicate"] == 9
+
+
+def test_few_prompts_are_not_held_out_whole(tokenizer, tmp_path, reporter):
+    genres = ("war", "love", "fantasy", "crime", "sport")
+    records = [{"prompt": f"Genre: {genres[n % 5]}\n", "completion": make_words(n, 0, 20)} for n in range(400)]
+    settings = DataSettings(sources=(write_records(tmp_path / "a.jsonl", records),), block_size=32)
+    documents = prepare_data(settings, tokenizer, reporter).report["documents"]
+    assert documents["train"] > 340
+    assert min(documents.values()) >= 5
+
+
+def test_near_copies_are_found_in_scripts_without_spaces(tokenizer, tmp_path, reporter):
+    draw = random.Random(1)
+    texts = ["".join(chr(0x4E00 + draw.randrange(2000)) for _ in range(120)) for _ in range(30)]
+    copies = [text[:60] + "一" + text[61:] for text in texts[:10]]
+    path = write_records(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, *copies]])
+    assert prepare_data(settings_for(path), tokenizer, reporter).report["rejected"] == {"near duplicate": 10}
+
+
+def test_a_text_longer_than_what_is_read_ahead_is_cut_like_a_shorter_one(tokenizer, tmp_path, reporter, monkeypatch):
+    monkeypatch.setattr(pipeline, "SAMPLE_CHARACTERS", 4000)
+    monkeypatch.setattr(pipeline, "PIECE_CHARACTERS", 2000)
+    for number in (1, 3):  # 12 kB are read whole, 36 kB are not
+        paragraphs = [make_words(paragraph, 0, 25) for paragraph in range(60 * number)]
+        (tmp_path / f"{number}.txt").write_text("\n\n".join(paragraphs))
+        tokens = prepare_data(settings_for(tmp_path / f"{number}.txt"), tokenizer, reporter).report["tokens"]
+        assert tokens["train"] / sum(tokens.values()) == pytest.approx(0.9, abs=0.07)
+
+
+def test_overlaps_are_found_in_one_pass_over_all_domains(tokenizer, tmp_path, reporter):
+    domains = {}
+    for name, first in (("a", 0), ("b", 100), ("c", 200)):
+        records = [{"text": make_words(first + number, 0)} for number in range(40)]
+        if name == "c":  # trains on what the others hold out
+            for other in domains.values():
+                for split in ("validation", "test"):
+                    texts = decode_documents(tokenizer, getattr(other, split))
+                    records += [{"text": f"{text} {word}"} for text in texts for word in ("one", "two", "three")]
+        domains[name] = prepare_data(
+            settings_for(write_records(tmp_path / f"{name}.jsonl", records)), tokenizer, reporter
+        )
+    found = measure_overlaps(domains, 0.8)
+    assert {(own, other) for own, other, _, _ in found} == {("a", "c"), ("b", "c")}
+    assert all(0 < copies <= of for _, _, copies, of in found)

@@ -27,9 +27,9 @@ from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.rating.preferences import Preference, read_preferences
 from lora_gpt2.rating.rounds import Answer, Round, add_answers, write_round
-from lora_gpt2.recipe import build_recipe
+from lora_gpt2.recipe import LoraSettings, build_recipe
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.pairs import encode_pairs, iter_groups, score_rows, split_pairs
@@ -71,6 +71,44 @@ def test_prompts_carry_no_loss_and_whole_texts_end_with_eos(base):
             assert rows.lengths[number, column] == len(scored)
     (empty,) = [Preference(prompt="", chosen="a", rejected="b")]
     assert encode_pairs([empty], tokenizer, 48).inputs[0, 0] == tokenizer.eos_id
+
+
+def test_marks_of_the_end_are_taken_off_pairs_and_cut_none_in_two(tmp_path):
+    end = "<|endoftext|>"
+    records = [
+        {"prompt": "Q: hi", "chosen": f" good{end}", "rejected": f" bad{end}"},
+        {"prompt": "Q: ho", "chosen": f" good\n{end}\n", "rejected": f" bad\n{end}\n"},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = read_preferences([str(tmp_path / "p.jsonl")]).pairs
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in found] == [
+        ("Q: hi", " good", " bad"),
+        ("Q: ho", " good", " bad"),
+    ]
+
+
+def test_rows_are_read_without_the_padding_that_all_of_them_have(base):
+    short, long = PAIRS[0], dataclasses.replace(PAIRS[0], chosen=" rain" * 60)
+    rows = encode_pairs([short, short, long], base.tokenizer, 128)
+    inputs, targets = rows.read([0, 1, 2, 3])
+    assert inputs.shape == targets.shape == (4, 32) != rows.inputs[:4].shape
+    assert (rows.targets[:4, 32:] == IGNORE).all()
+    assert rows.read([0, 4])[0].shape[1] == rows.inputs.shape[1]
+
+
+def test_the_zeros_of_a_sliced_target_stay_zeros(base, base_folder, store, tmp_path):
+    recipe = make_settings(
+        base=str(base_folder), preferences__sources=[write_pairs(tmp_path / "pairs.jsonl")], train__learning_rate=3e-2
+    )
+    lora = LoraSettings(targets=["c_attn.q"], rank=2)
+    origin = Origin(recipe={"lora": lora.model_dump(mode="json")})
+    publish_adapter(store, "law", make_adapter(base.config, 3, lora), base, origin)
+    assert train_preferences(recipe, store, SilentReporter()).held_out_loss < 0.69
+    before, after = (load_adapter(store, f"law@{version}", base)[1] for version in (2, 3))
+    width = base.config.n_embd
+    for site, update in after.updates.items():
+        assert not update.b[width:].any(), site
+        assert not torch.equal(update.b[:width], before.updates[site].b[:width])
 
 
 def test_what_does_not_fit_is_cut_where_it_matters_least(base):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,7 @@ from lora_gpt2.model.base import load_base
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.probe import select_base
 from lora_gpt2.model.runtime import Runtime, choose_runtime
-from lora_gpt2.recipe import build_recipe
+from lora_gpt2.recipe import DataSettings, build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import WEIGHTS
@@ -506,3 +507,28 @@ def test_measured_blocks_are_weighted_by_tokens(base_folder, text_file, reporter
     wanted = torch.nn.functional.cross_entropy(logits, targets).item()
     assert measure_blocks(trainer.base, blocks, None) == pytest.approx(wanted, abs=1e-5)
     assert math.isfinite(wanted)
+
+
+@pytest.mark.parametrize("layout", ["concat", "packed"])
+def test_a_short_validation_reads_all_of_the_text_and_not_its_beginning(base, tmp_path, reporter, layout):
+    """Sources lie one after another, packed documents by their lengths: a part at the front is no sample."""
+    for name, count in (("a", 60), ("b", 6)):
+        texts = [f"{name} {' '.join(['the cat' if name == 'a' else 'rain rain'] * count)} {n}" for n in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "t.jsonl").write_text('{"text": "the cat and the dog"}\n')
+    settings = DataSettings(
+        sources=(str(tmp_path / "t.jsonl"),),
+        validation=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")),
+        block_size=32,
+        layout=layout,
+        near_duplicate_threshold=0.0,
+        profile="raw",
+        test_fraction=0.0,
+    )
+    blocks, read = prepare_data(settings, base.tokenizer, reporter).validation, []
+    spied = replace(blocks)
+    object.__setattr__(spied, "read", lambda indices: read.extend(indices) or blocks.read(indices))
+    measure_blocks(base, spied, None, max_tokens=32 * 6)
+    assert len(read) == len(set(read)) == 6
+    assert (read[0], read[-1]) == (0, blocks.num_blocks - 1)
+    assert measure_blocks(base, blocks, None, max_tokens=10**6) == pytest.approx(measure_blocks(base, blocks, None))

@@ -95,6 +95,7 @@ STORY = "A line of the story.\n" * 20
     ("before", "after"),
     [
         (f"header\n{START}{STORY}{END}licence\n", STORY),
+        (f"a\n{START}{STORY}{END}b\n{START}Another.\n{END}c\n", f"{STORY}\nAnother.\n"),  # two books
         (f"{STORY}Such books begin with\n{START}and no more.\n", None),  # quoted near the end of another text
         (f"{STORY}{START}", None),
         (f"{START}{STORY}", STORY),

@@ -264,3 +264,48 @@ def test_an_encoding_that_is_named_is_the_encoding(tmp_path, name):
     assert "café!" in read(path)[0], "by evidence"
     with pytest.raises(DataError, match=r"(?i)utf-8"):
         read(path, encoding="utf-8")
+
+
+def test_a_quote_that_is_never_closed_costs_its_own_row_alone(tmp_path):
+    rows = [f"{number}\tHello number {number}" for number in range(1000)]
+    rows[10] = rows[10].replace("Hello", '"Hello')
+    path = write(tmp_path / "a.tsv", "n\ttext\n" + "\n".join(rows) + "\n")
+    found = list(read_source(find_sources([str(path)], DataSettings())[0], DataSettings()))
+    errors = [item for item in found if isinstance(item, DataError)]
+    assert [error.message.split(":")[1] for error in errors] == ["12"]
+    assert [item.text for item in found if not isinstance(item, DataError)] == [
+        f"Hello number {number}" for number in range(1000) if number != 10
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "text"),
+    [
+        ({"instruction": "When?", "context": "In 2000.", "response": "Then"}, "When?\nIn 2000.\n", "Then"),
+        ({"context": "In 2000.", "question": "When?", "answer": "Then"}, "In 2000.\nWhen?\n", "Then"),
+        ({"instruction": "Add", "input": "1 2", "response": "3"}, "Add\n1 2\n", "3"),
+        ({"question": "When?", "context": "", "answer": "Then"}, "When?\n", "Then"),
+        (
+            {"system": "Be kind.", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "system: Be kind.\nuser: a\nassistant:",
+            " b",
+        ),
+        (
+            {"system": "Be kind.", "instruction": "Add", "output": "3"},
+            "Be kind.\n\n### Instruction:\nAdd\n\n### Response:\n",
+            "3",
+        ),
+    ],
+)
+def test_context_belongs_to_the_prompt(tmp_path, record, prompt, text):
+    path = write(tmp_path / "a.jsonl", json.dumps(record) + "\n")
+    (document,) = read_documents([str(path)], DataSettings())
+    assert (document.prompt, document.text) == (prompt, text)
+
+
+def test_fields_that_are_not_read_are_named(tmp_path):
+    record = {"question": "When?", "answer": "Then", "id": "7", "notes": "some longer words", "history": [["a", "b"]]}
+    log = ReadingLog()
+    path = write(tmp_path / "a.jsonl", json.dumps(record) + "\n")
+    list(read_source(find_sources([str(path)], DataSettings())[0], DataSettings(), log))
+    assert any("not read: notes, history" in note for note in log.notes)
