@@ -41,7 +41,10 @@ HUB_FILES = [
     "added_tokens.json",
 ]
 MAX_CONFIG_BYTES = 2**20
-OFFLINE_HINT = "copy its folder (config.json, model.safetensors, tokenizer.json) from another machine: --base FOLDER"
+OFFLINE_HINT = (
+    "copy its folder (config.json, model.safetensors, tokenizer.json) from another machine: --base FOLDER; "
+    "to try things out, --base nano is in the package"
+)
 
 
 def list_bundled() -> list[str]:

@@ -282,7 +282,7 @@ ERRORS = [
     (["generate", "x", "--adapter", "law", "--base", "nano"], 5, "MismatchError", "made for another base", "--base"),
     (["generate", "x" * 60, "--adapter", "law"], 2, "UsageError", "60 tokens", "--truncate left"),
     (["generate", "x", "--adapter", "law", "--seed", "-1"], 2, "UsageError", "-1", "--help"),
-    (["generate", "x", "--adapter", "../law"], 2, "UsageError", "not a name", "1 to 64"),
+    (["generate", "x", "--adapter", "../law"], 2, "UsageError", "is a path", "adapters import FOLDER"),
     (["generate", "\ud800", "--adapter", "law"], 3, "DataError", "surrogate", "remove"),
     (["generate", "x", "--compare", ","], 2, "UsageError", "names no adapter", "all"),
     (["generate", "x", "--set", "base=/nowhere"], 4, "NotFoundError", "no base '/nowhere'", "nano"),

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lora_gpt2.data.clean.pii import find_pii
-from lora_gpt2.data.clean.rules import BOILERPLATE, RULES
+from lora_gpt2.data.clean.rules import BOILERPLATE, MARKUP, RULES
 
 MAX_EXAMPLES = 3
 EXAMPLE_WIDTH = 60
@@ -83,12 +83,15 @@ def clean_text(text: str, rules: Mapping[str, str], report: CleaningReport) -> s
 
     Lines that documents have in common are not a matter of one text: `BOILERPLATE` is left to `shards.clean_document`.
     """
+    was_page = False
     for name, mode in rules.items():
-        if name == BOILERPLATE:
+        if name == BOILERPLATE or (was_page and name in MARKUP):
             continue
         if name == "pii":
             report.pii.update({finding.kind for finding in find_pii(text)})
-        text = report.note(name, text, RULES[name].apply(text, mode))
+        cleaned = RULES[name].apply(text, mode)
+        was_page = was_page or (name == "html" and cleaned != text)
+        text = report.note(name, text, cleaned)
     return text
 
 

@@ -47,7 +47,12 @@ FRONT_MATTER = re2.compile(
     r"\A\s*(?:---|\+\+\+)[ \t]*\n\s*[\w.-]+[ \t]*[:=][^\n]*\n"
     r"(?:[ \t]*(?:[\w.\"'-]+[ \t]*[:=][^\n]*|[-#\[\]}][^\n]*|[ \t][^\n]*|)\n)*?(?:---|\+\+\+)[ \t]*(?:\n|\z)"
 )
-TEMPLATE = re.compile(r"\{\{[^{}]*\}\}|\{%[^{}]*%\}|\{#[^{}]*#\}")
+TEMPLATE = re.compile(
+    r"\$?\{\{(?:[<%#/!&^~>-][^{}]*|[^{}|]*\|[^{}]*|\s*(?:[A-Za-z_][\w.$\[\]'\"()-]*)?\s*)\}\}|\{%[^{}]*%\}|\{#[^{}]*#\}"
+)
+CODE_SPAN = re.compile(r"(?s)^(?:```|~~~).*?^(?:```|~~~)[ \t]*$|`[^`\n]+`", re.MULTILINE)
+MARKUP = ("entities", "template_tags", "tags")
+"""Rules that a page of HTML has gone through when its text is taken: what looks like markup in it is text."""
 LINK_TO_NOTHING = re.compile(r"!?\[([^\[\]\n]*)\]\(\s*\)")
 NAMES = (
     "a|abbr|acronym|address|article|aside|b|big|blockquote|body|br|caption|center|cite|code|col|colgroup|dd|del|details|dfn"
@@ -167,14 +172,29 @@ def drop_template_tags(text: str, _mode: str = "on") -> str:
     """Returns the text without template tags such as `{{< ref >}}`, and links that led only to one as their text."""
     if "{" not in text:
         return text
-    return _until_stable(lambda text: LINK_TO_NOTHING.sub(r"\1", TEMPLATE.sub("", text)), text, "{")
+    return _until_stable(
+        lambda text: _outside_code(lambda part: LINK_TO_NOTHING.sub(r"\1", TEMPLATE.sub("", part)), text), text, "{"
+    )
 
 
 def drop_tags(text: str, _mode: str = "on") -> str:
     """Returns the text without HTML tags and comments; where a block or line ended, a line ends."""
     if "<" not in text:
         return text
-    return _until_stable(lambda text: TAG.sub("", BREAK.sub("\n", _drop_hidden(text))), text, "<")
+    return _until_stable(
+        lambda text: _outside_code(lambda part: TAG.sub("", BREAK.sub("\n", _drop_hidden(part))), text), text, "<"
+    )
+
+
+def _outside_code(change: Callable[[str], str], text: str) -> str:
+    """Returns the text with everything changed but code in Markdown: spans and fenced blocks."""
+    if "`" not in text and "~~~" not in text:
+        return change(text)
+    parts, end = [], 0
+    for code in CODE_SPAN.finditer(text):
+        parts += [change(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, change(text[end:])])
 
 
 def _drop_hidden(text: str) -> str:

@@ -197,7 +197,7 @@ def test_unknown_names_and_an_unreachable_hub(tmp_path, monkeypatch):
         with pytest.raises(ResourceError) as offline:
             find_base(name)
         assert offline.value.exit_code == 7
-        assert "--base nano" in offline.value.hint
+        assert "--base FOLDER" in offline.value.hint
 
 
 def test_precision_follows_what_the_cpu_really_has(monkeypatch):

@@ -203,3 +203,22 @@ def test_rules_are_switched_by_name_and_mode():
             choose_rules("prose", wrong)
         assert message in caught.value.message
         assert caught.value.hint
+
+
+PAGE = "<!doctype html><p>Use the <code>&lt;div&gt;</code> element and <code>{{ name }}</code>.</p>"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (PAGE, "Use the <div> element and {{ name }}."),
+        ("Use `<div>` and <b>bold</b>.\n\n```\n<p>{{ x }}</p>\n```\nend <i>now</i>", None),
+        ("title = {{Attention is all you need}}, int a[] = {{1, 2}, {3, 4}};", None),
+        ("---\nROMEO: But soft!\nIt is the east.\n---\nJULIET: Ay me!", None),
+        ("---\ntitle: A\ntags:\n- b\n  - c\n# d\n---\ntext", "text"),
+        ("see {{ user.name }}, {{< ref a >}} and ${{ secrets.TOKEN }} now", "see , and now"),
+    ],
+)
+def test_text_about_markup_keeps_what_it_is_about(before, after):
+    expected = before.replace("<b>bold</b>", "bold").replace("<i>now</i>", "now") if after is None else after
+    assert clean_text(before, choose_rules("prose", {}), CleaningReport()) == expected
