@@ -731,7 +731,7 @@ def mangle(draw, body):
     return content
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [80, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_no_malformed_request_is_a_server_error_and_none_leaves_anything(server, port, count):
     draw, codes = random.Random(5), set()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

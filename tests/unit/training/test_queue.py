@@ -78,7 +78,7 @@ def test_each_adapter_of_a_queue_equals_the_one_trained_alone(recipes, store, re
         assert item.test_perplexity == pytest.approx(own.test_perplexity, rel=1e-4)
 
 
-@pytest.mark.parametrize("step", [3, 20])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 20])
 def test_a_queue_goes_on_where_it_was_stopped_and_publishes_nothing_twice(
     recipes, store, reporter, tmp_path, monkeypatch, step
 ):
