@@ -22,6 +22,7 @@ DRAFTER = "drafter.bin"
 SHORTEST, LONGEST = 2, 4
 FEWEST, SMALLEST_SHARE = 2, 0.6
 ENTRY_BYTES, MOST_BYTES = 6, 1_000_000
+MOST_TOKENS, NUM_PIECES = 2**22, 64
 MASK = 2**64 - 1
 POWERS = [pow(int(FACTOR), power, 2**64) for power in range(LONGEST)]
 
@@ -35,7 +36,14 @@ class SuccessorTable:
 
     @classmethod
     def build(cls, stream: NDArray[np.integer], most_bytes: int = MOST_BYTES) -> SuccessorTable:
-        """Returns the table of a text's tokens."""
+        """Returns the table of a text's tokens; of a long text of pieces that are spread evenly over it.
+
+        Counting takes some 80 bytes per token, and the table holds no more runs for it.
+        """
+        if len(stream) > MOST_TOKENS:
+            size = MOST_TOKENS // NUM_PIECES
+            starts = np.linspace(0, len(stream) - size, NUM_PIECES).astype(int)
+            stream = np.concatenate([stream[start : start + size] for start in starts])
         known, counted = cls(np.zeros(0, np.uint32), np.zeros(0, np.uint16)), np.zeros(0, np.int64)
         for size in range(SHORTEST, LONGEST + 1):
             keys, tokens, counts, positions = _count_successors(stream, size)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lora_gpt2.core.errors import CorruptError
+from lora_gpt2.data import successors
 from lora_gpt2.data.successors import ENTRY_BYTES, FEWEST, LONGEST, SHORTEST, SMALLEST_SHARE, SuccessorTable
 
 
@@ -75,3 +76,16 @@ def test_it_survives_the_disk_and_refuses_what_is_none():
     for bad in (content[:-1], content[4:] + content[:4], bytes(12)):
         with pytest.raises(CorruptError, match="drafter"):
             SuccessorTable.from_bytes(bad)
+
+
+def test_of_a_long_text_pieces_from_all_over_it_are_counted(monkeypatch):
+    monkeypatch.setattr(successors, "MOST_TOKENS", 6400)
+    draw = np.random.default_rng(0)
+    stream = draw.integers(0, 200, 64_000).astype(np.uint16)
+    ends = [stream[:2000], stream[-2000:]]
+    for number, end in enumerate(ends):  # a run at the beginning, another one at the end
+        for start in range(0, 2000, 20):
+            end[start : start + 4] = [300 + 10 * number + offset for offset in range(4)]
+    table = SuccessorTable.build(stream)
+    assert table.find([300, 301, 302]) == 303
+    assert table.find([310, 311, 312]) == 313
