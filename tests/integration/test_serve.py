@@ -28,6 +28,8 @@ from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.rating.preferences import read_preferences
 from lora_gpt2.recipe import GenerateSettings, LoraSettings, ServeSettings
 from lora_gpt2.serving.api import Server
@@ -37,7 +39,7 @@ from lora_gpt2.serving.protocol import CompletionBody
 from lora_gpt2.store.changes import collect_garbage, remove_adapter
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
-from tests.builders import make_adapter
+from tests.builders import make_adapter, make_base_folder
 from tests.serving import ask, ask_async, serving
 
 TURNS = {"user": "U: {content}", "assistant": "A: {content}"}
@@ -170,6 +172,14 @@ def test_what_is_published_is_picked_up_and_what_is_removed_is_gone(client, base
     status, _, answer = ask_completion(client.base_url.port, model="code")
     assert (status, answer["error"]["code"]) == (503, "adapter_unusable")
     assert ask_completion(client.base_url.port, model="base")[0] == 200
+
+
+def test_an_adapter_of_another_base_is_no_model_of_this_server(port, trained, tmp_path):
+    other = load_base(str(make_base_folder(tmp_path / "other", seed=7)), choose_runtime("float32"))
+    publish_adapter(trained, "foreign", make_adapter(other.config), other, Origin())
+    status, _, answer = ask_completion(port, model="foreign")
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    assert "another base" in answer["error"]["message"]
 
 
 def ask_completion(port, **body):

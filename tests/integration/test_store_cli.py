@@ -153,6 +153,8 @@ ERRORS = [
     (["adapters", "pull", "law"], 2, "not a hub repository"),
     (["adapters", "diff", "law", "nothing"], 4, "no adapter"),
     (["adapters", "remove", "law", "nothing"], 4, "no adapter"),
+    (["adapters", "remove", "law", "code@99"], 4, "no version 99"),
+    (["adapters", "remove", "law", "code@01"], 6, "code@1 is the version in use"),
     (["merge", "law", "--as", "a", "--rank", "2", "--set", "merge.max_error=0.1"], 2, "exclude each other"),
     (["merge", "law", "code", "--search", "--method", "ties", "--on", "{text}"], 2, "--search chooses the method"),
     (["merge", "law:1e-9", "--as", "a"], 9, "changes nothing that can be seen"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_gpt2.audit.canaries import measure_exposure, read_canaries, write_canaries
+from lora_gpt2.audit.canaries import Canary, measure_exposure, read_canaries, write_canaries
 from lora_gpt2.audit.memorization import (
     AuditSettings,
     Excerpt,
@@ -277,3 +277,11 @@ def test_runs_fit_short_documents(learnt, reporter):
     assert 8 <= extraction <= lengths[-1] // 2
     assert 12 <= copies <= lengths[-1]
     assert choose_sizes(own, 50, 16)[0] == 8
+
+
+def test_canaries_that_were_held_out_do_not_count_as_planted(learnt, reporter):
+    own = read_own_text(learnt.store, "learnt", reporter)
+    kept, held = own.documents["train"][0].text, own.documents["validation"][0].text
+    codes = [Canary(text=text, form=text[:-6] + "{}", secret=text[-6:]) for text in (kept, held)]
+    found = audit(learnt, "learnt", reporter, codes)
+    assert [exposure.text for exposure in found.canaries] == [kept]
