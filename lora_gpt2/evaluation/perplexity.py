@@ -171,6 +171,10 @@ class ScoringWindows:
         for scored in self.windows:
             counts[scored.document] += scored.span.end + 1 - scored.span.first
         self.tokens = counts
+        is_stream = settings.protocol == "stream"
+        self.shares = {
+            document: self._find_scored_share(document) for document in range(self.num_documents) if is_stream
+        }
 
     def _add(self, source: Sequence[Text], window: int, stride: int) -> None:
         encode, first = self.base.tokenizer.encode_batch, sum(map(len, self.texts))
@@ -256,15 +260,14 @@ class ScoringWindows:
 
     def _find_scored_share(self, document: int) -> float:
         """Returns the fraction of a stream's bytes whose tokens are scored: windows without overlap leave some out."""
-        lengths = [len(piece) for piece in self.base.tokenizer.token_bytes]
         own = [scored for scored in self.windows if scored.document == document]
-        counted = sum(lengths[id_] for _, ids, span in own for id_ in ids[span.first : span.end + 1])
-        return counted / sum(lengths[id_] for id_ in own[0].ids)
+        lengths = np.array([len(piece) for piece in self.base.tokenizer.token_bytes])[own[0].ids]
+        return float(sum(lengths[span.first : span.end + 1].sum() for *_, span in own) / lengths.sum())
 
     def _collect(self, nats: NDArray[np.float64]) -> list[Score]:
         scores, first = [], 0
         for texts in self.texts:
-            share = self._find_scored_share(first) if self.settings.protocol == "stream" else 1
+            share = self.shares.get(first, 1)
             documents = slice(first, first + len(texts))
             per_document = np.stack([nats[documents], self.tokens[documents]])
             first = documents.stop

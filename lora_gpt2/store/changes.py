@@ -173,11 +173,11 @@ def remove_adapter(store: Store, reference: str) -> None:
     name, separator, version = reference.partition("@")
     folder = store.folder_of(name)
     with store.change(name, f"remove {reference} from {store.root}"), ExitStack() as stack:
+        check_removable(store, reference)  # again: somebody may have removed it while this one waited
         if not separator:
             _hold_all(stack, [folder / str(number) for number in store.list_versions(name)], reference)
         else:
             folder = folder / version
-            check_removable(store, reference)
             _hold_all(stack, [folder], reference)
             write_atomic(folder.parent / NEXT, f"{max(store.next_version(name), int(version) + 1)}\n".encode())
         _move_to_trash(store, folder, reference)

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,20 @@ def test_a_version_with_leading_zeros_is_removed_and_restored_like_any(base, sto
     restore_adapter(store, "law@001")
     assert store.list_versions("law") == [1, 2, 3]
     assert store.read_manifest("law@1").version == 1
+
+
+def test_of_two_who_remove_an_adapter_one_does_and_the_other_finds_none(base, store, three):
+    def remove(_):
+        try:
+            remove_adapter(store, "law")
+        except NotFoundError:
+            return "none"
+        return "removed"
+
+    for _ in range(5):
+        with ThreadPoolExecutor(2) as pool:
+            assert sorted(pool.map(remove, range(2))) == ["none", "removed"]
+        restore_adapter(store, "law")
 
 
 def test_a_rename_of_a_damaged_adapter_changes_nothing(base, store, three):
