@@ -31,6 +31,7 @@ from lora_gpt2.model.checkpoint import HUB_NAMES
 from lora_gpt2.model.runtime import DTYPES, choose_device, choose_runtime
 from lora_gpt2.recipe import GenerateSettings, Recipe, build_recipe
 from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.changes import measure_bytes
 from lora_gpt2.store.verify import verify_files
 from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import Trainer
@@ -229,7 +230,8 @@ def _write_into(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
-    return f"{folder}, {psutil.disk_usage(str(folder)).free / 1e9:.1f} GB free"
+    free = psutil.disk_usage(str(folder)).free
+    return f"{folder}: {measure_bytes(folder) / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
 
 
 def _reach_hub() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from lora_gpt2.commands.rate_terminal import ask_in_terminal
 from lora_gpt2.commands.shared import emit, missing_extra, seed_option, session_options, suggest_next
@@ -116,12 +117,15 @@ def command(
     check_output(export)
     from lora_gpt2.rating.ranking import rank_marks, rank_votes, summarize_round
 
+    begins = bool(adapters or prompts or recorded == "repl")
+    if not begins:
+        _refuse_options({"mode", "criteria", "seed", "base", "overrides"} - ({"mode"} if recorded else set()))
     if recorded == "page":
         records = read_log(find_votes())
         ranked = rank_marks(read_marks(records)) if mode == "scale" else rank_votes(read_votes(records))
         emit(ranked.to_json(), as_json, lambda: _render(ranked))
         return
-    if adapters or prompts or recorded:
+    if begins:
         if (prompts is None) is (recorded is None):
             raise UsageError("a round needs prompts", "--adapter a --adapter base --prompts FILE, or --recorded repl")
         recipe = load_recipe(None, overrides, {"base": base})
@@ -143,6 +147,15 @@ def command(
     left = len(find_open(round_, answers, rater)) if rates_here else 0
     hidden = f"{left} tasks are left for {rater}; who wrote what stays hidden until then (--report shows it)"
     emit(result.to_json(), as_json, lambda: hidden if left else _render(result))
+
+
+def _refuse_options(names: set[str]) -> None:
+    """Raises `UsageError` if one of these was given, because no round begins that it could change."""
+    context = click.get_current_context()
+    given = [name for name in sorted(names) if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if options := [param.opts[0] for param in context.command.params if param.name in given]:
+        hint = "leave it out, or begin a round with --adapter, --prompts and a new --out"
+        raise UsageError(f"{options[0]} changes a round that begins, and none does", hint)
 
 
 def _start(

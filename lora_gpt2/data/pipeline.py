@@ -26,7 +26,7 @@ from lora_gpt2.data.clean.filters import find_reason
 from lora_gpt2.data.clean.rules import BOILERPLATE, choose_rules
 from lora_gpt2.data.read.formats import ReadingLog, read_source
 from lora_gpt2.data.read.records import Document
-from lora_gpt2.data.read.sources import Source, find_sources, find_splits
+from lora_gpt2.data.read.sources import Source, describe_unread, find_sources, find_splits
 from lora_gpt2.data.rejections import UNREADABLE, Rejections, UnreadableRows
 from lora_gpt2.data.shards import (
     TOO_SLOW,
@@ -145,7 +145,7 @@ def read_clean(specs: Sequence[str], settings: DataSettings, reporter: Reporter)
     if splits:
         log.note(f"{', '.join(specs)}: the {'test' if splits['test'] else 'validation'} split is measured")
     documents = [document for _, document in _iter_documents(sources, settings, summary, log, "test")]
-    for line in list_notes(log):
+    for line in (*list_notes(log), *describe_unread(specs, settings)):
         reporter.message(line)
     kept = clean_documents(documents, settings, reporter, len(summary.bad))
     return CleanText(documents=kept, files=[source.fingerprint() for source in sources])

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lora_gpt2.core.printable import count_of
 from lora_gpt2.data.blocks import EncodedDocument, TokenBlocks, open_blocks, pack_blocks, write_blocks
 from lora_gpt2.data.dedup import NearCopyIndex
 from lora_gpt2.data.pipeline import ReadSummary, process_sources
-from lora_gpt2.data.read.sources import Source, find_sources, find_splits
+from lora_gpt2.data.read.sources import Source, describe_unread, find_sources, find_splits
 from lora_gpt2.data.selection import Selection, select_documents
 from lora_gpt2.data.shards import load_shard
 from lora_gpt2.data.text_sketch import TextSketch
@@ -90,7 +90,9 @@ def prepare_data(
             report = _read_report(folder)  # another process may have prepared it meanwhile
             if report is None:
                 report = _build(folder, work, sources, settings, tokenizer, reporter)
-    return open_prepared(folder, settings, tokenizer)
+    data = open_prepared(folder, settings, tokenizer)
+    unread = describe_unread([*settings.sources, *settings.validation, *settings.test], settings)
+    return replace(data, report=report | {"reading": [*report["reading"], *unread]})
 
 
 def open_prepared(folder: Path, settings: DataSettings, tokenizer: Tokenizer) -> PreparedData:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 By = Literal["updates", "perplexity"]
 SIZE, MARGINS = (4.8, 4.2), (0.03, 0.97, 0.88, 0.03)
+FONT, LETTER, MARK = 9, 5.6, 4.0
+"""Points: height of a name, width of its letters on average, half the width of a mark."""
+LABEL_HEIGHTS = (-3, 4, -11, 11, -18, 18, -25, 25)
 POINT, BASE_POINT, LINK = "#0072b2", "#b34700", "#999999"
 UNITS: dict[By, str] = {"updates": "norm of the difference of the updates", "perplexity": "nats per token"}
 
@@ -137,13 +140,15 @@ def _plot(axes: Axes, found: AdapterMap) -> None:
         axes.plot(
             *points[index], "s" if is_base else "o", color=BASE_POINT if is_base else POINT, markersize=8, zorder=2
         )
-        side = "right" if points[index, 0] > points[:, 0].mean() else "left"  # names do not leave the picture
-        height = -13 if is_base else 5  # an adapter may be hardly any change
-        offset = (-7 if side == "right" else 7, height)
-        near: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": side}
-        axes.annotate(name, points[index], **near, color=INK, fontsize=9, annotation_clip=False)
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.12)
+    axes.autoscale_view()
+    axes.apply_aspect()
+    scale = 72 / axes.figure.dpi
+    window = np.array(axes.get_window_extent().extents) * scale
+    for index, offset in enumerate(choose_label_offsets(axes.transData.transform(points) * scale, found.names, window)):
+        near: dict[str, Any] = {"xytext": offset, "textcoords": "offset points"}
+        axes.annotate(found.names[index], points[index], **near, color=INK, fontsize=FONT, annotation_clip=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelleft=False, labelbottom=False)
     axes.set_title(
@@ -152,6 +157,34 @@ def _plot(axes: Axes, found: AdapterMap) -> None:
         fontsize=8,
         color=INK,
     )
+
+
+def choose_label_offsets(points: np.ndarray, names: Sequence[str], window: np.ndarray) -> list[tuple[float, float]]:
+    """Returns where each name begins, from its point: where it covers least of the points, other names and the rim.
+
+    `points` are `[names, 2]` and `window` is left, bottom, right, top, all in typographic points.
+    """
+    taken = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in points]
+    offsets: list[tuple[float, float]] = []
+    for (x, y), name in zip(points, names, strict=True):
+        width = LETTER * len(name)
+        tried = [(float(side), float(height)) for height in LABEL_HEIGHTS for side in (MARK + 2, -MARK - 2 - width, -width / 2)]
+        boxes = [(x + side, y + height, x + side + width, y + height + FONT) for side, height in tried]
+        covered = [
+            sum(measure_overlap(box, other) for other in taken) + width * FONT - measure_overlap(box, window)
+            for box in boxes
+        ]
+        best = int(np.argmin(np.round(covered, 6)))
+        taken.append(boxes[best])
+        offsets.append(tried[best])
+    return offsets
+
+
+def measure_overlap(box: Sequence[float], other: Sequence[float] | np.ndarray) -> float:
+    """Returns the area that two rectangles have in common; each is left, bottom, right, top."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    return float(max(0.0, width) * max(0.0, height))
 
 
 def list_rows(found: AdapterMap) -> list[list[str]]:

@@ -23,7 +23,7 @@ class EmbeddingsBody(BaseModel):
 
     model: str = Field(min_length=1, max_length=2000)
     input: Any
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
 
@@ -51,7 +51,7 @@ def build_embeddings(body: EmbeddingsBody, texts: list[list[int]], vectors: Tens
     """Returns the response; `vectors` are `[inputs, width]`."""
 
     def show(vector: Tensor) -> Any:
-        if body.encoding_format == "float":
+        if body.encoding_format != "base64":
             return vector.tolist()
         return base64.b64encode(vector.to(torch.float32).contiguous().numpy().astype("<f4").tobytes()).decode()
 

@@ -169,38 +169,37 @@ def remove_adapter(store: Store, reference: str) -> None:
         NotFoundError: there is no such adapter or version.
         ConflictError: the version is in use, or somebody is reading it.
     """
-    reference = check_removable(store, reference)
-    name, separator, version = reference.partition("@")
-    folder = store.folder_of(name)
-    with store.change(name, f"remove {reference} from {store.root}"), ExitStack() as stack:
+    chosen = check_removable(store, reference)
+    folder = store.folder_of(chosen.name)
+    with store.change(chosen.name, f"remove {chosen.label} from {store.root}"), ExitStack() as stack:
         check_removable(store, reference)  # again: somebody may have removed it while this one waited
-        if not separator:
-            _hold_all(stack, [folder / str(number) for number in store.list_versions(name)], reference)
+        if chosen.version is None:
+            _hold_all(stack, [folder / str(number) for number in store.list_versions(chosen.name)], chosen.label)
         else:
-            folder = folder / version
-            _hold_all(stack, [folder], reference)
-            write_atomic(folder.parent / NEXT, f"{max(store.next_version(name), int(version) + 1)}\n".encode())
-        _move_to_trash(store, folder, reference)
+            folder = folder / str(chosen.version)
+            _hold_all(stack, [folder], chosen.label)
+            following = max(store.next_version(chosen.name), chosen.version + 1)
+            write_atomic(folder.parent / NEXT, f"{following}\n".encode())
+        _move_to_trash(store, folder, chosen.label)
 
 
-def check_removable(store: Store, reference: str) -> str:
-    """Returns a reference as it is written, `law` or `law@1`; raises what `remove_adapter` would, readers aside."""
-    reference = AdapterRef.parse(reference).label
-    name, separator, version = reference.partition("@")
-    if not store.has_adapter(name) or (separator and not (store.folder_of(name) / version).is_dir()):
-        store.resolve(reference)  # says what is missing
-    if separator and version == _read_pointer(store, name):
-        raise ConflictError(
-            f"{reference} is the version in use", f"use another first ('adapters rollback {name}'), or remove '{name}'"
-        )
-    return reference
+def check_removable(store: Store, reference: str) -> AdapterRef:
+    """Returns the adapter or version that a reference names; raises what `remove_adapter` would, readers aside."""
+    chosen = AdapterRef.parse(reference)
+    name, version = chosen.name, chosen.version
+    if not store.has_adapter(name) or (version is not None and not (store.folder_of(name) / str(version)).is_dir()):
+        store.resolve(chosen.label)  # says what is missing
+    if version is not None and version == _read_pointer(store, name):
+        hint = f"use another first ('adapters rollback {name}'), or remove '{name}'"
+        raise ConflictError(f"{chosen.label} is the version in use", hint)
+    return chosen
 
 
-def _read_pointer(store: Store, name: str) -> str:
+def _read_pointer(store: Store, name: str) -> int | None:
     try:
-        return str(store.read_current(name))
+        return store.read_current(name)
     except (CorruptError, NotFoundError):
-        return ""
+        return None
 
 
 def restore_adapter(store: Store, reference: str) -> None:
@@ -210,20 +209,22 @@ def restore_adapter(store: Store, reference: str) -> None:
         NotFoundError: nothing of that name is in the trash.
         ConflictError: there is one of that name again.
     """
-    reference = AdapterRef.parse(reference).label
-    name, separator, version = reference.partition("@")
-    found = [path for path in iter_trash(store) if path.name.rpartition(STAMP)[0] == reference]
+    chosen = AdapterRef.parse(reference)
+    name, label = chosen.name, chosen.label
+    found = [path for path in iter_trash(store) if path.name.rpartition(STAMP)[0] == label]
     if not found:
-        raise NotFoundError(f"{reference} is not in the trash of {store.root}", "see 'adapters gc --dry-run'")
+        raise NotFoundError(f"{label} is not in the trash of {store.root}", "see 'adapters gc --dry-run'")
     newest = max(found, key=lambda path: int(path.name.rpartition(STAMP)[2]))
-    with store.change(name, f"restore {reference} in {store.root}") as home:
-        target = home / version if separator else home
-        if separator and target.exists():
-            raise ConflictError(f"there is a {reference}", "remove it first")
-        if separator and not home.is_dir():
-            raise NotFoundError(f"there is no adapter '{name}' to put the version into", f"restore '{name}' first")
-        if not separator:
+    with store.change(name, f"restore {label} in {store.root}") as home:
+        target = home
+        if chosen.version is None:
             _check_free(store, name)
+        else:
+            target = home / str(chosen.version)
+            if target.exists():
+                raise ConflictError(f"there is a {label}", "remove it first")
+            if not home.is_dir():
+                raise NotFoundError(f"there is no adapter '{name}' to put the version into", f"restore '{name}' first")
         rename_path(newest, target)
         fsync_dir(target.parent)
 
@@ -237,8 +238,8 @@ def collect_garbage(store: Store, keep: int | None = None, dry_run: bool = False
     for name in store.list_names() if keep else []:
         with store.change(name, f"collect '{name}' in {store.root}"):
             current = _read_pointer(store, name)
-            for version in store.list_versions(name)[: -(keep or 1)] if current else []:
-                if str(version) != current:
+            for version in store.list_versions(name)[: -(keep or 1)] if current is not None else []:
+                if version != current:
                     _collect_version(store, store.folder_of(name) / str(version), found, dry_run)
     with wrap_os_errors(f"collect garbage in {store.root}"):
         for path in iter_trash(store):

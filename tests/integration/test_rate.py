@@ -18,9 +18,8 @@ def begin(run, trained, base_folder, tmp_path, monkeypatch):
 
     def call(typed, *more, json_too=True):
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        if not json_too:
-            return run("rate", *more, "--base", base_folder)
-        return run("rate", *more, "--base", base_folder, "--set", "generate.max_new_tokens=12", "--json")
+        begins = ("--base", base_folder, "--set", "generate.max_new_tokens=12") if "--prompts" in more else ()
+        return run("rate", *more, *begins, *(["--json"] if json_too else []))
 
     return call
 
@@ -44,6 +43,10 @@ def test_a_round_in_the_terminal_hides_names_stops_and_goes_on(begin, tmp_path):
     code, out, err = begin("0\n" * 9)
     assert json.loads(out)["answers"] == 24
     assert "4 tasks for me" in err, "the skipped one and the rest"
+    for option, value in (("--mode", "scale"), ("--criterion", "tone"), ("--seed", "3"), ("--base", "nano")):
+        code, _, err = begin("", "--report", option, value, json_too=False)
+        assert code == 2
+        assert f"{option} changes a round that begins, and none does" in err
     code, out, _ = begin("", "--report")
     assert code == 0
     assert sum(row["judgements"] for row in json.loads(out)["ranking"]) == 12

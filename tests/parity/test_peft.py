@@ -129,6 +129,23 @@ def test_an_adapter_trained_in_peft_imports_with_equal_logits_and_goes_back(
     assert (wanted - base.model.logits(base.model(tokens), None)).abs().max() > 0.1
 
 
+def test_an_adapter_for_feature_extraction_imports_with_equal_hidden_states(base, theirs, tokens, tmp_path):
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", r=4, fan_in_fan_out=True, target_modules=["c_attn", "c_proj"])
+    wrapped = get_peft_model(theirs.transformer, config)
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.1)
+        wanted = wrapped(tokens).last_hidden_state
+    wrapped.save_pretrained(tmp_path)
+    adapter = from_peft(*read_peft_files(tmp_path), base.config, "theirs")
+    session = Session(base)
+    session.load_in_memory({"a": adapter})
+    hidden = base.model(tokens, session.adapters_for([Mix.single("a")] * len(tokens)))
+    assert (hidden - wanted).abs().max() <= 2e-5
+    assert (wanted - base.model(tokens)).abs().max() > 0.1
+
+
 def test_a_head_is_merged_rightly_by_us_and_in_peft_where_it_is_untied_first(base, store, theirs, tokens):
     """PEFT itself merges the head's update into the tied embeddings too (its warning, peft#2777)."""
     adapter = make_adapter(base.config, 1, LoraSettings(rank=4, alpha=8, targets=(*BLOCKS, "lm_head")))

@@ -162,11 +162,15 @@ def _iter_old_lines(file: BufferedReader, where: str) -> Iterator[bytes]:
 
 
 def _decode_lines(lines: Iterable[bytes], where: str, errors: str, offset: int = 0) -> Lines:
+    is_utf8 = False  # a character beyond ASCII has been seen
     for number, line in enumerate(lines, start=1):
         try:
-            yield line.decode("utf-8")
+            text: str | DataError = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield _decode_odd_line(line, error, f"{where}:{number}", offset, errors)
+            text = _decode_odd_line(line, error, f"{where}:{number}", offset, errors, is_utf8)
+        else:
+            is_utf8 = is_utf8 or not line.isascii()
+        yield text
         offset += len(line)
 
 
@@ -178,12 +182,21 @@ def raise_errors(lines: Lines) -> Iterator[str]:
         yield line
 
 
-def _decode_odd_line(line: bytes, error: UnicodeDecodeError, where: str, offset: int, errors: str) -> str | DataError:
-    """Returns a line that is not UTF-8: cut short at its end, Windows-1252, with U+FFFD if wanted; or the error."""
-    if error.reason == "unexpected end of data" and error.end == len(line) and not line.endswith(b"\n"):
-        return line[: error.start].decode("utf-8")  # a download that broke off
+def _decode_odd_line(
+    line: bytes, error: UnicodeDecodeError, where: str, offset: int, errors: str, is_utf8: bool
+) -> str | DataError:
+    """Returns a line that is not UTF-8: cut short at its end, Windows-1252, with U+FFFD if wanted; or the error.
+
+    One byte that could begin a character at the very end is a download that broke off where UTF-8 was seen before
+    (`is_utf8`), and else a letter of Windows-1252 if it is a likely one.
+    """
+    is_cut = error.reason == "unexpected end of data" and error.end == len(line) and not line.endswith(b"\n")
+    is_begun = is_utf8 or not line[: error.start].isascii() or error.end - error.start > 1
     high = line.decode("cp1252", "replace").translate(_ASCII_GONE)
-    if sum(character in LIKELY_CP1252 for character in high) >= PLAUSIBLE_SHARE * len(high) and "\ufffd" not in high:
+    is_likely = sum(c in LIKELY_CP1252 for c in high) >= PLAUSIBLE_SHARE * len(high) and "\ufffd" not in high
+    if is_cut and (is_begun or not is_likely):
+        return line[: error.start].decode("utf-8")
+    if is_likely:
         return line.decode("cp1252")
     if errors == "replace":
         return line.decode("utf-8", errors)

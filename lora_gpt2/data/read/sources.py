@@ -12,6 +12,7 @@ import shutil
 import stat
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,13 +20,19 @@ from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
 from lora_gpt2.core.fingerprint import hash_file
+from lora_gpt2.core.printable import count_of
 from lora_gpt2.core.user_files import check_stdin
 from lora_gpt2.data.read.archives import is_archive, unpack
 from lora_gpt2.recipe import DataSettings
 
 KINDS = {
     ".txt": "text",
+    ".text": "text",
     ".md": "text",
+    ".markdown": "text",
+    ".rst": "text",
+    ".org": "text",
+    ".adoc": "text",
     ".html": "html",
     ".htm": "html",
     ".json": "json",
@@ -77,8 +84,9 @@ CODE = [
     "svelte",
     "cmake",
     "proto",
+    "tex",
 ]
-"""File extensions of source code, which is read as text and whose whitespace is left alone."""
+"""File extensions of source code and markup like it, which is read as text and whose whitespace is left alone."""
 KINDS |= {f".{extension}": "code" for extension in CODE}
 DOCUMENTS = {
     ".pdf": "pdf",
@@ -94,6 +102,7 @@ DOCUMENTS = {
 KINDS |= DOCUMENTS
 SHOWN = ", ".join(suffix for suffix, kind in KINDS.items() if kind != "code")
 UNREAD_DOCUMENTS = (".doc", ".rtf", ".mobi", ".azw3", ".ps", ".djvu")
+UNREAD_KINDS = 5
 HUB = "hf:"
 STDIN = "-"
 SPLIT_WORDS = {
@@ -156,7 +165,7 @@ def find_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
             found.append(_spool_stdin(settings.format))
         elif spec.startswith(HUB):
             found.append(Source(spec, "hub", None))
-        elif path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        elif _is_saved(path):
             found.append(Source(str(path), "saved", path))
         elif path.is_dir():
             found += _list_folder(path, settings)
@@ -165,6 +174,11 @@ def find_sources(specs: Sequence[str], settings: DataSettings) -> list[Source]:
         else:
             found += _glob(spec, settings)
     return found
+
+
+def _is_saved(path: Path) -> bool:
+    """True for the folder of a data set that `datasets` saved."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def find_splits(specs: Sequence[str], settings: DataSettings) -> dict[str, list[Source]]:
@@ -239,12 +253,30 @@ def _list_archive(path: Path, settings: DataSettings) -> list[Source]:
 
 
 def _list_folder(folder: Path, settings: DataSettings) -> list[Source]:
-    paths = [path for path in sorted(folder.rglob("*")) if _is_read(path, settings) and path.is_file()]
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    paths = [path for path in paths if not any((path.parent / name).exists() for name in OUR_FILES)]
+    paths = [path for path in _list_visible(folder) if _is_read(path, settings)]
     if not paths:
         raise DataError(f"{folder} holds no {SHOWN} file and no source code", "name the files, or another folder")
     return [source for path in paths for source in _list_file(path, settings)]
+
+
+def _list_visible(folder: Path) -> list[Path]:
+    """Returns the files below a folder, without hidden ones and those of a store or of prepared text."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return [path for path in paths if not any((path.parent / name).exists() for name in OUR_FILES)]
+
+
+def describe_unread(specs: Sequence[str], settings: DataSettings) -> list[str]:
+    """Returns a line for each folder that holds files which are not read, with how many there are of each kind."""
+    lines = []
+    folders = [Path(spec) for spec in specs if spec.strip() and Path(spec).is_dir() and not _is_saved(Path(spec))]
+    for folder in folders:
+        unread = [path for path in _list_visible(folder) if not (_is_read(path, settings) or is_about(path))]
+        kinds = Counter(path.suffix.lower() or "without an extension" for path in unread)
+        shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(UNREAD_KINDS))
+        more = ", and others" if len(kinds) > UNREAD_KINDS else ""
+        lines += [f"{folder}: {count_of(len(unread), 'file')} of other kinds not read: {shown}{more}"] if unread else []
+    return lines
 
 
 def _is_read(path: Path, settings: DataSettings) -> bool:

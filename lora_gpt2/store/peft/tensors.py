@@ -33,9 +33,10 @@ PREFIX = "base_model.model."
 COPIES, ROOM_BYTES = 2, 2**25  # safetensors' reader takes a copy, and must not run out of memory on the way
 MAGNITUDE = "magnitude_vector"
 TENSOR_NAME = re.compile(
-    r"base_model\.model\.(?:transformer\.(h\.\d{1,4}\.[a-z_.]+)|(lm_head))"
+    r"base_model\.model\.(?:(?:transformer\.)?(h\.\d{1,4}\.[a-z_.]+)|(lm_head))"
     r"\.lora_(?:([AB])\.weight|(magnitude_vector)(?:\.weight)?)"
 )
+"""PEFT's names; over `GPT2Model` alone, as for feature extraction, they are without `transformer.`."""
 PICKLED = "adapter_model.bin"
 FROZEN = {
     f"{PREFIX}lm_head.base_layer.weight": "head",
@@ -146,7 +147,10 @@ def parse_peft(
                 f"{where}: the tensor {name[:120]} is not part of a GPT-2 LoRA",
                 "adapters change c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj and lm_head",
             )
-        halves.setdefault(match[1] or match[2], {})[match[3] or match[4]] = tensor
+        site, part = match[1] or match[2], match[3] or match[4]
+        if part in halves.setdefault(site, {}):
+            raise CorruptError(f"{where}: {WEIGHTS} has {name[:120]} twice, by two names", "save it again")
+        halves[site][part] = tensor
     _check_sites(set(halves), spec, config, where)
     ordered = [site for site in list_sites(config) if site in halves]
     magnitudes = {site: _take_magnitude(site, halves[site], config, where) for site in ordered if spec.dora}

@@ -6,7 +6,19 @@ import torch
 
 from lora_gpt2.core.chart import THEME
 from lora_gpt2.evaluation.difference import draw_difference
-from lora_gpt2.evaluation.map import build_map_page, draw_map, list_rows, map_perplexity, map_updates, scale_distances
+from lora_gpt2.evaluation.map import (
+    FONT,
+    LETTER,
+    MARK,
+    build_map_page,
+    choose_label_offsets,
+    draw_map,
+    list_rows,
+    map_perplexity,
+    map_updates,
+    measure_overlap,
+    scale_distances,
+)
 from lora_gpt2.evaluation.matrix import Cell
 from lora_gpt2.evaluation.perplexity import Score
 from lora_gpt2.model.lora import Adapter, LoraUpdate
@@ -112,3 +124,17 @@ def test_a_difference_is_drawn_for_any_two_adapters(base):
     for other in (make_adapter(base.config, 2), head, Adapter(updates={})):
         rows = compare_adapters(some, other, base.config)
         assert draw_difference(rows, ["one", "other"]).startswith(b"\x89PNG")
+
+
+def test_names_cover_neither_each_other_nor_points_nor_leave_the_picture():
+    points = np.array([[10.0, 50], [12, 51], [60, 50], [62, 49], [62, 51], [190, 90], [100, 10]])
+    names = [f"name-{number}" for number in range(len(points))]
+    window = np.array([0.0, 0, 200, 100])
+    boxes = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in points]
+    marks = len(boxes)
+    for (x, y), name, (side, height) in zip(points, names, choose_label_offsets(points, names, window), strict=True):
+        box = (x + side, y + height, x + side + LETTER * len(name), y + height + FONT)
+        assert not any(measure_overlap(box, other) for other in boxes)
+        assert measure_overlap(box, window) == pytest.approx(LETTER * len(name) * FONT)
+        boxes.append(box)
+    assert len(boxes) == 2 * marks

@@ -6,7 +6,7 @@ import pytest
 from lora_gpt2.core.errors import DataError, NotFoundError
 from lora_gpt2.data.read import encoding, formats
 from lora_gpt2.data.read.formats import read_documents
-from lora_gpt2.data.read.sources import find_sources
+from lora_gpt2.data.read.sources import describe_unread, find_sources
 from lora_gpt2.recipe import DataSettings
 
 STRICT = DataSettings()
@@ -83,6 +83,16 @@ def test_lines_and_files_have_limits(tmp_path, monkeypatch):
         with pytest.raises(DataError) as caught:
             texts(write(tmp_path / name, json.dumps({"text": "x" * 50})))
         assert "than 0 MiB" in caught.value.message
+
+
+def test_a_folder_says_what_in_it_is_not_read(tmp_path):
+    for name in ("a.txt", "b.doc", "c.DOC", "sub/d.png", ".e.png", "LICENSE", "Makefile", "README.xyz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "x")
+    (line,) = describe_unread([str(tmp_path)], DataSettings())
+    assert line == f"{tmp_path}: 4 files of other kinds not read: 2 .doc, 1 without an extension, 1 .png"
+    assert describe_unread([str(tmp_path / "a.txt"), "hf:some/thing", "-", ""], DataSettings()) == []
+    assert describe_unread([str(tmp_path)], DataSettings(format="text")) == []
 
 
 def test_folders_and_globs_give_files_in_order_and_skip_hidden_ones(tmp_path):
