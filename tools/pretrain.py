@@ -276,6 +276,7 @@ class GradientStep:
         self._model, self._device = model, model.device
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False)
         self._head_rows = 8192 if self._device.type == "cuda" else 512  # on a CPU the logits stay in the cache
+        self._micro_tokens = 2**30 if self._device.type == "cuda" else 8192  # the memory of a CPU is small
         self._recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._compute_hidden = compute_hidden if self._device.type == "cuda" else torch.compile(compute_hidden)
 
@@ -301,11 +302,18 @@ class GradientStep:
         return graph, inputs, targets, loss
 
     def _compute(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Gradients stay in the same memory, as replays need; the head runs in chunks of rows."""
+        """Gradients stay in the same memory, as replays need."""
         for parameter in self._model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.zero_()
+        rows, total = max(1, self._micro_tokens // inputs.shape[1]), torch.zeros((), device=self._device)
+        for some, wanted in zip(inputs.split(rows), targets.split(rows), strict=True):
+            total += self._add_gradients(some, wanted, 1 / targets.numel())
+        return total
+
+    def _add_gradients(self, inputs: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
+        """Adds the gradients of the summed loss times `scale`, which is returned; the head runs in chunks of rows."""
         head = self._model.lm_head.weight
         with self._autocast:
             hidden = self._compute_hidden(self._model.transformer, inputs).flatten(0, 1)
@@ -313,7 +321,7 @@ class GradientStep:
             chunks = zip(hidden.split(self._head_rows), targets.flatten().split(self._head_rows), strict=True)
             for rows, wanted in chunks:
                 leaf = rows.detach().requires_grad_()
-                loss = F.cross_entropy(F.linear(leaf, head), wanted, reduction="sum") / targets.numel()
+                loss = F.cross_entropy(F.linear(leaf, head), wanted, reduction="sum") * scale
                 loss.backward()
                 total += loss.detach()
                 gradients.append(leaf.grad)

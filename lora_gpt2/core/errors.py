@@ -19,12 +19,23 @@
         └── Waiting         130   waits for other work, and goes on by itself: no command ends with it
 
 The message says what was found, what was expected and where; the hint says what to type next. The domain raises, never
-prints and never exits; `cli.py` alone turns errors into text and exit codes. 1 is left for bugs.
+prints and never exits; `cli.py` alone turns errors into text and exit codes. 1 is left for bugs. A traceback, as Python
+shows it, ends with the hint in Python's words.
 """
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+SETTING = re.compile(r"--set ([a-z0-9_.]+)=('[^']*'|\[[^\]]*\]|[^\s,;)]+)")
+OPTION = re.compile(r"--(base|name|store|forget) ([A-Z]+|[\d.]+)\b")
+SWITCHES = {
+    "--resume": "resume=True",
+    "--fresh": "fresh=True",
+    "--truncate left": "truncate_left=True",
+    "--skip-bad": "settings={'data.skip_bad': True}",
+}
 
 
 class LoraGpt2Error(Exception):
@@ -36,10 +47,30 @@ class LoraGpt2Error(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.add_note(to_python(hint))
 
     def __reduce__(self) -> tuple[type[LoraGpt2Error], tuple[str, str], dict[str, object]]:
         """Comes whole from another process."""
         return type(self), (self.message, self.hint), self.__dict__
+
+
+def to_python(hint: str) -> str:
+    """Returns a hint with the options of the command line as Python passes them; whole commands stay."""
+    if "--" not in hint or "lora-gpt2 " in hint:
+        return hint
+    hint = OPTION.sub(r"\1=\2", SETTING.sub(_pass_setting, hint))
+    for option, argument in SWITCHES.items():
+        hint = hint.replace(option, argument)
+    return hint
+
+
+def _pass_setting(found: re.Match[str]) -> str:
+    key, value = found.groups()
+    if value in ("true", "false"):
+        value = value.title()
+    elif value.isidentifier() and value.islower():
+        value = repr(value)
+    return f"settings={{'{key}': {value}}}"
 
 
 class UsageError(LoraGpt2Error):

@@ -168,7 +168,11 @@ def choose_label_offsets(points: np.ndarray, names: Sequence[str], window: np.nd
     offsets: list[tuple[float, float]] = []
     for (x, y), name in zip(points, names, strict=True):
         width = LETTER * len(name)
-        tried = [(float(side), float(height)) for height in LABEL_HEIGHTS for side in (MARK + 2, -MARK - 2 - width, -width / 2)]
+        tried = [
+            (float(side), float(height))
+            for height in LABEL_HEIGHTS
+            for side in (MARK + 2, -MARK - 2 - width, -width / 2)
+        ]
         boxes = [(x + side, y + height, x + side + width, y + height + FONT) for side, height in tried]
         covered = [
             sum(measure_overlap(box, other) for other in taken) + width * FONT - measure_overlap(box, window)

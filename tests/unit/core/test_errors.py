@@ -1,4 +1,8 @@
 import inspect
+import pickle
+import traceback
+
+import pytest
 
 from lora_gpt2.core import errors
 from lora_gpt2.core.errors import LoraGpt2Error
@@ -39,3 +43,33 @@ def test_the_module_docstring_names_every_error_with_its_code():
 def test_an_error_carries_message_and_hint():
     error = errors.DataError("found this", "type that")
     assert (str(error), error.message, error.hint) == ("found this", "found this", "type that")
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown"),
+    [
+        (
+            "name it with --set data.encoding=NAME, or use --set data.encoding_errors=replace",
+            "name it with settings={'data.encoding': NAME}, or use settings={'data.encoding_errors': 'replace'}",
+        ),
+        (
+            "give more, or a file: --set data.validation=[FILE]",
+            "give more, or a file: settings={'data.validation': [FILE]}",
+        ),
+        ("build it with --set data.template='{a} {b}'", "build it with settings={'data.template': '{a} {b}'}"),
+        ("--resume continues it, --fresh starts over", "resume=True continues it, fresh=True starts over"),
+        (
+            "leave it out with --set generate.constrained=false",
+            "leave it out with settings={'generate.constrained': False}",
+        ),
+        ("a budget of forgetting, such as --forget 0.1", "a budget of forgetting, such as forget=0.1"),
+        ("shorten it, or use --truncate left to keep its end", "shorten it, or use truncate_left=True to keep its end"),
+        ("use --base FOLDER", "use base=FOLDER"),
+        ("see 'lora-gpt2 train --resume'", "see 'lora-gpt2 train --resume'"),
+        ("pass texts", "pass texts"),
+    ],
+)
+def test_a_traceback_ends_with_the_hint_in_pythons_words(hint, shown):
+    error = pickle.loads(pickle.dumps(errors.DataError("found this", hint)))
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    assert lines[-2:] == ["lora_gpt2.core.errors.DataError: found this", shown]
