@@ -29,7 +29,7 @@ import re
 from typing import ClassVar
 
 SETTING = re.compile(r"--set ([a-z0-9_.]+)=('[^']*'|\[[^\]]*\]|[^\s,;)]+)")
-OPTION = re.compile(r"--(base|name|store|forget) ([A-Z]+|[\d.]+)\b")
+OPTION = re.compile(r"--(base|name|store|forget)\b(?: ([A-Z]+|[\d.]+)\b)?")
 SWITCHES = {
     "--resume": "resume=True",
     "--fresh": "fresh=True",
@@ -58,7 +58,7 @@ def to_python(hint: str) -> str:
     """Returns a hint with the options of the command line as Python passes them; whole commands stay."""
     if "--" not in hint or "lora-gpt2 " in hint:
         return hint
-    hint = OPTION.sub(r"\1=\2", SETTING.sub(_pass_setting, hint))
+    hint = OPTION.sub(lambda found: f"{found[1]}={found[2] or ''}", SETTING.sub(_pass_setting, hint))
     for option, argument in SWITCHES.items():
         hint = hint.replace(option, argument)
     return hint

@@ -37,6 +37,7 @@ from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
 from lora_gpt2.store.references import DIGEST_DIGITS, AdapterRef, label_of
 
 PREFIX_BYTES = 2**27
+MOST_MANIFESTS = 1024
 
 
 def check_logits(logits: Float[Tensor, "*shape vocab"], mix: Mix) -> None:
@@ -66,6 +67,7 @@ class Session:
         self.slots = AdapterSlots(base, max_slots)
         self.prefixes = PrefixCache(prefix_bytes)
         self._manifests: dict[str, Manifest] = {}
+        self._remembering = Lock()
         self._fetched: WeakValueDictionary[str, VerifiedAdapter] = WeakValueDictionary()
         self._locks: WeakValueDictionary[str, Lock] = WeakValueDictionary()
         self.idle_engine: object | None = None  # see `engine.borrow_engine`
@@ -82,8 +84,16 @@ class Session:
             return reference
         manifest = self.store.read_manifest(reference)
         resolved = str(AdapterRef(manifest.name, manifest.version, manifest.digest[:DIGEST_DIGITS]))
-        self._manifests[resolved] = manifest
+        self._remember(resolved, manifest)
         return resolved
+
+    def _remember(self, reference: str, manifest: Manifest) -> None:
+        """Keeps the manifest of a resolved reference; of many, those that were named last."""
+        with self._remembering:
+            self._manifests.pop(reference, None)
+            self._manifests[reference] = manifest
+            while len(self._manifests) > MOST_MANIFESTS:
+                del self._manifests[next(iter(self._manifests))]
 
     def identify(self, mix: Mix) -> Hashable | None:
         """Returns what a resolved mix, whose adapters are loaded, has in common with equal ones alone.
@@ -119,7 +129,7 @@ class Session:
         manifest, adapter = load_adapter(self.store, wanted.label, self.base)
         if not manifest.digest.startswith(wanted.digest):
             raise NotFoundError(f"{wanted.label} was replaced by another adapter", "name it again")
-        self._manifests[reference] = manifest
+        self._remember(reference, manifest)
         config_digest = manifest.files.get(PEFT_CONFIG, "")
         successors = None
         if self.can_draft:

@@ -65,6 +65,7 @@ def test_an_error_carries_message_and_hint():
         ("a budget of forgetting, such as --forget 0.1", "a budget of forgetting, such as forget=0.1"),
         ("shorten it, or use --truncate left to keep its end", "shorten it, or use truncate_left=True to keep its end"),
         ("use --base FOLDER", "use base=FOLDER"),
+        ("another store is named with --store or", "another store is named with store= or"),
         ("see 'lora-gpt2 train --resume'", "see 'lora-gpt2 train --resume'"),
         ("pass texts", "pass texts"),
     ],

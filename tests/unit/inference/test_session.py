@@ -42,6 +42,15 @@ def test_the_least_recently_used_makes_room(base, filled):
     assert set(session.slots.references) == set(NAMES), "a batch that needs more gets them"
 
 
+def test_a_session_remembers_the_manifests_that_were_named_last(base, filled, monkeypatch):
+    monkeypatch.setattr(session_module, "MOST_MANIFESTS", 2)
+    session = Session(base, filled)
+    mixes = {name: session.resolve(Mix.single(name)) for name in "abac"}
+    found = {name: session.find_manifests(mix)[0] for name, mix in mixes.items()}
+    assert found["b"] is None
+    assert (found["a"].name, found["c"].name) == ("a", "c")
+
+
 def test_coming_and_going_changes_nobodys_numbers(base, filled):
     wanted = {name: logits(Session(base, filled), name) for name in NAMES}
     session = Session(base, filled, max_slots=2)
