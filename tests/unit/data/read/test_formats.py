@@ -74,6 +74,8 @@ def write(path, content):
         ("a.txt", "un café".encode("cp1252"), {}, ["un café"]),
         ("a.txt", "ça\nun café".encode("cp1252"), {}, ["ça\nun café"]),
         ("a.rst", "Title\n=====\n", {}, ["Title\n=====\n"]),
+        ("a.csv", "one two three four five six\nx\n", {}, ["x"]),
+        ("a.csv", f"{'x' * 64}\nx\n", {}, ["x"]),
         ("a.html", "<p>x</p>", {}, ["<!doctype html>\n<p>x</p>"]),
         ("a.html", "<p>x</p>", {"profile": "raw"}, ["<p>x</p>"]),
         ("a.htm", KOREAN.encode("euc-kr"), {}, [KOREAN]),
@@ -90,6 +92,8 @@ def test_every_format_and_form_reads(tmp_path, name, content, settings, expected
     [
         ("a.csv", "a,b\n1,2\n", {}, "a.csv: no column 'text' (columns: a, b)"),
         ("a.csv", "text,b\n1\n", {}, "a.csv:2: 1 cells, expected 2"),
+        ("a.csv", "one two three four five six seven\nx\n", {}, "the first row looks like text"),
+        ("a.csv", f"{'x' * 65}\nx\n", {}, "the first row looks like text"),
         ("a.csv", 'text,b\n"1,2\n', {}, "not a row of the table"),
         ("a.txt", "Привет, мир".encode("cp1251"), {}, "a.txt:1: byte 0 is not valid UTF-8"),
         ("a.txt", "p c", {"separator": "||"}, "the separator '||' is not in it"),
