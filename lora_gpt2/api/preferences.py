@@ -35,8 +35,9 @@ def train_preferences(
     """Trains an adapter on choices between texts, and publishes it as the next version.
 
     Args:
-        preferences: records with `prompt`, `chosen` and `rejected` (dicts, a `datasets.Dataset`, a `DataFrame`), a
-            source as on the command line (a file, a round of `rate`, choices of `serve`), or a list of paths.
+        preferences: records with `prompt`, `chosen` and `rejected`, or for `kto` with `prompt`, `completion` and
+            `label` (dicts, a `datasets.Dataset`, a `DataFrame`), a source as on the command line (a file, a round of
+            `rate`, choices of `serve`), or a list of paths.
         init_from: the adapter of the store to start from, which is the reference: `law` or `law@2`.
         name: name of the adapter; by default that of `init_from`.
         base: the base, if it moved; by default that of the recipe.
@@ -44,7 +45,7 @@ def train_preferences(
         steps: optimizer steps; overrides `epochs`.
         learning_rate: peak of AdamW; by default a tenth of that of training on text.
         beta: how strongly the parent holds the new version back; default 0.05.
-        loss: `dpo` (the default), `ipo` or `orpo`.
+        loss: `dpo` (the default), `ipo`, `kto` or `orpo`.
         seed: of the order of the pairs.
         dtype: of the base's weights; default `auto`.
         forget: by how many nats per token general English may get less likely; by default there is no limit.

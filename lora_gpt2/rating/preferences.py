@@ -1,7 +1,8 @@
 """Pairs of texts of which people preferred one: from files of pairs, from rounds of `rate`, from choices of the page.
 
-Files have `prompt`, `chosen` and `rejected`, as TRL's data sets do, in any format that training reads. A pair is
-decided by the majority of the answers to it; ties are counted and left out.
+Files have `prompt`, `chosen` and `rejected`, as TRL's data sets do, in any format that training reads; or `prompt`,
+`completion` and `label`, true for a text that is desirable. A pair is decided by the majority of the answers to it;
+ties are counted and left out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from statistics import fmean
 
 from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.read.formats import read_documents
-from lora_gpt2.data.read.records import FIELD_HINT
+from lora_gpt2.data.read.records import FIELD_HINT, Document
 from lora_gpt2.data.tokenizer import EOS
 from lora_gpt2.inference.history import read_log
 from lora_gpt2.rating.rounds import ROUND, Round, read_answers, read_round
@@ -27,24 +28,60 @@ from lora_gpt2.recipe import DataSettings
 BETWEEN = "\x1e"  # stands between the two texts of a record while it is read
 END = re.compile(rf"(\s*{re.escape(EOS)}\s*)+\Z")  # pairs for other tools end with it; here every text does
 PAIRS = DataSettings(template=f"{{chosen}}{BETWEEN}{{rejected}}", prompt="{prompt}")
+LABELLED = DataSettings(template=f"{{completion}}{BETWEEN}{{label}}", prompt="{prompt}")
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+NO_FIELD = ": no field '"
+FIELDS_HINT = "pairs have the fields prompt, chosen and rejected; labelled texts prompt, completion and label"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """Two continuations of a prompt, of which the first was preferred; `is_whole` if they end where the text does."""
+    """Two continuations of a prompt, of which the first was preferred; `is_whole` if they end where the text does.
+
+    `rejected_prompt` is that of the second text where it is of another prompt, as of labelled texts.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     is_whole: bool = False
+    rejected_prompt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledText:
+    """A continuation of a prompt that is desirable or not; `is_whole` if it ends where the text does."""
+
+    prompt: str
+    text: str
+    is_desirable: bool
+    is_whole: bool = False
 
 
 @dataclass(kw_only=True)
 class Preferences:
-    """What was preferred, and how many pairs were left out as ties."""
+    """What was preferred, and how many pairs were left out as ties; texts that are labelled one by one."""
 
     pairs: list[Preference] = field(default_factory=list)
+    labelled: list[LabelledText] = field(default_factory=list)
     num_ties: int = 0
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text."""
+        return [
+            *(text for pair in self.pairs for text in (pair.chosen, pair.rejected)),
+            *(t.text for t in self.labelled),
+        ]
+
+    def label_all(self) -> list[LabelledText]:
+        """Returns all texts labelled one by one: the chosen ones of pairs are desirable, the rejected ones are not."""
+        of_pairs = [
+            LabelledText(prompt=pair.prompt, text=text, is_desirable=is_desirable, is_whole=pair.is_whole)
+            for pair in self.pairs
+            for text, is_desirable in ((pair.chosen, True), (pair.rejected, False))
+        ]
+        return of_pairs + self.labelled
 
     def add(self, prompt: str, first: str, second: str, lead: float, is_whole: bool = False) -> None:
         """Adds a pair; `lead` is positive where the first text was preferred, 0 for a tie."""
@@ -56,11 +93,11 @@ class Preferences:
 
 
 def read_preferences(sources: Sequence[str]) -> Preferences:
-    """Returns the pairs of files, rounds and recorded choices, in order.
+    """Returns the pairs and the labelled texts of files, rounds and recorded choices, in order.
 
     Raises:
         NotFoundError: there is no such file.
-        DataError: a record has no such fields, or choices were recorded without their texts.
+        DataError: a record has no such fields or no such label, or choices were recorded without their texts.
     """
     found = Preferences()
     for source in sources:
@@ -75,13 +112,37 @@ def read_preferences(sources: Sequence[str]) -> Preferences:
 
 
 def _add_pairs(found: Preferences, source: str) -> None:
+    """Adds the pairs of a file; where its first record is none, its labelled texts."""
+    before = len(found.pairs) + found.num_ties
     try:
         for document in read_documents([source], PAIRS, splits_marks=False):
             first, _, second = (END.sub("", text) for text in document.text.partition(BETWEEN))
             found.add(document.prompt, first, second, 1, is_whole=True)
     except DataError as error:
-        hint = error.hint if error.hint != FIELD_HINT else "pairs have the fields prompt, chosen and rejected"
-        raise DataError(error.message, hint) from error
+        is_first = len(found.pairs) + found.num_ties == before
+        if not (is_first and NO_FIELD in error.message and _add_labelled(found, source)):
+            raise DataError(error.message, FIELDS_HINT if error.hint == FIELD_HINT else error.hint) from error
+
+
+def _add_labelled(found: Preferences, source: str) -> bool:
+    """Adds the labelled texts of a file; False, and nothing is added, where its first record is none."""
+    added: list[LabelledText] = []
+    try:
+        for document in read_documents([source], LABELLED, splits_marks=False):
+            added.append(_read_labelled(document))
+    except DataError as error:
+        if not added and NO_FIELD in error.message:
+            return False
+        raise DataError(error.message, FIELDS_HINT if error.hint == FIELD_HINT else error.hint) from error
+    found.labelled += added
+    return True
+
+
+def _read_labelled(document: Document) -> LabelledText:
+    text, _, label = document.text.partition(BETWEEN)
+    if (is_desirable := LABELS.get(label.strip().lower())) is None:
+        raise DataError(f"{document.origin}: the label is '{label[:40]}'", "labels are true or false, or 1 or 0")
+    return LabelledText(prompt=document.prompt, text=END.sub("", text), is_desirable=is_desirable, is_whole=True)
 
 
 def _holds_choices(path: Path) -> bool:

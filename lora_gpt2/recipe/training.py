@@ -147,9 +147,11 @@ class PreferenceSettings(Section):
     """Training on what people preferred, with the parent of `lora.init_from` as the reference."""
 
     sources: Sources = ()
-    """Pairs (prompt, chosen, rejected) in files or hf: data sets, rounds of `rate`, choices that `serve` recorded."""
-    loss: Literal["dpo", "ipo", "orpo"] = "dpo"
-    """Loss: dpo (Rafailov et al. 2023), ipo (Azar et al. 2023), or orpo (Hong et al. 2024), which has no reference."""
+    """Pairs (prompt, chosen, rejected) or labelled texts (prompt, completion, label) in files or hf: data sets; rounds
+    of `rate`, choices that `serve` recorded."""
+    loss: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
+    """Loss: dpo (Rafailov et al. 2023), ipo (Azar et al. 2023), kto (Ethayarajh et al. 2024), for labelled texts, or
+    orpo (Hong et al. 2024), which has no reference."""
     beta: Annotated[float, Field(gt=0, le=10)] = 0.05
     """How strongly the parent holds the new version back; with orpo, the weight of the odds ratio."""
     smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.2

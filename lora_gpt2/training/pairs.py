@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_gpt2.core.errors import DataError
 from lora_gpt2.data.blocks import IGNORE, Ints
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.gpt2 import GPT2
 from lora_gpt2.model.scoring import token_nll
-from lora_gpt2.rating.preferences import Preference
+from lora_gpt2.rating.preferences import LabelledText, Preference
 
 ROUNDED_TO = 32  # tokens; few shapes
 HELD_OUT, FEWEST_HELD_OUT = 0.1, 4
@@ -61,8 +63,9 @@ def encode_pairs(pairs: Sequence[Preference], tokenizer: Tokenizer, max_tokens: 
     """Returns pairs as rows of at most `max_tokens`: of a long prompt its end is kept, of a long text its beginning."""
     rows, num_cut = [], 0
     for pair in pairs:
-        prompt = list(tokenizer.encode(pair.prompt)) or [tokenizer.eos_id]
-        for text in (pair.chosen, pair.rejected):
+        other = pair.prompt if pair.rejected_prompt is None else pair.rejected_prompt
+        for text, before in ((pair.chosen, pair.prompt), (pair.rejected, other)):
+            prompt = list(tokenizer.encode(before)) or [tokenizer.eos_id]
             ids = [*tokenizer.encode(text), *([tokenizer.eos_id] if pair.is_whole else [])]
             num_cut += len(ids) > max_tokens
             ids = ids[:max_tokens]
@@ -81,7 +84,7 @@ def encode_pairs(pairs: Sequence[Preference], tokenizer: Tokenizer, max_tokens: 
 
 def split_pairs(pairs: Sequence[Preference]) -> tuple[list[int], list[int]]:
     """Returns the pairs to train on and those that are held out: whole prompts, chosen by their hash."""
-    prompts = sorted({pair.prompt for pair in pairs}, key=lambda prompt: zlib.crc32(prompt.encode("utf-8", "replace")))
+    prompts = _order_prompts({pair.prompt for pair in pairs})
     of_prompt = Counter(pair.prompt for pair in pairs)
     wanted, chosen, count = max(FEWEST_HELD_OUT, round(HELD_OUT * len(pairs))), set[str](), 0
     for prompt in prompts[: len(prompts) - 1]:
@@ -93,6 +96,66 @@ def split_pairs(pairs: Sequence[Preference]) -> tuple[list[int], list[int]]:
         return list(range(wanted, len(pairs))), list(range(wanted))
     trained = [index for index, pair in enumerate(pairs) if pair.prompt not in chosen]
     return trained, [index for index, pair in enumerate(pairs) if pair.prompt in chosen]
+
+
+def _order_prompts(prompts: set[str]) -> list[str]:
+    return sorted(prompts, key=lambda prompt: zlib.crc32(prompt.encode("utf-8", "replace")))
+
+
+def match_labelled(texts: Sequence[LabelledText]) -> tuple[list[Preference], tuple[list[int], list[int]]]:
+    """Returns labelled texts in pairs of a desirable and an undesirable one, and which to train on and to hold out.
+
+    Texts of the rarer label are in several pairs, so that both labels count alike; whole prompts are held out, chosen
+    by their hash. Raises `DataError` where there are too few of a label.
+    """
+    counts = Counter(text.is_desirable for text in texts)
+    if min(counts[True], counts[False]) < FEWEST_HELD_OUT:
+        shown = f"{counts[True]} desirable and {counts[False]} undesirable texts"
+        raise DataError(f"{shown} are labelled", f"at least {FEWEST_HELD_OUT} of each are needed")
+    held_out = _choose_held_out(texts, counts)
+    pairs: list[Preference] = []
+    parts: list[list[int]] = []
+    for is_held_out in (False, True):
+        begin = len(pairs)
+        part = [text for index, text in enumerate(texts) if (index in held_out) == is_held_out]
+        sides = [[text for text in part if text.is_desirable == label] for label in (True, False)]
+        for number in range(max(map(len, sides))):
+            good, bad = (side[number % len(side)] for side in sides)
+            prompts = {"prompt": good.prompt, "rejected_prompt": bad.prompt}
+            pairs.append(Preference(chosen=good.text, rejected=bad.text, is_whole=good.is_whole, **prompts))
+        parts.append(list(range(begin, len(pairs))))
+    return pairs, (parts[0], parts[1])
+
+
+def _choose_held_out(texts: Sequence[LabelledText], counts: Counter[bool]) -> set[int]:
+    """Returns the texts to hold out: whole prompts where that leaves both labels to train on, the rarer label first."""
+    labels: dict[str, Counter[bool]] = {}
+    for text in texts:
+        labels.setdefault(text.prompt, Counter())[text.is_desirable] += 1
+    wanted = {label: max(FEWEST_HELD_OUT // 2, round(HELD_OUT * counts[label])) for label in counts}
+    chosen, held = set[str](), Counter[bool]()
+    for label in sorted(counts, key=lambda label: counts[label]):
+        for prompt in _order_prompts({prompt for prompt, found in labels.items() if found[label]} - chosen):
+            if held[label] < wanted[label] and all((held + labels[prompt])[each] < counts[each] for each in counts):
+                chosen.add(prompt)
+                held += labels[prompt]
+    if all(held[label] for label in counts):
+        return {index for index, text in enumerate(texts) if text.prompt in chosen}
+    of_label = {label: [index for index, text in enumerate(texts) if text.is_desirable == label] for label in counts}
+    return {index for label, indices in of_label.items() for index in indices[: wanted[label]]}
+
+
+def mismatch_pairs(pairs: Sequence[Preference], split: tuple[Sequence[int], Sequence[int]]) -> list[Preference]:
+    """Returns each pair's prompts with the texts of another pair of its part, in a random order.
+
+    How likely an adapter makes texts that do not belong to a prompt says how far it is from its reference.
+    """
+    found = list(pairs)
+    for part in split:
+        order = random.Random(0).sample(list(part), len(part))  # noqa: S311 - an order, no secret
+        for one, other in zip(order, order[1:] + order[:1], strict=True):
+            found[one] = replace(pairs[one], chosen=pairs[other].chosen, rejected=pairs[other].rejected)
+    return found
 
 
 def iter_groups(rows: Sequence[int], time: int, most_tokens: int) -> Iterator[list[int]]:

@@ -5,6 +5,9 @@ its derivatives; the weights are known once the texts are scored, and the rest i
 Margin: h = log π(chosen) / ref(chosen) - log π(rejected) / ref(rejected).
 `dpo`: -(1 - ε) log σ(β h) - ε log σ(-β h) (Rafailov et al. 2023, arXiv:2305.18290, equation 7; with ε, the share of
 choices taken to be wrong, Mitchell 2023). `ipo`: (h - 1 / (2 β))², h per token (Azar et al. 2023, arXiv:2310.12036).
+`kto`: (1 - σ(β (r - z))) / 2 for a text that is desirable and (1 - σ(β (z - r))) / 2 for one that is not, with
+r = log π / ref of each text and z, how far the policy is from the reference, at least 0, part of the reference that it
+is given (Ethayarajh et al. 2024, arXiv:2402.01306, both labels weighing alike); h is the difference of r.
 `orpo`: the NLL of the chosen text per token, plus -β log σ of the difference of both texts' log odds, where a text's
 odds are those of its mean log-likelihood per token; no reference (Hong et al. 2024, arXiv:2403.07691, equations 6, 7).
 """
@@ -26,7 +29,7 @@ MOST_MEAN = -1e-6  # nats: the odds of a text that is certain are infinite
 class PreferenceLoss:
     """A loss of pairs; `beta` weighs the reference, or with `orpo` the odds ratio; `smoothing` is ε of `dpo`."""
 
-    kind: Literal["dpo", "ipo", "orpo"] = "dpo"
+    kind: Literal["dpo", "ipo", "kto", "orpo"] = "dpo"
     beta: float = 0.1
     smoothing: float = 0.0
 
@@ -49,6 +52,10 @@ class PreferenceLoss:
         if self.kind == "ipo":
             distance = margin - 1 / (2 * self.beta)
             losses, slope = distance.square(), 2 * distance
+        elif self.kind == "kto":
+            signs = torch.tensor([1.0, -1.0], dtype=ratio.dtype, device=ratio.device)
+            value = torch.sigmoid(self.beta * signs * pairs)
+            return (1 - value).mean(1), margin, (-0.5 * self.beta * signs * value * (1 - value)).flatten()
         else:
             reward, kept = self.beta * margin, 1 - self.smoothing
             losses = -kept * F.logsigmoid(reward) - self.smoothing * F.logsigmoid(-reward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.reshape import reshape_adapter
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
-from lora_gpt2.rating.preferences import Preferences, read_preferences
+from lora_gpt2.rating.preferences import Preference, Preferences, read_preferences
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.fetch import is_foreign
@@ -27,7 +27,7 @@ from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import Manifest
 from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
-from lora_gpt2.training.pairs import PairRows, encode_pairs, split_pairs
+from lora_gpt2.training.pairs import PairRows, encode_pairs, match_labelled, mismatch_pairs, split_pairs
 from lora_gpt2.training.preferences import PreferenceTrainer
 from lora_gpt2.training.process_group import init_process_group
 from lora_gpt2.training.publish import find_published
@@ -35,6 +35,7 @@ from lora_gpt2.training.publish_preferences import PreferenceReport, publish_pre
 from lora_gpt2.training.run import MICRO_BATCHING
 from lora_gpt2.training.start import inherit_shape
 
+Split = tuple[list[int], list[int]]
 FEWEST_PAIRS = 20
 CHECKPOINT_FORMAT = 1
 
@@ -66,11 +67,7 @@ def train_preferences(
     if init_process_group().size > 1:
         raise UsageError("preferences are trained on in one process", "start it without torchrun or accelerate")
     found = read_preferences(recipe.preferences.sources)
-    if len(found.pairs) < FEWEST_PAIRS:
-        ties = f", {found.num_ties} are ties" if found.num_ties else ""
-        raise DataError(
-            f"{len(found.pairs)} pairs are decided{ties}", f"at least {FEWEST_PAIRS} are needed: ask for more"
-        )
+    pairs, split = _choose_pairs(found, is_labelled=recipe.preferences.loss == "kto")
     store.check_writable()
     run = open_run_folder(store.root, [f"{recipe.name} by preferences"])
     recipe = inherit_shape(_pin_parent(recipe, run) if resume else recipe, store)
@@ -83,14 +80,37 @@ def train_preferences(
         if not (resume or fresh) and (step := run.find_last_step()):
             kept = f"an interrupted run of {recipe.name} on preferences is kept, at step {step}"
             raise InterruptedRunError(kept, "--resume continues it, --fresh starts over")
-        report = _train_locked(recipe, found, store, reporter, run, resume)
+        report = _train_locked(recipe, (found, pairs, split), store, reporter, run, resume)
         run.finish([str(report)])
     return report
 
 
+def _choose_pairs(found: Preferences, is_labelled: bool) -> tuple[list[Preference], Split]:
+    """Returns the pairs, or all texts by their labels in pairs, and which of them to train on and to hold out."""
+    if found.labelled and not is_labelled:
+        raise UsageError("texts that are labelled one by one need the loss kto", "--set preferences.loss=kto")
+    if is_labelled:
+        texts = found.label_all()
+        if len(texts) < FEWEST_PAIRS:
+            raise DataError(f"{len(texts)} texts are labelled", f"at least {FEWEST_PAIRS} are needed: ask for more")
+        return match_labelled(texts)
+    if len(found.pairs) < FEWEST_PAIRS:
+        ties = f", {found.num_ties} are ties" if found.num_ties else ""
+        raise DataError(
+            f"{len(found.pairs)} pairs are decided{ties}", f"at least {FEWEST_PAIRS} are needed: ask for more"
+        )
+    return found.pairs, split_pairs(found.pairs)
+
+
 def _train_locked(
-    recipe: Recipe, found: Preferences, store: Store, reporter: Reporter, run: RunFolder, resume: bool
+    recipe: Recipe,
+    chosen: tuple[Preferences, list[Preference], Split],
+    store: Store,
+    reporter: Reporter,
+    run: RunFolder,
+    resume: bool,
 ) -> PreferenceReport:
+    found, pairs, split = chosen
     base = load_base(recipe.base, choose_runtime(recipe.train.dtype), recipe.train.quantize)
     manifest, parent = load_adapter(store, recipe.lora.init_from, base)
     parent, _ = reshape_adapter(parent, base.config, recipe.lora, recipe.train.seed)
@@ -98,8 +118,9 @@ def _train_locked(
         recipe.train.peak_learning_rate(base.config.n_embd) * recipe.preferences.learning_rate_factor
     )
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": rate})})
-    rows = encode_pairs(found.pairs, base.tokenizer, base.config.n_positions)
-    split = split_pairs(found.pairs)
+    rows, mismatched = encode_pairs(pairs, base.tokenizer, base.config.n_positions), None
+    if recipe.preferences.loss == "kto":
+        mismatched = encode_pairs(mismatch_pairs(pairs, split), base.tokenizer, base.config.n_positions)
     _say_what_is_there(found, rows, split, manifest, reporter)
     own_text = _read_own(store, manifest, reporter)
     identity = _identify_run(recipe, base, manifest, rows, own_text)
@@ -111,7 +132,7 @@ def _train_locked(
     elif resume:
         reporter.message("there is no run to resume: starting over")
     with catch_signals() as stop, _explain_oom(rows):
-        trainer = PreferenceTrainer(base, recipe, parent, rows, split, own_text)
+        trainer = PreferenceTrainer(base, recipe, parent, rows, split, own_text, mismatched)
         if checkpoint:
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")
@@ -169,11 +190,14 @@ def _explain_oom(rows: PairRows) -> Iterator[None]:
 def _say_what_is_there(
     found: Preferences,
     rows: PairRows,
-    split: tuple[Sequence[int], Sequence[int]],
+    split: Split,
     manifest: Manifest,
     reporter: Reporter,
 ) -> None:
     ties = f", {found.num_ties} ties left out" if found.num_ties else ""
+    if found.labelled:
+        desirable = sum(text.is_desirable for text in found.labelled)
+        reporter.message(f"{desirable} desirable and {len(found.labelled) - desirable} undesirable texts, in pairs")
     reporter.message(
         f"{manifest.reference}: {len(split[0])} pairs to train on, {len(split[1])} held out{ties}; "
         f"{describe_lengths(rows)}"

@@ -73,6 +73,7 @@ class PreferenceTrainer:
         pairs: all pairs.
         split: indices of those to train on and of those held out.
         own_text: the text that the parent was trained on; None where it cannot be read.
+        mismatched: for `kto`, the prompts of the pairs with texts of others; see `mismatch_pairs`.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class PreferenceTrainer:
         pairs: PairRows,
         split: tuple[Sequence[int], Sequence[int]],
         own_text: PreparedData | None = None,
+        mismatched: PairRows | None = None,
     ) -> None:
-        self.base, self.recipe, self.pairs = base, recipe, pairs
+        self.base, self.recipe, self.pairs, self.mismatched = base, recipe, pairs, mismatched
         self.own_text = own_text.validation if own_text and own_text.validation.num_targets else None
         (self.trained, self.held_out), settings = split, recipe.preferences
         self.loss = PreferenceLoss(kind=settings.loss, beta=settings.beta, smoothing=settings.smoothing)
@@ -99,7 +101,8 @@ class PreferenceTrainer:
         per_epoch = -(-len(self.trained) // self.pairs_per_step)
         self.num_steps = recipe.train.steps or max(1, math.ceil(recipe.train.epochs * per_epoch))
         self.validate_every = recipe.train.validate_every or max(1, self.num_steps // VALIDATIONS)
-        self.reference = self._score(range(pairs.num_pairs))
+        self.reference = self._score(pairs, range(pairs.num_pairs))
+        self.mismatched_reference = self._score(mismatched, range(pairs.num_pairs)) if mismatched else None
         self.parent_own = self._measure_own_text()
         self.parent_general = self._measure_general()
         self.allowed, self.rate_factor = self.bank.flat.clone(), 1.0
@@ -121,7 +124,8 @@ class PreferenceTrainer:
         """Returns how well the held-out pairs are told apart now."""
         rows = self.pairs.rows_of(self.held_out)
         lengths = torch.from_numpy(self.pairs.lengths).flatten()[rows]
-        losses, margins, _ = self.loss.measure(self._score(self.held_out), self.reference[rows], lengths)
+        reference = self.reference[rows] + self._measure_shift(self.held_out)
+        losses, margins, _ = self.loss.measure(self._score(self.pairs, self.held_out), reference, lengths)
         return PairScore(
             loss=float(losses.mean()),
             error=float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else 0.0,
@@ -191,7 +195,8 @@ class PreferenceTrainer:
         )
         rows = self.pairs.rows_of(chosen)
         groups = iter_groups(rows, self.pairs.inputs.shape[1], self.micro_batch_tokens)
-        batches = [self._build(group, len(chosen)) for group in groups]
+        shift = self._measure_shift(chosen)
+        batches = [self._build(group, len(chosen), shift) for group in groups]
         batches += self._build_replayed(step)
         self.num_tokens += sum(batch.inputs.numel() for batch in batches)
         return float(self.runner.run(batches, hyperparams)[0, 0])
@@ -228,13 +233,13 @@ class PreferenceTrainer:
         begin = first % per_epoch
         return order[begin : begin + self.pairs_per_step]
 
-    def _build(self, rows: Sequence[int], num_pairs: int) -> MicroBatch:
+    def _build(self, rows: Sequence[int], num_pairs: int, shift: float = 0.0) -> MicroBatch:
         if self.bank.flat.device.type == "cuda":  # steps of one shape are captured once
             inputs, targets = (torch.from_numpy(side[list(rows)]) for side in (self.pairs.inputs, self.pairs.targets))
         else:
             inputs, targets = self.pairs.read(rows)
         plain = self._build_one(inputs, targets, torch.full((targets.numel(),), 1 / num_pairs))
-        return replace(plain, preference=self.loss, reference_logps=self.reference[list(rows)])
+        return replace(plain, preference=self.loss, reference_logps=self.reference[list(rows)] + shift)
 
     def _build_one(self, inputs: Tensor, targets: Tensor, loss_weights: Tensor) -> MicroBatch:
         return MicroBatch(
@@ -277,10 +282,18 @@ class PreferenceTrainer:
         measured = {f"held_out_{key}": value for key, value in asdict(score).items()}
         return {"step": step, **measured, "own_text_loss": own, "general_loss": general}
 
-    def _score(self, pairs: Sequence[int]) -> Tensor:
-        return score_rows(
-            self.base.model, self.adapters, self.pairs, self.pairs.rows_of(pairs), self.micro_batch_tokens
-        )
+    def _score(self, rows: PairRows, pairs: Sequence[int]) -> Tensor:
+        return score_rows(self.base.model, self.adapters, rows, rows.rows_of(pairs), self.micro_batch_tokens)
+
+    def _measure_shift(self, pairs: Sequence[int]) -> float:
+        """Returns how far the adapter is from its reference, by what it makes of mismatched texts; nats, at least 0.
+
+        That is z of `kto`, of some pairs; 0 for other losses.
+        """
+        if self.mismatched is None or self.mismatched_reference is None:
+            return 0.0
+        before = self.mismatched_reference[self.mismatched.rows_of(pairs)]
+        return max(0.0, float((self._score(self.mismatched, pairs) - before).mean()))
 
     def _measure_own_text(self) -> float | None:
         """Returns the loss of the parent's own held-out text in nats per token; None where it cannot be read."""

@@ -69,6 +69,36 @@ def test_python_takes_records_and_returns_the_figures(base_folder, trained, pair
         lg.train_preferences(pairs[:5], "law", **shared)
 
 
+def test_labelled_texts_train_by_kto_and_say_what_they_need(run, base_folder, trained, pairs, tmp_path):
+    records = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for number, pair in enumerate(pairs)
+        for side in (("chosen", "rejected") if number % 2 else ("chosen",))
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    shared = ("--base", base_folder, "--store", trained.root, "--from", "law", "--steps", 6, "--learning-rate", 0.03)
+    code, _, err = run("train", *shared, "--preferences", tmp_path / "texts.jsonl")
+    assert (code, "--set preferences.loss=kto" in err) == (2, True), err
+    kto = (*shared, "--preferences", tmp_path / "texts.jsonl", "--set", "preferences.loss=kto")
+    code, out, err = run("train", *kto, "--json")
+    assert code == 0, err
+    (report,) = json.loads(out)["adapters"]
+    assert "30 desirable and 15 undesirable texts" in err
+    assert report["held_out_loss_before"] == pytest.approx(0.5)
+    assert report["held_out_loss"] < 0.5
+    assert report["held_out_accuracy"] == 1.0
+    shared = {"base": str(base_folder), "store": trained.root, "progress": False, "steps": 6, "learning_rate": 0.03}
+    report = lg.train_preferences(pairs, "law@1", loss="kto", name="both", **shared)
+    assert report.held_out_loss < report.held_out_loss_before == pytest.approx(0.5)
+    for wrong, message in (("maybe", "the label is 'maybe'"), (None, "label: expected text, found NoneType")):
+        with pytest.raises(DataError, match=message):
+            lg.train_preferences([{**record, "label": wrong} for record in records], "law", loss="kto", **shared)
+    for unknown in ({"prompt": "a", "completion": "b"}, {"text": "a"}):
+        with pytest.raises(DataError, match="no field") as caught:
+            lg.train_preferences([unknown], "law", loss="kto", **shared)
+        assert "labelled texts prompt, completion and label" in caught.value.hint
+
+
 TEXT = Path(os.environ.get("LORA_GPT2_SHARED", Path(__file__).parents[3] / "shared")) / "data/domains/cooking_recipes"
 
 

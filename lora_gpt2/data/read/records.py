@@ -140,15 +140,15 @@ def _check(value: Any, where: str) -> str:
 
 
 def _fill(template: str, record: Any, where: str, settings: DataSettings) -> str:
-    """Returns a template with each `{field}` replaced; numbers are written out, lists by the item template."""
+    """Returns a template with each `{field}` replaced; numbers and booleans as JSON, lists by the item template."""
 
     def show(match: re.Match[str]) -> str:
         value = _walk_one(record, match[1], where)
         if isinstance(value, list):
             lines = [item if isinstance(item, str) else _fill_item(item, where, settings) for item in value]
             return "\n".join(_check(line, where) for line in lines)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return str(value)
+        if isinstance(value, int | float) and math.isfinite(value):
+            return str(value).lower() if isinstance(value, bool) else str(value)
         return _check(value, f"{where}:{match[1]}")
 
     return PLACEHOLDER.sub(show, template)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -25,14 +26,21 @@ from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingAdapters
-from lora_gpt2.rating.preferences import Preference, read_preferences
+from lora_gpt2.rating.preferences import LabelledText, Preference, read_preferences
 from lora_gpt2.rating.rounds import Answer, Round, add_answers, write_round
 from lora_gpt2.recipe import LoraSettings, build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
 from lora_gpt2.training.checkpoint import RunFolder
-from lora_gpt2.training.pairs import encode_pairs, iter_groups, score_rows, split_pairs
+from lora_gpt2.training.pairs import (
+    encode_pairs,
+    iter_groups,
+    match_labelled,
+    mismatch_pairs,
+    score_rows,
+    split_pairs,
+)
 from lora_gpt2.training.preference_loss import PreferenceLoss
 from lora_gpt2.training.preference_run import train_preferences
 from lora_gpt2.training.preferences import PreferenceTrainer
@@ -132,7 +140,7 @@ def test_held_out_prompts_are_not_trained_on():
     assert (len(trained), len(held_out)) == (26, 4), "one prompt for all"
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "kto"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_derivatives_are_those_of_the_loss(kind, smoothing):
     torch.manual_seed(0)
@@ -147,6 +155,50 @@ def test_the_derivatives_are_those_of_the_loss(kind, smoothing):
     if kind == "dpo":
         kept = F.logsigmoid(0.3 * margins) * (1 - smoothing) + F.logsigmoid(-0.3 * margins) * smoothing
         torch.testing.assert_close(losses, -kept)
+    if kind == "kto":
+        values = torch.sigmoid(0.3 * ratio[::2]) + torch.sigmoid(-0.3 * ratio[1::2])
+        torch.testing.assert_close(losses, 1 - values / 2)
+
+
+def label(prompt, is_desirable):
+    return LabelledText(prompt=prompt, text=f" {prompt} {is_desirable}", is_desirable=is_desirable)
+
+
+@pytest.mark.parametrize(("good", "bad"), [(60, 20), (10, 50), (30, 4)])
+def test_labelled_texts_count_alike_and_no_prompt_is_in_both_parts(good, bad):
+    texts = [label(f"p{number}", is_good) for is_good, count in ((True, good), (False, bad)) for number in range(count)]
+    pairs, split = match_labelled(texts)
+    assert sorted([*split[0], *split[1]]) == list(range(len(pairs)))
+    seen = []
+    for part in split:
+        chosen = [(pairs[index].prompt, pairs[index].chosen) for index in part]
+        rejected = [(pairs[index].rejected_prompt, pairs[index].rejected) for index in part]
+        assert all(text.endswith("True") for _, text in chosen)
+        assert all(text.endswith("False") for _, text in rejected)
+        counts = [Counter(side) for side in (chosen, rejected)]
+        assert all(max(each.values()) - min(each.values()) <= 1 for each in counts), "repeated evenly"
+        assert min(max(each.values()) for each in counts) == 1, "those of the commoner label are there once"
+        seen.append({*chosen, *rejected})
+    assert {(text.prompt, text.text) for text in texts} == seen[0] | seen[1]
+    assert not {prompt for prompt, _ in seen[0]} & {prompt for prompt, _ in seen[1]}
+    assert 4 <= len(seen[1]) <= 0.2 * len(texts)
+
+
+def test_labels_of_one_prompt_are_held_out_too_and_too_few_are_refused():
+    _, (trained, held_out) = match_labelled([label("p", number % 2 == 0) for number in range(40)])
+    assert (len(trained), len(held_out)) == (18, 2)
+    with pytest.raises(DataError, match="37 desirable and 3 undesirable"):
+        match_labelled([label("p", number > 2) for number in range(40)])
+
+
+def test_mismatched_texts_are_those_of_other_pairs_of_the_same_part():
+    pairs = [Preference(prompt=f"p{n}", chosen=f"c{n}", rejected=f"r{n}", rejected_prompt=f"q{n}") for n in range(9)]
+    split = ([0, 1, 2, 3, 4, 5], [6, 7, 8])
+    found = mismatch_pairs(pairs, split)
+    assert [(each.prompt, each.rejected_prompt) for each in found] == [(f"p{n}", f"q{n}") for n in range(9)]
+    for part in split:
+        assert sorted(found[index].chosen for index in part) == [f"c{index}" for index in part]
+        assert all(found[index].chosen[1:] == found[index].rejected[1:] != str(index) for index in part)
 
 
 def test_the_odds_ratio_is_that_of_the_paper():
