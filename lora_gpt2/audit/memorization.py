@@ -302,11 +302,10 @@ def audit_memorization(
     indexes = NgramIndex(train, copied), NgramIndex(np.concatenate(held_out), copied)
     copies = find_copies(*indexes, own, write(name, prompts, sampling)) if prompts else None
     trained = {(document.prompt + document.text).strip() for document in own.documents["train"]} if canaries else set()
-    if planted := [canary for canary in canaries if canary.text.strip() in trained]:
-        if len(planted) < len(canaries):
-            reporter.message(f"{len(planted)} of {len(canaries)} canaries were trained on; the others are left out")
-        canaries = planted
-    exposure = measure_exposure(base, select, canaries)
+    planted = [canary for canary in canaries if canary.text.strip() in trained]
+    if len(planted) < len(canaries):
+        reporter.message(f"{len(planted)} of {len(canaries)} canaries were trained on; the others are left out")
+    exposure = measure_exposure(base, select, planted)
     eos_id, drafted = base.tokenizer.eos_id, None
     if drafter is not None:
         drafted = measure_drafter(drafter, train, size, settings.windows, eos_id)

@@ -24,6 +24,8 @@ SEED = 1
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 IS_UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
 IS_UNSPACED = re.compile(f"[{UNSPACED}]|[^\\s{UNSPACED}]+")
+HALVES_APART = 0.2
+"""How far estimates from either half of the hashes may be apart for one thing to be alike: they deviate by 0.07."""
 MISSED = 0.005  # of the pairs at the threshold, how many no band may bring together
 MAX_ROUNDS = 64
 Signatures = NDArray[np.uint32]
@@ -53,7 +55,7 @@ def split_words(text: str) -> list[str]:
 
 
 def sign_records(prompts: Sequence[str], texts: Sequence[str]) -> Signatures:
-    """Returns signatures of texts with prompts, of which both must be alike: a half of the hashes is of each.
+    """Returns signatures of texts with prompts: a half of the hashes is of each, and `find_near` wants both alike.
 
     So neither a long prompt that many records have in common makes copies of them, nor a short answer.
     """
@@ -61,6 +63,21 @@ def sign_records(prompts: Sequence[str], texts: Sequence[str]) -> Signatures:
     if rows := [row for row, prompt in enumerate(prompts) if prompt]:
         found[rows, ::2] = sign([prompts[row] for row in rows])[:, ::2]
     return found
+
+
+def find_near(
+    signatures: Signatures, other: Signatures, threshold: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Returns which of some documents are near copies of another one, and how alike those are.
+
+    Where one half, of the prompt or of the text, is alike and the other is not, they are none.
+    """
+    equal = signatures == other
+    halves = np.stack([equal[:, ::2].mean(axis=1), equal[:, 1::2].mean(axis=1)])
+    similarity = halves.mean(axis=0)
+    is_one = (np.abs(halves[0] - halves[1]) <= HALVES_APART) | (halves.min(axis=0) >= threshold)
+    near = np.flatnonzero((similarity >= threshold) & is_one)
+    return near, similarity[near]
 
 
 def _hash_grams(words: list[str]) -> NDArray[np.uint64]:
@@ -126,11 +143,10 @@ def _compare(
         if len(members) < 2:
             return
         first, others = members[0], members[1:]
-        similarity = (signatures[others] == signatures[first]).mean(axis=1)
-        near = similarity >= threshold
-        for other, value in zip(others[near].tolist(), similarity[near].tolist(), strict=True):
+        near, similarity = find_near(signatures[others], signatures[first], threshold)
+        for other, value in zip(others[near].tolist(), similarity.tolist(), strict=True):
             pairs[int(first), other] = value
-        members = others[~near]
+        members = np.delete(others, near)
 
 
 class NearCopyIndex:
@@ -152,11 +168,9 @@ class NearCopyIndex:
             begins, ends = np.searchsorted(known, keys, "left"), np.searchsorted(known, keys, "right")
             for index in np.flatnonzero(ends > begins).tolist():
                 candidates = order[begins[index] : ends[index]][:MAX_ROUNDS]
-                similarity = (self.signatures[candidates] == among[index]).mean(axis=1)
-                near = similarity >= self.threshold
-                pairs = zip(candidates[near].tolist(), similarity[near].tolist(), strict=True)
-                if near.any():
-                    found.setdefault(index, {}).update(pairs)
+                near, similarity = find_near(self.signatures[candidates], among[index], self.threshold)
+                if len(near):
+                    found.setdefault(index, {}).update(zip(candidates[near].tolist(), similarity.tolist(), strict=True))
         return found
 
 

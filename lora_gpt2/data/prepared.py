@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 8
+FORMAT = 9
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
 MANIFEST, REJECTED, SKETCH = "manifest.json", "rejected.jsonl", "training_text.bin"
@@ -315,17 +315,18 @@ def describe_amount(tokens: int) -> str:
 
 
 def measure_overlaps(domains: Mapping[str, PreparedData], threshold: float) -> list[tuple[str, str, int, int]]:
-    """Returns (held-out of, training split of, copies, documents) for domains of which one trains on another's test."""
+    """Returns (held-out of, training split of, documents, of how many) where a domain trains on another's test."""
     names, parts = list(domains), list[Any]()
     for data in domains.values():
         parts.append(np.concatenate([_load_signatures(data, split) for split in ("validation", "test")]))
     sizes = [len(part) for part in parts]
     owners, index = np.repeat(np.arange(len(parts)), sizes), NearCopyIndex(np.concatenate(parts), threshold)
-    counts = Counter[tuple[int, int]]()
+    found: dict[tuple[int, int], set[int]] = {}
     for number, data in enumerate(domains.values()):
-        for near in index.find(_load_signatures(data, "train")).values():
-            counts.update((int(owner), number) for owner in {int(owners[held]) for held in near} - {number})
-    return [(names[own], names[other], counts[own, other], sizes[own]) for own, other in sorted(counts)]
+        for held in chain.from_iterable(index.find(_load_signatures(data, "train")).values()):
+            if owners[held] != number:
+                found.setdefault((int(owners[held]), number), set()).add(held)
+    return [(names[own], names[other], len(held), sizes[own]) for (own, other), held in sorted(found.items())]
 
 
 def _load_signatures(data: PreparedData, split: str) -> Any:

@@ -1,7 +1,9 @@
 """Byte-level BPE as GPT-2 has it, through the `tokenizers` library alone: no torch, no templates, ready in 50 ms.
 
 Tokens that were added to a base's vocabulary are tokens wherever a text has them, special ones included, as in
-transformers. EOS alone is ordinary characters inside text: it is added only by us, as a number.
+transformers. EOS alone, which stands between documents, is ordinary characters inside text: it is added only by us, as
+a number. It is `<|endoftext|>` where there is one. A base whose settings call another token so, such as `<|im_end|>`
+at the end of a turn, has that in its texts, and stops at either.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ ROOM_BYTES = 2**25  # the backend ends the process where it runs out of memory
 class Tokenizer:
     """Text to token ids and back, for one base."""
 
-    def __init__(self, backend: BackendTokenizer, eos_id: int) -> None:
+    def __init__(self, backend: BackendTokenizer, eos_id: int, stop_id: int | None = None) -> None:
         added = backend.get_added_tokens_decoder()
         self._ends = {EOS, added[eos_id].content} if eos_id in added else {EOS}
         self._has_special = any(token.special and token.content not in self._ends for token in added.values())
@@ -37,10 +39,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.eos_id = backend, eos_id
+        self.stop_id = eos_id if stop_id is None else stop_id
+        self.stop_ids = frozenset({self.eos_id, self.stop_id})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Goes to another process as its vocabulary alone: how special tokens are read does not survive a copy."""
-        return _rebuild, (self.backend.to_str(), self.eos_id)
+        return _rebuild, (self.backend.to_str(), self.eos_id, self.stop_id)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -115,8 +119,8 @@ class Tokenizer:
         return tokens, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
-def _rebuild(backend: str, eos_id: int) -> Tokenizer:
-    return Tokenizer(BackendTokenizer.from_str(backend), eos_id)
+def _rebuild(backend: str, eos_id: int, stop_id: int) -> Tokenizer:
+    return Tokenizer(BackendTokenizer.from_str(backend), eos_id, stop_id)
 
 
 class TextStream:
@@ -146,7 +150,7 @@ def byte_alphabet() -> dict[str, int]:
 def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
     """Loads `tokenizer.json`, or `vocab.json` and `merges.txt`, from a base's folder.
 
-    EOS is what `tokenizer_config.json` calls so, else `<|endoftext|>`, else `eos_id`, which the model's configuration
+    EOS is `<|endoftext|>`, else what `tokenizer_config.json` calls so, else `eos_id`, which the model's configuration
     gives: that is often left at its default, which in another vocabulary is any word.
 
     Raises:
@@ -170,8 +174,9 @@ def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
     if not isinstance(backend.model, models.BPE) or backend.get_vocab_size(with_added_tokens=False) < 256:
         raise CorruptError(f"the tokenizer in {folder} is not GPT-2's byte-level BPE", hint)
     backend.post_processor = None
-    found = (backend.token_to_id(name) for name in (_read_eos(folder), EOS) if name)
-    return Tokenizer(backend, next((index for index in found if index is not None), eos_id))
+    own = backend.token_to_id(_read_eos(folder))
+    found = (index for index in (backend.token_to_id(EOS), own) if index is not None)
+    return Tokenizer(backend, next(found, eos_id), own)
 
 
 def _add_tokens(backend: BackendTokenizer, folder: Path) -> None:

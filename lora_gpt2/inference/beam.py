@@ -1,10 +1,10 @@
 """Beam search: the most likely whole continuation instead of the most likely next token.
 
 The procedure is transformers' (`early_stopping=False`): of twice as many candidates as beams, those that end among the
-first `num_beams` are scored by log-probability over length to the power of `length_penalty` (Wu et al. 2016,
-arXiv:1609.08144, section 7, without coverage), and the search ends when no running beam can beat the worst finished
-hypothesis. The LoRA paper's E2E setting is 10 beams, length penalty 0.8, no repeated 4-grams (Hu et al. 2021, table
-11).
+first `num_beams`, by EOS or by a stop string, are scored by log-probability over length to the power of
+`length_penalty` (Wu et al. 2016, arXiv:1609.08144, section 7, without coverage), and the search ends when no running
+beam can beat the worst finished hypothesis. The LoRA paper's E2E setting is 10 beams, length penalty 0.8, no repeated
+4-grams (Hu et al. 2021, table 11).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class BeamSearch:
         self.constraints = [start_constraint(settings, base.tokenizer)]
         self.session, self.prompt_ids, self.mix, self.settings = session, prompt_ids, mix, settings
         self.max_new_tokens, self.params = max_new_tokens, SamplingParams.from_settings(settings)
+        self.stop_strings = [text.encode() for text in settings.stop]
         capacity = min(len(prompt_ids) + max_new_tokens, base.config.n_positions)
         self.cache = KVCache(base.config, 1, capacity, base.model.wte.weight)
         self.tokens = torch.tensor([list(prompt_ids)], device=base.runtime.device)
@@ -58,7 +59,7 @@ class BeamSearch:
     @torch.inference_mode()
     def advance(self) -> None:
         """Extends every beam by a token; sets `is_done` when the search has ended."""
-        num_beams, eos = self.settings.num_beams, self.session.base.tokenizer.eos_id
+        num_beams, stop_ids = self.settings.num_beams, self.session.base.tokenizer.stop_ids
         self.length += 1
         totals = self.scores[:, None] + self._adjust(self._compute_logits().log_softmax(-1))
         values, indices = totals.flatten().topk(min(2 * num_beams, totals.numel()))
@@ -68,10 +69,11 @@ class BeamSearch:
             if value == -torch.inf:
                 break
             constraints.append(_follow(self.constraints[row], token))
-            stops = token == eos or bool((last := constraints[-1]) and last.is_finished)
+            is_finished = bool((last := constraints[-1]) and last.is_finished)
+            stops = token in stop_ids or is_finished or self._meets_stop_string(self.beams[row], token)
             ends = stops or self.length == self.max_new_tokens
             if ends and rank < num_beams:
-                ids = self.beams[row] if token == eos else (*self.beams[row], token)
+                ids = self.beams[row] if token in stop_ids else (*self.beams[row], token)
                 reason = "stop" if stops else "length"
                 self.hypotheses.append(Hypothesis(ids=ids, score=self._normalise(value), finish_reason=reason))
             elif not ends and len(running) < num_beams:
@@ -87,6 +89,14 @@ class BeamSearch:
         self.scores, self.constraints = values[index], [constraints[rank] for rank in running]
         self.cache.select(rows[index].to(self.tokens.device))
         self.tokens = tokens[index].to(self.tokens.device)[:, None]
+
+    def _meets_stop_string(self, beam: Sequence[int], token: int) -> bool:
+        """True if the newest token completes a stop string, whose text is cut off later."""
+        if not self.stop_strings:
+            return False
+        table, longest = self.session.base.tokenizer.token_bytes, max(map(len, self.stop_strings))
+        tail = b"".join(table[each] for each in (*beam, token)[-longest:])
+        return any(stop in tail for stop in self.stop_strings)
 
     def _normalise(self, logprob: float) -> float:
         return float(logprob / self.length**self.settings.length_penalty)

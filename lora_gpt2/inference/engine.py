@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.core.printable import count_of
 from lora_gpt2.inference.beam import BeamSearch
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.decoder import Decoder, NextTokens
@@ -324,10 +323,10 @@ def _take_hypothesis(sequence: SequenceState, search: BeamSearch) -> str:
     """Returns the text that a sequence takes from its beam search, "" while that goes on."""
     if not search.is_done:
         return ""
-    if sequence.beam_rank >= len(search.hypotheses):
-        found = f"the beam search found {count_of(len(search.hypotheses), 'text')}"
-        return sequence.fail(UsageError(found, "ask for fewer, or use more beams"))
-    hypothesis, text = search.hypotheses[sequence.beam_rank], ""
+    if not search.hypotheses:
+        return sequence.fail(UsageError("the beam search found no text", "allow more tokens, or a wider constraint"))
+    rank = min(sequence.beam_rank, len(search.hypotheses) - 1)  # a constraint may leave fewer texts than are asked for
+    hypothesis, text = search.hypotheses[rank], ""
     for token in hypothesis.ids:
         if not sequence.finish_reason:
             text += sequence.append(token)

@@ -186,7 +186,7 @@ class SequenceState:
 
     def accept(self, token: int, logits: Tensor | None) -> str:
         """Takes the next token, chosen from these logits `[vocab]` (None if it `is_plain`); returns its text."""
-        if token == self.tokenizer.eos_id:
+        if token in self.tokenizer.stop_ids:
             return self.finish("stop")
         if logits is not None and self.settings.logprobs:
             self.logprobs.append(TokenLogprobs.from_logits(logits, token, self.settings.logprobs))

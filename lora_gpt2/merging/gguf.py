@@ -89,7 +89,7 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
     writer.add_bos_token_id(eos_id)
-    writer.add_eos_token_id(eos_id)
+    writer.add_eos_token_id(base.tokenizer.stop_id)
     named = {name_tensor(name): tensor.mT if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()}
     named.setdefault("output.weight", named["token_embd.weight"])
     arrays: dict[str, Any] = {}

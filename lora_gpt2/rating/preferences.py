@@ -8,7 +8,6 @@ ties are counted and left out.
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ from lora_gpt2.rating.votes import list_marks, list_votes
 from lora_gpt2.recipe import DataSettings
 
 BETWEEN = "\x1e"  # stands between the two texts of a record while it is read
-END = re.compile(rf"(\s*{re.escape(EOS)}\s*)+\Z")  # pairs for other tools end with it; here every text does
 PAIRS = DataSettings(template=f"{{chosen}}{BETWEEN}{{rejected}}", prompt="{prompt}")
 LABELLED = DataSettings(template=f"{{completion}}{BETWEEN}{{label}}", prompt="{prompt}")
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -116,7 +114,7 @@ def _add_pairs(found: Preferences, source: str) -> None:
     before = len(found.pairs) + found.num_ties
     try:
         for document in read_documents([source], PAIRS, splits_marks=False):
-            first, _, second = (END.sub("", text) for text in document.text.partition(BETWEEN))
+            first, _, second = (_drop_end(text) for text in document.text.partition(BETWEEN))
             found.add(document.prompt, first, second, 1, is_whole=True)
     except DataError as error:
         is_first = len(found.pairs) + found.num_ties == before
@@ -138,11 +136,19 @@ def _add_labelled(found: Preferences, source: str) -> bool:
     return True
 
 
+def _drop_end(text: str) -> str:
+    """Returns a text without EOS at its end, which pairs for other tools have; here every text ends with it."""
+    kept = text
+    while (bare := kept.rstrip()).endswith(EOS):
+        kept = bare.removesuffix(EOS)
+    return text if kept == text else kept.rstrip()
+
+
 def _read_labelled(document: Document) -> LabelledText:
     text, _, label = document.text.partition(BETWEEN)
     if (is_desirable := LABELS.get(label.strip().lower())) is None:
         raise DataError(f"{document.origin}: the label is '{label[:40]}'", "labels are true or false, or 1 or 0")
-    return LabelledText(prompt=document.prompt, text=END.sub("", text), is_desirable=is_desirable, is_whole=True)
+    return LabelledText(prompt=document.prompt, text=_drop_end(text), is_desirable=is_desirable, is_whole=True)
 
 
 def _holds_choices(path: Path) -> bool:

@@ -339,7 +339,13 @@ def build_recipe(values: Mapping[str, Any], where: str) -> Recipe:
 def _explain_unknown(key: str) -> str:
     if new := RENAMED.get(key):
         return f"it is called {new} now"
-    return REMOVED.get(key) or explain_setting(key) or suggest(key, list_keys())
+    explained = REMOVED.get(key) or explain_setting(key)
+    if explained.startswith("it is --"):  # an option: its key, of the same section if that has one
+        name = explained.split()[2].removeprefix("--").replace("-", "_")
+        keys = [each for each in list_keys() if each.rpartition(".")[2] == name]
+        own = [each for each in keys if each.partition(".")[0] == key.partition(".")[0]]
+        return f"it is {(own or keys)[0]} here" if keys else explained
+    return explained or suggest(key, list_keys())
 
 
 def find_field(key: str) -> FieldInfo | None:

@@ -69,6 +69,8 @@ class RequestBody(SamplingFields):
         if not isinstance(values, dict):
             return values
         optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        if isinstance(options := values.get("stream_options"), dict):
+            values = {**values, "stream_options": {key: value for key, value in options.items() if value is not None}}
         return {name: value for name, value in values.items() if value is not None or name not in optional}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_gpt2.core.errors import CorruptError, NotFoundError, UsageError
+from lora_gpt2.core.errors import CorruptError, LoraGpt2Error, NotFoundError, UsageError
 from lora_gpt2.core.files import read_regular, wrap_os_errors
 from lora_gpt2.core.hub import download
 from lora_gpt2.data.successors import DRAFTER
@@ -69,9 +70,10 @@ class FetchedAdapter:
         if self.manifest is not None or not named or named == ours:
             return ""
         if named in list_bundled() or Path(named, "config.json").is_file():
-            if fingerprint_base(Checkpoint.open(named)) == base.fingerprint:
-                return ""
-            return f"{self.where} names the base '{named}', whose weights are not those of '{ours}'"
+            with suppress(LoraGpt2Error):  # a folder of that name may hold anything
+                if fingerprint_base(Checkpoint.open(named)) == base.fingerprint:
+                    return ""
+                return f"{self.where} names the base '{named}', whose weights are not those of '{ours}'"
         return f"{self.where} names the base '{named}'; that '{ours}' has its weights cannot be checked here"
 
 

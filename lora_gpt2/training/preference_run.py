@@ -132,7 +132,7 @@ def _train_locked(
     elif resume:
         reporter.message("there is no run to resume: starting over")
     with catch_signals() as stop, _explain_oom(rows):
-        trainer = PreferenceTrainer(base, recipe, parent, rows, split, own_text, mismatched)
+        trainer = PreferenceTrainer(base, recipe, parent, rows, split, own_text, mismatched=mismatched)
         if checkpoint:
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")

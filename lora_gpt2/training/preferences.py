@@ -84,6 +84,7 @@ class PreferenceTrainer:
         pairs: PairRows,
         split: tuple[Sequence[int], Sequence[int]],
         own_text: PreparedData | None = None,
+        *,
         mismatched: PairRows | None = None,
     ) -> None:
         self.base, self.recipe, self.pairs, self.mismatched = base, recipe, pairs, mismatched

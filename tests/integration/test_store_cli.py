@@ -42,7 +42,7 @@ def test_show_tells_the_lineage_of_a_merge(run, trained):
         ("law@1", 0.6, "law@1"),
         ("code@1", 0.4, "code@1"),
     ]
-    run("adapters", "remove", "code")
+    assert run("adapters", "remove", "code", "code")[0] == 0, "once"
     _, out, _ = run("adapters", "show", "both")
     assert "    law@1 at 0.6: by train" in out
     assert "    code@1 at 0.4: no longer in this store" in out

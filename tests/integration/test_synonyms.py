@@ -53,10 +53,10 @@ def test_every_word_for_an_option_leads_to_one_that_some_command_has():
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("train.lr", "it is --learning-rate here"),
-        ("train.per_device_train_batch_size", "it is --batch-size here"),
+        ("train.lr", "it is train.learning_rate here"),
+        ("train.per_device_train_batch_size", "it is train.batch_size here"),
         ("train.warmup_steps", "it is train.warmup_fraction here"),
-        ("lora.lora_alpha", "it is --alpha here"),
+        ("lora.lora_alpha", "it is lora.alpha here"),
         ("lora.use_dora", "DoRA is imported, and not trained here"),
         ("lora.modules_to_save", "an adapter changes the projections and the head alone (lora.targets)"),
         ("train.adam_beta2", "AdamW's betas are 0.9 and 0.999"),

@@ -65,7 +65,9 @@ def remove(reporter: Reporter, references: tuple[str, ...], store: Store, as_jso
       lora-gpt2 adapters remove law
       lora-gpt2 adapters remove law@1
     """
-    references = tuple(check_removable(store, reference).label for reference in references)  # all, or none is removed
+    chosen = dict.fromkeys(check_removable(store, reference) for reference in references)  # all, or none is removed
+    whole = {each.name for each in chosen if each.version is None}
+    references = tuple(each.label for each in chosen if each.version is None or each.name not in whole)
     for reference in references:
         remove_adapter(store, reference)
     emit({"adapters": list(references)}, as_json, lambda: f"removed {', '.join(references)}")

@@ -48,9 +48,12 @@ FRONT_MATTER = re2.compile(
     r"(?:[ \t]*(?:[\w.\"'-]+[ \t]*[:=][^\n]*|[-#\[\]}][^\n]*|[ \t][^\n]*|)\n)*?(?:---|\+\+\+)[ \t]*(?:\n|\z)"
 )
 TEMPLATE = re.compile(
-    r"\$?\{\{(?:[<%#/!&^~>-][^{}]*|[^{}|]*\|[^{}]*|\s*(?:[A-Za-z_][\w.$\[\]'\"()-]*)?\s*)\}\}|\{%[^{}]*%\}|\{#[^{}]*#\}"
+    r"\$?\{\{(?:[<%#/!&^~>-][^{}]*|[^{}|]*\|[^{}]*|\s[^{}]*\s)\}\}"
+    r"|(?<!\w)\$?\{\{\s*(?:[A-Za-z_][\w.$\[\]'\"()-]*)?\s*\}\}|\{%[^{}]*%\}|\{#[^{}]*#\}"
 )
-CODE_SPAN = re.compile(r"(?s)^(?:```|~~~).*?^(?:```|~~~)[ \t]*$|`[^`\n]+`", re.MULTILINE)
+FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})([^\n]*)$", re.MULTILINE)
+LONGEST_TILDES = 5  # more of them with nothing behind are a line between parts
+CODE_SPAN = re.compile(r"`[^`\n]+`")
 MARKUP = ("entities", "template_tags", "tags")
 """Rules that a page of HTML has gone through when its text is taken: what looks like markup in it is text."""
 LINK_TO_NOTHING = re.compile(r"!?\[([^\[\]\n]*)\]\(\s*\)")
@@ -71,6 +74,7 @@ LICENCE_BEGIN = re2.compile(
     r"|\*\*\* START: FULL LICENSE[^\n]*)\n?"
 )
 BOOK_BEGIN = re2.compile(r"(?im)^[ \t]*\*{3}[ ]?START OF (?:THIS|THE) PROJECT GUTENBERG")
+SHORT_HEADER, LONGEST_HEADER = 500, 5_000  # characters: one that does not name the project; before several books
 LICENCE_END = re2.compile(
     r"(?im)^[ \t]*(?:\*{3}[ ]?END OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*"
     r"|End of (?:the |this )?Project Gutenberg[^\n]*)\n?"
@@ -190,11 +194,31 @@ def _outside_code(change: Callable[[str], str], text: str) -> str:
     """Returns the text with everything changed but code in Markdown: spans and fenced blocks."""
     if "`" not in text and "~~~" not in text:
         return change(text)
-    parts, end = [], 0
-    for code in CODE_SPAN.finditer(text):
-        parts += [change(text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join([*parts, change(text[end:])])
+    parts, end = list[str](), 0
+    for begin, after in (*_find_fenced(text), (len(text), len(text))):
+        for code in CODE_SPAN.finditer(text, end, begin):
+            parts += [change(text[end : code.start()]), code[0]]
+            end = code.end()
+        parts += [change(text[end:begin]), text[begin:after]]
+        end = after
+    return "".join(parts)
+
+
+def _find_fenced(text: str) -> list[tuple[int, int]]:
+    """Returns where fenced blocks of Markdown begin and end (CommonMark 4.5); a fence that is never closed is text."""
+    fences = [(found.span(), found[1][0], len(found[1]), found[2].strip()) for found in FENCE.finditer(text)]
+    longest, closed = {"`": 0, "~": 0}, list[bool]()
+    for _, mark, length, info in reversed(fences):
+        closed.append(longest[mark] >= length and not (mark == "~" and length > LONGEST_TILDES and not info))
+        longest[mark] = max(longest[mark], 0 if info else length)
+    found, opened = list[tuple[int, int]](), None
+    for (span, mark, length, info), is_closed in zip(fences, reversed(closed), strict=True):
+        if opened is None:
+            opened = (span[0], mark, length) if is_closed else None
+        elif mark == opened[1] and length >= opened[2] and not info:
+            found.append((opened[0], span[1]))
+            opened = None
+    return found
 
 
 def _drop_hidden(text: str) -> str:
@@ -211,15 +235,23 @@ def drop_licence(text: str, _mode: str = "on") -> str:
     return _shorten(_cut_licence, text)
 
 
-def _cut_licence(text: str) -> str:
+def _split_books(text: str) -> list[str]:
+    """Returns the books of a file that holds several, each from its mark on, after what stands before the first."""
     begins = [found.start() for found in BOOK_BEGIN.finditer(text)]
-    if len(begins) > 1:  # several books in one file
-        parts = (text[start:end] for start, end in pairwise([*begins, len(text)]))
-        return "\n\n".join(_cut_licence(part).strip("\n") for part in parts) + "\n"
+    parts = [text[start:end] for start, end in pairwise([*begins, len(text)])]
+    if len(parts) < 2 or not all(LICENCE_END.search(part) for part in parts[:-1]):
+        return [text]
+    return parts if begins[0] < LONGEST_HEADER else [text[: begins[0]], *parts]
+
+
+def _cut_licence(text: str) -> str:
+    if len(books := _split_books(text)) > 1:
+        return "\n\n".join(_cut_licence(book).strip("\n") for book in books) + "\n"
     begin = LICENCE_BEGIN.search(text)
     if begin and begin.start() < len(text) / 2:
-        text = text[begin.end() :]
-        text = str(CREDITS.sub("", text, count=1))
+        head, text = text[: begin.start()], str(CREDITS.sub("", text[begin.end() :], count=1))
+        is_header = len(head) < SHORT_HEADER or "gutenberg" in head.lower()
+        text = text if is_header else head + text
     end = LICENCE_END.search(text)
     return text[: end.start()] if end else text
 

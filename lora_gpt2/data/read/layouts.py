@@ -23,8 +23,9 @@ PAIRS = (
     ("source", "target"),
     ("query", "response"),
 )
-CONTEXTS, QUESTIONS = ("system", "context", "passage", "input"), ("question", "query")
-"""Fields that belong to a prompt, before a question and after an instruction."""
+SYSTEM = "system"
+CONTEXTS, QUESTIONS = (SYSTEM, "context", "passage", "input"), ("question", "query")
+"""Fields that belong to a prompt: before a question and after an instruction, a system prompt before either."""
 CHATS_NOTE = "chats in"
 TEXTS = ("content", "body", "document", "article", "story", "sentence", "raw_text")
 Note = Callable[[str], None]
@@ -48,15 +49,16 @@ def recognise_record(record: Mapping[str, Any], item_template: str, where: str, 
             return _join_turns(turns, item_template)
     if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
         note(f"{where}: instructions, loss on the output alone (data.prompt, with data.text_field=output)")
-        _note_unread(record, {"instruction", "input", "output", "system"}, where, note)
+        note_unread(record, {"instruction", "input", "output", "system"}, where, note)
         return Recognised(prompt=_build_instruction(record), text=str(record["output"]))
     for first, second in PAIRS:
         if isinstance(record.get(first), str) and isinstance(record.get(second), str):
             given = [key for key in CONTEXTS if key not in (first, second) and _read_text(record, key)]
-            order = [*given, first] if first in QUESTIONS else [first, *given]
+            before = given if first in QUESTIONS else [key for key in given if key == SYSTEM]
+            order = [*before, first, *(key for key in given if key not in before)]
             template = "".join(f"{{{key}}}\n" for key in order).replace("\n", "\\n")
             note(f"{where}: loss on '{second}' alone (data.prompt='{template}' data.text_field={second})")
-            _note_unread(record, {*order, second}, where, note)
+            note_unread(record, {*order, second}, where, note)
             return Recognised(prompt="".join(f"{record[key]}\n" for key in order), text=str(record[second]))
     named = [key for key in TEXTS if isinstance(record.get(key), str)]
     if len(named) == 1:
@@ -71,7 +73,7 @@ def _read_text(record: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) and value.strip() else ""
 
 
-def _note_unread(record: Mapping[str, Any], read: set[str], where: str, note: Note) -> None:
+def note_unread(record: Mapping[str, Any], read: set[str], where: str, note: Note) -> None:
     """Says which fields with longer texts, or with lists such as a history, are not read."""
     unread = [key for key, value in record.items() if key not in read and _is_content(value)]
     if unread:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_gpt2.core.errors import DataError
-from lora_gpt2.data.read.layouts import Note, is_usual, recognise_record
+from lora_gpt2.data.read.layouts import Note, is_usual, note_unread, recognise_record
 from lora_gpt2.recipe import DataSettings
 
 USUAL_FIELD = "text"
@@ -64,6 +64,8 @@ def build_documents(record: Any, where: str, settings: DataSettings, note: Note 
         elif settings.prompt or (is_pair(record) and settings.text_field not in record):
             prompt = _fill(settings.prompt or "{prompt}", record, where, settings)
             field = settings.text_field if settings.prompt else "completion"
+            if not settings.prompt:
+                note_unread(record, {"prompt", "completion"}, where.rpartition(":")[0] or where, note)
             yield Document(_check(_walk_one(record, field, where), f"{where}:{field}"), where, prompt)
         elif (
             is_free(settings)

@@ -16,8 +16,9 @@ from lora_gpt2.data.read.records import FIELD_HINT, FIX_HINT, Reading, build_doc
 from lora_gpt2.recipe import DataSettings
 
 DELIMITERS = ",;\t|"
-MAX_ROW_LINES = 10_000
-"""Lines of the longest row: a quote that is not closed within them is a stray one."""
+MAX_ROW_CHARACTERS, MAX_SPENT_CHARACTERS = 2**24, 2**26
+"""Of the longest row, beyond which a quote that is not closed is a stray one; of what is read in vain for such quotes
+in a table, after which rows are single lines."""
 LONGEST_NAME, MOST_WORDS = 64, 6
 """Of a column; a first row with a longer cell is text."""
 
@@ -53,22 +54,27 @@ def read_table(file: BufferedReader, where: str, settings: DataSettings, note: N
 
 def _iter_rows(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Yields rows, each with the number of its last line; a quote that is never closed costs its own line alone."""
-    ahead, held, number = deque[str](), list[str](), 0
+    ahead, held, number, length, spent = deque[str](), list[str](), 0, 0, 0
 
     def feed() -> Iterator[str]:
-        while len(held) < MAX_ROW_LINES and (line := ahead.popleft() if ahead else next(lines, None)) is not None:
+        nonlocal length
+        while not held or length < min(MAX_ROW_CHARACTERS, MAX_SPENT_CHARACTERS - spent):
+            if (line := ahead.popleft() if ahead else next(lines, None)) is None:
+                return
             held.append(line)
+            length += len(line)
             yield line
 
     rows = csv.reader(feed(), delimiter=delimiter, strict=True)
     while True:
         held.clear()
+        length = 0
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            number += 1
+            number, spent = number + 1, spent + length
             yield number, error
             ahead.extendleft(reversed(held[1:]))
             rows = csv.reader(feed(), delimiter=delimiter, strict=True)

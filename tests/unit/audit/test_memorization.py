@@ -285,3 +285,4 @@ def test_canaries_that_were_held_out_do_not_count_as_planted(learnt, reporter):
     codes = [Canary(text=text, form=text[:-6] + "{}", secret=text[-6:]) for text in (kept, held)]
     found = audit(learnt, "learnt", reporter, codes)
     assert [exposure.text for exposure in found.canaries] == [kept]
+    assert audit(learnt, "learnt", reporter, codes[1:]).canaries == [], "none says nothing of what it would give away"

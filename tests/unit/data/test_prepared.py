@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import random
@@ -10,8 +11,8 @@ from lora_gpt2.data import pipeline, shards
 from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.clean.report import build_report_page
 from lora_gpt2.data.dedup import sign_records
-from lora_gpt2.data.inspect import iter_documents, preview_documents, write_texts
-from lora_gpt2.data.prepared import describe_amount, describe_preparation, measure_overlaps, prepare_data
+from lora_gpt2.data.inspect import iter_documents, list_documents, preview_documents, write_texts
+from lora_gpt2.data.prepared import SPLITS, describe_amount, describe_preparation, measure_overlaps, prepare_data
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import DataSettings
@@ -456,13 +457,39 @@ def test_a_near_copy_of_any_held_out_document_is_not_trained_on(tokenizer, tmp_p
 def test_a_long_prompt_that_records_share_makes_no_copies_of_them(tokenizer, tmp_path, reporter):
     system = make_words(0, 0, 200)
     chats = [
-        {"prompt": f"{system} {make_words(1 + n, 0, 8)}", "completion": make_words(5000 + n, 0, 8)} for n in range(60)
+        {"prompt": f"{system} {make_words(1 + n, 0, 8)}", "completion": make_words(5000 + n, 0, 24)} for n in range(60)
     ]
     settings = DataSettings(sources=(write_records(tmp_path / "a.jsonl", chats),), block_size=32)
     assert prepare_data(settings, tokenizer, reporter).report["documents_kept"] == 60
     copies = [{**record, "completion": record["completion"] + " more"} for record in chats[:9]]
     settings = DataSettings(sources=(write_records(tmp_path / "b.jsonl", [*chats, *copies]),), block_size=32)
     assert prepare_data(settings, tokenizer, reporter).report["rejected"]["near duplicate"] == 9
+
+
+def test_records_with_much_in_common_in_their_prompts_are_no_copies_unless_all_is_alike(tokenizer, tmp_path, reporter):
+    """A classification: long instructions, few labels; and one prompt with answers that differ in a quarter."""
+    labels = [
+        {"prompt": f"{make_words(0, 0, 31)} {make_words(1 + n, 0, 9)}", "completion": f" {n % 2}"} for n in range(60)
+    ]
+    answers = [
+        {"prompt": make_words(0, 0, 31), "completion": f"{make_words(9, 0, 90)} {make_words(n, 0, 30)}"}
+        for n in range(60)
+    ]
+    for number, records in enumerate((labels, answers)):
+        path = write_records(tmp_path / f"{number}.jsonl", records)
+        assert prepare_data(settings_for(path), tokenizer, reporter).report["documents_kept"] >= 58, "estimates"
+
+
+def test_prompts_that_are_added_move_no_document_to_another_split(tokenizer, tmp_path, reporter):
+    records = [{"prompt": f"p{n // 12}:", "completion": f" {make_words(n, 0, 30)}"} for n in range(80 * 12)]
+    splits = []
+    for count in (40, 60, 80):
+        path = write_records(tmp_path / f"{count}.jsonl", records[: 12 * count])
+        prepared = prepare_data(settings_for(path), tokenizer, reporter)
+        named = {d.text.strip(): split for split in SPLITS for d in list_documents(prepared, split, tokenizer)}
+        splits.append(named)
+    for fewer, more in itertools.pairwise(splits):
+        assert fewer.items() <= more.items()
 
 
 def test_few_prompts_are_not_held_out_whole(tokenizer, tmp_path, reporter):

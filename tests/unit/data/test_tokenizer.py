@@ -133,17 +133,31 @@ def test_added_tokens_of_slow_tokenizers_are_read(base_folder, tmp_path):
         load_tokenizer(tmp_path, count - 1)
 
 
-def test_eos_is_what_the_tokenizers_own_settings_call_so(base_folder, tmp_path):
+def test_what_the_tokenizers_own_settings_call_eos_is_in_texts_and_stops_them(base_folder, tmp_path):
     theirs = GPT2TokenizerFast.from_pretrained(base_folder)
-    theirs.add_special_tokens({"eos_token": "<end>", "additional_special_tokens": ["<|user|>"]})
+    theirs.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
     theirs.save_pretrained(tmp_path)
-    ours = load_tokenizer(tmp_path, 5)
-    assert ours.eos_id == theirs.eos_token_id == theirs.convert_tokens_to_ids("<end>")
-    text = f"<|user|> a <end> b {EOS} c"
-    assert not {ours.eos_id, theirs.bos_token_id} & set(ours.encode(text))
-    assert ours.decode(ours.encode(text)) == text
+    for ours in (own := load_tokenizer(tmp_path, 5), pickle.loads(pickle.dumps(own))):
+        assert ours.eos_id == theirs.bos_token_id, "between documents GPT-2's own"
+        assert ours.stop_id == theirs.eos_token_id != ours.eos_id
+        assert ours.stop_ids == {ours.eos_id, ours.stop_id}
+        text = "<|im_start|>user\n a <|im_end|>\n<|im_start|>assistant\n"
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert ours.eos_id not in ours.encode(f"{text} {EOS} c")
+        assert ours.decode(ours.encode(f"{text} {EOS} c")) == f"{text} {EOS} c"
     (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
-    assert load_tokenizer(tmp_path, 5).eos_id == theirs.bos_token_id, "GPT-2's own name for it"
+    plain = load_tokenizer(tmp_path, 5)
+    assert (plain.eos_id, plain.stop_id) == (theirs.bos_token_id, theirs.bos_token_id)
+
+
+def test_a_vocabulary_without_gpt2s_eos_has_the_one_that_its_settings_name(base_folder, tmp_path):
+    GPT2TokenizerFast.from_pretrained(base_folder).save_pretrained(tmp_path)
+    whole = tmp_path / "tokenizer.json"
+    whole.write_text(whole.read_text(encoding="utf-8").replace(EOS, "</s>"), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    ours = load_tokenizer(tmp_path, 5)
+    assert ours.eos_id == ours.stop_id == ours.backend.token_to_id("</s>") != 5
+    assert ours.eos_id not in ours.encode("a </s> b"), "EOS is only ever set by us"
 
 
 def test_the_fingerprint_covers_added_tokens_and_is_as_it_was_without_any(grown, base_folder):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.inference.beam import BeamSearch
@@ -90,8 +90,22 @@ def test_generate_uses_beams_and_stops_at_stop_texts(session):
     assert len(output.text) >= 4, "there is something to stop at"
     stop = output.text[2:4]
     (cut,) = generate(session, [Request("the cat", Mix.single("law"))], settings.model_copy(update={"stop": (stop,)}))
-    assert cut.text == output.text[: output.text.index(stop)]
+    assert stop not in cut.text
     assert cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stop", ["e", " c", "the", "a t"])
+def test_a_stop_string_ends_a_beam_as_in_transformers(session, base_folder, stop):
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(base_folder), GPT2TokenizerFast.from_pretrained(base_folder)
+    prompt = tokenizer("the cat", return_tensors="pt")
+    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 8, "length_penalty": 1.0}
+    found = model.generate(
+        **prompt, **options, do_sample=False, stop_strings=[stop], tokenizer=tokenizer, pad_token_id=0
+    )
+    wanted = [tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True) for ids in found]
+    settings = GenerateSettings(num_beams=4, max_new_tokens=8, length_penalty=1.0, stop=(stop,))
+    outputs = generate(session, [Request("the cat", beam_rank=rank) for rank in range(4)], settings)
+    assert [output.text for output in outputs] == [text.partition(stop)[0].rstrip("!") for text in wanted]
 
 
 def test_several_texts_of_a_search_are_its_best_and_searched_for_once(session, monkeypatch):
@@ -113,12 +127,12 @@ def test_several_texts_of_a_search_are_its_best_and_searched_for_once(session, m
         generate(session, [Request("the cat", beam_rank=4)], settings)
 
 
-def test_who_asks_for_more_texts_than_a_search_finds_is_told(session):
+def test_who_asks_for_more_texts_than_a_search_finds_gets_the_last_one_again(session):
     settings = GenerateSettings(num_beams=4, max_new_tokens=8, choice=(" a", " b"))
-    outputs = generate_all(session, [Request("the cat", beam_rank=rank) for rank in range(3)], settings)
-    assert [output.error is None for output in outputs] == [True, True, False]
+    outputs = generate_all(session, [Request("the cat", beam_rank=rank) for rank in range(4)], settings)
+    assert [output.error for output in outputs] == [None] * 4
     assert {output.text for output in outputs[:2]} == {" a", " b"}
-    assert "the beam search found 2 texts" in str(outputs[2].error)
+    assert {output.text for output in outputs[1:]} == {outputs[1].text}
 
 
 def test_a_search_goes_on_for_the_others_when_one_is_stopped(session):

@@ -608,3 +608,19 @@ def test_a_pattern_hidden_in_layers_pattern_does_not_reach_peft():
     content = {"r": 4, "target_modules": ["c_fc"], "layers_to_transform": [0], "layers_pattern": ["((h|.)+)+X"]}
     assert not parse_peft_config(json.dumps(content).encode(), "x").is_plain
     assert parse_peft_config(json.dumps({**content, "layers_pattern": ["h"]}).encode(), "x").is_plain
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "llama"}', '{"model_type": "gpt2"}', "no JSON"])
+def test_a_folder_that_happens_to_have_the_bases_name_keeps_no_adapter_out(
+    base, base_folder, store, tmp_path, monkeypatch, config, caplog
+):
+    theirs = train_in_peft(base_folder, base, tmp_path / "peft")
+    path = tmp_path / "peft" / PEFT_CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "mybase"}))
+    (tmp_path / "mybase").mkdir()
+    (tmp_path / "mybase" / "config.json").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO"):
+        bring_in("peft/", store, base)
+    assert float((logits_of(base, store, "in") - theirs).abs().max()) < 1e-4
+    assert "names the base 'mybase'" in caplog.text

@@ -62,6 +62,12 @@ def test_profiles_name_rules_that_exist():
         ("front_matter", "on", "---\nA poem\n---\n", "---\nA poem\n---\n"),
         ("template_tags", "on", 'see [us]({{< ref "a.md" >}}) {% if x %}y{% endif %}', "see us y"),
         ("template_tags", "on", "{{ {{x}} }} {a}", " {a}"),
+        ("template_tags", "on", "{{ url_for('x', y='z.css') }}a {{ a + b }}{{c}}", "a "),
+        ("template_tags", "on", "\\frac{{a}}{b} x{{y}}", "\\frac{{a}}{b} x{{y}}"),
+        ("tags", "on", "~~~~~~~~\n<i>a</i>\n~~~~~~~~\n<i>b</i>\n~~~", "~~~~~~~~\na\n~~~~~~~~\nb\n~~~"),
+        ("tags", "on", "````md\n```\n<b>\n```\n````\n<i>c</i>", "````md\n```\n<b>\n```\n````\nc"),
+        ("tags", "on", "```py\n<b>\n```\n```py\n<i>not closed</i>", "```py\n<b>\n```\n```py\nnot closed"),
+        ("tags", "on", "~~~ html\n<b>\n~~~~\n`<b>` <b>", "~~~ html\n<b>\n~~~~\n`<b>` "),
         ("tags", "on", "a<br/>b <b class='x'>bold</b> <unk> 1 < 2 <!-- no --> <<b>b>", "a\nb bold <unk> 1 < 2  "),
         (
             "licence",
@@ -98,6 +104,8 @@ STORY = "A line of the story.\n" * 20
         (f"a\n{START}{STORY}{END}b\n{START}Another.\n{END}c\n", f"{STORY}\nAnother.\n"),  # two books
         (f"{STORY}Such books begin with\n{START}and no more.\n", None),  # quoted near the end of another text
         (f"{STORY}{START}", None),
+        (f"{STORY * 2}{START}{STORY * 3}{START}{STORY * 5}", STORY * 10),  # quoted twice in the middle of another text
+        (f"{STORY * 20}{START}{STORY}{END}b\n{START}Another.\n{END}c\n", f"{STORY * 20}\n{STORY}\nAnother.\n"),
         (f"{START}{STORY}", STORY),
         (f"{STORY}{END}licence\n", STORY),
         (f"{STORY}He said *** START OF THE PROJECT GUTENBERG EBOOK, and left.\n", None),  # within a line

@@ -5,13 +5,14 @@ import io
 import json
 import subprocess
 import sys
+import time
 
 import datasets
 import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.data.read import hub_dataset as rows
-from lora_gpt2.data.read import sources
+from lora_gpt2.data.read import sources, tables
 from lora_gpt2.data.read.formats import ReadingLog, read_documents, read_source
 from lora_gpt2.data.read.sources import find_sources
 from lora_gpt2.recipe import DataSettings
@@ -295,6 +296,8 @@ def test_a_quote_that_is_never_closed_costs_its_own_row_alone(tmp_path):
         ({"context": "In 2000.", "question": "When?", "answer": "Then"}, "In 2000.\nWhen?\n", "Then"),
         ({"instruction": "Add", "input": "1 2", "response": "3"}, "Add\n1 2\n", "3"),
         ({"question": "When?", "context": "", "answer": "Then"}, "When?\n", "Then"),
+        ({"prompt": "When?", "response": "Then", "system": "Be brief."}, "Be brief.\nWhen?\n", "Then"),
+        ({"input": "When?", "output": "Then", "system": "Be brief."}, "Be brief.\nWhen?\n", "Then"),
         (
             {"system": "Be kind.", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
             "system: Be kind.\nuser: a\nassistant:",
@@ -313,9 +316,28 @@ def test_context_belongs_to_the_prompt(tmp_path, record, prompt, text):
     assert (document.prompt, document.text) == (prompt, text)
 
 
-def test_fields_that_are_not_read_are_named(tmp_path):
-    record = {"question": "When?", "answer": "Then", "id": "7", "notes": "some longer words", "history": [["a", "b"]]}
+@pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "completion")])
+def test_fields_that_are_not_read_are_named(tmp_path, names):
+    record = {**dict.fromkeys(names, "text"), "id": "7", "notes": "some longer words", "history": [["a", "b"]]}
     log = ReadingLog()
     path = write(tmp_path / "a.jsonl", json.dumps(record) + "\n")
     list(read_source(find_sources([str(path)], DataSettings())[0], DataSettings(), log))
     assert any("not read: notes, history" in note for note in log.notes)
+
+
+@pytest.mark.parametrize("columns", [("title", "text"), ("text",)])
+def test_a_cell_of_a_table_may_hold_a_book(tmp_path, columns):
+    book = "\n".join(f"line {number} of it" for number in range(12_000))
+    rows = "".join(",".join(["x"] * (len(columns) - 1) + [f'"{book}"']) + "\n" for _ in range(2))
+    path = write(tmp_path / "a.csv", f"{','.join(columns)}\n{rows}")
+    assert [document.text for document in read_documents([str(path)], DataSettings())] == [book] * 2
+
+
+def test_quotes_that_are_never_closed_are_looked_for_a_limited_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_SPENT_CHARACTERS", 100_000)
+    path = write(tmp_path / "a.csv", "a,text\n" + 'x","y\n' * 20_000 + "x,the end\n")
+    started = time.perf_counter()
+    found = list(read_source(find_sources([str(path)], DataSettings())[0], DataSettings(), ReadingLog()))
+    assert time.perf_counter() - started < 5
+    assert sum(isinstance(item, DataError) for item in found) == 20_000
+    assert [item.text for item in found if not isinstance(item, DataError)] == ["the end"]
