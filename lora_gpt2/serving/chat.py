@@ -63,7 +63,11 @@ def parse_chat(content: bytes) -> ChatBody:
     values = parse_json(content)
     if any(values.get(name) for name in ("tools", "functions")):
         raise ApiError(400, "tools are not supported: GPT-2 continues text", "tools")
-    values = {key: value for key, value in values.items() if key not in ("tools", "functions", "tool_choice")}
+    values = {
+        key: value
+        for key, value in values.items()
+        if key not in ("tools", "functions", "tool_choice", "parallel_tool_calls")
+    }
     try:
         body = ChatBody.model_validate(values)
     except ValidationError as error:
@@ -172,7 +176,7 @@ class ChatChoice(CompletionChoice):
         message = {"content": text, **({"role": "assistant"} if self._is_first or not self.body.stream else {})}
         logprobs = None
         if self.body.logprobs is not None:
-            found = [item for item in self._logprobs if isinstance(item, TokenLogprobs)]
+            found = [item for _, item in self._take_logprobs(self._text) if isinstance(item, TokenLogprobs)]
             logprobs = {"content": [self._describe_token(item) for item in found], "refusal": None}
         self._has_text = self._has_text or bool(self._text)
         self._is_first, self._text, self._logprobs = False, "", []

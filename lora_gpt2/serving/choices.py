@@ -20,7 +20,8 @@ class CompletionChoice:
         self._text, self._finish_reason = "", ""
         self._logprobs: list[int | TokenLogprobs] = []
         self._is_first = True
-        self._offset, self._stream = 0, TextStream(sequence.tokenizer)
+        self._held: list[tuple[int, int | TokenLogprobs]] = []
+        self._offset, self._length, self._stream = 0, 0, TextStream(sequence.tokenizer)
 
     def add(self, output: StepOutput) -> None:
         """Adds an output of the sequence."""
@@ -33,29 +34,46 @@ class CompletionChoice:
     def take_json(self) -> dict[str, Any]:
         """Returns what was added since the last call, as an element of `choices`; the first one may echo the prompt."""
         sequence, echoes, logprobs = self.sequence, self.body.echo and self._is_first, None
+        text = (sequence.tokenizer.decode(sequence.prompt_ids) if echoes else "") + self._text
         if self.body.logprobs is not None:
             if echoes and not isinstance(next(iter(self._logprobs), None), int):
                 self._logprobs.insert(0, sequence.prompt_ids[0])  # a prompt of one token has no log-probabilities
-            logprobs = self._describe(self._logprobs, self.body.logprobs)
-        text = (sequence.tokenizer.decode(sequence.prompt_ids) if echoes else "") + self._text
+            logprobs = self._describe(self._take_logprobs(text), self.body.logprobs)
         self._is_first, self._text, self._logprobs = False, "", []
         reason = self._finish_reason or None
         return {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _describe(self, items: Sequence[int | TokenLogprobs], count: int) -> dict[str, Any]:
+    def _take_logprobs(self, text: str) -> list[tuple[int, int | TokenLogprobs]]:
+        """Returns the tokens whose text begins in what was given out, now with `text`, each with its offset there.
+
+        Those behind a stop string are never given out, like their text.
+        """
+        for item in self._logprobs:
+            token = item if isinstance(item, int) else item.token
+            shown, new = show_token(token, self.sequence.tokenizer), self._stream.push(token)
+            broken = len(new) - len(shown) if new.endswith(shown) else 0  # what is left of a character before it
+            self._held.append((self._offset + broken, item))
+            self._offset += len(new)
+        self._length += len(text)
+        is_whole = bool(self._finish_reason) and self._length >= self._offset
+        count = sum(is_whole or offset < self._length for offset, _ in self._held)
+        taken, self._held = self._held[:count], self._held[count:]
+        return taken
+
+    def _describe(self, items: Sequence[tuple[int, int | TokenLogprobs]], count: int) -> dict[str, Any]:
         """Returns tokens as OpenAI does; the prompt's first is an id alone, because it has no log-probability."""
         tokenizer = self.sequence.tokenizer
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for item in items:
+        for offset, item in items:
             token, logprob, top = (item, None, ()) if isinstance(item, int) else (item.token, item.logprob, item.top)
-            shown, text = show_token(token, tokenizer), self._stream.push(token)
+            shown = show_token(token, tokenizer)
             found["tokens"].append(shown)
             found["token_logprobs"].append(logprob)
             alternatives = {show_token(other, tokenizer): value for other, value in top[:count]}
+            if count and logprob is not None:
+                alternatives.setdefault(shown, logprob)  # the chosen one is always among them
             found["top_logprobs"].append(alternatives or None)
-            broken = len(text) - len(shown) if text.endswith(shown) else 0  # what is left of a character before it
-            found["text_offset"].append(self._offset + broken)
-            self._offset += len(text)
+            found["text_offset"].append(offset)
         return found | ({} if count else {"top_logprobs": None})
 
 

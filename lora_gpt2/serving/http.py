@@ -162,6 +162,8 @@ class HttpServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Lets what has begun end, then stops."""
         self.served.is_draining = True
+        if self.served.job is not None:
+            self.served.job.tell_to_end()
         started = time.monotonic()
         await super().shutdown(sockets)
         limit = self.config.timeout_graceful_shutdown
@@ -213,6 +215,8 @@ def serve(server: Server, bound: socket.socket, reporter: Reporter) -> None:
     said = f"serving {server.session.base.name} at {describe_url(bound)} (Ctrl-C ends it)"
     http = build_http(server, lambda: reporter.message(said))
     server.worker.start()
+    if server.job is not None:
+        server.job.offer_interrupted()
     with catch_signals() as stop:
         http.stop = stop  # uvicorn itself knows nothing of SIGHUP
         try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -15,7 +17,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.rating.form import FOLDER, SCRIPT, STYLE, build_form
-from lora_gpt2.rating.rounds import add_answers, check_answer, check_saved, read_round
+from lora_gpt2.rating.rounds import add_answers, check_answer, check_saved, read_answers, read_round
 from lora_gpt2.serving.http import PatientProtocol, build_config, describe_url
 from lora_gpt2.serving.middleware import Access, AccessMiddleware
 
@@ -51,7 +53,16 @@ def build_rating_server(folder: Path) -> uvicorn.Server:
             return _refuse(400, error.message)
         return JSONResponse({"kept": len(answers)})
 
-    routes = [Route("/", show), Route("/answers", take, methods=["POST"]), *(Route(f"/{name}", give) for name in KINDS)]
+    async def count(request: Request) -> Response:
+        known = Counter(answer.rater for answer in await run_in_threadpool(read_answers, folder, round_))
+        return JSONResponse({"raters": known})
+
+    routes = [
+        Route("/", show),
+        Route("/raters", count),
+        Route("/answers", take, methods=["POST"]),
+        *(Route(f"/{name}", give) for name in KINDS),
+    ]
     return uvicorn.Server(
         build_config(AccessMiddleware(Starlette(routes=routes), Access()), PatientProtocol, DRAIN_SECONDS)
     )

@@ -30,10 +30,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from lora_gpt2.core.dirs import find_cache_dir
-from lora_gpt2.core.errors import NotFoundError
+from lora_gpt2.core.errors import LoraGpt2Error, NotFoundError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.names import check_name
 from lora_gpt2.core.printable import hide_paths
+from lora_gpt2.core.processes import describe_process, has_ended
 from lora_gpt2.serving.answers import ApiError, answer_errors, read_json
 from lora_gpt2.serving.middleware import Access
 from lora_gpt2.store.catalog import Store
@@ -42,7 +43,10 @@ from lora_gpt2.training.run_status import OWNER
 
 UPLOAD_SECONDS, KILL_SECONDS, KEPT_SECONDS = 300.0, 60.0, 7 * 86400.0
 MOST_NAME, MOST_ENDING, MOST_STEPS, MOST_RUNS = 100, 16, 1_000_000, 8
-LOG_NAME, RESULT_NAME, LAST_BYTES = "~log", "~result", 2048  # beside the file that was sent; in no file's name
+LOG_NAME, RESULT_NAME, KEPT_NAME = "~log", "~result", "~training"  # beside the file that was sent; in no file's name
+LAST_BYTES = 2048
+KEPT = ("base", "block_size", "name", "settings", "plan", "plan_id")
+INTERRUPTED = "InterruptedRunError"
 OWN_GROUP: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for the server, which tells its training once
 if os.name == "nt":
     OWN_GROUP = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
@@ -74,12 +78,15 @@ class TrainingJob:
     name: str = ""
     settings: tuple[str, ...] = ()
     plan: dict[str, Any] | None = None
+    upload_id: str = ""
+    plan_id: str = ""
     adapter: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     owner: str = field(default_factory=lambda: secrets.token_hex(8))
     _folder: Path | None = None
     _log: Path | None = None
     _process: subprocess.Popen[bytes] | None = None
+    _told: subprocess.Popen[bytes] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def list_routes(self) -> list[BaseRoute]:
@@ -112,11 +119,12 @@ class TrainingJob:
                     self._check_free()  # it took a while
                     self._forget_upload()
                     self._folder, self.upload, self.state = folder, target, "idle"
+                    self.upload_id = folder.name
                     self.plan = self.adapter = self.error = None
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-        return JSONResponse({"file": target.name, "bytes": size})
+        return JSONResponse({"file": target.name, "bytes": size, "id": folder.name})
 
     def _forget_upload(self) -> None:
         if self._folder is not None:
@@ -137,19 +145,25 @@ class TrainingJob:
         return size
 
     async def begin_plan(self, request: Request) -> Response:
-        """POST plan {"name", "steps", "forget"}: reads the text, and says what training on it will take."""
+        """POST plan {"name", "steps", "forget"}: reads the text, and says what training on it will take.
+
+        With the `upload` id of a file, only that one; somebody else may have sent another meanwhile.
+        """
         self.access.check_control(request.headers)
-        named = read_settings(await read_json(request))
-        self._start("planning", ["plan", "--json"], named)
+        body = await read_json(request)
+        self._start("planning", ["plan", "--json"], ("upload", body.get("upload")), read_settings(body))
         return JSONResponse(await run_in_threadpool(self._describe), 202)
 
     async def begin_training(self, request: Request) -> Response:
-        """POST train {"begin": null, "resume" or "fresh"}: trains what was planned."""
+        """POST train {"begin": null, "resume" or "fresh"}: trains what was planned, with a `plan` id only that."""
         self.access.check_control(request.headers)
-        begin = (await read_json(request)).get("begin")
+        body = await read_json(request)
+        begin = body.get("begin")
         if begin not in (None, "resume", "fresh"):
             raise ApiError(400, "begin is resume, fresh or null", "begin")
-        self._start("training", ["train", "--json", *([] if begin is None else [f"--{begin}"])])
+        self._start(
+            "training", ["train", "--json", *([] if begin is None else [f"--{begin}"])], ("plan", body.get("plan"))
+        )
         return JSONResponse(await run_in_threadpool(self._describe), 202)
 
     def _check_free(self) -> None:
@@ -160,15 +174,22 @@ class TrainingJob:
         self,
         state: Literal["planning", "training"],
         command: Sequence[str],
+        meant: tuple[Literal["upload", "plan"], Any],
         named: tuple[str, tuple[str, ...]] | None = None,
     ) -> None:
-        """Starts the command on what was sent; `named` is the name and the settings of a new plan."""
+        """Starts the command on what was sent; `named` is the name and the settings of a new plan.
+
+        `meant` is the id of what it is for, None for whatever is there.
+        """
         with self._lock:
             self._check_free()
+            if meant[1] not in (None, self.upload_id if meant[0] == "upload" else self.plan_id):
+                what = {"upload": "text was sent", "plan": "plan was made"}[meant[0]]
+                raise ApiError(409, f"another {what} meanwhile: plan again", meant[0])
             if self.upload is None or self._folder is None or not self.upload.exists():
                 raise ApiError(409, "send a file first")
             if named is not None:
-                (self.name, self.settings), self.plan = named, None
+                (self.name, self.settings), self.plan, self.plan_id = named, None, secrets.token_hex(8)
             elif self.plan is None:
                 raise ApiError(409, "plan it first")
             where = ["--store", str(self.store), "--base", self.base, "--set", f"data.block_size={self.block_size}"]
@@ -180,7 +201,40 @@ class TrainingJob:
                     line, stdin=subprocess.DEVNULL, stdout=out, stderr=log, env=self._environment, **OWN_GROUP
                 )
             self.state, self.error = state, None
+            if state == "training":
+                self._keep()
         threading.Thread(target=self._follow, args=(self._process, result, state), daemon=True).start()
+
+    def _keep(self) -> None:
+        """Writes what is trained beside the file, so that a server that begins later can offer to resume it."""
+        assert self._folder is not None
+        assert self.upload is not None
+        kept = {key: getattr(self, key) for key in KEPT} | {
+            "file": self.upload.name,
+            "store": str(self.store.absolute()),
+        }
+        kept |= describe_process()
+        with contextlib.suppress(OSError):
+            (self._folder / KEPT_NAME).write_text(json.dumps(kept), encoding="utf-8")
+
+    def offer_interrupted(self) -> None:
+        """Takes up what an earlier server was training over this store and base when it ended, to be resumed."""
+        folders = (find_cache_dir() / "uploads").glob(f"*/{KEPT_NAME}")
+        for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                kept = json.loads(path.read_bytes())
+                is_ours = kept["store"] == str(self.store.absolute()) and kept["base"] == self.base
+                file = path.parent / clean_file_name(kept["file"])
+                named = check_name(kept["name"]), tuple(map(str, kept["settings"]))
+            except (OSError, ValueError, KeyError, TypeError, LoraGpt2Error):
+                continue
+            is_left = has_ended(kept) and file.is_file() and bool(kept["plan"])
+            if is_ours and kept["block_size"] == self.block_size and is_left:
+                self._folder, self.upload, self.upload_id = path.parent, file, path.parent.name
+                (self.name, self.settings), self.plan, self.plan_id = named, kept["plan"], str(kept["plan_id"])
+                message = f"training {self.name} on {file.name} was interrupted when the server ended"
+                self.state, self.error = "failed", {"type": INTERRUPTED, "message": message, "hint": "resume it"}
+                return
 
     @property
     def _environment(self) -> dict[str, str]:
@@ -219,6 +273,7 @@ class TrainingJob:
         said = {"state": self.state, "name": self.name, "file": self.upload.name if self.upload else None}
         error = self.error and {key: hide_paths(str(value)) for key, value in self.error.items()}
         found: dict[str, Any] = {"plan": self.plan, "adapter": self.adapter, "error": error, "line": self._read_line()}
+        found |= {"upload_id": self.upload_id, "plan_id": self.plan_id}
         versions = Store(self.store).list_versions(self.name) if self.name else []
         found["next_version"] = max(versions, default=0) + 1
         limits = {"base": Path(self.base).name, "max_upload_bytes": self.max_upload_bytes}
@@ -232,11 +287,22 @@ class TrainingJob:
                     return folder.name
         return None
 
-    def close(self) -> None:
-        """Tells a training to keep a checkpoint and end; `train` with --resume goes on, so what was sent stays."""
+    @property
+    def is_busy(self) -> bool:
+        """True while a text is planned or trained on."""
+        return self._process is not None
+
+    def tell_to_end(self) -> None:
+        """Tells a training, once, to keep a checkpoint and end; a second signal would kill it."""
         process = self._process
-        if process is not None:
+        if process is not None and process is not self._told:
+            self._told = process
             process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
+
+    def close(self) -> None:
+        """Waits until a training has kept a checkpoint and ended; it goes on where `offer_interrupted` is asked."""
+        self.tell_to_end()
+        if (process := self._process) is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILL_SECONDS)
 

@@ -166,7 +166,7 @@ class RunPages:
 
     async def _iter_events(self, watched: _Watched) -> AsyncIterator[str]:
         cursor, sent_at = _Cursor(), 0.0
-        while not self.is_closing():
+        while not self.is_closing() or (self.job and self.job.is_busy):  # it shows how a training ends
             async with watched.lock:
                 reader = await watched.refresh()
                 message = await run_in_threadpool(cursor.take, reader)
@@ -188,7 +188,7 @@ class RunPages:
         reader = RunReader(await run_in_threadpool(self._find, request), has_curves=False)
         if name is not None and name not in reader.names:
             raise ApiError(404, "no adapter of this run has that name", "adapter")
-        if reader.status.get("state") != "training":
+        if reader.state != "training":
             raise ApiError(409, "the run has ended")
         await run_in_threadpool(request_stop, reader.folder, ALL if name is None else name)
         return JSONResponse({"asked": name})
@@ -201,12 +201,13 @@ class _Cursor:
     generation: int = -1
     counts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
+    state: str = ""
 
     def take(self, reader: RunReader) -> dict[str, Any] | None:
         """Returns what is new, None if nothing is."""
         before, self.counts = self.counts, {name: _count(curves) for name, curves in reader.curves.items()}
-        is_same = reader.status == self.status
-        self.status = reader.status
+        is_same = (reader.status, reader.state) == (self.status, self.state)
+        self.status, self.state = reader.status, reader.state
         if reader.generation != self.generation:
             self.generation = reader.generation
             return reader.to_json()
@@ -226,7 +227,7 @@ def _describe(run: RunReader) -> dict[str, Any]:
     names = run.names
     shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     begun = run.description.get("started", "")
-    return {"key": run.folder.name, "adapters": shown, "state": run.status.get("state", ""), "begun": begun}
+    return {"key": run.folder.name, "adapters": shown, "state": run.state, "begun": begun}
 
 
 def build_watch_server(pages: RunPages) -> uvicorn.Server:

@@ -17,10 +17,12 @@ from typing import Any
 
 from lora_gpt2.core.errors import NotFoundError
 from lora_gpt2.core.printable import hide_paths
+from lora_gpt2.core.processes import has_ended
 from lora_gpt2.training.run_status import METRICS_ENDING, RUN, STATUS
 
 MOST_POINTS = 16_384  # of all adapters together
-PRIVATE = ("store", "process", "owner")  # of this machine
+PRIVATE = ("store", "process", "born", "host", "owner")  # of this machine
+KILLED = "it was killed; the same command with --resume goes on from its last checkpoint"
 LEAST_POINTS = 128  # of an adapter
 COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "gradient_norm", "divergence")
 MEASURED = ("step", "validation_loss", "memory_bytes", "sample", "validation_divergence")
@@ -122,6 +124,12 @@ class RunReader:
         """The names of the adapters."""
         return [str(adapter.get("name")) for adapter in self.description.get("adapters", [])]
 
+    @property
+    def state(self) -> str:
+        """The state of the run, or `killed` where its process went without a word; "" before it has said anything."""
+        state = str(self.status.get("state", ""))
+        return "killed" if state in ("training", "waiting") and has_ended(self.description) else state
+
     def refresh(self) -> None:
         """Reads what was written since the last time."""
         description = self._read(RUN) or self.description
@@ -173,8 +181,9 @@ class RunReader:
     def describe_status(self) -> dict[str, Any]:
         """Returns the status, and for how many seconds nothing has been written."""
         quiet = max(0, round(time.time() - self.news_at)) if self.news_at else 0
-        message = hide_paths(str(self.status.get("message", "")))
-        return {**self.status, "message": message, "quiet_seconds": quiet}
+        state, message = self.state, hide_paths(str(self.status.get("message", "")))
+        message = KILLED if state == "killed" else message
+        return {**self.status, "state": state, "message": message, "quiet_seconds": quiet}
 
 
 def describe_curves(run: Mapping[str, Any], status: Mapping[str, Any], curves: Mapping[str, Curves]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from lora_gpt2.core.errors import Interrupted, LoraGpt2Error, Waiting
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
+from lora_gpt2.core.processes import describe_process
 
 RUN, STATUS, METRICS_ENDING, STOP_ENDING = "run.json", "status.json", ".metrics.jsonl", ".stop"
 ALL = "~all"  # no adapter's name
@@ -54,7 +55,7 @@ class RunStatus:
 
     def _begin(self, description: Mapping[str, Any]) -> None:
         """Writes the description; what was asked for at an earlier time is dropped."""
-        started: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "process": os.getpid()}
+        started = {"started": datetime.now(UTC).isoformat(timespec="seconds"), **describe_process()}
         started["owner"] = os.environ.get(OWNER, "")
         with wrap_os_errors(f"write to {self.folder}"):
             for path in self.folder.glob(f"*{STOP_ENDING}"):

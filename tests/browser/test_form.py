@@ -51,9 +51,13 @@ def test_a_form_that_was_sent_gives_answers_that_can_be_imported(browser, tmp_pa
     page.wait_for_selector(".text")
     assert "1 of 2 done" in page.inner_text("main"), "it goes on after it was closed"
     answer(page, prefers_first_adapter)
-    assert "All done" in page.inner_text("main")
+    assert "All judged" in page.inner_text("main")
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.get_by_role("button", name="Another rater").click()
+    assert "All judged" in page.inner_text("main"), "answers that were not saved are not thrown away unasked"
     with page.expect_download() as download:
         page.get_by_role("button", name="Save answers").click()
+    assert "All done" in page.inner_text("main")
     download.value.save_as(tmp_path / "answers.json")
     page.close()
     assert import_answers(folder, MADE, [tmp_path / "answers.json"]) == 8
@@ -74,6 +78,13 @@ def test_the_served_form_works_under_its_content_security_policy(browser, tmp_pa
         shoot(page, "form-phone")
         answer(page, prefers_first_adapter)
         page.wait_for_selector("text=1 of 2 done")
+        other = browser.new_context().new_page()
+        other.goto(f"http://127.0.0.1:{port}/")
+        other.get_by_label("Your name").fill("anna")
+        other.get_by_role("button", name="Begin").click()
+        other.wait_for_selector("text=anna has given 4 answers already")
+        other.get_by_role("button", name="Begin").click()
+        other.wait_for_selector(".text")
         page.close()
     assert [p for p in problems if "favicon" not in p and "404" not in p] == []
     assert {(found.rater, found.value) for found in read_answers(folder, MADE)} == {("anna", "first")}

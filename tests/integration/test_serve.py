@@ -123,7 +123,8 @@ def test_echo_and_logprobs(client, base, trained):
     wanted = base.model.logits(base.model(torch.tensor([ids]), rows), rows)[0].log_softmax(-1)
     given = scores.token_logprobs[1 : len(ids)]
     assert given == pytest.approx([float(wanted[k, token]) for k, token in enumerate(ids[1:])], abs=1e-4)
-    assert all(top is None or len(top) == 2 for top in scores.top_logprobs)
+    for top, token, logprob in zip(scores.top_logprobs, scores.tokens, scores.token_logprobs, strict=True):
+        assert top is None or (len(top) == 2 + (token not in dict(list(top.items())[:2])) and top[token] == logprob)
     assert scores.text_offset[:3] == [0, len(scores.tokens[0]), len(scores.tokens[0]) + len(scores.tokens[1])]
     only = client.completions.create(model="law", prompt=prompt, max_tokens=0, echo=True, logprobs=0).choices[0]
     assert (only.text, len(only.logprobs.token_logprobs)) == (prompt, len(ids))
@@ -132,6 +133,24 @@ def test_echo_and_logprobs(client, base, trained):
         for choice in piece.choices:
             streamed += choice.logprobs.token_logprobs
     assert streamed == pytest.approx(scores.token_logprobs[len(ids) :], abs=1e-5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_end_where_a_stop_string_ends_the_text(client, stream):
+    asked = {"model": "law", "prompt": "the cat", "max_tokens": 12, "temperature": 0, "logprobs": 1}
+    asked |= {"extra_body": {"structured_outputs": {"regex": "[a-z ]+"}}}  # letters, not parts of characters
+    whole = client.completions.create(**asked).choices[0]
+    assert "".join(whole.logprobs.tokens) == whole.text
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    answer = client.completions.create(**asked, stop=[stop], stream=stream)
+    choices = [piece.choices[0] for piece in answer] if stream else answer.choices
+    text = "".join(choice.text for choice in choices)
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+    assert text == whole.text[: whole.text.index(stop)]
+    assert tokens == whole.logprobs.tokens[: len(tokens)]
+    assert len("".join(tokens[:-1])) < len(text) <= len("".join(tokens))
+    assert offsets == whole.logprobs.text_offset[: len(tokens)]
 
 
 def test_token_ids_as_prompt_beams_and_stop(client, base):

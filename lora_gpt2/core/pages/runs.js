@@ -3,7 +3,9 @@
 
 const $ = (id) => document.getElementById(id);
 let polling = null;
-let sent = null;  // the file that the server has
+let sent = null;  // what the server has of this page: its text and the id that it got
+let planned = null;  // the id of the plan that is shown
+let isEdited = false;  // since then
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -21,7 +23,7 @@ async function ask(path, options = {}) {
   const answer = await fetch(path, { ...options, headers });
   const found = await answer.json();
   $("needs-key").hidden = answer.status !== 401 && !$("key").value;
-  if (!answer.ok) throw Object.assign(new Error(found.error.message), { status: answer.status });
+  if (!answer.ok) throw Object.assign(new Error(found.error.message), { status: answer.status, param: found.error.param });
   return found;
 }
 
@@ -33,11 +35,11 @@ async function send() {
   const file = $("file").files[0], text = $("text").value;
   if (!file && !text.trim()) throw new Error("choose a file, or paste some text");
   const key = file ? `${file.name} ${file.size} ${file.lastModified}` : text;
-  if (key === sent) return;
+  if (key === sent?.key) return;
   say("sending…");
   const name = file ? file.name : `${$("name").value}.txt`;
-  await ask(`job/upload?file=${encodeURIComponent(name)}`, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file ?? new Blob([text]) });
-  sent = key;
+  const { id } = await ask(`job/upload?file=${encodeURIComponent(name)}`, { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file ?? new Blob([text]) });
+  sent = { key, id };
 }
 
 async function plan(event) {
@@ -45,18 +47,31 @@ async function plan(event) {
   hide("train", "resume", "fresh");
   $("planned").hidden = true;
   try {
-    await send();
-    show(await post("job/plan", { name: $("name").value, steps: $("steps").value ? Number($("steps").value) : null, forget: $("forget").checked ? 0.1 : null }));
+    isEdited = false;
+    show(await askForPlan());
   } catch (error) {
     sent = null;  // the server may have lost it
     say(error.message);
   }
 }
 
+async function askForPlan() {
+  await send();
+  const settings = { name: $("name").value, steps: $("steps").value ? Number($("steps").value) : null, forget: $("forget").checked ? 0.1 : null };
+  try {
+    return await post("job/plan", { ...settings, upload: sent.id });
+  } catch (error) {
+    if (error.param !== "upload") throw error;
+    sent = null;  // another tab has sent a text of its own
+    await send();
+    return post("job/plan", { ...settings, upload: sent.id });
+  }
+}
+
 async function train(begin) {
   hide("train", "resume", "fresh");
   try {
-    show(await post("job/train", { begin }));
+    show(await post("job/train", { begin, plan: planned }));
   } catch (error) {
     say(error.message);
   }
@@ -92,7 +107,13 @@ function show(job) {
   const isBusy = ["planning", "training"].includes(job.state);
   $("plan").disabled = isBusy;
   $("line").textContent = isBusy ? job.line : "";
+  clearTimeout(polling);
+  polling = setTimeout(poll, isBusy ? 1000 : 5000);  // another tab may begin something
+  if (isEdited && !isBusy) return void listRuns();
   showPlan(job.plan);
+  planned = job.plan_id;
+  hide("train", "resume", "fresh");
+  if (job.state === "idle") say("");
   if (job.state === "planning") say("reading the text, and timing two steps…");
   if (job.state === "planned") {
     const becomes = job.next_version > 1 ? `version ${job.next_version} of ${job.name}, from nothing and in use at once,` : job.name;
@@ -102,7 +123,7 @@ function show(job) {
   if (job.state === "training") say(`training ${job.name}… `, ...(job.run ? [showRun(job.run)] : []));
   if (job.state === "done") {
     const { name, version, base_perplexity, validation_perplexity, verdict } = job.adapter;
-    say(`${name}@${version}: perplexity ${base_perplexity.toFixed(2)} → ${validation_perplexity.toFixed(2)}; ${verdict} `, element("a", { href: `../?adapter=${encodeURIComponent(name)}`, textContent: "write with it" }));
+    say(`${name}@${version}: validation perplexity ${base_perplexity.toFixed(2)} → ${validation_perplexity.toFixed(2)}; ${verdict} `, element("a", { href: `../?adapter=${encodeURIComponent(name)}`, textContent: "write with it" }));
     sent = null;
   }
   if (job.state === "failed") {
@@ -110,8 +131,6 @@ function show(job) {
     say(isInterrupted ? job.error.message : `${job.error.message}; ${job.error.hint}`);
     for (const id of ["resume", "fresh"]) $(id).hidden = !isInterrupted;
   }
-  clearTimeout(polling);
-  if (isBusy) polling = setTimeout(poll, 1000);
   if (!isBusy || job.run) listRuns();
 }
 
@@ -137,6 +156,6 @@ async function listRuns() {
 $("form").addEventListener("submit", plan);
 for (const [id, begin] of [["train", null], ["resume", "resume"], ["fresh", "fresh"]]) $(id).addEventListener("click", () => train(begin));
 for (const id of ["file", "text", "name", "steps", "forget"]) {
-  $(id).addEventListener("input", () => hide("train", "planned"));  // what is planned is something else
+  $(id).addEventListener("input", () => { isEdited = true; hide("train", "planned"); });  // what is planned is something else
 }
 poll();

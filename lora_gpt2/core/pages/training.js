@@ -188,7 +188,7 @@ class Chart {
       const ends = this.lines.find((line) => line.marked) ?? this.lines.find((line) => line.label);
       const end = ends.marked ? best(ends.points) : ends.points.at(-1);
       this.readout.textContent = ends.marked ? `best: ${format(end[1])} (perplexity ${perplexity(end[1])}), step ${end[0].toLocaleString("en")}` : `now ${format(end[1])}`;
-      if (!isLive && !ends.marked) this.readout.textContent = `at the end ${format(end[1])}`;
+      if (!(isLive && isRunning()) && !ends.marked) this.readout.textContent = `at the end ${format(end[1])}`;
       return;
     }
     const step = this.steps[at];
@@ -291,7 +291,7 @@ function describeRun() {
   const counts = {};
   for (const { name } of data.run.adapters) counts[stateOf(name)[0]] = (counts[stateOf(name)[0]] ?? 0) + 1;
   const few = data.run.adapters.length === 1 ? Object.keys(counts)[0] : Object.entries(counts).map(([state, count]) => `${count} ${state}`).join(", ");
-  const words = { done: "finished", stopped: "stopped", failed: "failed", waiting: "waiting", training: few }[data.status.state] ?? "begins";
+  const words = { done: "finished", stopped: "stopped", failed: "failed", killed: "killed", waiting: "waiting", training: few }[data.status.state] ?? "begins";
   const published = data.run.adapters.filter(({ name }) => stateOf(name)[0] === "published").map(({ name }) => `${stateOf(name)[1]}${describeStop(name)}`);
   const shown = published.length > 8 ? `${published.length} adapters` : published.join(", ");
   const more = [data.status.state === "done" && shown ? `published ${shown}` : "", data.status.message].filter(Boolean);
@@ -330,7 +330,7 @@ function updateHead() {
   const state = describeRun(), quiet = data.status.quiet_seconds;
   if ($("state").textContent !== state) $("state").textContent = state;  // a screen reader says what changes
   $("state").dataset.state = data.status.state ?? "";
-  if (isLive) $("quiet").textContent = isRunning() && quiet > 60 ? `nothing was written for ${formatSeconds(quiet)}: it is measuring, waits, or was killed` : "";
+  if (isLive) $("quiet").textContent = isRunning() && quiet > 60 ? `nothing was written for ${formatSeconds(quiet)}: it is measuring, waits, or was killed on another machine` : "";
   const figures = listFigures();
   $("figures").replaceChildren(...figures.map(([value, label]) => element("div", {}, element("b", { textContent: value }), element("span", { textContent: label }))));
   if (isLive) document.title = `${isRunning() ? figures[0][0] : data.status.state} · ${$("title").textContent}`;

@@ -39,6 +39,8 @@ function element(tag, properties, ...children) {
 }
 
 const isPair = round.mode === "pairwise";
+const title = isPair ? "Which text is better?" : "How good is the text?";
+document.title = `${title} · lora-gpt2`;
 const choices = isPair ? [["left", "Text 1"], ["tie", "equally good"], ["right", "Text 2"]] : [1, 2, 3, 4, 5].map((n) => [String(n), String(n)]);
 
 function isSwapped(task) { return isPair && state.swaps[task]; }
@@ -68,6 +70,14 @@ function save() {
   const link = element("a", { href: URL.createObjectURL(blob), download: `answers-${state.rater.replace(/[^\w-]+/g, "-")}.json` });
   link.click();
   URL.revokeObjectURL(link.href);
+  state.saved = list().length;
+  keep();
+}
+
+// Answers that are in this browser alone.
+function countUnsaved() {
+  if (list().length === state.saved) return 0;
+  return isServed ? state.unsent.length : list().length - (state.saved ?? 0);
 }
 
 // What could not be sent waits, and goes with the next answer or at the end.
@@ -86,20 +96,40 @@ function heading() {
   const done = countDone();
   const bar = element("progress", { max: round.tasks.length, value: done });
   bar.setAttribute("aria-label", "tasks done");
-  return [element("h1", { textContent: "Which text is better?" }), element("p", { className: "quiet", textContent: `${done} of ${round.tasks.length} done. Who wrote what is hidden, and the order is random.` }), bar];
+  return [element("h1", { textContent: title }), element("p", { className: "quiet", textContent: `${done} of ${round.tasks.length} done. Who wrote what is hidden, and the order is random.` }), bar];
 }
 
 function showStart() {
   const name = element("input", { type: "text", id: "rater", maxLength: 60, value: state.rater, autocomplete: "off" });
   const begin = element("button", { className: "main", textContent: "Begin" });
   const form = element("form", { className: "card" }, element("label", { htmlFor: "rater", textContent: "Your name or a sign of your own: " }), name, element("p", { className: "quiet", textContent: `You will judge ${round.criteria.join(", ")}. You can stop at any time and go on later in this browser.` }), element("div", { className: "actions" }, begin));
-  form.addEventListener("submit", (event) => {
+  const problem = element("p", { className: "quiet" });
+  problem.setAttribute("role", "alert");
+  form.append(problem);
+  let warned = null;
+  form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    state.rater = name.value.trim();
-    if (state.rater) { keep(); showNext(); }
+    const rater = name.value.trim(), known = warned === rater ? 0 : await countAnswers(rater);
+    if (known) {
+      warned = rater;
+      problem.textContent = `${rater} has given ${known} answers already, which yours would replace. Take another name, or press Begin again if that is you.`;
+      return;
+    }
+    state.rater = rater;
+    if (rater) { keep(); showNext(); }
   });
   main.replaceChildren(...heading(), form);
   name.focus();
+}
+
+// How many answers of this name the server has: of somebody else, or from another browser.
+async function countAnswers(rater) {
+  if (!isServed || Object.keys(state.answers).length) return 0;
+  try {
+    return (await (await fetch("raters")).json()).raters[rater] ?? 0;
+  } catch (error) {
+    return 0;  // it is said when an answer is sent
+  }
 }
 
 function showNext(from = 0) {
@@ -158,13 +188,19 @@ async function showEnd() {
     }
   }
   const left = round.tasks.length - countDone();
-  const text = left ? `${left} are left; you can go on later.` : "All done. Thank you.";
+  const unsaved = countUnsaved();
+  const text = left ? `${left} are left; you can go on later.` : unsaved ? "All judged." : "All done. Thank you.";
   const again = element("button", { textContent: "Go on", disabled: !left });
   again.addEventListener("click", () => showNext());
   const other = element("button", { textContent: "Another rater" });
-  other.addEventListener("click", () => { state = begin(); keep(); showStart(); });
+  other.addEventListener("click", () => {
+    if (countUnsaved() && !confirm(`${countUnsaved()} answers of ${state.rater} are in this browser alone, and would be lost. Begin anew?`)) return;
+    state = begin();
+    keep();
+    showStart();
+  });
   const file = element("button", { className: "main", textContent: "Save answers" });
-  file.addEventListener("click", save);
+  file.addEventListener("click", () => { save(); showEnd(); });
   main.replaceChildren(...heading(), element("p", { textContent: text }), element("p", { textContent: advice }), element("div", { className: "actions" }, file, again, other));
 }
 

@@ -18,7 +18,8 @@ function describe(model) {
   const lines = model.description ? [model.description] : [];
   const own = model.test_perplexity ?? model.validation_perplexity;
   const base = model.test_perplexity == null ? model.base_perplexity : model.base_test_perplexity;
-  if (own != null && base != null) lines.push(`perplexity ${format(own)}, base ${format(base)}`);
+  const text = model.test_perplexity == null ? "validation" : "test";
+  if (own != null && base != null) lines.push(`${text} perplexity ${format(own)}, base ${format(base)}`);
   lines.push(`version ${model.version}, ${(model.size_bytes / 1e6).toFixed(1)} MB`);
   return lines;
 }
@@ -183,7 +184,7 @@ $("mixes").addEventListener("change", showWeights);
 document.addEventListener("continue", (event) => continueFrom(event.detail));
 $("stop").addEventListener("click", () => running?.abort());
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) run(event);
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
   if (event.key === "Escape") running?.abort();
 });
 for (const id of SLIDERS) $(id).addEventListener("input", showSettings);

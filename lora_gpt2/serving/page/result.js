@@ -18,10 +18,11 @@ export class Result {
     this.name = element("span", { textContent: hiddenName || model });
     this.note = element("span", { className: "quiet" });
     this.text = element("pre", {}, element("span", { className: "prompt", textContent: prompt }));
+    this.problem = element("p", { className: "problem", hidden: true });
     this.readout = element("p", { className: "readout", hidden: true });
     this.origin = element("p", { className: "origin", hidden: this.isHidden });
     this.tools = element("div", { className: "tools", hidden: true });
-    this.card = element("article", { tabIndex: -1 }, element("h2", {}, this.name, this.note), this.text, this.readout, this.origin, this.tools);
+    this.card = element("article", { tabIndex: -1 }, element("h2", {}, this.name, this.note), this.text, this.problem, this.readout, this.origin, this.tools);
     $("results").append(this.card);
   }
 
@@ -109,7 +110,8 @@ export class Result {
     this.failure = error.message;
     this.note.textContent = "failed";
     this.card.classList.add("failed");
-    this.text.append(element("span", { className: "problem", textContent: `\n${error.message}` }));
+    Object.assign(this.problem, { hidden: false, textContent: error.message });
+    if (this.written) this.offerTools();
   }
 
   end(origin, reason) {
@@ -146,7 +148,7 @@ export function showAgain(kept, hiddenName) {
   const result = new Result(kept.model, kept.prompt, kept.seed, hiddenName);
   Object.assign(result, { label: kept.label, figure: kept.figure, pinned: kept.pinned });
   if (!hiddenName) result.name.textContent = kept.label;
-  result.text.append(kept.failure ? "" : kept.text);
+  result.text.append(kept.text);
   result.note.textContent = kept.note;
   result.origin.textContent = kept.origin;
   if (kept.failure) result.fail(new Error(kept.failure));
@@ -170,7 +172,14 @@ async function* readEvents(answer) {
 export async function write(result, prompt, settings, colours, signal) {
   const body = JSON.stringify({ model: result.model, prompt, stream: true, truncate: "left", ...settings });
   const headers = { "Content-Type": "application/json" };
-  const answer = await fetch("v1/completions", { method: "POST", headers, body, signal });
+  try {
+    await follow(result, await fetch("v1/completions", { method: "POST", headers, body, signal }), colours);
+  } catch (error) {
+    throw error instanceof TypeError ? new Error("the server does not answer; is it still running? Try again then") : error;
+  }
+}
+
+async function follow(result, answer, colours) {
   if (!answer.ok) throw new Error((await answer.json()).error.message);
   let origin = null, reason = null;
   for await (const event of readEvents(answer)) {
