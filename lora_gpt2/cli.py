@@ -13,6 +13,8 @@ import sys
 import traceback
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import click
 
@@ -141,6 +143,9 @@ def cli(ctx: click.Context, verbose: int, quiet: bool, debug: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a Latin-1 terminal shows ? where it must
@@ -227,7 +232,14 @@ def report(error: LoraGpt2Error, as_json: bool) -> None:
     """Writes an error: one line and a hint on stderr, or one JSON document on stdout."""
     if as_json:
         content = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
-        sys.stdout.write(json.dumps({"error": content}) + "\n")
-        return
+        try:
+            sys.stdout.write(json.dumps({"error": content}) + "\n")
+            sys.stdout.flush()
+        except OSError:  # it may be why there is an error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        else:
+            return
     said = "" if isinstance(error, Interrupted) else "error: "  # which the user asked for
-    sys.stderr.write(f"{said}{printable(error.message)}\n  {printable(error.hint)}\n")
+    with suppress(OSError):
+        sys.stderr.write(f"{said}{printable(error.message)}\n  {printable(error.hint)}\n")
+        sys.stderr.flush()

@@ -214,16 +214,29 @@ def _look_for(extra: str, modules: tuple[str, ...]) -> Finding:
 
 def _look_at_places(store: Store) -> Iterator[Finding]:
     references = [f"{name}@{version}" for name in store.list_names() for version in store.list_versions(name)]
-    damaged = [verdict for verdict, _ in (verify_files(store, each) for each in references) if not verdict.is_sound]
+    damaged = [
+        f"{verdict.reference}: {verdict.failure}"
+        for verdict, _ in (verify_files(store, each) for each in references)
+        if not verdict.is_sound
+    ]
+    damaged += filter(None, (_find_damage(store, name) for name in store.list_names()))
+    damaged += ["it is no folder"] if store.root.exists() and not store.root.is_dir() else []
     where = f"{store.root.absolute()}: {len(references)} versions of {len(store.list_names())} adapters"
     if damaged:
-        yield Finding(
-            topic="places", name=STORE, status="failed", detail=f"{where}; {damaged[0].reference}: {damaged[0].failure}"
-        )
+        yield Finding(topic="places", name=STORE, status="failed", detail=f"{where}; {damaged[0]}")
     else:
         yield Finding(topic="places", name=STORE, status="ok", detail=f"{where}, every byte as it was published")
     for name, folder in (("cache", find_cache_dir()), ("state", find_state_dir())):
         yield _attempt("places", name, partial(_write_into, folder))
+
+
+def _find_damage(store: Store, name: str) -> str:
+    """Returns what is wrong with what says which version of an adapter is in use, "" if nothing is."""
+    try:
+        store.read_manifest(name)
+    except LoraGpt2Error as error:
+        return f"{name}: {error.message}"
+    return ""
 
 
 def _write_into(folder: Path) -> str:

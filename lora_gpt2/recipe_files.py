@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from lora_gpt2.core.errors import DataError, NotFoundError, RecipeError, UsageError
-from lora_gpt2.core.names import is_name
+from lora_gpt2.core.names import HUB, STDIN, is_name
 from lora_gpt2.core.printable import shorten
 from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.core.strict_yaml import describe_problem, parse_yaml
@@ -200,7 +200,7 @@ def _is_beside(parent: Any, path: Path) -> bool:
 
 def _place_source(source: Any, folder: Path) -> Any:
     """Returns a source relative to the recipe's folder (an absolute one stays), and what is not a path as it is."""
-    if source == "" or isinstance(source, bool | list | dict | None):
+    if source in ("", STDIN) or isinstance(source, bool | list | dict | None) or str(source).startswith(HUB):
         return source
     return str(folder / str(source))
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_gpt2.core.errors import DataError
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.errors import ConflictError, DataError, UsageError
+from lora_gpt2.core.files import wrap_os_errors, write_atomic
 from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.evaluation.perplexity import ScoringWindows
 from lora_gpt2.model.base import Base
@@ -49,6 +49,10 @@ class Exposure:
 def write_canaries(path: Path, count: int, seed: int) -> list[Canary]:
     """Writes secrets to add to a training text, as JSON lines with `text`, `form` and `secret`; returns them."""
     check_output(path)
+    if str(path) == "-":
+        raise UsageError("canaries are written to a file", "name one, such as canaries.jsonl")
+    if path.exists():
+        raise ConflictError(f"{path} exists", "its secrets may be in use: choose another name, or remove it first")
     generator = random.Random(seed)  # noqa: S311 - secrets to be found
     canaries = []
     for number in range(count):
@@ -56,7 +60,7 @@ def write_canaries(path: Path, count: int, seed: int) -> list[Canary]:
         secret = "".join(generator.choices("0123456789", k=CODE_LENGTH))
         canaries.append(Canary(text=form.format(secret), form=form, secret=secret))
     with wrap_os_errors(f"write {path}"):
-        path.write_text("".join(json.dumps(vars(canary)) + "\n" for canary in canaries), encoding="utf-8")
+        write_atomic(path, "".join(json.dumps(vars(canary)) + "\n" for canary in canaries).encode())
     return canaries
 
 
@@ -80,13 +84,12 @@ def read_canaries(path: Path) -> list[Canary]:
 
 def measure_exposure(base: Base, select: AdapterSelector, canaries: Sequence[Canary]) -> list[Exposure]:
     """Returns for each canary its rank among `CANDIDATES` random secrets and itself, exposure in bits, and its p."""
-    found = []
-    for number, canary in enumerate(canaries):
-        generator = random.Random(number)  # noqa: S311
+    found, planted = [], {canary.secret for canary in canaries}
+    for canary in canaries:
+        generator = random.Random(f"candidates {canary.text}")  # noqa: S311 - not the one that drew the secrets
         others: set[str] = set()
         while len(others) < CANDIDATES:
-            others.add("".join(generator.choices("0123456789", k=len(canary.secret))))
-        others.discard(canary.secret)
+            others |= {"".join(generator.choices("0123456789", k=len(canary.secret)))} - planted
         texts = [canary.text, *(canary.form.replace("{}", other) for other in sorted(others))]
         nats = ScoringWindows(base, [texts], EvaluateSettings()).measure(select)[0][0].per_document[0]
         rank = 1 + int((nats[1:] < nats[0]).sum())

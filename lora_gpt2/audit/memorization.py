@@ -140,7 +140,8 @@ class MemorizationReport:
     @property
     def verdict(self) -> str:
         """The reasons in a sentence."""
-        nothing = f"no sign of memorisation after the {self.train.windows} prefixes and in the sampled texts"
+        sampled = " and in the sampled texts" if self.copies else "; no texts were sampled"
+        nothing = f"no sign of memorisation after the {self.train.windows} prefixes{sampled}"
         said = "; ".join(self.reasons) or nothing
         return (
             said if self.same_text else f"{said} (but the text may not be that of training: it is prepared otherwise)"
@@ -244,7 +245,15 @@ def compare_shares(hits: int, number: int, control_hits: int, control_number: in
 
 def count_by_chance(hits: int, number: int, chance: float) -> float:
     """Returns how likely at least so many of a number of independent events are (binomial tail)."""
-    return sum(math.comb(number, k) * chance**k * (1 - chance) ** (number - k) for k in range(hits, number + 1))
+    logs = (
+        math.lgamma(number + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(number - k + 1)
+        + k * math.log(chance)
+        + (number - k) * math.log1p(-chance)
+        for k in range(hits, number + 1)
+    )
+    return min(1.0, math.fsum(map(math.exp, logs)))
 
 
 def find_copies(index: NgramIndex, held_out: NgramIndex, own: OwnText, texts: Sequence[str]) -> Copies:

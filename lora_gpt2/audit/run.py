@@ -10,7 +10,7 @@ from lora_gpt2.audit.canaries import Canary
 from lora_gpt2.audit.memorization import AuditSettings, MemorizationReport, audit_memorization
 from lora_gpt2.audit.training_text import TermSwap, TextAudit, TextReport, measure_swaps
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import ResourceError, UsageError
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.names import AUTO
 from lora_gpt2.data.ngram_index import NgramIndex
@@ -18,7 +18,7 @@ from lora_gpt2.data.pipeline import read_clean
 from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.evaluation.perplexity import ScoringWindows
 from lora_gpt2.inference.generate import Request, build_writer
-from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.mix import Mix, read_manifests
 from lora_gpt2.inference.open import open_session
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.audits import write_audit
@@ -41,6 +41,7 @@ def audit_text(
     Raises:
         NotFoundError: there is no such file or adapter.
     """
+    read_manifests(store, [adapter] if adapter else [])
     audit = TextAudit()
     for document in read_clean(sources, recipe.data, reporter).documents:
         audit.add(document)
@@ -93,7 +94,10 @@ def audit_adapter(
             canaries=canaries,
             drafter=drafter,
         )
-    write_audit(store, own.manifest, "memorization", report.to_json())
+    try:
+        write_audit(store, own.manifest, "memorization", report.to_json())
+    except ResourceError as error:  # a store of others, which may be read alone
+        reporter.message(f"not kept with the adapter: {error.message}")
     return report
 
 

@@ -21,7 +21,7 @@ import torch
 
 from lora_gpt2.bench.domains import build_recipe_for
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import TrainingDiverged
+from lora_gpt2.core.errors import DataError, TrainingDiverged
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.user_files import check_output, read_user_text
@@ -117,10 +117,15 @@ def _read(kept: Path) -> list[Point]:
     check_output(kept)
     if not kept.exists():
         return []
-    found = [json.loads(line) for line in read_user_text(kept).splitlines()]
-    return [
-        Point(**values) for values in found if "validation_perplexity" in values
-    ]  # others are of an earlier version
+    *lines, rest = read_user_text(kept).split("\n")  # a run that was killed may have left half a line
+    try:
+        found = [json.loads(line) for line in lines]
+        return [Point(**values) for values in found if "validation_perplexity" in values]  # not of an earlier version
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{kept} holds no points of a grid", "name another file with --keep") from error
+    finally:
+        if rest:
+            kept.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _append(kept: Path, points: Sequence[Point]) -> None:
@@ -245,7 +250,8 @@ def rank_settings(points: Sequence[Point]) -> list[tuple[str, int, float, float,
     for point in points:
         if point.targets != "full":
             key = (point.targets, point.rank, point.learning_rate)
-            ratio = point.validation_perplexity / best[point.domain].validation_perplexity
+            least = best[point.domain].validation_perplexity if point.domain in best else math.nan
+            ratio = point.validation_perplexity / least if math.isfinite(least) else math.inf
             groups.setdefault(key, []).append(ratio)
     rows = [(*key, max(ratios), sum(ratios) / len(ratios)) for key, ratios in groups.items()]
     return sorted(rows, key=lambda row: row[3])

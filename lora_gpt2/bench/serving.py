@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from types import FrameType
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.core.errors import Interrupted, ResourceError, UsageError
 from lora_gpt2.model.runtime import raise_file_limit
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.listing import list_current
@@ -80,14 +82,20 @@ def _serve(base: str, store: Store) -> Iterator[int]:
     environment = {key: value for key, value in os.environ.items() if key != "LORA_GPT2_API_KEY"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)  # noqa: S603
     assert process.stderr is not None
+    previous = signal.signal(signal.SIGTERM, _raise_interrupted)  # which would leave the server behind
     try:
         line = process.stderr.readline()
         if "http://127.0.0.1:" not in line:
             raise ResourceError(f"the server did not start: {line.strip()}", "try 'lora-gpt2 serve' by itself")
         yield int(line.partition("127.0.0.1:")[2].partition("/")[0])
     finally:
+        signal.signal(signal.SIGTERM, previous)
         process.terminate()
         process.communicate(timeout=60)
+
+
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("stopped", "nothing is kept", number)
 
 
 async def _ask(port: int, name: str, tokens: int) -> tuple[int, int, float]:
@@ -100,9 +108,9 @@ async def _ask(port: int, name: str, tokens: int) -> tuple[int, int, float]:
         answer = await reader.read()
         writer.close()
         status = int(answer.split(None, 2)[1])
+        usage = json.loads(answer.partition(b"\r\n\r\n")[2]).get("usage", {})
     except (OSError, IndexError, ValueError):
         return 0, 0, time.perf_counter() - started
-    usage = json.loads(answer.partition(b"\r\n\r\n")[2]).get("usage", {})
     return status, usage.get("completion_tokens", 0), time.perf_counter() - started
 
 

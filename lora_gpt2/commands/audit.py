@@ -11,6 +11,7 @@ import click
 
 from lora_gpt2.commands.shared import (
     CommandGroup,
+    FiniteRange,
     base_option,
     emit,
     end_as_failed,
@@ -100,7 +101,7 @@ def _render_data(report: TextReport) -> str:
 )
 @click.option(
     "--fail-above",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     metavar="FRACTION",
     help="Exit with 9 if a larger fraction is reproduced.",
 )
@@ -190,7 +191,7 @@ def canaries(file: Path, num: int, seed: int | None, as_json: bool) -> None:
 
 @command.command("watermark")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--threshold", type=click.FloatRange(0, 100), default=THRESHOLD, show_default=True, help="z-score.")
+@click.option("--threshold", type=FiniteRange(0, 100), default=THRESHOLD, show_default=True, help="z-score.")
 @base_option
 @set_option
 @json_option

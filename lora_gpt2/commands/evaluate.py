@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_gpt2.commands.settings import setting_options
-from lora_gpt2.commands.shared import emit, end_as_failed, session_options
+from lora_gpt2.commands.shared import FiniteRange, emit, end_as_failed, session_options
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.tables import format_table
@@ -47,7 +47,7 @@ file_type = click.Path(path_type=Path, dir_okay=False)
 @click.option("--baseline", type=file_type, metavar="FILE", help="End with 9 if worse than this earlier --json.")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0, 10),
+    type=FiniteRange(0, 10),
     default=0.01,
     show_default=True,
     help="Tolerated relative increase over --baseline.",
@@ -116,12 +116,12 @@ def command(
         ray=ray or "",
     )
     result = evaluation.to_json()
-    _write_pages(evaluation, plot, html)
     measured = [*evaluation.cells, *evaluation.forgetting]
     result["failures"] = find_above(measured, limits)
     if earlier:
         result["failures"] += find_regressions(measured, result, earlier, tolerance)
     emit(result, as_json, lambda: _render(result))
+    _write_pages(evaluation, plot, html)  # what was measured has been said, whatever becomes of them
     if result["failures"]:
         hint = "train again, go back to a version (adapters rollback), or set new limits"
         end_as_failed("; ".join(result["failures"]), hint, as_json)
@@ -132,7 +132,7 @@ def _write_pages(evaluation: Evaluation, plot: Path | None, html: Path | None) -
         if plot:
             evaluation.plot(plot)
         if html:
-            html.write_text(evaluation.to_html(), encoding="utf-8")
+            html.write_text(evaluation.to_html(), encoding="utf-8", errors="replace")
 
 
 def _render(result: dict[str, Any]) -> str:

@@ -27,6 +27,18 @@ from lora_gpt2.store.catalog import Store
 SAMPLE_PROMPT = "Once upon a time"
 MEMORY_UNITS = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
 
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers; NaN, which every limit lets pass, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one JSON document on stdout.")
 items_argument = click.argument("items", nargs=-1, metavar="[SOURCE|RECIPE]...")
 data_option = click.option(

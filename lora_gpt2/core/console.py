@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import IO, Any, Protocol, TextIO, cast, runtime_checkable
 
 from lora_gpt2.core.printable import printable
 
@@ -161,6 +161,27 @@ class RichReporter:
                 yield task
 
 
+class _PatientStream:
+    """A stream whose reader may have gone, which ends no work."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes what can be written."""
+        with contextlib.suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Sends on what can be sent."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def _live_bar(title: str, total: int, unit: str) -> Iterator[ProgressTask]:
     from rich.console import Console
@@ -176,7 +197,9 @@ def _live_bar(title: str, total: int, unit: str) -> Iterator[ProgressTask]:
         TextColumn("{task.fields[note]}", markup=False),
     ]
     started = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(
+        *columns, console=Console(file=cast("IO[str]", _PatientStream(sys.stderr))), transient=True
+    ) as progress:
         identifier = progress.add_task(printable(title), total=total, rate="", note="")
 
         class BarTask:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_gpt2.core.errors import NotFoundError, ResourceError
+from lora_gpt2.core.files import translate_os_error
+
+LOG = logging.getLogger("lora_gpt2")
+UNREACHABLE = "the hub cannot be reached"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
@@ -24,7 +31,9 @@ def wrap_hub_errors(identifier: str, action: str, hint: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             raise ResourceError(f"the hub does not let you {action}", "log in: hf auth login") from error
-        raise ResourceError(f"the hub cannot be reached to {action}", hint) from error
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise translate_os_error(error, action) from error
+        raise ResourceError(f"{UNREACHABLE} to {action}", hint) from error
 
 
 def download(
@@ -53,7 +62,8 @@ def download(
     try:
         with wrap_hub_errors(identifier, f"fetch {what} '{identifier}'", hint):
             return Path(snapshot_download(identifier, allow_patterns=list(patterns)))
-    except ResourceError:
-        if cached := find_cached():
+    except ResourceError as error:
+        if error.message.startswith(UNREACHABLE) and (cached := find_cached()):
+            LOG.warning("%s: '%s' is taken from the cache, commit %s", UNREACHABLE, identifier, cached.name[:7])
             return cached
         raise

@@ -1,4 +1,4 @@
-"""Names of adapters: which are allowed, on every system."""
+"""Names of adapters, which are allowed on every system, and words that stand for others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from lora_gpt2.core.errors import UsageError
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 ALL, AUTO = "all", "auto"
+HUB, STDIN = "hf:", "-"
+"""What begins the name of a data set of the hub, and the name of what is piped in, among sources of text."""
 RESERVED_NAMES = frozenset({"base", ALL, AUTO})
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.")  # and names that Windows shortens
 

@@ -47,6 +47,11 @@ def show_value(value: Any, limit: int = MAX_SHOWN) -> str:
         return f"a {type(value).__name__} that is too large to show"
 
 
+def is_unicode(text: str) -> bool:
+    """True for a text that can be written as UTF-8; names of files can be any bytes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def count_of(count: int, noun: str) -> str:
     """Returns a number with its noun: 1 document, 2,000 documents."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -6,6 +6,7 @@ has a use in a recipe.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 MAX_DEPTH, MAX_NODES, MAX_NUMBER_LENGTH = 16, 20_000, 40
 _RAISED_BY_PYYAML = (ValueError, OverflowError, LookupError, AttributeError, TypeError, RecursionError)
 MERGE = "tag:yaml.org,2002:merge"
+ODD_NUMBER = re.compile(r"[-+]?(?:0[0-7_]+|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)")
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 
 
@@ -79,6 +81,8 @@ class _StrictLoader(yaml.SafeLoader):
         value = super().construct_scalar(node)
         if node.tag in NUMBERS and len(value) > MAX_NUMBER_LENGTH:
             raise _refuse(f"a number of {len(value):,} characters", node.start_mark)
+        if node.tag in NUMBERS and ODD_NUMBER.fullmatch(value):
+            raise _refuse(f"'{value}' is an octal or a sexagesimal number to YAML: write it in tens", node.start_mark)
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise _refuse("half of a surrogate pair is no character", node.start_mark)
         return value

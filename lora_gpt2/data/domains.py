@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
+from lora_gpt2.core.printable import is_unicode
 from lora_gpt2.data.read.sources import SPLIT_WORDS, find_splits, is_readable
 from lora_gpt2.recipe import DataSettings
 from lora_gpt2.recipe_files import TrainingItem, read_recipe
@@ -43,12 +44,12 @@ def list_domains(folder: Path) -> list[TrainingItem]:
 
 
 def list_left_out(folder: Path) -> list[str]:
-    """Returns the names of files in a folder of domains that are no domain: about the data, or not read by name."""
+    """Returns the names of files in a folder of domains that are none: about the data, not read, or not in Unicode."""
     return [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".") and not _is_domain(path)]
 
 
 def _is_domain(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() in RECIPES or is_readable(path)
+    return is_unicode(str(path)) and (path.is_dir() or path.suffix.lower() in RECIPES or is_readable(path))
 
 
 def _describe(path: Path) -> TrainingItem:

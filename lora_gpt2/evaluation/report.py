@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lora_gpt2.core.chart import CELL_INK, Margins, build_chart, draw_chart, draw_svg
 from lora_gpt2.core.pages import embed_svg, render_page
+from lora_gpt2.core.printable import printable
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.store.references import BASE
 
@@ -128,20 +129,22 @@ def _plot(axes: Axes, cells: Cells) -> None:
             axes.text(
                 column,
                 row,
-                f"{cell['perplexity']:,.1f}",
+                f"{cell['perplexity']:,.1f}{' !' if cell.get('documents_trained_on') else ''}",
                 ha="center",
                 va="center",
                 fontsize=9,
                 color="white" if abs(shade) > DARK else CELL_INK,
                 fontweight="bold" if id(cell) in own else "normal",
             )
-    axes.set_xticks(range(len(sources)), sources, rotation=30, ha="left")
-    axes.set_yticks(range(len(adapters)), adapters)
+    axes.set_xticks(range(len(sources)), list(map(printable, sources)), rotation=30, ha="left")
+    axes.set_yticks(range(len(adapters)), list(map(printable, adapters)))
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("perplexity; blue: better than base\nred: worse; bold: own text", fontsize=7, loc="left")
+    trained = "; !: trained on" if any(cell.get("documents_trained_on") for cell in cells) else ""
+    said = f"perplexity; blue: better than base\nred: worse; bold: own text{trained}"
+    axes.set_xlabel(said, fontsize=7, loc="left")
 
 
 def _shade(cell: Mapping[str, Any]) -> float:
@@ -192,7 +195,7 @@ def _list_figures(cells: Cells) -> list[tuple[str, str]]:
     num_tokens = sum(next(cell["tokens"] for cell in cells if cell["source"] == source) for source in sources)
     figures = [
         (f"{len(_names(cells, 'adapter'))} × {len(sources)}", "adapters and base × texts"),
-        (f"{num_tokens:,}", "tokens scored for each"),
+        (f"{num_tokens:,}", "tokens of these texts, scored under each"),
     ]
     if own:
         figures.append(

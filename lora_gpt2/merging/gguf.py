@@ -82,7 +82,8 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
     eos_id = base.tokenizer.eos_id
     for added in base.tokenizer.added:
         kinds[added] = gguf.TokenType.USER_DEFINED  # tokens wherever a text has them
-    kinds[eos_id] = gguf.TokenType.CONTROL
+    for end in base.tokenizer.stop_ids:
+        kinds[end] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)

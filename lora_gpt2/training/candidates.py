@@ -177,10 +177,10 @@ def _draw_evenly(values: Sequence[Any], count: int, generator: np.random.Generat
 
 
 def _apply(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    values = set_values(recipe.model_dump(), changes)
+    values = set_values(recipe.model_dump(exclude_unset=True), changes)
     for key in (key for key, value in changes.items() if value is None):
         section, _, name = key.partition(".")
-        values[section][name] = None
+        values.setdefault(section, {})[name] = None
     return Recipe.model_validate(values)
 
 

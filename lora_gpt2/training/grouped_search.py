@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import InterruptedRunError, MismatchError, TrainingDiverged
+from lora_gpt2.core.errors import CorruptError, InterruptedRunError, MismatchError, TrainingDiverged
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.recipe import Recipe
@@ -123,12 +123,14 @@ class Ledger:
         """Returns the ledger in a file, None if there is none."""
         try:
             found = json.loads(path.read_bytes())
+            found["standings"] = [
+                {name: Standing.parse(value) for name, value in each.items()} for each in found["standings"]
+            ]
+            return cls(path=path, **found)
         except FileNotFoundError:
             return None
-        found["standings"] = [
-            {name: Standing.parse(value) for name, value in each.items()} for each in found["standings"]
-        ]
-        return cls(path=path, **found)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(f"{path} is damaged", "--fresh searches anew") from error
 
     def write(self) -> None:
         """Writes the file."""
@@ -181,7 +183,12 @@ def search_in_groups(
     with wrap_os_errors(f"keep the search in {path.parent} (see LORA_GPT2_CACHE)"):
         path.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(path.with_name("lock"), f"the search for {search.recipe.name}"):
-        ledger = Ledger.read(path)
+        try:
+            ledger = Ledger.read(path)
+        except CorruptError:
+            if not fresh:
+                raise
+            ledger = None
         if ledger and not (resume or fresh or ledger.published):
             raise InterruptedRunError(
                 f"an interrupted search for {search.recipe.name} is kept, at rung {len(ledger.standings)}",

@@ -42,7 +42,11 @@ def describe_progress(slots: Sequence[TrainingSlot], halving: Halving | None, qu
         best_nll = min(slot.best_nll for slot in slots)
         shown = f", val ppl {math.exp(best_nll):.1f}" if best_nll < MOST_NATS else ""
         return f"{sum(slot.is_active for slot in slots)} candidates{shown}"
-    parts = [f"{len(queue.finished)} done, {len(queue.waiting)} wait"] if queue else []
+    parts = []
+    if queue:
+        failed = sum(bool(each.failure) for each in queue.finished.values())
+        shown = f", {failed} failed" if failed else ""
+        parts = [f"{len(queue.finished) - failed} done{shown}, {len(queue.waiting)} wait"]
     return "; ".join([*parts, *map(_describe_slot, slots[:MOST_SHOWN])])
 
 

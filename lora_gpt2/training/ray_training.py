@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lora_gpt2.core.console import OnceReporter, Reporter
 from lora_gpt2.core.errors import (
+    CorruptError,
     DataError,
     InterruptedRunError,
     LoraGpt2Error,
@@ -85,11 +86,14 @@ class _Driver:
         path = self.run.path / LEDGER
         if not path.exists():
             return
-        found = json.loads(path.read_bytes())
-        if self.is_resumed and found["recipes"] != self.recipes:
+        try:
+            found = json.loads(path.read_bytes())
+            recipes, self.published = found["recipes"], found["published"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"{path} is damaged", "remove it, and train again what is not published") from error
+        if self.is_resumed and recipes != self.recipes:
             raise MismatchError("the run to resume had other settings", "restore these, or use --fresh")
         self.parents, self.tasks = found.get("parents", {}), found.get("tasks", [])
-        self.published = found["published"]
 
     def write_ledger(self) -> None:
         """Notes what the run has come to."""

@@ -47,6 +47,10 @@ class RunStatus:
             with contextlib.suppress(LoraGpt2Error):  # the disk may be what is wrong
                 self.update({}, _find_state(error), f"{error.message}; {error.hint}")
             raise
+        except KeyboardInterrupt:  # a second Ctrl-C
+            with contextlib.suppress(LoraGpt2Error):
+                self.update({}, "stopped", "at once; --resume goes on from the last checkpoint")
+            raise
         except BaseException as error:
             with contextlib.suppress(LoraGpt2Error):
                 self.update({}, "failed", type(error).__name__)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import pytest
 from lora_gpt2.core.dirs import find_cache_dir, find_runs_dir
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.serving import training_job
 from lora_gpt2.serving.api import Server
 from lora_gpt2.serving.middleware import Access
-from lora_gpt2.serving.training_job import BYTES_TYPE, clean_file_name
+from lora_gpt2.serving.training_job import BYTES_TYPE, TrainingJob, clean_file_name
 from lora_gpt2.serving.watch import RunPages, build_watch_server
-from lora_gpt2.training.run_reader import list_runs
+from lora_gpt2.training.run_reader import RunReader, list_runs
 from lora_gpt2.training.run_status import RunStatus
 from tests.builders import make_text
 from tests.serving import ask, running, serving
@@ -155,9 +157,12 @@ def test_a_text_is_planned_trained_and_served(server, trained):
         assert ask(port, "/training/job/")[2]["name"] == "plays", "what is refused changes nothing"
         assert upload(port, b"other")[0] == 409
         job = wait_until(lambda: (found := ask(port, "/training/job/")[2])["state"] == "planned" and found)
+        for path, meant in (("plan", {**PLAN, "upload": "another"}), ("train", {"begin": None, "plan": "another"})):
+            code, _, answer = ask(port, f"/training/job/{path}", meant)
+            assert (code, answer["error"]["param"]) == (409, "upload" if path == "plan" else "plan")
         assert job["plan"]["fits"]
         assert job["plan"]["tokens"] == 400 * 4080
-        assert ask(port, "/training/job/train", {"begin": None})[0] == 202
+        assert ask(port, "/training/job/train", {"begin": None, "plan": job["plan_id"]})[0] == 202
         run = wait_until(lambda: ask(port, "/training/job/")[2]["run"])
         assert ask(port, "/training/list")[2]["runs"][0]["key"] == run
         assert ask(port, f"/training/{run}/stop", {"adapter": None})[0] == 200
@@ -171,7 +176,7 @@ def test_a_text_is_planned_trained_and_served(server, trained):
     assert trained.read_manifest("plays").data["sources"] == ["plays.jsonl"]
 
 
-def test_a_training_that_the_server_leaves_behind_is_resumed(server, trained):
+def test_a_training_that_the_server_leaves_behind_is_resumed(server, trained, monkeypatch):
     with serving(server) as port:
         upload(port, make_text(60).encode())
         ask(port, "/training/job/plan", {**PLAN, "steps": 60})
@@ -181,6 +186,17 @@ def test_a_training_that_the_server_leaves_behind_is_resumed(server, trained):
         server.job.close()
         job = wait_until(lambda: (found := ask(port, "/training/job/")[2])["state"] == "failed" and found)
         assert job["error"]["type"] == "Interrupted"
+        own = {key: getattr(server.job, key) for key in ("base", "block_size", "store", "runs", "access")}
+        later = TrainingJob(**own, max_upload_bytes=1)
+        later.offer_interrupted()
+        assert later.state == "idle", "its server is still there"
+        monkeypatch.setattr(training_job, "has_ended", lambda kept: kept["process"] == os.getpid())
+        later.offer_interrupted()
+        assert (later.state, later.name, later.error["type"]) == ("failed", "plays", "InterruptedRunError")
+        assert (later.upload, later.plan_id) == (server.job.upload, server.job.plan_id)
+        other = TrainingJob(**{**own, "base": "other"}, max_upload_bytes=1)
+        other.offer_interrupted()
+        assert other.state == "idle"
         ask(port, "/training/job/train", {"begin": None})
         job = wait_until(lambda: (found := ask(port, "/training/job/")[2])["state"] == "failed" and found)
         assert job["error"]["type"] == "InterruptedRunError", "the page asks what becomes of it"
@@ -263,6 +279,29 @@ def test_runs_of_this_user_are_not_shown_to_those_who_have_the_key_of_the_api(ba
             assert ask(port, f"/training/{path}", headers={"Authorization": "Bearer api"})[0] == 403, path
     found.access = Access(key="api", admin_key="adm")
     assert found.build_app()
+
+
+def test_a_run_whose_process_was_killed_says_so_and_cannot_be_stopped(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    code = (
+        "import pathlib, sys, time; from lora_gpt2.training.run_status import RunStatus\n"
+        "with RunStatus(pathlib.Path(sys.argv[1])).report({'adapters': [{'name': 'law'}]}):\n"
+        "    print(flush=True); time.sleep(99)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert RunReader(folder).state == "training"
+        process.kill()
+    reader = RunReader(folder)
+    assert reader.state == "killed"
+    assert "--resume" in reader.describe_status()["message"]
+    (folder / "run.json").write_text(json.dumps({**reader.description, "host": "elsewhere"}))
+    assert RunReader(folder).state == "training", "which nobody here can know"
+    (folder / "run.json").write_text(json.dumps(reader.description))
+    with running(build_watch_server(RunPages(folder=tmp_path, access=Access(is_local=True)))) as port:
+        assert ask(port, "/list")[2]["runs"][0]["state"] == "killed"
+        assert ask(port, "/one/stop", {"adapter": None})[0] == 409
 
 
 def test_a_list_of_runs_survives_what_comes_and_goes(tmp_path):

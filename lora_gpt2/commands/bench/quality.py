@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lora_gpt2.commands.shared import emit, format_bytes, json_option, set_option, store_option
+from lora_gpt2.commands.shared import FiniteRange, emit, format_bytes, json_option, set_option, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.evaluation.report import format_matrix
@@ -44,7 +44,14 @@ def domains(
 
 @click.command("grid")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FOLDER...")
-@click.option("--rate", "rates", multiple=True, type=float, default=(1e-3, 3e-3, 6e-3), help="Learning rates.")
+@click.option(
+    "--rate",
+    "rates",
+    multiple=True,
+    type=FiniteRange(min=0, min_open=True),
+    default=(1e-3, 3e-3, 6e-3),
+    help="Learning rates.",
+)
 @click.option("--rank", "ranks", multiple=True, type=click.IntRange(1, 512), default=(4, 8, 16), help="Ranks.")
 @click.option(
     "--targets",

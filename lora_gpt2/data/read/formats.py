@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Any, BinaryIO, cast
 
 from lora_gpt2.core.errors import DataError
+from lora_gpt2.core.names import HUB
 from lora_gpt2.data.clean.rules import choose_rules
 from lora_gpt2.data.read.encoding import check_is_text, decode, find_declared, iter_lines, raise_errors
 from lora_gpt2.data.read.layouts import read_columns
@@ -31,7 +32,7 @@ from lora_gpt2.data.read.records import (
     list_fields,
     parse_json,
 )
-from lora_gpt2.data.read.sources import DOCUMENTS, HUB, Source, find_sources
+from lora_gpt2.data.read.sources import DOCUMENTS, Source, find_sources
 from lora_gpt2.data.read.tables import read_table, set_aside
 from lora_gpt2.data.tokenizer import EOS
 from lora_gpt2.recipe import DataSettings

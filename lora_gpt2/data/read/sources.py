@@ -20,6 +20,7 @@ from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
 from lora_gpt2.core.fingerprint import hash_file
+from lora_gpt2.core.names import HUB, STDIN
 from lora_gpt2.core.printable import count_of
 from lora_gpt2.core.user_files import check_stdin
 from lora_gpt2.data.read.archives import is_archive, unpack
@@ -103,8 +104,6 @@ KINDS |= DOCUMENTS
 SHOWN = ", ".join(suffix for suffix, kind in KINDS.items() if kind != "code")
 UNREAD_DOCUMENTS = (".doc", ".rtf", ".mobi", ".azw3", ".ps", ".djvu")
 UNREAD_KINDS = 5
-HUB = "hf:"
-STDIN = "-"
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),

@@ -131,10 +131,10 @@ def test_what_does_not_fit_is_cut_where_it_matters_least(base):
 
 
 def test_held_out_prompts_are_not_trained_on():
-    pairs = [dataclasses.replace(PAIRS[0], prompt=f"p{number // 3}") for number in range(60)]
+    pairs = [dataclasses.replace(PAIRS[0], prompt=f"p{number // 7}") for number in range(60)]
     trained, held_out = split_pairs(pairs)
     assert sorted([*trained, *held_out]) == list(range(60))
-    assert 6 <= len(held_out) <= 9
+    assert 6 <= len(held_out) <= 11
     assert not {pairs[i].prompt for i in trained} & {pairs[i].prompt for i in held_out}
     trained, held_out = split_pairs([PAIRS[0]] * 30)
     assert (len(trained), len(held_out)) == (26, 4), "one prompt for all"
