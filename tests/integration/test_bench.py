@@ -1,15 +1,18 @@
 """The benchmarks measure what they say, on a tiny base."""
 
 import json
+import math
+from dataclasses import asdict, replace
 
 import pytest
 
 from lora_gpt2 import cli
 from lora_gpt2.bench.decoding import measure_decoding
-from lora_gpt2.bench.grid import Point, find_best, rank_settings
+from lora_gpt2.bench.grid import Point, _read, find_best, rank_settings
 from lora_gpt2.bench.serving import measure_serving
 from lora_gpt2.bench.startup import measure_startup
 from lora_gpt2.bench.training import count_flops_per_token, measure_training
+from lora_gpt2.core.errors import DataError
 from lora_gpt2.model.config import parse_config
 from lora_gpt2.recipe import BLOCKS, LoraSettings
 from tests.builders import make_text
@@ -147,3 +150,26 @@ def test_start_up_is_measured_beside_a_script(base_folder, reporter):
     assert next(iter(seconds)) == "--help"
     assert 0 < seconds["--help"] < seconds["first token under an adapter"]
     assert seconds["the same by transformers + PEFT"] > 1
+
+
+def test_points_of_a_grid_that_was_killed_are_read_and_other_files_refused(tmp_path):
+    point = Point(
+        setup="s",
+        domain="d",
+        targets="all",
+        rank=4,
+        learning_rate=1e-3,
+        base_perplexity=9.0,
+        validation_perplexity=8.0,
+        perplexity=8.5,
+        best_step=3,
+    )
+    kept = tmp_path / "grid.jsonl"
+    kept.write_text(json.dumps(asdict(point)) + "\n" + json.dumps(asdict(point))[:20])
+    assert _read(kept) == [point]
+    assert kept.read_text() == json.dumps(asdict(point)) + "\n", "what follows is written on a line of its own"
+    kept.write_text("no points\n")
+    with pytest.raises(DataError, match="holds no points"):
+        _read(kept)
+    worst = replace(point, domain="e", validation_perplexity=math.inf)
+    assert rank_settings([point, worst])[0][3] == math.inf, "where all diverged, nothing is good"

@@ -13,6 +13,7 @@ import pytest
 
 from lora_gpt2 import __version__
 from lora_gpt2.cli import main
+from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 from tests.builders import make_text
 
@@ -484,9 +485,17 @@ def test_the_doctor_tries_what_there_is_and_says_so(run, trained, monkeypatch):
     assert findings["places", "store"]["detail"].startswith(f"{trained.root}: 2 versions of 2 adapters")
     assert findings["versions", "torch"]["detail"]
     assert findings["hub", "huggingface.co"]["detail"] == "not asked; --hub does"
+    monkeypatch.setattr("lora_gpt2.doctor._train", lambda quantize: quantize)  # it was tried above
+    current = trained.folder_of("code") / "CURRENT"
+    kept = current.read_bytes()
+    current.write_text("garbage")
+    code, out, err = run("doctor")
+    assert (code, "NO store" in out) == (9, True)
+    current.write_bytes(kept)
+    code, out, err = run("doctor", "--store", current)
+    assert (code, "it is no folder" in out) == (9, True)
     with (trained.resolve("law") / "adapter_model.safetensors").open("ab") as file:
         file.write(b"x")
-    monkeypatch.setattr("lora_gpt2.doctor._train", lambda quantize: quantize)  # it was tried above
     code, out, err = run("doctor", "--hub")
     assert code == 9
     assert "NO store" in out
@@ -661,3 +670,44 @@ def test_what_must_be_instant_imports_neither_torch_nor_transformers(arguments):
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     limit = 0.5 if arguments == ["--help"] else 1.0
     assert min(seconds) < limit, "processor time beside other tests; 'bench startup' measures the real thing"
+
+
+@pytest.mark.parametrize("arguments", [("audit", "watermark", "{text}", "--threshold", "nan")])
+def test_nan_is_in_no_range(run, tmp_path, arguments):
+    (tmp_path / "a.txt").write_text("text")
+    code, _, err = run(*(each.replace("{text}", str(tmp_path / "a.txt")) for each in arguments))
+    assert (code, "no finite number" in err) == (2, True), err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shells of Unix close streams")
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("adapters list 2>&-", 0),
+        ("adapters list >&-", 0),
+        ("adapters list --json >&-", 0),
+        ("nosuch 2>&-", 2),
+        ("adapters show nosuch 2>&-", 4),
+        ("adapters list --json >/dev/full", 7),
+        ("adapters show nosuch --json >/dev/full", 4),
+    ],
+)
+def test_streams_may_be_closed_or_full(command, code, tmp_path):
+    environment = {**os.environ, "LORA_GPT2_STORE": str(tmp_path)}
+    line = f"{sys.executable} -m lora_gpt2 {command}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_sources_of_a_recipe_that_are_no_paths_stay_what_they_are(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "a.yaml").write_text("data: {sources: ['hf:me/texts', '-', a.txt], validation: ['hf:me/more']}\n")
+    data = load_recipe(tmp_path / "r" / "a.yaml").data
+    assert data.sources == ("hf:me/texts", "-", str(tmp_path / "r" / "a.txt"))
+    assert data.validation == ("hf:me/more",)
+
+
+def test_an_audit_of_text_knows_its_adapter_whatever_the_text(run, text_file):
+    assert run("audit", "data", text_file, "--adapter", "nosuch")[0] == 4

@@ -3,6 +3,8 @@
 import json
 import math
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from lora_gpt2.audit.memorization import (
     measure_extraction,
 )
 from lora_gpt2.core.console import SilentReporter
-from lora_gpt2.core.errors import DataError
+from lora_gpt2.core.errors import ConflictError, DataError, UsageError
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.successors import SuccessorTable
@@ -286,3 +288,30 @@ def test_canaries_that_were_held_out_do_not_count_as_planted(learnt, reporter):
     found = audit(learnt, "learnt", reporter, codes)
     assert [exposure.text for exposure in found.canaries] == [kept]
     assert audit(learnt, "learnt", reporter, codes[1:]).canaries == [], "none says nothing of what it would give away"
+
+
+def test_canaries_are_never_written_over_a_file(tmp_path):
+    first = write_canaries(tmp_path / "c.jsonl", 2, seed=0)
+    with pytest.raises(ConflictError, match="exists"):
+        write_canaries(tmp_path / "c.jsonl", 2, seed=1)
+    assert read_canaries(tmp_path / "c.jsonl") == first
+    with pytest.raises(UsageError, match="written to a file"):
+        write_canaries(Path("-"), 2, seed=1)
+
+
+def test_a_secret_is_ranked_among_others_alone(base, tmp_path):
+    for exposure in measure_exposure(base, lambda rows: None, write_canaries(tmp_path / "c.jsonl", 2, seed=0)):
+        assert exposure.of == 513
+
+
+@pytest.mark.parametrize(("hits", "number"), [(1, 1), (2, 5), (5, 5), (0, 4)])
+def test_what_chance_does_is_the_tail_of_the_binomial_distribution(hits, number):
+    ways = sum(math.comb(number, k) * 0.01**k * 0.99 ** (number - k) for k in range(hits, number + 1))
+    assert count_by_chance(hits, number, 0.01) == pytest.approx(ways)
+    assert 0 < count_by_chance(3, 5000, 0.01) <= 1
+
+
+def test_a_verdict_says_where_nothing_was_sampled(learnt, reporter):
+    report = replace(audit(learnt, "fresh", reporter), reasons=[])
+    assert "in the sampled texts" in report.verdict
+    assert "no texts were sampled" in replace(report, copies=None).verdict

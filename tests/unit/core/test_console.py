@@ -1,8 +1,10 @@
 """Reporters: what reaches the log, and at which level."""
 
+import errno
+import io
 import logging
 
-from lora_gpt2.core.console import LoggingReporter
+from lora_gpt2.core.console import LoggingReporter, RichReporter
 
 
 def test_python_users_find_messages_and_progress_in_the_log(caplog):
@@ -22,3 +24,27 @@ def test_python_users_find_messages_and_progress_in_the_log(caplog):
     with caplog.at_level(logging.DEBUG, logger="lora_gpt2"):
         reporter.detail("only for the curious")
     assert [(r.name, r.levelname) for r in caplog.records] == [("lora_gpt2", "DEBUG")]
+
+
+class GoneTerminal(io.StringIO):
+    """A terminal that was closed."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise OSError(errno.EIO, "gone")
+
+    def flush(self):
+        raise OSError(errno.EIO, "gone")
+
+
+def test_a_terminal_that_closes_ends_no_work(monkeypatch):
+    monkeypatch.setattr("sys.stderr", GoneTerminal())
+    reporter, done = RichReporter(), 0
+    with reporter.task("training", 3, "steps") as task:
+        for _ in range(3):
+            task.advance(1, "on")
+            done += 1
+    reporter.message("finished")
+    assert done == 3

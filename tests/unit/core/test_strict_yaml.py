@@ -18,6 +18,8 @@ from lora_gpt2.core.strict_yaml import MAX_DEPTH, MAX_NODES, describe_problem, p
         ("a: " + "9" * 41, "a number of 41 characters"),
         ("a: " + "1:" * 50_000 + "1", "a number of"),
         ("a: 2026-13-45", "month must be in 1..12"),
+        ("steps: 010", "'010' is an octal"),
+        ("steps: 1:30", "'1:30' is an octal or a sexagesimal number"),
         ("!!bool maybe", "not a value of its kind"),
         ("!!timestamp soon", "not a value of its kind"),
         ("!!int x", "not a value of its kind"),

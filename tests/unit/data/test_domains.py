@@ -1,5 +1,6 @@
 """A folder of domains."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,12 @@ def test_folders_files_and_recipes_are_domains(tmp_path):
     (tmp_path / "b.yaml").write_text("name: own")
     found = {item.name: item for item in list_domains(tmp_path)}
     assert list(found) == ["a", "law", "my-code", "notes", "own", "poems", "t", "z"]
-    assert list_left_out(tmp_path) == ["README.md", "picture.png", "y.log"]
+    odd = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    odd.write_text("text")
+    assert {item.name for item in list_domains(tmp_path)} == set(found), (
+        "a name that is no Unicode costs no other domain"
+    )
+    assert list_left_out(tmp_path) == ["README.md", odd.name, "picture.png", "y.log"]
     assert found["law"].flags == {
         "name": "law",
         "data.sources": (str(tmp_path / "law/train.jsonl"),),

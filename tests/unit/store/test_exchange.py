@@ -1,5 +1,6 @@
 """Adapters from elsewhere: variants against PEFT itself, archives, loralib, the hub; and hostile ones of each kind."""
 
+import errno
 import gzip
 import io
 import json
@@ -13,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load, save
 from transformers import GPT2LMHeadModel
 
@@ -624,3 +626,25 @@ def test_a_folder_that_happens_to_have_the_bases_name_keeps_no_adapter_out(
         bring_in("peft/", store, base)
     assert float((logits_of(base, store, "in") - theirs).abs().max()) < 1e-4
     assert "names the base 'mybase'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "space"),
+        (LocalTokenNotFoundError("log in"), "does not let you"),
+    ],
+)
+def test_what_keeps_a_pull_from_working_is_not_hidden_by_what_is_cached(base, store, monkeypatch, error, message):
+    import huggingface_hub
+
+    publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
+
+    def download(*rest, local_files_only=False, **more):
+        if not local_files_only:
+            raise error
+        return str(store.resolve("law"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ResourceError, match=message):
+        fetch_adapter("me/law")

@@ -144,3 +144,9 @@ def test_runs_are_listed_newest_first_and_folders_without_one_are_none(tmp_path)
     with pytest.raises(NotFoundError) as caught:
         RunReader(tmp_path / "other")
     assert caught.value.hint
+
+
+def test_a_second_ctrl_c_is_a_stop_and_no_failure(tmp_path):
+    with pytest.raises(KeyboardInterrupt), RunStatus(tmp_path).report(describe("law")):
+        raise KeyboardInterrupt
+    assert RunReader(tmp_path).status["state"] == "stopped"
