@@ -11,7 +11,6 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +40,7 @@ from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat, re
 from lora_gpt2.serving.embeddings import build_embeddings, parse_embeddings
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.middleware import Access, AccessMiddleware, has_key
+from lora_gpt2.serving.models import describe_mix, describe_model, parse_time
 from lora_gpt2.serving.protocol import (
     CompletionBody,
     build_sequences,
@@ -66,7 +66,6 @@ from lora_gpt2.store.references import BASE, label_of
 PAGE = Path(__file__).parent / "page"
 AUTO_DESCRIPTION = "the adapter under which the prompt is most likely, or the base"
 EMBEDDING_TOKENS = 1024
-CREATED = 1_546_300_800  # what OpenAI's list says of a base: when it came out; GPT-2's year, 2019
 READ_AND_REFUSED = 4  # times the largest body: who sends a little too much shall read the answer
 T = TypeVar("T")
 
@@ -301,9 +300,7 @@ class Server:
         """GET /v1/models/{model}; a version or a mix is shown too."""
         name = request.path_params["model"]
         known = {model["id"]: model for model in await run_in_threadpool(self._describe_models)}
-        if name not in known:
-            await run_in_threadpool(parse_model, name, self.session)
-        return JSONResponse(known.get(name) or describe_model(name))
+        return JSONResponse(known.get(name) or await run_in_threadpool(describe_mix, name, self.session))
 
     def _describe_models(self) -> list[dict[str, Any]]:
         base, store = self.session.base, self.session.store
@@ -387,13 +384,3 @@ class Server:
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics in Prometheus' text format."""
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
-
-
-def describe_model(name: str, created: int = CREATED, **more: Any) -> dict[str, Any]:
-    """Returns a model object; `created` in seconds since 1970."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "lora-gpt2", **more}
-
-
-def parse_time(text: str) -> int:
-    """Returns the seconds since 1970 of a time in ISO 8601."""
-    return int(datetime.fromisoformat(text).timestamp())

@@ -112,6 +112,13 @@ def test_streams_several_prompts_and_n(client, base, trained):
     assert texts == wanted
 
 
+def test_a_version_is_as_old_as_it_is_and_a_mix_as_its_newest_adapter(client, trained):
+    law, mix = client.models.retrieve("law@1"), client.models.retrieve("law:0.5+code:0.5")
+    times = {name: int(trained.read_manifest(name).created.timestamp()) for name in ("law", "code")}
+    assert law.created == client.models.retrieve("law").created == times["law"]
+    assert mix.created == max(times.values())
+
+
 def test_echo_and_logprobs(client, base, trained):
     prompt = "the cat and"
     answer = client.completions.create(model="law", prompt=prompt, max_tokens=4, echo=True, logprobs=2).choices[0]
