@@ -211,7 +211,7 @@ class Server:
         self._check_open()
         route = None
         if body.model == AUTO:
-            route = await self._compute(partial(route_chat, read_messages(body), self.router))
+            route = await self._compute(partial(route_chat, read_messages(body), self.router, self.defaults))
         completion, dropped = await run_in_threadpool(build_completion, body, self.session, self.defaults, route)
         routes = [] if route is None else [route]
         return await self._complete(request, completion, started, ChatRequest, routes=routes, dropped_messages=dropped)

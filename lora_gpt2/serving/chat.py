@@ -96,13 +96,14 @@ def read_messages(body: ChatBody) -> list[Message]:
     return messages
 
 
-def route_chat(messages: Sequence[Message], router: Router) -> RoutedMix:
-    """Returns the adapter trained on chats under which what was said is most likely; used by the session's thread.
+def route_chat(messages: Sequence[Message], router: Router, defaults: GenerateSettings) -> RoutedMix:
+    """Returns the adapter under which what was said is most likely, of those that chat; used by the session's thread.
 
-    Raises `ApiError` 400 if there is none.
+    Those are the ones trained on chats, and all where the server says how turns are written. Raises `ApiError` 400 if
+    there is none.
     """
     manifests = {name: router.find_manifest(name) for name in router.list_names()}
-    names = [name for name, manifest in manifests.items() if read_turns(manifest)]
+    names = [name for name, manifest in manifests.items() if defaults.chat_turns or read_turns(manifest)]
     if not names:
         raise ApiError(400, "no adapter of the store was trained on chats", "model", "no_chat_template")
     return router.among(names).route("\n".join(message.content for message in messages))  # the base could not answer

@@ -137,6 +137,10 @@ def test_auto_without_any_adapter_of_chats_is_refused(base, store):
     with serving(Server(session=Session(base, store), defaults=GREEDY, limits=ServeSettings())) as port:
         status, _, answer = ask(port, "/v1/chat/completions", {"model": "auto", "messages": HELLO})
     assert (status, answer["error"]["param"]) == (400, "model")
+    defaults = GREEDY.model_copy(update={"chat_turns": {"user": "Q {content}", "assistant": "{content}"}})
+    with serving(Server(session=Session(base, store), defaults=defaults, limits=ServeSettings())) as port:
+        status, _, answer = ask(port, "/v1/chat/completions", {"model": "auto", "messages": HELLO})
+    assert (status, answer["provenance"]["adapters"][0]["adapter"]) == (200, "plain@1"), "the server says how turns are"
 
 
 def test_turns_set_for_the_server_are_for_models_that_have_none(base, chatty):
