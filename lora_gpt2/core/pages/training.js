@@ -319,6 +319,10 @@ function listFigures() {
   }
   const losses = measured(selected, "validation_loss"), rate = measureRate(done);
   const figures = [[`${Math.floor((100 * done) / Math.max(1, done + left + skipped))} %`, "of all tokens"]];
+  if (data.run.adapters.length === 1) {
+    const [{ name, num_steps }] = data.run.adapters;
+    figures.push([`${lastStep(name).toLocaleString("en")} of ${num_steps.toLocaleString("en")}`, "steps"]);
+  }
   if (isRunning() && rate && left) figures.push([formatSeconds(left / rate), "left"]);
   if (isRunning() && rate) figures.push([format(rate), "tokens per second, measuring included"]);
   if (memory) figures.push([`${(memory / 1e9).toFixed(2)} GB`, "peak memory of the process"]);

@@ -189,4 +189,5 @@ document.addEventListener("keydown", (event) => {
 });
 for (const id of SLIDERS) $(id).addEventListener("input", showSettings);
 showSettings();
+$("prompt").setSelectionRange($("prompt").value.length, $("prompt").value.length);
 loadAdapters().catch((error) => say(`the adapters cannot be listed: ${error.message}`, "error"));
