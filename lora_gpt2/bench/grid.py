@@ -22,6 +22,7 @@ import torch
 from lora_gpt2.bench.domains import build_recipe_for
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import DataError, TrainingDiverged
+from lora_gpt2.core.files import write_atomic
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.user_files import check_output, read_user_text
@@ -113,22 +114,27 @@ def _identify(base: Base, recipe: Recipe, data: PreparedData) -> str:
     return fingerprint_json([base.fingerprint, base.runtime.dtype_name, data.fingerprint, train, lora])
 
 
+BEGINS = '{"setup": "'  # what begins each line of the file
+
+
 def _read(kept: Path) -> list[Point]:
     check_output(kept)
     if not kept.exists():
         return []
     *lines, rest = read_user_text(kept).split("\n")  # a run that was killed may have left half a line
     try:
+        if rest and not BEGINS.startswith(rest[: len(BEGINS)]):
+            raise ValueError(rest)  # noqa: TRY301
         found = [json.loads(line) for line in lines]
         return [Point(**values) for values in found if "validation_perplexity" in values]  # not of an earlier version
     except (ValueError, TypeError) as error:
         raise DataError(f"{kept} holds no points of a grid", "name another file with --keep") from error
-    finally:
-        if rest:
-            kept.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _append(kept: Path, points: Sequence[Point]) -> None:
+    whole = kept.read_bytes() if kept.exists() else b""
+    if not whole.endswith(b"\n") and whole:  # half a line, see `_read`
+        write_atomic(kept, whole[: whole.rfind(b"\n") + 1])
     with kept.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(point)) + "\n" for point in points)
 

@@ -29,7 +29,10 @@ import re
 from typing import ClassVar
 
 SETTING = re.compile(r"--set ([a-z0-9_.]+)=('[^']*'|\[[^\]]*\]|[^\s,;)]+)")
-OPTION = re.compile(r"--(base|name|store|forget)\b(?: ([A-Z]+|[\d.]+)\b)?")
+OPTION = re.compile(r"--(base|name|store|forget)\b(?: (?!(?:or|and|is|in|to)\b)([\w./$-]*\w))?")
+COMMAND = re.compile(
+    r"lora-gpt2 |'(?:adapters|audit|bench|evaluate|generate|merge|plan|prepare|rate|serve|train|tune) "
+)
 SWITCHES = {
     "--resume": "resume=True",
     "--fresh": "fresh=True",
@@ -56,9 +59,9 @@ class LoraGpt2Error(Exception):
 
 def to_python(hint: str) -> str:
     """Returns a hint with the options of the command line as Python passes them; whole commands stay."""
-    if "--" not in hint or "lora-gpt2 " in hint:
+    if "--" not in hint or COMMAND.search(hint):
         return hint
-    hint = OPTION.sub(lambda found: f"{found[1]}={found[2] or ''}", SETTING.sub(_pass_setting, hint))
+    hint = OPTION.sub(lambda found: f"{found[1]}={_quote(found[2] or '')}", SETTING.sub(_pass_setting, hint))
     for option, argument in SWITCHES.items():
         hint = hint.replace(option, argument)
     return hint
@@ -68,9 +71,13 @@ def _pass_setting(found: re.Match[str]) -> str:
     key, value = found.groups()
     if value in ("true", "false"):
         value = value.title()
-    elif value.isidentifier() and value.islower():
-        value = repr(value)
-    return f"settings={{'{key}': {value}}}"
+    return f"settings={{'{key}': {_quote(value)}}}"
+
+
+def _quote(value: str) -> str:
+    """Returns a word as Python writes it; capitals stand for what is to be put there, and digits are a number."""
+    is_word = value[:1].islower() and value not in ("true", "false")
+    return repr(value) if is_word else value
 
 
 class UsageError(LoraGpt2Error):

@@ -16,7 +16,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 MAX_DEPTH, MAX_NODES, MAX_NUMBER_LENGTH = 16, 20_000, 40
 _RAISED_BY_PYYAML = (ValueError, OverflowError, LookupError, AttributeError, TypeError, RecursionError)
 MERGE = "tag:yaml.org,2002:merge"
-ODD_NUMBER = re.compile(r"[-+]?(?:0[0-7_]+|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)")
+ODD_NUMBER = re.compile(r"[-+]?(?:0[0_]*[1-7][0-7_]*|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)")
 NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 
 

@@ -21,7 +21,7 @@ from lora_gpt2.recipe import DataSettings
 
 MAX_EXAMPLES = 3
 MOST_OF_A_PROMPT = 50
-"""Documents of one prompt that are held out or trained on together; of more, each goes by itself."""
+"""Documents of one prompt that are held out or trained on together, if that is not more than a split is to have."""
 DUPLICATE, NEAR_DUPLICATE, CONTAINED = "duplicate", "near duplicate", "part of a held-out text"
 LEAST_SHINGLES = 4
 """Of documents with fewer kept shingles (under about 60 words), a stock phrase may be most of them."""
@@ -111,7 +111,7 @@ def select_documents(
     result.kept -= 0 if is_sectioned else len(copies)
     free = [i for i, split in enumerate(splits) if split == "train" and i not in copies]
     shares = [0.0 if split in given else getattr(settings, f"{split}_fraction") for split in ("validation", "test")]
-    groups = _choose_groups(kept, free)
+    groups = _choose_groups(kept, free, shares)
     for index, split in zip(free, split_keys(groups, *shares), strict=True):
         splits[index] = split
     for index in copies:
@@ -135,14 +135,17 @@ def _find_copies_of_held_out(
     return {train[index]: (held_out[first], min(near, 0.999)) for index, (first, near) in nearest.items()}
 
 
-def _choose_groups(shards: Sequence[ShardArrays], free: Sequence[int]) -> list[bytes]:
+def _choose_groups(shards: Sequence[ShardArrays], free: Sequence[int], shares: Sequence[float]) -> list[bytes]:
     """Returns what is kept together when documents are divided: those of one prompt, unless they are many.
 
-    So a genre as the prompt is not held out whole. Each prompt decides for itself: others change nothing.
+    So neither a genre as the prompt, nor one of few prompts, is held out whole. Where texts are many, each prompt
+    decides for itself: others change nothing.
     """
     groups, keys = ([each for shard in shards for each in getattr(shard, name).tolist()] for name in ("groups", "keys"))
     counts = Counter(groups[index] for index in free)
-    return [groups[index] if counts[groups[index]] <= MOST_OF_A_PROMPT else keys[index] for index in free]
+    wanted = min((share for share in shares if share), default=1.0) * len(free)
+    most = min(MOST_OF_A_PROMPT, max(1.0, wanted))
+    return [groups[index] if counts[groups[index]] <= most else keys[index] for index in free]
 
 
 def _find_copies(keys: Sequence[bytes], signatures: Signatures, threshold: float) -> dict[int, tuple[int, float]]:

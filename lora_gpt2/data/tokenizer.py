@@ -54,9 +54,19 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Names the vocabulary, the merges and EOS; adapters are bound to it."""
+        return self._name(self.eos_id)
+
+    @cached_property
+    def fingerprints(self) -> frozenset[str]:
+        """The fingerprint, and that of earlier versions, for which EOS was what the tokenizer's settings call so."""
+        return frozenset({self.fingerprint, self._name(self.stop_id)})
+
+    def _name(self, eos_id: int) -> str:
         model = json.loads(self.backend.to_str())["model"]
-        named = {"vocab": model["vocab"], "merges": model["merges"], "eos": self.eos_id}
-        added = {text: index for index, text in self.added.items() if text not in model["vocab"]}
+        named = {"vocab": model["vocab"], "merges": model["merges"], "eos": eos_id}
+        tokens = self.backend.get_added_tokens_decoder()
+        added = {each.content: index for index, each in tokens.items() if index != eos_id}
+        added = {text: index for text, index in added.items() if text not in model["vocab"]}
         return fingerprint_json(named | ({"added": added} if added else {}))
 
     @cached_property

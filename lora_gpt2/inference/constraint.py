@@ -128,14 +128,14 @@ def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
     from llguidance import LLTokenizer, TokenizerWrapper
 
     pieces = list(tokenizer.token_bytes)
-    pieces[tokenizer.eos_id] = EOS.encode()
+    pieces[tokenizer.eos_id] = EOS.encode()  # the other one that stops, if there is one, has its text already
 
     class Vocabulary:
         """A vocabulary as llguidance wants it."""
 
         eos_token_id = tokenizer.eos_id
         bos_token_id = None
-        special_token_ids = (tokenizer.eos_id,)
+        special_token_ids = tuple(sorted(tokenizer.stop_ids))
         tokens = tuple(pieces)
 
         def __call__(self, text: str) -> list[int]:

@@ -178,6 +178,11 @@ def _write_folder(
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    stop_ids = Checkpoint.open(str(source)).load_tokenizer().stop_ids
+    if len(stop_ids) > 1:  # documents end with the one, turns with the other
+        path = folder / "generation_config.json"
+        own = json.loads(path.read_bytes()) if path.is_file() else {}
+        path.write_text(json.dumps({**own, "eos_token_id": sorted(stop_ids)}, indent=2) + "\n", encoding="utf-8")
 
 
 def _build_card(base: Base, parents: Parents, rule: MergeRule, difference: float, cells: Sequence[Cell]) -> str:

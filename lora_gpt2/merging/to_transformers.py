@@ -36,7 +36,7 @@ def build_merged_model(base: Base, adapters: Sequence[Adapter], weights: Sequenc
     assert not unexpected
     assert set(missing) <= {f"{HEAD}.weight"}
     model.tie_weights()
-    return model.eval()
+    return _stop_as_here(model, base).eval()
 
 
 def build_peft_model(base: Base, adapters: Sequence[Adapter], weights: Sequence[float]) -> PreTrainedModel:
@@ -54,5 +54,12 @@ def build_peft_model(base: Base, adapters: Sequence[Adapter], weights: Sequence[
             (Path(folder) / name).write_bytes(content)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out")  # of the head, which is no Conv1D as the others are
-            found: PreTrainedModel = PeftModel.from_pretrained(model, folder)
+            found: PreTrainedModel = PeftModel.from_pretrained(_stop_as_here(model, base), folder)
     return found.eval()
+
+
+def _stop_as_here(model: PreTrainedModel, base: Base) -> PreTrainedModel:
+    """Returns the model, which ends texts at each token at which they end here."""
+    if len(base.tokenizer.stop_ids) > 1 and model.generation_config is not None:
+        model.generation_config.eos_token_id = sorted(base.tokenizer.stop_ids)
+    return model

@@ -36,7 +36,7 @@ FIELDS_HINT = "pairs have the fields prompt, chosen and rejected; labelled texts
 class Preference:
     """Two continuations of a prompt, of which the first was preferred; `is_whole` if they end where the text does.
 
-    `rejected_prompt` is that of the second text where it is of another prompt, as of labelled texts.
+    `rejected_prompt` and `is_rejected_whole` are those of the second text where they differ, as of labelled texts.
     """
 
     prompt: str
@@ -44,6 +44,7 @@ class Preference:
     rejected: str
     is_whole: bool = False
     rejected_prompt: str | None = None
+    is_rejected_whole: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ def _drop_end(text: str) -> str:
 
 
 def _read_labelled(document: Document) -> LabelledText:
-    text, _, label = document.text.partition(BETWEEN)
+    text, _, label = document.text.rpartition(BETWEEN)
     if (is_desirable := LABELS.get(label.strip().lower())) is None:
         raise DataError(f"{document.origin}: the label is '{label[:40]}'", "labels are true or false, or 1 or 0")
     return LabelledText(prompt=document.prompt, text=_drop_end(text), is_desirable=is_desirable, is_whole=True)

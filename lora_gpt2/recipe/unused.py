@@ -21,6 +21,7 @@ def list_unused(recipes: Iterable[Recipe]) -> list[str]:
         lines += _list("lora", recipe.lora, ("dropout",), not preferences.sources, plain)
         lines += _list("train", train, ("label_smoothing", "neftune_noise_alpha"), not preferences.sources, plain)
         lines += _list("preferences", preferences, others, bool(preferences.sources), "choices, such as --preferences")
+        lines += _list("preferences", preferences, ("smoothing",), preferences.loss == "dpo", "preferences.loss=dpo")
         found |= dict.fromkeys(lines)
     return list(found)
 

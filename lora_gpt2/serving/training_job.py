@@ -46,7 +46,7 @@ MOST_NAME, MOST_ENDING, MOST_STEPS, MOST_RUNS = 100, 16, 1_000_000, 8
 LOG_NAME, RESULT_NAME, KEPT_NAME = "~log", "~result", "~training"  # beside the file that was sent; in no file's name
 LAST_BYTES = 2048
 KEPT = ("base", "block_size", "name", "settings", "plan", "plan_id")
-INTERRUPTED = "InterruptedRunError"
+INTERRUPTED, KILLED = "InterruptedRunError", "Killed"
 OWN_GROUP: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for the server, which tells its training once
 if os.name == "nt":
     OWN_GROUP = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
@@ -219,8 +219,7 @@ class TrainingJob:
 
     def offer_interrupted(self) -> None:
         """Takes up what an earlier server was training over this store and base when it ended, to be resumed."""
-        folders = (find_cache_dir() / "uploads").glob(f"*/{KEPT_NAME}")
-        for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+        for path in sorted((find_cache_dir() / "uploads").glob(f"*/{KEPT_NAME}"), key=_find_time, reverse=True):
             try:
                 kept = json.loads(path.read_bytes())
                 is_ours = kept["store"] == str(self.store.absolute()) and kept["base"] == self.base
@@ -234,6 +233,7 @@ class TrainingJob:
                 (self.name, self.settings), self.plan, self.plan_id = named, kept["plan"], str(kept["plan_id"])
                 message = f"training {self.name} on {file.name} was interrupted when the server ended"
                 self.state, self.error = "failed", {"type": INTERRUPTED, "message": message, "hint": "resume it"}
+                self._keep()  # other servers leave it to this one
                 return
 
     @property
@@ -256,7 +256,9 @@ class TrainingJob:
                 self.adapter = found["adapters"][0]
                 self._forget_upload()
             elif self.error is None:
-                self.error = {"type": "Killed", "message": f"the process ended with {code}", "hint": self._read_line()}
+                self.error = {"type": KILLED, "message": f"the process ended with {code}", "hint": self._read_line()}
+            if self.error and self._folder and self.error.get("type") not in (KILLED, "Interrupted"):
+                (self._folder / KEPT_NAME).unlink(missing_ok=True)  # it cannot be resumed
             self.state = "failed" if self.error else "planned" if state == "planning" else "done"
 
     def _read_line(self) -> str:
@@ -305,6 +307,12 @@ class TrainingJob:
         if (process := self._process) is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(KILL_SECONDS)
+
+
+def _find_time(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _remove_old(uploads: Path) -> None:

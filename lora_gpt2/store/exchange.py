@@ -159,7 +159,7 @@ def _describe_lora(source: FetchedAdapter) -> dict[str, Any]:
 
 def _convert(source: FetchedAdapter, base: Base, reporter: Reporter, rank: int | None) -> Converted:
     if source.manifest is not None:
-        check_base(source.manifest, identify(base))
+        check_base(source.manifest, identify(base), base.tokenizer.fingerprints)
     if doubt := source.describe_other_base(base):
         reporter.message(f"{doubt}; on other weights an adapter means nothing")
     weights = {"head": lambda: base.model.head, "embeddings": lambda: base.model.wte.weight}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,18 +90,18 @@ def load_adapter(store: Store, reference: str, base: Base) -> tuple[Manifest, Ad
         MismatchError: it was made for another base or tokenizer; both fingerprints are named.
     """
     with store.open(reference) as version:
-        check_base(version.manifest, identify(base))
+        check_base(version.manifest, identify(base), base.tokenizer.fingerprints)
         adapter = read_adapter(version, base.config)
     check_finite_logits(base, adapter, version.manifest.reference)
     return version.manifest, adapter
 
 
-def check_base(manifest: Manifest, ours: BaseIdentity) -> None:
-    """Raises `MismatchError` unless the version was made for this base and tokenizer."""
+def check_base(manifest: Manifest, ours: BaseIdentity, tokenizers: Collection[str] = ()) -> None:
+    """Raises `MismatchError` unless the version was made for this base and tokenizer, or one of these `tokenizers`."""
     hint = f"use --base {manifest.base.name}"
     for field_name, what in (("fingerprint", "base"), ("tokenizer_fingerprint", "tokenizer")):
         theirs, mine = getattr(manifest.base, field_name), getattr(ours, field_name)
-        if theirs != mine:
+        if theirs != mine and not (what == "tokenizer" and theirs in tokenizers):
             raise MismatchError(
                 f"{manifest.reference} was made for another {what}: '{manifest.base.name}' {theirs[:12]}, "
                 f"this is '{ours.name}' {mine[:12]}",

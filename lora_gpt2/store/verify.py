@@ -78,7 +78,7 @@ def verify_on_base(store: Store, manifests: Sequence[Manifest], base: Base) -> I
 
 def _verify_one(verdict: VerificationResult, version: Version, base: Base, reference: _Reference) -> None:
     manifest = version.manifest
-    check_base(manifest, identify(base))
+    check_base(manifest, identify(base), base.tokenizer.fingerprints)
     verdict.passed.append("base")
     adapter = read_adapter(version, base.config)
     if not parse_peft_config(version.read_file(PEFT_CONFIG), manifest.reference).is_plain:

@@ -22,7 +22,7 @@ from lora_gpt2.model.scoring import token_nll
 from lora_gpt2.rating.preferences import LabelledText, Preference
 
 ROUNDED_TO = 32  # tokens; few shapes
-HELD_OUT, FEWEST_HELD_OUT = 0.1, 4
+HELD_OUT, FEWEST_HELD_OUT, MOST_HELD_OUT = 0.1, 4, 2  # the share, the least number, and how far above the share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,11 @@ def encode_pairs(pairs: Sequence[Preference], tokenizer: Tokenizer, max_tokens: 
     rows, num_cut = [], 0
     for pair in pairs:
         other = pair.prompt if pair.rejected_prompt is None else pair.rejected_prompt
-        for text, before in ((pair.chosen, pair.prompt), (pair.rejected, other)):
+        is_rejected_whole = pair.is_whole if pair.is_rejected_whole is None else pair.is_rejected_whole
+        sides = (pair.chosen, pair.prompt, pair.is_whole), (pair.rejected, other, is_rejected_whole)
+        for text, before, is_whole in sides:
             prompt = list(tokenizer.encode(before)) or [tokenizer.eos_id]
-            ids = [*tokenizer.encode(text), *([tokenizer.eos_id] if pair.is_whole else [])]
+            ids = [*tokenizer.encode(text), *([tokenizer.eos_id] if is_whole else [])]
             num_cut += len(ids) > max_tokens
             ids = ids[:max_tokens]
             kept = prompt[-max(1, max_tokens + 1 - len(ids)) :]
@@ -106,13 +108,15 @@ def match_labelled(texts: Sequence[LabelledText]) -> tuple[list[Preference], tup
     """Returns labelled texts in pairs of a desirable and an undesirable one, and which to train on and to hold out.
 
     Texts of the rarer label are in several pairs, so that both labels count alike; whole prompts are held out, chosen
-    by their hash. Raises `DataError` where there are too few of a label.
+    by their hash. Raises `DataError` where there are too few of a label, or only copies of one.
     """
     counts = Counter(text.is_desirable for text in texts)
     if min(counts[True], counts[False]) < FEWEST_HELD_OUT:
         shown = f"{counts[True]} desirable and {counts[False]} undesirable texts"
         raise DataError(f"{shown} are labelled", f"at least {FEWEST_HELD_OUT} of each are needed")
     held_out = _choose_held_out(texts, counts)
+    if len({texts[index].is_desirable for index in held_out}) < len(counts):
+        raise DataError("all texts of a label are copies of each other", "label different ones, some to hold out")
     pairs: list[Preference] = []
     parts: list[list[int]] = []
     for is_held_out in (False, True):
@@ -121,8 +125,16 @@ def match_labelled(texts: Sequence[LabelledText]) -> tuple[list[Preference], tup
         sides = [[text for text in part if text.is_desirable == label] for label in (True, False)]
         for number in range(max(map(len, sides))):
             good, bad = (side[number % len(side)] for side in sides)
-            prompts = {"prompt": good.prompt, "rejected_prompt": bad.prompt}
-            pairs.append(Preference(chosen=good.text, rejected=bad.text, is_whole=good.is_whole, **prompts))
+            pairs.append(
+                Preference(
+                    prompt=good.prompt,
+                    chosen=good.text,
+                    rejected=bad.text,
+                    is_whole=good.is_whole,
+                    rejected_prompt=bad.prompt,
+                    is_rejected_whole=bad.is_whole,
+                )
+            )
         parts.append(list(range(begin, len(pairs))))
     return pairs, (parts[0], parts[1])
 
@@ -136,13 +148,29 @@ def _choose_held_out(texts: Sequence[LabelledText], counts: Counter[bool]) -> se
     chosen, held = set[str](), Counter[bool]()
     for label in sorted(counts, key=lambda label: counts[label]):
         for prompt in _order_prompts({prompt for prompt, found in labels.items() if found[label]} - chosen):
-            if held[label] < wanted[label] and all((held + labels[prompt])[each] < counts[each] for each in counts):
+            with_it = held + labels[prompt]
+            if held[label] < wanted[label] and all(with_it[each] <= MOST_HELD_OUT * wanted[each] for each in counts):
                 chosen.add(prompt)
-                held += labels[prompt]
+                held = with_it
     if all(held[label] for label in counts):
         return {index for index, text in enumerate(texts) if text.prompt in chosen}
-    of_label = {label: [index for index, text in enumerate(texts) if text.is_desirable == label] for label in counts}
-    return {index for label, indices in of_label.items() for index in indices[: wanted[label]]}
+    return _choose_held_out_texts(texts, counts, wanted)
+
+
+def _choose_held_out_texts(texts: Sequence[LabelledText], counts: Counter[bool], wanted: dict[bool, int]) -> set[int]:
+    """Returns the texts to hold out where prompts are too few: by the hash of the text, copies together."""
+    found = set[int]()
+    for label in counts:
+        of_text: dict[str, list[int]] = {}
+        for index, text in enumerate(texts):
+            if text.is_desirable == label:
+                of_text.setdefault(text.text, []).append(index)
+        taken = list[int]()
+        for each in _order_prompts(set(of_text)):
+            if len(taken) < wanted[label] and len(taken) + len(of_text[each]) < counts[label]:
+                taken += of_text[each]
+        found |= set(taken)
+    return found
 
 
 def mismatch_pairs(pairs: Sequence[Preference], split: tuple[Sequence[int], Sequence[int]]) -> list[Preference]:
@@ -154,7 +182,8 @@ def mismatch_pairs(pairs: Sequence[Preference], split: tuple[Sequence[int], Sequ
     for part in split:
         order = random.Random(0).sample(list(part), len(part))  # noqa: S311 - an order, no secret
         for one, other in zip(order, order[1:] + order[:1], strict=True):
-            found[one] = replace(pairs[one], chosen=pairs[other].chosen, rejected=pairs[other].rejected)
+            taken = {key: getattr(pairs[other], key) for key in ("chosen", "rejected", "is_whole", "is_rejected_whole")}
+            found[one] = replace(pairs[one], **taken)
     return found
 
 

@@ -21,7 +21,7 @@ from lora_gpt2.core.processes import has_ended
 from lora_gpt2.training.run_status import METRICS_ENDING, RUN, STATUS
 
 MOST_POINTS = 16_384  # of all adapters together
-PRIVATE = ("store", "process", "born", "host", "owner")  # of this machine
+PRIVATE = ("store", "process", "born", "machine", "owner")  # of this machine
 KILLED = "it was killed; the same command with --resume goes on from its last checkpoint"
 LEAST_POINTS = 128  # of an adapter
 COLUMNS = ("step", "tokens", "seconds", "loss", "learning_rate", "gradient_norm", "divergence")

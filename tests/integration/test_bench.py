@@ -8,7 +8,7 @@ import pytest
 
 from lora_gpt2 import cli
 from lora_gpt2.bench.decoding import measure_decoding
-from lora_gpt2.bench.grid import Point, _read, find_best, rank_settings
+from lora_gpt2.bench.grid import Point, _append, _read, find_best, rank_settings
 from lora_gpt2.bench.serving import measure_serving
 from lora_gpt2.bench.startup import measure_startup
 from lora_gpt2.bench.training import count_flops_per_token, measure_training
@@ -167,9 +167,12 @@ def test_points_of_a_grid_that_was_killed_are_read_and_other_files_refused(tmp_p
     kept = tmp_path / "grid.jsonl"
     kept.write_text(json.dumps(asdict(point)) + "\n" + json.dumps(asdict(point))[:20])
     assert _read(kept) == [point]
-    assert kept.read_text() == json.dumps(asdict(point)) + "\n", "what follows is written on a line of its own"
-    kept.write_text("no points\n")
-    with pytest.raises(DataError, match="holds no points"):
-        _read(kept)
+    _append(kept, [point])
+    assert _read(kept) == [point, point], "what follows is written on a line of its own"
+    for other in ("no points\n", "notes\nwithout an end", '{"a": 1}'):
+        kept.write_text(other)
+        with pytest.raises(DataError, match="holds no points"):
+            _read(kept)
+        assert kept.read_text() == other
     worst = replace(point, domain="e", validation_perplexity=math.inf)
     assert rank_settings([point, worst])[0][3] == math.inf, "where all diverged, nothing is good"

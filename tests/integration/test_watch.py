@@ -296,7 +296,7 @@ def test_a_run_whose_process_was_killed_says_so_and_cannot_be_stopped(tmp_path):
     reader = RunReader(folder)
     assert reader.state == "killed"
     assert "--resume" in reader.describe_status()["message"]
-    (folder / "run.json").write_text(json.dumps({**reader.description, "host": "elsewhere"}))
+    (folder / "run.json").write_text(json.dumps({**reader.description, "machine": "elsewhere"}))
     assert RunReader(folder).state == "training", "which nobody here can know"
     (folder / "run.json").write_text(json.dumps(reader.description))
     with running(build_watch_server(RunPages(folder=tmp_path, access=Access(is_local=True)))) as port:

@@ -6,6 +6,7 @@ let polling = null;
 let sent = null;  // what the server has of this page: its text and the id that it got
 let planned = null;  // the id of the plan that is shown
 let isEdited = false;  // since then
+let shown = null;  // what was last heard of the server
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -109,11 +110,15 @@ function show(job) {
   $("line").textContent = isBusy ? job.line : "";
   clearTimeout(polling);
   polling = setTimeout(poll, isBusy ? 1000 : 5000);  // another tab may begin something
-  if (isEdited && !isBusy) return void listRuns();
-  showPlan(job.plan);
-  planned = job.plan_id;
+  if (!isBusy || job.run) listRuns();
+  const news = JSON.stringify([job.state, job.upload_id, job.plan_id, job.run, job.error, job.adapter?.version]);
+  if (news === shown) return;  // what is said stays
+  shown = news;
   hide("train", "resume", "fresh");
   if (job.state === "idle") say("");
+  if (isEdited && job.state === "planned") return;  // it is a plan of something else
+  showPlan(job.plan);
+  planned = job.plan_id;
   if (job.state === "planning") say("reading the text, and timing two steps…");
   if (job.state === "planned") {
     const becomes = job.next_version > 1 ? `version ${job.next_version} of ${job.name}, from nothing and in use at once,` : job.name;
@@ -131,7 +136,6 @@ function show(job) {
     say(isInterrupted ? job.error.message : `${job.error.message}; ${job.error.hint}`);
     for (const id of ["resume", "fresh"]) $(id).hidden = !isInterrupted;
   }
-  if (!isBusy || job.run) listRuns();
 }
 
 async function poll() {
@@ -141,6 +145,7 @@ async function poll() {
     if (error.status === 403) $("form").replaceChildren(element("p", { className: "lead", textContent: error.message }));
     else if (error.status !== 401) {
       say(`the server does not answer: ${error.message}`);
+      shown = null;
       polling = setTimeout(poll, 3000);
     }
   }

@@ -48,7 +48,7 @@ FRONT_MATTER = re2.compile(
     r"(?:[ \t]*(?:[\w.\"'-]+[ \t]*[:=][^\n]*|[-#\[\]}][^\n]*|[ \t][^\n]*|)\n)*?(?:---|\+\+\+)[ \t]*(?:\n|\z)"
 )
 TEMPLATE = re.compile(
-    r"\$?\{\{(?:[<%#/!&^~>-][^{}]*|[^{}|]*\|[^{}]*|\s[^{}]*\s)\}\}"
+    r"\$?\{\{(?:[<%#/!&^~>-][^{}]*|[^{}|]*\|[^{}]*|\s*[A-Za-z_][\w.]*\([^{}]*\)\s*)\}\}"
     r"|(?<!\w)\$?\{\{\s*(?:[A-Za-z_][\w.$\[\]'\"()-]*)?\s*\}\}|\{%[^{}]*%\}|\{#[^{}]*#\}"
 )
 FENCE = re.compile(r"^ {0,3}(`{3,}(?=[^`\n]*$)|~{3,})([^\n]*)$", re.MULTILINE)
@@ -74,7 +74,7 @@ LICENCE_BEGIN = re2.compile(
     r"|\*\*\* START: FULL LICENSE[^\n]*)\n?"
 )
 BOOK_BEGIN = re2.compile(r"(?im)^[ \t]*\*{3}[ ]?START OF (?:THIS|THE) PROJECT GUTENBERG")
-SHORT_HEADER, LONGEST_HEADER = 500, 5_000  # characters: one that does not name the project; before several books
+SHORT_HEADER, LONGEST_HEADER = 500, 20_000  # characters, of one that does not name the project and of one that does
 LICENCE_END = re2.compile(
     r"(?im)^[ \t]*(?:\*{3}[ ]?END OF (?:THIS|THE) PROJECT GUTENBERG[^\n]*"
     r"|End of (?:the |this )?Project Gutenberg[^\n]*)\n?"
@@ -241,19 +241,26 @@ def _split_books(text: str) -> list[str]:
     parts = [text[start:end] for start, end in pairwise([*begins, len(text)])]
     if len(parts) < 2 or not all(LICENCE_END.search(part) for part in parts[:-1]):
         return [text]
-    return parts if begins[0] < LONGEST_HEADER else [text[: begins[0]], *parts]
+    return parts if _is_header(text[: begins[0]]) else [text[: begins[0]], *parts]
+
+
+def _is_header(text: str) -> bool:
+    """True for what stands before a book: hardly anything, or a page that names the project."""
+    return len(text) < SHORT_HEADER or (len(text) < LONGEST_HEADER and "gutenberg" in text.lower())
 
 
 def _cut_licence(text: str) -> str:
     if len(books := _split_books(text)) > 1:
         return "\n\n".join(_cut_licence(book).strip("\n") for book in books) + "\n"
-    begin = LICENCE_BEGIN.search(text)
+    begin, is_book = LICENCE_BEGIN.search(text), False
     if begin and begin.start() < len(text) / 2:
         head, text = text[: begin.start()], str(CREDITS.sub("", text[begin.end() :], count=1))
-        is_header = len(head) < SHORT_HEADER or "gutenberg" in head.lower()
-        text = text if is_header else head + text
+        is_book = _is_header(head)
+        text = text if is_book else head + text
     end = LICENCE_END.search(text)
-    return text[: end.start()] if end else text
+    if end and (is_book or len(text) - end.end() < SHORT_HEADER or "gutenberg" in text[end.end() :].lower()):
+        return text[: end.start()]
+    return text
 
 
 def replace_emoji(text: str, mode: str = "drop") -> str:

@@ -126,7 +126,8 @@ function showStart() {
 async function countAnswers(rater) {
   if (!isServed || Object.keys(state.answers).length) return 0;
   try {
-    return (await (await fetch("raters")).json()).raters[rater] ?? 0;
+    const { raters } = await (await fetch("raters")).json();
+    return Object.hasOwn(raters, rater) ? raters[rater] : 0;
   } catch (error) {
     return 0;  // it is said when an answer is sent
   }

@@ -11,7 +11,7 @@ import lora_gpt2
 from lora_gpt2.core.errors import CorruptError, DataError, MismatchError, NotFoundError
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.data.prepared import prepare_data
-from lora_gpt2.data.tokenizer import EOS, TextStream, load_tokenizer
+from lora_gpt2.data.tokenizer import EOS, TextStream, Tokenizer, load_tokenizer
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import DataSettings
@@ -141,6 +141,9 @@ def test_what_the_tokenizers_own_settings_call_eos_is_in_texts_and_stops_them(ba
         assert ours.eos_id == theirs.bos_token_id, "between documents GPT-2's own"
         assert ours.stop_id == theirs.eos_token_id != ours.eos_id
         assert ours.stop_ids == {ours.eos_id, ours.stop_id}
+        before = Tokenizer(ours.backend, ours.stop_id)  # EOS was the one of the settings
+        assert ours.fingerprints == {ours.fingerprint, before.fingerprint}
+        assert len(ours.fingerprints) == 2
         text = "<|im_start|>user\n a <|im_end|>\n<|im_start|>assistant\n"
         assert ours.encode(text) == theirs(text)["input_ids"]
         assert ours.eos_id not in ours.encode(f"{text} {EOS} c")

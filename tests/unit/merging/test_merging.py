@@ -1,11 +1,12 @@
 """Merges prove themselves: against the mix they replace, transformers, GGUF's own reader; and refuse what is empty."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2TokenizerFast
 
 from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, UsageError
 from lora_gpt2.data.prepared import SKETCH
@@ -14,6 +15,7 @@ from lora_gpt2.evaluation.held_out import read_sketch
 from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.perplexity import measure_perplexity
 from lora_gpt2.evaluation.run import read_mix_sketches
+from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging import combine, into_base
@@ -21,13 +23,14 @@ from lora_gpt2.merging.combine import MERGED, merge_adapters
 from lora_gpt2.merging.into_base import merge_into_base
 from lora_gpt2.merging.run import choose_weight
 from lora_gpt2.merging.search import search_weights
+from lora_gpt2.merging.to_transformers import build_merged_model
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter, LoraUpdate
 from lora_gpt2.model.merge import MergeRule, combine_adapters, to_delta
 from lora_gpt2.model.probe import build_probe, compute_logits
 from lora_gpt2.model.runtime import choose_runtime
-from lora_gpt2.recipe import BLOCKS, EvaluateSettings, LoraSettings, MergeSettings
-from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.recipe import BLOCKS, EvaluateSettings, GenerateSettings, LoraSettings, MergeSettings
+from lora_gpt2.store.files import Origin, check_base, identify, load_adapter, publish_adapter
 from lora_gpt2.store.references import BASE
 from tests.builders import make_adapter, make_base_folder
 
@@ -308,3 +311,35 @@ def test_a_base_that_llama_cpp_would_run_wrongly_gives_no_gguf(store, reporter, 
             evaluate=SETTINGS,
             reporter=reporter,
         )
+
+
+def test_a_base_of_chatml_stops_at_either_end_wherever_it_goes(base_folder, store, tmp_path, reporter):
+    theirs = GPT2TokenizerFast.from_pretrained(base_folder)
+    theirs.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    model = GPT2LMHeadModel.from_pretrained(base_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.resize_token_embeddings(len(theirs))
+    for each in (model, theirs):
+        each.save_pretrained(tmp_path / "chatml")
+    base = load_base(str(tmp_path / "chatml"), choose_runtime("float32"))
+    publish_adapter(store, "chat", make_adapter(base.config, 1), base, Origin())
+    stops = sorted(base.tokenizer.stop_ids)
+    assert len(stops) == 2
+    merged = build_merged_model(base, [load_adapter(store, "chat", base)[1]], [1.0])
+    assert merged.generation_config.eos_token_id == stops
+    session, how = Session(base, store), MergeSettings()
+    merge_into_base(session, Mix.single("chat"), tmp_path / "out", how, SOURCES, evaluate=SETTINGS, reporter=reporter)
+    assert GPT2LMHeadModel.from_pretrained(tmp_path / "out").generation_config.eos_token_id == stops
+    settings = GenerateSettings(
+        json_schema={"type": "string"}, temperature=0, max_new_tokens=12, logit_bias={base.tokenizer.stop_id: 50.0}
+    )
+    (output,) = generate(session, [Request("a", Mix.single("chat"))], settings)
+    assert "<|im_end|>" not in output.text
+    assert output.finish_reason == "length" or isinstance(json.loads(output.text), str), "no text is cut by it"
+    (other,) = base.tokenizer.fingerprints - {base.tokenizer.fingerprint}
+    before = replace(identify(base), tokenizer_fingerprint=other)
+    manifest = store.read_manifest("chat")
+    check_base(replace(manifest, base=before), identify(base), base.tokenizer.fingerprints)
+    with pytest.raises(MismatchError, match="another tokenizer"):
+        check_base(replace(manifest, base=before), identify(base))

@@ -79,6 +79,9 @@ def test_prompts_carry_no_loss_and_whole_texts_end_with_eos(base):
             assert rows.lengths[number, column] == len(scored)
     (empty,) = [Preference(prompt="", chosen="a", rejected="b")]
     assert encode_pairs([empty], tokenizer, 48).inputs[0, 0] == tokenizer.eos_id
+    half = dataclasses.replace(PAIRS[0], is_whole=True, is_rejected_whole=False)
+    ends = [tokenizer.eos_id in row for row in encode_pairs([half], tokenizer, 48).targets.tolist()]
+    assert ends == [True, False]
 
 
 def test_marks_of_the_end_are_taken_off_pairs_and_cut_none_in_two(tmp_path):
@@ -185,8 +188,20 @@ def test_labelled_texts_count_alike_and_no_prompt_is_in_both_parts(good, bad):
 
 
 def test_labels_of_one_prompt_are_held_out_too_and_too_few_are_refused():
-    _, (trained, held_out) = match_labelled([label("p", number % 2 == 0) for number in range(40)])
-    assert (len(trained), len(held_out)) == (18, 2)
+    texts = [dataclasses.replace(label("p", n % 2 == 0), text=f" text {n % 38}") for n in range(40)]
+    pairs, (trained, held_out) = match_labelled(texts)
+    assert len(held_out) in (2, 3)
+    assert len(trained) in (17, 18)
+    kept, held = ({text for n in part for text in (pairs[n].chosen, pairs[n].rejected)} for part in (trained, held_out))
+    assert not kept & held, "copies are together"
+    few = [dataclasses.replace(label(("news", "law")[n >= 500], n % 2 == 0), text=f" text {n}") for n in range(540)]
+    assert 20 <= len(match_labelled(few)[1][1]) <= 50, "two prompts, of which neither is held out whole"
+    mixed = [dataclasses.replace(text, is_whole=text.is_desirable) for text in texts]
+    pairs, split = match_labelled(mixed)
+    for each in (*pairs, *mismatch_pairs(pairs, split)):
+        assert (each.is_whole, each.is_rejected_whole) == (True, False)
+    with pytest.raises(DataError, match="are copies of each other"):
+        match_labelled([label("p", number % 2 == 0) for number in range(40)])
     with pytest.raises(DataError, match="37 desirable and 3 undesirable"):
         match_labelled([label("p", number > 2) for number in range(40)])
 

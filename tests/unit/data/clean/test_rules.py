@@ -62,7 +62,14 @@ def test_profiles_name_rules_that_exist():
         ("front_matter", "on", "---\nA poem\n---\n", "---\nA poem\n---\n"),
         ("template_tags", "on", 'see [us]({{< ref "a.md" >}}) {% if x %}y{% endif %}', "see us y"),
         ("template_tags", "on", "{{ {{x}} }} {a}", " {a}"),
-        ("template_tags", "on", "{{ url_for('x', y='z.css') }}a {{ a + b }}{{c}}", "a "),
+        ("template_tags", "on", "{{ url_for('x', y='z.css') }}a {{b}}", "a "),
+        (
+            "template_tags",
+            "on",
+            "{{ \\bf The theorem }} {{ 1, 2, 3 }} {{ a b }}",
+            "{{ \\bf The theorem }} {{ 1, 2, 3 }} {{ a b }}",
+        ),
+        ("template_tags", "on", "$\\frac{{ x + y }}{{ z - 1 }}$", "$\\frac{{ x + y }}{{ z - 1 }}$"),
         ("template_tags", "on", "\\frac{{a}}{b} x{{y}}", "\\frac{{a}}{b} x{{y}}"),
         ("tags", "on", "~~~~~~~~\n<i>a</i>\n~~~~~~~~\n<i>b</i>\n~~~", "~~~~~~~~\na\n~~~~~~~~\nb\n~~~"),
         ("tags", "on", "````md\n```\n<b>\n```\n````\n<i>c</i>", "````md\n```\n<b>\n```\n````\nc"),
@@ -108,6 +115,9 @@ STORY = "A line of the story.\n" * 20
         (f"{STORY * 20}{START}{STORY}{END}b\n{START}Another.\n{END}c\n", f"{STORY * 20}\n{STORY}\nAnother.\n"),
         (f"{START}{STORY}", STORY),
         (f"{STORY}{END}licence\n", STORY),
+        (f"{STORY * 3}{END}{STORY * 5}", None),  # quoted in an essay
+        (f"{STORY * 3}{START}{STORY}{END}{STORY * 5}", f"{STORY * 4}{END}{STORY * 5}"),
+        (f"{STORY * 10}{START}{STORY}{END}b\n{START}Another.\n{END}c\n", f"{STORY * 10}\n{STORY}\nAnother.\n"),
         (f"{STORY}He said *** START OF THE PROJECT GUTENBERG EBOOK, and left.\n", None),  # within a line
         (f"He wrote: *** END OF THE PROJECT GUTENBERG EBOOK X ***\n{STORY}", None),
         (f"{START}Produced by A\nand B\n\n{STORY}", "\n" + STORY),
