@@ -38,7 +38,7 @@ from lora_gpt2.store.archive import pack_archive
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.fetch import ARCHIVES, FetchedAdapter
+from lora_gpt2.store.fetch import ARCHIVES, HUB_FILES, FetchedAdapter
 from lora_gpt2.store.files import Origin, check_base, identify, publish_adapter
 from lora_gpt2.store.manifest import CARD, MANIFEST, PEFT_CONFIG, WEIGHTS, Manifest
 from lora_gpt2.store.peft.config import parse_peft_config
@@ -254,6 +254,9 @@ def read_version_files(store: Store, reference: str) -> tuple[Manifest, dict[str
 def push_adapter(store: Store, reference: str, repository: str, private: bool) -> str:
     """Uploads a version with its card to the hub, making the repository if need be; returns its address.
 
+    Files of an earlier version that this one lacks, such as a drafter that holds some of its text, leave the
+    repository; its history has them.
+
     Raises:
         UsageError: `repository` is not `owner/name`.
         ResourceError: the hub cannot be reached, or wants a login; the store is unchanged.
@@ -262,12 +265,14 @@ def push_adapter(store: Store, reference: str, repository: str, private: bool) -
         raise UsageError(f"'{repository}' is not a hub repository", "write owner/name")
     manifest, files = read_version_files(store, reference)
     files[CARD] = build_card(manifest, read_audits(store, manifest)).encode()
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     hint = f"nothing is lost: 'lora-gpt2 adapters export {reference} FILE.tar.gz' makes a file to carry"
     with wrap_hub_errors(repository, f"push {reference}", hint):
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        old = sorted({*HUB_FILES} & {*api.list_repo_files(repository)} - {*files})
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        operations += [CommitOperationDelete(name) for name in old]
         commit = api.create_commit(repository, operations, commit_message=f"Add {reference} by lora-gpt2")
     return str(commit.commit_url)

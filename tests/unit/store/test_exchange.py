@@ -29,6 +29,7 @@ from lora_gpt2.core.errors import (
     ResourceError,
     UsageError,
 )
+from lora_gpt2.data.successors import DRAFTER
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
@@ -434,8 +435,13 @@ def test_a_push_uploads_every_file_with_the_card(base, store, monkeypatch):
         def create_repo(self, repository, private, exist_ok):
             sent["repository"] = (repository, private, exist_ok)
 
+        def list_repo_files(self, repository):
+            return [".gitattributes", "notes.md", "README.md", WEIGHTS, "drafter.bin"]
+
         def create_commit(self, repository, operations, commit_message):
-            sent["files"] = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+            added = [each for each in operations if isinstance(each, huggingface_hub.CommitOperationAdd)]
+            sent["files"] = {operation.path_in_repo: operation.path_or_fileobj for operation in added}
+            sent["deleted"] = [each.path_in_repo for each in operations if each not in added]
             return type("Commit", (), {"commit_url": f"https://hub/{repository}"})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -445,6 +451,7 @@ def test_a_push_uploads_every_file_with_the_card(base, store, monkeypatch):
     folder = store.resolve("law")
     assert sent["files"] == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert b"base_model:" in sent["files"]["README.md"]
+    assert sent["deleted"] == [DRAFTER], "what an earlier version had of its text, and nothing of others"
 
 
 def test_a_pull_comes_from_the_hubs_cache_without_a_network(base, store, tmp_path, monkeypatch):
