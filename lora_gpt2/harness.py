@@ -11,6 +11,7 @@ Contexts and continuations are tokenised by the harness, and cut and scored as b
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -33,7 +34,7 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.references import BASE
 
 NAME = "lora-gpt2"
-MAX_STOPS = 16
+MAX_STOPS = 32  # of `generate.stop`
 DEFAULT_NEW_TOKENS = 256  # as the harness's `hf` model
 
 
@@ -198,15 +199,18 @@ class LoraGpt2(TemplateLM):  # type: ignore[misc]
 
 def _to_request(context: str, options: dict[str, Any], mix: Mix) -> Request:
     until = options.get("until") or []
+    stops = tuple([until] if isinstance(until, str) else until)
+    if len(stops) > MAX_STOPS:
+        raise UsageError(f"a task has {len(stops)} stop strings", f"at most {MAX_STOPS} can be looked for")
     samples = options.get("do_sample") and options.get("temperature", 1.0) > 0
     settings = GenerateSettings(
         max_new_tokens=int(options.get("max_gen_toks", options.get("max_new_tokens", DEFAULT_NEW_TOKENS))),
         temperature=float(options.get("temperature", 1.0)) if samples else 0.0,
         top_k=int(options.get("top_k", 0)) if samples else 0,
         top_p=float(options.get("top_p", 1.0)) if samples else 1.0,
-        stop=tuple([until] if isinstance(until, str) else until)[:MAX_STOPS],
+        stop=stops,
     )
-    return Request(context, mix, settings=settings)
+    return Request(context, mix, random.getrandbits(31), settings)  # noqa: S311 - the harness seeds it
 
 
 def register() -> None:
