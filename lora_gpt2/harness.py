@@ -210,7 +210,7 @@ def _to_request(context: str, options: dict[str, Any], mix: Mix) -> Request:
         top_p=float(options.get("top_p", 1.0)) if samples else 1.0,
         stop=stops,
     )
-    return Request(context, mix, random.getrandbits(31), settings)  # noqa: S311 - the harness seeds it
+    return Request(context, mix, random.getrandbits(31), settings)  # the harness seeds it
 
 
 def register() -> None:
