@@ -18,8 +18,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lora_gpt2.api.evaluation import evaluate
+    from lora_gpt2.api.loading import load
     from lora_gpt2.api.merging import merge
-    from lora_gpt2.api.model import Model, load
+    from lora_gpt2.api.model import Model
     from lora_gpt2.api.preferences import train_preferences
     from lora_gpt2.api.training import prepare, train, train_together, tune
     from lora_gpt2.core.errors import LoraGpt2Error
@@ -46,7 +47,7 @@ _MODULES = {
     "TrainingEvent": "training.events",
     "TuneReport": "training.tune",
     "evaluate": "api.evaluation",
-    "load": "api.model",
+    "load": "api.loading",
     "merge": "api.merging",
     "prepare": "api.training",
     "train": "api.training",

@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,7 +122,8 @@ def load_name(path: str) -> Any:
 def describe_object(title: str, found: Any, heading: str) -> Iterator[str]:
     """Yields the heading, the signature and the docstring of a function, class, method or property."""
     yield f"{heading} {title}\n"
-    is_plain = isinstance(found, property) or (inspect.isclass(found) and issubclass(found, BaseException | BaseModel))
+    is_class = inspect.isclass(found) and issubclass(found, BaseException | BaseModel)
+    is_plain = is_class or isinstance(found, property | cached_property)
     if not is_plain:
         yield f"```python\n{show_signature(title, inspect.signature(found))}\n```\n"
     yield from describe_docstring(found)
@@ -160,7 +162,7 @@ def show_signature(title: str, signature: inspect.Signature) -> str:
 
 def describe_docstring(found: Any) -> Iterator[str]:
     """Yields the sections of a docstring in Google's style."""
-    options = {"warn_missing_types": False, "warn_unknown_params": False}
+    options = {"warn_missing_types": False, "warn_unknown_params": False, "returns_multiple_items": False}
     text = inspect.getdoc(found) or ""
     for section in griffe.Docstring(text, parser="google", parser_options=options).parsed:
         if section.kind is griffe.DocstringSectionKind.text:

@@ -25,6 +25,7 @@ def evaluate(
     protocol: str | None = None,
     profile: str | None = None,
     general: bool = True,
+    tokens: bool = False,
     ray: str | None = None,
     settings: Settings = None,
     store: str | Path | None = None,
@@ -42,6 +43,7 @@ def evaluate(
         protocol: `document` (the default) or `stream`.
         profile: how texts are cleaned first; `prose` is the default, `raw` leaves them as they are.
         general: also measure general English, to show what was forgotten.
+        tokens: also return the log-probability of each token, in `token_scores`.
         ray: address of a Ray cluster on whose devices to measure: `auto`, `local` or `host:port`.
         settings: any other setting.
         store: folder of the store; default `$LORA_GPT2_STORE` or `./adapters`.
@@ -53,7 +55,7 @@ def evaluate(
     Raises:
         NotFoundError: there is no such adapter or source.
         DataError: a text cannot be read, or holds nothing to score.
-        UsageError: window and stride do not fit the base.
+        UsageError: window and stride do not fit the base, or tokens are asked for with protocol `stream`.
     """
     keywords = {"window": window, "stride": stride, "protocol": protocol, "profile": profile}
     recipe = make_recipe(settings, "evaluate", keywords, {"base": base})
@@ -68,4 +70,4 @@ def evaluate(
         path = to_source(texts)
         wanted = [LabelledSource(path if isinstance(texts, str | Path) else "text", path)]
     found = read_texts(wanted, kept, recipe, reporter)
-    return evaluate_texts(found, specs, kept, recipe, reporter, general=general, ray=ray or "")
+    return evaluate_texts(found, specs, kept, recipe, reporter, general=general, keep_tokens=tokens, ray=ray or "")

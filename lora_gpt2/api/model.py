@@ -1,90 +1,47 @@
-"""`load` and `Model`: one base and its adapters, to generate with, to measure, and to hand to transformers."""
+"""`Model`: one base and its adapters, to generate with, to measure, and to hand to transformers."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
+
 from lora_gpt2.api.arguments import (
-    Adapters,
     Settings,
     check_keywords,
-    choose_reporter,
     make_recipe,
-    sort_adapters,
     to_source,
 )
 from lora_gpt2.api.perplexity import Perplexity
+from lora_gpt2.api.requests import build_requests, iter_text, list_adapters, parse_mix
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.core.names import ALL, AUTO, check_name
+from lora_gpt2.core.names import check_name
 from lora_gpt2.data.pipeline import read_clean
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.evaluation.matrix import EvaluationText, measure_matrix
 from lora_gpt2.evaluation.run import read_mix_sketches
+from lora_gpt2.evaluation.token_scores import TokenScores, check_protocol, iter_token_scores
 from lora_gpt2.inference.choose import AdapterChoice
-from lora_gpt2.inference.generate import Output, Request, generate, iter_pieces
+from lora_gpt2.inference.embedding import embed_texts
+from lora_gpt2.inference.generate import Output, generate
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.open import open_session
-from lora_gpt2.inference.routing import AUTO_MIX, Router
+from lora_gpt2.inference.routing import Router
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.to_transformers import build_merged_model, build_peft_model
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.runtime import Runtime, choose_runtime
 from lora_gpt2.recipe import GenerateSettings, Recipe
-from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import parse_adapter
 from lora_gpt2.store.fetch import FetchedAdapter, fetch_adapter
 from lora_gpt2.store.references import label_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def load(
-    base: str | None = None,
-    *,
-    adapters: Adapters = (),
-    store: str | Path | None = None,
-    dtype: str = "auto",
-    max_slots: int | None = None,
-    progress: bool = True,
-) -> Model:
-    """Loads a base, and adapters over it.
-
-    Args:
-        base: `nano`, `gpt2`, …, a hub id or a folder; by default that of the first adapter, else `nano`.
-        adapters: names or versions in the store (`law`, `law@2`), folders that PEFT saved, archives or hub ids, which
-            get the last part of their path as their name; `all` for every adapter of this base in the store; or a
-            mapping from names to any of these.
-        store: folder of the store; default `$LORA_GPT2_STORE` or `./adapters`.
-        dtype: of the base's weights: `auto`, `float32`, `bfloat16` or `float16`.
-        max_slots: number of adapters to keep loaded; default 64.
-        progress: show it; else it is logged.
-
-    Raises:
-        NotFoundError: there is no such base or adapter.
-        CorruptError, MismatchError: a file is damaged, or the adapter is of another base.
-        ResourceError: the hub cannot be reached.
-    """
-    kept = Store.find(store)
-    other = {"base": base, "generate.dtype": dtype, "serve.max_slots": max_slots}
-    recipe = make_recipe(None, "generate", {}, other)
-    stored, foreign = sort_adapters(adapters, kept)
-    if base is None and foreign and not [name for name in stored if name != ALL]:
-        guessed = next(iter(foreign.values())).guess_base()
-        recipe = make_recipe(None, "generate", {}, {**other, "base": guessed or None})
-    session, mixes = open_session(kept, stored, recipe, recipe.generate.dtype)
-    session.slots.max_slots = recipe.serve.max_slots
-    model = Model(session, recipe, choose_reporter(progress))
-    session.load([name for mix in mixes for name in session.resolve(mix).references][: recipe.serve.max_slots])
-    model.adapters += [reference for mix in mixes for reference in mix.references]
-    for name, source in foreign.items():
-        model.add_adapter(name, source)
-    return model
 
 
 class Model:
@@ -234,7 +191,7 @@ class Model:
         Raises what `generate` does.
         """
         check_keywords("generate_batch", "generate", everyday)
-        requests = self._build_requests(prompts, adapter, n, seed)
+        requests = build_requests(prompts, adapter, n, seed, self._router)
         chosen = self._choose_settings(everyday, settings)
         return generate(self.session, requests, chosen, truncate_left=truncate_left)
 
@@ -244,8 +201,8 @@ class Model:
         truncate_left = arguments.pop("truncate_left", False)
         check_keywords("stream", "generate", arguments)
         chosen = self._choose_settings(arguments, settings)
-        requests = self._build_requests([prompt], adapter, 1, seed)
-        return _iter_text(self.session, requests, chosen, truncate_left)
+        requests = build_requests([prompt], adapter, 1, seed, self._router)
+        return iter_text(self.session, requests, chosen, truncate_left)
 
     def perplexity(
         self,
@@ -277,11 +234,8 @@ class Model:
         """
         keywords = {"window": window, "stride": stride, "protocol": protocol, "profile": profile}
         recipe = make_recipe(settings, "evaluate", keywords)
-        source = to_source([texts] if isinstance(texts, str) else texts)
-        clean = read_clean([source], recipe.data, self.reporter)
-        mix, session = self._parse(adapter), self._open_measuring(recipe)
+        text, mix, session = self._read(texts, recipe), parse_mix(adapter), self._open_measuring(recipe)
         resolved = session.resolve(mix)
-        text = EvaluationText(label="text", documents=clean.documents, profile=recipe.data.profile, files=clean.files)
         sketches = read_mix_sketches(session.store, [mix] if set(mix.references).isdisjoint(self._in_memory) else [])
         (cell,) = measure_matrix(
             session.base,
@@ -292,6 +246,68 @@ class Model:
             sketches=sketches,
         )
         return Perplexity.from_cell(cell, session.base.runtime.dtype_name, list(map(label_of, resolved.references)))
+
+    def score_tokens(
+        self,
+        texts: Texts | str | Path,
+        adapter: Any = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        profile: str | None = None,
+        settings: Settings = None,
+    ) -> list[TokenScores]:
+        """Returns the log-probability of each token of texts, which are read and cleaned as `perplexity` does it.
+
+        Args:
+            texts: see `perplexity`.
+            adapter: an adapter, a version, a mix or None for the base; or a list of them, for each of which there are
+                log-probabilities.
+            window: tokens of context; default the base's maximum.
+            stride: tokens between windows; default half the window.
+            profile: how texts are cleaned first; `raw` scores them as they are.
+            settings: any other setting.
+
+        Returns:
+            The scores of each document; their mean over all tokens is `nll_nats_per_token` of `perplexity`, negated.
+
+        Raises:
+            DataError: there is nothing to score.
+        """
+        recipe = make_recipe(settings, "evaluate", {"window": window, "stride": stride, "profile": profile})
+        check_protocol(recipe.evaluate)
+        text, session = self._read(texts, recipe), self._open_measuring(recipe)
+        rows = {str(mix): session.select(session.resolve(mix)) for mix in map(parse_mix, list_adapters(adapter))}
+        cells = measure_matrix(session.base, rows, [text], recipe.evaluate, self.reporter, keep_tokens=True)
+        return list(iter_token_scores(session.base.tokenizer, [text], cells))
+
+    def _read(self, texts: Texts | str | Path, recipe: Recipe) -> EvaluationText:
+        """Returns what is measured, cleaned as training does it."""
+        source = to_source([texts] if isinstance(texts, str) else texts)
+        clean = read_clean([source], recipe.data, self.reporter)
+        return EvaluationText(label="text", documents=clean.documents, profile=recipe.data.profile, files=clean.files)
+
+    def embed(self, texts: Sequence[str], adapter: Any = None) -> Float[np.ndarray, "texts width"]:
+        """Returns each text as a vector: the mean of the last hidden states of its tokens, as `serve` gives it.
+
+        Args:
+            texts: at least one token each, and at most as many as the base's context.
+            adapter: an adapter, a version, a mix, or None for the base.
+
+        Returns:
+            float32 `[texts, width]`, of a width of 768 for GPT-2 124M.
+
+        Raises:
+            UsageError: a text is empty or too long.
+        """
+        if isinstance(texts, str):
+            raise UsageError("texts are a list of str", "embed([text])")
+        session = self._open_measuring(self.recipe)
+        ids, context = session.base.tokenizer.encode_batch(texts), session.base.config.n_positions
+        if bad := [len(each) for each in ids if not 0 < len(each) <= context]:
+            raise UsageError(f"a text has {bad[0]:,} tokens, 1 to {context:,} are expected", "embed parts of it")
+        vectors: np.ndarray = embed_texts(session, session.resolve(parse_mix(adapter)), ids).numpy()
+        return vectors
 
     def choose(self, text: str) -> AdapterChoice:
         """Returns the adapter under which a text is most likely, as `auto` takes it, and how sure that is."""
@@ -311,39 +327,12 @@ class Model:
 
         Its tokenizer is in `folder`: `AutoTokenizer.from_pretrained(model.folder)`.
         """
-        mix, session = self._parse(adapter), self._open(choose_runtime("float32"))
+        mix, session = parse_mix(adapter), self._open(choose_runtime("float32"))
         adapters = [session.fetch(reference).adapter for reference in mix.references]
         weights = [weight for _, weight in mix]
         if merged or not mix:
             return build_merged_model(session.base, adapters, weights)
         return build_peft_model(session.base, adapters, weights)
-
-    def _parse(self, adapter: Any) -> Mix:
-        mix = adapter if isinstance(adapter, Mix) else Mix.parse(str(adapter)) if adapter is not None else Mix()
-        if AUTO in mix.references:
-            raise UsageError("'auto' needs a prompt to choose by", "name an adapter")
-        return mix
-
-    def _build_requests(self, prompts: Sequence[str], adapter: Any, n: int, seed: int | None) -> list[Request]:
-        if isinstance(prompts, str):
-            raise UsageError("prompts are a list of str", "generate_batch([prompt]), or generate(prompt)")
-        each = list(adapter) if isinstance(adapter, list | tuple) and not isinstance(adapter, Mix) else [adapter]
-        if len(each) not in (1, len(prompts)):
-            raise UsageError(
-                f"{len(prompts)} prompts, {len(each)} adapters", "pass one, or generate_batch one for each prompt"
-            )
-        each = each * len(prompts) if len(each) == 1 else each
-        if bad := next((item for item in prompts if not isinstance(item, str)), None):
-            raise UsageError(f"a prompt is a str, found {type(bad).__name__}", "generate_batch takes a list of texts")
-        first = secrets.randbelow(2**31) if seed is None else seed
-        mixes = [AUTO_MIX if item == AUTO else self._parse(item) for item in each]
-        router = self._router
-        routes = [router.route(p) if mix == AUTO_MIX else None for p, mix in zip(prompts, mixes, strict=True)]
-        return [
-            Request(prompt, mix, first + index * n + i, route=route, beam_rank=i)
-            for index, (prompt, mix, route) in enumerate(zip(prompts, mixes, routes, strict=True))
-            for i in range(n)
-        ]
 
     def _choose_settings(self, keywords: Mapping[str, Any], settings: Settings) -> GenerateSettings:
         stop = keywords.get("stop")
@@ -379,13 +368,3 @@ def _add_in_memory(session: Session, adapters: Mapping[str, Adapter]) -> None:
     session.load_in_memory(adapters)
     for name in adapters:  # it can be loaded from nowhere, so it keeps its slot
         session.slots.pin(Mix.single(name))
-
-
-def _iter_text(
-    session: Session, requests: Sequence[Request], settings: GenerateSettings, truncate_left: bool
-) -> Iterator[str]:
-    for _, text, output in iter_pieces(session, requests, settings, truncate_left=truncate_left):
-        if output is not None and output.error is not None:
-            raise output.error
-        if text:
-            yield text

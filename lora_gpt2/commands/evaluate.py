@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from lora_gpt2.commands.shared import FiniteRange, emit, end_as_failed, session_
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.tables import format_table
-from lora_gpt2.core.user_files import check_output, check_picture
+from lora_gpt2.core.user_files import PICTURES, check_output
 from lora_gpt2.evaluation.report import format_matrix
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
@@ -21,6 +22,9 @@ from lora_gpt2.store.references import BASE
 
 if TYPE_CHECKING:
     from lora_gpt2.evaluation.run import Evaluation
+
+FILES = {"plot": PICTURES, "html": (), "tokens": (".html", ".jsonl")}
+"""The files that are written on request, and how their names end."""
 
 file_type = click.Path(path_type=Path, dir_okay=False)
 
@@ -35,6 +39,12 @@ file_type = click.Path(path_type=Path, dir_okay=False)
 @click.option("--keep", is_flag=True, help="Keep the figures with the adapters, for their cards.")
 @click.option("--plot", type=file_type, metavar="FILE", help="Draw the matrix (.png or .svg).")
 @click.option("--html", type=file_type, metavar="FILE", help="Write it all as a page.")
+@click.option(
+    "--tokens",
+    type=file_type,
+    metavar="FILE",
+    help="Write the log-probability of each token: as a coloured page (.html) or as data (.jsonl).",
+)
 @click.option(
     "--generate",
     "num_texts",
@@ -61,8 +71,6 @@ def command(
     recipe: Path | None,
     general: bool,
     keep: bool,
-    plot: Path | None,
-    html: Path | None,
     num_texts: int | None,
     ray: str | None,
     fail_above: tuple[str, ...],
@@ -73,6 +81,7 @@ def command(
     overrides: tuple[str, ...],
     store: Store,
     as_json: bool,
+    **files: Path | None,
 ) -> None:
     """Measure the perplexity of the base and of each adapter on each SOURCE.
 
@@ -85,11 +94,13 @@ def command(
       lora-gpt2 evaluate law=law.jsonl code=code.txt --adapter all --html matrix.html --plot matrix.png
       lora-gpt2 evaluate law=law.jsonl --adapter law --json > before.json
       lora-gpt2 evaluate law=law.jsonl --adapter law --baseline before.json --fail-above law=40
+      lora-gpt2 evaluate mine --adapter mine --tokens tokens.html    which words it knows better than the base
       lora-gpt2 evaluate mine --adapter mine --generate 20
       lora-gpt2 evaluate law=law.jsonl --adapter all --ray auto   over the machines of a Ray cluster
       lora-gpt2 evaluate test.txt --set evaluate.window=256 --set evaluate.stride=128
     """
-    check_picture(plot)
+    for option, kinds in FILES.items():
+        check_output(files[option], kinds)
     settings = load_recipe(recipe, overrides, {**flags, "base": base})
     from lora_gpt2.evaluation.general import GENERAL
     from lora_gpt2.evaluation.limits import check_limits, find_above, find_regressions, parse_limits, read_baseline
@@ -98,7 +109,6 @@ def command(
     from lora_gpt2.inference.mix import read_manifests
 
     limits, earlier = parse_limits(fail_above), read_baseline(baseline) if baseline else None
-    check_output(html)
     wanted = [LabelledSource.parse(source) for source in sources]
     measured_too = [GENERAL] if general and set(adapters) - {BASE} else []
     check_limits(limits, [*measured_too, *(source.label for source in wanted)])
@@ -113,6 +123,7 @@ def command(
         general=general,
         num_texts=num_texts or 0,
         keep=keep,
+        keep_tokens=files["tokens"] is not None,
         ray=ray or "",
     )
     result = evaluation.to_json()
@@ -121,18 +132,23 @@ def command(
     if earlier:
         result["failures"] += find_regressions(measured, result, earlier, tolerance)
     emit(result, as_json, lambda: _render(result))
-    _write_pages(evaluation, plot, html)  # what was measured has been said, whatever becomes of them
+    _write_files(evaluation, **files)  # what was measured has been said, whatever becomes of them
     if result["failures"]:
         hint = "train again, go back to a version (adapters rollback), or set new limits"
         end_as_failed("; ".join(result["failures"]), hint, as_json)
 
 
-def _write_pages(evaluation: Evaluation, plot: Path | None, html: Path | None) -> None:
-    with wrap_os_errors("write the picture or the page"):
+def _write_files(evaluation: Evaluation, plot: Path | None, html: Path | None, tokens: Path | None) -> None:
+    with wrap_os_errors("write the figures"):
         if plot:
             evaluation.plot(plot)
         if html:
             html.write_text(evaluation.to_html(), encoding="utf-8", errors="replace")
+        if tokens and tokens.suffix.lower() == ".html":
+            tokens.write_text(evaluation.tokens_to_html(), encoding="utf-8", errors="replace")
+        elif tokens:
+            lines = (json.dumps(each.to_json(), allow_nan=False) for each in evaluation.token_scores)
+            tokens.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def _render(result: dict[str, Any]) -> str:

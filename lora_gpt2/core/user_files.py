@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, ResourceError, UsageError
@@ -96,26 +97,21 @@ def check_stdin() -> None:
         raise UsageError("stdin is a device", hint)
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path | None, kinds: Sequence[str] = ()) -> None:
     """Raises our error if a file cannot be written there, before the work whose result it will hold.
 
     Raises:
-        UsageError: it is a pipe or a device.
+        UsageError: it is a pipe or a device, or ends in none of `kinds`, where its ending says what is written.
         ResourceError: it is a folder, or its folder does not exist or cannot be written.
     """
     if path is None:
         return
+    if kinds and path.suffix.lower() not in kinds:
+        raise UsageError(f"{path} does not end in {' or '.join(kinds)}", f"name it {path.stem}{kinds[0]}, for example")
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UsageError(f"{path} is not a regular file", "name a file that may be written")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ResourceError(f"{path} cannot be written", "name a file in a folder that exists and is yours")
-
-
-def check_picture(path: Path | None) -> None:
-    """Raises `UsageError` if a file is not of a kind that pictures are drawn in, or what `check_output` does."""
-    if path is not None and path.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot {path}: pictures are {', '.join(PICTURES)}", "name the file picture.png, for example")
-    check_output(path)
 
 
 def _refuse_kind(path: Path) -> UsageError:

@@ -120,6 +120,16 @@ class Tokenizer:
             table[index] = text.encode()
         return table
 
+    def show(self, token: int) -> str:
+        """Returns a token's text; one that is part of a character as `bytes:\\xe2\\x82`, as OpenAI does."""
+        if token == self.eos_id:
+            return EOS
+        content = self.token_bytes[token]
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
     def list_vocabulary(self) -> tuple[list[str], list[str]]:
         """Returns the tokens by id, in GPT-2's printable letters, and the merges as `left right`."""
         model = json.loads(self.backend.to_str())["model"]
@@ -137,12 +147,20 @@ class TextStream:
     """Turns tokens into text as they come, and never shows half a character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._table = tokenizer.token_bytes
+        self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.length = 0
 
     def push(self, token: int) -> str:
         """Returns the text that this token completes; it may be empty."""
-        return self._decoder.decode(self._table[token])
+        new = self._decoder.decode(self._tokenizer.token_bytes[token])
+        self.length += len(new)
+        return new
+
+    def locate(self, token: int) -> int:
+        """Pushes a token; returns the index in the text of the character with which it begins, or whose part it is."""
+        begin, new, own = self.length, self.push(token), self._tokenizer.show(token)
+        return begin + len(new) - len(own) if new.endswith(own) else begin  # what is left of a character before it
 
     def finish(self) -> str:
         """Returns what is left: U+FFFD for a character that was never completed."""

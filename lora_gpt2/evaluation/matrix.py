@@ -129,6 +129,7 @@ def measure_matrix(
     *,
     together: AdapterSelector | None = None,
     sketches: Mapping[str, TextSketch] | None = None,
+    keep_tokens: bool = False,
 ) -> list[Cell]:
     """Returns the cells source by source, one for each of `adapters` in their order, all in one pass over the base.
 
@@ -140,12 +141,15 @@ def measure_matrix(
         reporter: shows progress.
         together: one selector of all `adapters`, in their order, if a batch may contain several of them.
         sketches: the training texts of those adapters for which they are known.
+        keep_tokens: see `ScoringWindows.measure`.
     """
     windows = ScoringWindows(base, [source.documents for source in sources], settings)
     one_each = list(adapters.values())
     select = together or (lambda choices: one_each[choices[0]]([0] * len(choices)))
     with reporter.task("measuring", windows.forward_tokens * len(adapters), "tokens") as task:
-        scores = windows.measure(select, len(adapters), can_mix=together is not None, on_tokens=task.advance)
+        scores = windows.measure(
+            select, len(adapters), can_mix=together is not None, on_tokens=task.advance, keep_tokens=keep_tokens
+        )
     return build_cells(list(adapters), sources, scores, sketches or {})
 
 

@@ -6,7 +6,7 @@ Adapters and texts are sent from this machine, whose store and files no other on
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lora_gpt2.core.console import Reporter
@@ -34,11 +34,13 @@ class ScoringTask:
         base: what it must be; every machine finds it by its name.
         mixes: the rows; empty for the base alone.
         settings: how to measure.
+        keep_tokens: see `ScoringWindows.measure`.
     """
 
     base: BaseIdentity
     mixes: Sequence[Mix]
     settings: EvaluateSettings
+    keep_tokens: bool = False
 
 
 Weights = tuple[bytes, bytes]
@@ -74,7 +76,7 @@ def score_on_ray(
             len(whole.mixes), [sum(map(_measure, text)) for text in texts], cluster.num_devices
         ):
             key = f"{rows} {columns}"
-            task = ScoringTask(base=whole.base, mixes=[whole.mixes[row] for row in rows], settings=whole.settings)
+            task = replace(whole, mixes=[whole.mixes[row] for row in rows])
             needed = list(dict.fromkeys(reference for mix in task.mixes for reference in mix.references))
             parts[key] = [(row, column) for row in rows for column in columns]
             chosen = [texts[column] for column in columns]
@@ -149,5 +151,5 @@ def score_task(
         check_finite_logits(base, adapter, reference)
         session.load_in_memory({reference: adapter})
     windows = ScoringWindows(base, texts, task.settings)
-    found = windows.measure(session.select(*task.mixes), len(task.mixes), can_mix=True)
+    found = windows.measure(session.select(*task.mixes), len(task.mixes), can_mix=True, keep_tokens=task.keep_tokens)
     return [score for row in found for score in row], base.runtime.dtype_name

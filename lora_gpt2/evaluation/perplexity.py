@@ -49,7 +49,8 @@ class Window:
 class Score:
     """What was measured: nats over `tokens` scored tokens, and the size of the original text that they are.
 
-    `per_document` has the nats and tokens of each document, `[2, documents]`.
+    `per_document` has the nats and tokens of each document, `[2, documents]`; `per_token` the nats of each of its
+    tokens, `[documents][tokens]`, where that was asked for.
     """
 
     nll_nats: float
@@ -57,6 +58,7 @@ class Score:
     words: int | float
     bytes: int | float
     per_document: NDArray[np.float64] = field(default_factory=lambda: np.zeros((2, 0)), compare=False, repr=False)
+    per_token: Sequence[NDArray[np.float32]] = field(default=(), compare=False, repr=False)
 
     @property
     def nll_nats_per_token(self) -> float:
@@ -148,6 +150,10 @@ class _ScoringWindow(NamedTuple):
     ids: list[int]
     span: Window
 
+    @property
+    def num_scored(self) -> int:
+        return self.span.end + 1 - self.span.first
+
 
 class ScoringWindows:
     """The windows of some sources, each a list of texts, ready to be scored under any number of adapters.
@@ -169,7 +175,7 @@ class ScoringWindows:
         self.num_documents = sum(map(len, self.texts))
         counts = np.zeros(self.num_documents)
         for scored in self.windows:
-            counts[scored.document] += scored.span.end + 1 - scored.span.first
+            counts[scored.document] += scored.num_scored
         self.tokens = counts
         is_stream = settings.protocol == "stream"
         self.shares = {
@@ -205,6 +211,7 @@ class ScoringWindows:
         num_choices: int = 1,
         can_mix: bool = False,
         on_tokens: Callable[[int], None] = lambda tokens: None,
+        keep_tokens: bool = False,
     ) -> list[list[Score]]:
         """Returns the scores `[choices][sources]`.
 
@@ -213,15 +220,30 @@ class ScoringWindows:
             num_choices: how many the selector has.
             can_mix: a batch may have windows of several choices.
             on_tokens: receives the number of tokens of each batch.
+            keep_tokens: also keep the figure of each token, which takes 4 bytes; of protocol `document` alone.
         """
         device = choose_float64_device(self.base.runtime.device)
         totals = torch.zeros(num_choices * self.num_documents, dtype=torch.float64, device=device)
+        kept = [[np.zeros(int(count), np.float32) for count in self.tokens] for _ in range(num_choices * keep_tokens)]
         for batch in self._iter_batches(num_choices, can_mix):
             nll, indices = self._score(batch, select([choice for choice, _ in batch]))
             totals.index_add_(0, indices.to(device), as_float64(nll))
+            if keep_tokens:
+                self._keep(batch, nll, kept)
             on_tokens(sum(window.span.end - window.span.begin for _, window in batch))
         nats = totals.view(num_choices, -1).cpu().numpy()
-        return [self._collect(choice) for choice in nats]
+        return [self._collect(nats[choice], kept[choice] if kept else []) for choice in range(num_choices)]
+
+    def _keep(
+        self, batch: Sequence[tuple[int, _ScoringWindow]], nll: Tensor, kept: Sequence[Sequence[NDArray[np.float32]]]
+    ) -> None:
+        """Puts the NLL of a batch's tokens into those of their documents."""
+        figures, done = nll.float().cpu().numpy(), 0
+        for choice, window in batch:
+            own = kept[choice][window.document]
+            end = len(own) - (len(window.ids) - 1 - window.span.end)  # a document is scored to its end
+            own[end - window.num_scored : end] = figures[done : done + window.num_scored]
+            done += window.num_scored
 
     def _iter_batches(self, num_choices: int, can_mix: bool) -> Iterator[list[tuple[int, _ScoringWindow]]]:
         """Yields batches of similar lengths: every other choice begins with the short windows."""
@@ -264,7 +286,7 @@ class ScoringWindows:
         lengths = np.array([len(piece) for piece in self.base.tokenizer.token_bytes])[own[0].ids]
         return float(sum(lengths[span.first : span.end + 1].sum() for *_, span in own) / lengths.sum())
 
-    def _collect(self, nats: NDArray[np.float64]) -> list[Score]:
+    def _collect(self, nats: NDArray[np.float64], kept: Sequence[NDArray[np.float32]]) -> list[Score]:
         scores, first = [], 0
         for texts in self.texts:
             share = self.shares.get(first, 1)
@@ -278,6 +300,7 @@ class ScoringWindows:
                     words=sum(len(text.split()) for text in texts) * share,
                     bytes=sum(len(text.encode()) for text in texts) * share,
                     per_document=per_document,
+                    per_token=kept[documents],
                 )
             )
         return scores

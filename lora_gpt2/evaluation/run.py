@@ -15,6 +15,7 @@ from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.names import is_name
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.text_sketch import TextSketch
+from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.evaluation.general import GENERAL, add_general
 from lora_gpt2.evaluation.held_out import list_differences, read_own_text, read_sketch
 from lora_gpt2.evaluation.matrix import (
@@ -36,6 +37,8 @@ from lora_gpt2.evaluation.report import (
     draw_matrix,
     format_matrix,
 )
+from lora_gpt2.evaluation.token_page import build_token_page
+from lora_gpt2.evaluation.token_scores import TokenScores, check_protocol, iter_token_scores
 from lora_gpt2.inference.generate import build_writer
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.open import find_base_name, list_mixes, open_session
@@ -65,6 +68,7 @@ class Evaluation:
         dtype: of the base's weights.
         versions: of the adapters in each row, such as `law@2`.
         generation: how generated texts read, where that was asked for.
+        token_scores: of each document, general English last, where they were asked for.
     """
 
     cells: list[Cell]
@@ -76,6 +80,7 @@ class Evaluation:
     dtype: str
     versions: dict[str, list[str]] = field(default_factory=dict)
     generation: list[Quality] = field(default_factory=list)
+    token_scores: list[TokenScores] = field(default_factory=list, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result with the keys of `evaluate --json`."""
@@ -104,6 +109,12 @@ class Evaluation:
         """Returns a page with the matrix, its picture and every figure; it loads nothing."""
         return build_matrix_page(self.to_json())
 
+    def tokens_to_html(self) -> str:
+        """Returns a page of the texts, each token coloured by what an adapter gains on it; see `token_scores`."""
+        if not self.token_scores:
+            raise UsageError("no token was scored on its own", "evaluate(…, tokens=True)")
+        return build_token_page(self.token_scores, self.base)
+
     def __str__(self) -> str:
         """Returns the matrix: `*` marks the best of each text, `!` text that an adapter was trained on."""
         shown = format_matrix([cell.to_json() for cell in [*self.cells, *self.forgetting]])
@@ -127,6 +138,7 @@ def evaluate_texts(
     general: bool = True,
     num_texts: int = 0,
     keep: bool = False,
+    keep_tokens: bool = False,
     ray: str = "",
 ) -> Evaluation:
     """Measures adapters, mixes and the base on texts.
@@ -140,23 +152,28 @@ def evaluate_texts(
         general: also measure general English.
         num_texts: number of documents of each text to continue and to judge; 0 = none.
         keep: keep the figures with the adapters, for their cards.
+        keep_tokens: also return the log-probability of each token; of protocol `document` alone.
         ray: address of a Ray cluster on whose devices to measure; see `core.ray_cluster.connect`.
 
     Raises:
         NotFoundError: there is no such adapter.
-        UsageError: window and stride do not fit the base.
+        UsageError: window and stride do not fit the base, or tokens are asked for with another protocol.
     """
+    if keep_tokens:
+        check_protocol(recipe.evaluate)
     if keep:
         store.check_writable()
     if ray and num_texts:
         raise UsageError("texts are generated on this machine alone", "leave --ray or --generate out")
     if ray:
-        measured = _measure_on_ray(texts, adapters, store, recipe, reporter, general=general, address=ray)
+        measured = _measure_on_ray(
+            texts, adapters, store, recipe, reporter, general=general, keep_tokens=keep_tokens, address=ray
+        )
         session, tasks = None, []
     else:
         session, mixes = open_session(store, adapters, recipe, recipe.evaluate.dtype)
         tasks = [build_task(text, session.base.tokenizer, num_texts) for text in texts] if num_texts else []
-        measured = _measure_here(session, mixes, texts, recipe, reporter, general=general)
+        measured = _measure_here(session, mixes, texts, recipe, reporter, general=general, keep_tokens=keep_tokens)
     split = len(measured.rows) if measured.has_general else 0
     cells, forgetting = measured.cells[split:], measured.cells[:split]
     evaluation = Evaluation(
@@ -169,6 +186,7 @@ def evaluate_texts(
         dtype=measured.dtype,
         versions=measured.versions,
         generation=_judge_texts(session, measured.rows, tasks, recipe, reporter) if session and tasks else [],
+        token_scores=measured.token_scores,
     )
     how = evaluation.to_json() | {"dtype": evaluation.dtype}
     alone = [mix.references[0] for mix in measured.rows if mix == Mix.single(str(mix))]
@@ -214,6 +232,7 @@ class _Measured:
     stride: int
     dtype: str
     versions: dict[str, list[str]]
+    token_scores: list[TokenScores]
 
 
 def _choose_texts(
@@ -240,6 +259,7 @@ def _measure_here(
     reporter: Reporter,
     *,
     general: bool,
+    keep_tokens: bool,
 ) -> _Measured:
     rows = _list_rows(mixes)
     window, stride = choose_window(session.base.config, recipe.evaluate)
@@ -254,6 +274,7 @@ def _measure_here(
         reporter,
         together=session.select(*exact),
         sketches=read_mix_sketches(session.store, rows),
+        keep_tokens=keep_tokens,
     )
     return _Measured(
         rows=rows,
@@ -264,6 +285,7 @@ def _measure_here(
         stride=stride,
         dtype=session.base.runtime.dtype_name,
         versions=_list_versions(rows, exact),
+        token_scores=_list_token_scores(session.base.tokenizer, texts, measured, cells) if keep_tokens else [],
     )
 
 
@@ -275,19 +297,20 @@ def _measure_on_ray(
     reporter: Reporter,
     *,
     general: bool,
+    keep_tokens: bool,
     address: str,
 ) -> _Measured:
     base = name_everywhere(find_base_name(store, adapters, recipe))
     checkpoint = Checkpoint.open(base)
     window, stride = choose_window(checkpoint.config, recipe.evaluate)
-    tokenizer_fingerprint = checkpoint.load_tokenizer().fingerprint
+    tokenizer = checkpoint.load_tokenizer()
     identity = BaseIdentity(
-        name=base, fingerprint=fingerprint_base(checkpoint), tokenizer_fingerprint=tokenizer_fingerprint
+        name=base, fingerprint=fingerprint_base(checkpoint), tokenizer_fingerprint=tokenizer.fingerprint
     )
     rows = _list_rows(list_mixes(store, adapters, identity.fingerprint))
     measured, has_general = _choose_texts(rows, texts, general)
     exact = [Mix((store.read_manifest(reference).reference, weight) for reference, weight in mix) for mix in rows]
-    task = ScoringTask(base=identity, mixes=exact, settings=recipe.evaluate)
+    task = ScoringTask(base=identity, mixes=exact, settings=recipe.evaluate, keep_tokens=keep_tokens)
     documents = [text.documents for text in measured]
     scores, dtype = score_on_ray(address, task, documents, store, reporter)
     cells = build_cells([str(mix) for mix in rows], measured, scores, read_mix_sketches(store, rows))
@@ -300,7 +323,16 @@ def _measure_on_ray(
         stride=stride,
         dtype=dtype,
         versions=_list_versions(rows, exact),
+        token_scores=_list_token_scores(tokenizer, texts, measured, cells) if keep_tokens else [],
     )
+
+
+def _list_token_scores(
+    tokenizer: Tokenizer, own: Sequence[EvaluationText], measured: Sequence[EvaluationText], cells: Sequence[Cell]
+) -> list[TokenScores]:
+    """Returns those of all that was measured, the texts that were asked for first."""
+    added = [text for text in measured if text not in own]
+    return list(iter_token_scores(tokenizer, [*own, *added], cells))
 
 
 def _list_versions(rows: Sequence[Mix], exact: Sequence[Mix]) -> dict[str, list[str]]:

@@ -52,6 +52,14 @@ def embed_batch(session: Session, mix: Mix, texts: Sequence[Sequence[int]]) -> F
     return sums / lengths[:, None]
 
 
+def embed_texts(session: Session, mix: Mix, texts: Sequence[Sequence[int]]) -> Float[Tensor, "texts width"]:
+    """Returns the embedding of each text, in their order, in batches of similar lengths; see `embed_batch`."""
+    vectors = torch.empty(len(texts), session.base.config.n_embd)
+    for batch in batch_by_length(texts):
+        vectors[batch] = embed_batch(session, mix, [texts[index] for index in batch])
+    return vectors
+
+
 @dataclass(frozen=True)
 class EmbeddingMoments:
     """Mean and standard deviation, `[width]`, of the embeddings of pieces of a text."""
@@ -67,8 +75,7 @@ class EmbeddingMoments:
             return None
         starts = torch.linspace(0, len(stream) - PIECE_TOKENS, count).long().tolist()
         pieces = [stream[start : start + PIECE_TOKENS].tolist() for start in starts]
-        parts = [embed_batch(session, Mix(), [pieces[index] for index in batch]) for batch in batch_by_length(pieces)]
-        return cls(*reversed(torch.std_mean(torch.cat(parts), dim=0)))
+        return cls(*reversed(torch.std_mean(embed_texts(session, Mix(), pieces), dim=0)))
 
     @classmethod
     def parse(cls, values: Any, width: int) -> EmbeddingMoments | None:

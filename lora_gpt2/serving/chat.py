@@ -19,7 +19,7 @@ from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.serving.answers import ApiError
-from lora_gpt2.serving.choices import CompletionChoice, show_token
+from lora_gpt2.serving.choices import CompletionChoice
 from lora_gpt2.serving.protocol import (
     MAX_SEED,
     SAMPLING,
@@ -192,7 +192,7 @@ class ChatChoice(CompletionChoice):
         def show(token: int, logprob: float) -> dict[str, Any]:
             tokenizer = self.sequence.tokenizer
             return {
-                "token": show_token(token, tokenizer),
+                "token": tokenizer.show(token),
                 "logprob": logprob,
                 "bytes": list(tokenizer.token_bytes[token]),
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_gpt2.data.tokenizer import TextStream, Tokenizer
+from lora_gpt2.data.tokenizer import TextStream
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.serving.protocol import CompletionBody
 from lora_gpt2.serving.worker import StepOutput
@@ -21,7 +21,7 @@ class CompletionChoice:
         self._logprobs: list[int | TokenLogprobs] = []
         self._is_first = True
         self._held: list[tuple[int, int | TokenLogprobs]] = []
-        self._offset, self._length, self._stream = 0, 0, TextStream(sequence.tokenizer)
+        self._length, self._stream = 0, TextStream(sequence.tokenizer)
 
     def add(self, output: StepOutput) -> None:
         """Adds an output of the sequence."""
@@ -50,12 +50,9 @@ class CompletionChoice:
         """
         for item in self._logprobs:
             token = item if isinstance(item, int) else item.token
-            shown, new = show_token(token, self.sequence.tokenizer), self._stream.push(token)
-            broken = len(new) - len(shown) if new.endswith(shown) else 0  # what is left of a character before it
-            self._held.append((self._offset + broken, item))
-            self._offset += len(new)
+            self._held.append((self._stream.locate(token), item))
         self._length += len(text)
-        is_whole = bool(self._finish_reason) and self._length >= self._offset
+        is_whole = bool(self._finish_reason) and self._length >= self._stream.length
         count = sum(is_whole or offset < self._length for offset, _ in self._held)
         taken, self._held = self._held[:count], self._held[count:]
         return taken
@@ -66,10 +63,10 @@ class CompletionChoice:
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for offset, item in items:
             token, logprob, top = (item, None, ()) if isinstance(item, int) else (item.token, item.logprob, item.top)
-            shown = show_token(token, tokenizer)
+            shown = tokenizer.show(token)
             found["tokens"].append(shown)
             found["token_logprobs"].append(logprob)
-            alternatives = {show_token(other, tokenizer): value for other, value in top[:count]}
+            alternatives = {tokenizer.show(other): value for other, value in top[:count]}
             if count and logprob is not None:
                 alternatives.setdefault(shown, logprob)  # the chosen one is always among them
             found["top_logprobs"].append(alternatives or None)
@@ -82,14 +79,3 @@ def count_usage(choices: Sequence[CompletionChoice], n: int) -> dict[str, int]:
     prompt = sum(len(choice.sequence.prompt_ids) for choice in choices[::n])
     generated = sum(choice.num_tokens for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-
-
-def show_token(token: int, tokenizer: Tokenizer) -> str:
-    """Returns a token's text; one that is part of a character as `bytes:\\xe2\\x82`, as OpenAI does."""
-    if token == tokenizer.eos_id:
-        return "<|endoftext|>"
-    content = tokenizer.token_bytes[token]
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

@@ -9,6 +9,8 @@ from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.pages import render_page
 from lora_gpt2.evaluation.map import AdapterMap, build_map_page, scale_distances
 from lora_gpt2.evaluation.report import build_matrix_page
+from lora_gpt2.evaluation.token_page import build_token_page
+from lora_gpt2.evaluation.token_scores import TokenScores
 from lora_gpt2.inference.history import LocalLog, read_log
 from lora_gpt2.inference.session import Session
 from lora_gpt2.rating.votes import read_marks, read_votes
@@ -392,7 +394,6 @@ def test_it_is_readable_on_a_phone_in_light_and_dark(browser, port, scheme, shoo
     page.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 def build_preparation():
     long = "word" * 60
     rows = [(long, long, 12345678)] * 3
@@ -430,8 +431,50 @@ def build_matrix():
     return build_matrix_page({"cells": cells, **how})
 
 
+def build_tokens():
+    tokens = ["The", " tenant", " word" * 30, ".", "\n", "\n", " pays"]
+    random = np.random.default_rng(0)
+    offsets = np.cumsum([0, *map(len, tokens[:-1])]).tolist()
+    scores = [
+        TokenScores(
+            source=source,
+            prompt="Who?",
+            text="".join(tokens),
+            token_ids=[0] * 7,
+            tokens=tokens,
+            text_offset=offsets,
+            logprobs={name: -random.exponential(4, 7).astype(np.float32) for name in ("base", "law", "code")},
+        )
+        for source in ("law", "code")
+    ]
+    return build_token_page(scores, "nano")
+
+
+def test_the_figures_of_a_token_are_shown_by_pointer_and_keys_and_follow_what_is_chosen(browser, tmp_path):
+    (tmp_path / "page.html").write_text(build_tokens())
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path}/page.html")
+    readout = page.locator("#readout")
+    page.locator("#documents span", has_text="tenant").hover()
+    assert readout.inner_text().startswith('" tenant" · base')
+    page.locator("#documents").press("ArrowRight")
+    page.locator("#documents").press("ArrowRight")
+    assert readout.inner_text().startswith('"." ·')
+    page.locator("#documents").press("Escape")
+    assert readout.inner_text() == ""
+    own = page.evaluate("JSON.parse(document.getElementById('run').textContent).texts[1].sums.code")
+    page.select_option("#text", "code")
+    page.select_option("#adapter", "code")
+    assert f"{np.exp(own['adapter']):,.2f}" in page.locator("#figures").inner_text()
+    assert page.locator("#kinds tbody tr").count() == len(own["kinds"])
+    assert ("loss" if own["base"] < own["adapter"] else "gain") in page.locator("h2").first.inner_text()
+    page.select_option("#view", "logprob")
+    assert "10 nats" in page.locator("#legend").inner_text()
+    page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("build", [build_preparation, build_map, build_matrix])
+@pytest.mark.parametrize("build", [build_preparation, build_map, build_matrix, build_tokens])
 def test_static_pages_are_readable_on_a_phone_in_light_and_dark(
     browser, tmp_path, scheme, shoot, check_accessible, build
 ):

@@ -59,6 +59,28 @@ def test_the_matrix_has_forgetting_intervals_and_pages(run, own, text_file, base
     assert alone["forgetting"] == []
 
 
+def test_each_token_is_written_as_data_or_as_a_page(run, own, text_file, base_folder, tmp_path):
+    page, lines = tmp_path / "t.html", tmp_path / "t.jsonl"
+    _, result, _ = evaluate(run, base_folder, f"mine={text_file}", "--adapter", "mine", "--tokens", lines)
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert list(dict.fromkeys(each["source"] for each in found)) == ["mine", "general"]
+    for cell in [*result["cells"], *result["forgetting"]]:
+        values = [v for each in found if each["source"] == cell["source"] for v in each["logprobs"][cell["adapter"]]]
+        assert len(values) == cell["tokens"]
+        assert -sum(values) / len(values) == pytest.approx(cell["nll_nats_per_token"], abs=1e-4)
+    assert evaluate(run, base_folder, f"mine={text_file}", "--adapter", "mine", "--tokens", page)[0] == 0
+    text = page.read_text()
+    assert "<script>" in text
+    assert not re.search(r'(?:src|href)="(?!#|data:)', text), "it loads nothing"
+    for more, said in (
+        (["--tokens", tmp_path / "t.csv"], "does not end in .html or .jsonl"),
+        (["--tokens", lines, "--protocol", "stream"], "document by document"),
+    ):
+        code, result, _ = evaluate(run, base_folder, text_file, *more)
+        assert code == 2
+        assert said in result["error"]["message"]
+
+
 def test_text_that_was_trained_on_is_marked_on_the_page_and_the_card(run, own, text_file, base_folder, tmp_path):
     page = tmp_path / "m.html"
     for protocol in ("stream", "document"):

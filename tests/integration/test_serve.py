@@ -852,10 +852,10 @@ def test_a_port_that_is_taken_and_a_host_for_all_are_refused(run, base_folder, t
     assert "LORA_GPT2_API_KEY" in err
 
 
-@pytest.mark.parametrize("script", ["runs", "training"])
+@pytest.mark.parametrize("script", ["runs", "training", "tokens"])
 def test_the_pages_of_runs_have_what_their_scripts_use(script):
     values = {"title": "t", "runs": [], "can_train": True, "lead": "", "events": "events", "stop": "stop"}
-    more = {"verdict": "", "figures": [], "notes": [], "settings": [], "run": {}}
+    more = {"verdict": "", "figures": [], "notes": [], "settings": [], "run": {}, "base": "b"}
     page = render_page(f"{script}.html", linked=True, **values, **more)
     assert not re.search(r"<script(?! src| type=.application/json)|<style|style=|onclick|https?://", page)
     used = set(re.findall(r'\$\("([\w-]+)"\)', read_asset(f"{script}.js")))

@@ -225,7 +225,7 @@ def test_adapters_are_mapped_by_their_updates_and_by_each_others_text(run, train
         (["--on", "law=x"], 2, "--on is for --by perplexity"),
         (["--by", "perplexity", "--on", "verse=x"], 2, "none of the adapters"),
         (["--by", "perplexity"], 4, "does not say which text"),
-        (["--plot", "map.gif"], 2, "pictures are .png, .svg"),
+        (["--plot", "map.gif"], 2, "does not end in .png or .svg"),
     ],
 )
 def test_what_is_wrong_with_a_map_is_said(run, trained, arguments, code, message):

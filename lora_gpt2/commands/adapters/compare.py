@@ -13,7 +13,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError, ResourceError, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.tables import format_table
-from lora_gpt2.core.user_files import check_output, check_picture
+from lora_gpt2.core.user_files import PICTURES, check_output
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.lineage import compare_manifests
 from lora_gpt2.store.manifest import Manifest
@@ -47,7 +47,7 @@ def diff(reporter: Reporter, one: str, other: str, plot: Path | None, store: Sto
       lora-gpt2 adapters diff law@1 law@2
       lora-gpt2 adapters diff cooking shakespeare --plot diff.png
     """
-    check_picture(plot)
+    check_output(plot, PICTURES)
     manifests = [store.read_manifest(reference) for reference in (one, other)]
     names = [manifest.reference for manifest in manifests]
     result: dict[str, Any] = {"adapters": names, "differences": compare_manifests(*manifests)}
@@ -106,7 +106,7 @@ def map_(
       lora-gpt2 adapters map law code --by perplexity --on law=law.jsonl,code=code.txt
       lora-gpt2 adapters map --html map.html --json
     """
-    check_picture(plot)
+    check_output(plot, PICTURES)
     check_output(html)
     names = tuple(dict.fromkeys(names))
     if texts and by == "updates":

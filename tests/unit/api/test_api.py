@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -247,6 +248,31 @@ def test_a_name_is_the_current_version_at_each_call(model, texts, base_folder):
     assert now.perplexity != first.perplexity == model.perplexity(texts, "law@1", window=32).perplexity
     later = model.generate("the cat", "law", seed=3, max_new_tokens=12)
     assert [output.provenance["adapters"][0]["adapter"] for output in (said, later)] == ["law@1", "law@2"]
+
+
+def test_the_tokens_of_texts_are_scored_as_perplexity_is(model, tmp_path):
+    texts = ["the cat and the dog", "rain in the sun " * 9]
+    found = model.score_tokens(texts, [None, "law", "law:0.5"], window=32)
+    assert [each.text for each in found] == [text.strip() for text in texts]
+    for adapter in ("base", "law", "law:0.5"):
+        mean = -np.concatenate([each.logprobs[adapter] for each in found]).mean()
+        wanted = model.perplexity(texts, None if adapter == "base" else adapter, window=32).nll_nats_per_token
+        assert mean == pytest.approx(wanted, rel=1e-5)
+    assert list(found[0].to_pandas().columns) == ["token_id", "token", "text_offset", "base", "law", "law:0.5"]
+    assert list(model.score_tokens("the cat")[0].logprobs) == ["base"]
+    with pytest.raises(UsageError, match="document by document"):
+        model.score_tokens(texts, settings={"evaluate.protocol": "stream"})
+
+
+def test_embeddings_are_those_of_each_text_alone(model):
+    texts = ["the cat", "rain in the sun " * 3, "dog"]
+    together = model.embed(texts, "law")
+    assert (together.shape, together.dtype) == ((3, model.session.base.config.n_embd), np.float32)
+    np.testing.assert_allclose(together, np.concatenate([model.embed([text], "law") for text in texts]), atol=1e-5)
+    assert not np.allclose(together, model.embed(texts), atol=1e-3)
+    for bad in ([""], ["the cat " * 3000], "the cat"):
+        with pytest.raises(UsageError, match=r"tokens|list of str"):
+            model.embed(bad)
 
 
 def test_perplexity_is_that_of_the_command(model, base_folder, text_file, run_command):
