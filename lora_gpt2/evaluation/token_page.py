@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_gpt2.core.pages import render_page
-from lora_gpt2.evaluation.token_scores import Gain, TokenScores, add_up, round_finite
+from lora_gpt2.evaluation.token_scores import Gain, TokenScores, sum_gains, round_finite
 from lora_gpt2.store.references import BASE
 
 MAX_FIGURES = 200_000  # tokens shown times rows: a page of a few megabytes
@@ -53,7 +53,7 @@ def _describe_document(document: TokenScores, room: int) -> dict[str, Any]:
 
 def _describe_sums(documents: Iterable[TokenScores], adapter: str) -> dict[str, Any]:
     """Returns mean nats per token, an adapter's gain by kind of token, and the words that gained and lost most."""
-    kinds, words = add_up(documents, adapter, BASE)
+    kinds, words = sum_gains(documents, adapter, BASE)
     whole = Gain()
     for gain in kinds.values():
         whole.add(gain.tokens, gain.base_nats, gain.adapter_nats)

@@ -154,7 +154,7 @@ class Gain:
         self.base_nats, self.adapter_nats = self.base_nats + base_nats, self.adapter_nats + adapter_nats
 
 
-def add_up(documents: Iterable[TokenScores], adapter: str, base: str) -> tuple[dict[str, Gain], dict[str, Gain]]:
+def sum_gains(documents: Iterable[TokenScores], adapter: str, base: str) -> tuple[dict[str, Gain], dict[str, Gain]]:
     """Returns an adapter's gain over the base by kind of token, and by word, number or run of marks."""
     kinds, words = {kind: Gain() for kind in KINDS}, dict[str, Gain]()
     for document in documents:

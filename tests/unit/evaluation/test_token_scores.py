@@ -18,7 +18,7 @@ from lora_gpt2.evaluation.token_scores import (
     NUMBER,
     SPACE,
     TokenScores,
-    add_up,
+    sum_gains,
     check_protocol,
     iter_token_scores,
 )
@@ -125,7 +125,7 @@ def test_words_are_put_together_and_counted_by_kind():
         (AGAIN, "Cat"),
         (MARK, "!?"),
     ]
-    kinds, words = add_up([scores, scores], "law", "base")
+    kinds, words = sum_gains([scores, scores], "law", "base")
     assert sum(gain.tokens for gain in kinds.values()) == 2 * len(tokens)
     assert (words["don't"].count, words["don't"].tokens, words["don't"].nats) == (2, 4, 2.0)
     assert words["!?"].nats == -4
@@ -136,7 +136,7 @@ def test_words_are_put_together_and_counted_by_kind():
 
 def test_a_log_probability_that_is_not_finite_spoils_its_own_word_alone():
     scores = make("a b", ["a", " b"], base=[-1.0, -2.0], law=[-math.inf, -1.0])
-    _, words = add_up([scores], "law", "base")
+    _, words = sum_gains([scores], "law", "base")
     assert words["b"].nats == 1
     assert scores.to_json()["logprobs"] == {"base": [-1.0, -2.0], "law": [None, -1.0]}
     page = build_token_page([scores], "nano")
