@@ -247,7 +247,7 @@ class Model:
         )
         return Perplexity.from_cell(cell, session.base.runtime.dtype_name, list(map(label_of, resolved.references)))
 
-    def score_tokens(
+    def token_logprobs(
         self,
         texts: Texts | str | Path,
         adapter: Any = None,

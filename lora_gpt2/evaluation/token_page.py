@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_gpt2.core.pages import render_page
-from lora_gpt2.evaluation.token_scores import Gain, TokenScores, sum_gains, round_finite
+from lora_gpt2.evaluation.token_scores import Gain, TokenScores, round_finite, sum_gains
 from lora_gpt2.store.references import BASE
 
 MAX_FIGURES = 200_000  # tokens shown times rows: a page of a few megabytes

@@ -252,16 +252,16 @@ def test_a_name_is_the_current_version_at_each_call(model, texts, base_folder):
 
 def test_the_tokens_of_texts_are_scored_as_perplexity_is(model, tmp_path):
     texts = ["the cat and the dog", "rain in the sun " * 9]
-    found = model.score_tokens(texts, [None, "law", "law:0.5"], window=32)
+    found = model.token_logprobs(texts, [None, "law", "law:0.5"], window=32)
     assert [each.text for each in found] == [text.strip() for text in texts]
     for adapter in ("base", "law", "law:0.5"):
         mean = -np.concatenate([each.logprobs[adapter] for each in found]).mean()
         wanted = model.perplexity(texts, None if adapter == "base" else adapter, window=32).nll_nats_per_token
         assert mean == pytest.approx(wanted, rel=1e-5)
     assert list(found[0].to_pandas().columns) == ["token_id", "token", "text_offset", "base", "law", "law:0.5"]
-    assert list(model.score_tokens("the cat")[0].logprobs) == ["base"]
+    assert list(model.token_logprobs("the cat")[0].logprobs) == ["base"]
     with pytest.raises(UsageError, match="document by document"):
-        model.score_tokens(texts, settings={"evaluate.protocol": "stream"})
+        model.token_logprobs(texts, settings={"evaluate.protocol": "stream"})
 
 
 def test_embeddings_are_those_of_each_text_alone(model):

@@ -18,9 +18,9 @@ from lora_gpt2.evaluation.token_scores import (
     NUMBER,
     SPACE,
     TokenScores,
-    sum_gains,
     check_protocol,
     iter_token_scores,
+    sum_gains,
 )
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
