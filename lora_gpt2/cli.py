@@ -34,6 +34,7 @@ COMMANDS = {
     "plan": "Say what training will take: memory, time, and settings that fit.",
     "generate": "Continue a prompt with an adapter, a mix, or several side by side.",
     "repl": "Write a text together with adapters, at the keyboard.",
+    "chat": "Talk to an adapter that was trained on chats.",
     "watch": "Curves, speed and samples of training runs in a browser, here or on another machine.",
     "serve": "OpenAI-compatible HTTP API and a web page; the model is an adapter.",
     "evaluate": "Measure the perplexity of adapters and the base on text.",

@@ -13,23 +13,22 @@ from lora_gpt2.api.arguments import (
     Settings,
     check_keywords,
     make_recipe,
-    to_source,
 )
-from lora_gpt2.api.perplexity import Perplexity
-from lora_gpt2.api.requests import build_requests, iter_text, list_adapters, parse_mix
+from lora_gpt2.api.perplexity import Perplexity, read_text
+from lora_gpt2.api.requests import build_requests, choose_seed, iter_text, list_adapters, parse_mix
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.core.names import check_name
-from lora_gpt2.data.pipeline import read_clean
+from lora_gpt2.core.names import AUTO, check_name
 from lora_gpt2.data.read.texts import Texts
-from lora_gpt2.evaluation.matrix import EvaluationText, measure_matrix
+from lora_gpt2.evaluation.matrix import measure_matrix
 from lora_gpt2.evaluation.run import read_mix_sketches
 from lora_gpt2.evaluation.token_scores import TokenScores, check_protocol, iter_token_scores
+from lora_gpt2.inference.chat import build_chat_request, read_messages, strip_answer
 from lora_gpt2.inference.choose import AdapterChoice
 from lora_gpt2.inference.embedding import embed_texts
 from lora_gpt2.inference.generate import Output, generate
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.routing import Router
+from lora_gpt2.inference.routing import AUTO_MIX, Router
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.to_transformers import build_merged_model, build_peft_model
 from lora_gpt2.model.base import load_base
@@ -204,6 +203,38 @@ class Model:
         requests = build_requests([prompt], adapter, 1, seed, self._router)
         return iter_text(self.session, requests, chosen, truncate_left)
 
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        adapter: Any = None,
+        *,
+        seed: int | None = None,
+        settings: Settings = None,
+        **everyday: Any,
+    ) -> Output:
+        """Answers a chat, with turns written as the adapter's training text has them.
+
+        Args:
+            messages: the chat, as OpenAI's API has it: `{"role": "user", "content": "A table for two?"}`, …; the oldest
+                make room where it is too long.
+            adapter: an adapter or a mix that was trained on chats, or `auto`.
+            seed: makes the result repeatable.
+            settings: any other setting; `generate.chat_turns` says how turns are written where no training text does.
+            everyday: the settings with a keyword, such as `temperature`.
+
+        Returns:
+            An output, whose `str()` is the answer.
+
+        Raises:
+            UsageError: a message is none, the last one is too long, or nothing says how turns are written.
+        """
+        check_keywords("chat", "generate", everyday)
+        chosen, router = self._choose_settings(everyday, settings), self._router
+        mix = AUTO_MIX if adapter == AUTO else parse_mix(adapter)
+        first = choose_seed(seed)
+        request, _ = build_chat_request(self.session, read_messages(messages), mix, first, chosen, router)
+        return strip_answer(generate(self.session, [request], chosen)[0])
+
     def perplexity(
         self,
         texts: Texts | str | Path,
@@ -234,7 +265,7 @@ class Model:
         """
         keywords = {"window": window, "stride": stride, "protocol": protocol, "profile": profile}
         recipe = make_recipe(settings, "evaluate", keywords)
-        text, mix, session = self._read(texts, recipe), parse_mix(adapter), self._open_measuring(recipe)
+        text, mix, session = read_text(texts, recipe, self.reporter), parse_mix(adapter), self._open_measuring(recipe)
         resolved = session.resolve(mix)
         sketches = read_mix_sketches(session.store, [mix] if set(mix.references).isdisjoint(self._in_memory) else [])
         (cell,) = measure_matrix(
@@ -276,16 +307,10 @@ class Model:
         """
         recipe = make_recipe(settings, "evaluate", {"window": window, "stride": stride, "profile": profile})
         check_protocol(recipe.evaluate)
-        text, session = self._read(texts, recipe), self._open_measuring(recipe)
+        text, session = read_text(texts, recipe, self.reporter), self._open_measuring(recipe)
         rows = {str(mix): session.select(session.resolve(mix)) for mix in map(parse_mix, list_adapters(adapter))}
         cells = measure_matrix(session.base, rows, [text], recipe.evaluate, self.reporter, keep_tokens=True)
         return list(iter_token_scores(session.base.tokenizer, [text], cells))
-
-    def _read(self, texts: Texts | str | Path, recipe: Recipe) -> EvaluationText:
-        """Returns what is measured, cleaned as training does it."""
-        source = to_source([texts] if isinstance(texts, str) else texts)
-        clean = read_clean([source], recipe.data, self.reporter)
-        return EvaluationText(label="text", documents=clean.documents, profile=recipe.data.profile, files=clean.files)
 
     def embed(self, texts: Sequence[str], adapter: Any = None) -> Float[np.ndarray, "texts width"]:
         """Returns each text as a vector: the mean of the last hidden states of its tokens, as `serve` gives it.

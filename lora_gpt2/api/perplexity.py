@@ -1,11 +1,24 @@
-"""A measured perplexity, as `Model.perplexity` returns it."""
+"""What `Model.perplexity` measures, and the figure that it returns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from lora_gpt2.evaluation.matrix import Cell
+from lora_gpt2.api.arguments import to_source
+from lora_gpt2.core.console import Reporter
+from lora_gpt2.data.pipeline import read_clean
+from lora_gpt2.data.read.texts import Texts
+from lora_gpt2.evaluation.matrix import Cell, EvaluationText
+from lora_gpt2.recipe import Recipe
+
+
+def read_text(texts: Texts | str | Path, recipe: Recipe, reporter: Reporter) -> EvaluationText:
+    """Returns what is measured, cleaned as training does it; a `str` is a text."""
+    source = to_source([texts] if isinstance(texts, str) else texts)
+    clean = read_clean([source], recipe.data, reporter)
+    return EvaluationText(label="text", documents=clean.documents, profile=recipe.data.profile, files=clean.files)
 
 
 @dataclass(frozen=True, kw_only=True)

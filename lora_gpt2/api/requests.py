@@ -23,6 +23,11 @@ def parse_mix(adapter: Any) -> Mix:
     return mix
 
 
+def choose_seed(seed: int | None) -> int:
+    """Returns a seed, drawn if there is none."""
+    return secrets.randbelow(2**31) if seed is None else seed
+
+
 def list_adapters(adapter: Any) -> list[Any]:
     """Returns several adapters as they are, or one as a list."""
     return list(adapter) if isinstance(adapter, list | tuple) and not isinstance(adapter, Mix) else [adapter]
@@ -40,7 +45,7 @@ def build_requests(prompts: Sequence[str], adapter: Any, n: int, seed: int | Non
     each = each * len(prompts) if len(each) == 1 else each
     if bad := next((item for item in prompts if not isinstance(item, str)), None):
         raise UsageError(f"a prompt is a str, found {type(bad).__name__}", "generate_batch takes a list of texts")
-    first = secrets.randbelow(2**31) if seed is None else seed
+    first = choose_seed(seed)
     mixes = [AUTO_MIX if item == AUTO else parse_mix(item) for item in each]
     routes = [router.route(p) if mix == AUTO_MIX else None for p, mix in zip(prompts, mixes, strict=True)]
     return [

@@ -36,7 +36,7 @@ from lora_gpt2.inference.session import Session
 from lora_gpt2.rating.votes import Marks, Vote, check_marks, check_vote
 from lora_gpt2.recipe import DataSettings, GenerateSettings, ServeSettings
 from lora_gpt2.serving.answers import ApiError, show_bug, show_http_error, translate_error
-from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat, read_messages, route_chat
+from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat, route_body
 from lora_gpt2.serving.embeddings import build_embeddings, parse_embeddings
 from lora_gpt2.serving.metrics import Metrics
 from lora_gpt2.serving.middleware import Access, AccessMiddleware, has_key
@@ -211,7 +211,7 @@ class Server:
         self._check_open()
         route = None
         if body.model == AUTO:
-            route = await self._compute(partial(route_chat, read_messages(body), self.router, self.defaults))
+            route = await self._compute(partial(route_body, body, self.router, self.defaults))
         completion, dropped = await run_in_threadpool(build_completion, body, self.session, self.defaults, route)
         routes = [] if route is None else [route]
         return await self._complete(request, completion, started, ChatRequest, routes=routes, dropped_messages=dropped)

@@ -6,14 +6,12 @@ messages, those of the system excepted; `provenance` says how many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.data.tokenizer import Tokenizer
-from lora_gpt2.inference.chat import ROLES, ChatFormat, Message, find_chat_format, read_turns
+from lora_gpt2.inference.chat import Message, build_prompt, find_chat_format, read_messages, route_chat
 from lora_gpt2.inference.routing import RoutedMix, Router
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
@@ -32,7 +30,6 @@ from lora_gpt2.serving.protocol import (
 from lora_gpt2.serving.request import CompletionRequest
 from lora_gpt2.serving.structured import StructuredFields
 
-ALIASES = {"developer": "system"}
 SHARED = (*SAMPLING, *StructuredFields.model_fields, "model", "n", "stream", "stream_options", "seed", "max_tokens")
 """What a request for a chat has in common with one for a completion."""
 
@@ -79,34 +76,21 @@ def parse_chat(content: bytes) -> ChatBody:
     return body
 
 
-def read_messages(body: ChatBody) -> list[Message]:
+def list_messages(body: ChatBody) -> list[Message]:
     """Returns the messages of a request; raises `ApiError` for a role that is none, and for what is no text."""
-    messages = []
-    for index, item in enumerate(body.messages):
-        name, role = f"messages[{index}]", item.get("role")
-        role = ALIASES.get(str(role), role)
-        if role not in ROLES:
-            raise ApiError(400, f"{name}: its role is {', '.join(ROLES)}", "messages")
-        content = item.get("content")
-        if isinstance(content, list) and all(map(_is_text, content)):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(content, str):
-            raise ApiError(400, f"{name}: its content is a text", "messages")
-        messages.append(Message(role, content))
-    return messages
+    try:
+        return read_messages(body.messages)
+    except UsageError as error:
+        raise ApiError(400, error.message, "messages") from error
 
 
-def route_chat(messages: Sequence[Message], router: Router, defaults: GenerateSettings) -> RoutedMix:
-    """Returns the adapter under which what was said is most likely, of those that chat; used by the session's thread.
-
-    Those are the ones trained on chats, and all where the server says how turns are written. Raises `ApiError` 400 if
-    there is none.
-    """
-    manifests = {name: router.find_manifest(name) for name in router.list_names()}
-    names = [name for name, manifest in manifests.items() if defaults.chat_turns or read_turns(manifest)]
-    if not names:
-        raise ApiError(400, "no adapter of the store was trained on chats", "model", "no_chat_template")
-    return router.among(names).route("\n".join(message.content for message in messages))  # the base could not answer
+def route_body(body: ChatBody, router: Router, defaults: GenerateSettings) -> RoutedMix:
+    """Returns the adapter that answers where the model is `auto`; see `route_chat`."""
+    messages = list_messages(body)
+    try:
+        return route_chat(messages, router, defaults)
+    except UsageError as error:
+        raise ApiError(400, error.message, "model", "no_chat_template") from error
 
 
 def build_completion(
@@ -116,51 +100,29 @@ def build_completion(
 
     Raises `ApiError` 400 if nothing says how this model's chats are written, or the last message alone is too long.
     """
-    messages, mix = read_messages(body), parse_model(body.model, session) if route is None else route.mix
+    messages, mix = list_messages(body), parse_model(body.model, session) if route is None else route.mix
     try:
         chat_format = find_chat_format(defaults, session.find_manifests(mix), body.model)
     except UsageError as error:
         raise ApiError(400, f"{error.message}; {error.hint}", "model", "no_chat_template") from error
-    tokenizer, context = session.base.tokenizer, session.base.config.n_positions
-    asked = body.max_completion_tokens or body.max_tokens
-    room = context - min(asked or defaults.max_new_tokens, context // 4)
-    kept = fit_messages(messages, chat_format, tokenizer, room)
-    left = context - len(tokenizer.encode(chat_format.render(kept)))
-    if left < 1:
-        text = f"the last message and the system's leave no room for an answer in a context of {context} tokens"
-        raise ApiError(400, text, "messages", "context_length_exceeded")
+    asked, context = body.max_completion_tokens or body.max_tokens, session.base.config.n_positions
+    try:
+        prompt = build_prompt(messages, chat_format, session.base.tokenizer, context, asked or defaults.max_new_tokens)
+    except UsageError as error:
+        raise ApiError(400, error.message, "messages", "context_length_exceeded") from error
     own = [body.stop] if isinstance(body.stop, str) else body.stop or []
     completion = CompletionBody.model_validate(
         {
             **{name: getattr(body, name) for name in SHARED},
-            "max_tokens": min(asked, left) if asked else None,
-            "prompt": chat_format.render(kept),
+            "max_tokens": min(asked, prompt.room) if asked else None,
+            "prompt": prompt.text,
             "stop": list(
                 dict.fromkeys([*own, *(defaults.stop if body.stop is None else ()), *chat_format.list_stops()])
             ),
             "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         }
     )
-    return completion, len(messages) - len(kept)
-
-
-def fit_messages(
-    messages: Sequence[Message], chat_format: ChatFormat, tokenizer: Tokenizer, room: int
-) -> list[Message]:
-    """Returns the messages without the oldest ones that do not fit into so many tokens; the last one stays."""
-    lines = [f"{chat_format.render_turn(message)}\n" for message in messages]
-    sizes = [len(ids) for ids in tokenizer.encode_batch([*lines, chat_format.render([])])]
-    kept, total = list(range(len(messages))), sum(sizes)
-    for index in [index for index, message in enumerate(messages[:-1]) if message.role != "system"]:
-        if total <= room:
-            break
-        kept.remove(index)
-        total -= sizes[index]
-    return [messages[index] for index in kept]
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return completion, prompt.num_dropped
 
 
 class ChatChoice(CompletionChoice):

@@ -6,12 +6,20 @@ import pytest
 import torch
 from openai import BadRequestError, OpenAI
 
+import lora_gpt2 as lg
+from lora_gpt2.core.console import SilentReporter
+from lora_gpt2.core.errors import ConflictError, DataError, UsageError
+from lora_gpt2.data.pipeline import read_clean
 from lora_gpt2.inference.chat import ChatFormat, Message
+from lora_gpt2.inference.chat_loop import ChatLoop
 from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.routing import AUTO_MIX
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings, ServeSettings
+from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.serving.api import Server
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
@@ -176,6 +184,108 @@ def test_an_answer_ends_with_its_own_turn_and_long_beginnings_are_no_error():
     assert wrapped.render([Message("user", "hi")]) == "[INST] hi [/INST]\n"
     long = ChatFormat({"user": "x" * 500 + "{content}", "assistant": "A: {content}"})
     assert all(len(stop) <= 200 for stop in long.list_stops())
+
+
+@pytest.fixture
+def loop(base, chatty, tmp_path):
+    pieces = []
+    log = LocalLog(tmp_path / "log.jsonl", SilentReporter())
+    found = ChatLoop(
+        session=Session(base, chatty),
+        settings=GREEDY,
+        seed=0,
+        log=log,
+        on_text=lambda _, piece: pieces.append(piece),
+        mix=Mix.single("named"),
+    )
+    found.pieces = pieces
+    return found
+
+
+def test_a_chat_at_the_keyboard_is_the_one_over_http(loop, port):
+    messages = []
+    for typed in ("the cat", "and rain"):
+        loop.run(typed)
+        messages.append({"role": "user", "content": typed})
+        _, _, answer = ask(port, "/v1/chat/completions", {"model": "named", "messages": messages, "temperature": 0})
+        messages.append(answer["choices"][0]["message"])
+        assert list(map(vars, loop.messages)) == messages
+    assert "".join(loop.pieces) == "".join(m["content"] for m in messages if m["role"] == "assistant")
+    assert loop.run("/show").startswith("user: the cat\nassistant:")
+
+
+def test_a_chat_is_taken_back_tried_again_saved_and_loaded(loop, tmp_path):
+    loop.run("/system be brief")
+    loop.run("the cat")
+    one = loop.messages
+    assert [message.role for message in one] == ["system", "user", "assistant"]
+    loop.run("and")
+    assert loop.run("/undo") == f"assistant: {one[-1].content}"
+    assert loop.messages == one
+    loop.settings = GREEDY.model_copy(update={"temperature": 2.0, "top_k": 0})
+    loop.run("/retry")
+    assert loop.messages[:2] == one[:2]
+    assert loop.messages != one
+    path = tmp_path / "chat.jsonl"
+    loop.run(f"/save {path}")
+    saved = loop.messages
+    assert "cleaning" not in loop.run("/new")
+    assert loop.messages == saved[:1]
+    loop.run(f"/load {path}")
+    assert loop.messages == saved
+    (document,) = read_clean([str(path)], load_recipe(None, ["data.min_characters=1"]).data, SilentReporter()).documents
+    assert saved[1].content in document.prompt + document.text, "it is a row to train on"
+    (tmp_path / "bad.json").write_text('{"messages": 5}')
+    for line, error in (
+        (f"/load {tmp_path}/bad.json", DataError),
+        ("", UsageError),
+        ("/retry", UsageError),
+        ("/bogus", UsageError),
+        ("x " * 400, UsageError),
+        (f"/save {tmp_path}/bad.json", ConflictError),
+    ):
+        with pytest.raises(error):
+            loop.run(line)
+        assert loop.messages == saved
+
+
+def test_those_that_chat_are_compared_and_chosen(loop):
+    loop.run("the cat")
+    shown = loop.run("/compare")
+    assert [line for line in shown.splitlines() if line.startswith("===")] == [
+        "=== named",
+        "=== listed",
+        "=== recognised",
+    ]
+    before = loop.messages
+    loop.mix = AUTO_MIX
+    assert "adapter " in loop.run("the cat")
+    loop.run("/use base")
+    with pytest.raises(UsageError, match="not trained on chats"):
+        loop.run("and")
+    assert loop.messages[: len(before)] == before
+    for _ in range(9):
+        loop.mix = Mix.single("named")
+        said = loop.run("the rain in the sun")
+    assert "left out, to make room" in said
+
+
+def test_python_answers_a_chat_as_http_does(base, chatty, port, base_folder):
+    model = lg.load(str(base_folder), store=chatty.root)
+    for name in ("named", "auto"):
+        found = model.chat(HELLO, name, temperature=0, max_new_tokens=8)
+        _, _, answer = ask(port, "/v1/chat/completions", {"model": name, "messages": HELLO, "temperature": 0})
+        assert found.text == answer["choices"][0]["message"]["content"]
+    allowed = model.chat(HELLO, "named", choice=[" yes", " no"], temperature=0)
+    assert allowed.text in (" yes", " no")
+    for messages, adapter in (
+        ([], "named"),
+        ([{"role": "tool", "content": "x"}], "named"),
+        (HELLO, None),
+        (["x"], "auto"),
+    ):
+        with pytest.raises(UsageError):
+            model.chat(messages, adapter)
 
 
 def test_auto_answers_a_chat_that_says_nothing(client):

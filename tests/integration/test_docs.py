@@ -19,7 +19,7 @@ from tests.builders import make_adapter, make_base_folder, make_text
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 OUTSIDE = ("README.md", "CONTRIBUTING.md")
-WAITING = ("serve",)  # runs until it is stopped: its options are read, no more
+WAITING = ("serve", "chat")  # runs until it is stopped: its options are read, no more
 
 
 def read_commands(page):
@@ -44,6 +44,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "person.json").write_text(json.dumps(person | {"additionalProperties": False}))
     pairs = [{"prompt": f"Take {n}", "chosen": f" the cat {n}", "rejected": f" rain {n}"} for n in range(24)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    asked = [json.loads(line)["text"] for line in make_text(60, 7).splitlines()]
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in asked]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     (tmp_path / "prompts.txt").write_text("The first\nThe second\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -13,7 +13,7 @@ from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog, find_log
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.inference.repl import HELP, Repl
+from lora_gpt2.inference.repl import Repl
 from lora_gpt2.inference.session import Session
 from lora_gpt2.inference.slots import AdapterSlots
 from lora_gpt2.recipe import EvaluateSettings, GenerateSettings
@@ -148,8 +148,8 @@ def test_a_text_longer_than_the_context_goes_on(repl):
 
 def test_help_lists_every_command_and_a_wrong_one_gets_the_nearest(repl):
     shown = repl.run("/help")
-    assert all(f"/{name}" in shown for name in HELP)
-    assert all(hasattr(repl, f"_do_{name}") for name in HELP)
+    assert all(f"/{name}" in shown for name in Repl.help)
+    assert all(hasattr(repl, f"_do_{name}") for name in Repl.help)
     with pytest.raises(UsageError) as caught:
         repl.run("/usee law")
     assert caught.value.hint == "did you mean 'use'?"
@@ -210,7 +210,7 @@ def test_a_retry_that_cannot_be_made_loses_nothing(repl, tmp_path):
     path = tmp_path / "story.txt"
     path.write_text("a long story", encoding="utf-8")
     repl.run(f"/load {path}")
-    with pytest.raises(UsageError, match="no continuation"):
+    with pytest.raises(UsageError, match="nothing written"):
         repl.run("/retry")
     assert repl.text == "a long story"
     repl.run("/use law")
