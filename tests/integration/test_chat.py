@@ -252,11 +252,7 @@ def test_a_chat_is_taken_back_tried_again_saved_and_loaded(loop, tmp_path):
 def test_those_that_chat_are_compared_and_chosen(loop):
     loop.run("the cat")
     shown = loop.run("/compare")
-    assert [line for line in shown.splitlines() if line.startswith("===")] == [
-        "=== named",
-        "=== listed",
-        "=== recognised",
-    ]
+    assert [line[4:] for line in shown.splitlines() if line.startswith("=== ")] == ["listed", "named", "recognised"]
     before = loop.messages
     loop.mix = AUTO_MIX
     assert "adapter " in loop.run("the cat")
