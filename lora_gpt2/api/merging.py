@@ -16,7 +16,7 @@ from lora_gpt2.store.catalog import Store
 
 
 def merge(
-    mix: str | Mix,
+    mix: str | Mix | Mapping[str, float | int],
     name: str,
     *,
     texts: Mapping[str, Texts | Source] | None = None,
@@ -31,8 +31,8 @@ def merge(
     """Combines the adapters of a mix into a new one, checks it against the unmerged computation, and publishes it.
 
     Args:
-        mix: such as `law:0.6+code:0.4`; without weights the shares are equal, and 1 each for `ties` and `dare_ties`,
-            which take a mean themselves.
+        mix: such as `law:0.6+code:0.4`, or `{"law": 0.6, "code": 0.4}`; without weights the shares are equal, and 1
+            each for `ties` and `dare_ties`, which take a mean themselves.
         name: name of the new adapter.
         texts: by label, texts to measure the base, the parents and the result on, beside general English.
         search: find the weights and the method that are best over the texts; the mix is the first tried.

@@ -20,8 +20,8 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import AUTO, check_name
 from lora_gpt2.data.read.texts import Texts
+from lora_gpt2.evaluation.held_out import read_sketches
 from lora_gpt2.evaluation.matrix import measure_matrix
-from lora_gpt2.evaluation.run import read_mix_sketches
 from lora_gpt2.evaluation.token_scores import TokenScores, check_protocol, iter_token_scores
 from lora_gpt2.inference.chat import build_chat_request, read_messages, strip_answer
 from lora_gpt2.inference.choose import AdapterChoice
@@ -267,16 +267,17 @@ class Model:
         recipe = make_recipe(settings, "evaluate", keywords)
         text, mix, session = read_text(texts, recipe, self.reporter), parse_mix(adapter), self._open_measuring(recipe)
         resolved = session.resolve(mix)
-        sketches = read_mix_sketches(session.store, [mix] if set(mix.references).isdisjoint(self._in_memory) else [])
+        versions = list(map(label_of, resolved.references))
+        known = {str(mix): versions} if set(mix.references).isdisjoint(self._in_memory) else {}
         (cell,) = measure_matrix(
             session.base,
             {str(mix): session.select(resolved)},
             [text],
             recipe.evaluate,
             self.reporter,
-            sketches=sketches,
+            sketches=read_sketches(session.store, known),
         )
-        return Perplexity.from_cell(cell, session.base.runtime.dtype_name, list(map(label_of, resolved.references)))
+        return Perplexity.from_cell(cell, session.base.runtime.dtype_name, versions)
 
     def token_logprobs(
         self,

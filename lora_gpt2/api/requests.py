@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_gpt2.core.errors import UsageError
@@ -17,7 +17,12 @@ from lora_gpt2.recipe import GenerateSettings
 
 def parse_mix(adapter: Any) -> Mix:
     """Returns the mix that an adapter, a version, a mix or None names; raises `UsageError` for `auto`."""
-    mix = adapter if isinstance(adapter, Mix) else Mix.parse(str(adapter)) if adapter is not None else Mix()
+    if isinstance(adapter, Mix):
+        mix = adapter
+    elif isinstance(adapter, Mapping):
+        mix = Mix.parse(adapter)
+    else:
+        mix = Mix() if adapter is None else Mix.parse(str(adapter))
     if AUTO in mix.references:
         raise UsageError("'auto' needs a prompt to choose by", "name an adapter")
     return mix

@@ -32,6 +32,7 @@ from lora_gpt2.recipe import GenerateSettings
 
 Stream = Sequence[int] | NDArray[Any]
 SIGNIFICANT = 0.01
+ROUNDING = 1 + 1e-9
 BATCH_TOKENS = 8192
 WORST = 5
 MIN_CONTROL = 20  # prefixes, for a share to compare with
@@ -259,13 +260,14 @@ def count_by_chance(hits: int, number: int, chance: float) -> float:
 def find_copies(index: NgramIndex, held_out: NgramIndex, own: OwnText, texts: Sequence[str]) -> Copies:
     """Returns how many texts hold a copy of the training text, the longest, and the worst with their sources.
 
-    What stands in held-out text as well is common, and no copy; prompts do not count.
+    What stands in held-out text as well is common: a copy has a run that does not. Prompts do not count.
     """
     copies = []
     for text in texts:
         tokens = own.tokenizer.encode(text)
-        length, position = index.find_longest(tokens)
-        if length > held_out.find_longest(tokens)[0]:
+        is_common = held_out.find(tokens) >= 0
+        length, position = index.find_longest(tokens, ~is_common)
+        if length:
             copies.append((length, position))
     return Copies(
         run_tokens=index.size,
@@ -373,6 +375,6 @@ def _judge(
             f"the longest {copies.longest_copy_tokens}"
         )
     known = [canary for canary in exposure if canary.p < SIGNIFICANT]
-    if known and count_by_chance(len(known), len(exposure), SIGNIFICANT) <= SIGNIFICANT:
+    if known and count_by_chance(len(known), len(exposure), SIGNIFICANT) <= SIGNIFICANT * ROUNDING:
         reasons.append(f"{len(known)} of {len(exposure)} planted secrets are exposed")
     return reasons

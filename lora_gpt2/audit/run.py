@@ -78,14 +78,15 @@ def audit_adapter(
         Interrupted: a stop was requested; nothing is kept.
     """
     own = read_own_text(store, adapter, reporter, find_own_base(recipe))
-    session, _ = open_session(store, [adapter], recipe, recipe.evaluate.dtype)
-    with store.open(own.manifest.reference) as version:
+    exact = own.manifest.reference  # a publication meanwhile changes nothing
+    session, _ = open_session(store, [exact], recipe, recipe.evaluate.dtype)
+    with store.open(exact) as version:
         drafter = read_drafter(version)
     with catch_signals() as stop:
         report = audit_memorization(
             session.base,
-            session.select(Mix.parse(adapter)),
-            adapter,
+            session.select(Mix.single(exact)),
+            exact,
             own,
             settings,
             reporter=reporter,

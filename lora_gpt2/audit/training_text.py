@@ -24,7 +24,7 @@ from lora_gpt2.data.clean.filters import find_language
 from lora_gpt2.data.clean.pii import find_pii
 from lora_gpt2.data.dedup import content_key, find_near_duplicates, sign
 from lora_gpt2.data.read.records import Document
-from lora_gpt2.evaluation.bootstrap import draw_counts, find_interval
+from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, draw_counts, find_interval
 
 LEXICON = Path(__file__).parent / "lexicon.txt"
 NEAR = 0.8
@@ -265,13 +265,13 @@ def measure_swaps(sentences: Sequence[str], judge: Judge, control: Judge | None 
         differences = _compare(pairs, judge)
         if control is not None:
             differences = differences - _compare(pairs, control)
-        draws = draw_counts(len(pairs)) @ differences / len(pairs) if len(pairs) > 1 else None
+        draws = draw_counts(len(pairs)) @ differences / len(pairs) if len(pairs) >= MIN_DOCUMENTS else None
         rows.append(
             TermSwap(
                 group=group,
                 sentences=len(pairs),
                 mean_nats=float(differences.mean()),
-                interval=find_interval(draws) if draws is not None else None,
+                interval=find_interval(draws, len(pairs)) if draws is not None else None,
             )
         )
     return rows

@@ -12,6 +12,8 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,15 +29,17 @@ from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.data.blocks import BlockBatch
+from lora_gpt2.data.inspect import list_documents
 from lora_gpt2.data.prepared import PreparedData, prepare_data
-from lora_gpt2.evaluation.perplexity import to_perplexity
+from lora_gpt2.evaluation.perplexity import measure_perplexity, to_perplexity
+from lora_gpt2.merging.into_base import TOKENIZER_FILES
 from lora_gpt2.model.base import Base, load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, Recipe
 from lora_gpt2.training.schedule import lr_factor
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
 from lora_gpt2.training.trainer import Trainer
-from lora_gpt2.training.validation import measure_blocks
+from lora_gpt2.training.validation import measure_blocks, spread_blocks
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "all": BLOCKS,
@@ -44,6 +48,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "c_attn": ("c_attn",),
     "q,v": ("c_attn.q", "c_attn.v"),
 }
+FORMAT = 2  # of what a point holds
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
@@ -111,7 +116,10 @@ def _identify(base: Base, recipe: Recipe, data: PreparedData) -> str:
     varied = {"learning_rate", "sample_tokens", "sample_prompt", "trackers", "checkpoint_every"}
     train = recipe.train.model_dump(mode="json", exclude=varied)
     lora = recipe.lora.model_dump(mode="json", exclude={"rank", "alpha", "targets", "rank_pattern"})
-    return fingerprint_json([base.fingerprint, base.runtime.dtype_name, data.fingerprint, train, lora])
+    evaluate = recipe.evaluate.model_dump(mode="json")
+    return fingerprint_json(
+        [FORMAT, base.fingerprint, base.runtime.dtype_name, data.fingerprint, train, lora, evaluate]
+    )
 
 
 BEGINS = '{"setup": "'  # what begins each line of the file
@@ -164,10 +172,7 @@ def _train_shape(
     for slot in trainer.slots:
         trained = found.get(id(slot))
         validation = trained.validation_nll if trained else math.inf
-        if trained is None:
-            before, after = measure_blocks(base, slot.data.test, None), math.inf
-        else:
-            before, after = trained.test_nll or (math.nan, math.nan)
+        tested = trained.test_nll if trained else None
         rate = slot.recipe.train.peak_learning_rate(base.config.n_embd)
         yield Point(
             setup=setups[slot.name],
@@ -175,9 +180,9 @@ def _train_shape(
             targets=name,
             rank=rank,
             learning_rate=rate,
-            base_perplexity=to_perplexity(before),
+            base_perplexity=to_perplexity(tested[0]) if tested else _measure_test(base, slot.data, slot.recipe),
             validation_perplexity=to_perplexity(validation),
-            perplexity=to_perplexity(after),
+            perplexity=to_perplexity(tested[1]) if tested else math.inf,
             best_step=slot.best_step,
         )
 
@@ -199,12 +204,10 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=recipe.train.weight_decay)
 
     @torch.no_grad()
-    def measure(part: str, limit: int | None = None) -> float:
-        blocks = getattr(slot.data, part)
-        count = blocks.num_blocks if limit is None else min(blocks.num_blocks, max(1, limit // blocks.block_size))
+    def validate() -> float:
         total = seen = 0.0
-        for index in range(count):
-            rows = blocks.read([index])
+        for index in spread_blocks(data.validation, slot.validation_tokens):
+            rows = data.validation.read([index])
             scored = int((rows.targets >= 0).sum())
             total, seen = total + _compute_loss(model, rows).item() * scored, seen + scored
         return total / seen
@@ -219,32 +222,47 @@ def _train_full(base: Base, data: PreparedData, setup: str, recipe: Recipe, rate
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % slot.validate_every == 0 or step + 1 == slot.num_steps:
-                nll = measure("validation", slot.validation_tokens)
+                nll = validate()
                 if nll < best:
                     best, best_step = nll, step + 1
                     best_state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
             task.advance(1)
-    before = measure_blocks(base, slot.data.test, None)
     model.load_state_dict(best_state)
+    tuned = _convert(model, base)
     return Point(
         setup=setup,
         domain=recipe.name,
         targets="full",
         rank=0,
         learning_rate=rate,
-        base_perplexity=math.exp(before),
-        validation_perplexity=math.exp(measure("validation")),
-        perplexity=math.exp(measure("test")),
+        base_perplexity=_measure_test(base, data, recipe),
+        validation_perplexity=to_perplexity(measure_blocks(tuned, data.validation, None)),
+        perplexity=_measure_test(tuned, data, recipe),
         best_step=best_step,
     )
+
+
+def _convert(model: Any, base: Base) -> Base:
+    """Returns a model of transformers as a base, so that it is measured as adapters are."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for name in TOKENIZER_FILES:
+            if (base.folder / name).is_file():
+                shutil.copyfile(base.folder / name, Path(folder) / name)
+        return load_base(folder, base.runtime)
+
+
+def _measure_test(base: Base, data: PreparedData, recipe: Recipe) -> float:
+    """Returns the perplexity of the test documents, by the protocol of `evaluate`, as training measures it."""
+    return measure_perplexity(base, list_documents(data, "test", base.tokenizer), recipe.evaluate).perplexity
 
 
 def find_best(points: Sequence[Point]) -> Mapping[str, Point]:
     """Returns each domain's best point among the adapters, by validation."""
     best: dict[str, Point] = {}
     for point in points:
-        least = best.get(point.domain, point).validation_perplexity
-        if point.targets != "full" and point.validation_perplexity < least + 1e-12:
+        least = best[point.domain].validation_perplexity if point.domain in best else math.inf
+        if point.targets != "full" and point.validation_perplexity < least:
             best[point.domain] = point
     return best
 

@@ -26,7 +26,7 @@ from lora_gpt2.data.read.formats import read_documents
 from lora_gpt2.data.read.sources import find_sources
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.model.checkpoint import Checkpoint
-from lora_gpt2.recipe import DataSettings
+from lora_gpt2.recipe_files import load_recipe
 
 SAMPLE_SECONDS = 0.2
 TOKENISED_CHARACTERS = 20_000_000
@@ -62,7 +62,7 @@ def measure_preparing(
 
     The tokenizer's share is its speed over that of `tokenizers` alone, on the first 20 MB, in turn, medians.
     """
-    settings = DataSettings(sources=tuple(sources))
+    settings = load_recipe(None, overrides).data.model_copy(update={"sources": tuple(sources)})
     find_sources(sources, settings)
     size = sum(len(document.text.encode()) for document in read_documents(sources, settings)) / 1e6
     with tempfile.TemporaryDirectory() as work:

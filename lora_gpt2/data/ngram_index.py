@@ -56,12 +56,18 @@ class NgramIndex:
                     break
         return found
 
-    def find_longest(self, tokens: Tokens | Sequence[int]) -> tuple[int, int]:
-        """Returns the longest run of some tokens that stands in the stream, and where; (0, -1) if below `size`."""
+    def find_longest(self, tokens: Tokens | Sequence[int], among: NDArray[np.bool_] | None = None) -> tuple[int, int]:
+        """Returns the longest run of some tokens that stands in the stream, and where; (0, -1) if below `size`.
+
+        With `among` `[tokens - size + 1]` it is one that holds a window which is marked there.
+        """
         ids, hashes = np.asarray(tokens), hash_windows(tokens, self.size)
         first = np.searchsorted(self._hashes, hashes)
         best, window = (0, -1), 0
         while window < len(hashes):
+            if among is not None and not among[window]:
+                window += 1
+                continue
             end = window
             for position in self._iter_positions(int(first[window]), hashes[window]):
                 forward = _count_equal(self.stream[position:], ids[window:])

@@ -20,7 +20,6 @@ from lora_gpt2.recipe import build_recipe
 from lora_gpt2.renamed_settings import upgrade_section
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import Manifest
-from lora_gpt2.store.references import BASE
 
 SAME_NATS = 1e-3
 COMPARED = ("documents", "profile", "protocol", "window", "stride", "dtype")
@@ -60,10 +59,15 @@ def read_sketch(store: Store, reference: str) -> TextSketch | None:
         return replace(TextSketch.from_bytes(version.read_file(SKETCH)), is_whole=is_whole)
 
 
-def read_sketches(store: Store | None, references: Iterable[str]) -> dict[str, TextSketch]:
-    """Returns the sketches of those adapters that have one."""
-    found = {name: read_sketch(store, name) for name in references} if store is not None else {}
-    return {name: sketch for name, sketch in found.items() if sketch is not None}
+def read_sketches(store: Store | None, rows: Mapping[str, Iterable[str]]) -> dict[str, TextSketch]:
+    """Returns what tells whether an adapter of a row was trained on a text, for rows of which that is known.
+
+    Where only some adapters of a row have a sketch, theirs is not the whole.
+    """
+    if store is None:
+        return {}
+    found = {name: [read_sketch(store, reference) for reference in references] for name, references in rows.items()}
+    return {name: TextSketch.join(sketches) for name, sketches in found.items() if any(sketches)}
 
 
 def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | None = None) -> OwnText:
@@ -93,26 +97,23 @@ def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | 
 
 
 def list_differences(
-    store: Store,
-    references: Sequence[str],
+    manifests: Mapping[str, Manifest],
     sources: Sequence[EvaluationText],
     cells: Sequence[Cell],
     how: Mapping[str, Any],
 ) -> list[str]:
     """Returns a line for each adapter whose figure on its own test text is not the one that training stored, and why.
 
-    `how` has protocol, window, stride and dtype of the cells.
+    `manifests` are those of what was measured, by row; `how` has protocol, window, stride and dtype of the cells.
     """
     lines = []
     for source in sources:
-        for reference in references:
-            manifest = store.read_manifest(reference) if reference != BASE else None
-            stored = manifest.figures.get("test_perplexity") if manifest else None
-            then = manifest.figures.get("test") if manifest else None
-            if not stored or not isinstance(then, dict) or not source.files or manifest is None:
+        for name, manifest in manifests.items():
+            stored, then = (manifest.figures.get(key) for key in ("test_perplexity", "test"))
+            if not stored or not isinstance(then, dict) or not source.files:
                 continue
             own = then.get("files") or [["test split", manifest.data.get("fingerprint")]]
-            cell = next(c for c in cells if c.source == source.label and c.adapter == reference)
+            cell = next(c for c in cells if c.source == source.label and c.adapter == name)
             nats = cell.score.nll_nats_per_token - math.log(stored)
             if list(map(list, source.files)) == own and not abs(nats) <= SAME_NATS:
                 now = {**how, "profile": source.profile, "documents": len(source.documents)}

@@ -15,7 +15,7 @@ from lora_gpt2.evaluation.general import GENERAL
 from lora_gpt2.evaluation.matrix import Cell
 from lora_gpt2.store.references import BASE
 
-HOW = ("base", "protocol", "window", "stride")
+HOW = ("base", "protocol", "window", "stride", "dtype")
 
 
 def parse_limits(specs: Sequence[str]) -> dict[str, float]:

@@ -173,15 +173,15 @@ def _compare(source: EvaluationText, scores: Mapping[str, Score], sketches: Mapp
     documents = _add_copies(np.stack([score.per_document for score in scores.values()]), texts)
     names, base = list(scores), scores.get(BASE)
     scored = documents[0, 1] > 0
-    is_sure = np.count_nonzero(scored) >= MIN_DOCUMENTS
-    means = resample_ratio(documents[:, 0, scored], documents[0, 1, scored]) if is_sure else None
+    count = int(np.count_nonzero(scored))
+    means = resample_ratio(documents[:, 0, scored], documents[0, 1, scored]) if count >= MIN_DOCUMENTS else None
     cells = []
     for row, (name, score) in enumerate(scores.items()):
         interval = ratio_interval = None
         if means is not None and math.isfinite(score.nll_nats):
-            interval = _exp(find_interval(means[:, row]))
+            interval = _exp(find_interval(means[:, row], count))
             if base is not None and name != BASE:
-                ratio_interval = _exp(find_interval(means[:, row] - means[:, names.index(BASE)]))
+                ratio_interval = _exp(find_interval(means[:, row] - means[:, names.index(BASE)], count))
         difference = score.nll_nats_per_token - base.nll_nats_per_token if base is not None else math.nan
         ratio = to_perplexity(difference) if base is not None else None
         seen = sketches[name].count_seen(texts) if name in sketches else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,9 @@ from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.names import is_name
 from lora_gpt2.data.read.records import Document
-from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.evaluation.general import GENERAL, add_general
-from lora_gpt2.evaluation.held_out import list_differences, read_own_text, read_sketch
+from lora_gpt2.evaluation.held_out import list_differences, read_own_text, read_sketches
 from lora_gpt2.evaluation.matrix import (
     Cell,
     EvaluationText,
@@ -48,7 +47,7 @@ from lora_gpt2.model.stored_weights import fingerprint_base
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.audits import write_audit
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.manifest import BaseIdentity
+from lora_gpt2.store.manifest import BaseIdentity, Manifest
 from lora_gpt2.store.references import label_of
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result with the keys of `evaluate --json`."""
-        how = {key: getattr(self, key) for key in ("base", "versions", "protocol", "window", "stride")}
+        how = {key: getattr(self, key) for key in ("base", "versions", "protocol", "window", "stride", "dtype")}
         cells = {
             "cells": [cell.to_json() for cell in self.cells],
             "forgetting": [cell.to_json() for cell in self.forgetting],
@@ -188,14 +187,14 @@ def evaluate_texts(
         generation=_judge_texts(session, measured.rows, tasks, recipe, reporter) if session and tasks else [],
         token_scores=measured.token_scores,
     )
-    how = evaluation.to_json() | {"dtype": evaluation.dtype}
-    alone = [mix.references[0] for mix in measured.rows if mix == Mix.single(str(mix))]
-    for line in list_differences(store, alone, texts, cells, how):
+    alone = {str(mix): measured.versions[str(mix)][0] for mix in measured.rows if mix and mix == Mix.single(str(mix))}
+    manifests = {name: store.read_manifest(version) for name, version in alone.items()}
+    for line in list_differences(manifests, texts, cells, evaluation.to_json()):
         reporter.message(line)
     if keep:
         if mixed := [str(mix) for mix in measured.rows if len(mix) > 1]:
             reporter.message(f"figures are kept with single adapters, not with {', '.join(mixed)}")
-        _keep(evaluation, alone, store)
+        _keep(evaluation, manifests, store)
     return evaluation
 
 
@@ -273,7 +272,7 @@ def _measure_here(
         recipe.evaluate,
         reporter,
         together=session.select(*exact),
-        sketches=read_mix_sketches(session.store, rows),
+        sketches=read_sketches(session.store, _list_versions(rows, exact)),
         keep_tokens=keep_tokens,
     )
     return _Measured(
@@ -312,8 +311,9 @@ def _measure_on_ray(
     exact = [Mix((store.read_manifest(reference).reference, weight) for reference, weight in mix) for mix in rows]
     task = ScoringTask(base=identity, mixes=exact, settings=recipe.evaluate, keep_tokens=keep_tokens)
     documents = [text.documents for text in measured]
+    sketches = read_sketches(store, _list_versions(rows, exact))
     scores, dtype = score_on_ray(address, task, documents, store, reporter)
-    cells = build_cells([str(mix) for mix in rows], measured, scores, read_mix_sketches(store, rows))
+    cells = build_cells([str(mix) for mix in rows], measured, scores, sketches)
     return _Measured(
         rows=rows,
         cells=cells,
@@ -339,17 +339,6 @@ def _list_versions(rows: Sequence[Mix], exact: Sequence[Mix]) -> dict[str, list[
     return {str(mix): list(map(label_of, found.references)) for mix, found in zip(rows, exact, strict=True) if mix}
 
 
-def read_mix_sketches(store: Store | None, mixes: Sequence[Mix]) -> dict[str, TextSketch]:
-    """Returns what tells whether an adapter of a mix was trained on a text.
-
-    Of those mixes for which it is known; where only some adapters of a mix have a sketch, theirs is not the whole.
-    """
-    if store is None:
-        return {}
-    found = {mix: [read_sketch(store, reference) for reference in mix.references] for mix in mixes}
-    return {str(mix): TextSketch.join(sketches) for mix, sketches in found.items() if any(sketches)}
-
-
 def _judge_texts(
     session: Session, mixes: Sequence[Mix], tasks: Sequence[GenerationTask], recipe: Recipe, reporter: Reporter
 ) -> list[Quality]:
@@ -367,8 +356,8 @@ def _judge_texts(
     return found
 
 
-def _keep(evaluation: Evaluation, names: Sequence[str], store: Store) -> None:
+def _keep(evaluation: Evaluation, manifests: Mapping[str, Manifest], store: Store) -> None:
     how = {key: getattr(evaluation, key) for key in ("protocol", "window", "stride")}
-    for name in names:
+    for name, manifest in manifests.items():
         found = [cell.to_json() for cell in [*evaluation.cells, *evaluation.forgetting] if cell.adapter == name]
-        write_audit(store, store.read_manifest(name), "evaluation", {"cells": found, **how})
+        write_audit(store, manifest, "evaluation", {"cells": found, **how})

@@ -14,7 +14,7 @@ import numpy as np
 import re2
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-SENTENCE_END = re2.compile(r"[.!?]+(?:\s|$)")  # linear time, whatever the text
+SENTENCE_END = re2.compile(r"[.!?]+[\"'”’)\]]*(?:\s|$)")  # linear time, whatever the text
 CHUNK_WORDS = 500
 MAX_WORDS = 20_000
 FUNCTION_WORDS = [  # frequent grammatical words of English, those of verse and drama among them

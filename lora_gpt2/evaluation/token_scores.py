@@ -70,9 +70,8 @@ class TokenScores:
     @cached_property
     def pieces(self) -> list[str]:
         """The text that each token adds: together they are `text`; that of a part of a character may be empty."""
-        return [
-            self.text[start:end] for start, end in zip(self.text_offset, [*self.text_offset[1:], None], strict=True)
-        ]
+        ends = [*self.text_offset, None][1:]
+        return [self.text[start:end] for start, end in zip(self.text_offset, ends, strict=True)]
 
     @cached_property
     def words(self) -> list[tuple[str, str, slice]]:
@@ -81,22 +80,21 @@ class TokenScores:
         starts, owners = [start for start, _ in spans], list[int | None]()
         for offset, piece in zip(self.text_offset, self.pieces, strict=True):
             begin = offset + len(piece) - len(piece.lstrip())
-            owners.append(None if piece.isspace() else bisect_right(starts, begin) - 1)
+            is_space = (piece or self.text[offset]).isspace()
+            owners.append(None if is_space else bisect_right(starts, begin) - 1)
         found, seen = list[tuple[str, str, slice]](), set[str]()
         first = 0
         for index, owner in enumerate(owners):
             if owner is not None and owner == next(iter(owners[index + 1 : index + 2]), None):
                 continue
             text = self.pieces[index] if owner is None else self.text[slice(*spans[owner])]
-            found.append((_find_kind(text, seen), text, slice(first, index + 1)))
+            found.append((SPACE if owner is None else _find_kind(text, seen), text, slice(first, index + 1)))
             seen.add(text.lower())
             first = index + 1
         return found
 
 
 def _find_kind(text: str, seen: set[str]) -> str:
-    if text.isspace():
-        return SPACE
     if not any(map(str.isalpha, text)):
         return NUMBER if any(map(str.isdigit, text)) else MARK
     return AGAIN if text.lower() in seen else NEW
@@ -158,7 +156,7 @@ def sum_gains(documents: Iterable[TokenScores], adapter: str, base: str) -> tupl
     """Returns an adapter's gain over the base by kind of token, and by word, number or run of marks."""
     kinds, words = {kind: Gain() for kind in KINDS}, dict[str, Gain]()
     for document in documents:
-        starts = [tokens.start for *_, tokens in document.words]
+        starts = np.array([tokens.start for *_, tokens in document.words], np.int64)
         nats = [-np.add.reduceat(document.logprobs[name].astype(np.float64), starts) for name in (base, adapter)]
         for (kind, text, tokens), *both in zip(document.words, *(each.tolist() for each in nats), strict=True):
             kinds[kind].add(tokens.stop - tokens.start, *both)

@@ -179,7 +179,9 @@ def route_chat(messages: Sequence[Message], router: Router, settings: GenerateSe
 
     Raises what `list_chatting` does.
     """
-    return router.among(list_chatting(router, settings)).route("\n".join(message.content for message in messages))  # the base could not answer
+    return router.among(list_chatting(router, settings)).route(
+        "\n".join(message.content for message in messages)
+    )  # the base could not answer
 
 
 def build_chat_request(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import ALL
@@ -24,19 +24,21 @@ class Mix(tuple[tuple[str, float], ...]):
 
     __slots__ = ()
 
-    def __new__(cls, parts: Iterable[tuple[str, float]] = ()) -> Mix:
+    def __new__(cls, parts: Iterable[tuple[str, float | int]] = ()) -> Mix:
         """Returns the mix of these pairs."""
-        return super().__new__(cls, parts)
+        return super().__new__(cls, ((name, float(weight)) for name, weight in parts))
 
     @classmethod
-    def parse(cls, specs: str | Sequence[str], each: float | None = None) -> Mix:
-        """Returns the mix that a text spells, or several that are mixed; `each` is the weight of those without one.
+    def parse(cls, specs: str | Sequence[str] | Mapping[str, float | int], each: float | None = None) -> Mix:
+        """Returns the mix that a text spells, or several that are mixed, or the weights by name.
 
-        By default they have equal shares.
+        `each` is the weight of those without one; by default they have equal shares.
 
         Raises `UsageError` for a weight that is not a number within ±16, a name given twice, or weights that only some
         of the adapters have.
         """
+        if isinstance(specs, Mapping):
+            specs = [f"{name}:{weight}" for name, weight in specs.items()]
         items = [item for spec in ([specs] if isinstance(specs, str) else specs) for item in _split(spec)]
         weights: dict[str, float | None] = {}
         for item in items:

@@ -115,8 +115,11 @@ def merge_adapters(
     *,
     evaluate: EvaluateSettings,
     reporter: Reporter,
+    searched_on: Sequence[str] = (),
 ) -> MergeReport:
     """Combines a mix into a new version of `name` and returns what was measured.
+
+    `searched_on` are the labels of the texts that weights and method were chosen on, which is recorded.
 
     Raises:
         UsageError: see `open_parents`; or the weights cancel, so that nothing would change.
@@ -135,9 +138,13 @@ def merge_adapters(
     difference, effect = _verify(session, parents, combined, rule)
     singles = {reference: session.select(Mix.single(reference)) for reference, _ in mix}
     rows = {BASE: session.select(Mix()), **singles, MERGED: select_merged}
-    known = read_sketches(session.store, mix.references)
+    references = [manifest.reference for manifest in parents.manifests]
+    singles_known = {name: [exact] for name, exact in zip(mix.references, references, strict=True)}
+    known = read_sketches(session.store, {**singles_known, MERGED: references})
     cells = measure_matrix(session.base, rows, add_general(texts), evaluate, reporter, sketches=known)
-    origin = _describe_origin(session, parents, rule, combined, difference, cells)
+    provenance = {"by": "merge", "relative_error": combined.relative_error, "max_logit_difference": difference}
+    provenance |= {"method": rule.method} | ({"searched_on": ", ".join(searched_on)} if searched_on else {})
+    origin = _describe_origin(parents, rule, provenance, cells, known.get(MERGED))
     manifest = publish_adapter(session.store, name, combined.adapter, session.base, origin)
     return MergeReport(
         name=name,
@@ -166,19 +173,12 @@ def _verify(session: Session, parents: Parents, combined: CombinedAdapter, rule:
 
 
 def _describe_origin(
-    session: Session,
-    parents: Parents,
-    rule: MergeRule,
-    combined: CombinedAdapter,
-    difference: float,
-    cells: Sequence[Cell],
+    parents: Parents, rule: MergeRule, provenance: dict[str, Any], cells: Sequence[Cell], sketch: TextSketch | None
 ) -> Origin:
     """Returns what the manifest records: the parents, how they were merged, and the perplexities."""
-    provenance = {"by": "merge", "relative_error": combined.relative_error, "max_logit_difference": difference}
-    provenance["method"] = rule.method
     if not rule.steps.is_sum:
         provenance |= {"density": rule.density, "seed": rule.seed}
-    sketch = _join_sketches(session, parents)
+    seen = {cell.source: cell.trained_on for cell in cells if cell.adapter == MERGED and cell.trained_on}
     data = {"sources": sorted({s for m in parents.manifests for s in m.data.get("sources", [])})}
     return Origin(
         data=data if sketch is None or sketch.is_whole else data | {"sketch_is_whole": False},
@@ -186,18 +186,12 @@ def _describe_origin(
         figures={
             "perplexity": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == MERGED},
             "base_perplexities": {cell.source: cell.score.perplexity for cell in cells if cell.adapter == BASE},
+            **({"documents_trained_on": seen} if seen else {}),
         },
         parents=parents.to_lineage(rule.scale_weights(parents.weights)),
         provenance=provenance,
         pages={} if sketch is None else {SKETCH: sketch.to_bytes()},
     )
-
-
-def _join_sketches(session: Session, parents: Parents) -> TextSketch | None:
-    """Returns the parents' sketches of their training texts as one; None if one of them has none."""
-    references = [manifest.reference for manifest in parents.manifests]
-    found = read_sketches(session.store, references)
-    return TextSketch.join(list(found.values())) if len(found) == len(references) else None
 
 
 def check_deltas(parents: Parents, rule: MergeRule) -> None:
@@ -214,15 +208,20 @@ def check_deltas(parents: Parents, rule: MergeRule) -> None:
 
 
 def check_error(parents: Parents, combined: CombinedAdapter, rule: MergeRule) -> None:
-    """Raises `CheckFailed` unless the error that a merge reports is the one found by comparing dense matrices."""
+    """Raises `CheckFailed` unless the error that a merge reports is the one found by comparing dense matrices.
+
+    But for rounding, which grows with the updates that are added up, however little is left of them.
+    """
     weights = rule.scale_weights(parents.weights)
-    lost = whole = 0.0
+    lost = whole = added = 0.0
     for site, update in combined.adapter.updates.items():
         delta = rule.combine_site(parents.adapters, weights, site).double()
         lost += float((delta - to_delta(update).double()).square().sum())
         whole += float(delta.square().sum())
-    found = math.sqrt(lost / whole)
-    if not abs(found - combined.relative_error) <= 1e-5 + 0.01 * combined.relative_error:
+        own = [(adapter.updates.get(site), weight) for adapter, weight in zip(parents.adapters, weights, strict=True)]
+        added += sum(abs(weight) * float(to_delta(each).double().norm()) for each, weight in own if each) ** 2
+    found, rounding = math.sqrt(lost / whole), 1e-5 * max(1.0, math.sqrt(added / whole))
+    if not abs(found - combined.relative_error) <= rounding + 0.01 * combined.relative_error:
         raise CheckFailed(
             f"the merge by {rule.method} reports a relative error of {combined.relative_error:.2e}, "
             f"but it is {found:.2e}",

@@ -41,6 +41,7 @@ from lora_gpt2.model.runtime import DTYPES
 from lora_gpt2.model.stored_weights import StoredWeights
 from lora_gpt2.model.weight_files import list_weight_files
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
+from lora_gpt2.store.card import mark_trained
 from lora_gpt2.store.references import BASE
 
 TOKENIZER_FILES = (
@@ -82,8 +83,9 @@ def merge_into_base(
     *,
     evaluate: EvaluateSettings,
     reporter: Reporter,
+    searched_on: Sequence[str] = (),
 ) -> MergedBaseReport:
-    """Writes base + mix to the new folder `out` and returns what was measured.
+    """Writes base + mix to the new folder `out` and returns what was measured; for `searched_on` see `merge_adapters`.
 
     Raises:
         UsageError: see `merge_adapters`.
@@ -113,10 +115,12 @@ def merge_into_base(
         singles = {name: session.select(Mix.single(name)) for name in mix.references}
         selectors = {BASE: select_base, **singles, str(mix): unmerged}
         texts = add_general(texts)
-        known = read_sketches(session.store, mix.references)
+        exact = [manifest.reference for manifest in parents.manifests]
+        own = {name: [reference] for name, reference in zip(mix.references, exact, strict=True)}
+        known = read_sketches(session.store, {**own, str(mix): exact, MERGED: exact})
         before = measure_matrix(base, selectors, texts, evaluate, reporter, sketches=known)
-        after = measure_matrix(written, {MERGED: select_base}, texts, evaluate, reporter)
-        card = _build_card(base, parents, rule, difference, [*before, *after])
+        after = measure_matrix(written, {MERGED: select_base}, texts, evaluate, reporter, sketches=known)
+        card = _build_card(base, parents, rule, difference, [*before, *after], searched_on)
         (work / "README.md").write_text(card, encoding="utf-8", newline="\n")
         sync_tree(work)
         rename_path(work, out)
@@ -185,12 +189,24 @@ def _write_folder(
         path.write_text(json.dumps({**own, "eos_token_id": sorted(stop_ids)}, indent=2) + "\n", encoding="utf-8")
 
 
-def _build_card(base: Base, parents: Parents, rule: MergeRule, difference: float, cells: Sequence[Cell]) -> str:
+def _build_card(
+    base: Base,
+    parents: Parents,
+    rule: MergeRule,
+    difference: float,
+    cells: Sequence[Cell],
+    searched_on: Sequence[str],
+) -> str:
     adapters = "\n".join(
         f"- `{manifest.reference}` at {weight:g} (sha256 of its weights `{manifest.digest[:16]}`)"
         for manifest, weight in zip(parents.manifests, parents.weights, strict=True)
     )
-    rows = "\n".join(f"| {cell.adapter} | {cell.source} | {cell.score.perplexity:.3f} |" for cell in cells)
+    rows = "\n".join(
+        f"| {cell.adapter} | {cell.source}{mark_trained(cell.trained_on, cell.num_documents)} "
+        f"| {cell.score.perplexity:.3f} |"
+        for cell in cells
+    )
+    searched = f"Weights and method were chosen on these texts: {', '.join(searched_on)}.\n\n" if searched_on else ""
     return f"""---
 base_model: {base.name}
 library_name: transformers
@@ -206,7 +222,7 @@ tags: [gpt2, lora-gpt2]
 
 Largest difference of its logits from the unmerged computation: {difference:.2e}.
 
-| computed | text | perplexity |
+{searched}| computed | text | perplexity |
 |---|---|---|
 {rows}
 

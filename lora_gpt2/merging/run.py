@@ -86,6 +86,7 @@ def merge(
     texts = read_sources(sources, recipe.data, reporter)
     session, _ = open_session(store, mix.references, recipe, "float32")
     settings, found = recipe.merge, None
+    how: dict[str, Any]
     for line in list_unused_by_merge(recipe, is_search=search, is_base=into_base is not None, is_adapter=bool(name)):
         reporter.message(line)
     if search:
@@ -93,13 +94,16 @@ def merge(
         if on_search is not None:
             on_search(found)
         best = found.best
+        if found.base.mean <= best.mean:
+            reporter.message("no mix is better than the base alone on these texts")
         mix = Mix((reference, weight) for reference, weight in zip(mix.references, best.weights, strict=True) if weight)
         settings = settings.model_copy(update={"method": best.method})
     adapter = written = None
+    how = {"evaluate": recipe.evaluate, "reporter": reporter, "searched_on": found.labels if found else []}
     if name:
-        adapter = merge_adapters(session, mix, name, settings, texts, evaluate=recipe.evaluate, reporter=reporter)
+        adapter = merge_adapters(session, mix, name, settings, texts, **how)
     if into_base:
-        written = merge_into_base(session, mix, into_base, settings, texts, evaluate=recipe.evaluate, reporter=reporter)
+        written = merge_into_base(session, mix, into_base, settings, texts, **how)
     return MergeResult(method=settings.method, search=found, adapter=adapter, base=written)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lora_gpt2.core.console import ProgressTask, Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.read.records import Document
@@ -148,8 +150,12 @@ class _Search:
         return candidate
 
     def try_rule(self, rule: MergeRule, weights: tuple[float, ...]) -> Candidate:
-        """Measures a method whose result is not a weighted sum, so that it has to be merged first."""
+        """Measures a method whose result is not a weighted sum, so that it has to be merged first.
+
+        `weights` are those of a sum; where a method takes a mean, they are larger by as many as there are to it.
+        """
         kept = [index for index, weight in enumerate(weights) if weight]  # as the published merge will have it
+        weights = tuple(weight * (len(kept) if rule.steps.elects_sign else 1) for weight in weights)
         combined = combine_adapters([self.parents.adapters[k] for k in kept], [weights[k] for k in kept], rule)
         self.session.load_in_memory({TRIED: combined.adapter})
         self.task.advance(1, rule.method)
@@ -167,14 +173,14 @@ def _beats(one: Candidate, other: Candidate) -> bool:
 
 
 def cut_text(base: Base, text: EvaluationText, max_tokens: int) -> list[Text]:
-    """Returns the first documents of a text, up to a number of scored tokens; the last one may be cut."""
-    kept: list[Text] = []
+    """Returns documents from all over a text, up to a number of scored tokens; one of them may be cut."""
+    kept: dict[int, Text] = {}
     left = max_tokens
-    for document in text.documents:
-        prompt, scored = split_prompt(document)
+    for index in np.random.default_rng(0).permutation(len(text.documents)).tolist():
+        prompt, scored = split_prompt(text.documents[index])
         ids = base.tokenizer.encode(scored)
-        kept.append(Document(scored if len(ids) <= left else base.tokenizer.decode(ids[:left]), "", prompt))
+        kept[index] = Document(scored if len(ids) <= left else base.tokenizer.decode(ids[:left]), "", prompt)
         left -= len(ids)
         if left <= 0:
             break
-    return kept
+    return [kept[index] for index in sorted(kept)]

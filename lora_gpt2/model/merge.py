@@ -111,7 +111,7 @@ class MergeRule:
                 seed = zlib.crc32(f"{self.seed} {index} {site}".encode())
                 deltas.append(self.prune(to_delta(adapter.updates[site]), torch.Generator().manual_seed(seed)))
                 present.append(weight)
-        stacked, scale = torch.stack(deltas), torch.tensor(present)
+        stacked, scale = torch.stack(deltas), torch.tensor(present, dtype=torch.float32)
         return merge_agreeing(stacked, scale) if self.steps.elects_sign else torch.tensordot(scale, stacked, dims=1)
 
 

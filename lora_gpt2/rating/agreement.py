@@ -69,6 +69,16 @@ def fit_bradley_terry(wins: Floats) -> Floats:
     return strengths
 
 
+def find_bounded(wins: Floats) -> NDArray[np.bool_]:
+    """Marks those whose strength, relative to another's, has a finite estimate: they beat it, and are beaten by it.
+
+    Both also over others (Hunter 2004, assumption 1).
+    """
+    reach = _reach(wins > 0)
+    bounded: NDArray[np.bool_] = (reach & reach.T).sum(axis=1) > 1
+    return bounded
+
+
 def _fit_played(wins: Floats) -> Floats:
     """Returns the log-strengths of adapters that have all met, also over others."""
     if not _reach(wins > 0).all():  # the estimate is finite if everyone can be reached from everyone over wins

@@ -13,6 +13,7 @@ from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, draw_counts, find_inte
 from lora_gpt2.rating.agreement import (
     count_missing,
     count_wins,
+    find_bounded,
     fit_bradley_terry,
     measure_alpha,
 )
@@ -29,8 +30,10 @@ class RankedAdapter:
 
     Args:
         adapter: the adapter, the mix, or `base`.
-        score: its Bradley-Terry strength (log-odds, mean 0), or its mean mark on the scale; None without answers.
-        interval: 95 % bootstrap interval of the score over tasks; None where there are too few answers.
+        score: its Bradley-Terry strength (log-odds, mean 0; 0 without answers), or its mean mark on the scale (None
+            without any).
+        interval: 95 % bootstrap interval of the score over prompts; None where there are too few answers, or nothing
+            bounds the score, because all comparisons were won or all lost.
         preferred: share of its comparisons that it won, ties as halves; None on a scale or without comparisons.
         judgements: number of comparisons, or of marks.
     """
@@ -223,25 +226,33 @@ def _collect(round_: Round, answers: Sequence[Answer]) -> dict[int, list[float]]
 
 
 def _rank_pairs(round_: Round, answers: Sequence[Answer]) -> list[RankedAdapter]:
-    """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over tasks."""
-    tasks, judged = {task.number: task for task in round_.tasks}, _collect(round_, answers)
+    """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over prompts.
+
+    The tasks of a prompt have texts in common, so they are one draw.
+    """
+    tasks = {task.number: task for task in round_.tasks}
     index_of = {name: index for index, name in enumerate(round_.adapters)}
-    outcomes = [
-        {(index_of[tasks[t].adapters[0]], index_of[tasks[t].adapters[1]]): values} for t, values in judged.items()
-    ]
-    return _rank_wins(round_.adapters, outcomes)
+    outcomes: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for number, values in _collect(round_, answers).items():
+        first, second = (index_of[name] for name in tasks[number].adapters)
+        outcomes.setdefault(tasks[number].prompt, {}).setdefault((first, second), []).extend(values)
+    return _rank_wins(round_.adapters, list(outcomes.values()))
 
 
 def _rank_wins(
     names: Sequence[str], outcomes: Sequence[Mapping[tuple[int, int], Sequence[float]]]
 ) -> list[RankedAdapter]:
-    """Returns names by strength from the outcomes of each task, by the indices of two names."""
+    """Returns names by strength from the outcomes of each draw of the bootstrap, by the indices of two names.
+
+    Who only won, or only lost, has no interval: that strength is a convention.
+    """
     number = len(names)
     table = np.array([count_wins(found, number) for found in outcomes]).reshape(-1, number, number)
     wins = table.sum(axis=0)
     strengths = fit_bradley_terry(wins)
     draws = draw_counts(len(table), ROUNDS) if is_varied(table) else np.zeros((0, len(table)))
     resampled = [fit_bradley_terry(np.tensordot(counts, table, axes=1)) for counts in draws]
+    has_interval = find_bounded(wins) if resampled else np.zeros(number, dtype=bool)
     rows = []
     for index, name in enumerate(names):
         games = wins[index].sum() + wins[:, index].sum()
@@ -249,7 +260,7 @@ def _rank_wins(
             RankedAdapter(
                 adapter=name,
                 score=float(strengths[index]),
-                interval=find_interval([s[index] for s in resampled]) if resampled else None,
+                interval=find_interval([s[index] for s in resampled], len(table)) if has_interval[index] else None,
                 preferred=float(wins[index].sum() / games) if games else None,
                 judgements=round(float(games)),
             )
@@ -258,7 +269,7 @@ def _rank_wins(
 
 
 def is_varied(values: np.ndarray) -> bool:
-    """True if a bootstrap over tasks says something: there are some, and not all the same."""
+    """True if a bootstrap says something: there are some draws, and not all the same."""
     return len(values) >= MIN_DOCUMENTS and bool((values != values[:1]).any())
 
 
@@ -279,7 +290,7 @@ def _rank_means(names: Sequence[str], means: Sequence[np.ndarray], counts: Seque
             RankedAdapter(
                 adapter=name,
                 score=float(values.mean()) if len(values) else None,
-                interval=find_interval(draws) if draws is not None else None,
+                interval=find_interval(draws, len(values)) if draws is not None else None,
                 judgements=count,
             )
         )

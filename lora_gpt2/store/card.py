@@ -20,6 +20,8 @@ PAIRS = (
     ("perplexity on general English", "general_perplexity", "base_general_perplexity"),
 )
 """Figures that are shown beside the base's."""
+MERGE_FIGURES = ("perplexity", "base_perplexities", "documents_trained_on")
+"""Figures of a merge, by text."""
 OTHERS = {
     "parent_perplexity": "perplexity of the adapter it continues from, on validation text",
     "steps": "steps",
@@ -101,7 +103,11 @@ def _list_figures(manifest: Manifest) -> Iterator[str]:
         if figures.get(key) is not None:
             base = figures.get(base_key)
             yield f"| {name} | {_show(figures[key])} | {'' if base is None else _show(base)} |"
-    known = {*OTHERS, "tokens_per_second", "test", *(key for _, *keys in PAIRS for key in keys)}
+    texts, of_base, trained = (dict(figures.get(key) or {}) for key in MERGE_FIGURES)
+    for text, value in texts.items():
+        label = f"perplexity on {text}{mark_trained(trained.get(text))}"
+        yield f"| {label} | {_show(value)} | {_show(of_base.get(text, ''))} |"
+    known = {*OTHERS, *MERGE_FIGURES, "tokens_per_second", "test", *(key for _, *keys in PAIRS for key in keys)}
     rest = flatten_json({key: value for key, value in figures.items() if key not in known})
     shown = {name: figures.get(key) for key, name in OTHERS.items()} | rest
     yield from (f"| {name} | {_show(value)} | |" for name, value in shown.items() if value is not None)
@@ -137,8 +143,9 @@ def _describe_evaluation(result: Mapping[str, Any] | None) -> str:
     if not result:
         return ""
     rows = [
-        f"| {cell['source']}{_mark_trained(cell)} | {_show(cell['perplexity'])} | "
-        f"{_between(cell['perplexity_interval'])} | {cell['ratio_to_base']:.3f} | {_between(cell['ratio_interval'])} | "
+        f"| {cell['source']}{mark_trained(cell.get('documents_trained_on'), cell['documents'])} | "
+        f"{_show(cell['perplexity'])} | {_between(cell['perplexity_interval'])} | "
+        f"{cell['ratio_to_base']:.3f} | {_between(cell['ratio_interval'])} | "
         f"{cell['tokens']:,} |"
         for cell in result["cells"]
     ]
@@ -149,10 +156,10 @@ def _describe_evaluation(result: Mapping[str, Any] | None) -> str:
     return "## Measured\n\n" + "\n".join([head, *rows]) + f"\n\n{how}"
 
 
-def _mark_trained(cell: Mapping[str, Any]) -> str:
-    """Returns what is said of a text that was trained on: its figure says nothing about new text."""
-    seen = cell.get("documents_trained_on")
-    return f" (trained on {seen:,} of {cell['documents']:,} documents)" if seen else ""
+def mark_trained(seen: int | None, documents: int | None = None) -> str:
+    """Returns what is said of a text that was trained on, in part or whole: its figure says nothing about new text."""
+    of = "of its" if documents is None else f"of {documents:,}"
+    return f" (trained on {seen:,} {of} documents)" if seen else ""
 
 
 def _between(interval: Sequence[float] | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lora_gpt2.data.prepared import FEW_VALIDATION_TOKENS
-from lora_gpt2.evaluation.bootstrap import find_interval, resample_ratio
+from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, find_interval, resample_ratio
 from lora_gpt2.evaluation.perplexity import Score, to_perplexity
 from lora_gpt2.training.slot import TrainingSlot
 
@@ -84,9 +84,9 @@ def diagnose_forgetting(base: Score, adapted: Score) -> str:
         return f"{shown}: it is not predicted any more"
     nats, tokens = np.stack([base.per_document[0], adapted.per_document[0]]), base.per_document[1]
     interval = ""
-    if nats.shape[1] > 1:
+    if len(tokens) >= MIN_DOCUMENTS:
         means = resample_ratio(nats, tokens)
-        low, high = find_interval(means[:, 1] - means[:, 0])
+        low, high = find_interval(means[:, 1] - means[:, 0], len(tokens))
         interval = f", {low:+.3f} to {high:+.3f}"
     much = "little" if change < LITTLE else "some of it" if change < MUCH else "much"
     return f"{shown} ({change:+.3f} nats per token{interval}): {much} is forgotten"

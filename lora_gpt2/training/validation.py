@@ -45,8 +45,8 @@ def measure_blocks(
     none of them has a target, as in long prompts, it goes on to the first batch that has some.
     """
     size, device = blocks.block_size, base.runtime.device
-    count = blocks.num_blocks if max_tokens is None else min(blocks.num_blocks, max(1, max_tokens // size))
-    chosen = np.linspace(0, blocks.num_blocks - 1, count).astype(int).tolist()
+    chosen = spread_blocks(blocks, max_tokens)
+    count = len(chosen)
     order = chosen + sorted(set(range(blocks.num_blocks)) - set(chosen))
     batch_size = max(1, batch_tokens // size)
     transfer = Transfer(device)
@@ -62,6 +62,13 @@ def measure_blocks(
         num_targets += int((batch.targets != IGNORE).sum())
         on_tokens(inputs.numel())
     return total.item() / num_targets
+
+
+def spread_blocks(blocks: TokenBlocks, max_tokens: int | None) -> list[int]:
+    """Returns which blocks are read where so many tokens are wanted: evenly spread, at least one; all for None."""
+    count = blocks.num_blocks if max_tokens is None else min(blocks.num_blocks, max(1, max_tokens // blocks.block_size))
+    indices: list[int] = np.linspace(0, blocks.num_blocks - 1, count).astype(int).tolist()
+    return indices
 
 
 class HeldOutLosses:

@@ -84,6 +84,8 @@ def test_a_grid_trains_every_setting_and_goes_on_where_it_stopped(base_folder, t
     assert len(report["points"]) == 2 * 2 + 2 * 4
     assert all(p["perplexity"] < p["base_perplexity"] for p in report["points"] if p["learning_rate"] >= 1e-3)
     assert report["ranking"][0][2] == 1e-2
+    of_base = {(point["domain"], round(point["base_perplexity"], 3)) for point in report["points"]}
+    assert len(of_base) == 2, "adapters and full fine-tunes are measured by one protocol"
     assert all(p["validation_perplexity"] != p["perplexity"] for p in report["points"])
     lines = kept.read_text().splitlines()
     old = {key: value for key, value in json.loads(lines[4]).items() if key != "validation_perplexity"}

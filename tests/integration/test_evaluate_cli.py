@@ -5,8 +5,12 @@ import re
 
 import pytest
 
+from lora_gpt2.evaluation import run as evaluation_run
+from lora_gpt2.model.base import load_base
+from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.store.audits import read_audits
 from lora_gpt2.store.card import build_card
+from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import CARD
 
 
@@ -57,6 +61,22 @@ def test_the_matrix_has_forgetting_intervals_and_pages(run, own, text_file, base
     assert "Versions: mine@1." in text
     _, alone, _ = evaluate(run, base_folder, f"mine={text_file}", "--adapter", "mine", "--no-general")
     assert alone["forgetting"] == []
+
+
+def test_a_publication_during_a_measurement_keeps_its_own_figures(run, own, text_file, base_folder, monkeypatch):
+    measure = evaluation_run.measure_matrix
+
+    def publish_meanwhile(*args, **more):
+        cells = measure(*args, **more)
+        base = load_base(str(base_folder), choose_runtime("float32"))
+        publish_adapter(own, "mine", load_adapter(own, "mine", base)[1], base, Origin())
+        return cells
+
+    monkeypatch.setattr(evaluation_run, "measure_matrix", publish_meanwhile)
+    _, result, _ = evaluate(run, base_folder, f"mine={text_file}", "--adapter", "mine", "--keep")
+    assert result["versions"]["mine"] == ["mine@1"]
+    assert own.read_manifest("mine").version == 2
+    assert [path.name for path in own.folder_of("mine").glob("audit-*.json")] == ["audit-1.json"]
 
 
 def test_each_token_is_written_as_data_or_as_a_page(run, own, text_file, base_folder, tmp_path):

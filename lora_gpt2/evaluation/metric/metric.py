@@ -45,7 +45,7 @@ class PerplexityMetric(evaluate.Metric):  # type: ignore[misc]
         from lora_gpt2.core.console import LoggingReporter
         from lora_gpt2.data.pipeline import clean_documents
         from lora_gpt2.data.read.records import Document
-        from lora_gpt2.evaluation.held_out import read_sketches
+        from lora_gpt2.evaluation.held_out import read_sketch
         from lora_gpt2.evaluation.matrix import Cell
         from lora_gpt2.evaluation.perplexity import measure_perplexity
         from lora_gpt2.model.base import load_base
@@ -65,11 +65,11 @@ class PerplexityMetric(evaluate.Metric):  # type: ignore[misc]
         given = [Document(text, f"[{number}]", prompt) for number, (prompt, text) in enumerate(pairs, start=1)]
         documents = clean_documents(given, recipe.data, LoggingReporter())
         if adapter == "base":
-            score = measure_perplexity(model, documents, recipe.evaluate)
+            score, sketch = measure_perplexity(model, documents, recipe.evaluate), None
         else:
-            loaded = load_adapter(kept, adapter, model)[1]
+            manifest, loaded = load_adapter(kept, adapter, model)
             score = measure_perplexity(model, documents, recipe.evaluate, select_adapter(model, loaded))
-        sketch = read_sketches(kept, [adapter]).get(adapter) if adapter != "base" else None
+            sketch = read_sketch(kept, manifest.reference)
         seen = None if sketch is None else sketch.count_seen([d.prompt + d.text for d in documents])
         keys = ("tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
         return {

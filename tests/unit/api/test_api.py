@@ -250,6 +250,16 @@ def test_a_name_is_the_current_version_at_each_call(model, texts, base_folder):
     assert [output.provenance["adapters"][0]["adapter"] for output in (said, later)] == ["law@1", "law@2"]
 
 
+def test_a_mix_may_be_given_as_weights_by_name(model, tmp_path):
+    text = ["the cat and the dog"]
+    by_name, written = (model.perplexity(text, mix).perplexity for mix in ({"law": 0.5}, "law:0.5"))
+    assert by_name == written
+    merged = lg.merge({"law": 0.5}, "half", store=model.session.store.root, base=model.base, progress=False)
+    assert [p.weight for p in model.session.store.read_manifest(merged.name).parents] == [0.5]
+    with pytest.raises(UsageError, match="within"):
+        lg.merge({"law": 99}, "half", store=model.session.store.root, base=model.base, progress=False)
+
+
 def test_the_tokens_of_texts_are_scored_as_perplexity_is(model, tmp_path):
     texts = ["the cat and the dog", "rain in the sun " * 9]
     found = model.token_logprobs(texts, [None, "law", "law:0.5"], window=32)

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from lora_gpt2.audit.canaries import Canary, measure_exposure, read_canaries, write_canaries
+from lora_gpt2.audit.canaries import Canary, Exposure, measure_exposure, read_canaries, write_canaries
 from lora_gpt2.audit.memorization import (
     AuditSettings,
     Excerpt,
     Extraction,
+    _judge,
     audit_memorization,
     choose_control,
     choose_prefixes,
@@ -239,6 +240,9 @@ def test_chances_by_hand():
     assert compare_shares(5, 10, 5, 10) > 0.5
     assert count_by_chance(1, 1, 0.01) == pytest.approx(0.01)
     assert count_by_chance(2, 2, 0.5) == pytest.approx(0.25)
+    one = Exposure(text="a", rank=1, of=513, exposure_bits=9.0, p=1 / 513)
+    clean = Extraction(windows=10, extracted=0, mean_tokens=0.0)
+    assert _judge(clean, clean, 1.0, None, [one], 5) == ["1 of 1 planted secrets are exposed"]
 
 
 def test_places_are_spread_and_hold_two_runs():
@@ -259,6 +263,18 @@ def test_copies_name_the_document_and_leave_common_runs_out(learnt, reporter):
     assert found.longest_copy_tokens == len(own.tokenizer.encode(documents[3]))
     assert found.worst[0] == Excerpt(tokens=found.longest_copy_tokens, source="training document 4", text=documents[3])
     assert np.asarray(own.prepared.train.stream).size > 100
+
+
+def test_a_copy_is_one_whatever_common_text_stands_beside_it(learnt, reporter):
+    own = read_own_text(learnt.store, "learnt", reporter)
+    secret, notice = (own.documents["train"][index].text for index in (3, 7))
+    index, held_out = NgramIndex(own.prepared.train.stream, 6), NgramIndex(np.array(own.tokenizer.encode(notice)), 6)
+    part = own.tokenizer.decode(own.tokenizer.encode(secret)[:8])
+    for text in (f"{part} {notice}", f"{notice} {part}"):
+        found = find_copies(index, held_out, own, [text])
+        assert found.with_copies == 1, text
+        assert 8 <= found.longest_copy_tokens < 8 + 6, "the notice is none of it"
+    assert find_copies(index, held_out, own, [notice]).with_copies == 0
 
 
 def test_a_control_without_places_does_not_hide_what_is_memorised():

@@ -232,7 +232,7 @@ def test_a_bootstrap_of_a_mean_agrees_with_its_formula():
     generator = np.random.default_rng(0)
     values = generator.normal(5, 2, size=400)
     means = resample_ratio(values[None], np.ones(400))[:, 0]
-    low, high = find_interval(means)
+    low, high = find_interval(means, len(values))
     # 1,000 draws of a mean that deviates by 0.1: their mean deviates by 0.003, their spread by 2.2 %
     assert means.mean() == pytest.approx(values.mean(), abs=0.02)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)

@@ -42,6 +42,7 @@ def test_a_domains_repetition_is_that_of_pieces_as_long_as_the_texts():
 def test_readability_by_its_formula():
     text = "The cat sat. The dog ran away!"  # 22 letters, 7 words, 2 sentences
     assert measure_readability(text) == pytest.approx(4.71 * 22 / 7 + 0.5 * 7 / 2 - 21.43)
+    assert measure_readability('He ran. "I see!" She sat.') == measure_readability("He ran. I see! She sat.")
     assert measure_readability("...") is None
 
 

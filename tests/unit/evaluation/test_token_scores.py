@@ -134,6 +134,16 @@ def test_words_are_put_together_and_counted_by_kind():
     assert "\n" not in words
 
 
+def test_spaces_of_several_bytes_are_spaces_and_a_text_may_be_empty(session):
+    for text, words in (("\xa0Hello World", ["Hello", "World"]), ("a\u3000b", ["a", "b"]), ("\u3000", [])):
+        (scores,) = score(session, [text], [Mix(), Mix.single("law")], EvaluateSettings())
+        assert [word for kind, word, _ in scores.words if kind != SPACE] == words
+        kinds, _ = sum_gains([scores], "law", "base")
+        assert sum(gain.tokens for gain in kinds.values()) == len(scores.tokens)
+    kinds, words = sum_gains([make("", [], base=[], law=[])], "law", "base")
+    assert not words
+
+
 def test_a_log_probability_that_is_not_finite_spoils_its_own_word_alone():
     scores = make("a b", ["a", " b"], base=[-1.0, -2.0], law=[-math.inf, -1.0])
     _, words = sum_gains([scores], "law", "base")

@@ -11,10 +11,9 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2TokenizerFast
 from lora_gpt2.core.errors import CheckFailed, ConflictError, CorruptError, MismatchError, UsageError
 from lora_gpt2.data.prepared import SKETCH
 from lora_gpt2.data.text_sketch import TextSketch, hash_shingles
-from lora_gpt2.evaluation.held_out import read_sketch
+from lora_gpt2.evaluation.held_out import read_sketch, read_sketches
 from lora_gpt2.evaluation.matrix import EvaluationText
 from lora_gpt2.evaluation.perplexity import measure_perplexity
-from lora_gpt2.evaluation.run import read_mix_sketches
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
@@ -22,7 +21,7 @@ from lora_gpt2.merging import combine, into_base
 from lora_gpt2.merging.combine import MERGED, merge_adapters
 from lora_gpt2.merging.into_base import merge_into_base
 from lora_gpt2.merging.run import choose_weight
-from lora_gpt2.merging.search import search_weights
+from lora_gpt2.merging.search import cut_text, search_weights
 from lora_gpt2.merging.to_transformers import build_merged_model
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter, LoraUpdate
@@ -30,6 +29,7 @@ from lora_gpt2.model.merge import MergeRule, combine_adapters, to_delta
 from lora_gpt2.model.probe import build_probe, compute_logits
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import BLOCKS, EvaluateSettings, GenerateSettings, LoraSettings, MergeSettings
+from lora_gpt2.store.card import build_card
 from lora_gpt2.store.files import Origin, check_base, identify, load_adapter, publish_adapter
 from lora_gpt2.store.references import BASE
 from tests.builders import make_adapter, make_base_folder
@@ -88,7 +88,9 @@ def test_a_merge_of_what_is_partly_unknown_does_not_claim_to_know_its_text(sessi
         publish_adapter(store, name, make_adapter(base.config, seed), base, Origin(data=data, pages={SKETCH: sketch}))
     merge(session, reporter, Mix.parse("known+partly"), "some")
     assert read_sketch(store, "some").count_seen(["other words entirely, and many of them"]) is None
-    found = read_mix_sketches(store, [Mix.parse("partly"), Mix.parse("known"), Mix.parse("known+law")])
+    rows = {"partly": ["partly"], "known": ["known"], "known+law": ["known", "law"], "law": ["law"]}
+    found = read_sketches(store, rows)
+    assert list(found) == ["partly", "known", "known+law"]
     assert [sketch.is_whole for sketch in found.values()] == [False, True, False]
 
 
@@ -343,3 +345,69 @@ def test_a_base_of_chatml_stops_at_either_end_wherever_it_goes(base_folder, stor
     check_base(replace(manifest, base=before), identify(base), base.tokenizer.fingerprints)
     with pytest.raises(MismatchError, match="another tokenizer"):
         check_base(replace(manifest, base=before), identify(base))
+
+
+def test_a_merge_of_what_was_trained_on_a_text_is_marked_everywhere(session, reporter, store, base, tmp_path):
+    text = " ".join(f"word{n} runs" for n in range(40))
+    sketch = TextSketch.build([hash_shingles(text)]).to_bytes()
+    origin = Origin(data={"sources": []}, pages={SKETCH: sketch})
+    publish_adapter(store, "known", make_adapter(base.config, 5), base, origin)
+    sources = [EvaluationText(label="seen", documents=[text])]
+    how = {"evaluate": SETTINGS, "reporter": reporter, "searched_on": ["seen"]}
+    mix = Mix.parse("known:1+law:0.5")
+    report = merge_adapters(session, mix, "some", MergeSettings(), sources, **how)
+    seen = {cell.adapter: cell.trained_on for cell in report.cells if cell.source == "seen"}
+    assert seen == {BASE: None, "known": 1, "law": None, MERGED: 1}
+    manifest = store.read_manifest("some")
+    assert manifest.figures["documents_trained_on"] == {"seen": 1}
+    assert manifest.data["sketch_is_whole"] is False, "nothing is known of the other"
+    assert read_sketch(store, "some").count_seen([text]) == 1
+    card = build_card(manifest)
+    figures = [manifest.figures[key]["seen"] for key in ("perplexity", "base_perplexities")]
+    shown = " | ".join(f"{value:,.2f}" for value in figures)
+    assert f"| perplexity on seen (trained on 1 of its documents) | {shown} |" in card
+    assert "searched_on seen" in card
+    assert "base_perplexities" not in card
+    out = tmp_path / "merged"
+    written = merge_into_base(session, mix, out, MergeSettings(), sources, **how)
+    seen = {cell.adapter: cell.trained_on for cell in written.cells if cell.source == "seen"}
+    assert (seen[str(mix)], seen[MERGED]) == (1, 1)
+    card = (out / "README.md").read_text()
+    assert f"| {MERGED} | seen (trained on 1 of 1 documents) |" in card
+    assert "chosen on these texts: seen" in card
+
+
+def test_weights_of_close_adapters_that_nearly_cancel_are_no_bug(session, reporter, store, base):
+    adapter = make_adapter(base.config, 5)
+    near = {site: replace(u, a=u.a * (1 + 1e-3)) for site, u in adapter.updates.items()}
+    for name, each in (("one", adapter), ("two", replace(adapter, updates=near))):
+        publish_adapter(store, name, each, base, Origin())
+    assert merge(session, reporter, Mix([("one", 1.0), ("two", -1.0)]), "delta").relative_error < 1e-3
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "svd", "ties", "dare_linear", "task_arithmetic"])
+def test_weights_may_be_whole_numbers(session, reporter, method):
+    whole = merge(session, reporter, Mix([("law", 1), ("code", 2)]), "whole", method=method)
+    same = merge(session, reporter, Mix([("law", 1.0), ("code", 2.0)]), "same", method=method)
+    assert [c.score.nll_nats for c in whole.cells] == [c.score.nll_nats for c in same.cells]
+
+
+def test_a_search_reads_all_over_a_text_and_leaves_its_order_alone(base):
+    words = ["the cat", "and rain", "under the sun", "dog"] * 20
+    text = EvaluationText(label="x", documents=[f"{word} {n}" for n, word in enumerate(words)])
+    total = sum(len(base.tokenizer.encode(document)) for document in text.documents)
+    numbers = [int(document.text.split()[-1]) for document in cut_text(base, text, total // 4)[:-1]]
+    assert numbers == sorted(numbers)
+    assert min(numbers) < 20
+    assert max(numbers) > 60
+    assert len(cut_text(base, text, total)) == len(words)
+
+
+def test_methods_that_take_a_mean_are_tried_with_the_sum_s_strength(session, reporter, base):
+    """Adapters that agree keep their sum: a mean of their shares would be half of it."""
+    found = search_weights(session, MIX, SOURCES, MergeSettings(search_steps=4, density=1.0), SETTINGS, reporter)
+    best = min((c for c in found.candidates if c.method == "cat"), key=lambda candidate: candidate.mean)
+    kept = sum(map(bool, best.weights))
+    tried = {candidate.method: candidate.weights for candidate in found.candidates if candidate.method != "cat"}
+    assert tried["ties"] == tried["dare_ties"] == tuple(kept * weight for weight in best.weights)
+    assert tried["magnitude_prune"] == best.weights
