@@ -17,7 +17,7 @@ from lora_gpt2.api.arguments import (
 from lora_gpt2.api.perplexity import Perplexity, read_text
 from lora_gpt2.api.requests import build_requests, choose_seed, iter_text, list_adapters, parse_mix
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import UsageError
+from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.names import AUTO, check_name
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.evaluation.held_out import read_sketches
@@ -83,7 +83,7 @@ class Model:
             name: what it is called from now on.
             adapter: an adapter, or a folder that PEFT saved, an archive or a hub id.
 
-        Raises what `load` does.
+        Raises what `load` does, and `ConflictError` while a stream is being written with one of that name.
         """
         if isinstance(adapter, str | Path):
             adapter = fetch_adapter(str(adapter))
@@ -91,10 +91,13 @@ class Model:
             adapter = parse_adapter(adapter, self.session.base, self.reporter)
         if not isinstance(adapter, Adapter):
             raise UsageError(f"an adapter is expected, found {type(adapter).__name__}", "pass a folder that PEFT saved")
-        self._in_memory[check_name(name)] = adapter
+        check_name(name)
+        if name in self._in_memory and self.session.slots.count_pins(name) > 1:
+            raise ConflictError(f"a stream writes with '{name}'", "finish or close it first, or take another name")
         for session in (self.session, self._measuring):
             if session is not None:
-                _add_in_memory(session, {name: adapter})
+                _add_in_memory(session, {name: adapter}, is_new=name not in self._in_memory)
+        self._in_memory[name] = adapter
         self.adapters = list(dict.fromkeys([*self.adapters, name]))
 
     def generate(
@@ -380,8 +383,9 @@ class Model:
         if runtime == base.runtime and not self._is_packed:
             return self.session
         if self._measuring is None or self._measuring.base.runtime != runtime:
-            self._measuring = Session(load_base(base.name, runtime), self.session.store)
-            _add_in_memory(self._measuring, self._in_memory)
+            measuring = Session(load_base(base.name, runtime), self.session.store)
+            _add_in_memory(measuring, self._in_memory)
+            self._measuring = measuring
         return self._measuring
 
     @property
@@ -390,7 +394,7 @@ class Model:
         return self.session.base.model.prepacked_head is not None
 
 
-def _add_in_memory(session: Session, adapters: Mapping[str, Adapter]) -> None:
+def _add_in_memory(session: Session, adapters: Mapping[str, Adapter], is_new: bool = True) -> None:
     session.load_in_memory(adapters)
-    for name in adapters:  # it can be loaded from nowhere, so it keeps its slot
+    for name in adapters if is_new else ():  # it can be loaded from nowhere, so it keeps its slot
         session.slots.pin(Mix.single(name))

@@ -81,7 +81,7 @@ def audit_adapter(
     exact = own.manifest.reference  # a publication meanwhile changes nothing
     session, _ = open_session(store, [exact], recipe, recipe.evaluate.dtype)
     with store.open(exact) as version:
-        drafter = read_drafter(version)
+        drafter = read_drafter(version, session.base.tokenizer.vocab_size)
     with catch_signals() as stop:
         report = audit_memorization(
             session.base,
@@ -112,9 +112,9 @@ def forbid_copies(
     names = dict.fromkeys(name for request in requests for name, _ in request.mix)
     if AUTO in names:
         raise UsageError("--no-verbatim must know the adapter of each prompt", "name it instead of 'auto'")
-    texts = [read_own_text(store, name, reporter, find_own_base(recipe)).prepared.train.stream for name in names]
-    indexes = [NgramIndex(text, tokens - 1) for text in texts]
-    return [replace(request, no_verbatim=indexes) for request in requests]
+    own = {name: read_own_text(store, name, reporter, find_own_base(recipe)).prepared.train.stream for name in names}
+    indexes = {name: NgramIndex(text, tokens - 1) for name, text in own.items()}
+    return [replace(request, no_verbatim=[indexes[name] for name, _ in request.mix]) for request in requests]
 
 
 def find_own_base(recipe: Recipe) -> str | None:

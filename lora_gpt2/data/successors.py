@@ -64,13 +64,14 @@ class SuccessorTable:
         return cls(keys, tokens[kept][first])
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> SuccessorTable:
-        """Reads what `to_bytes` wrote; raises `CorruptError` for anything else."""
+    def from_bytes(cls, content: bytes, vocab_size: int) -> SuccessorTable:
+        """Reads what `to_bytes` wrote; raises `CorruptError` for anything else, and for what is no token."""
         count, rest = divmod(len(content), ENTRY_BYTES)
         keys = np.frombuffer(content, "<u4", count) if not rest else np.zeros(2, np.uint32)
-        if (keys[1:] <= keys[:-1]).any():
+        successors = np.frombuffer(content, "<u2", count, 4 * count)
+        if (keys[1:] <= keys[:-1]).any() or (successors >= vocab_size).any():
             raise CorruptError("the drafter is no table of successors", "train the adapter again")
-        return cls(keys.astype(np.uint32), np.frombuffer(content, "<u2", count, 4 * count).astype(np.uint16))
+        return cls(keys.astype(np.uint32), successors.astype(np.uint16))
 
     def to_bytes(self) -> bytes:
         """Returns the keys as little-endian 32-bit numbers, then the successors as 16-bit ones."""

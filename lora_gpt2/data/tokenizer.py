@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ ROOM_BYTES = 2**25  # the backend ends the process where it runs out of memory
 class Tokenizer:
     """Text to token ids and back, for one base."""
 
-    def __init__(self, backend: BackendTokenizer, eos_id: int, stop_id: int | None = None) -> None:
+    def __init__(
+        self, backend: BackendTokenizer, eos_id: int, stop_id: int | None = None, more_ends: Iterable[int] = ()
+    ) -> None:
         added = backend.get_added_tokens_decoder()
         self._ends = {EOS, added[eos_id].content} if eos_id in added else {EOS}
         self._has_special = any(token.special and token.content not in self._ends for token in added.values())
@@ -40,11 +42,11 @@ class Tokenizer:
         backend.no_padding()
         self.backend, self.eos_id = backend, eos_id
         self.stop_id = eos_id if stop_id is None else stop_id
-        self.stop_ids = frozenset({self.eos_id, self.stop_id})
+        self.stop_ids = frozenset({self.eos_id, self.stop_id, *more_ends})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Goes to another process as its vocabulary alone: how special tokens are read does not survive a copy."""
-        return _rebuild, (self.backend.to_str(), self.eos_id, self.stop_id)
+        return _rebuild, (self.backend.to_str(), self.eos_id, self.stop_id, self.stop_ids)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -139,8 +141,8 @@ class Tokenizer:
         return tokens, [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
-def _rebuild(backend: str, eos_id: int, stop_id: int) -> Tokenizer:
-    return Tokenizer(BackendTokenizer.from_str(backend), eos_id, stop_id)
+def _rebuild(backend: str, eos_id: int, stop_id: int, stop_ids: frozenset[int]) -> Tokenizer:
+    return Tokenizer(BackendTokenizer.from_str(backend), eos_id, stop_id, stop_ids)
 
 
 class TextStream:
@@ -175,15 +177,19 @@ def byte_alphabet() -> dict[str, int]:
     return table | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
+def load_tokenizer(
+    folder: Path, eos_id: int, vocab_size: int | None = None, ends: Sequence[Sequence[int]] = ()
+) -> Tokenizer:
     """Loads `tokenizer.json`, or `vocab.json` and `merges.txt`, from a base's folder.
 
     EOS is `<|endoftext|>`, else what `tokenizer_config.json` calls so, else `eos_id`, which the model's configuration
-    gives: that is often left at its default, which in another vocabulary is any word.
+    gives: that is often left at its default, which in another vocabulary is any word. Of `ends`, lists of tokens that
+    end a text, those count that have EOS among them. Added tokens beyond a model's `vocab_size`, such as a `[PAD]` that
+    it was never resized for, are left out: they are characters.
 
     Raises:
         NotFoundError: the folder holds neither.
-        CorruptError: the files are not a byte-level BPE.
+        CorruptError: the files are not a byte-level BPE, or nothing names EOS.
     """
     whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     hint = "a GPT-2 folder has tokenizer.json, or vocab.json and merges.txt"
@@ -194,17 +200,33 @@ def load_tokenizer(folder: Path, eos_id: int) -> Tokenizer:
             backend = BackendTokenizer.from_file(str(whole))
         else:
             backend = BackendTokenizer(models.BPE.from_file(str(vocab), str(merges)))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            has_space = _read_settings(folder, "add_prefix_space") is True
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_space)
             backend.decoder = decoders.ByteLevel()
             _add_tokens(backend, folder)
+        backend = _leave_out(backend, vocab_size)
     except Exception as error:  # `tokenizers` raises bare Exception for everything
         raise CorruptError(f"the tokenizer in {folder} cannot be read: {error}", hint) from error
     if not isinstance(backend.model, models.BPE) or backend.get_vocab_size(with_added_tokens=False) < 256:
         raise CorruptError(f"the tokenizer in {folder} is not GPT-2's byte-level BPE", hint)
     backend.post_processor = None
     own = backend.token_to_id(_read_eos(folder))
-    found = (index for index in (backend.token_to_id(EOS), own) if index is not None)
-    return Tokenizer(backend, next(found, eos_id), own)
+    found = next((index for index in (backend.token_to_id(EOS), own) if index is not None), eos_id)
+    if found < 0:
+        hint = "name eos_token in tokenizer_config.json"
+        raise CorruptError(f"nothing in {folder} says which token ends a text", hint)
+    size = vocab_size or backend.get_vocab_size()
+    more = {each for listed in ends if {found, own} & set(listed) for each in listed if 0 <= each < size}
+    return Tokenizer(backend, found, own, more)
+
+
+def _leave_out(backend: BackendTokenizer, vocab_size: int | None) -> BackendTokenizer:
+    """Returns the backend without added tokens beyond a vocabulary."""
+    values = json.loads(backend.to_str())
+    known = [token for token in values["added_tokens"] if vocab_size is None or token["id"] < vocab_size]
+    if len(known) == len(values["added_tokens"]):
+        return backend
+    return BackendTokenizer.from_str(json.dumps({**values, "added_tokens": known}))
 
 
 def _add_tokens(backend: BackendTokenizer, folder: Path) -> None:
@@ -220,13 +242,18 @@ def _add_tokens(backend: BackendTokenizer, folder: Path) -> None:
 
 def _read_eos(folder: Path) -> str:
     """Returns what a tokenizer's own settings call EOS, or ""."""
+    token = _read_settings(folder, "eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
+
+
+def _read_settings(folder: Path, key: str) -> Any:
+    """Returns what a tokenizer's own settings say, None if nothing does."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             values = load_json((folder / name).read_bytes())
         except (OSError, ValueError, RecursionError):
             continue
-        token = values.get("eos_token") if isinstance(values, dict) else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return token
-    return ""
+        if isinstance(values, dict) and values.get(key) is not None:
+            return values[key]
+    return None

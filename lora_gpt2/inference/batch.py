@@ -22,12 +22,20 @@ from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.user_files import check_output, read_user_text
 from lora_gpt2.inference.constraint import adopt_constraint
-from lora_gpt2.inference.generate import Output, Request, describe_provenance, iter_outputs, raise_first_error
+from lora_gpt2.inference.generate import (
+    Output,
+    Request,
+    describe_options,
+    describe_provenance,
+    iter_outputs,
+    raise_first_error,
+)
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.routing import AUTO_MIX
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 
+JSON_LINES = (".jsonl", ".ndjson")
 MOST_SHOWN = 3  # differences from the results that are there
 
 
@@ -39,7 +47,9 @@ def read_prompts(path: Path, mix: Mix, seed: int) -> list[Request]:
     lines = read_user_text(path).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() == ".json":
+        raise DataError(f"{path}: prompts are JSON lines, or plain text", "name it .jsonl, with a prompt on each line")
+    if path.suffix.lower() not in JSON_LINES:
         return [Request(line.rstrip("\r"), mix, seed + index) for index, line in enumerate(lines)]
     return [_parse_line(line, f"{path}:{index + 1}", mix, seed + index) for index, line in enumerate(lines)]
 
@@ -127,7 +137,7 @@ def _generate_missing(
     reporter: Reporter,
     truncate_left: bool,
 ) -> int:
-    done = find_done(out, requests, _build_check(session, requests, settings, out))
+    done = find_done(out, requests, _build_check(session, requests, settings, out, truncate_left))
     pending = [index for index in range(len(requests)) if index not in done]
     with (
         wrap_os_errors(f"write {out}"),
@@ -142,7 +152,9 @@ def _generate_missing(
     return len(done)
 
 
-def _build_check(session: Session, requests: Sequence[Request], settings: GenerateSettings, out: Path) -> Check:
+def _build_check(
+    session: Session, requests: Sequence[Request], settings: GenerateSettings, out: Path, truncate_left: bool
+) -> Check:
     """Returns a check that raises `ConflictError` for a result that these requests would not give."""
     expected: dict[tuple[Mix, int], dict[str, Any]] = {}
 
@@ -159,7 +171,8 @@ def _build_check(session: Session, requests: Sequence[Request], settings: Genera
             adopted = own if may_change else adopt_constraint(own, session.find_manifests(resolved))
             values = describe_provenance(session, resolved, adopted, 0)
             expected[mix, id(own)] = flatten_json(json.loads(json.dumps(values)))
-        wanted, found = {**expected[mix, id(own)], "seed": request.seed}, flatten_json(found)
+        options = describe_options(request, truncate_left)
+        wanted, found = {**expected[mix, id(own)], **options, "seed": request.seed}, flatten_json(found)
         if different := sorted(key for key in wanted | found if wanted.get(key) != found.get(key)):
             telling = [key for key in different if not key.endswith("sha256")] or different
             shown = "; ".join(f"{key} {found.get(key)} then, {wanted.get(key)} now" for key in telling[:MOST_SHOWN])

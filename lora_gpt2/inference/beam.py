@@ -61,7 +61,7 @@ class BeamSearch:
         """Extends every beam by a token; sets `is_done` when the search has ended."""
         num_beams, stop_ids = self.settings.num_beams, self.session.base.tokenizer.stop_ids
         self.length += 1
-        totals = self.scores[:, None] + self._adjust(self._compute_logits().log_softmax(-1))
+        totals = self.scores[:, None] + self._adjust(self._compute_logprobs())
         values, indices = totals.flatten().topk(min(2 * num_beams, totals.numel()))
         rows, tokens = indices // totals.shape[1], indices % totals.shape[1]
         running, constraints = list[int](), list[Constraint | None]()
@@ -101,14 +101,14 @@ class BeamSearch:
     def _normalise(self, logprob: float) -> float:
         return float(logprob / self.length**self.settings.length_penalty)
 
-    def _compute_logits(self) -> Tensor:
-        """Returns the logits `[beams, vocab]` after the newest tokens `[beams, time]`, on the CPU."""
+    def _compute_logprobs(self) -> Tensor:
+        """Returns the log-probabilities `[beams, vocab]` after the newest tokens `[beams, time]`, on the CPU."""
         base = self.session.base
         adapters = self.session.adapters_for([self.mix] * len(self.tokens))
         logits, _ = next_logits(base.model, self.tokens, adapters, self.cache)
-        logits = logits[:, : base.tokenizer.vocab_size].cpu()
-        check_logits(logits, self.mix)
-        return logits
+        logits, vocab_size = logits.cpu(), base.tokenizer.vocab_size
+        check_logits(logits[:, :vocab_size], self.mix)
+        return logits.log_softmax(-1)[:, :vocab_size]
 
     def _adjust(self, logprobs: Tensor) -> Tensor:
         """Returns log-probabilities `[beams, vocab]` after bias and penalties, -inf for what a constraint forbids."""

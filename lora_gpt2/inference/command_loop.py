@@ -32,6 +32,8 @@ from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.listing import list_current
 from lora_gpt2.store.references import BASE
 
+FIXED = ("dtype", "merge_into_base")
+"""Settings that take effect when the base is loaded."""
 Help = dict[str, tuple[str, str]]
 """What follows each command, and what it does."""
 
@@ -208,9 +210,12 @@ class CommandLoop(ABC):
             return f"the next seed is {self.seed + 1}"
         if key not in GenerateSettings.model_fields:
             raise UsageError(f"there is no setting '{key}'", suggest(key, GenerateSettings.model_fields))
+        if key in FIXED:
+            raise UsageError(f"{key} is for the whole session", f"begin it with: --set generate.{key}={value.strip()}")
         changed = load_recipe(None, [f"generate.{key}={value.strip()}"]).generate
         together = {**self.settings.model_dump(), key: getattr(changed, key)}
         self.settings = build_recipe({"generate": together}, "/set").generate
+        self.session.prefixes.max_bytes = self.settings.prefix_cache_bytes
         return f"{key} {getattr(self.settings, key)}"
 
     def _do_retry(self, rest: str) -> str:

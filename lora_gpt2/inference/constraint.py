@@ -40,13 +40,13 @@ class Constraint:
         return Constraint(self._matcher.deep_copy(), self._tokenizer)
 
     def accept(self, token: int) -> None:
-        """Takes the next token, which must be an allowed one, or EOS."""
-        self._matcher.consume_token(token)
+        """Takes the next token, which must be an allowed one, or one that ends the text."""
+        self._matcher.consume_token(self._tokenizer.eos_id if token in self._tokenizer.stop_ids else token)
         self._check()
 
     @property
     def is_finished(self) -> bool:
-        """True if nothing but EOS may follow."""
+        """True if nothing but the end may follow."""
         return bool(self._matcher.is_stopped())
 
     def find_words(self) -> Int[Tensor, " words"]:
@@ -54,6 +54,10 @@ class Constraint:
         words = np.zeros(-(-self._tokenizer.vocab_size // WORD_BITS), dtype=np.int32)
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         self._check()
+        word, bit = divmod(self._tokenizer.eos_id, WORD_BITS)
+        if words[word] >> bit & 1:
+            for end in self._tokenizer.stop_ids:
+                words[end // WORD_BITS] |= np.int32(np.uint32(1 << end % WORD_BITS).view(np.int32))
         return torch.from_numpy(words)
 
     def find_allowed(self) -> Bool[Tensor, " vocab"]:

@@ -153,8 +153,7 @@ class Decoder:
     def iter_prompt_logits(self, row: int, sequence: SequenceState) -> Iterator[tuple[list[int], Tensor]]:
         """Yields the tokens of a prompt, the first excepted, with the logits that they were predicted by.
 
-        `row` is the sequence's index in the last prefill. Some tokens at a time, `[tokens, vocab]`, on the CPU; of a
-        head that is wider than the vocabulary, what sampling sees of it.
+        `row` is the sequence's index in the last prefill. Some tokens at a time, `[tokens, rows]`, on the CPU.
         """
         adapters = self.session.adapters_for([sequence.mix])
         assert self._prompt_hidden is not None, "the prefill has a sequence that scores its prompt"
@@ -162,7 +161,7 @@ class Decoder:
         for start in range(0, len(sequence.prompt_ids) - 1, SCORED_TOKENS):
             targets = sequence.prompt_ids[start + 1 : start + 1 + SCORED_TOKENS]
             logits = self.session.base.model.logits(states[:, start : start + len(targets)], adapters)
-            yield targets, logits[0, :, : self.session.base.tokenizer.vocab_size].float().cpu()
+            yield targets, logits[0].float().cpu()
 
     def reset(self) -> None:
         """Frees every row and forgets the adapters of the last batch."""

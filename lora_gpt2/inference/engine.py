@@ -91,11 +91,16 @@ class Engine:
         outputs += [(sequence, "") for sequence in admission.failed]
         outputs += self._prefill(admission.to_sample)
         for sequence in admission.to_search:
-            if (search := sequence.shared_search.search) is None:
-                search = sequence.shared_search.search = BeamSearch(
-                    self.session, sequence.prompt_ids, sequence.mix, sequence.max_new_tokens, sequence.settings
-                )
-            scheduler.searches.append((sequence, search))
+            try:
+                if (search := sequence.shared_search.search) is None:
+                    search = sequence.shared_search.search = BeamSearch(
+                        self.session, sequence.prompt_ids, sequence.mix, sequence.max_new_tokens, sequence.settings
+                    )
+            except SEQUENCE_ERRORS as error:
+                outputs.append((sequence, sequence.fail(error)))
+                scheduler.unpin(sequence)
+            else:
+                scheduler.searches.append((sequence, search))
         self._drop_finished()
         return outputs
 
@@ -114,7 +119,6 @@ class Engine:
         """Forgets every sequence, and what it pinned, without finishing it; the memory of the cache is kept."""
         self.scheduler.clear()
         self.decoder.reset()
-        self.session.slots.unpin_all()
 
     def _reroute(self) -> list[tuple[SequenceState, str]]:
         """Lets sequences that are due choose their adapter again; returns those that failed in it."""
@@ -208,12 +212,12 @@ class Engine:
         """Gives each token of the prompt but the first its log-probabilities."""
         for targets, logits in self.decoder.iter_prompt_logits(row, sequence):
             try:
-                check_logits(logits, sequence.mix)
+                check_logits(logits[:, : sequence.tokenizer.vocab_size], sequence.mix)
             except SEQUENCE_ERRORS as error:
                 sequence.fail(error)
                 return
             sequence.prompt_logprobs += [
-                TokenLogprobs.from_logits(line, token, sequence.settings.logprobs)
+                TokenLogprobs.from_logits(line, token, sequence.settings.logprobs, sequence.tokenizer.vocab_size)
                 for line, token in zip(logits, targets, strict=True)
             ]
 
@@ -257,7 +261,8 @@ def group_by_room(
 def borrow_engine(session: Session, max_num_seqs: int, max_tokens: int) -> Iterator[Engine]:
     """Yields an idle engine with room for so many sequences of so many tokens.
 
-    On a GPU it is the one that this session used last, if that is large enough: its steps are captured already.
+    On a GPU it is the one that this session used last, if that is large enough: its steps are captured already. One in
+    which anything failed is not used again, because a step that was left half done may have lost sequences.
     """
     keeps = session.base.runtime.device.type == "cuda"
     engine, session.idle_engine = session.idle_engine, None
@@ -268,10 +273,14 @@ def borrow_engine(session: Session, max_num_seqs: int, max_tokens: int) -> Itera
         engine = Engine(session, max_num_seqs, max_tokens)
     try:
         yield engine
-    finally:
-        if engine.is_busy:
-            engine.stop_all("interrupted")
+    except GeneratorExit:  # who read its texts wants no more of them, between two steps
+        engine.stop_all("interrupted")
         session.idle_engine = engine if keeps else None
+        raise
+    except BaseException:
+        engine.reset()
+        raise
+    session.idle_engine = engine if keeps else None
 
 
 def sample(sequences: Sequence[SequenceState], following: NextTokens) -> list[tuple[SequenceState, str]]:
@@ -296,10 +305,10 @@ def sample(sequences: Sequence[SequenceState], following: NextTokens) -> list[tu
 def _sample_here(sequences: Sequence[SequenceState], logits: Float[Tensor, "batch vocab"]) -> list[str]:
     """Samples a token for each sequence from logits on the CPU, all at once; returns the texts that they completed."""
     texts, ready, rows, uniforms = dict[int, str](), list[int](), list[Tensor](), list[float]()
-    own = [row[: sequence.tokenizer.vocab_size] for row, sequence in zip(logits, sequences, strict=True)]
-    for index, sequence in enumerate(sequences):  # a padded head has rows that are not tokens
-        try:
-            adjusted, uniform = sequence.adjust_logits(own[index]), sequence.draw_uniform()
+    for index, sequence in enumerate(sequences):
+        try:  # a padded head has rows that are not tokens
+            adjusted = sequence.adjust_logits(logits[index, : sequence.tokenizer.vocab_size])
+            uniform = sequence.draw_uniform()
         except SEQUENCE_ERRORS as error:
             texts[index] = sequence.fail(error)
         else:
@@ -308,7 +317,7 @@ def _sample_here(sequences: Sequence[SequenceState], logits: Float[Tensor, "batc
             uniforms.append(uniform)
     tokens = sample_tokens(torch.stack(rows), [sequences[index].params for index in ready], uniforms) if ready else []
     for index, token in zip(ready, tokens, strict=True):
-        texts[index] = _accept(sequences[index], token, own[index])
+        texts[index] = _accept(sequences[index], token, logits[index])
     return [texts[index] for index in range(len(sequences))]
 
 

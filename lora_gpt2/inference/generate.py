@@ -231,7 +231,10 @@ def iter_pieces(
         NotFoundError, IntegrityError: an adapter cannot be used.
     """
     sequences = _build_sequences(session, requests, settings, truncate_left)
-    provenance = [describe_provenance(session, s.mix, s.settings, s.seed, s.loaded) for s in sequences]
+    provenance = [
+        describe_provenance(session, s.mix, s.settings, s.seed, s.loaded) | describe_options(request, truncate_left)
+        for request, s in zip(requests, sequences, strict=True)
+    ]
     if settings.merge_into_base:
         session = _merge_mix(session, sequences)
     max_tokens = max((len(s.prompt_ids) + s.max_new_tokens for s in sequences), default=1)
@@ -325,6 +328,12 @@ def describe_provenance(
         "seed": seed,
         "settings": describe_settings(settings),
     }
+
+
+def describe_options(request: Request, truncate_left: bool) -> dict[str, Any]:
+    """Returns what else a text depends on, where it is used, for its provenance."""
+    longest = {"no_verbatim": max(index.size for index in request.no_verbatim) + 1} if request.no_verbatim else {}
+    return longest | ({"truncate_left": True} if truncate_left else {})
 
 
 def describe_settings(settings: GenerateSettings) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Scheduler:
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self.searches: list[tuple[SequenceState, BeamSearch]] = []
+        self._pinned: dict[SequenceState, Mix] = {}
 
     @property
     def num_running(self) -> int:
@@ -71,7 +72,7 @@ class Scheduler:
                 sequence.fail(error)
                 admission.failed.append(sequence)
                 continue
-            self.session.slots.pin(sequence.mix)
+            self._pin(sequence)
             num_running += width
             (admission.to_search if sequence.searches else admission.to_sample).append(sequence)
             searched.add(sequence.shared_search)
@@ -84,13 +85,10 @@ class Scheduler:
 
     def drop_finished(self) -> None:
         """Frees the rows and unpins the adapters of finished sequences."""
-        for sequence, _ in self.searches:
+        for sequence in (*(sequence for sequence, _ in self.searches), *self.running):
             if sequence.finish_reason:
-                self.session.slots.unpin(sequence.mix)
+                self.unpin(sequence)
         self.searches = [(sequence, search) for sequence, search in self.searches if not sequence.finish_reason]
-        for sequence in self.running:
-            if sequence.finish_reason:
-                self.session.slots.unpin(sequence.mix)
         for row in range(len(self.running) - 1, -1, -1):
             if self.running[row].finish_reason:
                 self._free(row)
@@ -107,11 +105,21 @@ class Scheduler:
         """Puts a running sequence back to the head of the queue, to go on with another mix."""
         row = self.running.index(sequence)
         self._free(row)
-        self.session.slots.unpin(sequence.mix)
+        self.unpin(sequence)
         sequence.mix, sequence.loaded = mix, {}
         self.waiting.appendleft(sequence)
 
+    def _pin(self, sequence: SequenceState) -> None:
+        self.session.slots.pin(sequence.mix)
+        self._pinned[sequence] = sequence.mix
+
+    def unpin(self, sequence: SequenceState) -> None:
+        """Lets the adapters of an admitted sequence go."""
+        self.session.slots.unpin(self._pinned.pop(sequence))
+
     def clear(self) -> None:
-        """Forgets every sequence; `Engine.reset` frees their rows and what they pinned."""
+        """Forgets every sequence, and what it pinned; `Engine.reset` frees their rows."""
+        for sequence in list(self._pinned):
+            self.unpin(sequence)
         self.running, self.searches = [], []
         self.waiting.clear()

@@ -34,9 +34,12 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
     @classmethod
-    def from_logits(cls, logits: Tensor, token: int, count: int) -> TokenLogprobs:
-        """Returns the log-probabilities of a token and of the `count` most likely ones, from logits `[vocab]`."""
-        logprobs = logits.float().log_softmax(0)
+    def from_logits(cls, logits: Tensor, token: int, count: int, vocab_size: int) -> TokenLogprobs:
+        """Returns the log-probabilities of a token and of the `count` most likely ones, from logits `[rows]`.
+
+        A head may have more rows than there are tokens, which take their part of the probability, as in `evaluate`.
+        """
+        logprobs = logits.float().log_softmax(0)[:vocab_size]
         values, ids = logprobs.topk(count)
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return cls(token=token, logprob=float(logprobs[token]), top=top)
@@ -185,11 +188,12 @@ class SequenceState:
             return None
 
     def accept(self, token: int, logits: Tensor | None) -> str:
-        """Takes the next token, chosen from these logits `[vocab]` (None if it `is_plain`); returns its text."""
+        """Takes the next token, chosen from these logits `[rows]` (None if it `is_plain`); returns its text."""
         if token in self.tokenizer.stop_ids:
             return self.finish("stop")
         if logits is not None and self.settings.logprobs:
-            self.logprobs.append(TokenLogprobs.from_logits(logits, token, self.settings.logprobs))
+            count, vocab_size = self.settings.logprobs, self.tokenizer.vocab_size
+            self.logprobs.append(TokenLogprobs.from_logits(logits, token, count, vocab_size))
         text = self.append(token)
         if self.constraint is not None and not self.finish_reason:
             self.constraint.accept(token)

@@ -134,7 +134,7 @@ class Session:
         successors = None
         if self.can_draft:
             with self.store.open(manifest.reference) as version:
-                successors = read_drafter(version)
+                successors = read_drafter(version, self.base.tokenizer.vocab_size)
         return VerifiedAdapter(
             adapter=adapter, digest=manifest.digest, config_digest=config_digest, successors=successors
         )

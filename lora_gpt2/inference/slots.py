@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_gpt2.data.successors import SuccessorTable
 from lora_gpt2.inference.mix import Mix
-from lora_gpt2.model.bank import AdapterBank
+from lora_gpt2.model.bank import AdapterBank, check_fits
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.lora import Adapter, merge_ranks
 
@@ -81,7 +81,12 @@ class AdapterSlots:
         """Copies adapters into slots; those that are there already only become the most recently used.
 
         Eviction spares these and the pinned ones.
+
+        Raises `MismatchError` or `CorruptError` for one that does not fit the base or is not finite; nothing changes.
         """
+        for loaded in adapters.values():
+            if loaded.identity is None:  # those from the store were checked when they were read
+                check_fits(loaded.adapter, self.base.config, self.base.model.wte.weight.dtype)
         fresh = {}
         for reference, loaded in adapters.items():
             slot = self._slots.pop(reference, None)
@@ -125,9 +130,9 @@ class AdapterSlots:
         self._pins.subtract(reference for reference, _ in mix)
         self._pins += Counter()  # drops those at zero
 
-    def unpin_all(self) -> None:
-        """Ends every pin."""
-        self._pins.clear()
+    def count_pins(self, reference: str) -> int:
+        """Returns how often an adapter is pinned."""
+        return self._pins[reference]
 
     @property
     def pinned(self) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lora_gpt2.core.errors import CorruptError, MismatchError
 from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, target_of
+from lora_gpt2.model.lora import Adapter, LoraUpdate, TargetPlan, list_sites, target_of
 
 Layout = Literal["training", "inference"]
 
@@ -59,6 +59,21 @@ class _Hyperparameters:
     rank: int
     alpha: float
     use_rslora: bool
+
+
+def check_fits(adapter: Adapter, config: GPT2Config, dtype: torch.dtype) -> None:
+    """Raises `MismatchError` unless a base has an adapter's sites in their shapes, `CorruptError` if not finite."""
+    known = set(list_sites(config))
+    for site, update in adapter.updates.items():
+        if site not in known:
+            raise MismatchError(f"this base has no {site}", "use the base it was trained on")
+        inputs, outputs = config.shape_of(target_of(site))
+        if tuple(update.a.shape) != (update.rank, inputs) or tuple(update.b.shape) != (outputs, update.rank):
+            shapes = (tuple(update.a.shape), tuple(update.b.shape))
+            raise MismatchError(f"{site}: {shapes} does not fit this base", "use the base it was trained on")
+        if not all(part.to(dtype).isfinite().all() for part in (update.a, update.b)):
+            name = str(dtype).removeprefix("torch.")
+            raise CorruptError(f"the values of {site} are not finite in {name}", "use float32, or train again")
 
 
 class AdapterBank:

@@ -20,6 +20,8 @@ from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.model.config import GPT2Config, parse_config
 from lora_gpt2.model.weight_files import has_own_head
 
+GENERATION_CONFIG = "generation_config.json"
+
 BUNDLED = Path(__file__).parent.parent / "bases"
 HUB_NAMES = {
     "gpt2": "openai-community/gpt2",
@@ -137,4 +139,13 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; raises as `load_tokenizer`."""
-        return load_tokenizer(self.folder, self.config.eos_id)
+        return load_tokenizer(self.folder, self.config.eos_id, self.config.vocab_size, self._list_ends())
+
+    def _list_ends(self) -> list[list[int]]:
+        """Returns the lists of tokens that end a text, of the configuration and of `generation_config.json`."""
+        try:
+            own = load_json((self.folder / GENERATION_CONFIG).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            own = {}
+        found = [values.get("eos_token_id") for values in (self.values, own) if isinstance(values, Mapping)]
+        return [[each for each in ends if type(each) is int] for ends in found if isinstance(ends, list)]

@@ -23,12 +23,16 @@ FINGERPRINT_KEYS = {
     "scale_attn_by_inverse_layer_idx": "scale_by_layer",
 }
 MAX_LAYERS = 1024
+NO_EOS = -1
 MAX_SIZE = 1_048_576  # beyond any GPT-2: a damaged or hostile configuration
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config:
-    """The shape of a GPT-2, named as in Hugging Face's `config.json`; `gelu_approximate` is that of `nn.GELU`."""
+    """The shape of a GPT-2, named as in Hugging Face's `config.json`; `gelu_approximate` is that of `nn.GELU`.
+
+    `eos_id` is `NO_EOS` where the configuration names none of the vocabulary; the tokenizer mostly does.
+    """
 
     vocab_size: int
     n_positions: int
@@ -75,12 +79,11 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
     read = _Reader(values, where, hint)
     width, vocab_size = read.size("n_embd", 768), read.size("vocab_size", 50257)
     heads, eos = read.size("n_head", 12), values.get("eos_token_id", vocab_size - 1)
-    eos_id = eos[0] if isinstance(eos, list) and eos else eos
+    eos_id = NO_EOS if eos is None else eos[0] if isinstance(eos, list) and eos else eos
     if width % heads:
         raise MismatchError(f"{where}: {width} wide, {heads} heads is not a GPT-2", hint)
-    if not isinstance(eos_id, int) or isinstance(eos_id, bool) or not 0 <= eos_id < vocab_size:
-        shown = show_value(eos_id)
-        raise MismatchError(f"{where}: eos_token_id {shown} is outside the vocabulary of {vocab_size}", hint)
+    if not isinstance(eos_id, int) or isinstance(eos_id, bool):
+        raise MismatchError(f"{where}: eos_token_id {show_value(eos_id)} is no token", hint)
     return GPT2Config(
         vocab_size=vocab_size,
         n_positions=read.size("n_positions", 1024),
@@ -92,7 +95,7 @@ def parse_config(values: Mapping[str, Any], where: str) -> GPT2Config:
         gelu_approximate=ACTIVATIONS[activation],
         tie_word_embeddings=read.switch("tie_word_embeddings", True),
         scale_attn_by_inverse_layer_idx=read.switch("scale_attn_by_inverse_layer_idx", False),
-        eos_id=eos_id,
+        eos_id=eos_id if 0 <= eos_id < vocab_size else NO_EOS,  # left at 50,256 in a smaller vocabulary
     )
 
 

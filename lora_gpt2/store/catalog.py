@@ -71,8 +71,11 @@ class Store:
 
     def list_versions(self, name: str) -> list[int]:
         """Returns an adapter's versions, oldest first."""
-        folder = self.folder_of(name)
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal()) if folder.is_dir() else []
+        try:
+            names = os.listdir(self.folder_of(name))
+        except (FileNotFoundError, NotADirectoryError):  # it may go at any moment
+            return []
+        return sorted(int(each) for each in names if each.isdecimal())
 
     def iter_current(self) -> Iterator[Manifest | LoraGpt2Error]:
         """Yields the manifest of each adapter's version in use, or the error of one that is damaged."""

@@ -115,9 +115,10 @@ def read_adapter(version: Version, config: GPT2Config) -> Adapter:
     return from_peft(weights, peft_config, config, version.manifest.reference)
 
 
-def read_drafter(version: Version) -> SuccessorTable | None:
-    """Returns what drafts an adapter's text, or None where a version has none."""
-    return SuccessorTable.from_bytes(version.read_file(DRAFTER)) if DRAFTER in version.manifest.files else None
+def read_drafter(version: Version, vocab_size: int) -> SuccessorTable | None:
+    """Returns what drafts an adapter's text, or None where a version has none; see `SuccessorTable.from_bytes`."""
+    has_drafter = DRAFTER in version.manifest.files
+    return SuccessorTable.from_bytes(version.read_file(DRAFTER), vocab_size) if has_drafter else None
 
 
 def _library_versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ from lora_gpt2.model.probe import (
     select_adapter,
 )
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.files import check_base, identify, read_adapter
+from lora_gpt2.store.files import check_base, identify, read_adapter, read_drafter
 from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
 from lora_gpt2.store.peft.config import parse_peft_config
 from lora_gpt2.store.version import Version
@@ -83,6 +83,7 @@ def _verify_one(verdict: VerificationResult, version: Version, base: Base, refer
     adapter = read_adapter(version, base.config)
     if not parse_peft_config(version.read_file(PEFT_CONFIG), manifest.reference).is_plain:
         raise MismatchError(f"{manifest.reference}: its configuration holds expressions", "import it again")
+    read_drafter(version, base.tokenizer.vocab_size)
     verdict.passed.append("format")
     check_finite_logits(base, adapter, manifest.reference)
     ours = compute_logits(base, select_adapter(base, adapter))

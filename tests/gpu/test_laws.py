@@ -9,7 +9,7 @@ from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.inference.choose import AdapterChoice
 from lora_gpt2.inference.engine import Engine
-from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.generate import Request, generate, iter_pieces
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.routing import AUTO_MIX, Router
 from lora_gpt2.inference.sequence import SequenceState
@@ -205,6 +205,43 @@ def test_calls_reuse_the_steps_that_were_captured(base_folder, log):
     second = generate(session, requests[:3], GenerateSettings(max_new_tokens=5))
     assert {key: session.idle_engine.decoder._captured[key] for key in captured} == captured
     assert [output.text[:5] for output in first[:3]] == [output.text[:5] for output in second]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", range(3))
+def test_what_fails_in_a_step_leaves_nothing_for_the_next_text(base_folder, log, monkeypatch, error, failing):
+    """Engines are kept here: one whose step was left half done would go on with the rows of before."""
+    session = open_session(base_folder)
+    settings = GenerateSettings(max_new_tokens=5, temperature=0)
+    one, other = Request("the cat", Mix.single("a")), Request("under another sun the dog", Mix.single("b"))
+    wanted, _ = generate(session, [one, other], settings)
+    engine = session.idle_engine
+
+    def fail(method, calls):
+        def wrapper(*args, **more):
+            found = method(*args, **more)
+            calls.append(0)
+            if len(calls) > failing:
+                raise error
+            return found
+
+        return wrapper
+
+    calls = []
+    monkeypatch.setattr(engine.decoder, "prefill", fail(engine.decoder.prefill, calls))
+    monkeypatch.setattr(engine.decoder, "step", fail(engine.decoder.step, calls))
+    with pytest.raises(error):
+        generate(session, [other, other], settings)
+    assert session.slots.pinned == []
+    assert generate(session, [one], settings)[0].text == wanted.text
+    assert session.idle_engine is not engine
+    kept = session.idle_engine
+    stream = iter_pieces(session, [one], settings)
+    next(stream)
+    stream.close()
+    assert session.slots.pinned == []
+    assert session.idle_engine is kept, "one that was left between two steps is used again"
+    assert generate(session, [one], settings)[0].text == wanted.text
 
 
 def count_kernels(compute, log):

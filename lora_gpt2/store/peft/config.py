@@ -139,6 +139,8 @@ def parse_peft_config(content: bytes, where: str) -> PeftSpec:
     for key, value in sorted(values.items(), key=lambda item: item[0] != "peft_type"):  # the method explains the rest
         if key in READ_KEYS or key in FREE_KEYS or (key in OFF_VALUES and value in OFF_VALUES[key]):
             continue
+        if key == "ensure_weight_tying" and HEAD not in str(values.get("target_modules")):  # nothing of it is tied
+            continue
         if key in OFF_VALUES or value not in (None, False, {}, []):
             reason = REASONS.get(key, "only plain LoRA, rsLoRA, DoRA and PiSSA on GPT-2's projections and head are")
             raise MismatchError(f"{location}: {shorten(key, 60)} = {show_value(value, 60)} is not supported", reason)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,15 @@ from transformers import GPT2LMHeadModel
 import lora_gpt2 as lg
 from lora_gpt2.api.arguments import make_recipe, to_source, to_sources
 from lora_gpt2.core.console import LoggingReporter
-from lora_gpt2.core.errors import ConflictError, DataError, NotFoundError, RecipeError, UsageError
+from lora_gpt2.core.errors import (
+    ConflictError,
+    CorruptError,
+    DataError,
+    MismatchError,
+    NotFoundError,
+    RecipeError,
+    UsageError,
+)
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.data.read.texts import keep_texts
 from lora_gpt2.data.tokenizer import load_tokenizer
@@ -258,6 +267,29 @@ def test_a_mix_may_be_given_as_weights_by_name(model, tmp_path):
     assert [p.weight for p in model.session.store.read_manifest(merged.name).parents] == [0.5]
     with pytest.raises(UsageError, match="within"):
         lg.merge({"law": 99}, "half", store=model.session.store.root, base=model.base, progress=False)
+
+
+def test_an_adapter_that_is_refused_or_would_change_a_text_in_work_leaves_what_is_there(model, base_folder):
+    good = model.session.fetch("law").adapter
+    model.add_adapter("mine", good)
+    wanted = model.generate("the cat", "mine", temperature=0, max_new_tokens=6).text
+    before = model.perplexity("the cat and the dog", "mine").perplexity
+    site, update = next(iter(good.updates.items()))
+    bad = replace(good, updates={**good.updates, site: replace(update, a=update.a * float("nan"))})
+    deeper = replace(good, updates={**good.updates, "h.9.attn.c_attn": update})
+    for wrong, error in ((bad, CorruptError), (deeper, MismatchError)):
+        with pytest.raises(error):
+            model.add_adapter("mine", wrong)
+        assert model.generate("the cat", "mine", temperature=0, max_new_tokens=6).text == wanted
+        assert model.perplexity("the cat and the dog", "mine").perplexity == before
+    half = replace(good, updates={site: update})
+    stream = model.stream("the cat", "mine", temperature=0, max_new_tokens=6)
+    first = next(stream)
+    with pytest.raises(ConflictError, match="stream"):
+        model.add_adapter("mine", half)
+    assert first + "".join(stream) == wanted
+    model.add_adapter("mine", half)
+    assert model.generate("the cat", "mine", temperature=0, max_new_tokens=6).text != wanted
 
 
 def test_the_tokens_of_texts_are_scored_as_perplexity_is(model, tmp_path):

@@ -1,12 +1,15 @@
 """Files of prompts: every line once, whatever interrupts; and the adapter that a text belongs to."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from lora_gpt2.core.errors import ConflictError, DataError, UsageError
 from lora_gpt2.core.interrupt import StopRequest
+from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.inference.batch import find_done, generate_file, read_prompts
 from lora_gpt2.inference.choose import choose_adapter
 from lora_gpt2.inference.generate import Request, generate
@@ -111,6 +114,29 @@ def test_results_of_other_settings_or_adapters_are_not_taken_for_these(session, 
     assert run("auto") == 3
     with pytest.raises(ConflictError, match="other settings"):
         run("auto", seed=5)
+
+
+def test_results_without_a_guard_or_cut_in_another_way_are_not_taken_for_these(session, tmp_path, reporter):
+    requests, out = write_prompts(tmp_path / "p.jsonl", 3), tmp_path / "o.jsonl"
+    guard = [NgramIndex(np.arange(20), 3)]
+    guarded = [replace(request, no_verbatim=guard) for request in requests]
+    how = {"reporter": reporter}
+    generate_file(session, requests, out, SETTINGS, StopRequest(), **how)
+    with pytest.raises(ConflictError, match="no_verbatim None then, 4 now"):
+        generate_file(session, guarded, out, SETTINGS, StopRequest(), **how)
+    with pytest.raises(ConflictError, match="truncate_left None then, True now"):
+        generate_file(session, requests, out, SETTINGS, StopRequest(), truncate_left=True, **how)
+    out.unlink()
+    for _ in range(2):
+        assert generate_file(session, guarded, out, SETTINGS, StopRequest(), truncate_left=True, **how) == 3
+    assert read_results(out)[0]["provenance"]["no_verbatim"] == 4
+
+
+@pytest.mark.parametrize("name", ["p.JSONL", "p.ndjson"])
+def test_json_lines_are_known_by_any_of_their_endings(tmp_path, name):
+    assert write_prompts(tmp_path / name, 2)[1].prompt == "the cat 1"
+    with pytest.raises(DataError, match="JSON lines"):
+        write_prompts(tmp_path / "p.json", 2)
 
 
 def test_prompts_are_read_from_text_and_bad_lines_are_named(tmp_path):

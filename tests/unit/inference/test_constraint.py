@@ -3,17 +3,22 @@
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from lora_gpt2.audit import run as audit_run
 from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.inference import constraint as module
 from lora_gpt2.inference.constraint import adopt_constraint, start_constraint, unpack_words
 from lora_gpt2.inference.generate import Request, generate, generate_all
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.files import Origin, publish_adapter
 from tests.builders import make_adapter
 
@@ -217,3 +222,29 @@ def test_a_beam_search_in_which_nothing_is_left_goes_on_with_what_is_allowed(bas
 def test_chains_that_would_end_the_process_are_refused(base, values):
     with pytest.raises(UsageError, match="references or rules"):
         start_constraint(settings(**values), base.tokenizer)
+
+
+def test_all_tokens_that_end_a_text_may_end_a_constrained_one(base):
+    """A base of chats says `<|im_end|>`: the mask that allows only EOS would let it run on."""
+    end = base.tokenizer.encode("z")[0]
+    tokenizer = Tokenizer(base.tokenizer.backend, base.tokenizer.eos_id, end)
+    constraint = start_constraint(settings(regex="[a-y]+"), tokenizer)
+    assert not constraint.find_allowed()[end], "nothing is complete yet"
+    constraint.accept(base.tokenizer.encode("a")[0])
+    allowed = constraint.find_allowed()
+    assert allowed[end]
+    assert allowed[base.tokenizer.eos_id]
+    constraint.accept(end)
+    assert constraint.is_finished
+
+
+def test_a_guard_of_copies_holds_for_the_adapters_of_its_own_prompt(monkeypatch):
+    streams = {"law": np.arange(30), "code": np.arange(100, 130)}
+    monkeypatch.setattr(
+        audit_run,
+        "read_own_text",
+        lambda store, name, *_: SimpleNamespace(prepared=SimpleNamespace(train=SimpleNamespace(stream=streams[name]))),
+    )
+    requests = [Request("x", Mix.single("law")), Request("x"), Request("x", Mix.parse("law:0.5+code:0.5"))]
+    guarded = audit_run.forbid_copies(requests, 5, None, load_recipe(None), None)
+    assert [[int(index.stream[0]) for index in request.no_verbatim] for request in guarded] == [[0], [], [0, 100]]

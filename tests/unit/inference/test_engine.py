@@ -3,27 +3,30 @@
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_gpt2.core.errors import ResourceError
+from lora_gpt2.core.errors import CorruptError, ResourceError
+from lora_gpt2.data.successors import DRAFTER, SuccessorTable
 from lora_gpt2.inference import decoder as decoder_module
 from lora_gpt2.inference import device_sampling
 from lora_gpt2.inference import engine as engine_module
 from lora_gpt2.inference import sequence as sequence_module
 from lora_gpt2.inference.cuda_graphs import CudaGraphDecoder
 from lora_gpt2.inference.engine import Engine
-from lora_gpt2.inference.generate import Request, generate
+from lora_gpt2.inference.generate import Request, generate, generate_all
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams
-from lora_gpt2.inference.sequence import SequenceState, StopStringMatcher
+from lora_gpt2.inference.sequence import SequenceState, StopStringMatcher, TokenLogprobs
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import GenerateSettings
-from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.files import Origin, publish_adapter, read_drafter
 from lora_gpt2.store.references import label_of
+from lora_gpt2.store.verify import verify_on_base
 from tests.builders import make_adapter, make_base_folder
 
 OPEN = GenerateSettings(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0)
@@ -565,3 +568,36 @@ def test_stopping_all_ends_what_grows_searches_and_waits_with_what_each_has(sess
     assert engine.step() == []
     assert list_free(session) == ["code", "law"]
     assert len(run_alone(session, make_row(session, BOTH, budget=3)).new_ids) == 3
+
+
+def test_a_search_that_cannot_begin_fails_alone(session, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(engine_module, "BeamSearch", fail)
+    beams = GenerateSettings(num_beams=2, max_new_tokens=4)
+    requests = [Request("the cat", Mix.single("law"), settings=beams), Request("the cat", Mix.single("code"))]
+    failed, fine = generate_all(session, requests, OPEN)
+    assert "no room" in failed.error.message
+    assert fine.error is None
+    assert fine.text
+    assert session.slots.pinned == []
+
+
+def test_log_probabilities_are_those_of_the_whole_head(session):
+    """A head may have more rows than there are tokens: they take their part, as in `evaluate` and transformers."""
+    logits = torch.tensor([1.0, 2.0, 3.0, 9.0])
+    found = TokenLogprobs.from_logits(logits, 1, 2, vocab_size=3)
+    wanted = logits.log_softmax(0)
+    assert found.logprob == pytest.approx(float(wanted[1]))
+    assert [token for token, _ in found.top] == [2, 1]
+
+
+def test_a_drafter_with_tokens_that_are_none_is_refused(session, base, store):
+    table = SuccessorTable(np.array([1, 2], np.uint32), np.array([5, 60000], np.uint16))
+    origin = Origin(pages={DRAFTER: table.to_bytes()})
+    publish_adapter(store, "evil", make_adapter(base.config, 3), base, origin)
+    with store.open("evil") as version, pytest.raises(CorruptError, match="no table of successors"):
+        read_drafter(version, base.tokenizer.vocab_size)
+    (verdict,) = verify_on_base(store, [store.read_manifest("evil")], base)
+    assert "no table of successors" in verdict.failure

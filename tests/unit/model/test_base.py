@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from lora_gpt2.core.errors import CorruptError, MismatchError, NotFoundError, ResourceError, UsageError
 from lora_gpt2.model import runtime
@@ -169,8 +170,8 @@ NAN, INF = float("nan"), float("inf")
         (set_values(n_embd=[[[[[[]]]]]]), MismatchError, "n_embd is [[[[...]]]], expected"),
         (set_values(n_head=0), MismatchError, "n_head is 0, expected"),
         (set_values(tie_word_embeddings="false"), MismatchError, "tie_word_embeddings is 'false', expected true or"),
-        (set_values(eos_token_id=True), MismatchError, "eos_token_id True is outside"),
-        (set_values(eos_token_id=[]), MismatchError, "eos_token_id [] is outside"),
+        (set_values(eos_token_id=True), MismatchError, "eos_token_id True is no token"),
+        (set_values(eos_token_id=[]), MismatchError, "eos_token_id [] is no token"),
         (set_values(model_type="\x1b[31m"), MismatchError, "model_type is '\\x1b[31m', expected"),
         (lambda f: (f / "vocab.json").unlink(), NotFoundError, "no tokenizer"),
         (lambda f: (f / "vocab.json").write_text("{"), CorruptError, "tokenizer"),
@@ -186,6 +187,46 @@ def test_a_damaged_base_is_refused(tmp_path, base_folder, damage, error, message
     assert message in caught.value.message
     assert caught.value.hint
     assert caught.value.exit_code == error.exit_code
+
+
+@pytest.mark.parametrize("eos", [None, 50256])
+def test_a_configuration_that_names_no_end_of_its_vocabulary_leaves_it_to_the_tokenizer(tmp_path, base_folder, eos):
+    folder = shutil.copytree(base_folder, tmp_path / "other")
+    wanted = load_base(str(folder), FLOAT32).tokenizer.eos_id
+    set_values(eos_token_id=eos)(folder)
+    assert load_base(str(folder), FLOAT32).tokenizer.eos_id == wanted
+    vocab = json.loads((folder / "vocab.json").read_text())
+    vocab["zz"] = vocab.pop("<|endoftext|>")
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(CorruptError, match="which token ends a text"):
+        load_base(str(folder), FLOAT32)
+
+
+def test_a_token_that_was_added_without_resizing_the_model_is_characters(tmp_path, base_folder):
+    folder = shutil.copytree(base_folder, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    base = load_base(str(folder), FLOAT32)
+    plain = load_base(str(base_folder), FLOAT32)
+    assert base.tokenizer.encode("a [PAD] b") == plain.tokenizer.encode("a [PAD] b")
+    assert base.tokenizer.vocab_size == plain.tokenizer.vocab_size
+    assert base.tokenizer.fingerprint == plain.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_all_ends_that_are_listed_end_a_text(tmp_path, base_folder, file):
+    folder = shutil.copytree(base_folder, tmp_path / "other")
+    eos = load_base(str(folder), FLOAT32).tokenizer.eos_id
+    values = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    for ends, wanted in (([7, eos, True, 10**6], {7, eos}), ([7, 8], {eos}), ([], {eos})):
+        if file == "config.json" and not ends:
+            continue
+        (folder / file).write_text(json.dumps({**values, "eos_token_id": ends}))
+        assert load_base(str(folder), FLOAT32).tokenizer.stop_ids == wanted
+    (folder / file).write_text(json.dumps({**values, "eos_token_id": [7, eos]}))
+    copied = pickle.loads(pickle.dumps(load_base(str(folder), FLOAT32).tokenizer))
+    assert copied.stop_ids == {7, eos}
 
 
 def test_unknown_names_and_an_unreachable_hub(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_noise_is_added_to_the_token_embeddings_with_its_sign(base_folder, dtype
         ({"activation_function": "relu"}, "activation 'relu'"),
         ({"n_embd": "x"}, "n_embd is 'x', expected a whole number"),
         ({"n_head": 3}, "3 heads"),
-        ({"eos_token_id": 99}, "eos_token_id 99"),
+        ({"eos_token_id": "99"}, "eos_token_id '99' is no token"),
     ],
 )
 def test_a_configuration_that_we_cannot_run_is_refused(change, message):
