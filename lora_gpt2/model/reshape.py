@@ -103,7 +103,7 @@ def _fit_rank(update: LoraUpdate, rank: int) -> tuple[LoraUpdate, float]:
     if update.rank <= rank:
         return update, 0.0
     used = update.b.any(0)
-    if int(used.sum()) <= rank:
+    if 0 < int(used.sum()) <= rank:
         a, b = update.a[used], update.b[:, used] * update.scaling
         return LoraUpdate(a, b, float(len(a))), 0.0
     return truncate_rank(update, rank, 0.0)
@@ -124,6 +124,6 @@ def build_pissa(config: GPT2Config, settings: LoraSettings, weight_of: Callable[
     updates = {}
     for site, fresh in build_adapter(config, settings, 0).updates.items():
         part, _ = approximate(weight_of(site), fresh.rank // 2, 0.0)
-        b = part.b / fresh.scaling
-        updates[site] = LoraUpdate(part.a.repeat(2, 1), torch.cat([b, -b], 1), fresh.alpha, fresh.use_rslora)
+        a, b = (each / math.sqrt(fresh.scaling) for each in (part.a, part.b))  # as PEFT divides it
+        updates[site] = LoraUpdate(a.repeat(2, 1), torch.cat([b, -b], 1), fresh.alpha, fresh.use_rslora)
     return Adapter(updates=updates)

@@ -7,6 +7,24 @@ from collections.abc import Iterable, Sequence
 from lora_gpt2.core.section import Section
 from lora_gpt2.recipe import Recipe
 
+OF_TEXT = (
+    "batch_size",
+    "batch_tokens",
+    "drafter",
+    "keep_best",
+    "label_smoothing",
+    "neftune_noise_alpha",
+    "patience",
+    "replay",
+    "replay_fraction",
+    "replay_tokens",
+    "sample_prompt",
+    "sample_tokens",
+    "trackers",
+    "validation_tokens",
+)
+"""Settings of section `train` that training on preferences has none of."""
+
 
 def list_unused(recipes: Iterable[Recipe]) -> list[str]:
     """Returns a line for each setting of training or preferences that was given and needs another one."""
@@ -14,12 +32,13 @@ def list_unused(recipes: Iterable[Recipe]) -> list[str]:
     for recipe in recipes:
         train, preferences = recipe.train, recipe.preferences
         budget = "a budget of forgetting, such as --forget 0.1"
-        lines = _list("train", train, ("replay", "replay_tokens", "replay_fraction"), train.forget is not None, budget)
+        replays = train.forget is not None or bool(preferences.sources)  # which has none of it at all
+        lines = _list("train", train, ("replay", "replay_tokens", "replay_fraction"), replays, budget)
         lines += _list("train", train, ("decay_fraction",), train.schedule == "wsd", "train.schedule=wsd")
         others = [name for name in type(preferences).model_fields if name != "sources"]
         plain = "text to train on: training on choices has none of it"
         lines += _list("lora", recipe.lora, ("dropout",), not preferences.sources, plain)
-        lines += _list("train", train, ("label_smoothing", "neftune_noise_alpha"), not preferences.sources, plain)
+        lines += _list("train", train, OF_TEXT, not preferences.sources, plain)
         lines += _list("preferences", preferences, others, bool(preferences.sources), "choices, such as --preferences")
         lines += _list("preferences", preferences, ("smoothing",), preferences.loss == "dpo", "preferences.loss=dpo")
         found |= dict.fromkeys(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,13 +123,21 @@ def describe_candidate(trainer: Trainer, index: int, settings: dict[str, Any], i
 
 def build_page(candidates: Sequence[CandidateReport]) -> dict[str, bytes]:
     """Returns the file that is published with the adapter."""
-    return {CANDIDATES: (json.dumps([asdict(item) for item in candidates], indent=1) + "\n").encode()}
+    rows = [asdict(item) for item in candidates]
+    for row in rows:
+        if not math.isfinite(row["validation_perplexity"]):  # it failed before its first validation
+            row["validation_perplexity"] = None  # for JSON has no infinity
+    return {CANDIDATES: (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode()}
 
 
 def read_candidates(store: Store, reference: str) -> list[CandidateReport]:
     """Returns the candidates of the search that an adapter won."""
     with store.open(reference) as version:
-        return [CandidateReport(**item) for item in json.loads(version.read_file(CANDIDATES))]
+        rows = json.loads(version.read_file(CANDIDATES))
+    for row in rows:
+        if row["validation_perplexity"] is None:
+            row["validation_perplexity"] = math.inf
+    return [CandidateReport(**row) for row in rows]
 
 
 def list_candidates(recipe: Recipe, num_candidates: int) -> list[Candidate]:

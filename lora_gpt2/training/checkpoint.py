@@ -33,6 +33,10 @@ DIGEST_BYTES = 32
 STATE = "state.json"
 
 
+NOTHING = "nothing"
+"""What stands for a key that only one of two runs has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
     """The folder of one run: of these adapter names into this store."""
@@ -89,17 +93,19 @@ class RunFolder:
         """Returns what an adapter of the run on disk continues from, "" if nothing is known."""
         return str(self.read_identity().get("adapters", {}).get(name, {}).get("lora", {}).get("init_from", ""))
 
+    def find_differences(self, identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Returns what differs from the run on disk, by dotted key: what it was, and what it is now."""
+        then, now = flatten_json(self.read_identity()), flatten_json(json.loads(json.dumps(identity)))
+        pairs = {key: (then.get(key, NOTHING), now.get(key, NOTHING)) for key in sorted(then | now)}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
     def check_identity(self, identity: Mapping[str, Any], free: Sequence[str] = ()) -> str:
         """Returns what differs from the run on disk under `free`; raises `MismatchError` that lists all else."""
-        if not (found := self.read_identity()):
+        if not self.read_identity():
             raise CorruptError(f"{self.path} holds no run to resume", "start it without --resume")
-        flat_found, flat_wanted = flatten_json(found), flatten_json(json.loads(json.dumps(identity)))
-        differences = {
-            key: (flat_found.get(key, "nothing"), flat_wanted.get(key, "nothing")) for key in flat_found | flat_wanted
-        }
-        different = sorted(key for key, (then, now) in differences.items() if then != now)
-        allowed = [key for key in different if key.partition(".")[0] in free]
-        refused = [key for key in different if key not in allowed]
+        differences = self.find_differences(identity)
+        allowed = [key for key in differences if key.partition(".")[0] in free]
+        refused = [key for key in differences if key not in allowed]
 
         def describe(keys: Sequence[str]) -> str:
             return "; ".join(f"{key}: {differences[key][0]} then, {differences[key][1]} now" for key in keys[:8])

@@ -11,7 +11,7 @@ import numpy as np
 from lora_gpt2.data.prepared import FEW_VALIDATION_TOKENS
 from lora_gpt2.evaluation.bootstrap import MIN_DOCUMENTS, find_interval, resample_ratio
 from lora_gpt2.evaluation.perplexity import Score, to_perplexity
-from lora_gpt2.training.slot import TrainingSlot
+from lora_gpt2.training.slot import TOLERANCE, TrainingSlot, find_excess
 
 RISE = 0.02
 STILL_FALLING = 0.005
@@ -19,20 +19,24 @@ LITTLE, MUCH = 0.1, 0.3
 """Nats per token of general English: 0.1 is 11 % of perplexity, 0.3 is 35 %."""
 
 
-def diagnose_curve(records: Sequence[dict[str, Any]], num_steps: int, passes: float, validation_tokens: int) -> str:
+def diagnose_curve(
+    records: Sequence[dict[str, Any]], num_steps: int, passes: float, validation_tokens: int, kept: int | None = None
+) -> str:
     """Returns whether a run over-fitted, stopped too early, or ended where it should, and what to do about it.
 
     `records` are those of the metrics file, `passes` how often the training text was seen. A rise of validation loss
     by 0.02 nats (2 % of perplexity) after its best counts, unless training loss rose too; a fall by 0.005 nats in the
     last interval counts as unfinished. A best that is the last point shows no end: a curve also flattens because the
-    learning rate decays. Below one pass, or 2,000 tokens of validation text, nothing is claimed.
+    learning rate decays. Below one pass, or 2,000 tokens of validation text, nothing is claimed. `kept` is the step
+    whose weights are published, if a budget of forgetting chose another one than the loss would have.
     """
     points = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
-    if validation_tokens < FEW_VALIDATION_TOKENS:
-        return f"too little to judge: {validation_tokens:,} tokens of validation text, under {FEW_VALIDATION_TOKENS:,}"
-    if len(points) < 3:
-        return "too little to judge: fewer than three validations"
+    if validation_tokens < FEW_VALIDATION_TOKENS or len(points) < 3:
+        few = f"{validation_tokens:,} tokens of validation text, under {FEW_VALIDATION_TOKENS:,}"
+        return f"too little to judge: {'fewer than three validations' if len(points) < 3 else few}"
     best_step, best = min(points, key=lambda point: point[1])
+    if kept is not None and kept != best_step:
+        return f"step {kept} is kept, the best within the budget of forgetting; without it, step {best_step} would be"
     last_step, last = points[-1]
     stopped = f" (stopped early, of {num_steps})" if last_step < num_steps else ""
     stopped += " (the adapter it continues from)" if best_step == 0 else ""
@@ -104,10 +108,13 @@ def diagnose_budget(slot: TrainingSlot, forgotten: float) -> str:
 
     Without one: where much is forgotten, what would keep it.
     """
-    budget, divergence = slot.recipe.train.forget, slot.best_divergence
+    budget, divergence = slot.recipe.train.forget, slot.final_divergence
     if budget is None or divergence is None:
         return "" if forgotten < LITTLE else "; a budget (--forget 0.1) keeps most of it"
-    said = "exceeds the budget: more steps, or a larger train.replay_fraction" if slot.best_excess else "is within it"
+    if find_excess(divergence, budget):
+        said = "exceeds the budget: more steps, or a larger train.replay_fraction"
+    else:
+        said = "is within it" if divergence <= budget else f"is within its tolerance of {TOLERANCE:.0%}"
     return f"; a divergence of {divergence:.3f} nats from the base, of {budget:g}, {said}"
 
 

@@ -118,4 +118,5 @@ def score(slot: TrainingSlot) -> tuple[float, float]:
 
 def rate(slot: TrainingSlot, average_nll: float) -> tuple[float, float]:
     """Returns what is compared at a rung, where `average_nll` is the validation loss of the slot's averaged weights."""
-    return slot.best_excess, min(slot.best_nll, average_nll)
+    excess, nll = min(score(slot), slot.rung or score(slot))
+    return excess, min(nll, average_nll)

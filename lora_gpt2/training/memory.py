@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lora_gpt2.core.errors import ResourceError
-from lora_gpt2.core.memory import is_out_of_memory
+from lora_gpt2.core.memory import is_out_of_memory, return_large_blocks
 from lora_gpt2.model.base import Base
 from lora_gpt2.model.config import HEAD, GPT2Config
 from lora_gpt2.model.gelu import BUFFER_BYTES, PIECE
@@ -300,6 +300,8 @@ def format_changes(changes: dict[str, object]) -> str:
 @contextmanager
 def wrap_oom_errors(base: Base, recipes: Sequence[Recipe]) -> Iterator[None]:
     """Turns running out of memory into a `ResourceError` that names settings which need clearly less."""
+    if any(recipe.train.gradient_checkpointing for recipe in recipes):
+        return_large_blocks()
     try:
         yield
     except BaseException as error:  # a panic of Rust is no Exception

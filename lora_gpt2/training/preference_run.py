@@ -17,14 +17,14 @@ from lora_gpt2.core.names import AUTO
 from lora_gpt2.data.prepared import PreparedData
 from lora_gpt2.evaluation.held_out import read_own_text
 from lora_gpt2.model.base import Base, load_base
-from lora_gpt2.model.reshape import reshape_adapter
 from lora_gpt2.model.runtime import choose_runtime, measure_peak_memory
 from lora_gpt2.rating.preferences import Preference, Preferences, read_preferences
 from lora_gpt2.recipe import Recipe
+from lora_gpt2.recipe.unused import list_unused
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.fetch import is_foreign
 from lora_gpt2.store.files import load_adapter
-from lora_gpt2.store.manifest import Manifest
+from lora_gpt2.store.manifest import Manifest, Parent
 from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.pairs import PairRows, encode_pairs, match_labelled, mismatch_pairs, split_pairs
@@ -33,7 +33,7 @@ from lora_gpt2.training.process_group import init_process_group
 from lora_gpt2.training.publish import find_published
 from lora_gpt2.training.publish_preferences import PreferenceReport, publish_preferred, report_preferred
 from lora_gpt2.training.run import MICRO_BATCHING
-from lora_gpt2.training.start import inherit_shape
+from lora_gpt2.training.start import describe_start, inherit_shape, reshape_parent
 
 Split = tuple[list[int], list[int]]
 FEWEST_PAIRS = 20
@@ -113,7 +113,11 @@ def _train_locked(
     found, pairs, split = chosen
     base = load_base(recipe.base, choose_runtime(recipe.train.dtype), recipe.train.quantize)
     manifest, parent = load_adapter(store, recipe.lora.init_from, base)
-    parent, _ = reshape_adapter(parent, base.config, recipe.lora, recipe.train.seed)
+    start = reshape_parent(
+        recipe, base, parent, (Parent(reference=manifest.reference, digest=manifest.digest, weight=1.0),)
+    )
+    for line in [*list_unused([recipe]), *([describe_start(start, recipe.name)] if start.relative_error else [])]:
+        reporter.message(line)
     rate = recipe.train.learning_rate or (
         recipe.train.peak_learning_rate(base.config.n_embd) * recipe.preferences.learning_rate_factor
     )
@@ -132,14 +136,15 @@ def _train_locked(
     elif resume:
         reporter.message("there is no run to resume: starting over")
     with catch_signals() as stop, _explain_oom(rows):
-        trainer = PreferenceTrainer(base, recipe, parent, rows, split, own_text, mismatched=mismatched)
+        trainer = PreferenceTrainer(base, recipe, start.adapter, rows, split, own_text, mismatched=mismatched)
         if checkpoint:
             trainer.restore(*checkpoint)
             reporter.message(f"resuming at step {trainer.step}")
         else:
             run.begin(identity)
         trainer.train(stop, reporter, run)
-    if checkpoint and (published := find_published(store, base, recipe.name, trainer.read_best())):
+    best, parents = trainer.read_best(), [manifest.reference]
+    if checkpoint and (published := find_published(store, base, recipe.name, best, parents)):
         return report_preferred(store, f"{recipe.name}@{published}")  # it was killed after that
     return publish_preferred(store, base, trainer, manifest, found, measure_peak_memory(base.runtime.device))
 

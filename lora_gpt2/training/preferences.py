@@ -199,7 +199,7 @@ class PreferenceTrainer:
         shift = self._measure_shift(chosen)
         batches = [self._build(group, len(chosen), shift) for group in groups]
         batches += self._build_replayed(step)
-        self.num_tokens += sum(batch.inputs.numel() for batch in batches)
+        self.num_tokens += sum(int((batch.targets != IGNORE).sum()) for batch in batches)
         return float(self.runner.run(batches, hyperparams)[0, 0])
 
     def _order_replay(self, blocks: TokenBlocks) -> BlockOrder | None:

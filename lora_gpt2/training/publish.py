@@ -84,7 +84,8 @@ def publish_trained(
     `more` are further files of the version, by name.
     """
     slot, adapter = outcome.slot, outcome.adapter
-    if resumed and (version := find_published(store, base, slot.name, adapter, more)):
+    parents = [parent.reference for parent in slot.parents]
+    if resumed and (version := find_published(store, base, slot.name, adapter, parents, more)):
         return report_published(store, f"{slot.name}@{version}")
     count = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
     check_room(COPIES * 4 * count + ROOM_BYTES)
@@ -106,7 +107,7 @@ def publish_trained(
         test_perplexity=to_perplexity(outcome.test_nll[1]) if outcome.test_nll else None,
         base_general_perplexity=base_general.perplexity,
         general_perplexity=general.perplexity,
-        divergence=slot.best_divergence,
+        divergence=slot.final_divergence,
         tokens_per_second=slot.train_tokens / max(outcome.seconds, 1e-9),
         peak_memory_bytes=measure_peak_memory(base.runtime.device),
         seconds=outcome.seconds,
@@ -138,7 +139,9 @@ def _judge(outcome: TrainedAdapter, base: Base) -> str:
     """Returns what there is to say of the curve and of the test figure."""
     slot = outcome.slot
     num_epochs = slot.train_tokens / max(1, slot.data.train.num_targets)
-    said = diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets)
+    train = slot.recipe.train
+    step = slot.best_step if train.forget is not None and train.keep_best and slot.has_best else None
+    said = diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets, step)
     window, _ = choose_window(base.config, slot.recipe.evaluate)
     return said + diagnose_test(outcome.test_nll, slot.recipe.data.block_size, window)
 
@@ -166,15 +169,22 @@ def _describe_test(base: Base, slot: TrainingSlot) -> dict[str, Any]:
 
 
 def find_published(
-    store: Store, base: Base, name: str, adapter: Adapter, more: Mapping[str, bytes] = MappingProxyType({})
+    store: Store,
+    base: Base,
+    name: str,
+    adapter: Adapter,
+    parents: Sequence[str],
+    more: Mapping[str, bytes] = MappingProxyType({}),
 ) -> int | None:
-    """Returns the newest version if it has this adapter's weights and these files.
+    """Returns the newest version if it has this adapter's weights and these files, and is none of its parents.
 
     A kill may have left it without being in use.
     """
     files = {WEIGHTS: to_peft(adapter, base.name, base.config)[WEIGHTS], **more}
     digests = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     for version in store.list_versions(name)[-1:] if store.has_adapter(name) else ():
+        if f"{name}@{version}" in parents:  # whose weights are the best where nothing was better
+            continue
         if digests.items() <= store.read_manifest(f"{name}@{version}").files.items():
             store.use_version(name, version)
             return version

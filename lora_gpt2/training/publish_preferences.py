@@ -14,10 +14,12 @@ from lora_gpt2.evaluation.perplexity import to_perplexity
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.base import Base
+from lora_gpt2.model.lora import count_parameters
 from lora_gpt2.rating.preferences import Preferences
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, publish_adapter
 from lora_gpt2.store.manifest import Manifest, Parent
+from lora_gpt2.training.validation import measure_blocks
 
 if TYPE_CHECKING:
     from lora_gpt2.training.preferences import PreferenceTrainer
@@ -73,7 +75,7 @@ def publish_preferred(
     general_before, general = (
         measure_general(base, session.select(Mix.single(name))).perplexity for name in (parent.reference, "preferred")
     )
-    own = next(record["own_text_loss"] for record in trainer.records if record["step"] == trainer.best_step)
+    own_before, own = (_measure_own_text(trainer, session, name) for name in (parent.reference, "preferred"))
     chosen, rejected = trainer.pairs.lengths.T
     report = PreferenceReport(
         name=recipe.name,
@@ -92,8 +94,8 @@ def publish_preferred(
         held_out_loss_before=trainer.first_score.loss,
         held_out_loss=score.loss,
         held_out_accuracy=score.accuracy,
-        parent_perplexity=None if trainer.parent_own is None else to_perplexity(trainer.parent_own),
-        validation_perplexity=None if own is None else to_perplexity(own),
+        parent_perplexity=own_before,
+        validation_perplexity=own,
         general_perplexity_before=general_before,
         general_perplexity=general,
         seconds=trainer.seconds,
@@ -101,11 +103,8 @@ def publish_preferred(
         verdict=_judge(trainer),
     )
     figures = {key: value for key, value in asdict(report).items() if key not in NOT_FIGURES}
-    kept = {
-        key: parent.figures[key]
-        for key in ("base_perplexity", "base_general_perplexity", "trained_parameters")
-        if key in parent.figures
-    }
+    kept = {key: parent.figures[key] for key in ("base_perplexity", "base_general_perplexity") if key in parent.figures}
+    kept["trained_parameters"] = count_parameters(base.config, recipe.lora)
     origin = Origin(
         data=dict(parent.data),
         recipe=_join_recipes(parent, recipe.model_dump(mode="json")),
@@ -116,6 +115,14 @@ def publish_preferred(
     )
     manifest = publish_adapter(store, recipe.name, adapter, base, origin)
     return replace(report, version=manifest.version, path=str(store.resolve(manifest.reference).absolute()))
+
+
+def _measure_own_text(trainer: PreferenceTrainer, session: Session, name: str) -> float | None:
+    """Returns the perplexity of all of the parent's own held-out text under an adapter; None where there is none."""
+    if trainer.own_text is None:
+        return None
+    adapters = session.adapters_for([session.resolve(Mix.single(name))])
+    return to_perplexity(measure_blocks(session.base, trainer.own_text, adapters))
 
 
 def report_preferred(store: Store, reference: str) -> PreferenceReport:

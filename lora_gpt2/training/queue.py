@@ -12,7 +12,7 @@ from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.model.base import Base
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.training.checkpoint import RunFolder
+from lora_gpt2.training.checkpoint import NOTHING, RunFolder
 from lora_gpt2.training.memory import list_concurrent, measure_budget
 from lora_gpt2.training.publish import find_up_to_date
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
@@ -74,18 +74,37 @@ class DomainQueue:
 
 
 def find_finished(
-    slots: Sequence[TrainingSlot], store: Store, base: Base, run: RunFolder, reporter: Reporter
-) -> dict[str, str]:
-    """Returns the references of domains that need no training, by name: those that a run which goes on began without.
+    slots: Sequence[TrainingSlot],
+    store: Store,
+    base: Base,
+    run: RunFolder,
+    identity: Mapping[str, Any],
+    reporter: Reporter,
+) -> tuple[dict[str, str], bool]:
+    """Returns the references of domains that need no training, by name, and True if there is no run to go on with.
 
-    Where there is none to go on with, those whose versions in use training would give again.
+    Where there is one, they are those that it began without; else those whose versions in use training would give
+    again.
     """
-    if run.exists() and not run.read_published():
-        return dict(run.read_identity().get("skipped", {}))
+    is_begun = run.exists() and not run.read_published()
+    if is_begun and not _has_other_texts(run, identity, reporter):
+        return dict(run.read_identity().get("skipped", {})), False
     if found := find_up_to_date(slots, store, base.fingerprint):
         what = "complete" if len(found) == len(slots) else "published"
         reporter.message(f"already {what}: {', '.join(found.values())}")
-    return found
+    return found, is_begun or bool(run.read_published()) or bool(found)
+
+
+def _has_other_texts(run: RunFolder, identity: Mapping[str, Any], reporter: Reporter) -> bool:
+    """True if only the domains of an interrupted queue, or their texts, are not those of now: it begins anew then.
+
+    What it has published stays. Other differences are refused later, as in any run.
+    """
+    found = {key: pair for key, pair in run.find_differences(identity).items() if not key.startswith("skipped")}
+    if not found or not all(key.startswith("order") or key.endswith(".data") or NOTHING in found[key] for key in found):
+        return False
+    reporter.message("texts have changed since the run was interrupted: those that were in training begin again")
+    return True
 
 
 def queue_domains(

@@ -202,7 +202,8 @@ def publish_delivered(store: Store, files: Files, *, once: bool = False) -> str:
     manifest = parse_manifest(files[MANIFEST])
     if once and manifest.name in store.list_names():
         newest = store.read_manifest(manifest.name)
-        if all(newest.files.get(name) == manifest.files.get(name) for name in (WEIGHTS, CANDIDATES)):
+        is_parent = newest.reference in [parent.reference for parent in manifest.parents]
+        if not is_parent and all(newest.files.get(name) == manifest.files.get(name) for name in (WEIGHTS, CANDIDATES)):
             return newest.reference
     verify_hashes(files, manifest, manifest.reference)
     content = {name: data for name, data in files.items() if name not in (MANIFEST, CARD)}

@@ -179,10 +179,10 @@ def _train_locked(
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter, options.replay))
     identity = _identify_run(base, slots, process_group, [digest_parent(slot.recipe, store) for slot in slots])
     identity["replay"] = replay.fingerprint if replay else ""
-    is_queue = options.num_slots is not None
-    skipped = find_finished(slots, store, base, run, reporter) if options.resume and is_queue else {}
+    may_skip = is_main and options.resume and options.num_slots is not None
+    found = find_finished(slots, store, base, run, identity, reporter) if may_skip else (dict[str, str](), False)
+    skipped, is_over = process_group.broadcast_object(found)
     identity["skipped"] = skipped
-    is_over = is_queue and (bool(run.read_published()) or (bool(skipped) and not run.exists()))
     can_resume = is_main and options.resume and not is_over and _can_resume(run, identity, reporter)
     resume = process_group.broadcast_object(can_resume)
     publisher = Publisher(store=store, base=base, reporter=reporter, is_main_process=is_main, is_resumed=resume)
@@ -220,8 +220,18 @@ def _train_locked(
             trained = trainer.train(stop, log)
             if not is_main:
                 return TrainReport(adapters=[])
-            published = _publish(trainer, trained, publisher, run, options.conclude)
-    run.finish(published)
+            published, failure = _publish(trainer, trained, publisher, run, options.conclude)
+    return _finish(run, publisher, published, failure, is_queue=queue is not None)
+
+
+def _finish(
+    run: RunFolder, publisher: Publisher, published: Sequence[str], failure: LoraGpt2Error | None, *, is_queue: bool
+) -> TrainReport:
+    """Ends a run, or raises its failure; a queue has ended then too, and goes on with what is new."""
+    if failure is None or is_queue:
+        run.finish(published)
+    if failure is not None:
+        raise failure
     return TrainReport(adapters=publisher.list_reports(published))
 
 
@@ -231,8 +241,11 @@ def _publish(
     publisher: Publisher,
     run: RunFolder,
     conclude: Conclude | None,
-) -> list[str]:
-    """Publishes what was trained, unless a queue has done so, and returns the references; raises what went wrong."""
+) -> tuple[list[str], LoraGpt2Error | None]:
+    """Publishes what was trained, unless a queue has done so; returns the references, and what went wrong.
+
+    Raises `Interrupted` if others wait.
+    """
     halving, queue = trainer.halving, trainer.queue
     best = halving.choose(trainer.slots) if halving else 0
     watched_names = [trainer.slots[best].name] if halving else [outcome.slot.name for outcome in trained]
@@ -246,9 +259,9 @@ def _publish(
     if (failures := describe_failures(trainer.slots, queue)) and halving is None:
         message = f"{failures}; published: {join_names(published)}"
         if "diverged" in failures:
-            raise TrainingDiverged(message, "train it again with a smaller train.learning_rate")
-        raise DataError(message, "fix the text, and train it alone")
-    return published
+            return published, TrainingDiverged(message, "train it again with a smaller train.learning_rate")
+        return published, DataError(message, "fix the text, and train it alone, or with --resume")
+    return published, None
 
 
 def _open_slots(

@@ -65,6 +65,11 @@ def _get(recipe: Recipe, key: str) -> Any:
     return value
 
 
+def find_excess(divergence: float | None, budget: float | None) -> float:
+    """Returns by how much a divergence exceeds a budget of forgetting and its tolerance, as a fraction of it."""
+    return 0.0 if budget is None or divergence is None else max(0.0, divergence / budget - 1 - TOLERANCE)
+
+
 @dataclass(kw_only=True)
 class TrainingSlot:
     """The state of one slot; checkpoints hold the fields in `PROGRESS`.
@@ -85,6 +90,7 @@ class TrainingSlot:
         penalty: weight of the divergence from the base in the loss, in place of the budget of forgetting.
         divergence: moving average of the divergence on replayed text, in nats per token.
         best_excess: by how much the best weights exceed the budget, as a fraction of it.
+        rung: excess and loss at a rung of a search where no validation was due, which nothing else depends on.
         started_seconds: what the run had taken before the slot's first step.
         num_written: the number of `records` in the file.
         stop_requested: a callback has asked for the end.
@@ -106,6 +112,7 @@ class TrainingSlot:
         "penalty",
         "divergence",
         "best_excess",
+        "rung",
         "started_seconds",
     )
     recipe: Recipe
@@ -130,6 +137,7 @@ class TrainingSlot:
     penalty: float = FIRST_PENALTY
     divergence: float = 0.0
     best_excess: float = 0.0
+    rung: tuple[float, float] | None = None
     started_seconds: float = 0.0
     num_written: int = 0
     stop_requested: bool = False
@@ -162,6 +170,14 @@ class TrainingSlot:
         """Divergence of the best weights from the base on held-out general text, in nats per token, if measured."""
         records = (record for record in self.records if record["step"] == self.best_step)
         return next((record.get("validation_divergence") for record in records), None)
+
+    @property
+    def final_divergence(self) -> float | None:
+        """That of the weights that are published: the best, or with `keep_best` off the last."""
+        if self.recipe.train.keep_best and self.has_best:
+            return self.best_divergence
+        measured = (record.get("validation_divergence") for record in reversed(self.records))
+        return next((divergence for divergence in measured if divergence is not None), None)
 
     @property
     def tokens_per_step(self) -> int:
@@ -216,9 +232,11 @@ class TrainingSlot:
 
         The best is the lowest loss among those within the budget of forgetting, else the one that exceeds it least.
         """
-        self.validations_without_improvement += 1
-        budget = self.recipe.train.forget
-        excess = 0.0 if budget is None or divergence is None else max(0.0, divergence / budget - 1 - TOLERANCE)
+        excess = find_excess(divergence, self.recipe.train.forget)
+        if not (self.is_validation_due or self.stopped):  # but for the rung of a search this one would not have been
+            self.rung = (excess, nll)
+            return False
+        self.validations_without_improvement, self.rung = self.validations_without_improvement + 1, None
         if is_best := not self.has_best or (excess, nll) < (self.best_excess, self.best_nll):
             self.best_nll, self.best_step, self.validations_without_improvement = nll, step, 0
             self.best_excess = excess
@@ -236,8 +254,9 @@ class TrainingSlot:
     def restore_progress(self, values: Mapping[str, Any]) -> None:
         """Sets the progress to that of a checkpoint."""
         for key in self.PROGRESS:
-            setattr(self, key, values[key])
+            setattr(self, key, values.get(key, getattr(self, key)))
         self.best_nll = math.inf if values["best_nll"] is None else values["best_nll"]
+        self.rung = None if self.rung is None else (self.rung[0], self.rung[1])
         self.parents = tuple(Parent(**parent) for parent in values["parents"])
 
 

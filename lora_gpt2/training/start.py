@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import NotFoundError, UsageError
+from lora_gpt2.core.errors import NotFoundError, RecipeError, UsageError
 from lora_gpt2.core.names import AUTO
 from lora_gpt2.data.blocks import BlockBatch
 from lora_gpt2.data.inspect import list_documents
@@ -105,7 +106,15 @@ def inherit_shape(recipe: Recipe, store: Store) -> Recipe:
     if "targets" in own:
         pattern = shape.get("rank_pattern", {})
         shape["rank_pattern"] = {target: rank for target, rank in pattern.items() if target in own["targets"]}
-    settings = LoraSettings.model_validate({**shape, **own, "init_from": reference})
+    if "rank_pattern" in own and "rank" not in own:
+        own["rank_pattern"] = {**shape.get("rank_pattern", {}), **own["rank_pattern"]}
+    try:
+        settings = LoraSettings.model_validate({**shape, **own, "init_from": reference})
+    except ValidationError as error:
+        reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        raise RecipeError(
+            f"these settings do not fit {reference}: {reason}", "set lora.targets or lora.rank too"
+        ) from error
     return recipe.model_copy(update={"lora": settings})
 
 
@@ -169,10 +178,15 @@ def _to_parent(manifest: Manifest, weight: float = 1.0) -> Parent:
 
 
 def _reshape(slot: TrainingSlot, base: Base, parent: Adapter, parents: tuple[Parent, ...], source: str = "") -> Start:
-    adapter, error = reshape_adapter(parent, base.config, slot.recipe.lora, slot.recipe.train.seed)
+    return reshape_parent(slot.recipe, base, parent, parents, source)
+
+
+def reshape_parent(recipe: Recipe, base: Base, parent: Adapter, parents: tuple[Parent, ...], source: str = "") -> Start:
+    """Returns a parent in the shape of a recipe; raises `UsageError` if nothing of its update is left in it."""
+    adapter, error = reshape_adapter(parent, base.config, recipe.lora, recipe.train.seed)
     if error >= 1:
         raise UsageError(
-            f"{slot.recipe.lora.init_from} changes none of the targets {', '.join(slot.recipe.lora.targets)}",
+            f"{recipe.lora.init_from} changes none of the targets {', '.join(recipe.lora.targets)}",
             "name its targets in lora.targets, or leave them out",
         )
     return Start(adapter=adapter, parents=parents, source=source, relative_error=error)

@@ -241,6 +241,7 @@ class Trainer:
         """Launches a step; validates the slots that are due."""
         started = time.monotonic()
         self._launch(active)
+        self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
         is_rung = self.halving is not None and self.step in self.halving.rungs
         due = [slot_id for slot_id in active if is_rung or self.slots[slot_id].is_validation_due]
         self._collect(0 if due else self.lookahead)

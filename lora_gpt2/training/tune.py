@@ -86,6 +86,8 @@ def tune(
     with _open_devices(ray, store, reporter, recipe, data, resume=resume) as devices:
         candidates = [candidate for candidate, _ in list_candidates(_with_steps(recipe, steps), num_candidates)]
         size = num_slots or (devices.count_slots(candidates) if count_processes() == 1 else len(candidates))
+        if budget_seconds is not None and {"steps", "epochs"} & recipe.train.model_fields_set:
+            reporter.message("the budget decides the number of steps: train.steps and train.epochs change nothing")
         if budget_seconds is not None:
             known = _find_steps(Search.build(_with_steps(recipe, steps), num_candidates), store) if resume else 0
             steps = known or _fit_steps(candidates, size, budget_seconds, devices)

@@ -141,11 +141,17 @@ def test_the_interval_of_forgetting_is_of_the_difference_over_passages():
 
 @pytest.mark.parametrize(("forgotten", "hinted"), [(0.05, False), (0.2, True), (math.inf, True), (math.nan, True)])
 def test_where_much_is_forgotten_a_budget_is_suggested_unless_there_is_one(forgotten, hinted):
-    slot = SimpleNamespace(recipe=build_recipe({"name": "x"}, "x"), best_divergence=None)
+    slot = SimpleNamespace(recipe=build_recipe({"name": "x"}, "x"), final_divergence=None)
     assert ("--forget 0.1" in diagnose_budget(slot, forgotten)) == hinted
     bounded = build_recipe({"name": "x", "train": {"forget": 0.1}}, "x")
-    slot = SimpleNamespace(recipe=bounded, best_divergence=0.07, best_excess=0.0)
-    assert diagnose_budget(slot, forgotten) == "; a divergence of 0.070 nats from the base, of 0.1, is within it"
+    for divergence, said in (
+        (0.07, "is within it"),
+        (0.105, "is within its tolerance of 10%"),
+        (0.12, "exceeds the budget"),
+    ):
+        slot = SimpleNamespace(recipe=bounded, final_divergence=divergence)
+        found = diagnose_budget(slot, forgotten)
+        assert found.startswith(f"; a divergence of {divergence:.3f} nats from the base, of 0.1, {said}")
 
 
 @pytest.mark.parametrize(

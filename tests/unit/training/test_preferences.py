@@ -24,6 +24,8 @@ from lora_gpt2.core.errors import (
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.blocks import IGNORE
 from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.inference.session import Session
 from lora_gpt2.model.bank import AdapterBank
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.rating.preferences import LabelledText, Preference, read_preferences
@@ -32,6 +34,7 @@ from lora_gpt2.recipe import LoraSettings, build_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.manifest import WEIGHTS
+from lora_gpt2.training import preference_run
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.pairs import (
     encode_pairs,
@@ -46,6 +49,7 @@ from lora_gpt2.training.preference_run import train_preferences
 from lora_gpt2.training.preferences import PreferenceTrainer
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.step import MicroBatch, StepRunner
+from lora_gpt2.training.validation import measure_blocks
 from tests.builders import make_adapter, make_text
 
 PAIRS = [
@@ -545,6 +549,46 @@ def test_a_run_that_was_killed_after_it_published_does_so_once(base, base_folder
     small = recipe.train.model_copy(update={"micro_batch_tokens": 100})
     report = train_preferences(recipe.model_copy(update={"train": small}), store, SilentReporter(), resume=True)
     assert store.list_versions("law")[-1] == report.version == before[-1] + 1, "from the parent that it had"
+
+
+def test_a_resumed_run_whose_best_is_its_parent_publishes_it_too(base, base_folder, store, tmp_path, monkeypatch):
+    publish_adapter(store, "law", make_adapter(base.config, 1), base, Origin())
+    recipe = make_settings(
+        base=str(base_folder),
+        preferences__sources=[write_pairs(tmp_path / "pairs.jsonl", 40)],
+        train__learning_rate=1e-12,
+        train__checkpoint_every=1,
+    )
+    before = store.list_versions("law")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        kill_at(patch, 2)
+        train_preferences(recipe, store, SilentReporter())
+    report = train_preferences(recipe, store, SilentReporter(), resume=True)
+    assert (report.version, report.best_step) == (before[-1] + 1, 0)
+    assert store.list_versions("law") == [*before, report.version]
+
+
+def test_a_parent_in_another_shape_is_said_and_measured_as_it_is(
+    base, base_folder, store, own_text, tmp_path, monkeypatch
+):
+    publish_adapter(store, "law", make_adapter(base.config, 1), base, Origin(figures={"trained_parameters": 5}))
+    monkeypatch.setattr(preference_run, "_read_own", lambda *arguments: own_text)
+    sources, said = [write_pairs(tmp_path / "pairs.jsonl", 40)], []
+    reporter = SilentReporter()
+    monkeypatch.setattr(reporter, "message", said.append)
+    shared = {"base": str(base_folder), "preferences__sources": sources, "train__steps": 1}
+    low = make_settings("low", **shared, lora={"init_from": "law", "rank": 1}, train__patience=3)
+    report = train_preferences(low, store, reporter)
+    session = Session(base, store)
+    whole = measure_blocks(base, own_text.validation, session.adapters_for([session.resolve(Mix.single("law"))]))
+    assert report.parent_perplexity == pytest.approx(math.exp(whole), rel=1e-5), "not that of what is left of it"
+    assert any("relative error" in line for line in said)
+    assert any("train.patience changes nothing" in line for line in said)
+    manifest = store.read_manifest("low")
+    assert manifest.figures["trained_parameters"] == manifest.num_parameters
+    head = make_settings("head", **shared, lora={"init_from": "law", "targets": ["lm_head"]})
+    with pytest.raises(UsageError, match="changes none of the targets lm_head"):
+        train_preferences(head, store, SilentReporter())
 
 
 def test_an_interrupted_run_can_be_begun_anew(base, base_folder, store, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from lora_gpt2.core.errors import DataError, Interrupted, ResourceError, TrainingDiverged
+from lora_gpt2.core.errors import DataError, Interrupted, MismatchError, ResourceError, TrainingDiverged
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import Runtime
 from lora_gpt2.store.catalog import Store
@@ -155,6 +155,31 @@ def test_a_text_that_cannot_be_read_stops_its_own_domain_alone(recipes, store, r
         train_recipes([recipes[1], recipes[4]], store, reporter, num_slots=2)
     with pytest.raises(DataError, match="d1"):
         train_recipes(recipes[:2], store, reporter)
+
+
+def test_a_text_that_was_repaired_or_has_changed_after_a_kill_trains_alone(recipes, store, reporter, monkeypatch):
+    recipes = [r.model_copy(update={"train": r.train.model_copy(update={"checkpoint_every": 1})}) for r in recipes[:4]]
+    path = Path(recipes[1].data.sources[0])
+    good = path.read_text()
+    path.write_bytes(b"\x00" * 50)
+    with pytest.raises(DataError, match=r"'d1' .*published: d0@1, d2@1, d3@1"):
+        train_recipes(recipes, store, reporter, num_slots=2)
+    path.write_text(good)
+    train_recipes(recipes, store, reporter, num_slots=2, resume=True)
+    assert list_all_versions(store) == {f"d{n}": [1] for n in range(4)}
+    again = Store(store.root.parent / "again")
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, 13)  # one is published by then, two are training
+        train_recipes(recipes, again, reporter, num_slots=2)
+    done = again.list_names()
+    assert 0 < len(done) < 4
+    waiting = next(index for index in range(4) if f"d{index}" not in done)
+    Path(recipes[waiting].data.sources[0]).write_text(make_text(60, seed=77))
+    longer = [r.model_copy(update={"train": r.train.model_copy(update={"steps": 30})}) for r in recipes]
+    with pytest.raises(MismatchError, match="the run to resume differs"):
+        train_recipes(longer, again, reporter, num_slots=2, resume=True)
+    train_recipes(recipes, again, reporter, num_slots=2, resume=True)
+    assert list_all_versions(again) == {f"d{n}": [1] for n in range(4)}, "what was published stays"
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4), (2, 0)])

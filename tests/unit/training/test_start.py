@@ -8,22 +8,27 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from lora_gpt2.core.errors import Interrupted, MismatchError, NotFoundError, UsageError
+from lora_gpt2.core.errors import Interrupted, MismatchError, NotFoundError, RecipeError, UsageError
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.evaluation.held_out import read_sketch
-from lora_gpt2.model.lora import Adapter, build_adapter
+from lora_gpt2.model.lora import Adapter, build_adapter, list_sites
+from lora_gpt2.model.reshape import build_pissa
 from lora_gpt2.recipe import LoraSettings
 from lora_gpt2.recipe_files import name_recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import export_adapter
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.lineage import describe_lineage
+from lora_gpt2.store.manifest import MANIFEST
+from lora_gpt2.store.peft.convert import weight_of
+from lora_gpt2.training.remote import publish_delivered, read_version_files
 from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.start import build_start, inherit_shape
 from lora_gpt2.training.trainer import Trainer
 from tests.builders import make_adapter, make_text
+from tests.unit.training.test_queue import kill_at
 from tests.unit.training.test_trainer import make_recipe, other_text, weights_of  # noqa: F401 - a fixture
 
 
@@ -80,6 +85,26 @@ def test_training_that_makes_it_worse_publishes_the_parent(base_folder, text_fil
     assert report.best_step == 0
     assert report.validation_perplexity == report.parent_perplexity
     assert weights_of(store, "more") == weights_of(store, law)
+
+
+def test_a_resumed_run_whose_best_is_its_parent_publishes_it_too(
+    base_folder, text_file, store, reporter, law, monkeypatch
+):
+    """The newest version has these weights already, but is not what this run published."""
+    recipe = continued(base_folder, text_file, law, "law", learning_rate=3.0, validate_every=1, max_grad_norm=0.0)
+    before = store.list_versions("law")
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, 2)
+        train_recipes([recipe], store, reporter)
+    (report,) = train_recipes([recipe], store, reporter, resume=True).adapters
+    assert store.list_versions("law") == [*before, before[-1] + 1]
+    assert (report.version, report.best_step) == (before[-1] + 1, 0)
+    delivered = store.read_manifest("law")
+    files = {name: (store.resolve("law") / name).read_bytes() for name in [*delivered.files, MANIFEST]}
+    other = Store(store.root.parent / "other")
+    publish_delivered(other, read_version_files(store, law)[1])
+    assert publish_delivered(other, files, once=True) == "law@2", "the driver's newest is the parent"
+    assert publish_delivered(other, files, once=True) == "law@2"
 
 
 def test_each_recipe_has_its_own_parent_and_together_equals_alone(base_folder, text_file, other_text, store, reporter):  # noqa: F811
@@ -219,6 +244,18 @@ def test_auto_starts_afresh_where_no_adapter_helps(base, base_folder, text_file,
     assert (report.parents, report.parent_perplexity) == ((), None)
 
 
+def test_patterns_are_added_to_the_parents_and_what_is_left_out_is_empty(base_folder, text_file, store, reporter):
+    lora = {"rank": 4, "targets": ["c_attn.q", "c_attn.v", "mlp.c_fc"], "rank_pattern": {"mlp.c_fc": 6}}
+    train_recipes([make_recipe(base_folder, text_file, "law", lora=lora)], store, reporter)
+    found = inherit_shape(continued(base_folder, text_file, "law", lora={"rank_pattern": {"mlp.c_fc": 8}}), store).lora
+    assert (found.rank, found.rank_pattern) == (4, {"mlp.c_fc": 8})
+    other = continued(base_folder, text_file, "law", lora={"targets": ["c_attn.q", "c_attn.k"]}, steps=1)
+    train_recipes([other], store, reporter)
+    assert store.read_manifest("more").recipe["lora"]["targets"] == ["c_attn.q", "c_attn.k"]
+    with pytest.raises(RecipeError, match="these settings do not fit law@1"):
+        inherit_shape(continued(base_folder, text_file, "law", lora={"rank_pattern": {"c_attn": 2}}), store)
+
+
 def test_what_cannot_be_continued_is_refused(base, base_folder, text_file, store, reporter, law, monkeypatch):
     with pytest.raises(NotFoundError, match="no adapter 'lex'"):
         train_recipes([continued(base_folder, text_file, "lex")], store, reporter)
@@ -247,3 +284,18 @@ def test_pissa_trains_its_part_and_leaves_the_frozen_one(base, base_folder, text
         assert not torch.equal(update.b[:, :half], before.b[:, :half])
     assert trained.validation_nll < trained.base_nll
     assert build_adapter(base.config, recipe.lora, 0).ranks == trained.adapter.ranks
+
+
+def test_pissa_divides_the_singular_values_as_peft_does(base):
+    settings = LoraSettings(rank=2, alpha=8, init="pissa", targets=("c_attn",))
+    weights = {site: weight_of(base, site) for site in list_sites(base.config, ("attn.c_attn",))}
+    found = build_pissa(base.config, settings, weights.__getitem__)
+    for site, update in found.updates.items():
+        u, s, v = torch.linalg.svd(weights[site].double())
+        half, scaling = update.rank // 2, update.scaling
+        wanted = (s[:half, None] / scaling).sqrt() * v[:half]
+        assert torch.allclose(update.a[:half].double().abs(), wanted.abs(), atol=1e-5)
+        assert torch.allclose(
+            update.b[:, :half].double().abs(), (u[:, :half] * (s[:half] / scaling).sqrt()).abs(), atol=1e-5
+        )
+        assert torch.allclose(update.b @ update.a, torch.zeros(()), atol=1e-6)

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +14,17 @@ from safetensors.torch import load
 
 from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import Interrupted, InterruptedRunError, MismatchError, TrainingDiverged, UsageError
+from lora_gpt2.data.prepared import prepare_data
+from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.recipe import BLOCKS
 from lora_gpt2.recipe_files import set_values
 from lora_gpt2.training.candidates import CANDIDATES, list_candidates
-from lora_gpt2.training.halving import SuccessiveHalving, average_weights
+from lora_gpt2.training.halving import SuccessiveHalving, average_weights, rate
 from lora_gpt2.training.memory import count_fitting, estimate_memory
 from lora_gpt2.training.plan import read_shape
 from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.run_status import ALL, request_stop
+from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.trainer import Trainer
 from lora_gpt2.training.tune import tune
 from lora_gpt2.training.validation import HeldOutLosses
@@ -56,12 +60,33 @@ def test_the_average_is_of_recent_weights_and_a_rung_compares_it():
     for step, value in enumerate(weights, start=1):
         average_weights(average, value, step)
     assert 88 < float(average) < 92, "with an exponent of 8, nine tenths of the way"
-    slots = [SimpleNamespace(failure="", stopped=False, best_excess=0.0, best_nll=nll) for nll in (3.0, 3.1, 3.2, 9.0)]
+    slots = [
+        SimpleNamespace(failure="", stopped=False, best_excess=0.0, best_nll=nll, rung=None)
+        for nll in (3.0, 3.1, 3.2, 9.0)
+    ]
     measured = [2.9, 2.5, 3.0, 2.4]
     SuccessiveHalving(num_candidates=4, rungs=(5, 9)).stop_losers(4, slots, measured.__getitem__)
     assert not any(slot.stopped for slot in slots)
     SuccessiveHalving(num_candidates=4, rungs=(5, 9)).stop_losers(5, slots, measured.__getitem__)
     assert [slot.stopped for slot in slots] == [True, False, True, False]
+
+
+def test_a_validation_for_a_rung_alone_is_compared_there_and_changes_nothing_else(base_folder, text_file, reporter):
+    recipe = make_search(base_folder, text_file, **{"train.validate_every": 4, "train.patience": 1})
+    slot = TrainingSlot(recipe=recipe, data=prepare_data(recipe.data, load_tokenizer(Path(recipe.base), 0), reporter))
+    slot.last_step = 4
+    assert slot.record_validation(4, 3.0)
+    slot.last_step = 6
+    assert not slot.record_validation(6, 2.0)
+    assert (slot.best_nll, slot.best_step, slot.validations_without_improvement) == (3.0, 4, 0)
+    assert rate(slot, 2.5) == (0.0, 2.0)
+    again = TrainingSlot(recipe=recipe, data=slot.data)
+    again.restore_progress(json.loads(json.dumps(slot.progress_to_json())))
+    assert rate(again, 2.5) == (0.0, 2.0)
+    slot.last_step = 8
+    assert not slot.record_validation(8, 3.5)
+    assert slot.stopped
+    assert rate(slot, 9.0) == (0.0, 3.0)
 
 
 def test_candidates_are_the_recipe_and_an_even_draw_from_its_grid(base_folder, text_file):
