@@ -225,7 +225,7 @@ def _train_locked(
 
 
 def _finish(
-    run: RunFolder, publisher: Publisher, published: Sequence[str], failure: LoraGpt2Error | None, *, is_queue: bool
+    run: RunFolder, publisher: Publisher, published: list[str], failure: LoraGpt2Error | None, *, is_queue: bool
 ) -> TrainReport:
     """Ends a run, or raises its failure; a queue has ended then too, and goes on with what is new."""
     if failure is None or is_queue:
