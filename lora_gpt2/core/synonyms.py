@@ -13,7 +13,6 @@ COMMANDS = {
     "tokenize": "prepare",
     "preprocess": "prepare",
     "estimate": "plan",
-    "chat": "repl",
     "interactive": "repl",
     "run": "generate",
     "infer": "generate",

@@ -26,7 +26,7 @@ class Mix(tuple[tuple[str, float], ...]):
 
     def __new__(cls, parts: Iterable[tuple[str, float | int]] = ()) -> Mix:
         """Returns the mix of these pairs."""
-        return super().__new__(cls, ((name, float(weight)) for name, weight in parts))
+        return super().__new__(cls, ((name, float(w) if isinstance(w, int) else w) for name, w in parts))
 
     @classmethod
     def parse(cls, specs: str | Sequence[str] | Mapping[str, float | int], each: float | None = None) -> Mix:

@@ -146,7 +146,7 @@ def test_an_adapter_trained_to_death_is_caught_and_a_fresh_one_is_not(learnt, re
 
 def test_a_drafter_that_holds_its_text_is_caught_and_a_usual_one_is_not(learnt, reporter):
     with learnt.store.open("learnt") as version:
-        usual = read_drafter(version)
+        usual = read_drafter(version, learnt.base.tokenizer.vocab_size)
     assert len(usual)
     clean = audit(learnt, "fresh", reporter, drafter=usual)
     assert (clean.drafter.windows, clean.drafter.extracted) == (clean.train.windows, 0)

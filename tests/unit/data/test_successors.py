@@ -69,13 +69,16 @@ def test_the_most_frequent_runs_are_kept_within_the_size():
 def test_it_survives_the_disk_and_refuses_what_is_none():
     table = SuccessorTable.build(draw_stream())
     content = table.to_bytes()
-    found = SuccessorTable.from_bytes(content)
+    found = SuccessorTable.from_bytes(content, 2**16)
     assert (found.keys == table.keys).all()
     assert (found.successors == table.successors).all()
-    assert len(SuccessorTable.from_bytes(b"")) == 0
+    assert len(SuccessorTable.from_bytes(b"", 9)) == 0
     for bad in (content[:-1], content[4:] + content[:4], bytes(12)):
         with pytest.raises(CorruptError, match="drafter"):
-            SuccessorTable.from_bytes(bad)
+            SuccessorTable.from_bytes(bad, 2**16)
+    with pytest.raises(CorruptError, match="drafter"):
+        SuccessorTable.from_bytes(content, int(table.successors.max()))
+    SuccessorTable.from_bytes(content, int(table.successors.max()) + 1)
 
 
 def test_of_a_long_text_pieces_from_all_over_it_are_counted(monkeypatch):
