@@ -34,8 +34,11 @@ def choose_seed(seed: int | None) -> int:
 
 
 def list_adapters(adapter: Any) -> list[Any]:
-    """Returns several adapters as they are, or one as a list."""
-    return list(adapter) if isinstance(adapter, list | tuple) and not isinstance(adapter, Mix) else [adapter]
+    """Returns several adapters as they are, or one as a list; raises `UsageError` for none."""
+    found = list(adapter) if isinstance(adapter, list | tuple) and not isinstance(adapter, Mix) else [adapter]
+    if not found:
+        raise UsageError("no adapter is named", "pass None for the base")
+    return found
 
 
 def build_requests(prompts: Sequence[str], adapter: Any, n: int, seed: int | None, router: Router) -> list[Request]:

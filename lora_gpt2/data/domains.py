@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
+from lora_gpt2.core.names import is_name
 from lora_gpt2.core.printable import is_unicode
 from lora_gpt2.data.read.sources import SPLIT_WORDS, find_splits, is_readable
 from lora_gpt2.recipe import DataSettings
@@ -36,8 +38,10 @@ def list_domains(folder: Path) -> list[TrainingItem]:
     if not found:
         raise DataError(f"{folder} holds no domain", "put a folder, a file of text or a recipe for each into it")
     names = dict[str, TrainingItem]()
-    for item in found:
+    for item, path in zip(found, filter(_is_domain, entries), strict=True):
         assert item.name is not None
+        if not is_name(item.name):
+            raise UsageError(f"{path} gives its adapter no name", "rename it, in letters a to z and figures")
         if names.setdefault(item.name, item) is not item:
             raise UsageError(f"two domains in {folder} are called '{item.name}'", "rename one of them")
     return sorted(found, key=lambda item: item.name or "")
@@ -54,7 +58,8 @@ def _is_domain(path: Path) -> bool:
 
 def _describe(path: Path) -> TrainingItem:
     stem = path.name if path.is_dir() else ENDING.sub("", path.name)
-    name = re.sub(r"[^a-z0-9.-]+", "-", stem.lower()).strip("-.")[:64]
+    plain = unicodedata.normalize("NFKD", stem.lower()).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^a-z0-9.-]+", "-", plain).strip("-.")[:64]
     if path.suffix.lower() in RECIPES and path.is_file():
         return TrainingItem(recipe=path, name=str(read_recipe(path).get("name") or name))
     train, validation, test = (find_split(path, stems) if path.is_dir() else () for stems in SPLITS.values())

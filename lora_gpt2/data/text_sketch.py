@@ -3,8 +3,11 @@
 Shingles (runs of `WORDS` words, blind to case and punctuation) are hashed to 32 bits, and of each `WINDOW` neighbours
 the smallest hash is kept ("winnowing", Schleimer et al. 2003, section 4). So a text of 40 words or more keeps the same
 shingles wherever it stands, alone, in a section or in a book, and a document whose kept shingles are mostly in the
-sketch was trained on. It takes about a quarter of a byte per word. Nobody can read the text in it, but whoever guesses
-eight words in a row can find out whether they were there.
+sketch was trained on. A shorter one keeps a single shingle, which many texts of its kind have in common: it was trained
+on if it was as a whole, whose hash is kept too, or if it and its neighbours together were, as lines of a book.
+
+It takes about a quarter of a byte per word, of short documents eight bytes each. Nobody can read the text in it, but
+whoever guesses eight words in a row can find out whether they were there.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WORDS, WINDOW = 8, 32
+WHOLE = 0x5EED  # begins the hash of a whole text
 SEEN_SHARE = 0.5  # of a document's kept shingles
 UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, kana, ideographs: a character is a word here
 WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")
@@ -25,7 +29,7 @@ Shingles = NDArray[np.uint32]
 
 
 def hash_shingles(text: str) -> Shingles:
-    """Returns the hashes that are kept of a text: at least one, unless it holds no word."""
+    """Returns the hashes that are kept of a text: at least one, unless it holds no word; of a short one its own too."""
     words = WORD.findall(text.lower())
     if not words:
         return np.zeros(0, dtype=np.uint32)
@@ -37,9 +41,19 @@ def hash_shingles(text: str) -> Shingles:
     mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
     shingles = (mixed >> np.uint64(32)).astype(np.uint32)
     if len(shingles) <= WINDOW:
-        return np.array([shingles.min()], dtype=np.uint32)
+        return np.unique(np.array([shingles.min(), _hash_whole(words)], dtype=np.uint32))
     kept: Shingles = np.unique(np.lib.stride_tricks.sliding_window_view(shingles, WINDOW).min(axis=1))
     return kept
+
+
+def _hash_whole(words: Sequence[str]) -> int:
+    """Returns the hash of a short text, which none of its shingles has."""
+    return zlib.crc32(" ".join(words).encode("utf-8", "replace"), WHOLE)
+
+
+def is_short(text: str) -> bool:
+    """True for a text that keeps one shingle alone."""
+    return len(WORD.findall(text)) < WORDS + WINDOW
 
 
 @dataclass(frozen=True)
@@ -71,10 +85,21 @@ class TextSketch:
         return cls(np.unique(np.frombuffer(content[: len(content) // 4 * 4], dtype="<u4").astype(np.uint32)))
 
     def has_seen(self, text: str) -> bool:
-        """True if a document was, for the most part, in the training text."""
+        """True if a document was, for the most part, in the training text; a short one, as a document there."""
+        words = WORD.findall(text.lower())
         shingles = hash_shingles(text)
+        if words and is_short(text):
+            shingles = np.array([_hash_whole(words)], dtype=np.uint32)
         return bool(len(shingles)) and float(np.isin(shingles, self.shingles, assume_unique=True).mean()) > SEEN_SHARE
 
     def count_seen(self, texts: Sequence[str]) -> int | None:
         """Returns how many of some documents were in the training text, at least; None if that cannot be said."""
-        return sum(map(self.has_seen, texts)) or (0 if self.is_whole else None)
+        seen, run = sum(self.has_seen(text) for text in texts if not is_short(text)), list[str]()
+        for text in [*texts, ""]:
+            if text and is_short(text):
+                run.append(text)
+            if run and (text == "" or not is_short(text) or not is_short(" ".join(run))):
+                together = " ".join(run)
+                is_seen = not is_short(together) and self.has_seen(together)
+                seen, run = seen + (len(run) if is_seen else sum(map(self.has_seen, run))), []
+        return seen or (0 if self.is_whole else None)

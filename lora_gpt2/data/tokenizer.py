@@ -215,7 +215,7 @@ def load_tokenizer(
     if found < 0:
         hint = "name eos_token in tokenizer_config.json"
         raise CorruptError(f"nothing in {folder} says which token ends a text", hint)
-    size = vocab_size or backend.get_vocab_size()
+    size = backend.get_vocab_size()
     more = {each for listed in ends if {found, own} & set(listed) for each in listed if 0 <= each < size}
     return Tokenizer(backend, found, own, more)
 

@@ -74,13 +74,16 @@ def describe_gain(cell: Mapping[str, Any]) -> str:
 
 
 def format_matrix(cells: Cells) -> str:
-    """Returns perplexities as adapters × sources; `*` marks the best of each column, `!` text that was trained on."""
+    """Returns perplexities as adapters × sources; `!` marks text that was trained on, `*` the best of the others."""
     sources = list(dict.fromkeys(cell["source"] for cell in cells))
     adapters = list(dict.fromkeys(cell["adapter"] for cell in cells))
     values = {(cell["adapter"], cell["source"]): cell["perplexity"] for cell in cells}
     trained = {(cell["adapter"], cell["source"]) for cell in cells if cell.get("documents_trained_on")}
     best = {
-        source: min((v for a in adapters if not math.isnan(v := values[a, source])), default=0.0) for source in sources
+        source: min(
+            (v for a in adapters if (a, source) not in trained and not math.isnan(v := values[a, source])), default=0.0
+        )
+        for source in sources
     }
     rows = []
     for adapter in adapters:
@@ -221,7 +224,8 @@ def _list_columns(cell: Mapping[str, Any]) -> tuple[str | int, ...]:
 
 
 def _is_best(cell: Mapping[str, Any], cells: Cells) -> bool:
-    return bool(cell["perplexity"] <= min(c["perplexity"] for c in cells if c["source"] == cell["source"]))
+    rivals = [c for c in cells if c["source"] == cell["source"] and not c.get("documents_trained_on")]
+    return bool(cell["perplexity"] <= min(c["perplexity"] for c in rivals))
 
 
 def _show(interval: Sequence[float] | None, digits: int = 2) -> str:

@@ -45,8 +45,9 @@ def _describe_document(document: TokenScores, room: int) -> dict[str, Any]:
     """Returns the first tokens of a document; those that are parts of one character count as one."""
     pieces = document.pieces[:room]
     whole = [piece for piece in pieces if piece]
-    starts = [0, *(index + 1 for index, piece in enumerate(pieces[:-1]) if piece)][: len(whole)]
-    sums = {name: np.add.reduceat(values[:room], starts) for name, values in document.logprobs.items() if whole}
+    ends = [index + 1 for index, piece in enumerate(pieces) if piece]  # of what is left of a character there is none
+    starts, last = [0, *ends[:-1]][: len(whole)], max(ends, default=0)
+    sums = {name: np.add.reduceat(values[:last], starts) for name, values in document.logprobs.items() if whole}
     logprobs = {name: round_finite(values, 2) for name, values in sums.items()}
     return {"prompt": document.prompt, "pieces": whole, "logprobs": logprobs}
 

@@ -80,7 +80,7 @@ class TokenScores:
         starts, owners = [start for start, _ in spans], list[int | None]()
         for offset, piece in zip(self.text_offset, self.pieces, strict=True):
             begin = offset + len(piece) - len(piece.lstrip())
-            is_space = (piece or self.text[offset]).isspace()
+            is_space = (piece or self.text[offset : offset + 1]).isspace()
             owners.append(None if is_space else bisect_right(starts, begin) - 1)
         found, seen = list[tuple[str, str, slice]](), set[str]()
         first = 0
@@ -121,13 +121,15 @@ def iter_token_scores(
         encoded = tokenizer.encode_batch([text for _, text in parts])
         for index, ((prompt, text), ids) in enumerate(zip(parts, encoded, strict=True)):
             stream = TextStream(tokenizer)
+            offsets = [stream.locate(token) for token in ids]
+            extra = stream.length - len(text)  # a tokenizer may begin every text with a space
             yield TokenScores(
                 source=source.label,
                 prompt=prompt,
                 text=text,
                 token_ids=ids,
                 tokens=[tokenizer.show(token) for token in ids],
-                text_offset=[stream.locate(token) for token in ids],
+                text_offset=[max(0, offset - extra) for offset in offsets],
                 logprobs={cell.adapter: -cell.score.per_token[index] for cell in own},
             )
 

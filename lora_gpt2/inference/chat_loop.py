@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lora_gpt2.core.errors import DataError, UsageError
 from lora_gpt2.core.printable import count_of
 from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.core.user_files import read_user_text
-from lora_gpt2.inference.chat import Message, build_chat_request, list_chatting, read_messages, strip_answer
+from lora_gpt2.inference.chat import Message, build_chat_request, list_chatting, read_messages
 from lora_gpt2.inference.command_loop import CommandLoop, Help, parse_path
 from lora_gpt2.inference.generate import OnText, Output, Request
 from lora_gpt2.inference.mix import Mix
@@ -87,7 +87,7 @@ class ChatLoop(CommandLoop):
 
     def write(self, requests: Sequence[Request], on_text: OnText | None) -> list[Output]:
         """Returns the answers, without the space that the assistant's turn begins with; see `CommandLoop.write`."""
-        begun = {index for index, request in enumerate(requests) if (request.settings or self.settings).constraint}
+        begun = set[int]()
 
         def show(index: int, piece: str) -> None:
             text = piece if index in begun else piece.removeprefix(" ")
@@ -95,7 +95,8 @@ class ChatLoop(CommandLoop):
             if on_text is not None:
                 on_text(index, text)
 
-        return [strip_answer(output) for output in super().write(requests, show)]
+        outputs = super().write(requests, show)
+        return [replace(output, text=output.text.removeprefix(" ")) for output in outputs]
 
     def _do_system(self, rest: str) -> str:
         self.keep(self.messages, "", is_written=False)

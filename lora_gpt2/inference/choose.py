@@ -7,7 +7,7 @@ A language model's confidence is no guarantee: it compares these adapters with e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +36,28 @@ class AdapterChoice:
         return f"adapter {self.adapter}: {sure}"
 
 
+def _leave_copies_out(session: Session, names: Sequence[str]) -> list[str]:
+    """Returns the names without those of the same adapter under another one: copies would share its probability."""
+    found: dict[Hashable, str] = {}
+    for name in names:
+        mix = session.resolve(Mix.parse([name]))
+        session.load(mix.references)
+        found.setdefault(session.identify(mix) or name, name)
+    return list(found.values())
+
+
 @torch.inference_mode()
 def choose_adapter(session: Session, text: str, names: Sequence[str], *, abstains: bool = True) -> AdapterChoice:
     """Returns the adapter of `names` under which the text is most likely; the base where none is clearly so.
+
+    Of copies of one adapter the first is taken.
 
     If it never `abstains`, the most likely adapter is taken, whatever the base says. The text is scored after EOS; of a
     text that is longer than the context, what fits at its end.
     """
     base = session.base
     ids = base.tokenizer.encode(text)[-base.config.n_positions + 1 :]
-    candidates = [name for name in names if name != BASE]
+    candidates = _leave_copies_out(session, [name for name in names if name != BASE])
     if not candidates or (abstains and not ids):
         return AdapterChoice(adapter=BASE, probability=0.0, nll_nats_per_token={})
     if not ids:

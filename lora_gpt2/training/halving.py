@@ -87,7 +87,11 @@ class SuccessiveHalving:
 
     def halve(self, trainer: Trainer) -> None:
         """Stops, if there is a rung where the trainer is, the slots that are not among the better half."""
+        running = [index for index, slot in enumerate(trainer.slots) if not slot.stopped]
         self.stop_losers(trainer.step, trainer.slots, trainer.measure_average)
+        for index in running:
+            if trainer.slots[index].stopped:
+                keep_rung(trainer, index)
 
     def stop_losers(self, step: int, slots: Sequence[TrainingSlot], measure: Callable[[int], float]) -> None:
         """Does so after `step` steps; `measure` returns the validation loss of a slot's averaged weights.
@@ -104,6 +108,12 @@ class SuccessiveHalving:
     def choose(self, slots: Sequence[TrainingSlot]) -> int:
         """Returns the best of the slots that did not fail."""
         return min((k for k, slot in enumerate(slots) if not slot.failure), key=lambda index: score(slots[index]))
+
+
+def keep_rung(trainer: Trainer, index: int) -> None:
+    """Keeps the weights of a candidate that ends at a rung, if they are its best."""
+    if trainer.slots[index].take_rung():
+        trainer.best[index] = trainer.bank.flat[index]
 
 
 def average_weights(average: Tensor, weights: Tensor, step: int) -> None:

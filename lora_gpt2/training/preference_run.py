@@ -25,15 +25,14 @@ from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.fetch import is_foreign
 from lora_gpt2.store.files import load_adapter
 from lora_gpt2.store.manifest import Manifest, Parent
-from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.pairs import PairRows, encode_pairs, match_labelled, mismatch_pairs, split_pairs
 from lora_gpt2.training.preferences import PreferenceTrainer
 from lora_gpt2.training.process_group import init_process_group
 from lora_gpt2.training.publish import find_published
 from lora_gpt2.training.publish_preferences import PreferenceReport, publish_preferred, report_preferred
-from lora_gpt2.training.run import MICRO_BATCHING
-from lora_gpt2.training.start import describe_start, inherit_shape, reshape_parent
+from lora_gpt2.training.slot import MICRO_BATCHING
+from lora_gpt2.training.start import describe_start, inherit_shape, pin_parent, reshape_parent
 
 Split = tuple[list[int], list[int]]
 FEWEST_PAIRS = 20
@@ -70,7 +69,7 @@ def train_preferences(
     pairs, split = _choose_pairs(found, is_labelled=recipe.preferences.loss == "kto")
     store.check_writable()
     run = open_run_folder(store.root, [f"{recipe.name} by preferences"])
-    recipe = inherit_shape(_pin_parent(recipe, run) if resume else recipe, store)
+    recipe = inherit_shape(pin_parent(recipe, run.read_identity().get("init_from", "")) if resume else recipe, store)
     with wrap_os_errors(f"keep the run in {run.path} (see LORA_GPT2_CACHE)"):
         run.path.mkdir(parents=True, exist_ok=True)
     with hold_lock(run.lock, f"the run of {recipe.name}"):
@@ -147,14 +146,6 @@ def _train_locked(
     if checkpoint and (published := find_published(store, base, recipe.name, best, parents)):
         return report_preferred(store, f"{recipe.name}@{published}")  # it was killed after that
     return publish_preferred(store, base, trainer, manifest, found, measure_peak_memory(base.runtime.device))
-
-
-def _pin_parent(recipe: Recipe, run: RunFolder) -> Recipe:
-    """Returns the recipe with the version that an interrupted run began from, where it names no version itself."""
-    then = run.read_identity().get("init_from", "")
-    if not then or name_of(then) != recipe.lora.init_from:
-        return recipe
-    return recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"init_from": then})})
 
 
 def _identify_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from lora_gpt2.core.console import Reporter
+from lora_gpt2.core.errors import IntegrityError, NotFoundError
 from lora_gpt2.core.memory import check_room
 from lora_gpt2.data.prepared import SKETCH, describe_preparation
 from lora_gpt2.data.successors import DRAFTER, SuccessorTable
@@ -140,7 +142,8 @@ def _judge(outcome: TrainedAdapter, base: Base) -> str:
     slot = outcome.slot
     num_epochs = slot.train_tokens / max(1, slot.data.train.num_targets)
     train = slot.recipe.train
-    step = slot.best_step if train.forget is not None and train.keep_best and slot.has_best else None
+    is_bounded = train.forget is not None and train.keep_best and slot.has_best and not slot.best_excess
+    step = slot.best_step if is_bounded else None
     said = diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets, step)
     window, _ = choose_window(base.config, slot.recipe.evaluate)
     return said + diagnose_test(outcome.test_nll, slot.recipe.data.block_size, window)
@@ -192,15 +195,19 @@ def find_published(
 
 
 def find_up_to_date(slots: Sequence[TrainingSlot], store: Store, base_fingerprint: str) -> dict[str, str]:
-    """Returns the references of the versions in use that training these slots would give again, by name."""
+    """Returns the references of the versions that training these slots would give again, by name, the newest of each.
+
+    One need not be in use: it may have been continued, tuned or rolled back since, which is left as it is.
+    """
     found = {}
     for slot in slots:
-        if not store.has_adapter(slot.name):
-            continue
-        manifest = store.read_manifest(slot.name)
-        is_of_text = manifest.data.get("fingerprint") == slot.data.fingerprint
-        if is_of_text and manifest.base.fingerprint == base_fingerprint and _is_made_by(manifest, slot.recipe):
-            found[slot.name] = manifest.reference
+        for version in reversed(store.list_versions(slot.name)):
+            with suppress(IntegrityError, NotFoundError):
+                manifest = store.read_manifest(f"{slot.name}@{version}")
+                is_of_text = manifest.data.get("fingerprint") == slot.data.fingerprint
+                if is_of_text and manifest.base.fingerprint == base_fingerprint and _is_made_by(manifest, slot.recipe):
+                    found[slot.name] = manifest.reference
+                    break
     return found
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.errors import DataError, LoraGpt2Error
 from lora_gpt2.model.base import Base
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.training.checkpoint import NOTHING, RunFolder
+from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.memory import list_concurrent, measure_budget
 from lora_gpt2.training.publish import find_up_to_date
-from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
+from lora_gpt2.training.slot import MICRO_BATCHING, TrainedAdapter, TrainingSlot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,9 @@ def find_finished(
     if found := find_up_to_date(slots, store, base.fingerprint):
         what = "complete" if len(found) == len(slots) else "published"
         reporter.message(f"already {what}: {', '.join(found.values())}")
+        used = [store.read_manifest(name).reference for name in found if store.has_adapter(name)]
+        if others := [reference for reference in used if reference not in found.values()]:
+            reporter.message(f"left in use, though of other text or settings: {', '.join(others)}")
     return found, is_begun or bool(run.read_published()) or bool(found)
 
 
@@ -100,11 +103,21 @@ def _has_other_texts(run: RunFolder, identity: Mapping[str, Any], reporter: Repo
 
     What it has published stays. Other differences are refused later, as in any run.
     """
-    found = {key: pair for key, pair in run.find_differences(identity).items() if not key.startswith("skipped")}
-    if not found or not all(key.startswith("order") or key.endswith(".data") or NOTHING in found[key] for key in found):
+    before, now = (set(each.get("adapters", {})) for each in (run.read_identity(), identity))
+    of_names = tuple(f"{part}.{name}." for part in ("adapters", MICRO_BATCHING) for name in before ^ now)
+    found = [key for key in run.find_differences(identity) if not key.startswith(("skipped", "order", *of_names))]
+    texts = [key for key in found if key in {f"adapters.{name}.data" for name in before & now}]
+    if len(texts) < len(found) or not (texts or before ^ now):
         return False
     reporter.message("texts have changed since the run was interrupted: those that were in training begin again")
     return True
+
+
+def raise_unreadable(unreadable: Mapping[str, LoraGpt2Error], published: Iterable[str]) -> None:
+    """Raises `DataError` where a queue has nothing left to train but texts that cannot be read."""
+    if unreadable:
+        said = "; ".join(f"'{name}' has no usable text: {error.message}" for name, error in unreadable.items())
+        raise DataError(f"{said}; published: {', '.join(sorted(published))}", "fix the text, and use --resume")
 
 
 def queue_domains(

@@ -17,7 +17,7 @@ from lora_gpt2.core.errors import CorruptError, Waiting
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.candidates import CandidateReport, build_page, describe_candidate
-from lora_gpt2.training.halving import rate, score
+from lora_gpt2.training.halving import keep_rung, rate, score
 from lora_gpt2.training.run import TrainReport, train_recipes
 from lora_gpt2.training.slot import TrainingSlot
 
@@ -121,8 +121,10 @@ class GroupRound:
         """
         if self.is_begun and not trainer.step:
             raise CorruptError("what a group of candidates has trained is gone", "--fresh starts over")
-        for slot in trainer.slots:
-            slot.stopped |= slot.name not in self.survivors
+        for index, slot in enumerate(trainer.slots):
+            if slot.name not in self.survivors and not slot.stopped:
+                slot.stopped = True
+                keep_rung(trainer, index)
         if self.until is None:
             if self.publication is None:
                 raise RungReached(Outcome(rows=self.describe(trainer)))
@@ -153,7 +155,8 @@ def _stand(trainer: Trainer, index: int) -> Standing:
     if slot.failure:
         return Standing(at_rung=LAST, best=LAST, is_running=False)
     at_rung = rate(slot, trainer.measure_average(index)) if not slot.stopped else score(slot)
-    return Standing(at_rung=at_rung, best=score(slot), is_running=not slot.stopped)
+    best = min(score(slot), slot.rung or score(slot))
+    return Standing(at_rung=at_rung, best=best, is_running=not slot.stopped)
 
 
 def run_group(

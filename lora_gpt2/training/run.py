@@ -38,7 +38,6 @@ from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe.unused import list_shared, list_unused
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.store.references import name_of
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.halving import Halving
@@ -46,21 +45,28 @@ from lora_gpt2.training.memory import wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.progress import describe_failures
 from lora_gpt2.training.publish import AdapterReport, Publisher
-from lora_gpt2.training.queue import find_finished, queue_domains
+from lora_gpt2.training.queue import find_finished, queue_domains, raise_unreadable
 from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.samples import generate_sample
-from lora_gpt2.training.slot import IRRELEVANT, OF_MICRO_BATCHES, TrainedAdapter, TrainingSlot, check_together
+from lora_gpt2.training.slot import (
+    IRRELEVANT,
+    MICRO_BATCHING,
+    OF_MICRO_BATCHES,
+    TrainedAdapter,
+    TrainingSlot,
+    check_together,
+)
 from lora_gpt2.training.start import (
     build_start,
     count_seen_by_parents,
     describe_start,
     digest_parent,
     inherit_shape,
+    pin_parent,
 )
 from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
-MICRO_BATCHING = "passes"  # as checkpoints name it
 MOST_NAMED = 8
 CHECKPOINT_FORMAT = 3  # version of what a checkpoint holds
 
@@ -194,6 +200,7 @@ def _train_locked(
     if checkpoint and num_slots is not None:  # its tensors have a row for each slot that it had
         num_slots = len(checkpoint[1]["names"])
     if len(skipped) == len(slots):
+        raise_unreadable(unreadable, skipped.values())
         return TrainReport(adapters=publisher.list_reports(sorted(skipped.values())), already_complete=True)
     rows, queue = queue_domains(slots, num_slots, base, publisher.publish_aloud, unreadable, skipped)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in rows]):
@@ -305,14 +312,6 @@ def resolve_learning_rate(recipe: Recipe, width: int) -> Recipe:
     """Returns the recipe with the learning rate that it has on a base of this width, to be recorded."""
     train = recipe.train.model_copy(update={"learning_rate": recipe.train.peak_learning_rate(width)})
     return recipe.model_copy(update={"train": train})
-
-
-def pin_parent(recipe: Recipe, then: str) -> Recipe:
-    """Returns the recipe with the version that an interrupted run continues from, where it names no version itself."""
-    if not then or name_of(then) != recipe.lora.init_from:
-        return recipe
-    lora = recipe.lora.model_copy(update={"init_from": then})
-    return recipe.model_copy(update={"lora": lora})
 
 
 def _open_start(slot: TrainingSlot, store: Store, base: Base, reporter: Reporter) -> Adapter | None:

@@ -33,6 +33,8 @@ PER_RUN = (
 )
 """Settings that all recipes of a run have in common."""
 OF_MICRO_BATCHES = {"micro_batch_tokens", "gradient_checkpointing"}  # of section `train`: they decide on rounding alone
+MICRO_BATCHING = "passes"
+"""What checkpoints call the settings of micro-batches."""
 IRRELEVANT = {"checkpoint_every", "trackers", "drafter", "sample_tokens", "sample_prompt"}
 """Settings of section `train` that decide on no weights."""
 
@@ -244,6 +246,13 @@ class TrainingSlot:
         if patience and self.validations_without_improvement >= patience and step < self.num_steps:
             self.stopped = True
         return is_best
+
+    def take_rung(self) -> bool:
+        """Takes the weights at a rung for the best, for a candidate that ends there; returns True if they are."""
+        if self.rung is None or self.rung >= (self.best_excess, self.best_nll):
+            return False
+        (self.best_excess, self.best_nll), self.best_step = self.rung, self.last_step
+        return True
 
     def progress_to_json(self) -> dict[str, Any]:
         """Returns the progress for a checkpoint."""

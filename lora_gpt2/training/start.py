@@ -49,7 +49,7 @@ from lora_gpt2.store.lineage import find_parent
 from lora_gpt2.store.manifest import PEFT_CONFIG, WEIGHTS, Manifest, Parent
 from lora_gpt2.store.peft.config import parse_peft_config
 from lora_gpt2.store.peft.convert import DORA_RANK, weight_of
-from lora_gpt2.store.references import AdapterRef
+from lora_gpt2.store.references import AdapterRef, name_of
 from lora_gpt2.store.version import Version
 from lora_gpt2.training.slot import TrainingSlot
 
@@ -116,6 +116,14 @@ def inherit_shape(recipe: Recipe, store: Store) -> Recipe:
             f"these settings do not fit {reference}: {reason}", "set lora.targets or lora.rank too"
         ) from error
     return recipe.model_copy(update={"lora": settings})
+
+
+def pin_parent(recipe: Recipe, then: str) -> Recipe:
+    """Returns the recipe with the version that an interrupted run continues from, where it names no version itself."""
+    if not then or name_of(then) != recipe.lora.init_from:
+        return recipe
+    lora = recipe.lora.model_copy(update={"init_from": then})
+    return recipe.model_copy(update={"lora": lora})
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What tells whether a text was trained on."""
 
+import numpy as np
+
 from lora_gpt2.data.text_sketch import TextSketch, hash_shingles
 
 
@@ -10,3 +12,22 @@ def test_a_mix_whose_training_text_is_known_in_part_says_only_what_is_known():
     other = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
     assert (whole.count_seen([seen, other]), part.count_seen([seen, other])) == (1, 1)
     assert (whole.count_seen([other]), part.count_seen([other])) == (0, None)
+
+
+def write_words(count, seed):
+    return " ".join(f"w{value}" for value in np.random.default_rng(seed).integers(500, size=count))
+
+
+def test_a_short_text_was_trained_on_as_a_whole_or_with_its_neighbours():
+    """Texts of one kind have runs of eight words in common; that alone says nothing."""
+    common = write_words(9, 0)
+    trained = [f"{common} {write_words(8, seed)}" for seed in range(1, 40)]
+    sketch = TextSketch.build([hash_shingles(text) for text in trained])
+    assert sketch.count_seen([f"{common} {write_words(8, seed)}" for seed in range(50, 90)]) == 0
+    assert sketch.count_seen([trained[3].upper(), f"{common} x", trained[7]]) == 2
+    book = write_words(400, 7)
+    lines = [" ".join(book.split()[start : start + 10]) for start in range(0, 400, 10)]
+    whole = TextSketch.build([hash_shingles(book)])
+    assert whole.count_seen(lines) > 35, "its lines, one after the other"
+    assert whole.count_seen([write_words(10, seed) for seed in range(100, 140)]) == 0
+    assert whole.count_seen([book, write_words(60, 9)]) == 1

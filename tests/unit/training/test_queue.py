@@ -164,6 +164,8 @@ def test_a_text_that_was_repaired_or_has_changed_after_a_kill_trains_alone(recip
     path.write_bytes(b"\x00" * 50)
     with pytest.raises(DataError, match=r"'d1' .*published: d0@1, d2@1, d3@1"):
         train_recipes(recipes, store, reporter, num_slots=2)
+    with pytest.raises(DataError, match=r"'d1' has no usable text: .*published: d0@1, d2@1, d3@1"):
+        train_recipes(recipes, store, reporter, num_slots=2, resume=True)
     path.write_text(good)
     train_recipes(recipes, store, reporter, num_slots=2, resume=True)
     assert list_all_versions(store) == {f"d{n}": [1] for n in range(4)}
@@ -175,9 +177,10 @@ def test_a_text_that_was_repaired_or_has_changed_after_a_kill_trains_alone(recip
     assert 0 < len(done) < 4
     waiting = next(index for index in range(4) if f"d{index}" not in done)
     Path(recipes[waiting].data.sources[0]).write_text(make_text(60, seed=77))
-    longer = [r.model_copy(update={"train": r.train.model_copy(update={"steps": 30})}) for r in recipes]
-    with pytest.raises(MismatchError, match="the run to resume differs"):
-        train_recipes(longer, again, reporter, num_slots=2, resume=True)
+    for section, change in (("train", {"steps": 30}), ("lora", {"targets": ("c_attn.q", "mlp.c_fc")})):
+        other = [r.model_copy(update={section: getattr(r, section).model_copy(update=change)}) for r in recipes]
+        with pytest.raises(MismatchError, match="the run to resume differs"):
+            train_recipes(other, again, reporter, num_slots=2, resume=True)
     train_recipes(recipes, again, reporter, num_slots=2, resume=True)
     assert list_all_versions(again) == {f"d{n}": [1] for n in range(4)}, "what was published stays"
 
@@ -345,6 +348,21 @@ def test_a_folder_that_has_grown_trains_what_is_new(recipes, store, reporter, mo
     report = train_recipes(recipes[:5], store, reporter, num_slots=2, resume=True)
     assert report.already_complete
     assert len(report.adapters) == 5
+
+
+def test_what_was_continued_or_rolled_back_stays_when_the_folder_grows(recipes, store, reporter):
+    train_recipes(recipes[:2], store, reporter, num_slots=2)
+    values = recipes[0].model_dump(exclude_unset=True)
+    values |= {"lora": {"init_from": "d0"}, "data": {**values["data"], "sources": recipes[2].data.sources}}
+    train_recipes([type(recipes[0]).model_validate(values)], store, reporter)
+    assert store.read_current("d0") == 2
+    train_recipes(recipes[:3], store, reporter, num_slots=2, resume=True)
+    assert list_all_versions(store) == {"d0": [1, 2], "d1": [1], "d2": [1]}
+    assert store.read_current("d0") == 2
+    store.use_version("d0", 1)
+    train_recipes(recipes[:4], store, reporter, num_slots=2, resume=True)
+    assert list_all_versions(store)["d0"] == [1, 2]
+    assert store.read_current("d0") == 1
 
 
 def test_what_has_changed_is_trained_again_and_only_that(recipes, store, reporter):
