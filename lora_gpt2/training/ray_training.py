@@ -46,11 +46,10 @@ from lora_gpt2.training.run import (
     TrainReport,
     describe_texts,
     join_names,
-    pin_parent,
     resolve_learning_rate,
 )
 from lora_gpt2.training.slot import TrainingSlot, check_together, fingerprint_recipes
-from lora_gpt2.training.start import inherit_shape
+from lora_gpt2.training.start import inherit_shape, pin_parent
 from lora_gpt2.training.task_inputs import check_sendable, collect_inputs, name_base
 
 LEDGER = "published.json"

@@ -178,6 +178,15 @@ def test_a_text_is_given_to_the_adapter_that_wrote_it(session, name):
         assert choice.adapter in ("base", min(choice.nll_nats_per_token, key=choice.nll_nats_per_token.get))
 
 
+def test_copies_of_an_adapter_do_not_share_its_probability(session, base, store):
+    text = sample(session, Mix.single("law"), 40)
+    alone = choose_adapter(session, text, ["code", "law"])
+    publish_adapter(store, "law-stable", make_adapter(base.config, 1), base, Origin())
+    found = choose_adapter(Session(base, store), text, ["code", "law", "law-stable"])
+    assert (found.adapter, found.probability) == ("law", pytest.approx(alone.probability))
+    assert list(found.nll_nats_per_token) == ["code", "law", "base"]
+
+
 def test_the_likelihoods_are_those_of_one_row_alone(session):
     choice = choose_adapter(session, "the cat", ["law", "code"])
     base = session.base
