@@ -222,10 +222,10 @@ def load_tokenizer(
 
 def _leave_out(backend: BackendTokenizer, vocab_size: int | None) -> BackendTokenizer:
     """Returns the backend without added tokens beyond a vocabulary."""
-    values = json.loads(backend.to_str())
-    known = [token for token in values["added_tokens"] if vocab_size is None or token["id"] < vocab_size]
-    if len(known) == len(values["added_tokens"]):
+    if vocab_size is None or all(index < vocab_size for index in backend.get_added_tokens_decoder()):
         return backend
+    values = json.loads(backend.to_str())
+    known = [token for token in values["added_tokens"] if token["id"] < vocab_size]
     return BackendTokenizer.from_str(json.dumps({**values, "added_tokens": known}))
 
 
