@@ -171,8 +171,6 @@ def run(arguments: list[str]) -> int:
             sys.stderr.write(printable(traceback.format_exc(), keep_lines=True))
         ours = translate(error)
         report(ours, as_json="--json" in arguments)
-        if isinstance(ours, Interrupted):
-            return 128 + ours.signal_number
         return ours.exit_code
 
 

@@ -19,7 +19,7 @@ import click
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.dirs import find_runs_dir
-from lora_gpt2.core.errors import CheckFailed, ResourceError, UsageError
+from lora_gpt2.core.errors import CheckFailed, LoraGpt2Error, ResourceError, UsageError
 from lora_gpt2.core.printable import printable
 from lora_gpt2.recipe_files import TrainingItem, check_read, list_items
 from lora_gpt2.store.catalog import Store
@@ -236,9 +236,14 @@ def emit(
 
 def end_as_failed(message: str, hint: str, as_json: bool) -> NoReturn:
     """Ends the command as `CheckFailed` does; quietly with --json, where the one document has said it."""
+    end_with(CheckFailed(message, hint), as_json)
+
+
+def end_with(error: LoraGpt2Error, as_json: bool) -> NoReturn:
+    """Ends the command with an error after its result; quietly with --json, where the one document has said it."""
     if as_json:
-        raise click.exceptions.Exit(CheckFailed.exit_code)
-    raise CheckFailed(message, hint)
+        raise click.exceptions.Exit(error.exit_code)
+    raise error
 
 
 def _finite(value: Any) -> Any:

@@ -18,6 +18,7 @@ from lora_gpt2.commands.shared import (
     base_option,
     data_option,
     emit,
+    end_with,
     format_bytes,
     format_seconds,
     items_argument,
@@ -33,15 +34,15 @@ from lora_gpt2.commands.shared import (
     suggest_next,
 )
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import InterruptedRunError, UsageError
+from lora_gpt2.core.errors import InterruptedRunError, LoraGpt2Error, UsageError
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.recipe_files import load_recipe, name_recipe
 from lora_gpt2.store.catalog import Store
 
 if TYPE_CHECKING:
     from lora_gpt2.recipe import Recipe
+    from lora_gpt2.training.publish import TrainReport
     from lora_gpt2.training.publish_preferences import PreferenceReport
-    from lora_gpt2.training.run import TrainReport
 
 T = TypeVar("T")
 MOST_EXPLAINED = 8  # adapters, line by line
@@ -126,12 +127,15 @@ def command(
 
     train = functools.partial(_train, chosen, store, reporter, ray, num_slots)
     with run.watching(reporter):
-        report = _ask_to_resume(train, run)
+        report, error = _train_what_can_be(train, run)
     if not report.adapters:  # another process of this launch speaks
         return
-    emit({"adapters": [asdict(item) for item in report.adapters]}, as_json, lambda: _render(report.adapters))
+    result = {"adapters": [asdict(item) for item in report.adapters], "failures": report.failures}
+    emit(result, as_json, lambda: _render(report.adapters))
     for item in report.adapters[:MOST_EXPLAINED]:
         reporter.message(f"{item.name}: {item.verdict}; {item.forgetting}")
+    if error is not None:
+        end_with(error, as_json)
     first = report.adapters[0].name
     suggest_next(reporter, "generate", SAMPLE_PROMPT, "--adapter", first, store=store)
     reporter.message(f"see:  {store.resolve(first) / 'report.html'}")
@@ -152,6 +156,18 @@ def _train_preferences(
     reporter.message(f"{report.name}: {report.verdict}")
     compared = ["--adapter", str(report), "--adapter", report.parents[0], "--prompts", "FILE"]
     suggest_next(reporter, "rate", *compared, store=store)
+
+
+def _train_what_can_be(
+    train: Callable[[bool, bool], TrainReport], run: RunOptions
+) -> tuple[TrainReport, LoraGpt2Error | None]:
+    """Returns the report, with the error of a run of which other adapters were published."""
+    try:
+        return _ask_to_resume(train, run), None
+    except LoraGpt2Error as error:
+        if error.report is None or not error.report.adapters:
+            raise
+        return error.report, error
 
 
 def _ask_to_resume(train: Callable[[bool, bool], T], run: RunOptions) -> T:

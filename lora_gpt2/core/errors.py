@@ -26,7 +26,7 @@ shows it, ends with the hint in Python's words.
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import Any, Self
 
 SETTING = re.compile(r"--set ([a-z0-9_.]+)=('[^']*'|\[[^\]]*\]|[^\s,;)]+)")
 OPTION = re.compile(r"--(base|name|store|forget)\b(?: (?!(?:or|and|is|in|to)\b)([\w./$-]*\w))?")
@@ -42,15 +42,24 @@ SWITCHES = {
 
 
 class LoraGpt2Error(Exception):
-    """Base of the tree. `message` says what is wrong, `hint` what to do next, `exit_code` how the command ends."""
+    """Base of the tree. `message` says what is wrong, `hint` what to do next, `exit_code` how the command ends.
 
-    exit_code: ClassVar[int] = 1
+    `report` has what was finished all the same: the `TrainReport` of a run of which other adapters are published.
+    """
+
+    exit_code: int = 1
+    report: Any = None
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.add_note(to_python(hint))
+
+    def with_report(self, report: object) -> Self:
+        """Returns this error with a report of what was finished."""
+        self.report = report
+        return self
 
     def __reduce__(self) -> tuple[type[LoraGpt2Error], tuple[str, str], dict[str, object]]:
         """Comes whole from another process."""
@@ -159,7 +168,7 @@ class Interrupted(LoraGpt2Error):
 
     def __init__(self, message: str, hint: str, signal_number: int = 2) -> None:
         super().__init__(message, hint)
-        self.signal_number = signal_number
+        self.signal_number, self.exit_code = signal_number, 128 + signal_number
 
 
 class Waiting(Interrupted):

@@ -23,9 +23,8 @@ from lora_gpt2.training.candidates import CandidateReport, Search
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.memory import count_fitting, measure_budget
 from lora_gpt2.training.plan import measure_speed, read_shape
-from lora_gpt2.training.publish import report_published
+from lora_gpt2.training.publish import TrainReport, report_published
 from lora_gpt2.training.rounds import LAST, GroupRound, Outcome, Publication, Standing, run_group
-from lora_gpt2.training.run import TrainReport
 from lora_gpt2.training.slot import fingerprint_recipes, group_recipes
 
 LEDGER = "search.json"

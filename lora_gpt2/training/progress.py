@@ -71,15 +71,16 @@ def describe_states(
     states = {slot.name: ("waiting", "") for slot in queue.waiting} if queue else {}
     states |= {slot.name: describe(slot) for slot in slots}
     for name, outcome in queue.finished.items() if queue else ():
-        states[name] = ("failed", outcome.failure) if outcome.failure else ("published", outcome.reference)
+        state = "failed" if outcome.failure else "unchanged" if outcome.is_unchanged else "published"
+        states[name] = (state, outcome.failure or outcome.reference)
     return states
 
 
-def describe_failures(slots: Sequence[TrainingSlot], queue: DomainQueue | None) -> str:
-    """Returns what went wrong with the domains that failed, or nothing."""
+def list_failures(slots: Sequence[TrainingSlot], queue: DomainQueue | None) -> dict[str, str]:
+    """Returns what went wrong with the adapters that failed, by name; see `TrainReport.failures`."""
     found = {name: outcome.failure for name, outcome in queue.finished.items()} if queue else {}
     running = {slot.name: f"diverged at {slot.failure}" for slot in slots if slot.failure and slot.name not in found}
-    return "; ".join(f"'{name}' {failure}" for name, failure in {**found, **running}.items() if failure)
+    return {name: failure for name, failure in {**found, **running}.items() if failure}
 
 
 def is_checkpoint_due(slots: Sequence[TrainingSlot], step: int) -> bool:

@@ -15,8 +15,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import IntegrityError, NotFoundError
+from lora_gpt2.core.errors import DataError, IntegrityError, NotFoundError, ResourceError, TrainingDiverged
 from lora_gpt2.core.memory import check_room
+from lora_gpt2.core.printable import join_names
 from lora_gpt2.data.prepared import SKETCH, describe_preparation
 from lora_gpt2.data.successors import DRAFTER, SuccessorTable
 from lora_gpt2.evaluation.general import measure_general
@@ -70,6 +71,39 @@ class AdapterReport:
         return f"{self.name}@{self.version}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """The adapters of a run, and by name why others failed; `already_complete` if there was nothing left to do."""
+
+    adapters: list[AdapterReport]
+    failures: dict[str, str] = field(default_factory=dict)
+    already_complete: bool = False
+
+    def raise_failures(self) -> TrainReport:
+        """Returns the report, if no adapter failed.
+
+        Raises `TrainingDiverged`, `DataError` or `ResourceError` (it was lost), with the report.
+        """
+        if not self.failures:
+            return self
+        failures, published = describe_failures(self.failures), join_names([str(each) for each in self.adapters])
+        message = f"{failures}; {f'published: {published}' if published else 'nothing was published'}"
+        if "diverged" in failures:
+            hint = "use a smaller --set train.learning_rate, with --fresh"
+            raise TrainingDiverged(message, hint).with_report(self)
+        if all(NO_TEXT in failure for failure in self.failures.values()):
+            raise DataError(message, "fix the text, and train it alone, or with --resume").with_report(self)
+        raise ResourceError(message, "fix these, and train them with --resume").with_report(self)
+
+
+def describe_failures(failures: Mapping[str, str]) -> str:
+    """Returns in one line why adapters failed, by name; those that failed for the same reason together."""
+    reasons = dict.fromkeys(failures.values())
+    named = {why: join_names([f"'{name}'" for name, each in failures.items() if each == why]) for why in reasons}
+    return "; ".join(f"{names} {why}" for why, names in named.items())
+
+
+NO_TEXT = "has no usable text"
 NOT_FIGURES = ("name", "version", "path", "parents")
 
 

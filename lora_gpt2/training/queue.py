@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import DataError, LoraGpt2Error
+from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.model.base import Base
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.memory import list_concurrent, measure_budget
-from lora_gpt2.training.publish import find_up_to_date
+from lora_gpt2.training.publish import NO_TEXT, find_up_to_date
 from lora_gpt2.training.slot import MICRO_BATCHING, TrainedAdapter, TrainingSlot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What became of a domain: the reference of its adapter, or why it failed."""
+    """What became of a domain: the reference of its adapter (`is_unchanged` if it needed no training), or a failure."""
 
     reference: str = ""
     failure: str = ""
+    is_unchanged: bool = False
 
 
 class DomainQueue:
@@ -45,7 +46,7 @@ class DomainQueue:
     ) -> None:
         self.waiting, self.publish = deque(waiting), publish
         self.is_closed = False
-        self.finished = {name: Finished(failure=f"has no usable text: {why}") for name, why in unreadable.items()}
+        self.finished = {name: Finished(failure=why) for name, why in describe_unreadable(unreadable).items()}
 
     def finish(self, slot: TrainingSlot, conclude: Callable[[], TrainedAdapter]) -> None:
         """Publishes the adapter of a slot, unless it failed."""
@@ -113,11 +114,9 @@ def _has_other_texts(run: RunFolder, identity: Mapping[str, Any], reporter: Repo
     return True
 
 
-def raise_unreadable(unreadable: Mapping[str, LoraGpt2Error], published: Iterable[str]) -> None:
-    """Raises `DataError` where a queue has nothing left to train but texts that cannot be read."""
-    if unreadable:
-        said = "; ".join(f"'{name}' has no usable text: {error.message}" for name, error in unreadable.items())
-        raise DataError(f"{said}; published: {', '.join(sorted(published))}", "fix the text, and use --resume")
+def describe_unreadable(unreadable: Mapping[str, LoraGpt2Error]) -> dict[str, str]:
+    """Returns why domains get no slot, by name; see `TrainReport.failures`."""
+    return {name: f"{NO_TEXT}: {error.message}" for name, error in unreadable.items()}
 
 
 def queue_domains(
@@ -140,7 +139,7 @@ def queue_domains(
         num_slots = len(list_concurrent(base.config, recipes, base.runtime, budget, num_slots))
     ordered = order_domains(slots)
     queue = DomainQueue(ordered[num_slots:], publish, unreadable)
-    queue.finished |= {name: Finished(reference=reference) for name, reference in skipped.items()}
+    queue.finished |= {name: Finished(reference=reference, is_unchanged=True) for name, reference in skipped.items()}
     return ordered[:num_slots], queue
 
 

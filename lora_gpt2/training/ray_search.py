@@ -20,10 +20,9 @@ from lora_gpt2.training.grouped_search import GroupTask
 from lora_gpt2.training.mailbox import Files, Mailbox
 from lora_gpt2.training.memory import count_fitting, measure_budget
 from lora_gpt2.training.plan import measure_speed, read_shape
-from lora_gpt2.training.publish import report_published
+from lora_gpt2.training.publish import TrainReport, report_published
 from lora_gpt2.training.remote import publish_delivered, run_remote_group
 from lora_gpt2.training.rounds import Outcome
-from lora_gpt2.training.run import TrainReport
 from lora_gpt2.training.task_inputs import check_sendable, collect_inputs, name_base
 
 

@@ -15,12 +15,9 @@ from pathlib import Path
 from lora_gpt2.core.console import OnceReporter, Reporter
 from lora_gpt2.core.errors import (
     CorruptError,
-    DataError,
     InterruptedRunError,
     LoraGpt2Error,
     MismatchError,
-    ResourceError,
-    TrainingDiverged,
     UsageError,
 )
 from lora_gpt2.core.files import wrap_os_errors, write_atomic
@@ -28,7 +25,7 @@ from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.names import check_name
-from lora_gpt2.core.printable import count_of
+from lora_gpt2.core.printable import count_of, join_names
 from lora_gpt2.core.ray_cluster import TaskLost, check_address, connect
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.checkpoint import Checkpoint
@@ -39,15 +36,10 @@ from lora_gpt2.store.manifest import MANIFEST, parse_manifest
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.mailbox import Files, Mailbox, has_state
 from lora_gpt2.training.memory import MOST_SLOTS
-from lora_gpt2.training.publish import find_up_to_date, report_published
+from lora_gpt2.training.publish import NO_TEXT, TrainReport, find_up_to_date, report_published
 from lora_gpt2.training.queue import order_domains
 from lora_gpt2.training.remote import RemoteTask, publish_delivered, run_task
-from lora_gpt2.training.run import (
-    TrainReport,
-    describe_texts,
-    join_names,
-    resolve_learning_rate,
-)
+from lora_gpt2.training.run import describe_texts, resolve_learning_rate
 from lora_gpt2.training.slot import TrainingSlot, check_together, fingerprint_recipes
 from lora_gpt2.training.start import inherit_shape, pin_parent
 from lora_gpt2.training.task_inputs import check_sendable, collect_inputs, name_base
@@ -161,7 +153,7 @@ def train_on_ray(
         MismatchError: the run to resume had other settings.
         InterruptedRunError: an interrupted run is there, and neither `resume` nor `fresh` says what becomes of it.
         ResourceError: Ray is not installed, there is no such cluster, or a task was lost too often; the others go on.
-        TrainingDiverged, DataError: an adapter failed; the others are published.
+        TrainingDiverged, DataError: an adapter failed; the others are published, and in the error's `report`.
         Interrupted: what has come back is published.
     """
     names = [check_name(recipe.name) for recipe in recipes]
@@ -195,14 +187,11 @@ def train_on_ray(
         if any(slot.name not in driver.published for slot in slots):
             failures |= _train(driver, slots, address, num_slots)
         references = [driver.published[name] for name in sorted(driver.published)]
-        if failures:
-            message = "; ".join(dict.fromkeys(failures.values()))
-            is_text = all("no usable text" in failure for failure in failures.values())
-            kind = TrainingDiverged if "diverged" in message else DataError if is_text else ResourceError
-            raise kind(f"{message}; published: {join_names(references)}", "fix these, and train them with --resume")
+        adapters = [report_published(store, reference) for reference in references]
+        report = TrainReport(adapters=adapters, failures=failures).raise_failures()
         (driver.run.path / LEDGER).unlink()
         shutil.rmtree(driver.states, ignore_errors=True)
-    return TrainReport(adapters=[report_published(store, reference) for reference in references])
+    return report
 
 
 def _check(recipes: Sequence[Recipe], names: Sequence[str], address: str) -> None:
@@ -222,7 +211,7 @@ def _read_texts(recipes: Sequence[Recipe], reporter: Reporter) -> tuple[list[Tra
         try:
             data = prepare_data(recipe.data, checkpoint.load_tokenizer(), reporter)
         except LoraGpt2Error as error:
-            failures[recipe.name] = f"'{recipe.name}' has no usable text: {error.message}"
+            failures[recipe.name] = f"{NO_TEXT}: {error.message}"
             reporter.message(f"{recipe.name} is left out: {error.message}")
         else:
             known = resolve_learning_rate(name_base(recipe), checkpoint.config.n_embd)
@@ -233,7 +222,7 @@ def _read_texts(recipes: Sequence[Recipe], reporter: Reporter) -> tuple[list[Tra
 
 
 def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slots: int) -> dict[str, str]:
-    """Runs the tasks, and publishes what they deliver; returns what failed, by the task."""
+    """Runs the tasks, and publishes what they deliver; returns what failed, by name."""
     failures, known = dict[str, str](), {slot.name: slot for slot in slots}
     with connect(address) as cluster, catch_signals() as stop:  # Ray has a handler of its own for SIGTERM
         mailbox = cluster.start_actor(Mailbox, driver.states)
@@ -264,9 +253,12 @@ def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slo
                 shown = tokens
 
             for key, result in cluster.run(run_task, calls, collect):
-                failure = result.reason if isinstance(result, TaskLost) else result
-                failures |= {key: failure} if failure else {}
-                if not failure or "diverged" in failure:  # which would diverge again
+                if isinstance(result, TaskLost):
+                    lost = (recipe.name for recipe in calls[key][0].recipes if recipe.name not in driver.published)
+                    failures |= dict.fromkeys(lost, f"not trained: {result.reason}")
+                    continue
+                failures |= result
+                if all("diverged" in failure for failure in result.values()):  # which would diverge again
                     mailbox.forget_state(key)
     return failures
 

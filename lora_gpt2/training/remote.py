@@ -54,8 +54,8 @@ class RemoteTask:
     num_slots: int
 
 
-def run_task(task: RemoteTask, inputs: TaskInputs, mailbox: Mailbox) -> str:
-    """Trains the domains of a task; returns what went wrong, "" if nothing did.
+def run_task(task: RemoteTask, inputs: TaskInputs, mailbox: Mailbox) -> dict[str, str]:
+    """Trains the domains of a task; returns what went wrong, by name.
 
     What is wrong with one domain does not stop the others. Raises `Interrupted` where this machine is told to stop: the
     task is to go on elsewhere.
@@ -66,8 +66,10 @@ def run_task(task: RemoteTask, inputs: TaskInputs, mailbox: Mailbox) -> str:
         except Interrupted:  # of this machine, not of the run
             raise
         except LoraGpt2Error as error:
-            return error.message.partition("; published: ")[0]
-        return ""
+            if error.report is not None:
+                return dict(error.report.failures)
+            return dict.fromkeys((recipe.name for recipe in task.recipes), f"failed: {error.message}")
+        return {}
 
 
 def run_remote_group(key: str, task: GroupTask, inputs: TaskInputs, mailbox: Mailbox) -> Outcome:

@@ -18,7 +18,8 @@ from lora_gpt2.recipe import Recipe
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.candidates import CandidateReport, build_page, describe_candidate
 from lora_gpt2.training.halving import keep_rung, rate, score
-from lora_gpt2.training.run import TrainReport, train_recipes
+from lora_gpt2.training.publish import TrainReport
+from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.slot import TrainingSlot
 
 if TYPE_CHECKING:

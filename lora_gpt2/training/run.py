@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +11,12 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.console import Reporter, SilentReporter
-from lora_gpt2.core.errors import (
-    DataError,
-    Interrupted,
-    InterruptedRunError,
-    LoraGpt2Error,
-    TrainingDiverged,
-    UsageError,
-)
+from lora_gpt2.core.errors import Interrupted, InterruptedRunError, LoraGpt2Error, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
 from lora_gpt2.core.names import check_name
+from lora_gpt2.core.printable import join_names
 from lora_gpt2.data.prepared import (
     PreparedData,
     check_sources,
@@ -43,9 +37,9 @@ from lora_gpt2.training.events import Callback
 from lora_gpt2.training.halving import Halving
 from lora_gpt2.training.memory import wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
-from lora_gpt2.training.progress import describe_failures
-from lora_gpt2.training.publish import AdapterReport, Publisher
-from lora_gpt2.training.queue import find_finished, queue_domains, raise_unreadable
+from lora_gpt2.training.progress import list_failures
+from lora_gpt2.training.publish import Publisher, TrainReport
+from lora_gpt2.training.queue import describe_unreadable, find_finished, queue_domains
 from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.samples import generate_sample
 from lora_gpt2.training.slot import (
@@ -67,20 +61,11 @@ from lora_gpt2.training.start import (
 from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
 
-MOST_NAMED = 8
 CHECKPOINT_FORMAT = 3  # version of what a checkpoint holds
 
 
 Conclude = Callable[[Trainer, int], Mapping[str, bytes]]
 """Receives the trainer and its best slot when training has ended; returns files to publish with the adapter."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """The adapters of a run; `already_complete` if there was nothing left to do."""
-
-    adapters: list[AdapterReport]
-    already_complete: bool = False
 
 
 def train_recipes(
@@ -112,9 +97,9 @@ def train_recipes(
         InterruptedRunError: an interrupted run is there, and neither `resume` nor `fresh` says what becomes of it.
         MismatchError: `resume` with other settings, data or base than the run on disk.
         ResourceError: it does not fit into memory; the last checkpoint is kept.
-        TrainingDiverged: an adapter failed; the others of the run are published.
-        DataError: there is no text in a recipe's sources; the others of a queue are published.
-        Interrupted: nothing is published; the last checkpoint is kept.
+        TrainingDiverged: an adapter failed; the others of the run are published, and in the error's `report`.
+        DataError: there is no text in a recipe's sources; the others of a queue are published, and in its `report`.
+        Interrupted: the last checkpoint is kept; what a queue has published is in its `report`.
     """
     names = [check_name(recipe.name) for recipe in recipes]
     if len(set(names)) < len(names):
@@ -165,12 +150,6 @@ class _Options:
     replay: Path | None
 
 
-def join_names(names: Sequence[str]) -> str:
-    """Returns some names in one line; of many, the first and how many more there are."""
-    shown = ", ".join(names[:MOST_NAMED])
-    return shown if len(names) <= MOST_NAMED else f"{shown} and {len(names) - MOST_NAMED} more"
-
-
 def _train_locked(
     recipes: Sequence[Recipe],
     store: Store,
@@ -200,8 +179,9 @@ def _train_locked(
     if checkpoint and num_slots is not None:  # its tensors have a row for each slot that it had
         num_slots = len(checkpoint[1]["names"])
     if len(skipped) == len(slots):
-        raise_unreadable(unreadable, skipped.values())
-        return TrainReport(adapters=publisher.list_reports(sorted(skipped.values())), already_complete=True)
+        adapters = publisher.list_reports(sorted(skipped.values()))
+        report = TrainReport(adapters=adapters, failures=describe_unreadable(unreadable), already_complete=True)
+        return report.raise_failures()
     rows, queue = queue_domains(slots, num_slots, base, publisher.publish_aloud, unreadable, skipped)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in rows]):
         trainer = Trainer(
@@ -222,24 +202,17 @@ def _train_locked(
             reporter.message(f"{'going on' if halving and halving.is_begun else 'resuming'} at step {trainer.step}")
         elif is_main:
             run.begin(identity)
-        watched = run.status.report(_describe_run(base, slots, store, halving)) if is_main else nullcontext()
+        watched = (
+            run.status.report(_describe_run(base, slots, store, halving, unreadable)) if is_main else nullcontext()
+        )
         with track([slot.recipe for slot in slots], run.path, enabled=is_main) as log, watched:
             trained = trainer.train(stop, log)
             if not is_main:
                 return TrainReport(adapters=[])
-            published, failure = _publish(trainer, trained, publisher, run, options.conclude)
-    return _finish(run, publisher, published, failure, is_queue=queue is not None)
-
-
-def _finish(
-    run: RunFolder, publisher: Publisher, published: list[str], failure: LoraGpt2Error | None, *, is_queue: bool
-) -> TrainReport:
-    """Ends a run, or raises its failure; a queue has ended then too, and goes on with what is new."""
-    if failure is None or is_queue:
-        run.finish(published)
-    if failure is not None:
-        raise failure
-    return TrainReport(adapters=publisher.list_reports(published))
+            report = _publish(trainer, trained, publisher, run, options.conclude)
+    if queue or not report.failures:  # a queue has ended then too, and goes on with what is new
+        run.finish([str(adapter) for adapter in report.adapters])
+    return report.raise_failures()
 
 
 def _publish(
@@ -248,11 +221,8 @@ def _publish(
     publisher: Publisher,
     run: RunFolder,
     conclude: Conclude | None,
-) -> tuple[list[str], LoraGpt2Error | None]:
-    """Publishes what was trained, unless a queue has done so; returns the references, and what went wrong.
-
-    Raises `Interrupted` if others wait.
-    """
+) -> TrainReport:
+    """Publishes what was trained, unless a queue has done so. Raises `Interrupted` if others wait."""
     halving, queue = trainer.halving, trainer.queue
     best = halving.choose(trainer.slots) if halving else 0
     watched_names = [trainer.slots[best].name] if halving else [outcome.slot.name for outcome in trained]
@@ -260,15 +230,12 @@ def _publish(
     published = [publisher.publish(outcome, pages) for outcome in trained]
     run.status.update({name: ("published", said) for name, said in zip(watched_names, published, strict=True)})
     published = queue.list_references() if queue else published
+    failures = {} if halving else list_failures(trainer.slots, queue)
+    report = TrainReport(adapters=publisher.list_reports(published), failures=failures)
     if queue and queue.waiting:
         hint = f"{join_names(published)} published; --resume trains the {len(queue.waiting)} that wait"
-        raise Interrupted("stopped on request", hint, signal.SIGINT)
-    if (failures := describe_failures(trainer.slots, queue)) and halving is None:
-        message = f"{failures}; published: {join_names(published)}"
-        if "diverged" in failures:
-            return published, TrainingDiverged(message, "train it again with a smaller train.learning_rate")
-        return published, DataError(message, "fix the text, and train it alone, or with --resume")
-    return published, None
+        raise Interrupted("stopped on request", hint, signal.SIGINT).with_report(report)
+    return report
 
 
 def _open_slots(
@@ -349,8 +316,11 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     return True
 
 
-def _describe_run(base: Base, slots: Sequence[TrainingSlot], store: Store, halving: Halving | None) -> dict[str, Any]:
+def _describe_run(
+    base: Base, slots: Sequence[TrainingSlot], store: Store, halving: Halving | None, unreadable: Iterable[str]
+) -> dict[str, Any]:
     """Returns what those who watch a run are told of it."""
+    left_out = {"description": "", "num_steps": 0, "tokens_per_step": 0}
     return {
         "kind": "tune" if halving else "train",
         "base": base.name,
@@ -365,7 +335,8 @@ def _describe_run(base: Base, slots: Sequence[TrainingSlot], store: Store, halvi
                 "tokens_per_step": slot.tokens_per_step,
             }
             for slot in slots
-        ],
+        ]
+        + [{"name": name, **left_out} for name in unreadable],
     }
 
 

@@ -26,7 +26,8 @@ POLL_SECONDS = 0.5
 OWNER = "LORA_GPT2_RUN_OWNER"  # in the environment: what tells the runs of a process that somebody started
 RunState = Literal["training", "waiting", "done", "stopped", "failed"]
 States = Mapping[str, tuple[str, str]]
-"""By adapter: waiting, training, measuring, dropped (a candidate), published or failed; and a detail for people."""
+"""By adapter: waiting, training, measuring, dropped (a candidate), published, unchanged (needed no training) or failed;
+and a detail for people."""
 
 
 class RunStatus:

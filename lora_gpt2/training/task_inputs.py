@@ -10,6 +10,7 @@ from typing import Any
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import AUTO
+from lora_gpt2.core.printable import join_names
 from lora_gpt2.data.prepared import PreparedData
 from lora_gpt2.model.checkpoint import Checkpoint, name_everywhere
 from lora_gpt2.model.stored_weights import fingerprint_base
@@ -20,7 +21,6 @@ from lora_gpt2.store.fetch import is_foreign
 from lora_gpt2.store.manifest import MANIFEST, parse_manifest
 from lora_gpt2.training.mailbox import Files, read_folder, write_folder
 from lora_gpt2.training.replay import prepare_replay
-from lora_gpt2.training.run import join_names
 
 
 @dataclass(frozen=True, kw_only=True)

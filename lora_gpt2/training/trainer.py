@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import Interrupted, TrainingDiverged
+from lora_gpt2.core.errors import Interrupted
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.core.memory import release_freed
 from lora_gpt2.model.bank import AdapterBank
@@ -34,6 +34,7 @@ from lora_gpt2.training.halving import Halving, average_weights
 from lora_gpt2.training.journal import mark_stop_requests, write_metrics, write_states
 from lora_gpt2.training.micro_batches import MicroBatchBuilder
 from lora_gpt2.training.process_group import ProcessGroup
+from lora_gpt2.training.publish import TrainReport
 from lora_gpt2.training.queue import DomainQueue
 from lora_gpt2.training.replay import Replay
 from lora_gpt2.training.slot import TrainedAdapter, TrainingSlot
@@ -150,8 +151,7 @@ class Trainer:
         if self.queue and any(outcome.reference for outcome in self.queue.finished.values()):
             return []
         if not healthy:
-            hint = "use a smaller --set train.learning_rate, with --fresh"
-            raise TrainingDiverged(f"{progress.describe_failures(self.slots, self.queue)}; nothing was published", hint)
+            TrainReport(adapters=[], failures=progress.list_failures(self.slots, self.queue)).raise_failures()
         self.save_checkpoint()  # so that a full disk while publishing costs no training
         return list(self._conclude([self.halving.choose(self.slots)] if self.halving else healthy, stop))
 

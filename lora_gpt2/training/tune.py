@@ -25,8 +25,8 @@ from lora_gpt2.training.checkpoint import open_run_folder
 from lora_gpt2.training.grouped_search import Devices, ThisDevice, divide, forget_groups, read_ledger, search_in_groups
 from lora_gpt2.training.halving import SuccessiveHalving, score
 from lora_gpt2.training.process_group import count_processes
-from lora_gpt2.training.publish import AdapterReport
-from lora_gpt2.training.run import TrainReport, resolve_learning_rate, train_recipes
+from lora_gpt2.training.publish import AdapterReport, TrainReport
+from lora_gpt2.training.run import resolve_learning_rate, train_recipes
 from lora_gpt2.training.slot import TrainingSlot
 from lora_gpt2.training.start import inherit_shape
 from lora_gpt2.training.trainer import Trainer

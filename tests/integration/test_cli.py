@@ -13,6 +13,7 @@ import pytest
 
 from lora_gpt2 import __version__
 from lora_gpt2.cli import main
+from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 from tests.builders import make_text
@@ -112,6 +113,24 @@ def test_a_folder_of_domains_trains_a_few_at_a_time(run, base_folder, tmp_path):
     code, out, err = run("train", "--all", folder, *own, "--resume")
     assert code == 0, err
     assert "already complete" in err
+    (folder / "broken.jsonl").write_bytes(b"\x00" * 50)
+    code, out, err = run("train", "--all", folder, *own, "--resume", "--json")
+    assert code == 3, err
+    assert len(json.loads(out)["adapters"]) == 5
+    assert "has no usable text" in json.loads(out)["failures"]["broken"]
+    (folder / "fresh.jsonl").write_text(make_text(60, seed=9))
+    code, out, err = run("train", "--all", folder, *own, "--resume")
+    assert code == 3
+    assert "fresh@1" in out, "what was trained is shown, whatever failed"
+    assert "error: 'broken' has no usable text" in err
+    (status,) = (found for found in find_cache_dir().glob("runs/*/status.json") if "fresh" in found.read_text())
+    states = json.loads(status.read_text())["adapters"]
+    assert {name: state for name, (state, _) in states.items()} == {
+        **dict.fromkeys(("d0", "d1", "d2", "d3", "own"), "unchanged"),
+        "fresh": "published",
+        "broken": "failed",
+    }
+    assert len(json.loads(status.with_name("run.json").read_text())["adapters"]) == 7
     assert run("train", "--all", folder, folder / "d0.jsonl", *own)[0] == 2
     assert run("train", "--all", tmp_path / "none", *own)[0] == 4
 

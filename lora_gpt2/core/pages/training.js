@@ -262,11 +262,12 @@ function updateRow({ name, num_steps }) {
   const row = rows[name], [state, detail] = stateOf(name), step = lastStep(name);
   const losses = measured(name, "validation_loss");
   row.choose.setAttribute("aria-current", String(name === selected));
-  row.state.textContent = state === "published" ? `${detail}${describeStop(name)}` : state;
+  row.state.textContent = { published: `${detail}${describeStop(name)}`, unchanged: `${detail}, needs no training` }[state] ?? state;
   row.state.className = `word state ${state}`;
   row.state.title = detail;
   row.bar.value = step / Math.max(1, num_steps);
-  row.steps.textContent = `${step.toLocaleString("en")} of ${num_steps.toLocaleString("en")}`;
+  row.bar.hidden = state === "unchanged" || !num_steps;
+  row.steps.textContent = row.bar.hidden ? "" : `${step.toLocaleString("en")} of ${num_steps.toLocaleString("en")}`;
   row.loss.textContent = smooth(column(name, "loss")).at(-1)?.[1].toFixed(2) ?? "";
   row.gain.textContent = losses.length ? `${perplexity(losses[0][1])} → ${perplexity(best(losses)[1])}` : "";
   const ys = losses.map(([, y]) => y), low = Math.min(...ys), high = Math.max(...ys);
@@ -291,7 +292,7 @@ function describeRun() {
   const counts = {};
   for (const { name } of data.run.adapters) counts[stateOf(name)[0]] = (counts[stateOf(name)[0]] ?? 0) + 1;
   const few = data.run.adapters.length === 1 ? Object.keys(counts)[0] : Object.entries(counts).map(([state, count]) => `${count} ${state}`).join(", ");
-  const words = { done: "finished", stopped: "stopped", failed: "failed", killed: "killed", waiting: "waiting", training: few }[data.status.state] ?? "begins";
+  const words = { done: counts.failed ? `finished, ${counts.failed} failed` : "finished", stopped: "stopped", failed: "failed", killed: "killed", waiting: "waiting", training: few }[data.status.state] ?? "begins";
   const published = data.run.adapters.filter(({ name }) => stateOf(name)[0] === "published").map(({ name }) => `${stateOf(name)[1]}${describeStop(name)}`);
   const shown = published.length > 8 ? `${published.length} adapters` : published.join(", ");
   const more = [data.status.state === "done" && shown ? `published ${shown}` : "", data.status.message].filter(Boolean);
@@ -312,6 +313,7 @@ function listFigures() {
   let left = 0, skipped = 0, done = 0, memory = 0;
   for (const { name, num_steps, tokens_per_step } of data.run.adapters) {
     const [state] = stateOf(name), step = lastStep(name);
+    if (state === "unchanged") continue;
     done += step * tokens_per_step;
     if (["training", "waiting"].includes(state)) left += (num_steps - step) * tokens_per_step;
     if (["published", "measuring"].includes(state)) skipped += (num_steps - step) * tokens_per_step;

@@ -133,8 +133,10 @@ def test_what_was_published_before_a_crash_is_not_published_again(recipes, store
 def test_a_domain_that_diverges_leaves_its_slot_to_the_next(recipes, store, reporter):
     hot = recipes[2].train.model_copy(update={"learning_rate": 1e38, "max_grad_norm": 0.0, "steps": 40})
     mixed = [recipes[0], recipes[2].model_copy(update={"train": hot}), *recipes[3:]]
-    with pytest.raises(TrainingDiverged, match=r"'d2' diverged at step .*published: d0@1, d3@1, d4@1, d5@1"):
+    with pytest.raises(TrainingDiverged, match=r"'d2' diverged at step .*published: d0@1, d3@1, d4@1, d5@1") as caught:
         train_recipes(mixed, store, reporter, num_slots=2)
+    assert list(caught.value.report.failures) == ["d2"]
+    assert [each.steps for each in caught.value.report.adapters] == [mixed[k].train.steps for k in (0, 2, 3, 4)]
     assert store.list_names() == ["d0", "d3", "d4", "d5"]
 
 
