@@ -103,6 +103,7 @@ def _to_json(plan: Plan) -> dict[str, Any]:
         "parts": vars(plan.memory),
         "settings": plan.changes,
         "adapters": len(plan.recipes),
+        "left_out": plan.left_out,
         "slots": plan.num_slots,
         "budget_bytes": plan.budget_bytes,
         "device": plan.device,

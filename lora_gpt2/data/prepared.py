@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ FORMAT = 10
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
 MANIFEST, REJECTED, SKETCH = "manifest.json", "rejected.jsonl", "training_text.bin"
+FINGERPRINT = re.compile("[0-9a-f]{16,128}")
 NOT_FINGERPRINTED = {"sources", "validation", "test", "num_proc"}
 FEW_TOKENS, COMFORTABLE_TOKENS = 50_000, 200_000
 FEW_VALIDATION_TOKENS = 2_000
@@ -93,6 +95,19 @@ def prepare_data(
     data = open_prepared(folder, settings, tokenizer)
     unread = describe_unread([*settings.sources, *settings.validation, *settings.test], settings)
     return replace(data, report=report | {"reading": [*report["reading"], *unread]})
+
+
+def find_prepared(
+    fingerprint: object, settings: DataSettings, tokenizer: Tokenizer, cache: Path | None = None
+) -> PreparedData | None:
+    """Returns the blocks of that fingerprint if they are still in the cache: what training saw, whatever came after."""
+    if not isinstance(fingerprint, str) or not FINGERPRINT.fullmatch(fingerprint):
+        return None
+    folder = (cache or find_cache_dir() / "prepared") / fingerprint
+    report = _read_report(folder)
+    if report is None or (report.get("format"), report.get("tokenizer_fingerprint")) != (FORMAT, tokenizer.fingerprint):
+        return None
+    return open_prepared(folder, settings, tokenizer)
 
 
 def open_prepared(folder: Path, settings: DataSettings, tokenizer: Tokenizer) -> PreparedData:

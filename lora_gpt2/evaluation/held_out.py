@@ -10,7 +10,7 @@ from typing import Any
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError
 from lora_gpt2.data.inspect import list_documents
-from lora_gpt2.data.prepared import SKETCH, SPLITS, PreparedData, prepare_data
+from lora_gpt2.data.prepared import SKETCH, SPLITS, PreparedData, find_prepared, prepare_data
 from lora_gpt2.data.read.records import Document
 from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
@@ -73,7 +73,8 @@ def read_sketches(store: Store | None, rows: Mapping[str, Iterable[str]]) -> dic
 def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | None = None) -> OwnText:
     """Returns the text of an adapter as training saw it, from the cache or prepared again; `base` for one that moved.
 
-    Raises `NotFoundError` where the version does not say what it was trained on, or its sources are no longer there.
+    Raises `NotFoundError` where the version does not say what it was trained on, or where the text is not in the cache
+    and its sources are no longer there.
     """
     manifest = store.read_manifest(reference)
     sources = manifest.recipe.get("data", {}).get("sources")
@@ -83,7 +84,8 @@ def read_own_text(store: Store, reference: str, reporter: Reporter, base: str | 
     stored = upgrade_section("data", manifest.recipe["data"])
     settings = build_recipe({"data": stored}, manifest.reference).data
     try:
-        prepared = prepare_data(settings, tokenizer, reporter)
+        kept = find_prepared(manifest.data.get("fingerprint"), settings, tokenizer)
+        prepared = kept or prepare_data(settings, tokenizer, reporter)
     except NotFoundError as error:
         raise NotFoundError(
             f"the text of {manifest.reference} is not where it was: {error.message}",

@@ -48,6 +48,7 @@ class Plan:
     """A run that has not begun: `recipes` as they would be trained, `num_slots` at a time, after `changes` to fit.
 
     `tokens_per_second` and `seconds` are None without a probe, `tokens` also where the amount of text is unknown.
+    `left_out` are adapters of a queue whose text cannot be read, and why.
     """
 
     fits: bool
@@ -60,6 +61,7 @@ class Plan:
     changes: dict[str, object]
     tokens: int | None
     tokens_per_second: float | None
+    left_out: dict[str, str]
 
     @property
     def seconds(self) -> float | None:
@@ -80,20 +82,19 @@ def plan_run(
 
     They train together, or take turns in `num_slots` slots; see `memory.list_concurrent`.
     """
-    recipes = [inherit_shape(recipe, store) for recipe in recipes]
     check_together(recipes)
+    data, left_out = _prepare(recipes, reporter, leaves_out=num_slots is not None)
+    recipes = [inherit_shape(recipe, store) for recipe in recipes if recipe.name not in left_out]
     config, runtime = read_shape(recipes[0])
     limit = measure_budget(runtime.device) if budget is None else budget
     fitting = fit_recipes(config, recipes, runtime, limit, num_slots)
     chosen = list(recipes) if fitting is None else fitting
     running = list_concurrent(config, chosen, runtime, limit, num_slots)
-    data = _prepare(recipes, reporter, leaves_out=num_slots is not None)
     speed = measure_speed(running, runtime, reporter) if probe and fitting is not None else None
     tokens = None
-    if data is not None or all(recipe.train.steps for recipe in chosen):
+    if data or all(recipe.train.steps for recipe in chosen):
         blocks = data or [build_random_data(recipe, config.vocab_size) for recipe in chosen]
-        pairs = zip(chosen, blocks, strict=True)
-        slots = [TrainingSlot(recipe=recipe, data=each) for recipe, each in pairs if each is not None]
+        slots = [TrainingSlot(recipe=recipe, data=each) for recipe, each in zip(chosen, blocks, strict=True)]
         tokens = sum(slot.num_steps * slot.tokens_per_step for slot in slots)
     return Plan(
         fits=fitting is not None,
@@ -106,6 +107,7 @@ def plan_run(
         changes=list_changes(recipes, chosen),
         tokens=tokens,
         tokens_per_second=speed,
+        left_out=left_out,
     )
 
 
@@ -148,22 +150,24 @@ def read_shape(recipe: Recipe) -> tuple[GPT2Config, Runtime]:
 
 def _prepare(
     recipes: Sequence[Recipe], reporter: Reporter, *, leaves_out: bool
-) -> Sequence[PreparedData | None] | None:
-    """Returns the text of each recipe, None for one that cannot be read and that a queue leaves out; else raises."""
-    if not all(recipe.data.sources for recipe in recipes):
-        return None
-    tokenizer = Checkpoint.open(recipes[0].base).load_tokenizer()
+) -> tuple[list[PreparedData], dict[str, str]]:
+    """Returns the text of each recipe, none if some have no sources; and by name why a queue leaves others out.
 
-    def prepare(recipe: Recipe) -> PreparedData | None:
+    Raises what `prepare_data` does where none is left out, or no other is left.
+    """
+    prepared, left_out = list[PreparedData](), dict[str, str]()
+    if not all(recipe.data.sources for recipe in recipes):
+        return prepared, left_out
+    tokenizer = Checkpoint.open(recipes[0].base).load_tokenizer()
+    for recipe in recipes:
         try:
-            return prepare_data(recipe.data, tokenizer, reporter)
+            prepared.append(prepare_data(recipe.data, tokenizer, reporter))
         except LoraGpt2Error as error:
-            if not leaves_out:
+            left_out[recipe.name] = error.message
+            if not leaves_out or len(left_out) == len(recipes):
                 raise
             reporter.message(f"{recipe.name} is left out: {error.message}")
-            return None
-
-    return [prepare(recipe) for recipe in recipes]
+    return prepared, left_out
 
 
 def measure_speed(recipes: Sequence[Recipe], runtime: Runtime, reporter: Reporter) -> float:

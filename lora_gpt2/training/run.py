@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from lora_gpt2.core.console import Reporter, SilentReporter
 from lora_gpt2.core.errors import Interrupted, InterruptedRunError, LoraGpt2Error, UsageError
 from lora_gpt2.core.files import wrap_os_errors
@@ -162,26 +164,26 @@ def _train_locked(
     halving, is_main = options.halving, process_group.is_main_process
     describe_texts({slots[0].name.rpartition(".")[0]: slots[0]} if halving else {s.name: s for s in slots}, reporter)
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter, options.replay))
-    identity = _identify_run(base, slots, process_group, [digest_parent(slot.recipe, store) for slot in slots])
-    identity["replay"] = replay.fingerprint if replay else ""
+    parents = [digest_parent(slot.recipe, store) for slot in slots]
+    identity = _identify_run(base, slots, process_group, parents, replay.fingerprint if replay else "")
     may_skip = is_main and options.resume and options.num_slots is not None
     found = find_finished(slots, store, base, run, identity, reporter) if may_skip else (dict[str, str](), False)
     skipped, is_over = process_group.broadcast_object(found)
     identity["skipped"] = skipped
-    can_resume = is_main and options.resume and not is_over and _can_resume(run, identity, reporter)
-    resume = process_group.broadcast_object(can_resume)
+    may_resume = is_main and options.resume and not is_over
+    resume = process_group.broadcast_object(may_resume and _can_resume(run, identity, reporter))
     publisher = Publisher(store=store, base=base, reporter=reporter, is_main_process=is_main, is_resumed=resume)
+    complete = sorted(skipped.values()) if len(skipped) == len(slots) else []
     if resume and (published := process_group.broadcast_object(run.read_published())):
         reporter.message(f"already complete: {join_names(published)}")
-        return TrainReport(adapters=publisher.list_reports(published), already_complete=True)
+        complete = published
+    if complete:
+        adapters, failures = publisher.list_reports(complete), describe_unreadable(unreadable)
+        return TrainReport(adapters=adapters, failures=failures, already_complete=True).raise_failures()
     checkpoint = process_group.broadcast_object(run.load(reporter) if resume and is_main else None)
     num_slots = options.num_slots
     if checkpoint and num_slots is not None:  # its tensors have a row for each slot that it had
         num_slots = len(checkpoint[1]["names"])
-    if len(skipped) == len(slots):
-        adapters = publisher.list_reports(sorted(skipped.values()))
-        report = TrainReport(adapters=adapters, failures=describe_unreadable(unreadable), already_complete=True)
-        return report.raise_failures()
     rows, queue = queue_domains(slots, num_slots, base, publisher.publish_aloud, unreadable, skipped)
     with catch_signals() as stop, wrap_oom_errors(base, [slot.recipe for slot in rows]):
         trainer = Trainer(
@@ -197,14 +199,9 @@ def _train_locked(
             queue=queue,
             callbacks=options.callbacks,
         )
-        if checkpoint:
-            trainer.restore(*checkpoint)
-            reporter.message(f"{'going on' if halving and halving.is_begun else 'resuming'} at step {trainer.step}")
-        elif is_main:
-            run.begin(identity)
-        watched = (
-            run.status.report(_describe_run(base, slots, store, halving, unreadable)) if is_main else nullcontext()
-        )
+        _begin(trainer, run, identity, checkpoint)
+        description = _describe_run(base, slots, store, halving, unreadable)
+        watched = run.status.report(description) if is_main else nullcontext()
         with track([slot.recipe for slot in slots], run.path, enabled=is_main) as log, watched:
             trained = trainer.train(stop, log)
             if not is_main:
@@ -213,6 +210,21 @@ def _train_locked(
     if queue or not report.failures:  # a queue has ended then too, and goes on with what is new
         run.finish([str(adapter) for adapter in report.adapters])
     return report.raise_failures()
+
+
+def _begin(
+    trainer: Trainer,
+    run: RunFolder,
+    identity: dict[str, Any],
+    checkpoint: tuple[dict[str, Tensor], dict[str, Any]] | None,
+) -> None:
+    """Goes on where a checkpoint was taken; without one, the run's folder is made ready."""
+    if checkpoint:
+        trainer.restore(*checkpoint)
+        is_search = trainer.halving is not None and trainer.halving.is_begun
+        trainer.reporter.message(f"{'going on' if is_search else 'resuming'} at step {trainer.step}")
+    elif trainer.process_group.is_main_process:
+        run.begin(identity)
 
 
 def _publish(
@@ -341,7 +353,7 @@ def _describe_run(
 
 
 def _identify_run(
-    base: Base, slots: Sequence[TrainingSlot], process_group: ProcessGroup, parents: Sequence[str]
+    base: Base, slots: Sequence[TrainingSlot], process_group: ProcessGroup, parents: Sequence[str], replay: str
 ) -> dict[str, Any]:
     """Returns everything that decides the numbers of a run; what is under `MICRO_BATCHING` only by rounding."""
     return {
@@ -354,6 +366,7 @@ def _identify_run(
         "dtype": base.runtime.dtype_name,
         "device": base.runtime.device.type,
         "processes": process_group.size,
+        "replay": replay,
         "adapters": {
             slot.name: {
                 "data": slot.data.fingerprint,

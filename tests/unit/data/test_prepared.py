@@ -12,9 +12,16 @@ from lora_gpt2.data.clean.cleaning import CleaningReport
 from lora_gpt2.data.clean.report import build_report_page
 from lora_gpt2.data.dedup import sign_records
 from lora_gpt2.data.inspect import iter_documents, list_documents, preview_documents, write_texts
-from lora_gpt2.data.prepared import SPLITS, describe_amount, describe_preparation, measure_overlaps, prepare_data
+from lora_gpt2.data.prepared import (
+    SPLITS,
+    describe_amount,
+    describe_preparation,
+    find_prepared,
+    measure_overlaps,
+    prepare_data,
+)
 from lora_gpt2.data.read.records import Document
-from lora_gpt2.data.tokenizer import load_tokenizer
+from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.recipe import DataSettings
 from tests.builders import make_text
 
@@ -48,6 +55,21 @@ def test_every_document_lands_whole_in_exactly_one_part(tokenizer, text_file, re
     assert not set(parts[0]) & (set(parts[1]) | set(parts[2]))
     assert prepared.report["documents_read"] == prepared.report["documents_kept"] == 80
     assert prepared.report["tokens"]["train"] == prepared.train.num_tokens
+
+
+def test_what_training_saw_is_found_without_its_sources(tokenizer, text_file, reporter):
+    settings = settings_for(text_file)
+    first = prepare_data(settings, tokenizer, reporter)
+    other = Tokenizer(tokenizer.backend, 0)
+    text_file.unlink()
+    found = find_prepared(first.fingerprint, settings, tokenizer)
+    assert found.report == first.report
+    assert (found.train.stream == first.train.stream).all()
+    unusable = (None, 3, "0" * 32, f"../{first.path.parent.name}/{first.fingerprint}", f"{first.fingerprint}/")
+    assert all(find_prepared(fingerprint, settings, tokenizer) is None for fingerprint in unusable)
+    assert find_prepared(first.fingerprint, settings, other) is None
+    (first.path / "manifest.json").write_text(json.dumps(first.report | {"format": 1}))
+    assert find_prepared(first.fingerprint, settings, tokenizer) is None
 
 
 def test_the_cache_is_found_and_anything_that_matters_makes_another(tokenizer, text_file, reporter, monkeypatch):

@@ -208,7 +208,12 @@ def test_a_folder_without_text_stops_its_own_domain_alone_and_no_plan(recipes, s
     (tmp_path / "empty").mkdir()
     data = recipes[1].data.model_copy(update={"sources": (str(tmp_path / "empty"),)})
     mixed = [recipes[0], recipes[1].model_copy(update={"data": data}), recipes[2]]
-    assert plan_run(mixed, store, reporter, num_slots=2, probe=False).tokens > 0
+    plan = plan_run(mixed, store, reporter, num_slots=2, probe=False)
+    whole = plan_run([mixed[0], mixed[2]], store, reporter, num_slots=2, probe=False)
+    assert list(plan.left_out) == ["d1"]
+    assert (plan.recipes, plan.tokens, plan.memory) == (whole.recipes, whole.tokens, whole.memory)
+    with pytest.raises(DataError, match="empty"):
+        plan_run([mixed[1]], store, reporter, num_slots=2, probe=False)
     with pytest.raises(DataError, match=r"'d1' has no usable text: .*published: d0@1, d2@1"):
         train_recipes(mixed, store, reporter, num_slots=2)
 
