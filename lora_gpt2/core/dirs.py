@@ -22,6 +22,11 @@ def find_runs_dir() -> Path:
     return find_cache_dir() / "runs"
 
 
+def find_trackers_dir() -> Path:
+    """Returns the folder in which each run has one for TensorBoard."""
+    return find_cache_dir() / "trackers"
+
+
 def find_state_dir() -> Path:
     """Returns the folder for records of what the user did, such as `$XDG_STATE_HOME/lora-gpt2`."""
     return _expand(platformdirs.user_state_dir(APP_NAME, appauthor=False))

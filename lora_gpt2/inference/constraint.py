@@ -18,13 +18,14 @@ from jaxtyping import Bool, Int
 from pydantic import ValidationError
 from torch import Tensor
 
-from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.tokenizer import EOS, Tokenizer
 from lora_gpt2.recipe import CONSTRAINTS, GenerateSettings
 from lora_gpt2.store.manifest import Manifest
 
 JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 WORD_BITS = 32
+MOST_STATES = 2**16  # of the lexer of one continuation, at 0.7 kB
 MOST_REFERENCES = 256
 """References of a schema and rules of a grammar: the library's stack ends with the process at a chain of 1,500."""
 
@@ -67,7 +68,7 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = _first_line(self._matcher.get_error())
-            raise ResourceError(f"the constraint cannot go on: {reason}", "make it simpler")
+            raise UsageError(f"the constraint cannot go on: {reason}", "make it simpler")
 
 
 def unpack_words(words: Int[Tensor, "*batch words"], vocab_size: int) -> Bool[Tensor, "*batch vocab"]:
@@ -79,10 +80,13 @@ def unpack_words(words: Int[Tensor, "*batch words"], vocab_size: int) -> Bool[Te
 def start_constraint(settings: GenerateSettings, tokenizer: Tokenizer) -> Constraint | None:
     """Returns the constraint of some settings at the beginning of a continuation, None if they have none.
 
-    Raises `UsageError` if it cannot be compiled.
+    Copies of a matcher share what its lexer has seen, up to a limit; so each continuation gets a matcher of its own, in
+    one to three milliseconds, and whether it can go on depends on no other. Raises `UsageError` if it cannot be compiled.
     """
-    kind = settings.constraint
-    return _compile(tokenizer, kind, json.dumps(getattr(settings, kind))).copy() if kind else None
+    if not (kind := settings.constraint):
+        return None
+    grammar = _compile(tokenizer, kind, json.dumps(getattr(settings, kind)))
+    return Constraint(_build_matcher(tokenizer, grammar), tokenizer)
 
 
 def adopt_constraint(settings: GenerateSettings, manifests: Sequence[Manifest | None]) -> GenerateSettings:
@@ -107,7 +111,8 @@ def adopt_constraint(settings: GenerateSettings, manifests: Sequence[Manifest | 
 
 
 @lru_cache(maxsize=64)
-def _compile(tokenizer: Tokenizer, kind: str, content: str) -> Constraint:
+def _compile(tokenizer: Tokenizer, kind: str, content: str) -> str:
+    """Returns a grammar as the library has it; raises `UsageError` if it cannot be used."""
     from llguidance import LLMatcher, grammar_from
 
     value = json.loads(content)
@@ -118,13 +123,20 @@ def _compile(tokenizer: Tokenizer, kind: str, content: str) -> Constraint:
             grammar = LLMatcher.grammar_from_json_schema(value, defaults=JSON_OPTIONS)
         else:
             grammar = grammar_from(kind, content if kind == "choice" else value)  # type: ignore[arg-type]
-        problem = (matcher := LLMatcher(_wrap_tokenizer(tokenizer), grammar, log_level=0)).get_error()
+        problem = _build_matcher(tokenizer, grammar).get_error()
     except ValueError as error:
         problem = str(error)
     if problem:
         hint = "see https://github.com/guidance-ai/llguidance for what is supported"
         raise UsageError(f"generate.{kind} cannot be used: {_first_line(problem)}", hint)
-    return Constraint(matcher, tokenizer)
+    return grammar
+
+
+def _build_matcher(tokenizer: Tokenizer, grammar: str) -> Any:
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_lexer_states=MOST_STATES)
+    return LLMatcher(_wrap_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
 
 
 @lru_cache(maxsize=4)

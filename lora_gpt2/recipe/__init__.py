@@ -304,7 +304,7 @@ class Recipe(Section):
 
     def count_epochs(self, tokens: int) -> float:
         """Returns the number of epochs over a training text of this many tokens."""
-        step_tokens = self.blocks_per_step * self.data.block_size
+        step_tokens = min(self.blocks_per_step * self.data.block_size, tokens)  # a short text is seen once in a step
         return self.train.steps * step_tokens / max(1, tokens) if self.train.steps else self.train.epochs
 
 

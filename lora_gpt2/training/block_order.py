@@ -11,10 +11,13 @@ from lora_gpt2.data.blocks import BlockBatch, TokenBlocks
 
 
 class BlockOrder:
-    """Shuffles the blocks in each epoch and takes `batch_size` at a time, across epoch boundaries."""
+    """Shuffles the blocks in each epoch and takes `batch_size` at a time, across epoch boundaries.
+
+    A text of fewer blocks is seen once in a step.
+    """
 
     def __init__(self, blocks: TokenBlocks, batch_size: int, seed: int) -> None:
-        self.blocks, self.batch_size, self.seed = blocks, batch_size, seed
+        self.blocks, self.batch_size, self.seed = blocks, min(batch_size, max(1, blocks.num_blocks)), seed
         self._permutation = lru_cache(maxsize=2)(self._shuffle)
 
     def _shuffle(self, epoch: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ class RunFolder:
     def exists(self) -> bool:
         """True if a run was begun here."""
         return (self.path / "identity.json").exists()
+
+    @property
+    def begun(self) -> datetime:
+        """When the run was begun, in local time; resuming does not change it."""
+        return datetime.fromtimestamp((self.path / "identity.json").stat().st_mtime).astimezone()
 
     def read_identity(self) -> dict[str, Any]:
         """Returns what the run on disk was made of; nothing where there is none."""

@@ -104,8 +104,8 @@ class ThisDevice:
 class Ledger:
     """What a search has come to, in a file: its groups, the standings at the rungs that were reached, and its end.
 
-    `num_steps` are those of the recipe; `published` is the reference of the adapter, "" while the search goes on;
-    `is_told_to_end` if no further round begins.
+    `num_steps` are those of the recipe, `parent` is the version that it continues from; `published` is the reference of
+    the adapter, "" while the search goes on; `is_told_to_end` if no further round begins.
     """
 
     path: Path
@@ -113,6 +113,7 @@ class Ledger:
     devices: str
     num_steps: int
     groups: list[list[str]]
+    parent: str = ""
     standings: list[dict[str, Standing]] = field(default_factory=list)
     published: str = ""
     is_told_to_end: bool = False
@@ -205,6 +206,7 @@ def search_in_groups(
                 devices=devices.kind,
                 num_steps=search.recipe.train.steps or 0,
                 groups=groups,
+                parent=search.recipe.lora.init_from,
             )
             ledger.write()
             devices.forget([*before, *groups])

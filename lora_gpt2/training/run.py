@@ -202,7 +202,7 @@ def _train_locked(
         _begin(trainer, run, identity, checkpoint)
         description = _describe_run(base, slots, store, halving, unreadable)
         watched = run.status.report(description) if is_main else nullcontext()
-        with track([slot.recipe for slot in slots], run.path, enabled=is_main) as log, watched:
+        with track([slot.recipe for slot in slots], run, reporter, enabled=is_main) as log, watched:
             trained = trainer.train(stop, log)
             if not is_main:
                 return TrainReport(adapters=[])

@@ -28,7 +28,7 @@ from lora_gpt2.training.process_group import count_processes
 from lora_gpt2.training.publish import AdapterReport, TrainReport
 from lora_gpt2.training.run import resolve_learning_rate, train_recipes
 from lora_gpt2.training.slot import TrainingSlot
-from lora_gpt2.training.start import inherit_shape
+from lora_gpt2.training.start import inherit_shape, pin_parent
 from lora_gpt2.training.trainer import Trainer
 
 STEPS_SHARE = 0.7
@@ -76,7 +76,7 @@ def tune(
     if num_candidates < 2:
         raise UsageError("a search needs at least two candidates", "use --candidates 8, or train")
     check_name(recipe.name)
-    recipe = inherit_shape(recipe, store)
+    recipe = inherit_shape(_pin_parent(recipe, num_candidates, store) if resume else recipe, store)
     checkpoint = Checkpoint.open(recipe.base)
     recipe = resolve_learning_rate(recipe, checkpoint.config.n_embd)
     data = prepare_data(recipe.data, checkpoint.load_tokenizer(), reporter)
@@ -144,6 +144,16 @@ def _search_together(search: Search, store: Store, reporter: Reporter, *, resume
 
 def _with_steps(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
+
+
+def _pin_parent(recipe: Recipe, num_candidates: int, store: Store) -> Recipe:
+    """Returns the recipe with the version that an interrupted search continues from, where it names no version."""
+    if not recipe.lora.init_from:
+        return recipe
+    search = Search.build(_with_steps(inherit_shape(recipe, store), 1), num_candidates)
+    ledger = read_ledger(search, store)
+    together = open_run_folder(store.root, search.names)
+    return pin_parent(recipe, ledger.parent if ledger else together.read_parent(search.names[0]))
 
 
 def _find_steps(search: Search, store: Store) -> int:

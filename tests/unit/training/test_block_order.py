@@ -21,7 +21,8 @@ def test_order_is_a_function_of_seed_and_step():
     assert [make(10, 3, 1).indices(s) for s in range(3)] != [make(10, 3).indices(s) for s in range(3)]
 
 
-def test_a_batch_larger_than_the_data_repeats_it():
-    assert sorted(make(2, 4).indices(0)) == [0, 0, 1, 1]
+def test_a_text_smaller_than_a_batch_is_seen_once_in_a_step():
+    assert sorted(make(2, 4).indices(0)) == [0, 1]
+    assert make(2, 4).num_steps(3) == 3
     assert make(10, 4).num_steps(2) == 5
     assert make(1, 100).num_steps(1) == 1

@@ -1,20 +1,24 @@
 """Several slots in one run: each stops, fails and settles for itself."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load
 
+from lora_gpt2.core.dirs import find_trackers_dir
 from lora_gpt2.core.errors import TrainingDiverged
 from lora_gpt2.core.interrupt import StopRequest
 from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import Runtime
+from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.optimizer import GROWTH_STEPS, START_SCALE, GradScaler, SlotAdamW
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.run import train_recipes
 from lora_gpt2.training.slot import TrainingSlot
+from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import MAX_SKIPS, Trainer
 from tests.builders import make_text
 from tests.unit.training.test_trainer import are_equal, make_recipe, make_trainer, script_validations, weights_of
@@ -185,12 +189,14 @@ def test_each_process_takes_its_share_and_the_shares_add_up_to_the_whole(base_fo
 def test_trackers_get_every_number(base_folder, text_file, store, reporter):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from lora_gpt2.training.checkpoint import open_run_folder
-
-    train_recipes([make_recipe(base_folder, text_file, trackers=["tensorboard"], validate_every=3)], store, reporter)
+    recipe = make_recipe(base_folder, text_file, trackers=["tensorboard"], validate_every=3)
+    train_recipes([recipe], store, reporter)
     folder = open_run_folder(store.root, ["one"]).path
-    events = min((path.parent for path in folder.rglob("*tfevents*")), key=lambda path: len(path.parts))
+    events = min((path.parent for path in find_trackers_dir().rglob("*tfevents*")), key=lambda path: len(path.parts))
     found = EventAccumulator(str(events)).Reload()
     lines = [json.loads(line) for line in (folder / "one.metrics.jsonl").read_text().splitlines()]
     assert [event.value for event in found.Scalars("one/loss")] == pytest.approx([line["loss"] for line in lines])
     assert [event.step for event in found.Scalars("one/validation_loss")] == [3, 6]
+    os.utime(folder / "identity.json", (0, 0))
+    with track([recipe], RunFolder(path=folder), reporter):
+        assert len(list(find_trackers_dir().iterdir())) == 2, "a run that began at another time has a folder of its own"

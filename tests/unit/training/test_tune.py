@@ -279,6 +279,23 @@ def test_a_search_with_a_budget_goes_on_with_the_steps_that_it_had(
     assert max(c.steps for c in search(budget_seconds=1.0, resume=True).candidates) == 12
 
 
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_search_goes_on_from_the_version_that_it_began_with(
+    slots, base_folder, text_file, store, reporter, monkeypatch
+):
+    first = make_recipe(base_folder, text_file, "law", steps=2)
+    train_recipes([first], store, reporter)
+    recipe = make_search(base_folder, text_file, **{"lora.init_from": "law", "train.steps": 6})
+    search = partial(tune, recipe, store, reporter, num_candidates=3, num_slots=slots)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        interrupt_at(patched, 2)
+        search()
+    train_recipes([first.model_copy(update={"train": first.train.model_copy(update={"steps": 3})})], store, reporter)
+    report = search(resume=True)
+    assert (str(report.adapter), report.adapter.parents) == ("law@3", ("law@1",))
+    assert search(resume=True) == report
+
+
 def test_searches_of_the_same_name_do_not_share_what_they_keep(base_folder, text_file, store, reporter, monkeypatch):
     recipe = make_search(base_folder, text_file)
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
