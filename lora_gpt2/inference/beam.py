@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_gpt2.inference.constraint import Constraint, start_constraint
+from lora_gpt2.inference.constraint import Constraint, ends_text, start_constraint
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sampling import SamplingParams, adjust_logits
 from lora_gpt2.inference.session import Session, check_logits
@@ -59,7 +59,7 @@ class BeamSearch:
     @torch.inference_mode()
     def advance(self) -> None:
         """Extends every beam by a token; sets `is_done` when the search has ended."""
-        num_beams, stop_ids = self.settings.num_beams, self.session.base.tokenizer.stop_ids
+        num_beams, tokenizer = self.settings.num_beams, self.session.base.tokenizer
         self.length += 1
         totals = self.scores[:, None] + self._adjust(self._compute_logprobs())
         values, indices = totals.flatten().topk(min(2 * num_beams, totals.numel()))
@@ -68,12 +68,13 @@ class BeamSearch:
         for rank, (value, row, token) in enumerate(zip(values.tolist(), rows.tolist(), tokens.tolist(), strict=True)):
             if value == -torch.inf:
                 break
+            is_end = ends_text(token, tokenizer, self.constraints[row])
             constraints.append(_follow(self.constraints[row], token))
             is_finished = bool((last := constraints[-1]) and last.is_finished)
-            stops = token in stop_ids or is_finished or self._meets_stop_string(self.beams[row], token)
+            stops = is_end or is_finished or self._meets_stop_string(self.beams[row], token)
             ends = stops or self.length == self.max_new_tokens
             if ends and rank < num_beams:
-                ids = self.beams[row] if token in stop_ids else (*self.beams[row], token)
+                ids = self.beams[row] if is_end else (*self.beams[row], token)
                 reason = "stop" if stops else "length"
                 self.hypotheses.append(Hypothesis(ids=ids, score=self._normalise(value), finish_reason=reason))
             elif not ends and len(running) < num_beams:

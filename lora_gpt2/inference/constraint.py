@@ -42,8 +42,12 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """Takes the next token, which must be an allowed one, or one that ends the text."""
-        self._matcher.consume_token(self._tokenizer.eos_id if token in self._tokenizer.stop_ids else token)
+        self._matcher.consume_token(self._tokenizer.eos_id if self.ends_with(token) else token)
         self._check()
+
+    def ends_with(self, token: int) -> bool:
+        """True if a token that would be the next one ends the text; one that stops, such as a line end, may be text."""
+        return token in self._tokenizer.stop_ids and bool(self._matcher.is_accepting())
 
     @property
     def is_finished(self) -> bool:
@@ -71,6 +75,11 @@ class Constraint:
             raise UsageError(f"the constraint cannot go on: {reason}", "make it simpler")
 
 
+def ends_text(token: int, tokenizer: Tokenizer, constraint: Constraint | None) -> bool:
+    """True if a token that would be the next one ends the text."""
+    return token in tokenizer.stop_ids if constraint is None else constraint.ends_with(token)
+
+
 def unpack_words(words: Int[Tensor, "*batch words"], vocab_size: int) -> Bool[Tensor, "*batch vocab"]:
     """Returns the bits of `Constraint.find_words` as truth values, on the device of the words."""
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
@@ -81,7 +90,7 @@ def start_constraint(settings: GenerateSettings, tokenizer: Tokenizer) -> Constr
     """Returns the constraint of some settings at the beginning of a continuation, None if they have none.
 
     Copies of a matcher share what its lexer has seen, up to a limit; so each continuation gets a matcher of its own, in
-    one to three milliseconds, and whether it can go on depends on no other. Raises `UsageError` if it cannot be compiled.
+    a few milliseconds, and whether it can go on depends on no other. Raises `UsageError` if it cannot be compiled.
     """
     if not (kind := settings.constraint):
         return None
@@ -144,6 +153,7 @@ def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
     from llguidance import LLTokenizer, TokenizerWrapper
 
     pieces = list(tokenizer.token_bytes)
+    special = sorted({tokenizer.eos_id, *(tokenizer.stop_ids & tokenizer.backend.get_added_tokens_decoder().keys())})
     pieces[tokenizer.eos_id] = EOS.encode()  # the other one that stops, if there is one, has its text already
 
     class Vocabulary:
@@ -151,7 +161,7 @@ def _wrap_tokenizer(tokenizer: Tokenizer) -> Any:
 
         eos_token_id = tokenizer.eos_id
         bos_token_id = None
-        special_token_ids = tuple(sorted(tokenizer.stop_ids))
+        special_token_ids = tuple(special)
         tokens = tuple(pieces)
 
         def __call__(self, text: str) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
-from lora_gpt2.inference.constraint import start_constraint
+from lora_gpt2.inference.constraint import ends_text, start_constraint
 from lora_gpt2.inference.device_sampling import can_choose
 from lora_gpt2.inference.drafting import Drafter
 from lora_gpt2.inference.mix import Mix
@@ -189,7 +189,7 @@ class SequenceState:
 
     def accept(self, token: int, logits: Tensor | None) -> str:
         """Takes the next token, chosen from these logits `[rows]` (None if it `is_plain`); returns its text."""
-        if token in self.tokenizer.stop_ids:
+        if ends_text(token, self.tokenizer, self.constraint):
             return self.finish("stop")
         if logits is not None and self.settings.logprobs:
             count, vocab_size = self.settings.logprobs, self.tokenizer.vocab_size

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import random
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from lora_gpt2.audit import run as audit_run
-from lora_gpt2.core.errors import ResourceError, UsageError
+from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.inference import constraint as module
 from lora_gpt2.inference.constraint import adopt_constraint, start_constraint, unpack_words
@@ -152,19 +154,48 @@ def test_a_constraint_is_compiled_once_and_copies_do_not_share_what_they_took(ba
     assert int(second.find_allowed().sum()) >= 2
 
 
+def test_no_text_wears_out_the_constraint_of_another(base, monkeypatch):
+    """Copies of a matcher share its lexer, whose states are limited."""
+    monkeypatch.setattr(module, "MOST_STATES", 250)
+    draw, own = random.Random(0), settings(regex=r"(.{0,40}[xyz]){3}.{0,30}end")
+    for _ in range(12):
+        constraint = start_constraint(own, base.tokenizer)
+        for _ in range(20):
+            constraint.accept(draw.choice(constraint.find_allowed().nonzero().flatten().tolist()))
+    constraint = start_constraint(own, base.tokenizer)
+    with pytest.raises(UsageError, match="cannot go on"):
+        for _ in range(100):
+            copy = constraint.copy()
+            for _ in range(20):
+                copy.accept(draw.choice(copy.find_allowed().nonzero().flatten().tolist()))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_token_that_stops_is_text_where_the_text_may_not_end(base, num_beams):
+    """A model whose texts end at a line end can still write two lines that a grammar wants."""
+    line_end = base.tokenizer.encode("\n")[0]
+    base = replace(base, tokenizer=Tokenizer(base.tokenizer.backend, base.tokenizer.eos_id, more_ends=[line_end]))
+    own = settings(regex="- (eggs|milk)\n- (tea|rice)", num_beams=num_beams, max_new_tokens=40)
+    (found,) = generate(Session(base), [Request("the cat", seed=1)], own)
+    assert re.fullmatch(own.regex, found.text)
+    free = settings(regex="a(.|\n)*", num_beams=num_beams, max_new_tokens=30, logit_bias={line_end: 100.0})
+    (found,) = generate(Session(base), [Request("the cat", seed=1)], free)
+    assert ("\n" in found.text, found.finish_reason) == (False, "stop")
+
+
 def test_a_constraint_that_breaks_ends_its_own_sequence_alone(base, monkeypatch):
     session, calls = Session(base), itertools.count()
     real = module.Constraint.find_allowed
 
     def find(self):
         if next(calls) == 2:
-            raise ResourceError("the constraint cannot go on: too complex", "make it simpler")
+            raise UsageError("the constraint cannot go on: too complex", "make it simpler")
         return real(self)
 
     monkeypatch.setattr(module.Constraint, "find_allowed", find)
     requests = [Request("the cat", seed=1, settings=settings(regex="[a-z]+")), Request("the dog", seed=2)]
     broken, other = generate_all(session, requests, settings(max_new_tokens=6))
-    assert isinstance(broken.error, ResourceError)
+    assert isinstance(broken.error, UsageError)
     assert other == generate(session, requests[1:], settings(max_new_tokens=6))[0]
 
 
