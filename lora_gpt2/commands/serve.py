@@ -15,6 +15,14 @@ from lora_gpt2.recipe_files import load_recipe
 from lora_gpt2.store.catalog import Store
 
 
+def _read_key(name: str) -> str | None:
+    """Returns a secret of the environment, without the line end of the file that it may come from."""
+    key = os.environ.get(name, "").strip()
+    if not key.isascii():
+        raise UsageError(f"{name} has characters that an HTTP header has not", "use letters, figures and signs")
+    return key or None
+
+
 @click.command("serve")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
@@ -57,7 +65,7 @@ def command(
         from lora_gpt2.serving.middleware import Access
     except ImportError as error:
         raise missing_extra("serving", "serve", error) from error
-    key, admin_key = (os.environ.get(name) or None for name in ("LORA_GPT2_API_KEY", "LORA_GPT2_ADMIN_KEY"))
+    key, admin_key = map(_read_key, ("LORA_GPT2_API_KEY", "LORA_GPT2_ADMIN_KEY"))
     if recipe.generate.merge_into_base:
         raise UsageError("generate.merge_into_base is for one adapter, a server has many", "leave it out")
     if not is_loopback(host) and key is None:

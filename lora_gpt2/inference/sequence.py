@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.errors import LoraGpt2Error, UsageError
 from lora_gpt2.data.ngram_index import NgramIndex
 from lora_gpt2.data.tokenizer import TextStream, Tokenizer
 from lora_gpt2.inference.constraint import ends_text, start_constraint
@@ -127,6 +127,10 @@ class SequenceState:
     def __post_init__(self) -> None:
         self._stream, self._matcher = TextStream(self.tokenizer), StopStringMatcher(self.settings.stop)
         self.params = SamplingParams.from_settings(self.settings)
+        if unknown := [token for token in self.params.logit_bias if not 0 <= token < self.tokenizer.vocab_size]:
+            raise UsageError(
+                f"logit_bias: there is no token {unknown[0]}", f"this base's are below {self.tokenizer.vocab_size}"
+            )
         self.constraint = start_constraint(self.settings, self.tokenizer)
         self.drafter: Drafter | None = None  # comes with the adapters' slots
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_gpt2.core.errors import CorruptError, NotFoundError, UsageError
+from lora_gpt2.core.errors import CorruptError, UsageError
 from lora_gpt2.data.successors import SuccessorTable
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.prefixes import PrefixCache
@@ -34,7 +34,7 @@ from lora_gpt2.model.probe import AdapterSelector
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.files import load_adapter, read_drafter
 from lora_gpt2.store.manifest import PEFT_CONFIG, Manifest
-from lora_gpt2.store.references import DIGEST_DIGITS, AdapterRef, label_of
+from lora_gpt2.store.references import AdapterRef, label_of
 
 PREFIX_BYTES = 2**27
 MOST_MANIFESTS = 1024
@@ -83,7 +83,7 @@ class Session:
         if self.slots.find(reference) is not None or "#" in reference or self.store is None:
             return reference
         manifest = self.store.read_manifest(reference)
-        resolved = str(AdapterRef(manifest.name, manifest.version, manifest.digest[:DIGEST_DIGITS]))
+        resolved = str(AdapterRef(manifest.name, manifest.version, manifest.pin))
         self._remember(resolved, manifest)
         return resolved
 
@@ -125,10 +125,7 @@ class Session:
     def _read(self, reference: str) -> VerifiedAdapter:
         if self.store is None:
             raise UsageError("this session has no store", "open it with one")
-        wanted = AdapterRef.parse(reference)
-        manifest, adapter = load_adapter(self.store, wanted.label, self.base)
-        if not manifest.digest.startswith(wanted.digest):
-            raise NotFoundError(f"{wanted.label} was replaced by another adapter", "name it again")
+        manifest, adapter = load_adapter(self.store, reference, self.base)
         self._remember(reference, manifest)
         config_digest = manifest.files.get(PEFT_CONFIG, "")
         successors = None
@@ -175,9 +172,17 @@ class Session:
         return lambda choices: self.adapters_for([mixes[choice] for choice in choices])
 
     def describe_adapters(self, mix: Mix, loaded: Mapping[str, VerifiedAdapter]) -> list[dict[str, Any]]:
-        """Returns the adapters of a mix, so that a text can be traced: name, weight, sha256 of the weights."""
+        """Returns the adapters of a mix, so that a text can be traced: name, weight, hashes."""
         found = {name: loaded.get(name) or self.fetch(name) for name, _ in mix}
-        return [{"adapter": label_of(name), "weight": weight, "sha256": found[name].digest} for name, weight in mix]
+        return [
+            {
+                "adapter": label_of(name),
+                "weight": weight,
+                "sha256": found[name].digest,
+                "config_sha256": found[name].config_digest,
+            }
+            for name, weight in mix
+        ]
 
     def merge_into_base(self, mix: Mix) -> Session:
         """Returns a session over the base with a mix merged into its weights, so that a token costs no more than it.

@@ -94,9 +94,9 @@ def open_parents(session: Session, mix: Mix) -> Parents:
     loaded = [load_adapter(session.store, reference, session.base) for reference, _ in mix]
     seen: dict[str, str] = {}
     for manifest, _ in loaded:
-        if other := seen.get(manifest.digest):
+        if other := seen.get(manifest.pin):
             raise UsageError(f"{manifest.reference} and {other} are the same weights", "give one, with its weight")
-        seen[manifest.digest] = manifest.reference
+        seen[manifest.pin] = manifest.reference
     session.load_in_memory({reference: adapter for (reference, _), (_, adapter) in zip(mix, loaded, strict=True)})
     return Parents(mix=mix, manifests=[manifest for manifest, _ in loaded], adapters=[adapter for _, adapter in loaded])
 

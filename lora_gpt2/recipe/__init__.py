@@ -241,7 +241,7 @@ class ServeSettings(Section):
     """Maximum number of sequences decoded concurrently."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 64
     """Maximum number of queued sequences; beyond it, requests get 429 with Retry-After."""
-    max_choices: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_choices: Annotated[int, Field(ge=1, le=1024)] = 64
     """Maximum number of choices per request: prompts times n."""
     max_slots: Annotated[int, Field(ge=1, le=4096)] = 64
     """Maximum number of loaded adapters; the least recently used is evicted."""

@@ -39,7 +39,7 @@ from lora_gpt2.serving.answers import ApiError, show_bug, show_http_error, trans
 from lora_gpt2.serving.chat import ChatRequest, build_completion, parse_chat, route_body
 from lora_gpt2.serving.embeddings import build_embeddings, parse_embeddings
 from lora_gpt2.serving.metrics import Metrics
-from lora_gpt2.serving.middleware import Access, AccessMiddleware, has_key
+from lora_gpt2.serving.middleware import Access, AccessMiddleware, CountingMiddleware, has_key
 from lora_gpt2.serving.models import describe_mix, describe_model, parse_time
 from lora_gpt2.serving.protocol import (
     CompletionBody,
@@ -92,7 +92,7 @@ class Server:
         )
         self.router = Router(self.session)
         self._computing, self._num_computing = asyncio.Semaphore(1), 0
-        self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self._record_step)
+        self.worker = Worker(self.session, self.limits.max_num_seqs, self.limits.max_waiting, self.metrics.record_step)
 
     def _build_job(self, store: Store, runs: Path) -> TrainingJob:
         base = self.session.base
@@ -105,25 +105,22 @@ class Server:
             max_upload_bytes=self.limits.max_upload_bytes,
         )
 
-    def _record_step(self, batch_size: int, num_running: int, num_waiting: int) -> None:
-        self.metrics.record_step(batch_size, num_running, num_waiting, self.session.slots.num_loads)
-
     def build_app(self) -> Starlette:
         """Returns the ASGI application; the worker must be started."""
         page = StaticFiles(directory=PAGE, html=True)
         routes = [
-            Route("/v1/completions", self._answer("completions", self.complete), methods=["POST"]),
-            Route("/v1/chat/completions", self._answer("chat", self.chat), methods=["POST"]),
-            Route("/v1/embeddings", self._answer("embeddings", self.embed), methods=["POST"]),
-            Route("/v1/choices", self._answer("choices", self.record_vote), methods=["POST"]),
-            Route("/v1/models", self._answer("models", self.list_models)),
-            Route("/v1/models/{model:path}", self._answer("models", self.show_model)),
-            Route("/v1/adapters", self._answer("adapters", self.list_adapters)),
-            Route("/v1/adapters/load", self._answer("adapters", self.load_adapter), methods=["POST"]),
-            Route("/v1/adapters/unload", self._answer("adapters", self.unload_adapter), methods=["POST"]),
-            Route("/healthz", self._answer("health", self.show_health)),
-            Route("/readyz", self._answer("health", self.show_ready)),
-            Route("/metrics", self._answer("metrics", self.show_metrics)),
+            Route("/v1/completions", self._answer(self.complete), methods=["POST"]),
+            Route("/v1/chat/completions", self._answer(self.chat), methods=["POST"]),
+            Route("/v1/embeddings", self._answer(self.embed), methods=["POST"]),
+            Route("/v1/choices", self._answer(self.record_vote), methods=["POST"]),
+            Route("/v1/models", self._answer(self.list_models)),
+            Route("/v1/models/{model:path}", self._answer(self.show_model)),
+            Route("/v1/adapters", self._answer(self.list_adapters)),
+            Route("/v1/adapters/load", self._answer(self.load_adapter), methods=["POST"]),
+            Route("/v1/adapters/unload", self._answer(self.unload_adapter), methods=["POST"]),
+            Route("/healthz", self._answer(self.show_health)),
+            Route("/readyz", self._answer(self.show_ready)),
+            Route("/metrics", self._answer(self.show_metrics)),
             Mount("/training", routes=self.pages.list_routes()),
             *(Route(f"/{name}", page) for name in ("", *(path.name for path in PAGE.iterdir()))),
         ]
@@ -134,13 +131,12 @@ class Server:
                 CORSMiddleware, allow_origins=self.access.origins, allow_methods=methods, allow_headers=headers
             )
             middleware.insert(0, cors)
+        middleware.insert(0, Middleware(CountingMiddleware, count=self.metrics.record_status))
         handlers: dict[Any, Any] = {HTTPException: show_http_error, Exception: show_bug}
         return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
-    def _answer(
-        self, route: str, handler: Callable[[Request], Awaitable[Response]]
-    ) -> Callable[[Request], Awaitable[Response]]:
-        """Wraps a handler: errors get OpenAI's shape, answers are counted."""
+    def _answer(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Wraps a handler: errors get OpenAI's shape."""
 
         async def answer(request: Request) -> Response:
             try:
@@ -159,7 +155,6 @@ class Server:
             except LoraGpt2Error as error:
                 ours = translate_error(error)
                 response = JSONResponse(ours.to_json(), ours.status)
-            self.metrics.requests.labels(route, response.status_code).inc()
             return response
 
         return answer
@@ -273,6 +268,7 @@ class Server:
             if await request.is_disconnected():
                 raise ClientDisconnect
             vectors[batch] = await self._compute(partial(compute, batch))
+            self.metrics.prompt_tokens.inc(sum(len(texts[index]) for index in batch))
         return await run_in_threadpool(lambda: JSONResponse(build_embeddings(body, texts, vectors)))
 
     async def record_vote(self, request: Request) -> Response:
@@ -339,9 +335,10 @@ class Server:
 
     async def _read_admin_name(self, request: Request) -> str:
         self._check_admin(request)
-        name = parse_json(await self.read_body(request)).get("name")
-        if not isinstance(name, str):
-            raise ApiError(400, "name is an adapter, or name@version", "name")
+        values = parse_json(await self.read_body(request))
+        name = values.pop("name", None)
+        if not isinstance(name, str) or values:
+            raise ApiError(400, 'the body is {"name": NAME}, an adapter of the store or name@version', "name")
         return name
 
     def _check_admin(self, request: Request) -> None:
@@ -383,4 +380,4 @@ class Server:
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics in Prometheus' text format."""
-        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
+        return Response(self.metrics.render(self.session.slots.num_loads), media_type="text/plain; version=0.0.4")

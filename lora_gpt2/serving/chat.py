@@ -23,6 +23,7 @@ from lora_gpt2.serving.protocol import (
     SAMPLING,
     CompletionBody,
     RequestBody,
+    StreamOptions,
     describe_invalid,
     parse_json,
     parse_model,
@@ -43,13 +44,15 @@ class ChatBody(RequestBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
     n: int = Field(1, ge=1)
     stream: bool = False
-    stream_options: dict[str, bool] | None = None
+    stream_options: StreamOptions | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
     modalities: list[Literal["text"]] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BACKLOG = 4096
 KEEP_ALIVE_SECONDS = 15
+CUT_OFF_SECONDS = 10  # for a last step, and for the errors to be sent
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -164,10 +165,15 @@ class HttpServer(uvicorn.Server):
         self.served.is_draining = True
         if self.served.job is not None:
             self.served.job.tell_to_end()
-        started = time.monotonic()
+        cut = asyncio.create_task(self._cut_off())
         await super().shutdown(sockets)
-        limit = self.config.timeout_graceful_shutdown
-        self.was_cut_off = limit is not None and time.monotonic() - started >= limit
+        cut.cancel()
+
+    async def _cut_off(self) -> None:
+        """Ends the engine after the grace period: what has not been answered by then gets an error."""
+        await asyncio.sleep(self.served.limits.shutdown_grace_seconds)
+        self.was_cut_off = True
+        await asyncio.to_thread(self.served.worker.close)
 
 
 def build_http(server: Server, on_started: Callable[[], None] = lambda: None) -> HttpServer:
@@ -178,7 +184,7 @@ def build_http(server: Server, on_started: Callable[[], None] = lambda: None) ->
         "send_timeout_seconds": limits.send_timeout_seconds,
     }
     protocol = type("Protocol", (PatientProtocol,), times)
-    config = build_config(server.build_app(), protocol, max(1, round(limits.shutdown_grace_seconds)))
+    config = build_config(server.build_app(), protocol, math.ceil(limits.shutdown_grace_seconds) + CUT_OFF_SECONDS)
     return HttpServer(config, server, on_started)
 
 

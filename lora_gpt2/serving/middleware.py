@@ -11,6 +11,7 @@ import base64
 import binascii
 import hmac
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -63,6 +64,34 @@ def _is_foreign(headers: Headers) -> bool:
     """True if a browser says that a page of another origin asks."""
     origin = headers.get("origin")
     return origin is not None and urlsplit(origin).netloc != headers.get("host")
+
+
+class CountingMiddleware:
+    """Counts every answer, also those of the middleware within; an ASGI application around another, `app`."""
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, int], None]) -> None:
+        self.app, self.count = app, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Calls `count` with the path and the status of the answer: 500 for a bug, which is answered further out."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        is_answered = False
+
+        async def send_counted(message: Message) -> None:
+            nonlocal is_answered
+            if message["type"] == "http.response.start":
+                is_answered = True
+                self.count(scope["path"], message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_counted)
+        except Exception:
+            if not is_answered:
+                self.count(scope["path"], 500)
+            raise
 
 
 class AccessMiddleware:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from lora_gpt2.core.errors import LoraGpt2Error, UsageError
 from lora_gpt2.core.names import is_name
@@ -71,7 +71,17 @@ class RequestBody(SamplingFields):
         optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
         if isinstance(options := values.get("stream_options"), dict):
             values = {**values, "stream_options": {key: value for key, value in options.items() if value is not None}}
-        return {name: value for name, value in values.items() if value is not None or name not in optional}
+        required = cls.model_fields.keys() - optional
+        return {name: value for name, value in values.items() if value is not None or name in required}
+
+
+class StreamOptions(BaseModel):
+    """What a stream may have besides the text; none of it is obfuscated."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class CompletionBody(RequestBody):
@@ -83,13 +93,15 @@ class CompletionBody(RequestBody):
     n: int = Field(1, ge=1)
     best_of: int | None = None
     stream: bool = False
-    stream_options: dict[str, bool] | None = None
+    stream_options: StreamOptions | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-MAX_SEED - 1, le=MAX_SEED)
     suffix: str | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     truncate: Literal["left"] | None = None
 
 
@@ -258,13 +270,13 @@ def count_cut(body: CompletionBody, session: Session, defaults: GenerateSettings
 
 def check_choices(body: CompletionBody, settings: GenerateSettings, limits: ServeSettings) -> list[str | list[int]]:
     """Returns the prompts of a request; raises `ApiError` if they are too many."""
-    prompts = list_prompts(body.prompt)
+    prompts, setting = list_prompts(body.prompt), " (serve.max_choices)"
     if len(prompts) * body.n > limits.max_choices:
-        raise ApiError(400, f"{len(prompts)} prompts times n={body.n} are more than {limits.max_choices}", "n")
+        raise ApiError(400, f"{len(prompts)} prompts times n={body.n} are more than {limits.max_choices}{setting}", "n")
     if settings.num_beams > 1 and (
         body.n > settings.num_beams or len(prompts) * settings.num_beams > limits.max_choices
     ):
-        text = f"n is at most num_beams, and prompts times num_beams are at most {limits.max_choices}"
+        text = f"n is at most num_beams, and prompts times num_beams are at most {limits.max_choices}{setting}"
         raise ApiError(400, text, "num_beams")
     return prompts
 
@@ -292,8 +304,8 @@ def build_sequences(
         prompt_ids, max_new_tokens = _fit_prompt(prompt, body, session, settings)
         shared = SharedSearch()
         for rank in range(body.n):
-            sequences.append(
-                SequenceState(
+            with _sampling_errors():
+                sequence = SequenceState(
                     index=len(sequences),
                     mix=mix,
                     prompt_ids=prompt_ids,
@@ -307,8 +319,17 @@ def build_sequences(
                     shared_search=shared,
                     beam_rank=rank,
                 )
-            )
+            sequences.append(sequence)
     return sequences
+
+
+@contextmanager
+def _sampling_errors() -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:  # a setting that does not fit this base
+        name = error.message.partition(":")[0]
+        raise ApiError(400, f"{error.message}; {error.hint}", name if name in SAMPLING else None) from error
 
 
 def describe_sequences(session: Session, sequences: Sequence[SequenceState]) -> dict[str, Any]:

@@ -77,19 +77,25 @@ class CompletionRequest:
             item = await self._queue.get()
             if isinstance(item, BaseException):
                 raise item
+            before = count_usage(self.choices, self.body.n)
+            for output in item:
+                self.choices[output.index].add(output)
+            usage = count_usage(self.choices, self.body.n)
+            self.metrics.generation_tokens.inc(usage["completion_tokens"] - before["completion_tokens"])
+            failed = [output.error for output in item if output.error is not None]
             if is_first:
                 is_first = False
-                self.metrics.time_to_first_token.observe(time.monotonic() - self.started)
-            if failed := [output.error for output in item if output.error is not None]:
+                self.metrics.prompt_tokens.inc(usage["prompt_tokens"])
+                if not failed:
+                    self.metrics.time_to_first_token.observe(time.monotonic() - self.started)
+            if failed:
                 self.cancel()
                 if isinstance(failed[0], LoraGpt2Error):
                     raise failed[0]
                 raise EngineFailed(f"a sequence failed: {failed[0]}", "change its parameters") from failed[0]
             num_running -= sum(bool(output.finish_reason) for output in item)
-            for output in item:
-                self.choices[output.index].add(output)
             yield item
-        self.metrics.record_request(time.monotonic() - self.started, count_usage(self.choices, self.body.n))
+        self.metrics.record_request(time.monotonic() - self.started)
 
     async def collect(self, request: Request) -> dict[str, Any]:
         """Returns the whole response; ends the work if the client disconnects meanwhile."""
@@ -136,7 +142,7 @@ class CompletionRequest:
                 more = {}
         if any(len(choice.sequence.routes) > 1 for choice in self.choices):  # it was chosen again meanwhile
             yield self.build([], provenance=self.provenance | self._describe_routes())
-        if (self.body.stream_options or {}).get("include_usage"):
+        if self.body.stream_options and self.body.stream_options.include_usage:
             yield self.build([], usage=count_usage(self.choices, self.body.n))
 
 

@@ -79,6 +79,8 @@ def _read_format(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "response_format: its type is text, json_object, or json_schema with json_schema={'schema': {...}}"
         )
+    if unknown := described.keys() - {"name", "description", "schema", "strict"}:
+        raise ValueError(f"response_format: json_schema has no '{min(unknown)}'")
     return {"json": described["schema"]}
 
 

@@ -1,6 +1,6 @@
 """What audits found out about a version, kept beside its folder, which is immutable; never imports torch.
 
-`<name>/audit-<version>.json` holds a result per kind of audit and the sha256 of the weights it is about.
+`<name>/audit-<version>.json` holds a result per kind of audit and which weights, scaled how, it is about.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def read_audits(store: Store, manifest: Manifest) -> dict[str, Any]:
     """Returns the results by kind; none where there was no audit, or its file is of other weights or damaged."""
     try:
         values = json.loads(read_regular(_path(store, manifest), MAX_BYTES))
-        return dict(values["audits"]) if values["digest"] == manifest.digest else {}
+        return dict(values["audits"]) if values["pin"] == manifest.pin else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
@@ -28,7 +28,7 @@ def write_audit(store: Store, manifest: Manifest, kind: str, result: Mapping[str
     """Keeps a result, in the place of an earlier one of its kind; raises what `Store.change` does."""
     with store.change(manifest.name, f"keep the audit in {store.root}"), wrap_os_errors("keep the audit"):
         audits = {**read_audits(store, manifest), kind: dict(result)}
-        content = json.dumps({"digest": manifest.digest, "audits": audits}, indent=1) + "\n"
+        content = json.dumps({"pin": manifest.pin, "audits": audits}, indent=1) + "\n"
         write_atomic(_path(store, manifest), content.encode())
 
 

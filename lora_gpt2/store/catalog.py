@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,13 +55,25 @@ class Store:
         return cls(Path(folder or os.environ.get("LORA_GPT2_STORE") or DEFAULT_STORE))
 
     def list_names(self) -> list[str]:
-        """Returns the names of all adapters that have a version in use; other folders are ignored."""
+        """Returns the names of all adapters that have a version in use; other folders are ignored.
+
+        Raises `ResourceError` where this user may not look into one.
+        """
         try:
             with os.scandir(self.root) as entries:
                 names = [entry.name for entry in entries if is_name(entry.name)]
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name for name in names if os.path.isfile(f"{self.root}/{name}/CURRENT"))
+        return sorted(filter(self._is_in_use, names))
+
+    def _is_in_use(self, name: str) -> bool:
+        path = f"{self.root}/{name}/CURRENT"
+        try:
+            return stat.S_ISREG(os.stat(path).st_mode)
+        except PermissionError as error:
+            raise translate_os_error(error, f"read {path}") from error
+        except (OSError, ValueError):
+            return False
 
     def check_writable(self) -> None:
         """Raises `ResourceError` if nothing can be published here; asked before hours of training, not after."""
@@ -163,10 +176,15 @@ class Store:
     def open(self, reference: str) -> Iterator[Version]:
         """Yields a version, which nobody removes until the block ends.
 
-        Raises what `resolve` does, or `CorruptError` if its manifest is damaged or not its own.
+        Raises what `resolve` does, `NotFoundError` if another adapter has its name now than the one of the reference's
+        digest, or `CorruptError` if its manifest is damaged or not its own.
         """
-        with self.pin(reference) as folder:
-            yield Version.read(folder)
+        ref = AdapterRef.parse(reference)
+        with self.pin(ref.label) as folder:
+            version = Version.read(folder)
+            if not version.manifest.is_pinned_by(ref.digest):
+                raise NotFoundError(f"{ref.label} was replaced by another adapter", "name it again")
+            yield version
 
     def read_manifest(self, reference: str) -> Manifest:
         """Returns the manifest of a version; raises as `open`."""
@@ -189,8 +207,10 @@ class Store:
         return manifest
 
     def use_version(self, name: str, version: int) -> None:
-        """Puts a version in use."""
+        """Puts a version in use. Raises `NotFoundError` if there is no such version."""
         folder = self.folder_of(name)
+        if version not in self.list_versions(name):
+            self.resolve(f"{name}@{version}" if self.has_adapter(name) else name)  # says what is missing
         with wrap_os_errors(f"write to the store {self.root}"):
             fsync_dir(folder)
             write_atomic(folder / "CURRENT", f"{version}\n".encode())

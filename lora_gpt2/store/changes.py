@@ -88,7 +88,8 @@ def copy_adapter(store: Store, reference: str, name: str) -> Manifest:
     with store.open(reference) as version:
         manifest, files = version.manifest, version.read_files()
     parent = Parent(reference=manifest.reference, digest=manifest.digest)
-    twin = replace(manifest, name=name, created=utc_now(), parents=(parent,), provenance={"by": "copy"})
+    provenance = {**manifest.provenance, "by": "copy"}
+    twin = replace(manifest, name=name, created=utc_now(), parents=(parent,), provenance=provenance)
     return store.add_version(name, files, lambda number: replace(twin, version=number))
 
 
@@ -189,6 +190,8 @@ def check_removable(store: Store, reference: str) -> AdapterRef:
     name, version = chosen.name, chosen.version
     if not store.has_adapter(name) or (version is not None and not (store.folder_of(name) / str(version)).is_dir()):
         store.resolve(chosen.label)  # says what is missing
+    if chosen.digest:
+        store.read_manifest(reference)  # says if it is another one
     if version is not None and version == _read_pointer(store, name):
         hint = f"use another first ('adapters rollback {name}'), or remove '{name}'"
         raise ConflictError(f"{chosen.label} is the version in use", hint)

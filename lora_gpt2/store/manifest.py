@@ -17,6 +17,7 @@ from typing import Any
 
 from lora_gpt2.core.names import is_name
 from lora_gpt2.core.strict_json import load_json
+from lora_gpt2.store.references import DIGEST_DIGITS
 
 SCHEMA = 2
 WEIGHTS, PEFT_CONFIG, MANIFEST, METRICS, CARD = (
@@ -93,6 +94,16 @@ class Manifest:
     def digest(self) -> str:
         """sha256 of the weights: the same adapter under another name has the same."""
         return self.files.get(WEIGHTS, "")
+
+    @property
+    def pin(self) -> str:
+        """What stands behind `#` in a reference: of the weights and of the configuration, which has their scaling."""
+        both = f"{self.digest}{self.files.get(PEFT_CONFIG, '')}"
+        return hashlib.sha256(both.encode()).hexdigest()[:DIGEST_DIGITS]
+
+    def is_pinned_by(self, digest: str) -> bool:
+        """True if a reference with this digest means this version; the digits of the weights' sha256 mean it too."""
+        return self.pin.startswith(digest) or self.digest.startswith(digest)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as JSON values."""

@@ -1,7 +1,7 @@
 """References to adapters: `law`, `law@3`, and `law@3#9f86d081884c7d65`, which stays what it is whatever is published.
 
-The digest (the first digits of the sha256 of the weights) matters where an adapter was removed and another one was
-published under its name and version. Never imports torch.
+The digest (see `Manifest.pin`) matters where an adapter was removed and another one was published under its name and
+version. Never imports torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_VERSION_DIGITS = 9
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """An adapter, optionally one version of it, optionally with the digest of its weights."""
+    """An adapter, optionally one version of it, optionally with the digest of what it is."""
 
     name: str
     version: int | None = None

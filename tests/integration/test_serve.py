@@ -233,7 +233,7 @@ BAD = [
     {"num_beams": 2, "logprobs": 1},
     {"num_beams": 2, "watermark": True},
     {"num_beams": 2, "n": 3},
-    {"num_beams": 17},
+    {"num_beams": 65},
     {"repetition_penalty": 1e-40},
     {"length_penalty": 6},
     {"no_repeat_ngram_size": -1},
@@ -245,8 +245,10 @@ BAD = [
     {"stream_options": {"include_usage": True}},
     {"truncate": "right"},
     {"watermark": 1},
-    {"n": 17},
-    {"prompt": ["a"] * 17},
+    {"n": 65},
+    {"logit_bias": {"99999999": -100}},
+    {"stream": True, "stream_options": {"foo": True}},
+    {"prompt": ["a"] * 65},
 ]
 
 
@@ -522,10 +524,17 @@ def test_a_client_that_goes_frees_its_row(base, trained, count):
         assert not server.session.slots.pinned
 
 
+def test_a_constraint_that_is_too_complex_is_the_clients_mistake(port):
+    """Not one of this server, which a balancer would take out of service."""
+    status, _, answer = ask_completion(port, guided_regex="(a{1000}){1000}b", max_tokens=8)
+    assert status == 400
+    assert "make it simpler" in answer["error"]["message"]
+
+
 def test_numbers_that_are_allowed_never_break_the_engine(port, server, base):
     """Every bound at once: what divides by nothing, or adds what is too large, is somebody's trouble alone."""
     extremes = {
-        "logit_bias": {str(k): 100 * (-1) ** k for k in range(0, 5000, 7)},
+        "logit_bias": {str(k): 100 * (-1) ** k for k in range(0, base.tokenizer.vocab_size, 7)},
         "repetition_penalty": 0.01,
         "temperature": 0.001,
         "top_p": 1e-9,

@@ -51,7 +51,7 @@ def diff(reporter: Reporter, one: str, other: str, plot: Path | None, store: Sto
     manifests = [store.read_manifest(reference) for reference in (one, other)]
     names = [manifest.reference for manifest in manifests]
     result: dict[str, Any] = {"adapters": names, "differences": compare_manifests(*manifests)}
-    result["same_weights"] = manifests[0].digest == manifests[1].digest
+    result["same_weights"] = manifests[0].pin == manifests[1].pin  # and scaled alike
     try:
         updates = _compare_updates(store, manifests)
     except (NotFoundError, ResourceError) as error:

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_who_waits_for_a_version_shares_one_copy_of_it(base, filled, monkeypatch
     (reference,) = session.resolve(Mix.single("a")).references
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(session.fetch, [reference] * 8))
-    assert loads == ["a@1"]
+    assert loads == [reference]
     assert len({id(each) for each in found}) == 1
     del found
     session.fetch(reference)
@@ -93,7 +94,7 @@ def test_who_waits_for_a_version_shares_one_copy_of_it(base, filled, monkeypatch
 def test_a_resolved_mix_stays_what_it_is_when_others_publish_and_roll_back(base, filled):
     session = Session(base, filled)
     mix = session.resolve(Mix.single("a"))
-    assert mix == Mix.single(f"a@1#{filled.read_manifest('a').digest[:16]}")
+    assert mix == Mix.single(f"a@1#{filled.read_manifest('a').pin}")
     before = compute_logits(base, session.select(mix))
     publish_adapter(filled, "a", make_adapter(base.config, 9), base, Origin())
     assert session.resolve(Mix.single("a"))[0][0].startswith("a@2#")
@@ -107,6 +108,28 @@ def test_a_resolved_mix_stays_what_it_is_when_others_publish_and_roll_back(base,
     publish_adapter(filled, "a", make_adapter(base.config, 8), base, Origin())
     roll_back(filled, "a", 2)
     assert session.resolve(Mix.single("a", 0.5))[0][1] == 0.5
+
+
+def test_the_same_weights_scaled_otherwise_are_another_adapter(base, filled):
+    """Also for a session that has those of before in a slot, and for what pins a version."""
+    session, adapter = Session(base, filled), make_adapter(base.config, 3)
+    publish_adapter(filled, "swap", adapter, base, Origin())
+    before, first = session.resolve(Mix.single("swap")), filled.read_manifest("swap")
+    strong = compute_logits(base, session.select(before))
+    collect_garbage(filled)
+    remove_adapter(filled, "swap")
+    scaled = replace(adapter, updates={site: replace(each, alpha=1e-3) for site, each in adapter.updates.items()})
+    publish_adapter(filled, "swap", scaled, base, Origin())
+    after, second = session.resolve(Mix.single("swap")), filled.read_manifest("swap")
+    assert first.digest == second.digest
+    assert before != after
+    assert not torch.allclose(compute_logits(base, session.select(after)), strong)
+    for pin in (first.pin, "0000"):
+        with pytest.raises(NotFoundError, match="replaced"):
+            filled.read_manifest(f"swap@1#{pin}")
+        with pytest.raises(NotFoundError, match="replaced"):
+            remove_adapter(filled, f"swap#{pin}")
+    assert filled.read_manifest(f"swap@1#{second.digest[:16]}") == second
 
 
 def test_adapters_in_memory_go_by_their_own_names(base):

@@ -145,8 +145,9 @@ def test_null_is_left_out():
     assert parse_body(json.dumps({"model": "base", **nulls}).encode()) == parse_body(b'{"model": "base"}')
     with pytest.raises(ApiError, match="model"):
         parse_body(b'{"model": null}')
+    assert parse_body(b'{"model": "base", "stop_token_ids": null}') == parse_body(b'{"model": "base"}')
     with pytest.raises(ApiError, match="there is no parameter 'nn'"):
-        parse_body(b'{"model": "base", "nn": null}')
+        parse_body(b'{"model": "base", "nn": 0}')
 
 
 def test_offsets_are_those_of_the_text_also_beside_a_broken_character(session):

@@ -180,7 +180,7 @@ def test_the_sweep_finds_a_broken_store(pristine, base, tmp_path):
 def test_the_sweep_finds_a_store_that_points_before_it_writes(pristine, base, tmp_path, monkeypatch):
     def add_badly(self, name, files, make_manifest):
         folder, version = self.folder_of(name), max(self.list_versions(name)) + 1
-        self.use_version(name, version)
+        (folder / "CURRENT").write_text(f"{version}\n")
         with wrap_os_errors("publish"):
             (folder / str(version)).mkdir()
             catalog.write_version(folder / str(version), make_manifest(version), files)
