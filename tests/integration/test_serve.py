@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import quote
 
@@ -24,6 +25,7 @@ from lora_gpt2.core.console import SilentReporter
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.pages import read_asset, render_page
 from lora_gpt2.inference.choose import choose_adapter
+from lora_gpt2.inference.engine import Engine
 from lora_gpt2.inference.generate import Request, generate
 from lora_gpt2.inference.history import LocalLog
 from lora_gpt2.inference.mix import Mix
@@ -420,13 +422,40 @@ def test_routes_health_metrics_and_admin(port, server):
     assert ask(port, "/v1/adapters/load", {"name": "nobody"}, admin)[0] == 404
     assert ask(port, "/v1/adapters/load", {"name": 5}, admin)[0] == 400
     ask_completion(port, max_tokens=3)
+    ask(port, "/v1/embeddings", {"model": "base", "input": "the cat"})
     text = ask(port, "/metrics")[2].decode()
     assert 'lora_gpt2_requests_total{route="completions",status="200"} 1.0' in text
+    assert 'lora_gpt2_requests_total{route="completions",status="405"} 1.0' in text
+    assert 'lora_gpt2_requests_total{route="other",status="404"} 1.0' in text
     assert "lora_gpt2_generation_tokens_total 3.0" in text
     assert "lora_gpt2_adapter_loads_total 2.0" in text
     server.is_draining = True
     assert ask(port, "/readyz")[0] == 503
     assert ask_completion(port)[0] == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_not_answered_in_the_grace_period_gets_an_error(base, trained, monkeypatch, stream):
+    """And what was written of it until then is counted."""
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: time.sleep(0.1) or step(self))
+    limits = LIMITS.model_copy(update={"shutdown_grace_seconds": 0.5})
+    server = Server(session=Session(base, trained), defaults=GREEDY, limits=limits)
+    with serving(server) as port, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask_completion, port, stream=stream, max_tokens=40)
+        while not server.metrics.generation_tokens._value.get():
+            time.sleep(0.01)
+        server.runner.should_exit = True
+        status, _, answer = waiting.result(timeout=20)
+    if stream:
+        assert status == 200
+        assert b"the server was shut down" in answer
+        assert answer.rstrip().endswith(b"data: [DONE]")
+    else:
+        assert status == 503
+        assert "shut down" in answer["error"]["message"]
+    assert server.runner.was_cut_off
+    assert 0 < server.metrics.generation_tokens._value.get() < 40
 
 
 def test_an_adapter_that_a_request_brought_in_can_be_unloaded(port):
