@@ -141,12 +141,12 @@ def _open_version(store: Store, reference: str) -> Iterator[Version]:
 def _read_foreign_shape(source: FetchedAdapter, config: GPT2Config) -> dict[str, Any]:
     if source.loralib is not None:
         raise UsageError(f"{source.where} does not say its alpha", "import it first: lora-gpt2 adapters import")
-    return _parse_shape(source.files[PEFT_CONFIG], source.where, config)
+    return _parse_shape(source.files[PEFT_CONFIG], source.where, config, source.files.get(WEIGHTS, b""))
 
 
-def _parse_shape(content: bytes, where: str, config: GPT2Config) -> dict[str, Any]:
+def _parse_shape(content: bytes, where: str, config: GPT2Config, weights: bytes = b"") -> dict[str, Any]:
     """Returns the shape that PEFT's configuration describes; of DoRA and PiSSA, that of what they are converted to."""
-    spec = parse_peft_config(content, where)
+    spec = parse_peft_config(content, where, weights)
     ranks = {site: spec.rank_of(site) for site in list_sites(config) if spec.is_target(site)}
     if not ranks:
         raise UsageError(f"{where} adapts nothing of '{config.n_layer}' blocks", "use an adapter of this base")

@@ -129,8 +129,20 @@ def test_an_adapter_trained_in_peft_imports_with_equal_logits_and_goes_back(
     assert (wanted - base.model.logits(base.model(tokens), None)).abs().max() > 0.1
 
 
-def test_an_adapter_for_feature_extraction_imports_with_equal_hidden_states(base, theirs, tokens, tmp_path):
-    config = LoraConfig(task_type="FEATURE_EXTRACTION", r=4, fan_in_fan_out=True, target_modules=["c_attn", "c_proj"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"alpha_pattern": {"^h.0.attn.c_attn": 64}},
+        {"rank_pattern": {"^h.0.attn.c_attn": 2, r"h\.1\.mlp.*": 3}},
+        {"exclude_modules": r"h\.0\..*"},
+    ],
+    ids=str,
+)
+def test_an_adapter_for_feature_extraction_imports_with_equal_hidden_states(base, theirs, tokens, tmp_path, values):
+    """PEFT matches its patterns with names that have no `transformer.` before them there."""
+    shape = {"r": 4, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj"], **values}
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", **shape)
     wrapped = get_peft_model(theirs.transformer, config)
     with torch.no_grad():
         for name, value in wrapped.named_parameters():

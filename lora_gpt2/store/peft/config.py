@@ -24,6 +24,7 @@ from lora_gpt2.store.manifest import PEFT_CONFIG
 MAX_CONFIG_BYTES = 2**20
 MAX_PATTERNS, MAX_PATTERN_LENGTH, PATTERN_MEMORY = 4096, 1000, 2**22
 LARGEST = 65536
+TRANSFORMER = "transformer."
 PLAIN = re2.compile(r"\^?[A-Za-z0-9_.]+")
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the base as it is: afterwards the adapter is like any other."""
@@ -103,14 +104,20 @@ class PeftSpec:
     layers: tuple[int, ...] | None
     is_plain: bool
     """True if no expression is in it, so that PEFT's own matching is safe too."""
+    prefix: str = TRANSFORMER
+    """What stands before a block's name where PEFT matched it: nothing over `GPT2Model` alone."""
 
     def rank_of(self, site: str) -> int:
         """Returns the rank at a site: that of the first pattern that fits, else the common one."""
-        return int(_lookup(self.ranks, site, self.rank))
+        return int(self._lookup(self.ranks, site, self.rank))
 
     def alpha_of(self, site: str) -> float:
         """Returns alpha at a site, found like the rank."""
-        return _lookup(self.alphas, site, self.alpha)
+        return self._lookup(self.alphas, site, self.alpha)
+
+    def _lookup(self, patterns: Sequence[tuple[Any, float]], site: str, default: float) -> float:
+        name = module_of(site, self.prefix)
+        return next((value for pattern, value in patterns if pattern.match(name)), default)
 
     def list_targets(self) -> tuple[str, ...]:
         """Returns the modules that the configuration lists; none where it has an expression."""
@@ -118,7 +125,7 @@ class PeftSpec:
 
     def is_target(self, site: str) -> bool:
         """True if the configuration names the site."""
-        name = module_of(site)
+        name = module_of(site, self.prefix)
         if _fits(self.excluded, name):
             return False
         if isinstance(self.targets, tuple) and name in self.targets:  # as PEFT: before it looks at the layers
@@ -127,8 +134,8 @@ class PeftSpec:
         return _fits(self.targets, name) and (in_layers or not isinstance(self.targets, tuple))
 
 
-def parse_peft_config(content: bytes, where: str) -> PeftSpec:
-    """Returns what `adapter_config.json` says.
+def parse_peft_config(content: bytes, where: str, weights: bytes = b"") -> PeftSpec:
+    """Returns what `adapter_config.json` says; `weights` (safetensors) tell how PEFT called the modules.
 
     Raises:
         CorruptError: it is not JSON, or a value is not what it should be.
@@ -157,7 +164,13 @@ def parse_peft_config(content: bytes, where: str) -> PeftSpec:
         excluded=_modules(values.get("exclude_modules") or [], "exclude_modules", location),
         layers=_layers(values.get("layers_to_transform"), location),
         is_plain=_is_plain(values),
+        prefix="" if _is_without_head(weights) else TRANSFORMER,
     )
+
+
+def _is_without_head(weights: bytes) -> bool:
+    """True if the header of some safetensors names blocks as `GPT2Model` alone does."""
+    return b'"base_model.model.h.' in weights[8 : 8 + int.from_bytes(weights[:8], "little")]
 
 
 def _parse_object(content: bytes, location: str) -> dict[str, Any]:
@@ -252,13 +265,9 @@ def _compile(pattern: str, location: str) -> Any:
         ) from error
 
 
-def _lookup(patterns: Sequence[tuple[Any, float]], site: str, default: float) -> float:
-    return next((value for pattern, value in patterns if pattern.match(module_of(site))), default)
-
-
-def module_of(site: str) -> str:
+def module_of(site: str, prefix: str = TRANSFORMER) -> str:
     """Returns Hugging Face's name of the module at a site: `h.0.mlp.c_fc` → `transformer.h.0.mlp.c_fc`."""
-    return site if site == HEAD else f"transformer.{site}"
+    return site if site == HEAD else f"{prefix}{site}"
 
 
 def _fits(modules: Any, name: str) -> bool:

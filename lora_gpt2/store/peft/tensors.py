@@ -42,6 +42,7 @@ FROZEN = {
     f"{PREFIX}lm_head.base_layer.weight": "head",
     f"{PREFIX}lm_head.weight": "head",
     f"{PREFIX}transformer.wte.weight": "embeddings",
+    f"{PREFIX}wte.weight": "embeddings",
 }
 """Weights of the base that PEFT saves beside the factors where the head or the vocabulary was touched."""
 FrozenWeights = Callable[[str], Tensor]
@@ -130,7 +131,7 @@ def parse_peft(
 
     Weights of the base among them must be those of `frozen`; without it they are refused.
     """
-    spec = parse_peft_config(config_bytes, where)
+    spec = parse_peft_config(config_bytes, where, weights)
     check_room(COPIES * len(weights) + ROOM_BYTES)
     try:
         tensors = load(weights)
@@ -204,6 +205,11 @@ def _check_sites(found: set[str], spec: PeftSpec, config: GPT2Config, where: str
     for site in known:
         if site not in found and spec.is_target(site):
             raise CorruptError(f"{where}: the tensors of {site} are missing", "restore it, or use its own base")
+        if site in found and not spec.is_target(site):
+            raise MismatchError(
+                f"{where}: the tensors of {site} are there, but its configuration does not name it",
+                "PEFT ignores them: correct target_modules, or save it again",
+            )
 
 
 def _take_magnitude(site: str, halves: dict[str, Tensor], config: GPT2Config, where: str) -> Tensor:

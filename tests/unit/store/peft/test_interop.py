@@ -80,8 +80,10 @@ def test_the_same_adapter_gives_the_same_bytes(base):
         ({"use_rslora": "false"}, CorruptError, "use_rslora"),
         ({"layers_to_transform": "1"}, CorruptError, "layers_to_transform"),
         ({"layers_to_transform": [1.5]}, CorruptError, "layers_to_transform"),
-        ({"target_modules": ["attn.c_attn", "mlp.c_fc", "ln_1"]}, None, ""),
-        ({"target_modules": "(x+x+)+y"}, None, ""),
+        ({"target_modules": ["attn.c_attn", "c_proj", "mlp.c_fc", "ln_1"]}, None, ""),
+        ({"target_modules": ["c_attn"]}, MismatchError, "its configuration does not name it"),
+        ({"layers_to_transform": [0]}, MismatchError, "its configuration does not name it"),
+        ({"target_modules": "(x+x+)+y"}, MismatchError, "its configuration does not name it"),
         ({"target_modules": "all-linear"}, None, ""),
     ],
 )
