@@ -9,7 +9,6 @@ import click
 
 from lora_gpt2.commands.shared import CommandGroup, emit, json_option
 from lora_gpt2.core.errors import ConflictError, UsageError
-from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.tables import format_table
 
 
@@ -54,14 +53,12 @@ def export(name: str, target: Path, dtype: str, as_json: bool) -> None:
         raise ConflictError(f"{target} exists", "choose another name, or remove it first")
     import torch
 
-    from lora_gpt2.merging.gguf import check_gguf, write_base_gguf
+    from lora_gpt2.merging.gguf import export_base_gguf
     from lora_gpt2.model.base import load_base
     from lora_gpt2.model.runtime import Runtime
 
     base = load_base(name, Runtime(torch.device("cpu"), getattr(torch, dtype)))
-    check_gguf(base.config)
-    with wrap_os_errors(f"write {target}"):
-        write_base_gguf(target, base)
+    export_base_gguf(target, base)
     emit({"base": {"name": base.name, "path": str(target)}}, as_json, lambda: [f"wrote {target}"])
 
 

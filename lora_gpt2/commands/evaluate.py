@@ -12,7 +12,7 @@ import click
 from lora_gpt2.commands.settings import setting_options
 from lora_gpt2.commands.shared import FiniteRange, emit, end_as_failed, session_options
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.files import wrap_os_errors, write_user_file
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import PICTURES, check_output
 from lora_gpt2.evaluation.report import format_matrix
@@ -143,12 +143,12 @@ def _write_files(evaluation: Evaluation, plot: Path | None, html: Path | None, t
         if plot:
             evaluation.plot(plot)
         if html:
-            html.write_text(evaluation.to_html(), encoding="utf-8", errors="replace")
+            write_user_file(html, evaluation.to_html())
         if tokens and tokens.suffix.lower() == ".html":
-            tokens.write_text(evaluation.tokens_to_html(), encoding="utf-8", errors="replace")
+            write_user_file(tokens, evaluation.tokens_to_html())
         elif tokens:
             lines = (json.dumps(each.to_json(), allow_nan=False) for each in evaluation.token_scores)
-            tokens.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+            write_user_file(tokens, "".join(f"{line}\n" for line in lines))
 
 
 def _render(result: dict[str, Any]) -> str:

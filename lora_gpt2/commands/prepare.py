@@ -9,7 +9,7 @@ import click
 
 from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, skip_bad_option, suggest_next
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.files import wrap_os_errors, write_user_file
 from lora_gpt2.core.printable import count_of, printable
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.recipe_files import load_recipe
@@ -86,7 +86,7 @@ def command(
         result["preview"] = preview_documents(prepared.train, tokenizer, preview)
     with wrap_os_errors("write the page or the text"):
         if html:
-            html.write_text(build_report_page(prepared.report), encoding="utf-8", errors="replace")
+            write_user_file(html, build_report_page(prepared.report))
         if text:
             write_texts(prepared, tokenizer, text)
     emit(result, as_json, lambda: _render(result, prepared.report, str(prepared.rejected)))

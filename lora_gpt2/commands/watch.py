@@ -11,7 +11,7 @@ from lora_gpt2.commands.shared import missing_extra
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.dirs import find_runs_dir
 from lora_gpt2.core.errors import NotFoundError, UsageError
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.files import wrap_os_errors, write_user_file
 from lora_gpt2.core.user_files import check_output
 from lora_gpt2.training.run_reader import RunReader, list_runs
 
@@ -54,7 +54,7 @@ def command(
 
         check_output(html)
         with wrap_os_errors(f"write {html}"):
-            html.write_text(render_run(RunReader(found[0]), is_live=False), encoding="utf-8")
+            write_user_file(html, render_run(RunReader(found[0]), is_live=False))
         click.echo(f"written to {html}")
         return
     try:

@@ -176,6 +176,16 @@ def write_atomic(path: Path, content: bytes) -> None:
     fsync_dir(path.parent)
 
 
+def write_user_file(path: Path, content: str | bytes) -> None:
+    """Replaces a file that the user named, as a whole; what is no plain file, such as /dev/stdout, is written to."""
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    target = path.resolve()  # a link stays one
+    if target.exists() and not target.is_file():
+        path.write_bytes(data)
+    else:
+        write_atomic(target, data)
+
+
 @contextlib.contextmanager
 def temporary_dir(parent: Path, stem: str) -> Iterator[Path]:
     """Yields a new folder beside the target, to be renamed by the block; what remains of it is removed."""

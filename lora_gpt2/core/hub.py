@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_gpt2.core.errors import NotFoundError, ResourceError
 from lora_gpt2.core.files import translate_os_error
+from lora_gpt2.core.printable import shorten
 
 LOG = logging.getLogger("lora_gpt2")
 UNREACHABLE = "the hub cannot be reached"
@@ -33,6 +34,8 @@ def wrap_hub_errors(identifier: str, action: str, hint: str) -> Iterator[None]:
             raise ResourceError(f"the hub does not let you {action}", "log in: hf auth login") from error
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise translate_os_error(error, action) from error
+        if type(error) is ValueError or (status is not None and 400 <= status < 500):
+            raise ResourceError(f"the hub refuses to {action}: {shorten(str(error), 300)}", "correct it") from error
         raise ResourceError(f"{UNREACHABLE} to {action}", hint) from error
 
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from lora_gpt2.core.errors import ConflictError
+from lora_gpt2.core.errors import ConflictError, ResourceError
 from lora_gpt2.core.files import OPEN_FLAGS
 
 POLL_SECONDS = 0.01
@@ -62,8 +62,11 @@ def hold_for_removal(folder: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
+        except OSError as error:
+            hint = "remove it by hand, when nobody reads it"
+            raise ResourceError(f"{folder} is on a file system without locks: {error.strerror}", hint) from error
         else:
             yield True
     finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import UsageError
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.files import wrap_os_errors, write_user_file
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.names import is_name
 from lora_gpt2.data.read.records import Document
@@ -101,7 +101,7 @@ class Evaluation:
         cells = [cell.to_json() for cell in [*self.cells, *self.forgetting]]
         if path is not None:
             with wrap_os_errors(f"write {path}"):
-                Path(path).write_bytes(draw_matrix(cells, Path(path).suffix.lower().lstrip(".") or "png"))
+                write_user_file(Path(path), draw_matrix(cells, Path(path).suffix.lower().lstrip(".") or "png"))
         return build_figure(cells)
 
     def to_html(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.files import wrap_os_errors, write_user_file
 from lora_gpt2.core.user_files import check_output
 
 
@@ -20,5 +20,5 @@ def write_disclosure(path: Path, base: str, adapters: Sequence[str]) -> Path:
     beside = path.with_name(f"{path.name}.disclosure.txt")
     check_output(beside)
     with wrap_os_errors(f"write {beside}"):
-        beside.write_text(format_disclosure(base, ", ".join(adapters) or "base") + "\n", encoding="utf-8")
+        write_user_file(beside, format_disclosure(base, ", ".join(adapters) or "base") + "\n")
     return beside

@@ -6,7 +6,8 @@ norms, biases and positions in float32, as llama.cpp's own conversion does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.core.errors import CheckFailed, ConflictError, MismatchError, ResourceError
-from lora_gpt2.core.files import rename_path, temporary_dir, wrap_os_errors
+from lora_gpt2.core.files import rename_path, sync_tree, temporary_dir, wrap_os_errors
 from lora_gpt2.merging.state import merge_state
 from lora_gpt2.model.base import TRANSPOSED, Base
 from lora_gpt2.model.config import HEAD, GPT2Config
@@ -101,9 +102,21 @@ def write_gguf(path: Path, state: Mapping[str, Tensor], base: Base) -> None:
     _write_tensors(writer, path, arrays)
 
 
-def write_base_gguf(path: Path, base: Base) -> None:
+def export_base_gguf(target: Path, base: Base) -> None:
     """Writes a base as it is, its head as a tensor of its own, which an adapter may change; raises as `write_gguf`."""
-    write_gguf(path, merge_state(base, [], [], MergeRule(), base.runtime.dtype), base)
+    check_gguf(base.config)
+    with _new_files(target) as work:
+        write_gguf(work / target.name, merge_state(base, [], [], MergeRule(), base.runtime.dtype), base)
+
+
+@contextmanager
+def _new_files(*targets: Path) -> Iterator[Path]:
+    """Yields a folder in which the block writes files of these names, which appear whole or not at all."""
+    with wrap_os_errors(f"write {targets[0]}"), temporary_dir(targets[0].absolute().parent, targets[0].name) as work:
+        yield work
+        sync_tree(work)
+        for path in targets:
+            rename_path(work / path.name, path)
 
 
 def write_lora_gguf(path: Path, adapter: Adapter, base: Base, name: str) -> None:
@@ -144,12 +157,10 @@ def export_gguf(store: Store, reference: str, target: Path, base: Base, settings
         if path.exists():
             raise ConflictError(f"{path} exists", "choose another name, or remove it first")
     manifest, adapter = load_adapter(store, reference, base)
-    with wrap_os_errors(f"write {target}"), temporary_dir(target.absolute().parent, target.name) as work:
+    with _new_files(target, modelfile) as work:
         write_lora_gguf(work / target.name, adapter, base, manifest.reference)
         lines = build_modelfile(base, target.name, settings)
         (work / modelfile.name).write_text(lines, encoding="utf-8", newline="\n")
-        for path in (target, modelfile):
-            rename_path(work / path.name, path)
     return manifest
 
 

@@ -41,7 +41,7 @@ from lora_gpt2.model.runtime import DTYPES
 from lora_gpt2.model.stored_weights import StoredWeights
 from lora_gpt2.model.weight_files import list_weight_files
 from lora_gpt2.recipe import EvaluateSettings, MergeSettings
-from lora_gpt2.store.card import mark_trained
+from lora_gpt2.store.card import is_hub_name, mark_trained
 from lora_gpt2.store.references import BASE
 
 TOKENIZER_FILES = (
@@ -51,6 +51,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "generation_config.json",
 )
 GGUF = "model.gguf"
@@ -207,9 +208,9 @@ def _build_card(
         for cell in cells
     )
     searched = f"Weights and method were chosen on these texts: {', '.join(searched_on)}.\n\n" if searched_on else ""
+    named = f"base_model: {base.name}\n" if is_hub_name(base.name) else ""  # a path says nothing to others
     return f"""---
-base_model: {base.name}
-library_name: transformers
+{named}library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, lora-gpt2]
 ---

@@ -41,6 +41,8 @@ HUB_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
 ]
 MAX_CONFIG_BYTES = 2**20
 OFFLINE_HINT = (

@@ -25,8 +25,12 @@ def read_audits(store: Store, manifest: Manifest) -> dict[str, Any]:
 
 
 def write_audit(store: Store, manifest: Manifest, kind: str, result: Mapping[str, Any]) -> None:
-    """Keeps a result, in the place of an earlier one of its kind; raises what `Store.change` does."""
+    """Keeps a result, in the place of an earlier one of its kind.
+
+    Raises what `Store.change` does, or `NotFoundError` if the version is gone, or another one by now.
+    """
     with store.change(manifest.name, f"keep the audit in {store.root}"), wrap_os_errors("keep the audit"):
+        store.read_manifest(f"{manifest.reference}#{manifest.pin}")
         audits = {**read_audits(store, manifest), kind: dict(result)}
         content = json.dumps({"pin": manifest.pin, "audits": audits}, indent=1) + "\n"
         write_atomic(_path(store, manifest), content.encode())

@@ -6,6 +6,8 @@ A version's folder has the card of its publication; `adapters card` builds it an
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +68,11 @@ def build_card(manifest: Manifest, audits: Mapping[str, Any] | None = None) -> s
     return f"---\n{_build_head(manifest)}---\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
+def is_hub_name(name: str) -> bool:
+    """True for a base that others find by this name, and that is no path of this machine."""
+    return not os.path.isabs(name) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+
+
 def _build_head(manifest: Manifest) -> str:
     """Returns the metadata as YAML."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -85,7 +92,7 @@ def _build_head(manifest: Manifest) -> str:
     ]
     licence = manifest.recipe.get("license")
     data = ModelCardData(
-        base_model=manifest.base.name,
+        base_model=manifest.base.name if is_hub_name(manifest.base.name) else None,
         library_name="peft",
         license=str(licence).lower() if licence else None,
         pipeline_tag="text-generation",
@@ -122,10 +129,12 @@ def _show(value: Any) -> str:
 def _describe_origin(manifest: Manifest) -> str:
     sources = ", ".join(manifest.data.get("sources", []))
     lines = []
+    provenance = ", ".join(f"{key} {value}" for key, value in manifest.provenance.items() if value is not None)
     if manifest.parents:
-        provenance = ", ".join(f"{key} {value}" for key, value in manifest.provenance.items() if value is not None)
         parents = ", ".join(f"{parent.reference} at {parent.weight:g}" for parent in manifest.parents)
         lines.append(f"Made from {parents} ({provenance or 'trained further'}).")
+    elif provenance:
+        lines.append(f"Not trained here: {provenance}.")
     if sources or not manifest.parents:
         tokens = manifest.data.get("train_tokens", "an unknown number of")
         lines.append(f"Text: {sources or 'unknown'}; {tokens} training tokens.")

@@ -274,7 +274,9 @@ def _collect_version(store: Store, folder: Path, found: GarbageReport, dry_run: 
 def _collect_leftovers(store: Store, found: GarbageReport, dry_run: bool) -> None:
     """Deletes what dead processes left; a process that still uses it holds the lock of its name."""
     owners = {path: path.name[1:].rpartition(STAMP)[0] for path in store.root.glob(f".*{STAMP}*.partial")}
-    owners |= {path: path.parent.name for path in store.root.glob("*/.*.partial") if path.parent.name[0] != "."}
+    for name in filter(is_name, os.listdir(store.root) if store.root.is_dir() else ()):
+        with suppress(FileNotFoundError):  # it was removed meanwhile
+            owners |= dict.fromkeys(store.folder_of(name).glob(".*.partial"), name)
     for path, name in owners.items():
         if is_name(name):
             with suppress(ConflictError), store.change(name, f"collect '{name}' in {store.root}", wait_seconds=0):
@@ -317,7 +319,8 @@ def _move_to_trash(store: Store, folder: Path, label: str) -> None:
     trash = store.root / TRASH
     trash.mkdir(exist_ok=True)
     fsync_dir(store.root)
-    move_unread(folder, trash / f"{label}{STAMP}{time.time_ns()}", label)
+    newest = max((int(path.name.rpartition(STAMP)[2]) for path in iter_trash(store)), default=0)
+    move_unread(folder, trash / f"{label}{STAMP}{max(time.time_ns(), newest + 1)}", label)  # clocks go backwards
     fsync_dir(folder.parent)
     fsync_dir(trash)
 

@@ -184,7 +184,8 @@ def export_adapter(store: Store, reference: str, out: Path, without_head: Base |
 
     In a folder the configuration names the base as transformers finds it on this machine, so that
     `AutoPeftModelForCausalLM` loads it as it is. `without_head` is the base of an adapter whose change of the tied head
-    is left out, with our manifest, which is not of these weights.
+    is left out, with our manifest and its figures, which are not of these weights. Returns what is known of what was
+    written.
 
     Raises:
         ConflictError: `out` exists.
@@ -195,11 +196,12 @@ def export_adapter(store: Store, reference: str, out: Path, without_head: Base |
         raise ConflictError(f"{out} exists", "choose another name, or remove it first")
     manifest, files = read_version_files(store, reference)
     if without_head is not None:
-        files = _leave_head_out(manifest, files, without_head)
-    if not out.name.endswith(ARCHIVES):
+        manifest, files = _leave_head_out(manifest, files, without_head)
+    is_archive = out.name.lower().endswith(ARCHIVES)
+    if not is_archive:
         files |= _name_base(manifest, files)
     with wrap_os_errors(f"write {out}"):
-        if out.name.endswith(ARCHIVES):
+        if is_archive:
             out.absolute().parent.mkdir(parents=True, exist_ok=True)
             write_atomic(out.absolute(), pack_archive(files, f"{manifest.name}-{manifest.version}"))
         else:
@@ -239,10 +241,14 @@ def drop_head(adapter: Adapter) -> Adapter:
     return Adapter(updates=rest)
 
 
-def _leave_head_out(manifest: Manifest, files: Mapping[str, bytes], base: Base) -> dict[str, bytes]:
+def _leave_head_out(manifest: Manifest, files: Mapping[str, bytes], base: Base) -> tuple[Manifest, dict[str, bytes]]:
     adapter = drop_head(from_peft(files[WEIGHTS], files[PEFT_CONFIG], base.config, manifest.reference))
-    said = f"\n\nExported without its change of the head (`lm_head`) from `{manifest.reference}`.\n"
-    return {**to_peft(adapter, base.name, base.config), CARD: files[CARD] + said.encode()}
+    written = to_peft(adapter, base.name, base.config)
+    size = sum(update.a.numel() + update.b.numel() for update in adapter.updates.values())
+    lean = replace(manifest, figures={}, num_parameters=size, size_bytes=len(written[WEIGHTS]))
+    said = f"\nExported without its change of the head (`lm_head`) from `{manifest.reference}`, whose figures are "
+    said += "those of another adapter.\n"
+    return lean, {**written, CARD: (build_card(lean) + said).encode()}
 
 
 def read_version_files(store: Store, reference: str) -> tuple[Manifest, dict[str, bytes]]:

@@ -18,7 +18,7 @@ from lora_gpt2.model.stored_weights import fingerprint_base
 from lora_gpt2.store.archive import read_archive
 from lora_gpt2.store.manifest import CARD, MANIFEST, MAX_FILE_BYTES, PEFT_CONFIG, WEIGHTS, Manifest, parse_manifest
 from lora_gpt2.store.peft.config import parse_peft_config
-from lora_gpt2.store.peft.tensors import read_peft_files
+from lora_gpt2.store.peft.tensors import PICKLED, read_peft_files
 from lora_gpt2.store.version import verify_hashes
 
 ARCHIVES = (".tar.gz", ".tgz")
@@ -107,9 +107,10 @@ def fetch_adapter(source: str) -> FetchedAdapter:
         raise UsageError(f"{source} is neither a folder, an archive nor a .pt file", "give a folder that PEFT saved")
     if HUB_ID.fullmatch(source):
         hint = f"there is no folder {source} here either; check its path, or copy the folder by hand and import that"
-        return _read_folder(
-            download(source, HUB_FILES, (WEIGHTS, PEFT_CONFIG), "the adapter", hint, refresh=True), source
-        )
+        folder = download(source, HUB_FILES, ("adapter_model.*", PEFT_CONFIG), "the adapter", hint, refresh=True)
+        if not any((folder / name).is_file() for name in (WEIGHTS, PICKLED)):  # as PEFT once saved
+            folder = download(source, (*HUB_FILES, PICKLED), (PICKLED, PEFT_CONFIG), "the adapter", hint)
+        return _read_folder(folder, source)
     raise NotFoundError(f"there is no {source}", "give a folder, a .tar.gz, a .pt file, or a hub id: owner/name")
 
 

@@ -9,18 +9,28 @@ from lora_gpt2.core.fingerprint import flatten_json
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.manifest import Manifest, Parent
 
+MOST_GENERATIONS = 100
 
-def describe_lineage(store: Store, manifest: Manifest, children: tuple[str, ...] = ()) -> dict[str, Any]:
+
+def describe_lineage(store: Store, manifest: Manifest) -> dict[str, Any]:
     """Returns a version's origin: how it was made, its text, and its parents', as far as this store knows them.
 
     Keys: `reference`, `made`, `sources`, `data_fingerprint`, `parents` (each with `weight` and `found`, which is
-    where the parent's weights are now, or None).
+    where the parent's weights are now, or None). Of a version that comes twice, and of ancestors beyond a hundred
+    generations, only `reference`, `weight` and `found` are said the second time.
     """
+    return _describe(store, manifest, (), set())
+
+
+def _describe(store: Store, manifest: Manifest, children: tuple[str, ...], described: set[str]) -> dict[str, Any]:
     parents = []
     children = (*children, manifest.reference)
+    described.add(manifest.reference)
     for parent in manifest.parents:
         found = find_parent(store, parent, children)
-        entry = describe_lineage(store, found, children) if found else {"reference": parent.reference}
+        entry: dict[str, Any] = {"reference": found.reference if found else parent.reference}
+        if found and found.reference not in described and len(children) < MOST_GENERATIONS:
+            entry = _describe(store, found, children, described)
         parents.append({**entry, "weight": parent.weight, "found": found.reference if found else None})
     return {
         "reference": manifest.reference,

@@ -175,8 +175,34 @@ def _find_wrong(values: Mapping[str, Any]) -> str:
     bad += [] if isinstance(sources, list) and all(isinstance(source, str) for source in sources) else ["data.sources"]
     bad += [f"files: {str(name)[:60]}" for name in values["files"] if not FILE_NAME.fullmatch(name)]
     bad += [f"the hash of {name}" for name, digest in values["files"].items() if not _is_digest(digest)]
+    bad += [f"figures.{key}" for key in BY_TEXT if not isinstance(figures.get(key) or {}, dict)]
+    trained = figures.get("trained_parameters") or 0
+    bad += [] if isinstance(trained, int | float) and 0 <= trained <= LARGEST else ["figures.trained_parameters"]
+    bad += [f"data.{key}" for key, fits in TEXT_VALUES.items() if not fits(values.get("data", {}).get(key))]
     bad += ["version"] if values["version"] < 1 else []
     return bad[0] if bad else ""
+
+
+def _is_reading(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(line, str) for line in value))
+
+
+def _is_counts(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(count, int) for count in value.values()))
+
+
+def _is_rules(value: Any) -> bool:
+    needed = {"documents", "characters_removed"}
+    return value is None or (
+        isinstance(value, dict)
+        and all(isinstance(rule, dict) and needed <= rule.keys() and _is_counts(rule) for rule in value.values())
+    )
+
+
+BY_TEXT = ("perplexity", "base_perplexities", "documents_trained_on")
+"""Figures of a merge, which are mappings."""
+TEXT_VALUES = {"reading": _is_reading, "set_aside": _is_counts, "rules": _is_rules}
+"""What is said of a text, by key of `data`."""
 
 
 def _check_values(values: Any) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
+from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.evaluation import run as evaluation_run
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.runtime import choose_runtime
@@ -273,6 +275,7 @@ def test_long_lines_without_an_end_take_no_time(run, base_folder, tmp_path):
 
 def test_a_changed_text_is_said_in_the_verdict(run, own, text_file, base_folder):
     text_file.write_text(text_file.read_text().replace("cat", "cow"))
+    shutil.rmtree(find_cache_dir() / "prepared")  # where the text that was trained on is kept
     quick = ("--texts", "2", "--windows", "20", "--set", "generate.max_new_tokens=4", "--json")
     code, out, _ = run("audit", "memorization", "mine", "--base", base_folder, *quick)
     found = json.loads(out)

@@ -11,7 +11,7 @@ import click
 from lora_gpt2.commands.shared import base_option, emit, json_option, set_option, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import NotFoundError, ResourceError, UsageError
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.files import wrap_os_errors, write_user_file
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import PICTURES, check_output
 from lora_gpt2.store.catalog import Store
@@ -125,9 +125,9 @@ def map_(
 
     with wrap_os_errors("write the picture or the page"):
         if plot:
-            plot.write_bytes(draw_map(found, plot.suffix.lower().lstrip(".")))
+            write_user_file(plot, draw_map(found, plot.suffix.lower().lstrip(".")))
         if html:
-            html.write_text(build_map_page(found, base_name), encoding="utf-8")
+            write_user_file(html, build_map_page(found, base_name))
     for path in filter(None, (plot, html)):
         reporter.message(f"written: {path}")
     emit({"base": base_name, **found.to_json()}, as_json, lambda: _render_map(found))
@@ -210,7 +210,7 @@ def _draw_difference(updates: list[Distance], names: list[str], path: Path) -> N
     from lora_gpt2.evaluation.difference import draw_difference
 
     with wrap_os_errors(f"write {path}"):
-        path.write_bytes(draw_difference(updates, names, path.suffix.lower().lstrip(".")))
+        write_user_file(path, draw_difference(updates, names, path.suffix.lower().lstrip(".")))
 
 
 def _render_map(found: AdapterMap) -> str:

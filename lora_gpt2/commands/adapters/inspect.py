@@ -11,7 +11,7 @@ import click
 from lora_gpt2.commands.shared import base_option, emit, end_as_failed, format_bytes, json_option, store_option
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import LoraGpt2Error, UsageError
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.files import wrap_os_errors, write_user_file
 from lora_gpt2.core.printable import printable
 from lora_gpt2.core.tables import format_table
 from lora_gpt2.core.user_files import check_output
@@ -84,7 +84,7 @@ def card(reference: str, out: Path | None, store: Store, as_json: bool) -> None:
     text = build_card(manifest, read_audits(store, manifest))
     if out:
         with wrap_os_errors(f"write {out}"):
-            out.write_text(text, encoding="utf-8")
+            write_user_file(out, text)
     result = {"adapter": manifest.reference, "card": text, "path": str(out) if out else None}
     emit(result, as_json, lambda: [f"written to {out}"] if out else text)
 

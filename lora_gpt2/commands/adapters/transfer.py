@@ -92,7 +92,9 @@ def export(reporter: Reporter, reference: str, target: Path, peft_safe: bool, st
       lora-gpt2 adapters export law ./law-peft --peft-safe
       lora-gpt2 adapters export law law.gguf
     """
-    if target.suffix == ".gguf":
+    if target.suffix.lower() == ".gguf":
+        if peft_safe:
+            raise UsageError("--peft-safe is for PEFT's folders and archives", "llama.cpp applies a head's change")
         _export_gguf(reporter, reference, target, store, as_json)
         return
     from lora_gpt2.store.exchange import export_adapter, has_head

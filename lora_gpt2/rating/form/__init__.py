@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_gpt2.core.files import wrap_os_errors
+from lora_gpt2.core.files import wrap_os_errors, write_user_file
 from lora_gpt2.rating.rounds import Round
 
 FOLDER = Path(__file__).parent
@@ -29,4 +29,4 @@ def build_form(round_: Round, linked: bool = False) -> str:
 def write_form(path: Path, round_: Round) -> None:
     """Writes the page, whole in itself, to a file."""
     with wrap_os_errors(f"write {path}"):
-        path.write_text(build_form(round_), encoding="utf-8")
+        write_user_file(path, build_form(round_))

@@ -6,12 +6,13 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lora_gpt2.core.dirs import find_cache_dir
 from lora_gpt2.core.errors import ConflictError, CorruptError, ResourceError, UsageError
-from lora_gpt2.core.files import read_regular, temporary_dir, wrap_os_errors, write_atomic
+from lora_gpt2.core.files import read_regular, temporary_dir, wrap_os_errors, write_atomic, write_user_file
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_for_removal, hold_lock, hold_shared
 from lora_gpt2.core.names import check_name
@@ -230,6 +231,23 @@ def test_a_folder_that_changes_while_it_is_taken_hold_of_is_not_held(tmp_path, m
         assert not is_held(folder)
 
 
+def test_what_a_user_names_is_replaced_as_a_whole_and_a_link_stays_one(tmp_path, monkeypatch):
+    kept, link = tmp_path / "kept.html", tmp_path / "link.html"
+    write_user_file(kept, "one")
+    link.symlink_to(kept)
+    write_user_file(link, b"two")
+    assert link.is_symlink()
+    assert kept.read_text() == "two"
+    write_user_file(Path(os.devnull), "gone")
+    assert not Path(os.devnull).is_file()
+    monkeypatch.setattr(os, "write", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        write_user_file(kept, "three")
+    monkeypatch.undo()
+    assert kept.read_text() == "two"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.html", "link.html"]
+
+
 def test_a_file_system_without_locks_is_read_and_never_removed_from(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "no locks")
@@ -237,5 +255,5 @@ def test_a_file_system_without_locks_is_read_and_never_removed_from(tmp_path, mo
     monkeypatch.setattr(fcntl, "flock", refuse)
     with hold_shared(tmp_path) as found:
         assert found
-    with hold_for_removal(tmp_path) as is_ours:
-        assert not is_ours
+    with pytest.raises(ResourceError, match="file system without locks"), hold_for_removal(tmp_path):
+        pass

@@ -7,7 +7,7 @@ import pytest
 from transformers import GPT2LMHeadModel, GPT2TokenizerFast
 
 from lora_gpt2.core.errors import ConflictError
-from lora_gpt2.merging.gguf import build_modelfile, export_gguf, name_tensor, write_base_gguf
+from lora_gpt2.merging.gguf import build_modelfile, export_base_gguf, export_gguf, name_tensor
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.lora import Adapter
 from lora_gpt2.model.merge import to_delta
@@ -31,7 +31,7 @@ def test_llama_cpp_adds_the_update_to_tensors_that_the_base_has(base, store, ada
     import gguf
 
     export_gguf(store, "law", tmp_path / "law.gguf", base, GenerateSettings())
-    write_base_gguf(tmp_path / "base.gguf", base)
+    export_base_gguf(tmp_path / "base.gguf", base)
     found = gguf.GGUFReader(tmp_path / "law.gguf")
     tensors = {tensor.name: tensor.data for tensor in found.tensors}
     weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "base.gguf").tensors}
@@ -75,7 +75,7 @@ def test_tokens_that_were_added_are_tokens_in_llama_cpp_too(base_folder, tmp_pat
         model.resize_token_embeddings(len(theirs))
     for each in (model, theirs):
         each.save_pretrained(tmp_path / "grown")
-    write_base_gguf(tmp_path / "grown.gguf", load_base(str(tmp_path / "grown"), choose_runtime("float32")))
+    export_base_gguf(tmp_path / "grown.gguf", load_base(str(tmp_path / "grown"), choose_runtime("float32")))
     fields = gguf.GGUFReader(tmp_path / "grown.gguf").fields
     tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
     found = dict(zip(tokens, kinds, strict=True))

@@ -30,7 +30,7 @@ from lora_gpt2.store.changes import (
 )
 from lora_gpt2.store.files import Origin, load_adapter, publish_adapter
 from lora_gpt2.store.lineage import compare_manifests, describe_lineage
-from lora_gpt2.store.manifest import CARD, MANIFEST, METRICS, PEFT_CONFIG, WEIGHTS, Manifest
+from lora_gpt2.store.manifest import CARD, MANIFEST, METRICS, PEFT_CONFIG, WEIGHTS, Manifest, Parent
 from tests.builders import make_adapter
 from tests.faults import Disk
 
@@ -56,6 +56,50 @@ def test_a_copy_has_the_weights_the_figures_and_its_parent(base, store, three):
         copy_adapter(store, "law@9", "other")
     with pytest.raises(UsageError):
         copy_adapter(store, "law", "base")
+
+
+def test_a_copy_and_a_card_say_how_a_version_came_about(base, store):
+    publish(store, base, provenance={"by": "import", "variant": "dora", "relative_error": 0.134})
+    card = (store.resolve("law") / CARD).read_text()
+    assert "variant dora, relative_error 0.134" in card
+    copied = copy_adapter(store, "law", "twin")
+    assert copied.provenance == {"by": "copy", "variant": "dora", "relative_error": 0.134}
+
+
+def test_only_a_version_that_is_there_is_put_in_use(store, three):
+    for name, version, said in (("law", 9, "no version 9"), ("nope", 1, "no adapter 'nope'")):
+        with pytest.raises(NotFoundError, match=said):
+            store.use_version(name, version)
+    assert store.read_current("law") == 3
+
+
+def test_the_last_that_was_removed_comes_back_although_the_clock_was_set_back(base, store, monkeypatch):
+    for seed, now in ((1, 2000), (2, 1000), (3, 1000)):
+        publish(store, base, seed=seed)
+        monkeypatch.setattr(time, "time_ns", lambda now=now: now)
+        remove_adapter(store, "law")
+    restore_adapter(store, "law")
+    assert store.read_manifest("law").digest == publish(store, base, "other", seed=3).digest
+
+
+def test_an_adapter_that_may_not_be_read_is_not_left_out_of_a_list(store, three, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("lora_gpt2.store.catalog.os.stat", refuse)
+    with pytest.raises(ResourceError, match="CURRENT"):
+        store.list_names()
+
+
+def test_a_long_or_tangled_lineage_is_told_once(base, store):
+    first = publish(store, base, "a0", seed=0)
+    last = [first, first]
+    for number in range(1, 120):
+        parents = [Parent(reference=each.reference, digest=each.digest) for each in last]
+        made = publish(store, base, f"a{number}", seed=number, parents=tuple(parents))
+        last = [made, last[0]]
+    text = json.dumps(describe_lineage(store, last[0]))
+    assert text.count('"reference": "a60@1"') == 2, "as either one's parent"
 
 
 def test_a_rename_keeps_versions_numbers_and_the_one_in_use(base, store, three):

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import io
 import json
 import pickle
@@ -450,7 +451,7 @@ def test_a_push_uploads_every_file_with_the_card(base, store, monkeypatch):
     assert sent["repository"] == ("me/law", True, True)
     folder = store.resolve("law")
     assert sent["files"] == {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert b"base_model:" in sent["files"]["README.md"]
+    assert b"base_model:" not in sent["files"]["README.md"], "a path of this machine"
     assert sent["deleted"] == [DRAFTER], "what an earlier version had of its text, and nothing of others"
 
 
@@ -461,6 +462,51 @@ def test_a_pull_comes_from_the_hubs_cache_without_a_network(base, store, tmp_pat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *rest, **more: str(store.resolve("law")))
     found = bring_in("me/law", Store(tmp_path / "other"), base, "law")
     assert found.manifest.digest == store.read_manifest("law").digest
+
+
+def test_what_the_hub_refuses_is_said(base, store, monkeypatch):
+    import huggingface_hub
+
+    class Api:
+        def create_repo(self, repository, private, exist_ok):
+            raise ValueError("Invalid metadata in README.md: base_model")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    publish_adapter(store, "law", make_adapter(base.config), base, ORIGIN)
+    with pytest.raises(ResourceError, match="the hub refuses to push law: Invalid metadata"):
+        push_adapter(store, "law", "me/law", private=True)
+
+
+def test_an_old_adapter_of_the_hub_comes_as_one_in_a_folder(base, store, tmp_path, monkeypatch):
+    """PEFT once saved a pickle alone."""
+    import huggingface_hub
+
+    files = to_peft(make_adapter(base.config, 5), "tiny", base.config)
+    hub = tmp_path / "snapshot"
+
+    def download(identifier, allow_patterns, local_files_only=False):
+        hub.mkdir(exist_ok=True)
+        (hub / PEFT_CONFIG).write_bytes(files[PEFT_CONFIG])
+        if "adapter_model.bin" in allow_patterns:
+            torch.save(load(files[WEIGHTS]), hub / "adapter_model.bin")
+        return str(hub)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = bring_in("me/law", store, base, "law")
+    assert found.manifest.digest == hashlib.sha256(files[WEIGHTS]).hexdigest()
+
+
+def test_an_export_without_the_head_says_nothing_of_the_whole(base, store, tmp_path):
+    whole = make_adapter(base.config, 1, LoraSettings(rank=2, targets=("c_attn", "lm_head")))
+    origin = Origin(figures={"validation_perplexity": 12.34, "trained_parameters": 99})
+    publish_adapter(store, "law", whole, base, origin)
+    said = export_adapter(store, "law", tmp_path / "out", base)
+    tensors = load((tmp_path / "out" / WEIGHTS).read_bytes())
+    assert said.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert said.size_bytes == (tmp_path / "out" / WEIGHTS).stat().st_size
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "12.34" not in card
+    assert "without its change of the head" in card
 
 
 def test_verification_passes_sound_adapters_by_pefts_own_numbers(base, store):
@@ -522,7 +568,6 @@ def test_a_hostile_store_version_cannot_hang_verification(base, store):
     }
     content = json.dumps(values).encode()
     (folder / PEFT_CONFIG).write_bytes(content)
-    import hashlib
 
     manifest = store.read_manifest("law")
     changed = replace(manifest, files={**manifest.files, PEFT_CONFIG: hashlib.sha256(content).hexdigest()})

@@ -227,6 +227,12 @@ def test_figures_that_are_reckoned_with_are_numbers_or_nothing():
         for value in ("1", True, [1], {}):
             with pytest.raises(ValueError, match=key):
                 parse_manifest(changed(figures={key: value}))
+    for values in ({"reading": 5}, {"rules": []}, {"rules": {"a": 1}}, {"set_aside": {"a": "x"}}):
+        with pytest.raises(ValueError, match=f"data.{next(iter(values))}"):
+            parse_manifest(changed(data=values))
+    for values in ({"perplexity": 5}, {"trained_parameters": -5}):
+        with pytest.raises(ValueError, match=f"figures.{next(iter(values))}"):
+            parse_manifest(changed(figures=values))
     for sources in ("a.txt", [1], [None], {"a": 1}):
         with pytest.raises(ValueError, match="sources"):
             parse_manifest(changed(data={"sources": sources}))
