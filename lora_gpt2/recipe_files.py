@@ -214,7 +214,7 @@ def load_recipe(
     """
     values, overrides = read_recipe(path) if path else {}, list(overrides)
     set_by_key = {".".join(keys): value for keys, value in map(parse_override, overrides)}
-    check_agreement(set_by_key, {key: value for key, value in flags.items() if value != ()})
+    check_agreement(set_by_key, {key: value for key, value in flags.items() if not _is_left_out(value)})
     values = set_values(apply_overrides(values, overrides), flags)
     return build_from_values(values, str(path) if path else "settings")
 
@@ -259,11 +259,15 @@ def _read_schema(path: Path) -> dict[str, Any]:
     return schema
 
 
+def _is_left_out(value: Any) -> bool:
+    return value is None or (isinstance(value, tuple) and not value)
+
+
 def set_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a copy of a recipe's values with those under dotted keys set; None and empty tuples are left out."""
     result = _copy_values(values)
     for key, value in changes.items():
-        if value is not None and value != ():
+        if not _is_left_out(value):
             _set_value(result, key.split("."), value, key)
     return result
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from lora_gpt2.core.console import LoggingReporter, ProgressTask, Reporter, RichReporter
@@ -15,7 +16,8 @@ from lora_gpt2.core.names import check_name
 from lora_gpt2.core.suggest import suggest
 from lora_gpt2.data.read.sources import KINDS
 from lora_gpt2.data.read.texts import Texts, keep_texts
-from lora_gpt2.recipe import Recipe
+from lora_gpt2.inference.mix import Mix
+from lora_gpt2.recipe import SECTIONS, Recipe
 from lora_gpt2.recipe_files import EVERYDAY, build_from_values, check_agreement, check_read, set_values
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.fetch import FetchedAdapter, fetch_adapter, is_foreign
@@ -30,7 +32,11 @@ Adapters = str | Path | Sequence[Any] | Mapping[str, str | Path]
 
 
 def make_recipe(
-    settings: Settings, command: str, keywords: Mapping[str, Any], other: Mapping[str, Any] | None = None
+    settings: Settings,
+    command: str,
+    keywords: Mapping[str, Any],
+    other: Mapping[str, Any] | None = None,
+    loaded: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recipe:
     """Returns the recipe that keywords and settings describe; a keyword that is None is left out.
 
@@ -39,22 +45,42 @@ def make_recipe(
         command: what the recipe is for, whose everyday settings the keywords are.
         keywords: by the last part of their key.
         other: further settings by their dotted keys.
+        loaded: settings that a model was loaded with, which no others can be given for.
 
     Raises `RecipeError` that names the setting and the nearest valid one, and `UsageError` for one of another function.
     """
     if settings is not None and not isinstance(settings, Recipe | Mapping):
         hint = "pass a mapping such as {'lora.rank': 8, 'train.max_grad_norm': 0.5}, or a Recipe"
         raise UsageError(f"settings are no {type(settings).__name__}", hint)
-    if isinstance(settings, Recipe):
-        values = settings.model_dump(exclude_unset=True)
-    else:
-        check_read(command, settings or {})
-        values = set_values({}, settings or {})
     keys = _find_everyday(command)
     flags = {keys[name]: list(value) if isinstance(value, set) else value for name, value in keywords.items()}
-    if not isinstance(settings, Recipe):
-        check_agreement(settings or {}, flags)
-    return build_from_values(set_values(values, {**flags, **(other or {})}), "settings")
+    if (choice := flags.get("generate.choice")) is not None and not len(choice):
+        raise UsageError("there is nothing to choose from: choice is empty", "pass at least one text, or None")
+    if isinstance(settings, Recipe):
+        given = settings.model_dump(exclude_unset=True, exclude={"name"} if loaded else None)
+    else:
+        given = _flatten(settings or {})
+        check_read(command, given)
+        check_agreement(given, flags)
+    _check_loaded(_flatten(given), loaded)
+    fixed = {"generate.dtype": loaded.get("generate.dtype")} if command == "generate" else {}
+    return build_from_values(set_values(set_values({}, given), {**flags, **fixed, **(other or {})}), "settings")
+
+
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by their dotted keys, where some are given by section."""
+    found = dict[str, Any]()
+    for key, value in settings.items():
+        is_section = key in SECTIONS and isinstance(value, Mapping)
+        found |= {f"{key}.{name}": each for name, each in value.items()} if is_section else {key: value}
+    return found
+
+
+def _check_loaded(given: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for a setting that decides how a model is loaded, and is another one for this model."""
+    for key in ("base", "name", "generate.dtype") if loaded else ():
+        if key in given and given[key] != loaded.get(key):
+            raise UsageError(f"{key}={given[key]!r} changes nothing: the model is loaded", "pass it to load()")
 
 
 def check_keywords(function: str, command: str, keywords: Iterable[str]) -> None:
@@ -112,7 +138,8 @@ def sort_adapters(adapters: Adapters, store: Store) -> tuple[list[str], dict[str
     if isinstance(adapters, Mapping):
         named: list[tuple[str | None, Any]] = list(adapters.items())
     else:
-        named = [(None, item) for item in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
+        listed = adapters.references if isinstance(adapters, Mix) else adapters
+        named = [(None, item) for item in ([listed] if isinstance(listed, str | os.PathLike) else listed)]
     stored, foreign = list[str](), dict[str, FetchedAdapter]()
     for given, item in named:
         text = str(item)

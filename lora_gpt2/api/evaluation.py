@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_gpt2.api.arguments import Settings, Source, choose_reporter, make_recipe, to_source
+from lora_gpt2.api.requests import to_spec
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.data.read.texts import Texts
 from lora_gpt2.evaluation.matrix import LabelledSource
 from lora_gpt2.evaluation.run import Evaluation, evaluate_texts, read_texts
-from lora_gpt2.inference.mix import read_manifests
+from lora_gpt2.inference.mix import Mix, read_manifests
 from lora_gpt2.store.catalog import Store
 
 
 def evaluate(
     texts: Mapping[str, Texts | Source] | Texts | Source,
-    adapters: str | Sequence[Any] = "all",
+    adapters: Any = "all",
     *,
     base: str | None = None,
     window: int | None = None,
@@ -36,7 +37,8 @@ def evaluate(
     Args:
         texts: by label, texts as `train` takes them, a source, or the name of an adapter, which means the text that was
             held out of its training; or one of these, whose label is `text`, or the source.
-        adapters: `all` for every adapter of the base in the store, a name, a version or a mix, or several of them.
+        adapters: `all` for every adapter of the base in the store, a name, a version or a mix (a mapping from names to
+            weights is one), None for the base alone, or a list of them.
         base: the base; by default that of the first adapter.
         window: tokens of context; by default the base's maximum.
         stride: tokens between windows; by default half the window.
@@ -59,7 +61,8 @@ def evaluate(
     """
     keywords = {"window": window, "stride": stride, "protocol": protocol, "profile": profile}
     recipe = make_recipe(settings, "evaluate", keywords, {"base": base})
-    specs = [str(item) for item in ([adapters] if isinstance(adapters, str) else list(adapters))]
+    is_one = adapters is None or isinstance(adapters, str | Mix | Mapping)
+    specs = [to_spec(item) for item in ([adapters] if is_one else adapters)]
     kept, reporter = Store.find(store), choose_reporter(progress)
     read_manifests(kept, specs)
     if isinstance(texts, Mapping):

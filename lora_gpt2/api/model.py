@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from lora_gpt2.api.arguments import (
-    Settings,
-    check_keywords,
-    make_recipe,
-)
+from lora_gpt2.api.arguments import Settings, check_keywords, make_recipe
 from lora_gpt2.api.perplexity import Perplexity, read_text
-from lora_gpt2.api.requests import build_requests, choose_seed, iter_text, list_adapters, parse_mix
+from lora_gpt2.api.requests import add_in_memory, build_requests, choose_seed, iter_text, list_adapters, parse_mix
 from lora_gpt2.core.console import Reporter
 from lora_gpt2.core.errors import ConflictError, UsageError
 from lora_gpt2.core.names import AUTO, check_name
 from lora_gpt2.data.read.texts import Texts
+from lora_gpt2.data.tokenizer import check_texts
 from lora_gpt2.evaluation.held_out import read_sketches
 from lora_gpt2.evaluation.matrix import measure_matrix
 from lora_gpt2.evaluation.token_scores import TokenScores, check_protocol, iter_token_scores
@@ -27,7 +24,6 @@ from lora_gpt2.inference.chat import build_chat_request, read_messages, strip_an
 from lora_gpt2.inference.choose import AdapterChoice
 from lora_gpt2.inference.embedding import embed_texts
 from lora_gpt2.inference.generate import Output, generate
-from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.routing import AUTO_MIX, Router
 from lora_gpt2.inference.session import Session
 from lora_gpt2.merging.to_transformers import build_merged_model, build_peft_model
@@ -64,7 +60,8 @@ class Model:
     def __repr__(self) -> str:
         base = self.session.base
         names = ", ".join(self.adapters) or "none"
-        return f"<Model {base.name} on {base.runtime.device.type} in {base.runtime.dtype_name}, adapters: {names}>"
+        dtype = "float16" if self._is_packed else base.runtime.dtype_name
+        return f"<Model {base.name} on {base.runtime.device.type} in {dtype}, adapters: {names}>"
 
     @property
     def base(self) -> str:
@@ -96,7 +93,7 @@ class Model:
             raise ConflictError(f"a stream writes with '{name}'", "finish or close it first, or take another name")
         for session in (self.session, self._measuring):
             if session is not None:
-                _add_in_memory(session, {name: adapter}, is_new=name not in self._in_memory)
+                add_in_memory(session, {name: adapter}, is_new=name not in self._in_memory)
         self._in_memory[name] = adapter
         self.adapters = list(dict.fromkeys([*self.adapters, name]))
 
@@ -267,7 +264,7 @@ class Model:
             DataError: there is nothing to score.
         """
         keywords = {"window": window, "stride": stride, "protocol": protocol, "profile": profile}
-        recipe = make_recipe(settings, "evaluate", keywords)
+        recipe = make_recipe(settings, "evaluate", keywords, loaded=self._loaded)
         text, mix, session = read_text(texts, recipe, self.reporter), parse_mix(adapter), self._open_measuring(recipe)
         resolved = session.resolve(mix)
         versions = list(map(label_of, resolved.references))
@@ -309,7 +306,8 @@ class Model:
         Raises:
             DataError: there is nothing to score.
         """
-        recipe = make_recipe(settings, "evaluate", {"window": window, "stride": stride, "profile": profile})
+        keywords = {"window": window, "stride": stride, "profile": profile}
+        recipe = make_recipe(settings, "evaluate", keywords, loaded=self._loaded)
         check_protocol(recipe.evaluate)
         text, session = read_text(texts, recipe, self.reporter), self._open_measuring(recipe)
         rows = {str(mix): session.select(session.resolve(mix)) for mix in map(parse_mix, list_adapters(adapter))}
@@ -340,6 +338,7 @@ class Model:
 
     def choose(self, text: str) -> AdapterChoice:
         """Returns the adapter under which a text is most likely, as `auto` takes it, and how sure that is."""
+        check_texts([text], "a text")
         return self._router.choose(text)
 
     @property
@@ -366,10 +365,13 @@ class Model:
     def _choose_settings(self, keywords: Mapping[str, Any], settings: Settings) -> GenerateSettings:
         stop = keywords.get("stop")
         keywords = {**keywords, "stop": (stop,) if isinstance(stop, str) else stop}
-        own = {"generate.dtype": self.recipe.generate.dtype}
-        chosen = make_recipe(settings, "generate", keywords, own).generate
+        chosen = make_recipe(settings, "generate", keywords, loaded=self._loaded).generate
         self.session.prefixes.max_bytes = chosen.prefix_cache_bytes
         return chosen
+
+    @property
+    def _loaded(self) -> dict[str, Any]:
+        return {"base": self.base, "generate.dtype": self.recipe.generate.dtype}
 
     def _open_measuring(self, recipe: Recipe) -> Session:
         """Returns a session to measure with: in `evaluate.dtype` if it is set, else in what `load` was given."""
@@ -384,7 +386,7 @@ class Model:
             return self.session
         if self._measuring is None or self._measuring.base.runtime != runtime:
             measuring = Session(load_base(base.name, runtime), self.session.store)
-            _add_in_memory(measuring, self._in_memory)
+            add_in_memory(measuring, self._in_memory)
             self._measuring = measuring
         return self._measuring
 
@@ -392,9 +394,3 @@ class Model:
     def _is_packed(self) -> bool:
         """True if the weights are packed, and only generate: float16 on a CPU."""
         return self.session.base.model.prepacked_head is not None
-
-
-def _add_in_memory(session: Session, adapters: Mapping[str, Adapter], is_new: bool = True) -> None:
-    session.load_in_memory(adapters)
-    for name in adapters if is_new else ():  # it can be loaded from nowhere, so it keeps its slot
-        session.slots.pin(Mix.single(name))

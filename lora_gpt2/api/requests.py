@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_gpt2.core.errors import UsageError
 from lora_gpt2.core.names import AUTO
+from lora_gpt2.data.tokenizer import check_texts
 from lora_gpt2.inference.generate import Request, iter_pieces
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.routing import AUTO_MIX, Router
 from lora_gpt2.inference.session import Session
+from lora_gpt2.model.lora import Adapter
 from lora_gpt2.recipe import GenerateSettings
+from lora_gpt2.store.references import BASE
 
 
 def parse_mix(adapter: Any) -> Mix:
@@ -28,9 +32,19 @@ def parse_mix(adapter: Any) -> Mix:
     return mix
 
 
+def to_spec(adapter: Any) -> str:
+    """Returns what an adapter, a version, a mix or `all` is called on the command line, with all digits of weights."""
+    if isinstance(adapter, str):
+        return adapter
+    return "+".join(f"{reference}:{weight!r}" for reference, weight in parse_mix(adapter)) or BASE
+
+
 def choose_seed(seed: int | None) -> int:
-    """Returns a seed, drawn if there is none."""
-    return secrets.randbelow(2**31) if seed is None else seed
+    """Returns a seed, drawn if there is none; raises `UsageError` for what is no whole number."""
+    try:
+        return secrets.randbelow(2**31) if seed is None else operator.index(seed)
+    except TypeError as error:
+        raise UsageError(f"a seed is a whole number, found {type(seed).__name__}", "pass an int, or None") from error
 
 
 def list_adapters(adapter: Any) -> list[Any]:
@@ -51,8 +65,7 @@ def build_requests(prompts: Sequence[str], adapter: Any, n: int, seed: int | Non
             f"{len(prompts)} prompts, {len(each)} adapters", "pass one, or generate_batch one for each prompt"
         )
     each = each * len(prompts) if len(each) == 1 else each
-    if bad := next((item for item in prompts if not isinstance(item, str)), None):
-        raise UsageError(f"a prompt is a str, found {type(bad).__name__}", "generate_batch takes a list of texts")
+    check_texts(prompts, "a prompt")
     first = choose_seed(seed)
     mixes = [AUTO_MIX if item == AUTO else parse_mix(item) for item in each]
     routes = [router.route(p) if mix == AUTO_MIX else None for p, mix in zip(prompts, mixes, strict=True)]
@@ -72,3 +85,10 @@ def iter_text(
             raise output.error
         if text:
             yield text
+
+
+def add_in_memory(session: Session, adapters: Mapping[str, Adapter], is_new: bool = True) -> None:
+    """Loads adapters that are in no store; a new one can be loaded from nowhere again, so it keeps its slot."""
+    session.load_in_memory(adapters)
+    for name in adapters if is_new else ():
+        session.slots.pin(Mix.single(name))

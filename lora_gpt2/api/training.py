@@ -250,6 +250,9 @@ def _train_recipes(
     *,
     num_slots: int | None = None,
 ) -> list[AdapterReport]:
+    callbacks = [callbacks] if callable(callbacks) else callbacks
+    if wrong := [each for each in callbacks if not callable(each)]:
+        raise UsageError(f"a callback is a function, found {type(wrong[0]).__name__}", "pass functions of an event")
     return train_recipes(
         [name_recipe(recipe) for recipe in recipes],
         Store.find(store),

@@ -19,13 +19,20 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as BackendTokenizer
 
-from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError
+from lora_gpt2.core.errors import CorruptError, DataError, NotFoundError, UsageError
 from lora_gpt2.core.fingerprint import fingerprint_json
 from lora_gpt2.core.memory import check_room
 from lora_gpt2.core.strict_json import load_json
 
 EOS = "<|endoftext|>"
 ROOM_BYTES = 2**25  # the backend ends the process where it runs out of memory
+
+
+def check_texts(texts: Iterable[object], what: str) -> None:
+    """Raises `UsageError` unless all are texts; `what` says what one of them is."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise UsageError(f"{what} is a str, found {type(text).__name__}", "pass texts")
 
 
 class Tokenizer:
@@ -82,13 +89,17 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text; raises `DataError` for lone surrogates, which no UTF-8 text has."""
+        """Returns the token ids of each text; raises `DataError` for lone surrogates, which no UTF-8 text has.
+
+        Raises `UsageError` for what is no text; a pair of texts would be one to the library.
+        """
+        check_texts(texts, "a text")
         if self._has_special and any(end in text for text in texts for end in self._ends):
             return [self._encode_around_eos(text) for text in texts]
         check_room(ROOM_BYTES)
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError) as error:
+        except (TypeError, UnicodeEncodeError) as error:  # which of them depends on the version of the library
             raise DataError("the text holds a lone surrogate, which is not Unicode text", "remove it") from error
         return [encoding.ids for encoding in encodings]
 

@@ -38,6 +38,8 @@ class TokenScores:
 
     Args:
         source: the text's label.
+        origin: where the document stood: of a list of texts, `FILE.jsonl:3` is the third. Those that cleaning leaves
+            nothing of are missing.
         prompt: what was seen and not scored.
         text: what was scored, after cleaning.
         token_ids, tokens: its tokens; one that is part of a character is shown as `bytes:\\xe2\\x82`.
@@ -47,6 +49,7 @@ class TokenScores:
     """
 
     source: str
+    origin: str
     prompt: str
     text: str
     token_ids: list[int]
@@ -56,7 +59,7 @@ class TokenScores:
 
     def to_json(self) -> dict[str, Any]:
         """Returns a line of `evaluate --tokens`; a log-probability that is not finite is null."""
-        keys = ("source", "prompt", "text", "token_ids", "tokens", "text_offset")
+        keys = ("source", "origin", "prompt", "text", "token_ids", "tokens", "text_offset")
         shown = {name: round_finite(values) for name, values in self.logprobs.items()}
         return {key: getattr(self, key) for key in keys} | {"logprobs": shown}
 
@@ -125,6 +128,7 @@ def iter_token_scores(
             extra = stream.length - len(text)  # a tokenizer may begin every text with a space
             yield TokenScores(
                 source=source.label,
+                origin=getattr(source.documents[index], "origin", ""),
                 prompt=prompt,
                 text=text,
                 token_ids=ids,

@@ -76,6 +76,10 @@ class MergeReport:
     effect: float
     cells: list[Cell]
 
+    def __str__(self) -> str:
+        """Returns the reference of the version, such as `both@1`."""
+        return f"{self.name}@{self.version}"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the report with the keys of `merge --json`."""
         return vars(self) | {"cells": [cell.to_json() for cell in self.cells]}

@@ -24,7 +24,8 @@ def keep_texts(texts: Texts) -> Path:
     """Writes texts or records to a `.jsonl` file in the cache, and returns its path.
 
     Raises:
-        DataError: one is neither a text nor a mapping of JSON values; its number, from 1, is named.
+        DataError: one is neither a text nor a mapping of values that JSON has (arrays become lists, dates texts); its
+            number, from 1, is named.
         ResourceError: the cache cannot be written.
     """
     folder = find_cache_dir() / "texts"
@@ -49,10 +50,21 @@ def keep_texts(texts: Texts) -> Path:
 def _iter_lines(texts: Texts) -> Iterator[bytes]:
     if hasattr(texts, "columns") and hasattr(texts, "to_dict"):  # a DataFrame, which iterates over names of columns
         texts = texts.to_dict("records")
+    if hasattr(texts, "with_format"):  # a Dataset, whose rows may be set to come as tensors
+        texts = texts.with_format(None)
     for number, item in enumerate(texts, start=1):
         if not isinstance(item, str | Mapping):
             raise DataError(f"text {number}: expected a str or a dict, found {type(item).__name__}", "pass texts")
         try:
-            yield json.dumps({"text": item} if isinstance(item, str) else dict(item)).encode() + b"\n"
+            values = {"text": item} if isinstance(item, str) else dict(item)
+            yield json.dumps(values, default=_to_json).encode() + b"\n"
         except (TypeError, ValueError) as error:
             raise DataError(f"text {number}: {error}", "pass records of texts, numbers and lists") from error
+
+
+def _to_json(value: Any) -> Any:
+    """Returns an array or number of numpy, pandas or torch, or a date, as JSON has it."""
+    for method in ("tolist", "isoformat"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"{type(value).__name__} is not a value that JSON has")

@@ -3,6 +3,8 @@
 `evaluate.load` copies this file and runs the copy, so it imports the installed package, one name per line.
 """
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -11,8 +13,8 @@ INPUTS = """
 Args:
     predictions: texts, each a document.
     prompts: what precedes each text and is not scored, if anything does.
-    base, adapter, store: as on the command line; without an adapter, the base is measured; without a store, it is
-        $LORA_GPT2_STORE or ./adapters.
+    base, adapter, store: as on the command line; an adapter may be a mapping from names to weights too, and without
+        one the base is measured; without a store, it is $LORA_GPT2_STORE or ./adapters.
     window, stride, protocol: the settings `evaluate.*`; 0 is the default of each.
     profile: how texts are cleaned first, as in `data.profile`; "raw" measures them as they are.
 
@@ -38,41 +40,40 @@ class PerplexityMetric(evaluate.Metric):  # type: ignore[misc]
         predictions: list[str],
         prompts: list[str] | None = None,
         base: str | None = None,
-        adapter: str = "base",
+        adapter: Any = "base",
         store: str | None = None,
         **settings: int | str,
     ) -> dict[str, float | int | None]:
         from lora_gpt2.core.console import LoggingReporter
         from lora_gpt2.data.pipeline import clean_documents
         from lora_gpt2.data.read.records import Document
-        from lora_gpt2.evaluation.held_out import read_sketch
+        from lora_gpt2.evaluation.held_out import read_sketches
         from lora_gpt2.evaluation.matrix import Cell
         from lora_gpt2.evaluation.perplexity import measure_perplexity
+        from lora_gpt2.inference.mix import Mix
+        from lora_gpt2.inference.session import Session
         from lora_gpt2.model.base import load_base
-        from lora_gpt2.model.probe import select_adapter
         from lora_gpt2.model.runtime import choose_runtime
         from lora_gpt2.recipe_files import load_recipe
         from lora_gpt2.store.catalog import Store
-        from lora_gpt2.store.files import load_adapter
 
         kept = Store.find(store)
         profile = settings.pop("profile", "prose")
         overrides = [f"evaluate.{key}={value}" for key, value in settings.items()]
         recipe = load_recipe(None, [f"data.profile={profile}", *overrides])
-        name = base or (recipe.base if adapter == "base" else kept.read_manifest(adapter).base.name)
+        mix = Mix() if adapter is None else adapter if isinstance(adapter, Mix) else Mix.parse(adapter)
+        manifests = [kept.read_manifest(reference) for reference in mix.references]
+        name = base or (manifests[0].base.name if manifests else recipe.base)
         model = load_base(name, choose_runtime(recipe.evaluate.dtype))
         pairs = zip(prompts or [""] * len(predictions), predictions, strict=True)
         given = [Document(text, f"[{number}]", prompt) for number, (prompt, text) in enumerate(pairs, start=1)]
         documents = clean_documents(given, recipe.data, LoggingReporter())
-        if adapter == "base":
-            score, sketch = measure_perplexity(model, documents, recipe.evaluate), None
-        else:
-            manifest, loaded = load_adapter(kept, adapter, model)
-            score = measure_perplexity(model, documents, recipe.evaluate, select_adapter(model, loaded))
-            sketch = read_sketch(kept, manifest.reference)
+        session = Session(model, kept)
+        score = measure_perplexity(model, documents, recipe.evaluate, session.select(session.resolve(mix)))
+        sketch = read_sketches(kept, {"": [manifest.reference for manifest in manifests]}).get("")
         seen = None if sketch is None else sketch.count_seen([d.prompt + d.text for d in documents])
         keys = ("tokens", "nll_nats_per_token", "perplexity", "word_perplexity", "bits_per_byte")
         return {
-            **{key: Cell(adapter=adapter, source="", score=score).to_json()[key] for key in keys},
+            **{key: Cell(adapter=str(mix), source="", score=score).to_json()[key] for key in keys},
             "documents_trained_on": seen,
         }

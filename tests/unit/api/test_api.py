@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,13 @@ from lora_gpt2.data.prepared import prepare_data
 from lora_gpt2.data.read.texts import keep_texts
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.model.scoring import token_nll
+from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe_files import EVERYDAY, load_recipe, set_values
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.store.exchange import export_adapter
 from tests.builders import make_text
 
+EVALUATED = {"evaluate.window": 32}
 TINY = {"train.dtype": "float32", "train.sample_tokens": 0, "train.batch_tokens": 64, "evaluate.window": 32}
 FAST = {"steps": 4, "rank": 2, "block_size": 16, "learning_rate": 1e-2, "progress": False}
 
@@ -78,9 +81,79 @@ def test_records_data_sets_and_frames_are_texts(texts, base_folder, tmp_path):
     assert recipe["data"]["test"] == [str(keep_texts(texts[70:]))]
     with pytest.raises(DataError, match="text 2: expected a str or a dict, found int"):
         keep_texts(["a", 1])
-    with pytest.raises(DataError, match="text 1: Object of type bytes"):
+    with pytest.raises(DataError, match="text 1: bytes is not a value that JSON has"):
         keep_texts([{"text": b"a"}])
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    plain = [{"messages": turns, "id": 4, "scores": [0.5, 1.5], "day": "2026-11-28T00:00:00"}]
+    odd = {"messages": np.array(turns, dtype=object), "id": np.int64(4), "scores": torch.tensor([0.5, 1.5])}
+    odd["day"] = pandas.Timestamp("2026-11-28")
+    assert keep_texts([odd]) == keep_texts(plain)
+    for kind in ("numpy", "torch", "pandas"):
+        assert keep_texts(datasets.Dataset.from_list(records).with_format(kind)) == same, kind
     assert not list(keep_texts(["x"]).parent.glob("*.partial"))
+
+
+def test_a_mix_is_measured_as_one_however_it_is_given(law, base_folder, texts, tmp_path):
+    lg.train(texts[:40], name="code", base=str(base_folder), settings=TINY, **FAST)
+    third = 1 / 3
+    given = {"law": third, "code": 1 - third}
+    measure = partial(lg.evaluate, texts[:10], base=str(base_folder), general=False, settings=EVALUATED, progress=False)
+    model = lg.load(str(base_folder), dtype="float32", progress=False)
+    wanted = model.perplexity(texts[:10], given, settings=EVALUATED).perplexity
+    for spec in (given, [given], lg.Mix.parse(given), [lg.Mix.parse(given)]):
+        found = measure(spec).to_pandas()
+        assert found["perplexity"].tolist()[1:] == pytest.approx([wanted], rel=1e-7), spec
+    assert len(measure(None).cells) == 1
+    assert len(measure([None, "law"]).cells) == 2
+    assert lg.load(str(base_folder), adapters=lg.Mix.parse(given), progress=False).adapters == ["law", "code"]
+
+
+def test_numbers_of_numpy_are_numbers(law, base_folder, texts, model):
+    fast = FAST | {"steps": np.int64(2), "learning_rate": np.logspace(-3, -2, 2)[1]}
+    found = lg.train(texts, name="np", base=str(base_folder), settings={**TINY, "train.seed": np.uint8(3)}, **fast)
+    assert Store.find().read_manifest("np").recipe["train"]["seed"] == 3
+    assert found.steps == 2
+    for seed in (np.int32(3), np.uint64(3)):
+        assert str(model.generate("the", seed=seed, max_new_tokens=4)) == str(
+            model.generate("the", seed=3, max_new_tokens=np.int64(4))
+        )
+    with pytest.raises(UsageError, match="a seed is a whole number, found float"):
+        model.generate("the", seed=1.5)
+
+
+def test_what_changes_nothing_for_a_loaded_model_is_refused(model, texts):
+    for settings in ({"base": "distilgpt2"}, {"generate.dtype": "float16"}, {"name": "x"}):
+        with pytest.raises(UsageError, match="changes nothing: the model is loaded"):
+            model.generate("the", settings=settings)
+        with pytest.raises(UsageError, match="changes nothing"):
+            model.perplexity(texts, settings=settings)
+    own = Recipe.model_validate({"name": "x", "base": model.base, "generate": {"max_new_tokens": 2}})
+    assert model.generate("the", settings=own).tokens <= 2
+    with pytest.raises(UsageError, match=r"generate\.temperature is given twice"):
+        model.generate("the", temperature=0.9, settings={"generate": {"temperature": 0.1}})
+    with pytest.raises(UsageError, match="choice is empty"):
+        model.generate("the", choice=[])
+
+
+def test_what_is_no_text_is_said_by_its_kind(model):
+    calls = (
+        lambda: model.generate(None),
+        lambda: model.generate_batch(["a", None]),
+        lambda: model.embed([("a", "b")]),
+        lambda: model.embed([5]),
+        lambda: model.choose(0),
+        lambda: next(model.stream(0)),
+    )
+    for call in calls:
+        with pytest.raises(UsageError, match=r"is a str, found (NoneType|int|tuple)"):
+            call()
+    with pytest.raises(UsageError, match="a callback is a function, found int"):
+        lg.train(["a"], name="x", callbacks=[5])
+
+
+def test_scores_say_which_text_they_are_of(model):
+    found = model.token_logprobs(["the cat", "", "the dog"], settings=EVALUATED)
+    assert [each.origin.rpartition(":")[2] for each in found] == ["1", "3"]
 
 
 def test_what_is_probably_meant_otherwise_is_refused(texts, text_file, tmp_path, monkeypatch):

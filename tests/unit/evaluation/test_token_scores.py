@@ -100,6 +100,7 @@ def make(text, tokens, **logprobs):
     values = {name: np.array(value, np.float32) for name, value in logprobs.items()}
     return TokenScores(
         source="text",
+        origin="text#1",
         prompt="",
         text=text,
         token_ids=[0] * len(tokens),
