@@ -16,15 +16,15 @@ from lora_gpt2.data.dedup import NUM_HASHES, NearCopyIndex, Signatures, find_nea
 from lora_gpt2.data.rejections import Rejections
 from lora_gpt2.data.shards import ShardArrays, load_shard
 from lora_gpt2.data.split import split_keys
-from lora_gpt2.data.text_sketch import SEEN_SHARE, Shingles
+from lora_gpt2.data.text_sketch import FEW, SEEN_SHARE, Shingles
 from lora_gpt2.recipe import DataSettings
 
 MAX_EXAMPLES = 3
 MOST_OF_A_PROMPT = 50
 """Documents of one prompt that are held out or trained on together, if that is not more than a split is to have."""
 DUPLICATE, NEAR_DUPLICATE, CONTAINED = "duplicate", "near duplicate", "part of a held-out text"
-LEAST_SHINGLES = 4
-"""Of documents with fewer kept shingles (under about 60 words), a stock phrase may be most of them."""
+LEAST_SHINGLES = FEW + 1
+"""Of documents with fewer kept shingles (under about 80 words), a stock phrase may be most of them."""
 
 
 @dataclass(kw_only=True)
