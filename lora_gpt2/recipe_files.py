@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from lora_gpt2.core.errors import DataError, NotFoundError, RecipeError, UsageError
-from lora_gpt2.core.names import HUB, STDIN, is_name
+from lora_gpt2.core.names import HUB, STDIN, is_name, make_name
 from lora_gpt2.core.printable import shorten
 from lora_gpt2.core.strict_json import load_json
 from lora_gpt2.core.strict_yaml import describe_problem, parse_yaml
@@ -355,5 +354,4 @@ def name_recipe(recipe: Recipe) -> Recipe:
     if recipe.lora.parent_name:
         return recipe.model_copy(update={"name": recipe.lora.parent_name})
     source = (*recipe.data.sources, *recipe.preferences.sources)[0]
-    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(source).stem.lower()).strip("-._")
-    return recipe.model_copy(update={"name": stem[:64]})
+    return recipe.model_copy(update={"name": make_name(Path(source).stem)})

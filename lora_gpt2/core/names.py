@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 
 from lora_gpt2.core.errors import UsageError
 
@@ -13,6 +14,16 @@ HUB, STDIN = "hf:", "-"
 """What begins the name of a data set of the hub, and the name of what is piped in, among sources of text."""
 RESERVED_NAMES = frozenset({"base", ALL, AUTO})
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*\.")  # and names that Windows shortens
+
+
+SPELT = str.maketrans({"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"})
+"""Letters that have no plain one inside them."""
+
+
+def make_name(stem: str) -> str:
+    """Returns the name of an adapter for the name of a file or folder, without its ending; "" if there is none."""
+    plain = unicodedata.normalize("NFKD", stem.lower().translate(SPELT)).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9._-]+", "-", plain).strip("-._")[:64]
 
 
 def is_name(name: str) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from pathlib import Path
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
-from lora_gpt2.core.names import is_name
+from lora_gpt2.core.names import is_name, make_name
 from lora_gpt2.core.printable import is_unicode
 from lora_gpt2.data.read.sources import SPLIT_WORDS, find_splits, is_readable
 from lora_gpt2.recipe import DataSettings
@@ -58,8 +57,7 @@ def _is_domain(path: Path) -> bool:
 
 def _describe(path: Path) -> TrainingItem:
     stem = path.name if path.is_dir() else ENDING.sub("", path.name)
-    plain = unicodedata.normalize("NFKD", stem.lower()).encode("ascii", "ignore").decode()
-    name = re.sub(r"[^a-z0-9.-]+", "-", plain).strip("-.")[:64]
+    name = make_name(stem)
     if path.suffix.lower() in RECIPES and path.is_file():
         return TrainingItem(recipe=path, name=str(read_recipe(path).get("name") or name))
     train, validation, test = (find_split(path, stems) if path.is_dir() else () for stems in SPLITS.values())

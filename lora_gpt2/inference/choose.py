@@ -2,6 +2,8 @@
 
 One mixed batch scores the text under every adapter and under the base. Taken as equally likely beforehand, Bayes' rule
 turns the likelihoods of the whole text into probabilities; below `SURE` nothing is claimed and the base is taken.
+Adapters of one family (one continues the other, or is a merge of it) know the same text and would share what is
+probable, so theirs is added up, and its most likely member is taken.
 A language model's confidence is no guarantee: it compares these adapters with each other, nothing else.
 """
 
@@ -24,7 +26,7 @@ BATCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterChoice:
-    """The adapter chosen (or `base`), how probable it is, and the NLL in nats per token under each candidate."""
+    """The adapter chosen (or `base`), how probable its family is, and NLL in nats per token under each candidate."""
 
     adapter: str
     probability: float
@@ -72,8 +74,29 @@ def choose_adapter(session: Session, text: str, names: Sequence[str], *, abstain
         sums = as_float64(nll).view(len(mixes), -1).sum(1)
         totals += sums.where(sums.isfinite(), torch.inf).tolist()  # an adapter that fails here is not likely at all
     probabilities = torch.tensor(totals, dtype=torch.float64).neg().softmax(0).tolist()
-    best = max(range(len(candidates)), key=lambda index: probabilities[index])
-    sure = probabilities[best] >= SURE or not abstains
+    families = _find_families(session, candidates, probabilities)
+    together = dict.fromkeys(families, 0.0)
+    for family, probability in zip(families, probabilities, strict=True):
+        together[family] += probability
+    best = max(range(len(candidates)), key=lambda index: (together[families[index]], probabilities[index]))
+    probability = together[families[best]]
     per_token = {name: total / len(ids) for name, total in zip(candidates, totals, strict=True)}
-    adapter = candidates[best] if sure else BASE
-    return AdapterChoice(adapter=adapter, probability=probabilities[best], nll_nats_per_token=per_token)
+    adapter = candidates[best] if probability >= SURE or not abstains else BASE
+    return AdapterChoice(adapter=adapter, probability=probability, nll_nats_per_token=per_token)
+
+
+def _find_families(session: Session, names: Sequence[str], probabilities: Sequence[float]) -> list[Hashable]:
+    """Returns what names the family of each adapter: its oldest ancestor; a merge is of its most likely parent's."""
+    found = [session.find_manifests(session.resolve(Mix.parse([name]))) for name in names]
+    manifests = [each[0] if each else None for each in found]
+    digests = [manifest.digest if manifest is not None else "" for manifest in manifests]
+
+    def find(index: int, children: tuple[int, ...] = ()) -> Hashable:
+        manifest = manifests[index]
+        parents = [] if manifest is None else [parent.digest for parent in manifest.parents]
+        known = [each for each, digest in enumerate(digests) if digest in parents and each not in (*children, index)]
+        if known:
+            return find(max(known, key=probabilities.__getitem__), (*children, index))
+        return parents[0] if len(parents) == 1 else index  # of two that continue one which is gone
+
+    return [find(index) for index in range(len(names))]

@@ -46,7 +46,8 @@ class LoraSettings(Section):
             raise ValueError(f"targets name c_attn and its slice {slices[0]}; name one or the other")
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("targets name the same projection twice")
-        if missing := sorted(set(self.rank_pattern) - set(self.targets)):
+        is_inherited = self.init_from and "targets" not in self.model_fields_set  # they are those of the parent
+        if not is_inherited and (missing := sorted(set(self.rank_pattern) - set(self.targets))):
             raise ValueError(f"rank_pattern names {missing[0]}, which is not among the targets")
         if len({self.rank_of(t) for t in slices}) > 1:
             raise ValueError("the slices of c_attn share one rank; give them the same in rank_pattern")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -95,6 +95,10 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def list_names(self) -> list[str]:
+        """Returns the names of the adapters that the run on disk trains."""
+        return list(self.read_identity().get("adapters", {}))
+
     def read_parent(self, name: str) -> str:
         """Returns what an adapter of the run on disk continues from, "" if nothing is known."""
         return str(self.read_identity().get("adapters", {}).get(name, {}).get("lora", {}).get("init_from", ""))
@@ -172,6 +176,17 @@ class RunFolder:
             return [str(name) for name in json.loads((self.path / "done.json").read_bytes())]
         except (OSError, ValueError):
             return []
+
+
+def find_interrupted(store_root: Path, names: Collection[str]) -> RunFolder | None:
+    """Returns the newest interrupted run into a store that trains some of these adapters, and is not that of all."""
+    own, found = open_run_folder(store_root, list(names)), list[tuple[float, RunFolder]]()
+    for path in find_runs_dir().glob("*/identity.json"):
+        run = RunFolder(path=path.parent)
+        is_here = run.status.read_description().get("store") == str(store_root.absolute())
+        if run.path != own.path and is_here and run.find_last_step() and {*run.list_names()} & {*names}:
+            found.append((path.stat().st_mtime, run))
+    return max(found, key=lambda each: each[0])[1] if found else None
 
 
 def _write_sealed(path: Path, pieces: Iterable[memoryview]) -> None:

@@ -20,7 +20,13 @@ LITTLE, MUCH = 0.1, 0.3
 
 
 def diagnose_curve(
-    records: Sequence[dict[str, Any]], num_steps: int, passes: float, validation_tokens: int, kept: int | None = None
+    records: Sequence[dict[str, Any]],
+    num_steps: int,
+    passes: float,
+    validation_tokens: int,
+    kept: int | None = None,
+    *,
+    exceeds: bool = False,
 ) -> str:
     """Returns whether a run over-fitted, stopped too early, or ended where it should, and what to do about it.
 
@@ -28,7 +34,8 @@ def diagnose_curve(
     by 0.02 nats (2 % of perplexity) after its best counts, unless training loss rose too; a fall by 0.005 nats in the
     last interval counts as unfinished. A best that is the last point shows no end: a curve also flattens because the
     learning rate decays. Below one pass, or 2,000 tokens of validation text, nothing is claimed. `kept` is the step
-    whose weights are published, if a budget of forgetting chose another one than the loss would have.
+    whose weights are published, if a budget of forgetting chose another one than the loss would have; where it
+    `exceeds` the budget too, none was within it.
     """
     points = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
     if validation_tokens < FEW_VALIDATION_TOKENS or len(points) < 3:
@@ -36,7 +43,10 @@ def diagnose_curve(
         return f"too little to judge: {'fewer than three validations' if len(points) < 3 else few}"
     best_step, best = min(points, key=lambda point: point[1])
     if kept is not None and kept != best_step:
-        return f"step {kept} is kept, the best within the budget of forgetting; without it, step {best_step} would be"
+        chosen = (
+            "which exceeds the budget of forgetting least" if exceeds else "the best within the budget of forgetting"
+        )
+        return f"step {kept} is kept, {chosen}; without it, step {best_step} would be"
     last_step, last = points[-1]
     stopped = f" (stopped early, of {num_steps})" if last_step < num_steps else ""
     stopped += " (the adapter it continues from)" if best_step == 0 else ""

@@ -176,9 +176,10 @@ def _judge(outcome: TrainedAdapter, base: Base) -> str:
     slot = outcome.slot
     num_epochs = slot.train_tokens / max(1, slot.data.train.num_targets)
     train = slot.recipe.train
-    is_bounded = train.forget is not None and train.keep_best and slot.has_best and not slot.best_excess
-    step = slot.best_step if is_bounded else None
-    said = diagnose_curve(slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets, step)
+    step = slot.best_step if train.forget is not None and train.keep_best and slot.has_best else None
+    said = diagnose_curve(
+        slot.records, slot.num_steps, num_epochs, slot.data.validation.num_targets, step, exceeds=bool(slot.best_excess)
+    )
     window, _ = choose_window(base.config, slot.recipe.evaluate)
     return said + diagnose_test(outcome.test_nll, slot.recipe.data.block_size, window)
 

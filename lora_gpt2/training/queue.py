@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_gpt2.core.console import Reporter
-from lora_gpt2.core.errors import LoraGpt2Error
+from lora_gpt2.core.errors import CorruptError, LoraGpt2Error, NotFoundError
 from lora_gpt2.model.base import Base
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.checkpoint import RunFolder
@@ -93,10 +93,21 @@ def find_finished(
     if found := find_up_to_date(slots, store, base.fingerprint):
         what = "complete" if len(found) == len(slots) else "published"
         reporter.message(f"already {what}: {', '.join(found.values())}")
-        used = [store.read_manifest(name).reference for name in found if store.has_adapter(name)]
-        if others := [reference for reference in used if reference not in found.values()]:
+        used = [_find_used(store, name, reference) for name, reference in found.items()]
+        if others := [reference for reference in used if reference and reference not in found.values()]:
             reporter.message(f"left in use, though of other text or settings: {', '.join(others)}")
     return found, is_begun or bool(run.read_published()) or bool(found)
+
+
+def _find_used(store: Store, name: str, reference: str) -> str:
+    """Returns the version of an adapter that is in use: `reference`, where a kill left none in use."""
+    try:
+        return f"{name}@{store.read_current(name)}"
+    except NotFoundError:
+        store.use_version(name, int(reference.partition("@")[2]))
+    except CorruptError:  # which `adapters rollback` says
+        return ""
+    return reference
 
 
 def _has_other_texts(run: RunFolder, identity: Mapping[str, Any], reporter: Reporter) -> bool:

@@ -110,6 +110,16 @@ class _Driver:
             self.write_ledger()
             self.reporter.message(f"already published: {join_names(list(found.values()))}")
 
+    def drop_changed(self, names: Sequence[str]) -> None:
+        """Trains those again that an earlier run published, of another text than they have now."""
+        if changed := [name for name in names if name in self.published]:
+            self.reporter.message(f"texts have changed since the run was interrupted: {join_names(changed)}")
+            for task in [task for task in self.tasks if set(task) & set(changed)]:
+                Mailbox(self.states).forget_state(find_key(task))
+                self.tasks.remove(task)
+            self.published = {name: each for name, each in self.published.items() if name not in changed}
+            self.write_ledger()
+
     def divide(self, names: Sequence[str], size: int, num_devices: int) -> None:
         """Divides the domains among tasks, of at most `size`, so that all devices have as much to do.
 
@@ -182,8 +192,9 @@ def train_on_ray(
         slots, failures = _read_texts(known, once)
         if resume and slots:
             fingerprint = fingerprint_base(Checkpoint.open(recipes[0].base))
-            waiting = [slot for slot in slots if slot.name not in driver.published]
-            driver.take_over(find_up_to_date(waiting, store, fingerprint))
+            found = find_up_to_date(slots, store, fingerprint)
+            driver.drop_changed([slot.name for slot in slots if slot.name not in found])
+            driver.take_over({name: each for name, each in found.items() if name not in driver.published})
         if any(slot.name not in driver.published for slot in slots):
             failures |= _train(driver, slots, address, num_slots)
         references = [driver.published[name] for name in sorted(driver.published)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_gpt2.core.console import Reporter, SilentReporter
-from lora_gpt2.core.errors import Interrupted, InterruptedRunError, LoraGpt2Error, UsageError
+from lora_gpt2.core.errors import Interrupted, InterruptedRunError, LoraGpt2Error, MismatchError, UsageError
 from lora_gpt2.core.files import wrap_os_errors
 from lora_gpt2.core.interrupt import catch_signals
 from lora_gpt2.core.locks import hold_lock
@@ -34,7 +34,7 @@ from lora_gpt2.model.runtime import choose_runtime
 from lora_gpt2.recipe import Recipe
 from lora_gpt2.recipe.unused import list_shared, list_unused
 from lora_gpt2.store.catalog import Store
-from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
+from lora_gpt2.training.checkpoint import RunFolder, find_interrupted, open_run_folder
 from lora_gpt2.training.events import Callback
 from lora_gpt2.training.halving import Halving
 from lora_gpt2.training.memory import wrap_oom_errors
@@ -43,11 +43,10 @@ from lora_gpt2.training.progress import list_failures
 from lora_gpt2.training.publish import Publisher, TrainReport
 from lora_gpt2.training.queue import describe_unreadable, find_finished, queue_domains
 from lora_gpt2.training.replay import open_replay
+from lora_gpt2.training.run_identity import describe_run, identify_run
 from lora_gpt2.training.samples import generate_sample
 from lora_gpt2.training.slot import (
-    IRRELEVANT,
     MICRO_BATCHING,
-    OF_MICRO_BATCHES,
     TrainedAdapter,
     TrainingSlot,
     check_together,
@@ -62,9 +61,6 @@ from lora_gpt2.training.start import (
 )
 from lora_gpt2.training.trackers import track
 from lora_gpt2.training.trainer import Trainer
-
-CHECKPOINT_FORMAT = 3  # version of what a checkpoint holds
-
 
 Conclude = Callable[[Trainer, int], Mapping[str, bytes]]
 """Receives the trainer and its best slot when training has ended; returns files to publish with the adapter."""
@@ -113,6 +109,17 @@ def train_recipes(
     process_group = init_process_group()
     reporter = reporter if process_group.is_main_process else SilentReporter()
     run = open_run_folder(store.root, names)
+    options = _Options(
+        resume=resume,
+        callbacks=callbacks,
+        halving=halving,
+        conclude=conclude,
+        num_slots=num_slots,
+        texts=texts,
+        replay=replay,
+    )
+    if resume and num_slots is not None and process_group.broadcast_object(not run.exists()):
+        _finish_smaller(recipes, store, reporter, process_group, options)
     recipes = [
         inherit_shape(pin_parent(recipe, run.read_parent(name)) if resume else recipe, store)
         for name, recipe in zip(names, recipes, strict=True)
@@ -127,15 +134,6 @@ def train_recipes(
                     f"an interrupted run of {join_names(names)} is kept, at step {step}",
                     "--resume continues it, --fresh starts over",
                 )
-        options = _Options(
-            resume=resume,
-            callbacks=callbacks,
-            halving=halving,
-            conclude=conclude,
-            num_slots=num_slots,
-            texts=texts,
-            replay=replay,
-        )
         return _train_locked(recipes, store, reporter, run, process_group, options)
 
 
@@ -152,6 +150,32 @@ class _Options:
     replay: Path | None
 
 
+def _finish_smaller(
+    recipes: Sequence[Recipe], store: Store, reporter: Reporter, process_group: ProcessGroup, options: _Options
+) -> None:
+    """Goes on with a queue that was interrupted before it grew, so that nothing of it is lost: it is part of this one.
+
+    What fails in it is told at the end of this one.
+    """
+    names = [recipe.name for recipe in recipes]
+    found = process_group.broadcast_object(find_interrupted(store.root, names))
+    if found is None:
+        return
+    before = found.list_names()
+    if not {*before} <= {*names}:
+        reporter.message(f"the interrupted run of {join_names(before)} is kept: it goes on with just these adapters")
+        return
+    reporter.message(f"first the run that was interrupted, of {join_names(before)}")
+    known = {recipe.name: recipe for recipe in recipes}
+    try:
+        train_recipes([known[name] for name in before], store, reporter, **vars(options))
+    except MismatchError as error:
+        reporter.message(f"it begins again: {error.message}")
+    except LoraGpt2Error as error:
+        if error.report is None or isinstance(error, Interrupted):
+            raise
+
+
 def _train_locked(
     recipes: Sequence[Recipe],
     store: Store,
@@ -165,7 +189,7 @@ def _train_locked(
     describe_texts({slots[0].name.rpartition(".")[0]: slots[0]} if halving else {s.name: s for s in slots}, reporter)
     replay = process_group.main_process_first(lambda: open_replay(recipes, base, reporter, options.replay))
     parents = [digest_parent(slot.recipe, store) for slot in slots]
-    identity = _identify_run(base, slots, process_group, parents, replay.fingerprint if replay else "")
+    identity = identify_run(base, slots, process_group, parents, replay.fingerprint if replay else "")
     may_skip = is_main and options.resume and options.num_slots is not None
     found = find_finished(slots, store, base, run, identity, reporter) if may_skip else (dict[str, str](), False)
     skipped, is_over = process_group.broadcast_object(found)
@@ -200,7 +224,7 @@ def _train_locked(
             callbacks=options.callbacks,
         )
         _begin(trainer, run, identity, checkpoint)
-        description = _describe_run(base, slots, store, halving, unreadable)
+        description = describe_run(base, slots, store, halving, unreadable)
         watched = run.status.report(description) if is_main else nullcontext()
         with track([slot.recipe for slot in slots], run, reporter, enabled=is_main) as log, watched:
             trained = trainer.train(stop, log)
@@ -326,55 +350,3 @@ def _can_resume(run: RunFolder, identity: dict[str, Any], reporter: Reporter) ->
     if different := run.check_identity(identity, free=(MICRO_BATCHING,)):
         reporter.message(f"equal to rounding only, because micro-batches differ: {different}")
     return True
-
-
-def _describe_run(
-    base: Base, slots: Sequence[TrainingSlot], store: Store, halving: Halving | None, unreadable: Iterable[str]
-) -> dict[str, Any]:
-    """Returns what those who watch a run are told of it."""
-    left_out = {"description": "", "num_steps": 0, "tokens_per_step": 0}
-    return {
-        "kind": "tune" if halving else "train",
-        "base": base.name,
-        "device": base.runtime.device.type,
-        "dtype": base.runtime.dtype_name,
-        "store": str(store.root.absolute()),
-        "adapters": [
-            {
-                "name": slot.name,
-                "description": slot.recipe.description,
-                "num_steps": slot.num_steps,
-                "tokens_per_step": slot.tokens_per_step,
-            }
-            for slot in slots
-        ]
-        + [{"name": name, **left_out} for name in unreadable],
-    }
-
-
-def _identify_run(
-    base: Base, slots: Sequence[TrainingSlot], process_group: ProcessGroup, parents: Sequence[str], replay: str
-) -> dict[str, Any]:
-    """Returns everything that decides the numbers of a run; what is under `MICRO_BATCHING` only by rounding."""
-    return {
-        MICRO_BATCHING: {
-            slot.name: slot.recipe.train.model_dump(mode="json", include=OF_MICRO_BATCHES) for slot in slots
-        },
-        "format": CHECKPOINT_FORMAT,
-        "order": [slot.name for slot in slots],
-        "base": base.fingerprint,
-        "dtype": base.runtime.dtype_name,
-        "device": base.runtime.device.type,
-        "processes": process_group.size,
-        "replay": replay,
-        "adapters": {
-            slot.name: {
-                "data": slot.data.fingerprint,
-                "parent": parent,
-                "lora": slot.recipe.lora.model_dump(mode="json"),
-                "train": slot.recipe.train.model_dump(mode="json", exclude=IRRELEVANT | OF_MICRO_BATCHES)
-                | {"learning_rate": slot.recipe.train.peak_learning_rate(base.config.n_embd)},
-            }
-            for slot, parent in zip(slots, parents, strict=True)
-        },
-    }

@@ -38,6 +38,14 @@ class RunStatus:
         self._written: dict[str, Any] = {}
         self._polled = 0.0
 
+    def read_description(self) -> dict[str, Any]:
+        """Returns what was said when the run was begun; nothing where that is not known."""
+        try:
+            found = json.loads((self.folder / RUN).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     @contextlib.contextmanager
     def report(self, description: Mapping[str, Any]) -> Iterator[None]:
         """Describes a run that begins or goes on, and says how the block ended."""

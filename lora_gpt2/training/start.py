@@ -280,7 +280,8 @@ def digest_parent(recipe: Recipe, store: Store) -> str:
 
 def count_seen_by_parents(slot: TrainingSlot, store: Store, tokenizer: Tokenizer) -> dict[str, tuple[int, int]]:
     """Returns, by parent, how many of the slot's held-out documents it was trained on, of how many; where some were."""
-    texts = [document.text for split in SPLITS[1:] for document in list_documents(slot.data, split, tokenizer)]
+    held_out = (document for split in SPLITS[1:] for document in list_documents(slot.data, split, tokenizer))
+    texts = [document.prompt + document.text for document in held_out]
     found = {}
     for parent in slot.parents:
         known = find_parent(store, parent, ())

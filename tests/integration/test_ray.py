@@ -130,8 +130,9 @@ def test_a_driver_goes_on_and_says_what_failed(recipes, cluster, store, tmp_path
     other = [r.model_copy(update={"train": r.train.model_copy(update={"seed": 7})}) for r in recipes]
     with pytest.raises(MismatchError):
         train_on_ray(other, store, SilentReporter(), cluster.address, resume=True)
+    (tmp_path / "d3.jsonl").write_text(make_text(60, seed=77))
     report = train_on_ray(recipes, store, SilentReporter(), cluster.address, resume=True)
-    assert [str(item) for item in report.adapters] == ["d0@2", "d1@1", "d2@1", "d3@1"]
+    assert [str(item) for item in report.adapters] == ["d0@2", "d1@1", "d2@1", "d3@2"], "and what has changed"
     assert [parent.reference for parent in store.read_manifest("d0@2").parents] == ["d0@1"]
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from lora_gpt2.core.errors import DataError, NotFoundError, UsageError
 from lora_gpt2.data.domains import list_domains, list_left_out
+from lora_gpt2.recipe import build_recipe
+from lora_gpt2.recipe_files import name_recipe
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,25 @@ def test_a_folder_is_divided_as_it_is_where_it_is_trained_on_alone(tmp_path, nam
     (item,) = list_domains(tmp_path)
     found = [[Path(source).name for source in each] for each in (item.sources, item.validation, item.test)]
     assert tuple(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("café", "cafe"),
+        ("Straße", "strasse"),
+        ("Łódź", "lodz"),
+        ("Ærø", "aero"),
+        ("my_text", "my_text"),
+        ("a b", "a-b"),
+    ],
+)
+def test_a_file_names_its_adapter_the_same_way_everywhere(tmp_path, stem, name):
+    path = tmp_path / f"{stem}.txt"
+    path.write_text("text")
+    assert [item.name for item in list_domains(tmp_path)] == [name]
+    recipe = build_recipe({"data": {"sources": [str(path)]}}, "test")
+    assert name_recipe(recipe).name == name
 
 
 def test_folders_files_and_recipes_are_domains(tmp_path):
@@ -51,7 +72,7 @@ def test_folders_files_and_recipes_are_domains(tmp_path):
     (tmp_path / "a.yaml").write_text("lora: {rank: 4}")
     (tmp_path / "b.yaml").write_text("name: own")
     found = {item.name: item for item in list_domains(tmp_path)}
-    assert list(found) == ["a", "law", "my-code", "notes", "own", "poems", "t", "z"]
+    assert list(found) == ["a", "law", "my_code", "notes", "own", "poems", "t", "z"]
     odd = tmp_path / os.fsdecode(b"caf\xe9.txt")
     odd.write_text("text")
     assert {item.name for item in list_domains(tmp_path)} == set(found), (
@@ -64,7 +85,7 @@ def test_folders_files_and_recipes_are_domains(tmp_path):
         "data.validation": (str(tmp_path / "law/valid.jsonl"),),
         "data.test": (str(tmp_path / "law/test.txt.gz"),),
     }
-    assert found["my-code"].sources == (str(tmp_path / "My_Code"),)
+    assert found["my_code"].sources == (str(tmp_path / "My_Code"),)
     assert found["poems"].sources == (str(tmp_path / "poems.txt"),)
     assert (found["a"].recipe, found["own"].recipe) == (tmp_path / "a.yaml", tmp_path / "b.yaml")
 

@@ -17,6 +17,7 @@ from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.recipe import GenerateSettings
 from lora_gpt2.store.files import Origin, publish_adapter
+from lora_gpt2.store.manifest import Parent
 from tests.builders import make_adapter
 
 SETTINGS = GenerateSettings(max_new_tokens=6, temperature=1.0)
@@ -185,6 +186,31 @@ def test_copies_of_an_adapter_do_not_share_its_probability(session, base, store)
     found = choose_adapter(Session(base, store), text, ["code", "law", "law-stable"])
     assert (found.adapter, found.probability) == ("law", pytest.approx(alone.probability))
     assert list(found.nll_nats_per_token) == ["code", "law", "base"]
+
+
+def test_adapters_of_one_family_do_not_share_what_is_probable(session, base, store):
+    """One that continues another, or is a merge of it, knows its text too; others are of no family by a merge."""
+    text = sample(session, Mix.single("law"), 40)
+    alone = choose_adapter(session, text, ["code", "law"])
+    law, code = (store.read_manifest(name) for name in ("law", "code"))
+    near = make_adapter(base.config, 1)
+    near = replace(near, updates={site: replace(each, alpha=each.alpha * 0.97) for site, each in near.updates.items()})
+    parents = tuple(Parent(reference=each.reference, digest=each.digest) for each in (law, code))
+    for number in range(3):
+        own = Origin(parents=parents[:1] if number else parents, provenance={"by": "merge" if not number else "train"})
+        changed = {site: replace(each, b=each.b * (1 + number / 1e4 + 1e-4)) for site, each in near.updates.items()}
+        publish_adapter(store, f"next{number}", replace(near, updates=changed), base, own)
+    names = ["code", "law", "next0", "next1", "next2"]
+    fresh = Session(base, store)
+    found = choose_adapter(fresh, text, names)
+    assert found.adapter in names[1:]
+    assert found.probability >= alone.probability - 0.01
+    likely = sorted(found.nll_nats_per_token, key=found.nll_nats_per_token.get)
+    assert found.adapter == likely[0]
+    assert choose_adapter(fresh, sample(fresh, Mix(), 40), names).adapter == "base"
+    even = Mix.parse("law:0.5+code:0.5")
+    between = [choose_adapter(fresh, sample(fresh, even, 4, seed), names) for seed in range(8)]
+    assert any(choice.adapter == "base" for choice in between), "a merge makes no family of its parents"
 
 
 def test_the_likelihoods_are_those_of_one_row_alone(session):

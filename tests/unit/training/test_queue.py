@@ -341,9 +341,11 @@ def test_a_folder_that_has_grown_trains_what_is_new(recipes, store, reporter, mo
         launch(self, ids)
 
     monkeypatch.setattr(Trainer, "_launch", note)
+    num_left = sum(r.train.steps for r in recipes[:4]) - 14
     report = train_recipes(recipes[:4], store, reporter, num_slots=1, resume=True)
     assert [str(item) for item in report.adapters] == ["d0@1", "d1@1", "d2@1", "d3@1"]
     assert set(trained) == {"d0", "d1", "d3"}, "d2 is there"
+    assert len(trained) == num_left, "and what was in training went on"
     trained.clear()
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         kill_at(patched, 3)
@@ -355,6 +357,15 @@ def test_a_folder_that_has_grown_trains_what_is_new(recipes, store, reporter, mo
     report = train_recipes(recipes[:5], store, reporter, num_slots=2, resume=True)
     assert report.already_complete
     assert len(report.adapters) == 5
+
+
+def test_a_version_that_a_kill_left_unused_is_put_in_use_when_the_folder_grows(recipes, store, reporter, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(Store, "use_version", lambda self, *arguments: (_ for _ in ()).throw(RuntimeError("killed")))
+        train_recipes(recipes[:1], store, reporter, num_slots=1)
+    assert (store.list_names(), store.list_versions("d0")) == ([], [1])
+    train_recipes([recipes[0], recipes[4]], store, reporter, num_slots=1, resume=True)
+    assert list_all_versions(store) == {"d0": [1], "d4": [1]}
 
 
 def test_what_was_continued_or_rolled_back_stays_when_the_folder_grows(recipes, store, reporter):

@@ -14,6 +14,7 @@ from lora_gpt2.evaluation.general import read_general
 from lora_gpt2.model.base import load_base
 from lora_gpt2.model.fused import TrainingAdapters
 from lora_gpt2.model.runtime import Runtime
+from lora_gpt2.training.diagnosis import diagnose_curve
 from lora_gpt2.training.process_group import ProcessGroup
 from lora_gpt2.training.replay import BUNDLED, open_replay, write_text
 from lora_gpt2.training.run import train_recipes
@@ -141,6 +142,13 @@ def test_a_budget_that_is_exceeded_is_reported(base_folder, text_file, general, 
     (report,) = train_recipes([recipe], store, reporter).adapters
     assert report.divergence > 1e-4
     assert "exceeds the budget" in report.forgetting
+    steps = (
+        {"validation_loss": 3.0, "step": 5},
+        {"validation_loss": 2.9, "step": 10},
+        {"validation_loss": 2.8, "step": 15},
+    )
+    said = diagnose_curve([each | {"loss": 3.0} for each in steps], 15, 2.0, 5000, 10, exceeds=True)
+    assert said == "step 10 is kept, which exceeds the budget of forgetting least; without it, step 15 would be"
 
 
 def test_the_base_writes_what_is_replayed_once_and_ends_texts_itself(base, base_folder, text_file, store, reporter):

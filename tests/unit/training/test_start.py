@@ -249,6 +249,9 @@ def test_patterns_are_added_to_the_parents_and_what_is_left_out_is_empty(base_fo
     train_recipes([make_recipe(base_folder, text_file, "law", lora=lora)], store, reporter)
     found = inherit_shape(continued(base_folder, text_file, "law", lora={"rank_pattern": {"mlp.c_fc": 8}}), store).lora
     assert (found.rank, found.rank_pattern) == (4, {"mlp.c_fc": 8})
+    lora = {"rank_pattern": {"c_attn.q": 6, "c_attn.v": 6}}  # which are no targets by default
+    found = inherit_shape(continued(base_folder, text_file, "law", lora=lora), store).lora
+    assert found.rank_pattern == {"c_attn.q": 6, "c_attn.v": 6, "mlp.c_fc": 6}
     other = continued(base_folder, text_file, "law", lora={"targets": ["c_attn.q", "c_attn.k"]}, steps=1)
     train_recipes([other], store, reporter)
     assert store.read_manifest("more").recipe["lora"]["targets"] == ["c_attn.q", "c_attn.k"]

@@ -360,7 +360,7 @@ def test_what_is_published_says_where_it_comes_from(base_folder, text_file, stor
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert json.loads(lines[-1])["tokens"] == item.train_tokens == 6 * 64
     card = (store.resolve("one") / "README.md").read_text()
-    assert "base_model:" in card
+    assert "library_name: peft" in card
     assert "text.jsonl" in card
 
 
