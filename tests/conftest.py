@@ -23,6 +23,8 @@ from jaxtyping import config, install_import_hook
 
 SHAPED = ["lora_gpt2.model", "lora_gpt2.inference", "lora_gpt2.evaluation", "lora_gpt2.training.optimizer"]
 install_import_hook(SHAPED, "beartype.beartype")
+OF_TRAINING = ("joint", "micro_batches", "optimizer", "preferences", "step", "trainer")
+SHAPE_TESTS = ("model", "inference", "evaluation", "merging", *(f"training/test_{name}.py" for name in OF_TRAINING))
 
 import hypothesis
 import pytest
@@ -49,9 +51,9 @@ def short_general(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def shapes(request: pytest.FixtureRequest) -> None:
-    """Shapes are checked in unit tests; elsewhere the same functions run, and checking doubles the time of a model."""
-    is_unit = request.path.is_relative_to(Path(__file__).parent / "unit")
-    config.update("jaxtyping_disable", not is_unit or os.environ.get("JAXTYPING_DISABLE") == "1")
+    """Shapes are checked where tests are about them; elsewhere the same functions run, in half the time."""
+    is_checked = any(request.path.is_relative_to(Path(__file__).parent / "unit" / path) for path in SHAPE_TESTS)
+    config.update("jaxtyping_disable", not is_checked or os.environ.get("JAXTYPING_DISABLE") == "1")
 
 
 @pytest.fixture(autouse=True)

@@ -154,7 +154,8 @@ def publish_trained(
     figures["trained_parameters"] = count_parameters(base.config, slot.recipe.lora)
     figures["dtype"] = base.runtime.dtype_name
     figures["test"] = _describe_test(base, slot)
-    pages = render_report(slot.name, slot.recipe, slot.records, figures, describe_preparation(slot.data))
+    notes = [*_describe_curve(slot), *describe_preparation(slot.data)]
+    pages = render_report(slot.name, slot.recipe, slot.records, figures, notes)
     sketch = join_sketches(slot, store)
     pages |= {SKETCH: sketch.to_bytes(), **_build_drafter(slot), **more}
     recipe = slot.recipe.model_dump(mode="json")
@@ -169,6 +170,16 @@ def publish_trained(
     )
     manifest = publish_adapter(store, slot.name, adapter, base, origin)
     return replace(report, version=manifest.version, path=str(store.resolve(manifest.reference).absolute()))
+
+
+def _describe_curve(slot: TrainingSlot) -> list[str]:
+    """Returns a line where the curve is of less validation text than the perplexity."""
+    tokens = slot.data.validation.num_tokens
+    if slot.validation_tokens >= tokens:
+        return []
+    return [
+        f"the validations of the curve are on {slot.validation_tokens:,} of {tokens:,} tokens, the perplexity is on all"
+    ]
 
 
 def _judge(outcome: TrainedAdapter, base: Base) -> str:
