@@ -154,8 +154,7 @@ def publish_trained(
     figures["trained_parameters"] = count_parameters(base.config, slot.recipe.lora)
     figures["dtype"] = base.runtime.dtype_name
     figures["test"] = _describe_test(base, slot)
-    notes = [*_describe_curve(slot), *describe_preparation(slot.data)]
-    pages = render_report(slot.name, slot.recipe, slot.records, figures, notes)
+    pages = render_report(slot.name, slot.recipe, slot.records, figures, _list_notes(slot))
     sketch = join_sketches(slot, store)
     pages |= {SKETCH: sketch.to_bytes(), **_build_drafter(slot), **more}
     recipe = slot.recipe.model_dump(mode="json")
@@ -172,14 +171,11 @@ def publish_trained(
     return replace(report, version=manifest.version, path=str(store.resolve(manifest.reference).absolute()))
 
 
-def _describe_curve(slot: TrainingSlot) -> list[str]:
-    """Returns a line where the curve is of less validation text than the perplexity."""
-    tokens = slot.data.validation.num_tokens
-    if slot.validation_tokens >= tokens:
-        return []
-    return [
-        f"the validations of the curve are on {slot.validation_tokens:,} of {tokens:,} tokens, the perplexity is on all"
-    ]
+def _list_notes(slot: TrainingSlot) -> list[str]:
+    """Returns what became of the text, and whether the curve is of less validation text than the perplexity."""
+    tokens, of_curve = slot.data.validation.num_tokens, slot.validation_tokens
+    said = f"the validations of the curve are on {of_curve:,} of {tokens:,} tokens, the perplexity is on all"
+    return [*([said] if of_curve < tokens else []), *describe_preparation(slot.data)]
 
 
 def _judge(outcome: TrainedAdapter, base: Base) -> str:
