@@ -356,7 +356,8 @@ function updateSamples() {
 
 function update() {
   data.run.adapters.forEach(updateRow);
-  $("of").textContent = data.run.adapters.length > 1 ? `of ${selected}` : "";
+  const none = pointsOf(selected).length || measured(selected, "validation_loss").length ? "" : " (none in this run)";
+  $("of").textContent = data.run.adapters.length > 1 ? `of ${selected}${none}` : "";
   charts.forEach((chart) => chart.update());
   if ($("state")) updateHead();
   updateSamples();
@@ -369,7 +370,7 @@ function select(name) {
 
 function begin() {
   const names = data.run.adapters.map(({ name }) => name);
-  if (!names.includes(selected)) selected = names.find((name) => AT_WORK.includes(stateOf(name)[0])) ?? names[0];
+  if (!names.includes(selected)) selected = names.find((name) => AT_WORK.includes(stateOf(name)[0])) ?? names.find((name) => pointsOf(name).length) ?? names[0];
   if ($("state")) {
     $("title").textContent = names.length === 1 ? names[0] : `${names.length} adapters`;
     $("lead").textContent = `${data.run.kind === "tune" ? "a search, " : ""}base ${data.run.base} on ${data.run.device} in ${data.run.dtype}, begun ${new Date(data.run.started).toLocaleString()}`;
