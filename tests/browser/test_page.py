@@ -438,6 +438,7 @@ def build_tokens():
     scores = [
         TokenScores(
             source=source,
+            origin="",
             prompt="Who?",
             text="".join(tokens),
             token_ids=[0] * 7,

@@ -356,7 +356,7 @@ function updateSamples() {
 
 function update() {
   data.run.adapters.forEach(updateRow);
-  const none = pointsOf(selected).length || measured(selected, "validation_loss").length ? "" : " (none in this run)";
+  const none = stateOf(selected)[0] === "unchanged" ? " (none in this run)" : "";
   $("of").textContent = data.run.adapters.length > 1 ? `of ${selected}${none}` : "";
   charts.forEach((chart) => chart.update());
   if ($("state")) updateHead();
