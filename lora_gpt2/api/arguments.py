@@ -53,18 +53,25 @@ def make_recipe(
         hint = "pass a mapping such as {'lora.rank': 8, 'train.max_grad_norm': 0.5}, or a Recipe"
         raise UsageError(f"settings are no {type(settings).__name__}", hint)
     keys = _find_everyday(command)
-    flags = {keys[name]: list(value) if isinstance(value, set) else value for name, value in keywords.items()}
-    if (choice := flags.get("generate.choice")) is not None and not len(choice):
-        raise UsageError("there is nothing to choose from: choice is empty", "pass at least one text, or None")
+    flags = {keys[name]: _to_plain(value) for name, value in keywords.items()}
     if isinstance(settings, Recipe):
         given = settings.model_dump(exclude_unset=True, exclude={"name"} if loaded else None)
     else:
-        given = _flatten(settings or {})
+        given = {key: _to_plain(value) for key, value in _flatten(settings or {}).items()}
         check_read(command, given)
         check_agreement(given, flags)
     _check_loaded(_flatten(given), loaded)
+    if [] in (flags.get("generate.choice"), given.get("generate.choice")):
+        raise UsageError("there is nothing to choose from: choice is empty", "pass at least one text, or None")
     fixed = {"generate.dtype": loaded.get("generate.dtype")} if command == "generate" else {}
     return build_from_values(set_values(set_values({}, given), {**flags, **fixed, **(other or {})}), "settings")
+
+
+def _to_plain(value: Any) -> Any:
+    """Returns an array, a number of numpy, a set or an iterator as what settings hold."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, set | frozenset | Iterator) else value
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from lora_gpt2.data.text_sketch import TextSketch
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.recipe import DataSettings
 
-FORMAT = 11
+FORMAT = 12
 SPLITS = ("train", "validation", "test")
 HELD_OUT_FIRST = ("test", "validation", "train")
 MANIFEST, REJECTED, SKETCH = "manifest.json", "rejected.jsonl", "training_text.bin"

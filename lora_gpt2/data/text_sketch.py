@@ -16,13 +16,15 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 WORDS, WINDOW = 8, 32
+RUN_WORDS = 192  # of short documents that are looked for together: some eleven kept shingles
+MARK = b"wholes 2"
 WHOLE = 0x5EED  # begins the hash of a whole text
 SEEN_SHARE = 0.5  # of a document's kept shingles
 FEW_SHARE = 0.75  # of those of one that keeps few, or of a run of short ones
@@ -71,10 +73,15 @@ def _hash_whole(words: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class TextSketch:
-    """The kept shingles of a training text, sorted; `is_whole` unless part of the training text is not known."""
+    """The kept shingles of a training text, sorted.
+
+    `is_whole` unless part of the training text is not known. Sketches of before have no hashes of whole documents that
+    keep two or three shingles: where some are among them, not `knows_wholes`, and most of the shingles decide.
+    """
 
     shingles: Shingles
     is_whole: bool = True
+    knows_wholes: bool = True
 
     @classmethod
     def build(cls, shingles: Sequence[Shingles], is_whole: bool = True) -> TextSketch:
@@ -86,16 +93,20 @@ class TextSketch:
         """Returns the sketch of several training texts together; of one that is None nothing is known."""
         known = [sketch for sketch in sketches if sketch is not None]
         is_whole = len(known) == len(sketches) and all(sketch.is_whole for sketch in known)
-        return cls.build([sketch.shingles for sketch in known], is_whole)
+        joined = cls.build([sketch.shingles for sketch in known], is_whole)
+        return replace(joined, knows_wholes=all(sketch.knows_wholes for sketch in known))
 
     def to_bytes(self) -> bytes:
-        """Returns the sketch as little-endian 32-bit numbers."""
-        return self.shingles.astype("<u4").tobytes()
+        """Returns the sketch as little-endian 32-bit numbers; one that knows whole documents has `MARK` at its end."""
+        content = self.shingles.astype("<u4").tobytes()
+        return content + (MARK if self.knows_wholes else b"")
 
     @classmethod
     def from_bytes(cls, content: bytes) -> TextSketch:
         """Returns the sketch that `to_bytes` wrote; what is no whole number at its end is left out."""
-        return cls(np.unique(np.frombuffer(content[: len(content) // 4 * 4], dtype="<u4").astype(np.uint32)))
+        knows_wholes, content = content.endswith(MARK), content.removesuffix(MARK)
+        shingles = np.unique(np.frombuffer(content[: len(content) // 4 * 4], dtype="<u4").astype(np.uint32))
+        return cls(shingles, knows_wholes=knows_wholes)
 
     def has_seen(self, text: str) -> bool:
         """True if a document was, for the most part, in the training text; a short one, as a document there."""
@@ -103,6 +114,8 @@ class TextSketch:
 
     def _has_seen(self, words: Sequence[str]) -> bool:
         kept = _winnow(words)
+        if not self.knows_wholes and len(words) >= WORDS + WINDOW:
+            return self._find_share(kept) > SEEN_SHARE
         if 0 < len(kept) < FEW:
             return self._find_share(np.array([_hash_whole(words)], dtype=np.uint32)) == 1
         return self._find_share(kept) > (SEEN_SHARE if len(kept) >= MANY else FEW_SHARE)
@@ -123,8 +136,8 @@ class TextSketch:
                 run.append(words)
             elif words:
                 seen += self._has_seen(words)
-            together = _winnow(list(chain.from_iterable(run)))
-            if not is_short or len(together) >= MANY:
+            if not is_short or sum(map(len, run)) >= RUN_WORDS:
+                together = _winnow(list(chain.from_iterable(run)))
                 share = self._find_share(together)
                 is_seen = share > FEW_SHARE if len(together) >= MANY else share == 1 and len(together) >= FEW
                 seen, run = seen + (len(run) if is_seen else sum(map(self._has_seen, run))), []

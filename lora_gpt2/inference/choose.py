@@ -11,13 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
+from lora_gpt2.core.errors import LoraGpt2Error
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.session import Session
 from lora_gpt2.model.runtime import as_float64
 from lora_gpt2.model.scoring import token_nll
+from lora_gpt2.store.catalog import Store
+from lora_gpt2.store.lineage import MOST_GENERATIONS
+from lora_gpt2.store.manifest import Parent
 from lora_gpt2.store.references import BASE
 
 SURE = 0.8
@@ -86,17 +91,32 @@ def choose_adapter(session: Session, text: str, names: Sequence[str], *, abstain
 
 
 def _find_families(session: Session, names: Sequence[str], probabilities: Sequence[float]) -> list[Hashable]:
-    """Returns what names the family of each adapter: its oldest ancestor; a merge is of its most likely parent's."""
-    found = [session.find_manifests(session.resolve(Mix.parse([name]))) for name in names]
+    """Returns what names the family of each adapter: its first ancestor; a merge is of its most likely parent's."""
+    store, found = session.store, [session.find_manifests(session.resolve(Mix.parse([name]))) for name in names]
     manifests = [each[0] if each else None for each in found]
-    digests = [manifest.digest if manifest is not None else "" for manifest in manifests]
+    families: list[Hashable] = []
+    for index, manifest in enumerate(manifests):
+        if manifest is not None and len(manifest.parents) == 1 and store is not None:
+            families.append(_find_root(store, manifest.parents[0]))
+        else:
+            families.append(manifest.digest if manifest is not None else index)
+    for index, manifest in enumerate(manifests):
+        if manifest is not None and len(manifest.parents) > 1 and store is not None:
+            roots = {_find_root(store, parent) for parent in manifest.parents}
+            known = [each for each, family in enumerate(families) if family in roots and each != index]
+            families[index] = families[max(known, key=probabilities.__getitem__)] if known else families[index]
+    return families
 
-    def find(index: int, children: tuple[int, ...] = ()) -> Hashable:
-        manifest = manifests[index]
-        parents = [] if manifest is None else [parent.digest for parent in manifest.parents]
-        known = [each for each, digest in enumerate(digests) if digest in parents and each not in (*children, index)]
-        if known:
-            return find(max(known, key=probabilities.__getitem__), (*children, index))
-        return parents[0] if len(parents) == 1 else index  # of two that continue one which is gone
 
-    return [find(index) for index in range(len(names))]
+@lru_cache(maxsize=1024)
+def _find_root(store: Store, parent: Parent) -> str:
+    """Returns the digest of the first of those that each continues the one before, as far as the store has them."""
+    for _ in range(MOST_GENERATIONS):
+        try:
+            manifest = store.read_manifest(f"{parent.reference}#{parent.digest}")
+        except LoraGpt2Error:
+            break
+        if len(manifest.parents) != 1:
+            break
+        parent = manifest.parents[0]
+    return parent.digest

@@ -9,6 +9,7 @@ from lora_gpt2.core.errors import UsageError
 from lora_gpt2.evaluation.perplexity import choose_window
 from lora_gpt2.model.base import Base
 from lora_gpt2.training.halving import Halving
+from lora_gpt2.training.publish import DIVERGED
 from lora_gpt2.training.queue import DomainQueue
 from lora_gpt2.training.slot import TrainingSlot
 
@@ -79,7 +80,7 @@ def describe_states(
 def list_failures(slots: Sequence[TrainingSlot], queue: DomainQueue | None) -> dict[str, str]:
     """Returns what went wrong with the adapters that failed, by name; see `TrainReport.failures`."""
     found = {name: outcome.failure for name, outcome in queue.finished.items()} if queue else {}
-    running = {slot.name: f"diverged at {slot.failure}" for slot in slots if slot.failure and slot.name not in found}
+    running = {slot.name: f"{DIVERGED} {slot.failure}" for slot in slots if slot.failure and slot.name not in found}
     return {name: failure for name, failure in {**found, **running}.items() if failure}
 
 

@@ -88,7 +88,7 @@ class TrainReport:
             return self
         failures, published = describe_failures(self.failures), join_names([str(each) for each in self.adapters])
         message = f"{failures}; {f'published: {published}' if published else 'nothing was published'}"
-        if "diverged" in failures:
+        if any(reason.startswith(DIVERGED) for reason in self.failures.values()):
             hint = "use a smaller --set train.learning_rate, with --fresh"
             raise TrainingDiverged(message, hint).with_report(self)
         if all(NO_TEXT in failure for failure in self.failures.values()):
@@ -103,7 +103,8 @@ def describe_failures(failures: Mapping[str, str]) -> str:
     return "; ".join(f"{names} {why}" for why, names in named.items())
 
 
-NO_TEXT = "has no usable text"
+NO_TEXT, DIVERGED = "has no usable text", "diverged at"
+"""How the reasons of failures begin."""
 NOT_FIGURES = ("name", "version", "path", "parents")
 
 

@@ -157,7 +157,7 @@ def _build_files(store: Store, parent: Manifest, found: Preferences) -> dict[str
     """Returns what the parent's version has for its text: the sketch, with the texts of the pairs, and the drafter."""
     files = {}
     if (sketch := read_sketch(store, parent.reference)) is not None:
-        joined = TextSketch.build([sketch.shingles, *map(hash_shingles, found.texts)], sketch.is_whole)
+        joined = TextSketch.join([sketch, TextSketch.build(list(map(hash_shingles, found.texts)))])
         files[SKETCH] = joined.to_bytes()
     with store.open(parent.reference) as version:
         if DRAFTER in version.manifest.files:

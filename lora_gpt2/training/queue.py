@@ -14,7 +14,7 @@ from lora_gpt2.model.base import Base
 from lora_gpt2.store.catalog import Store
 from lora_gpt2.training.checkpoint import RunFolder
 from lora_gpt2.training.memory import list_concurrent, measure_budget
-from lora_gpt2.training.publish import NO_TEXT, find_up_to_date
+from lora_gpt2.training.publish import DIVERGED, NO_TEXT, find_up_to_date
 from lora_gpt2.training.slot import MICRO_BATCHING, TrainedAdapter, TrainingSlot
 
 
@@ -50,7 +50,7 @@ class DomainQueue:
 
     def finish(self, slot: TrainingSlot, conclude: Callable[[], TrainedAdapter]) -> None:
         """Publishes the adapter of a slot, unless it failed."""
-        failure = f"diverged at {slot.failure}" if slot.failure else ""
+        failure = f"{DIVERGED} {slot.failure}" if slot.failure else ""
         reference = "" if failure else self.publish(conclude())
         self.finished[slot.name] = Finished(reference=reference, failure=failure)
 

@@ -36,7 +36,7 @@ from lora_gpt2.store.manifest import MANIFEST, parse_manifest
 from lora_gpt2.training.checkpoint import RunFolder, open_run_folder
 from lora_gpt2.training.mailbox import Files, Mailbox, has_state
 from lora_gpt2.training.memory import MOST_SLOTS
-from lora_gpt2.training.publish import NO_TEXT, TrainReport, find_up_to_date, report_published
+from lora_gpt2.training.publish import DIVERGED, NO_TEXT, TrainReport, find_up_to_date, report_published
 from lora_gpt2.training.queue import order_domains
 from lora_gpt2.training.remote import RemoteTask, publish_delivered, run_task
 from lora_gpt2.training.run import describe_texts, resolve_learning_rate
@@ -269,7 +269,7 @@ def _train(driver: _Driver, slots: Sequence[TrainingSlot], address: str, num_slo
                     failures |= dict.fromkeys(lost, f"not trained: {result.reason}")
                     continue
                 failures |= result
-                if all("diverged" in failure for failure in result.values()):  # which would diverge again
+                if all(failure.startswith(DIVERGED) for failure in result.values()):  # which would diverge again
                     mailbox.forget_state(key)
     return failures
 

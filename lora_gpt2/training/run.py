@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -41,7 +41,7 @@ from lora_gpt2.training.memory import wrap_oom_errors
 from lora_gpt2.training.process_group import ProcessGroup, init_process_group
 from lora_gpt2.training.progress import list_failures
 from lora_gpt2.training.publish import Publisher, TrainReport
-from lora_gpt2.training.queue import describe_unreadable, find_finished, queue_domains
+from lora_gpt2.training.queue import DomainQueue, describe_unreadable, find_finished, queue_domains
 from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.run_identity import describe_run, identify_run
 from lora_gpt2.training.samples import generate_sample
@@ -79,6 +79,7 @@ def train_recipes(
     num_slots: int | None = None,
     texts: Mapping[str, Path] = MappingProxyType({}),
     replay: Path | None = None,
+    run_folder: RunFolder | None = None,
 ) -> TrainReport:
     """Trains one adapter per recipe, together, and publishes them; returns the report.
 
@@ -87,7 +88,7 @@ def train_recipes(
     `conclude` gets the trainer and the best slot, and returns further files of the version. With fewer `num_slots` than
     recipes (0: as many as memory has room for) the others wait, and each adapter is published when it is done; a text
     that cannot be read then stops its own domain alone. `texts` has folders of text that was prepared before, by name;
-    `replay` is that of the replayed text.
+    `replay` is that of the replayed text. `run_folder` is where the run is kept, if not where its names say.
 
     Raises:
         UsageError: names are missing or the same, or the recipes do not share a base and dtype.
@@ -108,7 +109,7 @@ def train_recipes(
             check_sources(recipe.data)
     process_group = init_process_group()
     reporter = reporter if process_group.is_main_process else SilentReporter()
-    run = open_run_folder(store.root, names)
+    run = run_folder or open_run_folder(store.root, names)
     options = _Options(
         resume=resume,
         callbacks=callbacks,
@@ -118,7 +119,8 @@ def train_recipes(
         texts=texts,
         replay=replay,
     )
-    if resume and num_slots is not None and process_group.broadcast_object(not run.exists()):
+    may_be_larger = resume and num_slots is not None and run_folder is None
+    if may_be_larger and process_group.broadcast_object(not run.exists()):
         _finish_smaller(recipes, store, reporter, process_group, options)
     recipes = [
         inherit_shape(pin_parent(recipe, run.read_parent(name)) if resume else recipe, store)
@@ -168,8 +170,10 @@ def _finish_smaller(
     reporter.message(f"first the run that was interrupted, of {join_names(before)}")
     known = {recipe.name: recipe for recipe in recipes}
     try:
-        train_recipes([known[name] for name in before], store, reporter, **vars(options))
+        train_recipes([known[name] for name in before], store, reporter, run_folder=found, **vars(options))
     except MismatchError as error:
+        if process_group.size > 1:  # the others do not know of it
+            raise
         reporter.message(f"it begins again: {error.message}")
     except LoraGpt2Error as error:
         if error.report is None or isinstance(error, Interrupted):
@@ -226,7 +230,8 @@ def _train_locked(
         _begin(trainer, run, identity, checkpoint)
         description = describe_run(base, slots, store, halving, unreadable)
         watched = run.status.report(description) if is_main else nullcontext()
-        with track([slot.recipe for slot in slots], run, reporter, enabled=is_main) as log, watched:
+        told = _reporting(publisher, queue)
+        with track([slot.recipe for slot in slots], run, reporter, enabled=is_main) as log, watched, told:
             trained = trainer.train(stop, log)
             if not is_main:
                 return TrainReport(adapters=[])
@@ -234,6 +239,17 @@ def _train_locked(
     if queue or not report.failures:  # a queue has ended then too, and goes on with what is new
         run.finish([str(adapter) for adapter in report.adapters])
     return report.raise_failures()
+
+
+@contextmanager
+def _reporting(publisher: Publisher, queue: DomainQueue | None) -> Iterator[None]:
+    """Gives an interruption of the block a report of what the queue has published."""
+    try:
+        yield
+    except Interrupted as error:
+        if queue and error.report is None and (references := queue.list_references()):
+            error.with_report(TrainReport(adapters=publisher.list_reports(references)))
+        raise
 
 
 def _begin(

@@ -293,10 +293,8 @@ def count_seen_by_parents(slot: TrainingSlot, store: Store, tokenizer: Tokenizer
 
 def join_sketches(slot: TrainingSlot, store: Store) -> TextSketch:
     """Returns the sketch of everything that an adapter was trained on, its parents' texts included."""
-    sketches, is_whole = [slot.data.sketch], not slot.source
+    sketches: list[TextSketch | None] = [slot.data.sketch, *([None] if slot.source else [])]
     for parent in slot.parents:
         known = find_parent(store, parent, ())
-        sketch = read_sketch(store, known.reference) if known else None
-        is_whole = is_whole and sketch is not None and sketch.is_whole
-        sketches += [sketch] if sketch is not None else []
-    return TextSketch.build([sketch.shingles for sketch in sketches], is_whole)
+        sketches.append(read_sketch(store, known.reference) if known else None)
+    return TextSketch.join(sketches)

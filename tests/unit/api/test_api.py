@@ -131,8 +131,13 @@ def test_what_changes_nothing_for_a_loaded_model_is_refused(model, texts):
     assert model.generate("the", settings=own).tokens <= 2
     with pytest.raises(UsageError, match=r"generate\.temperature is given twice"):
         model.generate("the", temperature=0.9, settings={"generate": {"temperature": 0.1}})
-    with pytest.raises(UsageError, match="choice is empty"):
-        model.generate("the", choice=[])
+    for empty in ({"choice": []}, {"choice": np.array([])}, {"settings": {"generate.choice": []}}):
+        with pytest.raises(UsageError, match="choice is empty"):
+            model.generate("the", **empty)
+    for given in (np.array(["a", "b"]), (word for word in "ab"), {"a", "b"}):
+        assert str(model.generate("the", choice=given, stop=np.array(["."]))) in ("a", "b")
+    with pytest.raises(RecipeError, match=r"generate\.choice"):
+        model.generate("the", choice=5)
 
 
 def test_what_is_no_text_is_said_by_its_kind(model):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lora_gpt2.data.text_sketch import TextSketch, hash_shingles
+from lora_gpt2.data.text_sketch import TextSketch, _winnow, hash_shingles, split_words
 
 
 def test_a_mix_whose_training_text_is_known_in_part_says_only_what_is_known():
@@ -12,6 +12,18 @@ def test_a_mix_whose_training_text_is_known_in_part_says_only_what_is_known():
     other = "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
     assert (whole.count_seen([seen, other]), part.count_seen([seen, other])) == (1, 1)
     assert (whole.count_seen([other]), part.count_seen([other])) == (0, None)
+
+
+def test_a_sketch_of_before_is_read_by_the_rule_of_before():
+    """It lacks the hashes of whole documents that keep two or three shingles."""
+    texts = [write_words(55, seed) for seed in range(40)]
+    new = TextSketch.build([hash_shingles(text) for text in texts])
+    old = TextSketch.from_bytes(TextSketch.build([_winnow(split_words(text)) for text in texts]).shingles.tobytes())
+    assert (new.knows_wholes, old.knows_wholes) == (True, False)
+    assert TextSketch.from_bytes(new.to_bytes()).knows_wholes
+    assert not TextSketch.join([new, old]).knows_wholes
+    assert [sketch.count_seen(texts) for sketch in (new, old, TextSketch.join([new, old]))] == [40, 40, 40]
+    assert old.count_seen([write_words(55, seed) for seed in range(40, 80)]) == 0
 
 
 def write_words(count, seed):

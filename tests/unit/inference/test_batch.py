@@ -205,6 +205,10 @@ def test_adapters_of_one_family_do_not_share_what_is_probable(session, base, sto
     found = choose_adapter(fresh, text, names)
     assert found.adapter in names[1:]
     assert found.probability >= alone.probability - 0.01
+    own = Origin(parents=(Parent(reference="next2@1", digest=store.read_manifest("next2").digest),))
+    publish_adapter(store, "next2", replace(near, updates=changed), base, own)  # a second generation is of it too
+    again = choose_adapter(Session(base, store), text, names)
+    assert (again.adapter, again.probability) == (found.adapter, pytest.approx(found.probability, abs=0.01))
     likely = sorted(found.nll_nats_per_token, key=found.nll_nats_per_token.get)
     assert found.adapter == likely[0]
     assert choose_adapter(fresh, sample(fresh, Mix(), 40), names).adapter == "base"

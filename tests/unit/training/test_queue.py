@@ -359,6 +359,36 @@ def test_a_folder_that_has_grown_trains_what_is_new(recipes, store, reporter, mo
     assert len(report.adapters) == 5
 
 
+def test_a_queue_whose_broken_text_was_taken_away_goes_on(recipes, store, reporter, monkeypatch):
+    """Or put right: its run is that of names which are not all in training."""
+    path = Path(recipes[1].data.sources[0])
+    path.write_bytes(b"\x00" * 50)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        kill_at(patched, 14)
+        train_recipes(recipes[:3], store, reporter, num_slots=1)
+    launched, launch = [], Trainer._launch
+    monkeypatch.setattr(Trainer, "_launch", lambda self, ids: launched.append(ids) or launch(self, ids))
+    report = train_recipes([recipes[0], recipes[2], recipes[4]], store, reporter, num_slots=1, resume=True)
+    assert len(launched) == sum(recipes[k].train.steps for k in (0, 2, 4)) - 14
+    assert [str(each) for each in report.adapters] == ["d0@1", "d2@1", "d4@1"]
+
+
+def test_an_interruption_tells_what_was_published(recipes, store, reporter, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as caught:
+        kill_at(patched, 14)
+        train_recipes(recipes[:3], store, reporter, num_slots=1)
+    assert [str(each) for each in caught.value.report.adapters] == ["d2@1"]
+
+
+def test_a_domain_may_be_called_what_a_failure_is_called(recipes, store, reporter, tmp_path):
+    path = tmp_path / "diverged at noon.txt"
+    path.write_bytes(b"\x00" * 50)
+    data = recipes[1].data.model_copy(update={"sources": (str(path),)})
+    odd = recipes[1].model_copy(update={"name": "diverged", "data": data})
+    with pytest.raises(DataError, match="'diverged' has no usable text"):
+        train_recipes([recipes[0], odd], store, reporter, num_slots=2)
+
+
 def test_a_version_that_a_kill_left_unused_is_put_in_use_when_the_folder_grows(recipes, store, reporter, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
         patched.setattr(Store, "use_version", lambda self, *arguments: (_ for _ in ()).throw(RuntimeError("killed")))
