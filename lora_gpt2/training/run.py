@@ -44,6 +44,7 @@ from lora_gpt2.training.publish import Publisher, TrainReport
 from lora_gpt2.training.queue import DomainQueue, describe_unreadable, find_finished, queue_domains
 from lora_gpt2.training.replay import open_replay
 from lora_gpt2.training.run_identity import describe_run, identify_run
+from lora_gpt2.training.run_status import RunStatus
 from lora_gpt2.training.samples import generate_sample
 from lora_gpt2.training.slot import (
     MICRO_BATCHING,
@@ -228,10 +229,9 @@ def _train_locked(
             callbacks=options.callbacks,
         )
         _begin(trainer, run, identity, checkpoint)
-        description = describe_run(base, slots, store, halving, unreadable)
-        watched = run.status.report(description) if is_main else nullcontext()
-        told = _reporting(publisher, queue)
-        with track([slot.recipe for slot in slots], run, reporter, enabled=is_main) as log, watched, told:
+        told = describe_run(base, slots, store, halving, unreadable)
+        watched = _watch(run.status, told, publisher, queue) if is_main else nullcontext()
+        with track([slot.recipe for slot in slots], run, reporter, enabled=is_main) as log, watched:
             trained = trainer.train(stop, log)
             if not is_main:
                 return TrainReport(adapters=[])
@@ -242,10 +242,13 @@ def _train_locked(
 
 
 @contextmanager
-def _reporting(publisher: Publisher, queue: DomainQueue | None) -> Iterator[None]:
-    """Gives an interruption of the block a report of what the queue has published."""
+def _watch(
+    status: RunStatus, description: Mapping[str, Any], publisher: Publisher, queue: DomainQueue | None
+) -> Iterator[None]:
+    """Says to others what becomes of the run, and to the caller what a queue that is interrupted has published."""
     try:
-        yield
+        with status.report(description):
+            yield
     except Interrupted as error:
         if queue and error.report is None and (references := queue.list_references()):
             error.with_report(TrainReport(adapters=publisher.list_reports(references)))
