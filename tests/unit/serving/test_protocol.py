@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from lora_gpt2.core.errors import UsageError
 from lora_gpt2.inference.mix import Mix
 from lora_gpt2.inference.sequence import SequenceState, TokenLogprobs
 from lora_gpt2.inference.session import Session
@@ -109,8 +108,9 @@ def test_constraints_that_are_none_get_400_with_the_parameter(session, body, par
 
 @pytest.mark.parametrize("body", [{"guided_regex": "("}, {"guided_json": {"not": {}}}], ids=str)
 def test_constraints_that_cannot_be_compiled_are_refused(session, body):
-    with pytest.raises(UsageError, match="cannot be used"):  # which the route answers with 400
+    with pytest.raises(ApiError, match="cannot be used") as caught:
         rows_of(session, **body)
+    assert caught.value.status == 400
 
 
 def test_token_ids_end_below_the_size_of_the_vocabulary(session):
