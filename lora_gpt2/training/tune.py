@@ -80,7 +80,8 @@ def tune(
     checkpoint = Checkpoint.open(recipe.base)
     recipe = resolve_learning_rate(recipe, checkpoint.config.n_embd)
     data = prepare_data(recipe.data, checkpoint.load_tokenizer(), reporter)
-    steps = TrainingSlot(recipe=recipe, data=data).num_steps
+    slot = TrainingSlot(recipe=recipe, data=data)
+    steps = slot.num_steps
     if count_processes() > 1 and (num_slots or ray):
         raise UsageError("one process leads a search in groups", "leave --slots out, or use --ray without torchrun")
     with _open_devices(ray, store, reporter, recipe, data, resume=resume) as devices:
@@ -90,7 +91,7 @@ def tune(
             reporter.message("the budget decides the number of steps: train.steps and train.epochs change nothing")
         if budget_seconds is not None:
             known = _find_steps(Search.build(_with_steps(recipe, steps), num_candidates), store) if resume else 0
-            steps = known or _fit_steps(candidates, size, budget_seconds, devices)
+            steps = known or _fit_steps(candidates, size, budget_seconds, devices, slot.tokens_per_step)
         search = Search.build(_with_steps(recipe, steps), num_candidates)
         rungs = ", ".join(map(str, search.halving.rungs))
         count = len(search.names)
@@ -164,11 +165,10 @@ def _find_steps(search: Search, store: Store) -> int:
     return int(adapters[search.names[0]]["train"]["steps"] or 0) if adapters else 0
 
 
-def _fit_steps(candidates: list[Recipe], size: int, budget_seconds: float, devices: Devices) -> int:
+def _fit_steps(candidates: list[Recipe], size: int, budget_seconds: float, devices: Devices, step_tokens: int) -> int:
     """Returns the steps of the longest candidate such that the whole search takes about this long."""
     groups = divide([recipe.model_copy(update={"name": str(k)}) for k, recipe in enumerate(candidates)], size)
     speed = devices.measure_speed([candidates[int(name)] for name in groups[0]])
     speed *= min(len(groups), devices.num_devices)
     work = SuccessiveHalving.build(len(candidates), 2**16).count_steps(2**16) / 2**16
-    step_tokens = candidates[0].blocks_per_step * candidates[0].data.block_size
     return max(len(candidates), int(STEPS_SHARE * budget_seconds * speed / (work * step_tokens)))
