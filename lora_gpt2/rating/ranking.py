@@ -228,14 +228,14 @@ def _collect(round_: Round, answers: Sequence[Answer]) -> dict[int, list[float]]
 def _rank_pairs(round_: Round, answers: Sequence[Answer]) -> list[RankedAdapter]:
     """Returns the adapters by Bradley-Terry strength, with intervals from a bootstrap over prompts.
 
-    The tasks of a prompt have texts in common, so they are one draw.
+    The tasks of a prompt have texts in common, so they are one draw; of a prompt that is repeated, each time is one.
     """
     tasks = {task.number: task for task in round_.tasks}
     index_of = {name: index for index, name in enumerate(round_.adapters)}
-    outcomes: dict[str, dict[tuple[int, int], list[float]]] = {}
+    outcomes: dict[int, dict[tuple[int, int], list[float]]] = {}
     for number, values in _collect(round_, answers).items():
         first, second = (index_of[name] for name in tasks[number].adapters)
-        outcomes.setdefault(tasks[number].prompt, {}).setdefault((first, second), []).extend(values)
+        outcomes.setdefault(tasks[number].prompt_index, {}).setdefault((first, second), []).extend(values)
     return _rank_wins(round_.adapters, list(outcomes.values()))
 
 
@@ -316,13 +316,13 @@ def _compare(round_: Round, answers: Sequence[Answer], a: str, b: str) -> list[f
     if round_.mode == "pairwise":
         judged = _collect(round_, answers)
         return [float(np.mean(values)) for t, values in judged.items() if tasks[t].adapters == (a, b)]
-    given: dict[tuple[str, str], Mapping[str, list[float]]] = {}
+    given: dict[tuple[str, int], Mapping[str, list[float]]] = {}
     for answer in answers:
         task = tasks[answer.task]
-        marks = given.setdefault((answer.rater, task.prompt), {a: [], b: []})
+        marks = given.setdefault((answer.rater, task.prompt_index), {a: [], b: []})
         if task.adapters[0] in marks:
             marks[task.adapters[0]].append(float(answer.value))
-    found: dict[str, list[float]] = {}
+    found: dict[int, list[float]] = {}
     for (_, prompt), marks in given.items():
         if marks[a] and marks[b]:
             outcome = 0.5 + 0.5 * float(np.sign(np.mean(marks[a]) - np.mean(marks[b])))

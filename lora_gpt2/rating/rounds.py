@@ -31,9 +31,10 @@ Mode = Literal["pairwise", "scale"]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is judged at once: the prompt and the texts, whose writers are `adapters`."""
+    """What is judged at once: the prompt, by its index in the round too, and texts, whose writers are `adapters`."""
 
     number: int
+    prompt_index: int
     prompt: str
     texts: tuple[str, ...]
     adapters: tuple[str, ...]
@@ -65,12 +66,13 @@ class Round:
         """Every task, numbered; pairs of equal texts are none."""
         groups = list(combinations(range(len(self.adapters)), 2 if self.mode == "pairwise" else 1))
         tasks: list[Task] = []
-        for prompt, texts in zip(self.prompts, self.texts, strict=True):
+        for index, (prompt, texts) in enumerate(zip(self.prompts, self.texts, strict=True)):
             for group in groups:
                 shown = tuple(texts[a] for a in group)
                 if len(shown) == 1 or shown[0] != shown[1]:
                     writers = tuple(self.adapters[a] for a in group)
-                    tasks.append(Task(number=len(tasks), prompt=prompt, texts=shown, adapters=writers))
+                    task = Task(number=len(tasks), prompt_index=index, prompt=prompt, texts=shown, adapters=writers)
+                    tasks.append(task)
         return tasks
 
     @cached_property

@@ -1,6 +1,7 @@
 """A round: what raters see, what is kept, and what comes out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -128,6 +129,16 @@ def test_a_scale_has_means_and_pairs_of_the_same_prompt():
     ]
     assert report.agreement["overall"] == 1
     assert [row.a_preferred for row in report.missing] == [1.0, 1.0, 1.0]
+
+
+def test_a_prompt_that_is_repeated_is_a_draw_each_time():
+    """As forty continuations of one prompt are, each with texts of its own."""
+    same = replace(ROUND, prompts=("once",) * len(ROUND.prompts))
+    found = [summarize_round(each, judge(each, "anna", lambda t: t.number % 7 != 5)) for each in (ROUND, same)]
+    assert found[0].ranking[0].interval is not None
+    assert found[1].ranking == found[0].ranking
+    scales = [replace(SCALE, prompts=each.prompts) for each in (ROUND, same)]
+    assert len({summarize_round(each, judge(each, "anna")).missing[0].ratings for each in scales}) == 1
 
 
 def test_few_or_equal_judgements_have_no_interval():
